@@ -1,0 +1,30 @@
+# Two commands do all set-up: `make quickstart` and `make test`, in either order.
+# PYTHON, VENV, TORCH, EXTRAS and NO_UV steer the set-up; .ci/bootstrap.py says how.
+
+PYTHON ?= python3
+VENV ?= .venv
+MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
+export PYTHON VENV TORCH EXTRAS NO_UV
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test notebook mlflow
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\): [a-z]*[ ]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## the environment; free when it is there already
+	@$(PYTHON) .ci/bootstrap.py
+
+quickstart: setup ## train a small decoder, sample, score and report
+	$(VENV)/bin/rudolph run experiments/quickstart.yaml
+
+test: setup ## all tests; PYTEST="-k masks" chooses
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+notebook: setup ## JupyterLab in notebooks/
+	$(VENV)/bin/jupyter lab notebooks
+
+mlflow: setup ## the tracking server, light: one worker, no job queue
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
+		--workers 1 --host 127.0.0.1 --backend-store-uri $(MLFLOW_TRACKING_URI)

@@ -1,0 +1,272 @@
+"""Experiment file to runs: every run typed, frozen and checked before anything starts.
+
+An experiment file has the keys of ``EXPERIMENT_KEYS``.  ``base`` names one file of settings;
+``settings`` stand over it, a variant over those, a point of the grid over that, and the command
+line over all.  So at most two files tell a run.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rudolph import settings
+from rudolph.data.module import DataConfig
+from rudolph.evaluation.report_card import EvaluationConfig
+from rudolph.models.decoder import DecoderConfig
+from rudolph.models.vqgan import VQGANConfig
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
+from rudolph.sequence.tokenizer import TokenizerConfig
+from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
+from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
+from rudolph.training.optim import OptimConfig
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """Lengths of both texts, in tokens, with ``BOS``, task token and ``EOS``."""
+
+    left_text_length: int = 64
+    right_text_length: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("left_text_length", "right_text_length"):
+            if getattr(self, name) < 4:
+                raise ValueError(f"{name} must be at least 4, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How image tokens and how right-text tokens are drawn."""
+
+    image: TokenSamplingConfig = field(default_factory=TokenSamplingConfig)
+    text: TokenSamplingConfig = field(default_factory=lambda: TokenSamplingConfig(top_k=1))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One resolved run: everything that decides its numbers, and nothing else."""
+
+    __pydantic_config__ = STRICT
+
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    layout: TextLengths = field(default_factory=TextLengths)
+    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
+    vqgan_losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    vqgan_optim: OptimConfig = field(default_factory=OptimConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder_losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
+    decoder_optim: OptimConfig = field(default_factory=OptimConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.vqgan.resolution != self.data.image_size:
+            raise ValueError(
+                f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
+                f"got {self.vqgan.resolution}"
+            )
+
+    @property
+    def sequence_layout(self) -> SequenceLayout:
+        side = self.data.image_size // self.vqgan.factor
+        return SequenceLayout(self.layout.left_text_length, side, self.layout.right_text_length)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            bpe_size=self.tokenizer.vocab_size,
+            num_text_specials=len(TASK_TOKENS),
+            num_left_paddings=self.layout.left_text_length,
+            codebook_size=self.vqgan.quantizer.num_codes,
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole run; equal digests ask the same question."""
+        return digest_of(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which metrics the results' table and the curves' figure show."""
+
+    __pydantic_config__ = STRICT
+
+    table: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment: its name, how it differs from the others, its configuration."""
+
+    name: str
+    variant: str
+    grid: Mapping[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file, resolved.  ``targets`` say what a metric should at least reach."""
+
+    path: Path
+    name: str
+    title: str
+    question: str
+    source: str
+    targets: Mapping[str, float]
+    report: ReportConfig
+    runs: tuple[Run, ...]
+
+
+EXPERIMENT_KEYS = {
+    "title": str,
+    "question": str,
+    "source": str,
+    "base": str,
+    "settings": dict,
+    "variants": dict,
+    "grid": dict,
+    "seeds": list,
+    "targets": dict,
+    "report": dict,
+}
+
+
+def plain(config: Any) -> Any:
+    """A dataclass as JSON holds it: mappings, lists, numbers and text."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of dataclasses, or of what JSON holds, in hexadecimal."""
+    content = [plain(part) if is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment file and expand its runs.
+
+    Args:
+        overrides: ``key=value`` settings of the command line, values in YAML.
+
+    Raises:
+        ConfigError: one line for the first mistake.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    settings.require_keys(path, content, EXPERIMENT_KEYS)
+    for key in ("title", "question"):
+        if not content.get(key, "").strip():
+            raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
+    report = typed(path, ReportConfig, content.get("report", {}), "report")
+    targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
+    return Experiment(
+        path=path,
+        name=path.stem,
+        title=content["title"].strip(),
+        question=" ".join(content["question"].split()),
+        source=" ".join(content.get("source", "").split()),
+        targets=targets,
+        report=report,
+        runs=tuple(_expand(path, content, _overrides(overrides))),
+    )
+
+
+def read_run(path: Path) -> RunConfig:
+    """A resolved configuration as ``to_yaml`` wrote it.
+
+    Raises:
+        ConfigError: when the file is missing or no such configuration.
+    """
+    return _resolve(path, flat_settings(path, RunConfig, read_yaml(path)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, every default written out."""
+    return settings.to_yaml(plain(config))
+
+
+def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
+    """Every combination of variant, point of the grid and seed, in the order of the file."""
+    shared = _shared_settings(path, content)
+    variants = content.get("variants") or {"": {}}
+    grid = _grid(path, content)
+    seeds = content.get("seeds", [0])
+    settings.require_distinct(path, "seeds", seeds)
+    runs = []
+    for variant, changes in variants.items():
+        changed = shared | _variant(path, variant, changes)
+        for point in itertools.product(*grid.values()):
+            place = dict(zip(grid, point, strict=True))
+            for seed in seeds:
+                config = _resolve(path, changed | place | {"seed": seed} | overrides)
+                name = _run_name(variant, place, config.seed)
+                runs.append(Run(name, variant, place, config))
+    return runs
+
+
+def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    shared: dict[str, Any] = {}
+    if "base" in content:
+        base = path.parent / content["base"]
+        shared = _seedless(base, read_yaml(base))
+        _resolve(base, shared)
+    return shared | _seedless(path, content.get("settings", {}), "settings")
+
+
+def _variant(path: Path, variant: str, changes: Any) -> dict[str, Any]:
+    if not variant:
+        return {}
+    if not NAME.fullmatch(variant):
+        raise mistake(path, "variants", "names must be letters, digits, _ . -", variant)
+    if not isinstance(changes, dict):
+        raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
+    return _seedless(path, changes, f"variants.{variant}")
+
+
+def _grid(path: Path, content: Mapping[str, Any]) -> dict[str, list[Any]]:
+    grid = _seedless(path, content.get("grid", {}), "grid")
+    for key, values in grid.items():
+        settings.require_distinct(path, f"grid.{key}", values)
+    return grid
+
+
+def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Flat settings of a file, in which seeds have a key of their own."""
+    if "seed" in content:
+        where = f"{place}.seed" if place else "seed"
+        raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
+    return flat_settings(path, RunConfig, content, place)
+
+
+def _overrides(texts: Iterable[str]) -> dict[str, Any]:
+    source = Path("command line")
+    given: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{source}: {text!r}: must be key=value, as in decoder.num_layers=8")
+        given |= flat_settings(source, RunConfig, {key: settings.parse_yaml(value)})
+    return given
+
+
+def _resolve(path: Path, flat: Mapping[str, Any]) -> RunConfig:
+    return typed(path, RunConfig, settings.nested(flat))
+
+
+def _run_name(variant: str, place: Mapping[str, Any], seed: int) -> str:
+    points = [f"{key.rpartition('.')[2]}={value}" for key, value in place.items()]
+    name = "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)

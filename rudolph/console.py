@@ -1,0 +1,78 @@
+"""What a person reads while a verb works: messages and progress on standard error."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 15.0
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """``progress(stage, done, total, note)``: live bars on a terminal, few lines in a log."""
+    if not console.is_terminal:
+        yield LogProgress()
+        return
+    columns = (
+        TextColumn("  {task.description:28}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note="", rate="")
+            task = bars.tasks[tasks[stage]]
+            rate = f"{done / task.elapsed:.1f}/s" if task.elapsed and done else ""
+            bars.update(tasks[stage], completed=done, total=total, note=note, rate=rate)
+
+        yield progress
+
+
+class LogProgress:
+    """A line at most every ``SECONDS_BETWEEN_LINES``, and one when a stage is done."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        started = self.started.setdefault(stage, now)
+        if done < total and now - self.last < SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        left = (now - started) * (total - done) / done if done else 0.0
+        times = f"{now - started:.0f} s" + (f", {left:.0f} s left" if left else "")
+        say(f"  {stage}: {done}/{total}  {times}  {note}".rstrip())
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def silence_libraries() -> None:
+    """Libraries report what users of this program cannot act on."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|mlflow|torch|lightning")

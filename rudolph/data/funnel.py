@@ -1,0 +1,286 @@
+"""From the bytes of any picture to a square RGB one, and a count of what fell out on the way.
+
+``open_picture`` decodes and converts, or raises ``Rejected`` with the reason; ``centre_square``
+crops and resizes; ``FunnelReport`` counts and names what was skipped and what was converted.
+
+To convert another pixel format, name its Pillow mode in ``CONVERSIONS``.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+# Pillow's own limit, from which it warns; checked here again because that one only warns.
+MAX_PIXELS = 1024**3 // 4 // 3
+MIN_SIDE = 8
+NAMES_PER_REASON = 20
+
+# EPS would start Ghostscript, and TGA takes other files for its own, so not all that Pillow opens.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow's decoders raise on damaged bytes; some are slips of theirs, each means this file.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class Rejected(Exception):
+    """A row or a picture that is left out; ``reason`` is what the report counts."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture: ``image`` is RGB, upright, of any size; ``changes`` made it so."""
+
+    image: Image.Image
+    changes: tuple[str, ...]
+
+
+def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode the bytes of a picture file and convert it to upright RGB over white.
+
+    Args:
+        data: the whole file, in one of ``FORMATS``.
+        max_pixels: width times height from which the header alone rejects it.
+
+    Raises:
+        Rejected: "corrupt picture" (also: no picture at all), "decompression bomb",
+            "too small" (a side under ``MIN_SIDE`` pixels) or "unsupported pixel format".
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = _decode(data, max_pixels)
+        except Image.DecompressionBombError as error:
+            raise Rejected("decompression bomb") from error
+        except DAMAGE as error:
+            raise Rejected("corrupt picture") from error
+    changes = picture.changes
+    for warning in caught:
+        if not issubclass(warning.category, UserWarning):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif "read with a warning" not in changes:
+            changes += ("read with a warning",)
+    return Picture(picture.image, changes)
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of ``image``, its side the shorter side, resized to ``size`` pixels.
+
+    Bicubic with antialiasing; where the margin is odd, the larger half is right and below.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cropped first: resize(box=...) would let pixels from outside the square bleed in.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _decode(data: bytes, max_pixels: int) -> Picture:
+    Image.init()
+    # An older Pillow, or one built without a codec, fails on a format that it does not know.
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(data), formats=known) as image:
+        if image.width * image.height > max_pixels:
+            raise Rejected("decompression bomb")
+        if min(image.size) < MIN_SIDE:
+            raise Rejected("too small")
+        is_16_bit = _is_16_bit(image)
+        changes = ["16-bit"] if is_16_bit else []
+        if getattr(image, "is_animated", False):
+            changes.append("first of several frames")
+        image.load()
+        upright: Image.Image = image
+        transpose = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG, 1))
+        if transpose is not None:
+            # ImageOps.exif_transpose also rewrites the metadata and fails on what it cannot write.
+            upright = image.transpose(transpose)
+            changes.append("EXIF orientation")
+        return _to_rgb(upright, changes, is_16_bit=is_16_bit)
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether the file, not yet loaded, holds unsigned 16-bit samples."""
+    if image.format == "PPM" and image.mode == "I":
+        return True
+    layouts = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    return any(";16" in layout and ";16S" not in layout for layout in layouts)
+
+
+CONVERSIONS = {
+    "1": "1-bit",
+    "L": "greyscale",
+    "LA": "greyscale",
+    "La": "greyscale",
+    "P": "palette",
+    "PA": "palette",
+    "RGB": "",
+    "RGBA": "",
+    "RGBa": "",
+    "RGBX": "",
+    "CMYK": "CMYK",
+    "YCbCr": "YCbCr",
+    "HSV": "HSV",
+}
+
+
+def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> Picture:
+    transparency = image.info.get("transparency")
+    if is_16_bit and image.mode.startswith("I"):
+        image = _grey_from_16_bit(image, transparency)
+    # 32-bit and floating point pixels do not say which value is white.
+    if image.mode not in CONVERSIONS:
+        raise Rejected("unsupported pixel format")
+    if CONVERSIONS[image.mode]:
+        changes.append(CONVERSIONS[image.mode])
+    if image.has_transparency_data:
+        changes.append("alpha")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    elif isinstance(transparency, int) and is_16_bit:
+        changes.append("alpha")
+    return Picture(image.convert("RGB"), tuple(changes))
+
+
+def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
+    """65535 becomes 255, rounded; Pillow's own conversion clips at 255 instead."""
+    values = np.asarray(image).astype(np.int64)
+    if isinstance(transparency, int):
+        values[values == transparency] = 65535
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+@dataclass
+class Tally:
+    """How often, and the first ``NAMES_PER_REASON`` names."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.names) < NAMES_PER_REASON:
+            self.names.append(name)
+
+
+@dataclass
+class FunnelReport:
+    """What became of every row; a kept picture may have been converted in several ways."""
+
+    kept: int = 0
+    skipped: dict[str, Tally] = field(default_factory=dict)
+    converted: dict[str, Tally] = field(default_factory=dict)
+
+    def keep(self, name: str, changes: Sequence[str] = ()) -> None:
+        """Count a row that stays, and each of the changes that it took."""
+        self.kept += 1
+        for change in changes:
+            self.converted.setdefault(change, Tally()).add(_on_one_line(name))
+
+    def skip(self, name: str, reason: str) -> None:
+        """Count a row that is left out."""
+        self.skipped.setdefault(reason, Tally()).add(_on_one_line(name))
+
+    @property
+    def bad(self) -> int:
+        """The number of rows left out."""
+        return sum(tally.count for tally in self.skipped.values())
+
+    @property
+    def rows(self) -> int:
+        """The number of all rows."""
+        return self.kept + self.bad
+
+    @property
+    def bad_share(self) -> float:
+        """The share of rows left out, 0 to 1; 0 where there are no rows."""
+        return self.bad / self.rows if self.rows else 0.0
+
+    def require_few_bad(self, source: str, *, max_bad_share: float) -> None:
+        """Raise ``ValueError``, in one line, when more than ``max_bad_share`` was left out."""
+        if self.bad_share <= max_bad_share:
+            return
+        reasons = "; ".join(
+            f"{tally.count} {reason} ({_first(tally, 3)})"
+            for reason, tally in _commonest(self.skipped)
+        )
+        raise ValueError(
+            f"{source}: {self.bad} of {self.rows} rows are bad ({self.bad_share:.1%}), "
+            f"legal is at most max_bad_share = {max_bad_share:.1%}: {reasons}"
+        )
+
+    def summary(self) -> str:
+        """A line of totals, then a line for each reason, the commonest first."""
+        lines = [f"{self.rows} rows: {self.kept} kept, {self.bad} skipped ({self.bad_share:.1%})"]
+        for heading, tallies in (("skipped", self.skipped), ("converted", self.converted)):
+            for reason, tally in _commonest(tallies):
+                names = _first(tally, NAMES_PER_REASON)
+                lines.append(f"{heading}: {tally.count} {reason} ({names})")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same for JSON: totals, and ``{reason: {count, names}}`` of both kinds."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "bad_share": self.bad_share,
+            "skipped": _as_dict(self.skipped),
+            "converted": _as_dict(self.converted),
+        }
+
+
+def _commonest(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:
+    return sorted(tallies.items(), key=lambda item: (-item[1].count, item[0]))
+
+
+def _first(tally: Tally, number: int) -> str:
+    names = ", ".join(tally.names[:number])
+    return names + ", ..." if tally.count > number else names
+
+
+def _as_dict(tallies: dict[str, Tally]) -> dict[str, dict[str, object]]:
+    return {
+        reason: {"count": tally.count, "names": list(tally.names)}
+        for reason, tally in _commonest(tallies)
+    }
+
+
+def _on_one_line(name: str) -> str:
+    """A caption or path from a stranger's file may hold line ends and terminal controls."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in name)
+    return printable if len(printable) <= 120 else printable[:117] + "..."

@@ -1,0 +1,104 @@
+"""Russian for a world of shapes: declension, agreement, numerals and places.
+
+The words are asked for by their English names, which are those of ``rudolph.data.shapes``. To add
+a shape or a colour, add its row to ``NOUNS`` or ``ADJECTIVES``.
+"""
+
+_CASES = ("nominative", "genitive", "instrumental")
+_NOMINATIVE_PLURAL, _GENITIVE_PLURAL = 6, 7
+
+# masculine and feminine singular in the order of _CASES, then nominative and genitive plural
+_ENDINGS = {
+    "hard": "ый ого ым ая ой ой ые ых",
+    "stressed": "ой ого ым ая ой ой ые ых",
+    "soft": "ий его им яя ей ей ие их",
+    "velar": "ий ого им ая ой ой ие их",
+    "stressed velar": "ой ого им ая ой ой ие их",
+}
+ADJECTIVES = {
+    "red": ("красн", "hard"),
+    "green": ("зелён", "hard"),
+    "blue": ("син", "soft"),
+    "yellow": ("жёлт", "hard"),
+    "violet": ("фиолетов", "hard"),
+    "black": ("чёрн", "hard"),
+    "cyan": ("голуб", "stressed"),
+    "small": ("маленьк", "velar"),
+    "large": ("больш", "stressed velar"),
+}
+# gender; singular in the order of _CASES; genitive plural
+NOUNS = {
+    "circle": ("masculine", "круг круга кругом кругов"),
+    "square": ("masculine", "квадрат квадрата квадратом квадратов"),
+    "triangle": ("masculine", "треугольник треугольника треугольником треугольников"),
+    "cross": ("masculine", "крест креста крестом крестов"),
+    "star": ("feminine", "звезда звезды звездой звёзд"),
+}
+NUMERALS = {
+    "masculine": ("один", "два", "три", "четыре", "пять"),
+    "feminine": ("одна", "две", "три", "четыре", "пять"),
+}
+# the phrase between two objects, and the case of the second
+RELATIONS = {
+    "left": ("слева от", "genitive"),
+    "right": ("справа от", "genitive"),
+    "above": ("над", "instrumental"),
+    "below": ("под", "instrumental"),
+}
+_POSITIONS = (
+    ("слева сверху", "сверху", "справа сверху"),
+    ("слева", "в центре", "справа"),
+    ("слева снизу", "снизу", "справа снизу"),
+)
+
+
+def noun_phrase(*words: str, case: str = "nominative") -> str:
+    """Adjectives and, last, a noun, in the singular.
+
+    >>> noun_phrase("large", "blue", "star", case="instrumental")
+    'большой синей звездой'
+    """
+    *adjectives, noun = words
+    gender, forms = NOUNS[noun]
+    number = _CASES.index(case)
+    ending = number if gender == "masculine" else number + len(_CASES)
+    return " ".join([*(_adjective(word, ending) for word in adjectives), forms.split()[number]])
+
+
+def counted_phrase(number: int, colour: str, shape: str) -> str:
+    """One to five objects of a colour and a shape.
+
+    After 2, 3 and 4 the noun is a genitive singular, its adjective a plural.
+
+    >>> counted_phrase(3, "red", "circle"), counted_phrase(3, "red", "star")
+    ('три красных круга', 'три красные звезды')
+    """
+    gender, forms = NOUNS[shape]
+    numeral = NUMERALS[gender][number - 1]
+    if number == 1:
+        return f"{numeral} {noun_phrase(colour, shape)}"
+    if number >= 5:
+        return f"{numeral} {_adjective(colour, _GENITIVE_PLURAL)} {forms.split()[3]}"
+    ending = _GENITIVE_PLURAL if gender == "masculine" else _NOMINATIVE_PLURAL
+    return f"{numeral} {_adjective(colour, ending)} {forms.split()[1]}"
+
+
+def relation_phrase(first: str, relation: str, *second: str) -> str:
+    """A noun phrase, a relation and the words of a second noun phrase.
+
+    >>> relation_phrase("круг", "above", "green", "square")
+    'круг над зелёным квадратом'
+    """
+    phrase, case = RELATIONS[relation]
+    return f"{first} {phrase} {noun_phrase(*second, case=case)}"
+
+
+def position_phrase(row: int, column: int, *, grid: int) -> str:
+    """Where a cell is: one of nine places, or one of the four corners when ``grid`` is 2."""
+    step = 2 if grid == 2 else 1
+    return _POSITIONS[row * step][column * step]
+
+
+def _adjective(word: str, ending: int) -> str:
+    stem, paradigm = ADJECTIVES[word]
+    return stem + _ENDINGS[paradigm].split()[ending]

@@ -1,0 +1,78 @@
+"""What surrounds a run while it is executed: hardware, folders, tracking, progress, time."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rudolph.config import Run, RunConfig
+from rudolph.results.tracking import Tracker
+from rudolph.training.optim import OptimConfig
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How a run is executed, not what it asks: recorded, but outside its digest.
+
+    ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
+    ``precision`` is Lightning's name of one (None: the machine's own).
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str | None = None
+    micro_batch_size: int | None = None
+    num_workers: int = 0
+
+    def batches(self, optim: OptimConfig) -> tuple[int, int]:
+        """Examples of one micro-batch on one device, and micro-batches of one step."""
+        world = self.devices * self.num_nodes
+        micro = self.micro_batch_size or -(-optim.global_batch_size // world)
+        if optim.global_batch_size % (micro * world):
+            raise ValueError(
+                f"global_batch_size {optim.global_batch_size} must be a multiple of "
+                f"{world} devices times micro_batch_size {micro}"
+            )
+        return micro, optim.global_batch_size // (micro * world)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """``runs`` has one folder a run; ``cache`` what runs share; ``checkout`` is asked by git."""
+
+    checkout: Path
+    runs: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.runs / ".cache"
+
+
+@dataclass
+class Execution:
+    """One run being executed: where, on what, who is told, how long each stage took."""
+
+    run: Run
+    folder: Path
+    folders: Folders
+    hardware: Hardware
+    tracker: Tracker
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Times a stage and gives its ``advance(done, total, note)``."""
+        started = time.monotonic()
+        yield partial(self.progress, name)
+        self.seconds[name] = round(time.monotonic() - started, 3)

@@ -1,0 +1,147 @@
+"""The one place where all rooms meet: build, train, evaluate, record.
+
+A run goes through the stages of ``rudolph.stages``; here it gets its folder, its tracking, its
+summary and the record of what it ran on.
+"""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rudolph.config import Experiment, Run, plain, to_yaml
+from rudolph.evaluation.report_card import Score
+from rudolph.execution import Execution, Folders, Hardware, Progress
+from rudolph.results.tracking import Tracker, git_state
+from rudolph.stages import run_stages
+from rudolph.training.callbacks import NonFiniteLossError
+
+RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
+
+
+def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
+    """``runs/<experiment>/<run>-<digest>``: a changed file never meets an older run."""
+    return folders.runs / experiment.name / f"{run.name}-{run.config.digest[:8]}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a finished run."""
+    summary = folder / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
+
+
+def execute(
+    experiment: Experiment,
+    run: Run,
+    *,
+    folders: Folders,
+    hardware: Hardware,
+    uri: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Execute one run and return its summary.
+
+    Raises:
+        NonFiniteLossError: when a loss is NaN or infinite; the last checkpoint stays.
+        ValueError: for a mistake in the data or the hardware flags.
+    """
+    folder = run_folder(folders, experiment, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(run.config))
+    commit, dirty = git_state(folders.checkout)
+    summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
+    with Tracker(
+        folder,
+        uri,
+        experiment=experiment.name,
+        run=run.name,
+        digest=run.config.digest,
+        runs_folder=folders.runs,
+    ) as tracker:
+        tracker.log_params(plain(run.config))
+        tracker.log_artifact(folder / "config.yaml")
+        tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
+        execution = Execution(run, folder, folders, hardware, tracker, progress)
+        _write_summary(folder, summary, "running", execution)
+        try:
+            scores, digests = run_stages(execution)
+        except (NonFiniteLossError, ValueError, OSError):
+            _write_summary(folder, summary, "failed", execution)
+            raise
+        _add_scores(summary, scores)
+        tracker.log_metrics(summary["metrics"], step=run.config.decoder_optim.num_steps)
+        _write_environment(folder, commit, digests, hardware)
+        tracker.log_artifact(folder / "environment.json")
+        _write_summary(folder, summary, "finished", execution)
+        tracker.log_artifact(folder / "summary.json")
+    return summary
+
+
+def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    return {
+        "experiment": experiment.name,
+        "run": run.name,
+        "variant": run.variant,
+        "grid": dict(run.grid),
+        "seed": run.config.seed,
+        "digest": run.config.digest,
+        "target": dict(experiment.targets),
+        "metrics": {},
+        "intervals": {},
+        "chance": {},
+    }
+
+
+def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
+    for score in scores:
+        summary["metrics"][score.name] = score.value
+        summary["intervals"][score.name] = [score.low, score.high]
+        if score.chance is not None:
+            summary["chance"][score.name] = score.chance
+
+
+def _write_summary(
+    folder: Path, summary: dict[str, Any], status: str, execution: Execution
+) -> None:
+    content = summary | {"status": status, "seconds": execution.seconds}
+    new = folder / "summary.new"
+    new.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    os.replace(new, folder / "summary.json")
+
+
+def _write_environment(
+    folder: Path, commit: str, digests: dict[str, str], hardware: Hardware
+) -> None:
+    """What a number may depend on beside its configuration."""
+    content = {
+        "commit": commit,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in RECORDED},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
+        },
+        "hardware": plain(hardware),
+        "digests": digests,
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    (folder / "environment.json").write_text(text)
+
+
+def _processor() -> str:
+    """The processor's own name, which ``platform`` does not tell on Linux."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

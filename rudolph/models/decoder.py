@@ -1,0 +1,317 @@
+"""The masked decoder: one transformer over left text, image tokens and right text.
+
+``tokens -> embed -> layers (each with its mask) -> norms -> logits of text and image``
+
+Tokens are one int tensor in RUDOLPH's convention: 0 pads both texts, image ids start at 0, and
+the segment of a token is told by its position alone.
+
+Source: RuDOLPH, ``rudolph/model/model.py`` and ``transformer.py``; CogView (arXiv:2105.13290) for
+sandwich norms and PB-relax.
+
+Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.sequence.layout import PAD, SequenceLayout, Vocabulary
+from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
+
+PB_RELAX_SCALE = 32.0
+HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The transformer; lengths are the layout's and sizes of tables the vocabulary's.
+
+    ``layer_masks`` is tiled over the depth and the last layer takes ``last_layer_mask`` (null: no
+    mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
+    """
+
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_heads: int = 16
+    layer_masks: tuple[str, ...] = ("row", "column", "row", "conv(7)")
+    last_layer_mask: str | None = "conv(9)"
+    right_sees_left: bool = True
+    sandwich_norm: bool = True
+    pb_relax: bool = True
+    double_final_norm: bool = True
+    gelu: str = "tanh"
+    embedding_gradient: float = 0.1
+    attention_dropout: float = 0.1
+    output_dropout: float = 0.1
+    token_init_std: float = 1.0
+    position_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads ({self.num_heads}), "
+                f"got {self.hidden_size}"
+            )
+        if not self.layer_masks:
+            raise ValueError("layer_masks must name at least one mask")
+        self._check_masks("layer_masks", self.layer_masks)
+        if self.last_layer_mask is not None:
+            self._check_masks("last_layer_mask", (self.last_layer_mask,))
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu must be tanh or none (the exact one), got {self.gelu!r}")
+        for name in ("embedding_gradient", "attention_dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("token_init_std", "position_init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @staticmethod
+    def _check_masks(field: str, masks: tuple[str, ...]) -> None:
+        for mask in masks:
+            try:
+                parse_mask(mask)
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from error
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The mask of each layer, first to last."""
+        return layer_masks(self.layer_masks, self.last_layer_mask, self.num_layers)
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, in memory that is allocated once.
+
+    Args:
+        batch_size: the number of sequences that decode together.
+        like: a tensor of the device and dtype wanted.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, layout: SequenceLayout, *, batch_size: int, like: Tensor
+    ) -> None:
+        shape = (
+            config.num_layers,
+            batch_size,
+            config.num_heads,
+            layout.length,
+            config.hidden_size // config.num_heads,
+        )
+        self.keys = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of one layer; all of its keys and values, ``(B, N, T', H)``."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def repeat(self, num_samples: int) -> "KeyValueCache":
+        """The same prefix for several samples of each sequence, sample by sample."""
+        copy = object.__new__(KeyValueCache)
+        copy.keys = self.keys.repeat_interleave(num_samples, dim=1)
+        copy.values = self.values.repeat_interleave(num_samples, dim=1)
+        copy.length = self.length
+        return copy
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, pb_relax: bool, dropout: float
+) -> Tensor:
+    """Softmax attention of ``(B, N, T, H)`` tensors under a ``(T, T')`` bool mask.
+
+    PB-relax keeps float16 scores from overflowing: they are computed 32 times smaller, and the
+    row's maximum leaves before they grow back.  In float32 and bfloat16, and in a kernel that
+    keeps its scores in float32, it changes nothing but rounding and is left out.
+    """
+    # On CPU the fused kernel takes three times as long as plain products in half precision.
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    is_relaxed = pb_relax and query.dtype == torch.float16
+    query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
+    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    scores = query @ key.transpose(-1, -2) + bias  # (B, N, T, T')
+    if is_relaxed:
+        scores = (scores - scores.amax(-1, keepdim=True)) * PB_RELAX_SCALE
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+class Layer(nn.Module):
+    """One transformer layer: norm, attention, (norm,) add; norm, MLP, (norm,) add."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.attention_norm = nn.LayerNorm(size)
+        self.to_qkv = nn.Linear(size, 3 * size)
+        self.to_out = nn.Linear(size, size)
+        self.attention_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
+        self.mlp_norm = nn.LayerNorm(size)
+        self.mlp_in = nn.Linear(size, 4 * size)
+        self.mlp_out = nn.Linear(4 * size, size)
+        self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.output_dropout)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None, index: int = 0
+    ) -> Tensor:
+        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), mask, cache, index))
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.config.gelu)
+        return x + self.mlp_out_norm(self.dropout(self.mlp_out(hidden)))
+
+    def attend(self, x: Tensor, mask: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
+        batch, length, size = x.shape
+        qkv = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
+        if cache is not None:
+            key, value = cache.extend(index, key, value)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out = attention(
+            query, key, value, mask=mask, pb_relax=self.config.pb_relax, dropout=dropout
+        )
+        out = self.to_out(out.transpose(1, 2).reshape(batch, length, size))
+        # The reference clamps to the range of float16 in every precision.
+        return self.dropout(out.clamp(-HALF_MAX, HALF_MAX))
+
+
+class MaskedDecoder(nn.Module):
+    """Text-image-text transformer: ``model(tokens) -> logits``.
+
+    Args:
+        config: the transformer.
+        layout: lengths of the three segments.
+        vocabulary: sizes of the text and image tables.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, layout: SequenceLayout, vocabulary: Vocabulary
+    ) -> None:
+        super().__init__()
+        if vocabulary.num_left_paddings != layout.left_text_length:
+            raise ValueError(
+                f"num_left_paddings must equal left_text_length ({layout.left_text_length}), "
+                f"got {vocabulary.num_left_paddings}"
+            )
+        self.config, self.layout, self.vocabulary = config, layout, vocabulary
+        size = config.hidden_size
+        self.text_embedding = nn.Embedding(vocabulary.text_size, size)
+        self.image_embedding = nn.Embedding(vocabulary.image_size, size)
+        # One row more than positions: kept from ruDALL-E v2, so that released tables fit.
+        self.left_position = nn.Embedding(layout.left_text_length + 1, size)
+        self.right_position = nn.Embedding(layout.right_text_length + 1, size)
+        self.row_position = nn.Embedding(layout.image_tokens_per_dim, size)
+        self.column_position = nn.Embedding(layout.image_tokens_per_dim, size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(size)
+        self.logits_norm = nn.LayerNorm(size) if config.double_final_norm else nn.Identity()
+        self.to_logits = nn.Linear(size, vocabulary.size)
+        self.register_masks()
+        self.init_embeddings()
+
+    mask_tables: Tensor
+
+    def register_masks(self) -> None:
+        """One ``(T, T)`` table for each different mask, shared by its layers."""
+        names = list(dict.fromkeys(self.config.masks))
+        self.mask_of_layer = [names.index(name) for name in self.config.masks]
+        rules = [parse_mask(name) for name in names]
+        if not self.config.right_sees_left:
+            rules = [right_without_left(rule) for rule in rules]
+        tables = torch.stack([mask_table(rule, self.layout) for rule in rules])
+        self.register_buffer("mask_tables", tables, persistent=False)
+
+    def init_embeddings(self) -> None:
+        for table in (self.text_embedding, self.image_embedding):
+            nn.init.normal_(table.weight, std=self.config.token_init_std)
+        for table in (
+            self.left_position,
+            self.right_position,
+            self.row_position,
+            self.column_position,
+        ):
+            nn.init.normal_(table.weight, std=self.config.position_init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, T, V)`` of a sequence or a prefix of one, ``(B, T)``."""
+        hidden = self.hidden(tokens)
+        return self.to_logits(hidden)
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the head reads, ``(B, T, D)``; with a cache, tokens are only the new positions."""
+        return self.logits_norm(self.final_norm(self.run_layers(tokens, cache)))
+
+    def run_layers(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Output of the last layer before the final norms, ``(B, T, D)``."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        x = self.embed(tokens, start)
+        for index, layer in enumerate(self.layers):
+            mask = self.mask_tables[self.mask_of_layer[index], start:end, :end]
+            x = layer(x, mask, cache, index)
+        if cache is not None:
+            cache.length = end
+        return x
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the text vocabulary alone, ``(..., Vt)``."""
+        size = self.vocabulary.text_size
+        return F.linear(hidden, self.to_logits.weight[:size], self.to_logits.bias[:size])
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the image vocabulary alone, ``(..., Vi)``."""
+        size = self.vocabulary.text_size
+        return F.linear(hidden, self.to_logits.weight[size:], self.to_logits.bias[size:])
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Token plus position embeddings of the positions from ``start`` on, ``(B, T, D)``."""
+        end = start + tokens.shape[1]
+        if end > self.layout.length:
+            raise ValueError(f"a sequence has {self.layout.length} tokens, got {end}")
+        parts = [
+            embed(
+                tokens[:, max(low, start) - start : min(high, end) - start], max(low, start) - low
+            )
+            for low, high, embed in self._segments()
+            if max(low, start) < min(high, end)
+        ]
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        share = self.config.embedding_gradient
+        return x if share == 1 else share * x + (1 - share) * x.detach()
+
+    def pad_left_text(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Left text with each padding replaced by the padding id of its position."""
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        return torch.where(tokens == PAD, self.vocabulary.first_left_padding + positions, tokens)
+
+    def _segments(self) -> tuple[tuple[int, int, Callable[[Tensor, int], Tensor]], ...]:
+        """First position, end and embedding of each segment."""
+        layout = self.layout
+        return (
+            (0, layout.image_start, self._embed_left),
+            (layout.image_start, layout.right_text_start, self._embed_image),
+            (layout.right_text_start, layout.length, self._embed_right),
+        )
+
+    def _embed_left(self, tokens: Tensor, first: int) -> Tensor:
+        table = self.left_position.weight[first : first + tokens.shape[1]]
+        return self.text_embedding(self.pad_left_text(tokens, first)) + table
+
+    def _embed_image(self, tokens: Tensor, first: int) -> Tensor:
+        side = self.layout.image_tokens_per_dim
+        index = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        position = self.row_position(index // side) + self.column_position(index % side)
+        return self.image_embedding(tokens) + position
+
+    def _embed_right(self, tokens: Tensor, first: int) -> Tensor:
+        table = self.right_position.weight[first : first + tokens.shape[1]]
+        return self.text_embedding(tokens) + table

@@ -1,0 +1,299 @@
+"""From continuous latents to codes: every quantizer has one call shape.
+
+``quantizer(z) -> Quantized(z_q, indices, loss)`` and ``quantizer.codes(indices) -> z_q``; gradient
+reaches ``z`` through the straight-through estimator.  Usage is counted from the indices.
+
+To add a quantizer, write a class ``(QuantizerConfig)`` and name it in ``QUANTIZERS``.
+
+Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of codes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """The codebook.
+
+    ``beta`` weighs the commitment term.  ``decay`` and ``revive_below`` are of ``ema``: a code is
+    replaced by a latent of the batch when its running count falls below that share of the mean.
+    ``code_dim`` is the dimension of ``cosine``.  ``levels`` are of ``fsq``; their product is its
+    number of codes.  ``kl_weight`` and ``temperature`` are of ``gumbel``.
+    """
+
+    kind: str = "gumbel"
+    num_codes: int = 8192
+    embedding_dim: int = 256
+    beta: float = 0.25
+    decay: float = 0.99
+    revive_below: float = 0.1
+    code_dim: int = 8
+    levels: tuple[int, ...] = (8, 8, 8, 6, 5)
+    kl_weight: float = 1e-8
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in QUANTIZERS:
+            raise ValueError(f"kind must be one of {', '.join(QUANTIZERS)}, got {self.kind!r}")
+        for name in ("num_codes", "embedding_dim", "code_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kind == "fsq" and math.prod(self.levels) != self.num_codes:
+            raise ValueError(
+                f"num_codes must be the product of levels ({math.prod(self.levels)}) for fsq, "
+                f"got {self.num_codes}"
+            )
+        if min(self.levels, default=0) < 2:
+            raise ValueError(f"levels must each be at least 2, got {list(self.levels)}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {self.decay}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+
+class Quantized(NamedTuple):
+    """``z_q`` (B, E, H, W), ``indices`` (B, H, W) int64 and the quantizer's own scalar loss."""
+
+    z_q: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the nearest code of each vector by squared distance, ``(M,)``."""
+    # |v|^2 is the same for every code and is left out.
+    distances = codebook.pow(2).sum(1) - 2 * vectors @ codebook.t()  # (M, K)
+    return distances.argmin(1)
+
+
+def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    return z + (z_q - z).detach()
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code; codebook and commitment loss (van den Oord 2017), beta on commitment."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.num_codes, config.embedding_dim)
+        bound = 1 / config.num_codes
+        nn.init.uniform_(self.embedding.weight, -bound, bound)
+
+    def forward(self, z: Tensor) -> Quantized:
+        indices = self.indices(z)
+        z_q = self.codes(indices)
+        loss = F.mse_loss(z_q, z.detach()) + self.config.beta * F.mse_loss(z, z_q.detach())
+        return Quantized(straight_through(z, z_q), indices, loss)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return _nearest_map(z, self.embedding.weight)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.embedding(indices).movedim(-1, 1)
+
+
+class ExponentialMovingAverageQuantizer(nn.Module):
+    """The codebook follows the mean of its latents; codes that die are revived from the batch.
+
+    Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    is_started: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        codebook = torch.randn(config.num_codes, config.embedding_dim)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("counts", torch.ones(config.num_codes))
+        self.register_buffer("sums", codebook.clone())
+        self.register_buffer("is_started", torch.tensor(False))
+
+    def forward(self, z: Tensor) -> Quantized:
+        vectors = z.detach().movedim(1, -1).flatten(0, -2).float()
+        if self.training and not self.is_started:
+            self._replace(torch.arange(self.config.num_codes, device=z.device), vectors)
+            self.is_started.fill_(True)
+        indices = self.indices(z)
+        z_q = self.codes(indices).to(z.dtype)
+        if self.training:
+            self.follow(vectors, indices.flatten())
+        loss = self.config.beta * F.mse_loss(z, z_q)
+        return Quantized(straight_through(z, z_q), indices, loss)
+
+    @torch.no_grad()
+    def follow(self, vectors: Tensor, indices: Tensor) -> None:
+        """Move the codes towards their ``vectors`` (M, E) and revive the dead ones."""
+        counts = torch.bincount(indices, minlength=self.config.num_codes).to(self.counts)
+        sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+        self.counts.lerp_(counts, 1 - self.config.decay)
+        self.sums.lerp_(sums, 1 - self.config.decay)
+        total = self.counts.sum()
+        smooth = (self.counts + 1e-5) / (total + self.config.num_codes * 1e-5) * total
+        self.codebook.copy_(self.sums / smooth[:, None])
+        is_dead = self.counts < self.config.revive_below * total / self.config.num_codes
+        self._replace(is_dead.nonzero().flatten(), vectors)
+
+    def _replace(self, codes: Tensor, vectors: Tensor) -> None:
+        chosen = torch.randint(len(vectors), (len(codes),), device=vectors.device)
+        self.codebook[codes] = vectors[chosen]
+        self.sums[codes] = vectors[chosen]
+        self.counts[codes] = self.counts.mean()
+        self.sums[codes] *= self.counts[codes, None]
+
+    def indices(self, z: Tensor) -> Tensor:
+        return _nearest_map(z, self.codebook)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.codebook[indices].movedim(-1, 1)
+
+
+class CosineQuantizer(nn.Module):
+    """Nearest direction in few dimensions: latents and codes are l2-normalised.
+
+    Source: ViT-VQGAN (arXiv:2110.04627), section 3.2; LlamaGen (arXiv:2406.06525).
+    """
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.to_code = nn.Conv2d(config.embedding_dim, config.code_dim, 1)
+        self.from_code = nn.Conv2d(config.code_dim, config.embedding_dim, 1)
+        self.codebook = nn.Parameter(F.normalize(torch.randn(config.num_codes, config.code_dim)))
+
+    def forward(self, z: Tensor) -> Quantized:
+        direction = F.normalize(self.to_code(z), dim=1)
+        indices = _nearest_map(direction, F.normalize(self.codebook))
+        code = self._directions(indices)
+        loss = F.mse_loss(code, direction.detach())
+        loss = loss + self.config.beta * F.mse_loss(direction, code.detach())
+        return Quantized(self.from_code(straight_through(direction, code)), indices, loss)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return _nearest_map(F.normalize(self.to_code(z), dim=1), F.normalize(self.codebook))
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.from_code(self._directions(indices))
+
+    def _directions(self, indices: Tensor) -> Tensor:
+        return F.normalize(self.codebook[indices], dim=-1).movedim(-1, 1)
+
+
+class GumbelQuantizer(nn.Module):
+    """A categorical draw in training, its argmax otherwise; KL to the uniform prior.
+
+    Source: taming-transformers, ``GumbelQuantize``; rudalle draws in evaluation too, here a code
+    is the argmax unless ``sample`` is called.
+    """
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.proj = nn.Conv2d(config.embedding_dim, config.num_codes, 1)
+        self.embed = nn.Embedding(config.num_codes, config.embedding_dim)
+
+    def forward(self, z: Tensor) -> Quantized:
+        logits = self.proj(z)  # (B, K, H, W)
+        if self.training:
+            choice = F.gumbel_softmax(logits, tau=self.config.temperature, hard=True, dim=1)
+        else:
+            choice = F.one_hot(logits.argmax(1), self.config.num_codes).movedim(-1, 1).to(z.dtype)
+        z_q = torch.einsum("bkhw,ke->behw", choice, self.embed.weight)
+        log_q = logits.float().log_softmax(1)
+        kl = (log_q.exp() * (log_q + math.log(self.config.num_codes))).sum(1).mean()
+        return Quantized(z_q, choice.argmax(1), self.config.kl_weight * kl)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return self.proj(z).argmax(1)
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Codes drawn from the softmax of their logits, ``(B, H, W)``."""
+        weights = self.proj(z).float().softmax(1).movedim(1, -1)
+        drawn = torch.multinomial(weights.flatten(0, -2), 1, generator=generator)
+        return drawn.view(weights.shape[:-1])
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.embed(indices).movedim(-1, 1)
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Each of a few channels is bounded and rounded to one of its levels; no codebook, no loss.
+
+    Source: arXiv:2309.15505, section 3 and appendix A.
+    """
+
+    levels: Tensor
+    basis: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels, persistent=False)
+        basis = torch.cat([torch.ones(1, dtype=torch.long), levels[:-1].cumprod(0)])
+        self.register_buffer("basis", basis, persistent=False)
+        self.to_code = nn.Conv2d(config.embedding_dim, len(levels), 1)
+        self.from_code = nn.Conv2d(len(levels), config.embedding_dim, 1)
+
+    def forward(self, z: Tensor) -> Quantized:
+        bounded = self._bound(self.to_code(z))
+        digits = straight_through(bounded, bounded.round())
+        loss = torch.zeros((), device=z.device)
+        return Quantized(self._expand(digits), self._to_indices(bounded.round()), loss)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return self._to_indices(self._bound(self.to_code(z)).round())
+
+    def codes(self, indices: Tensor) -> Tensor:
+        digits = indices[..., None] // self.basis % self.levels - self.levels // 2
+        return self._expand(digits.movedim(-1, 1).to(self.from_code.weight.dtype))
+
+    def _bound(self, z: Tensor) -> Tensor:
+        # An even number of levels has no middle, so the range is shifted by half a level.
+        half = (self.levels - 1).to(torch.float32) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        shift = (offset / half).atanh()
+        return (z.float() + _channels(shift)).tanh() * _channels(half) - _channels(offset)
+
+    def _expand(self, digits: Tensor) -> Tensor:
+        return self.from_code(digits / _channels(self.levels // 2))
+
+    def _to_indices(self, digits: Tensor) -> Tensor:
+        positive = digits.long() + _channels(self.levels // 2)
+        return (positive * _channels(self.basis)).sum(1)
+
+
+def codebook_usage(counts: Tensor) -> tuple[float, float]:
+    """Share of codes that occur and their perplexity, exp of the entropy, from counts (K,)."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+def _nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
+    vectors = z.movedim(1, -1)  # (B, H, W, E)
+    found = nearest(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
+    return found.view(vectors.shape[:-1])
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector[None, :, None, None]
+
+
+QUANTIZERS = {
+    "vq": VectorQuantizer,
+    "ema": ExponentialMovingAverageQuantizer,
+    "cosine": CosineQuantizer,
+    "gumbel": GumbelQuantizer,
+    "fsq": FiniteScalarQuantizer,
+}

@@ -1,0 +1,269 @@
+"""The image tokenizer: encoder, quantizer, decoder.
+
+``images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images``
+
+Names of modules are taming-transformers', so that its checkpoints' keys are ours.
+
+Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py``.
+
+Shapes: B batch, C channels, H and W pixels; a grid of latents is H / factor by W / factor.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.models.quantizers import QUANTIZERS, QuantizerConfig
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """``channels`` has one entry a level; each level but the last halves the picture.
+
+    ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
+    every residual block is followed by attention.  The defaults are Sber's.
+    """
+
+    resolution: int = 256
+    channels: tuple[int, ...] = (128, 128, 256, 512)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (32,)
+    z_channels: int = 256
+    dropout: float = 0.0
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels must be positive, got {list(self.channels)}")
+        if self.num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks must be at least 1, got {self.num_res_blocks}")
+        if self.resolution < self.factor or self.resolution % self.factor:
+            raise ValueError(
+                f"resolution must be a multiple of the factor {self.factor} that "
+                f"{len(self.channels)} channels give, got {self.resolution}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side of a token spans."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        return tuple(self.resolution // 2**level for level in range(len(self.channels)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as in the reference, or fewer where channels do not divide by 32."""
+    groups = next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """``(B, C_in, H, W) -> (B, C_out, H, W)``."""
+
+    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = group_norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return shortcut + hidden
+
+
+class AttentionBlock(nn.Module):
+    """One head over all cells of the feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)
+        query, key, value = (
+            layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
+        )  # each (B, 1, H * W, C)
+        out = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Padded right and below only, as in the reference.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each with its attention, then the change of size."""
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, channels: list[int], *, has_attention: bool, dropout: float) -> None:
+        super().__init__()
+        pairs = itertools.pairwise(channels)
+        self.block = nn.ModuleList(ResnetBlock(first, then, dropout) for first, then in pairs)
+        attention = (AttentionBlock(size) for size in channels[1:])
+        self.attn = nn.ModuleList(attention if has_attention else ())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """``(B, 3, H, W)`` in [-1, 1] to latents ``(B, z_channels, H / factor, W / factor)``."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        first, last = config.channels[0], config.channels[-1]
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, channels in enumerate(config.channels):
+            before = config.channels[max(index - 1, 0)]
+            level = Level(
+                [before] + [channels] * config.num_res_blocks,
+                has_attention=config.resolutions[index] in config.attention_resolutions,
+                dropout=config.dropout,
+            )
+            if index < len(config.channels) - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = Middle(last, config.dropout)
+        self.norm_out = group_norm(last)
+        self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # A picture may come channels-last, in which GroupNorm on CPU is several times slower.
+        x = self.conv_in(images.contiguous())
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents ``(B, z_channels, h, w)`` to pictures ``(B, 3, h * factor, w * factor)``."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        first, last = config.channels[0], config.channels[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, last, 3, padding=1)
+        self.mid = Middle(last, config.dropout)
+        self.up = nn.ModuleList()
+        for index, channels in enumerate(config.channels):
+            before = config.channels[min(index + 1, len(config.channels) - 1)]
+            level = Level(
+                [before] + [channels] * (config.num_res_blocks + 1),
+                has_attention=config.resolutions[index] in config.attention_resolutions,
+                dropout=config.dropout,
+            )
+            if index > 0:
+                level.upsample = Upsample(channels)
+            self.up.append(level)
+        self.norm_out = group_norm(first)
+        self.conv_out = nn.Conv2d(first, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Reconstruction(NamedTuple):
+    """``images`` (B, 3, H, W) in [-1, 1], not clamped; ``indices`` (B, h, w); quantizer loss."""
+
+    images: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class VQGAN(nn.Module):
+    """Pictures to indices of a codebook and back."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.quantizer.embedding_dim
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, size, 1)
+        self.quantize: Any = QUANTIZERS[config.quantizer.kind](config.quantizer)
+        self.post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Reconstruct ``(B, 3, H, W)`` pictures in [-1, 1]."""
+        quantized = self.quantize(self.quant_conv(self.encoder(images)))
+        decoded = self.decoder(self.post_quant_conv(quantized.z_q))
+        return Reconstruction(decoded, quantized.indices, quantized.loss)
+
+    @torch.no_grad()
+    def encode_indices(self, images: Tensor) -> Tensor:
+        """Indices ``(B, I)``, row-major, of pictures ``(B, 3, H, W)`` in [0, 1]."""
+        height, width = images.shape[-2:]
+        if height % self.config.factor or width % self.config.factor:
+            raise ValueError(
+                f"height and width must be multiples of {self.config.factor}, "
+                f"got {height} x {width}"
+            )
+        z = self.quant_conv(self.encoder(2 * images - 1))
+        return self.quantize.indices(z).flatten(1)
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:
+        """Pictures in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
+
+        Raises:
+            ValueError: when the indices do not fill a rectangle of that height.
+        """
+        rows = height or round(indices.shape[1] ** 0.5)
+        if indices.shape[1] % rows or (height is None and rows * rows != indices.shape[1]):
+            raise ValueError(f"{indices.shape[1]} indices do not fill {rows} rows")
+        codes = self.quantize.codes(indices.view(indices.shape[0], rows, -1))
+        return ((self.decoder(self.post_quant_conv(codes)) + 1) / 2).clamp(0, 1)

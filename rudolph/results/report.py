@@ -1,0 +1,210 @@
+"""The pages of ``results/``: what a report shows, and the Markdown made from its CSV files.
+
+Text written by hand stands around two markers; what is between them is made here, from
+``report.json`` and ``runs.csv`` alone.
+"""
+
+import glob
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
+BOUNDS = ("low", "high", "chance", "target")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a report, see ``figures.FIGURES`` for the kinds.
+
+    ``y`` metrics, one panel each; ``x`` the column along the axis; ``by`` tells variants apart.
+    """
+
+    kind: str
+    y: tuple[str, ...]
+    x: str = "step"
+    by: str = "variant"
+
+    @property
+    def file(self) -> str:
+        """``curves-val-loss-image.svg``: kind, metrics and axis."""
+        axis = [] if self.x == "step" else [self.x]
+        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, *self.y, *axis])) + ".svg"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the README of an experiment shows.
+
+    Args:
+        source: the experiment file, relative to the checkout.
+        rows: columns of ``runs.csv`` whose values make the rows of the table.
+        columns: its metrics; none means all of them.
+    """
+
+    experiment: str
+    title: str
+    question: str
+    source: str
+    rows: tuple[str, ...] = ("variant",)
+    columns: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+
+def read_report(folder: Path) -> Report:
+    """The report that an experiment's folder was exported with."""
+    fields = json.loads((folder / "report.json").read_text("utf-8"))
+    figures = [
+        Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
+        for figure in fields.pop("figures")
+    ]
+    fields |= {name: tuple(fields[name]) for name in ("rows", "columns")}
+    return Report(**fields, figures=tuple(figures))
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """``runs.csv``: one row a finished run; digests and commits are text."""
+    texts = dict.fromkeys(("run", "variant", "digest", "commit"), "string")
+    return pd.read_csv(folder / "runs.csv", dtype=texts)
+
+
+def read_curves(folder: Path) -> pd.DataFrame:
+    """``curves.csv``, a row a point, with what ``runs.csv`` knows of the run beside it."""
+    curves = pd.read_csv(folder / "curves.csv", dtype={"run": "string", "metric": "string"})
+    runs = read_runs(folder)
+    beside = runs[[name for name in runs if name not in ("metric", "step", "value")]]
+    return curves.merge(beside, on="run", how="left", validate="many_to_one")
+
+
+def experiment_page(folder: Path) -> str:
+    """The generated part of an experiment's README: question, cost, table, figures, samples."""
+    report, runs = read_report(folder), read_runs(folder)
+    minutes = runs["seconds"].sum() / 60
+    lines = [
+        f"**Question.** {' '.join(report.question.split())}",
+        "",
+        f"`{report.source}`, {len(runs)} runs, {minutes:.3g} minutes, commit {_commits(runs)}.",
+        "",
+        *_table(report, runs),
+    ]
+    for figure in report.figures:
+        lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
+    for sample in _shown_samples(folder, runs):
+        lines += ["", f"![{sample.stem}](samples/{sample.name})"]
+    return "\n".join(lines)
+
+
+def _table(report: Report, runs: pd.DataFrame) -> list[str]:
+    names = list(runs.columns)
+    after = names[names.index("seconds") + 1 :]
+    bounds = {f"{metric}_{bound}" for metric in after for bound in BOUNDS}
+    metrics = report.columns or tuple(name for name in after if name not in bounds)
+    missing = [name for name in (*report.rows, *metrics) if name not in names]
+    if missing:
+        raise ValueError(f"report.table: no column {missing[0]!r}; there are {', '.join(names)}")
+    head = [*report.rows, "runs", *metrics]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for key, group in runs.groupby(list(report.rows), sort=True, dropna=False):
+        cells = [*(cell(part) for part in key), str(len(group))]
+        lines.append(table_row([*cells, *(_spread(group, metric) for metric in metrics)]))
+    chances = [_only(runs, f"{metric}_chance") for metric in metrics]
+    if any(chances):
+        lines.append(table_row(["_chance_", *[""] * len(report.rows), *chances]))
+    return [*lines, "", "Several runs: mean ± standard deviation.  One run: value [interval]."]
+
+
+def _only(runs: pd.DataFrame, column: str) -> str:
+    """The one value of a column, nothing when there are several or none."""
+    values = set(runs[column].dropna()) if column in runs else set()
+    return f"{values.pop():.4g}" if len(values) == 1 else ""
+
+
+def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
+    """The pictures of the first run of each variant: a page shows few, the folder has all."""
+    first = runs.sort_values("run").groupby("variant", sort=True)["run"].first()
+    samples = folder / "samples"
+    return [path for run in first for path in sorted(samples.glob(f"{glob.escape(run)}-*.png"))]
+
+
+def _spread(group: pd.DataFrame, metric: str) -> str:
+    values = group[metric].dropna()
+    if values.empty:
+        return ""
+    if len(values) > 1:
+        return f"{values.mean():.4g} ± {values.std():.2g}"
+    row = group.loc[values.index[0]]
+    low, high = (row.get(f"{metric}_{bound}", float("nan")) for bound in ("low", "high"))
+    return f"{values.iloc[0]:.4g}" + ("" if pd.isna(low) else f" [{low:.4g}, {high:.4g}]")
+
+
+def index_page(results_folder: Path) -> str:
+    """The generated part of ``results/README.md``: a row an experiment."""
+    head = ["experiment", "question", "answer", "runs", "minutes", "commit"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for folder in experiment_folders(results_folder):
+        report, runs = read_report(folder), read_runs(folder)
+        name = folder.relative_to(results_folder).as_posix()
+        link = f"[{report.title}]({name}/README.md)<br>`{name}`"
+        cells = [link, report.question, answer(folder / "README.md"), str(len(runs))]
+        lines.append(table_row([*cells, f"{runs['seconds'].sum() / 60:.3g}", _commits(runs)]))
+    return "\n".join(lines)
+
+
+def experiment_folders(results_folder: Path) -> list[Path]:
+    """The folders of the exported experiments, in the order of their names."""
+    return sorted(path.parent for path in results_folder.rglob("report.json"))
+
+
+def answer(readme: Path) -> str:
+    """The first sentence of the text written by hand; empty while there is none."""
+    by_hand = readme.read_text("utf-8").partition(BEGIN)[0]
+    paragraphs = [part.strip() for part in by_hand.split("\n\n")]
+    texts = [part for part in paragraphs if part and not part.startswith("#")]
+    if not texts or texts[0] == UNANSWERED:
+        return ""
+    text = " ".join(texts[0].split())
+    sentence = re.match(r".+?[.!?](?=\s|$)", text)
+    return sentence[0] if sentence else text
+
+
+def replace_generated(page: str, generated: str) -> str:
+    """The page with what stands between its markers replaced; markers are added if missing."""
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2].strip()
+    end = f"{END}\n\n{after}" if after else END
+    return f"{before.rstrip()}\n\n{BEGIN}\n{generated}\n{end}\n"
+
+
+def generated_part(readme: Path) -> str:
+    """What stands between the markers."""
+    return readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; bars and line ends in the cells do no harm."""
+    return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
+
+
+def _commits(runs: pd.DataFrame) -> str:
+    return ", ".join(f"`{commit[:10]}`" for commit in sorted(runs["commit"].unique()))
+
+
+def cell(value: object) -> str:
+    """A value as the CSV files and tables have it: floats with six digits, no value empty."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return (
+        str(value)
+        if isinstance(value, str | int | np.integer)
+        else json.dumps(value, ensure_ascii=False)
+    )

@@ -1,0 +1,258 @@
+"""``results/``: what stays of an experiment, readable without a server and checked by redrawing.
+
+    results/README.md                index of all experiments
+    results/<experiment>/README.md   the answer, written by hand; tables between two markers
+      report.json                    title, question, and what table and figures to make
+      runs.csv, curves.csv           one row a finished run; thinned curves
+      configs/<run>.yaml, samples/<run>-*.png, environment.json
+      figures/*.svg                  drawn from the CSV files beside them and nothing else
+
+``configs``, ``samples`` and ``figures`` are made anew by every export: keep nothing else in them.
+Equal runs give equal bytes.
+"""
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rudolph.results.journal import JOURNAL, read_journal
+from rudolph.results.report import (
+    BOUNDS,
+    UNANSWERED,
+    Report,
+    answer,
+    cell,
+    experiment_folders,
+    experiment_page,
+    generated_part,
+    index_page,
+    read_curves,
+    read_report,
+    read_runs,
+    replace_generated,
+)
+
+INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
+POINTS_OF_A_CURVE = 200
+_BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
+FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
+
+
+def export(
+    runs_folder: Path,
+    results_folder: Path,
+    *,
+    report: Report,
+    digests: Collection[str] | None = None,
+) -> Path:
+    """Write ``results/<experiment>`` from the finished runs; the text written by hand stays.
+
+    Args:
+        digests: of the runs that belong to the experiment as it is now; None means all.
+
+    Returns the folder.  ``ValueError`` when no run has finished.
+    """
+    finished = _finished(runs_folder / report.experiment, digests)
+    if not finished:
+        raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
+    folder = results_folder / report.experiment
+    for name in ("configs", "samples", "figures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+    _write(folder / "report.json", json.dumps(asdict(report), ensure_ascii=False, indent=1) + "\n")
+    _write(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
+    _write(folder / "curves.csv", _csv(_curve_rows(finished)))
+    _write(folder / "environment.json", _environments(finished))
+    for run_folder, summary in finished:
+        shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
+        for sample in _last_samples(run_folder / "samples"):
+            shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
+    redraw(results_folder, experiment=report.experiment)
+    readme = folder / "README.md"
+    new = f"# {report.title}\n\n{UNANSWERED}\n"
+    by_hand = readme.read_text("utf-8") if readme.exists() else new
+    _write(readme, replace_generated(by_hand, experiment_page(folder)))
+    return folder
+
+
+def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
+    """Draw the figures of one experiment, or of all, from their CSV files; the files drawn."""
+    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
+    return [path for folder in folders for path in _draw(folder, folder / "figures")]
+
+
+def write_index(results_folder: Path) -> Path:
+    """Write the table of ``results/README.md``; text around its markers stays."""
+    path = results_folder / "README.md"
+    by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
+    _write(path, replace_generated(by_hand, index_page(results_folder)))
+    return path
+
+
+def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) -> list[str]:
+    """What is wrong with the results, a line each; none when all is as an export left it.
+
+    Args:
+        digest: computes the digest of a configuration file, to compare with ``runs.csv``.
+    """
+    tables = {path.parent for path in results_folder.rglob("runs.csv")}
+    folders = sorted(tables | set(experiment_folders(results_folder)))
+    problems = [line for folder in folders for line in _check(folder, digest)]
+    if not problems:
+        index = results_folder / "README.md"
+        if not index.exists() or index_page(results_folder) != generated_part(index):
+            problems.append(f"{index}: the index is not what the folders say; write it again")
+    return problems
+
+
+def _finished(folder: Path, digests: Collection[str] | None) -> list[tuple[Path, dict[str, Any]]]:
+    found = []
+    for path in sorted(folder.glob("*/summary.json")):
+        summary = json.loads(path.read_text("utf-8"))
+        if summary["status"] == "finished" and (digests is None or summary["digest"] in digests):
+            found.append((path.parent, summary))
+    return found
+
+
+def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    grid = sorted({name for summary in summaries for name in summary.get("grid", {})})
+    metrics = sorted({name for summary in summaries for name in summary["metrics"]})
+    rows = [_run_row(summary) for summary in summaries]
+    given = {name for row in rows for name in row}
+    values = [f"{metric}{bound}" for metric in metrics for bound in ("", *_BOUND_ENDS)]
+    header = [*FIXED[:2], *grid, *FIXED[2:], *(name for name in values if name in given)]
+    yield header
+    for row in sorted(rows, key=lambda row: str(row["run"])):
+        yield [cell(row.get(name)) for name in header]
+
+
+def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: summary[name] for name in FIXED[:-1]}
+    row |= {"seconds": float(sum(summary["seconds"].values()))}
+    row |= summary.get("grid", {}) | summary["metrics"]
+    for name, (low, high) in summary.get("intervals", {}).items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    for bound in ("chance", "target"):
+        row |= {f"{name}_{bound}": value for name, value in summary.get(bound, {}).items()}
+    return row
+
+
+def _curve_rows(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[list[str]]:
+    yield ["run", "metric", "step", "value"]
+    for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
+        points: dict[str, dict[int, float]] = {}
+        for _, record in read_journal(folder / JOURNAL):
+            # A run that was continued repeats steps: the later value is the one that counted.
+            for name, value in record.get("metrics", {}).items():
+                points.setdefault(name, {})[record["step"]] = value
+        for name, curve in sorted(points.items()):
+            for step, value in _thinned(sorted(curve.items())):
+                yield [summary["run"], name, str(step), cell(value)]
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``POINTS_OF_A_CURVE`` evenly chosen points, the first and the last among them."""
+    last, most = len(points) - 1, POINTS_OF_A_CURVE - 1
+    if last <= most:
+        return points
+    return [points[(number * last + most // 2) // most] for number in range(most + 1)]
+
+
+def _csv(rows: Iterator[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+    """Each environment once, with the runs that were made in it."""
+    runs_of: dict[str, list[str]] = {}
+    for folder, summary in finished:
+        environment = json.loads((folder / "environment.json").read_text("utf-8"))
+        key = json.dumps(environment, sort_keys=True, ensure_ascii=False)
+        runs_of.setdefault(key, []).append(summary["run"])
+    entries = [{"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of.items()]
+    entries.sort(key=lambda entry: str(entry["runs"]))
+    return json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
+
+
+def _last_samples(folder: Path) -> list[Path]:
+    """Of pictures whose names differ in the number at their end, the last; all others."""
+    series: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.png")):
+        stem = path.stem.rstrip("0123456789")
+        series.setdefault(stem, []).append((int(path.stem[len(stem) :] or 0), path))
+    return [max(pictures)[1] for _, pictures in sorted(series.items())]
+
+
+def _draw(folder: Path, target: Path) -> list[Path]:
+    # Drawing needs matplotlib; exporting tables and checking texts does not wait for it.
+    from rudolph.results.figures import FIGURES
+
+    drawn = []
+    for figure in read_report(folder).figures:
+        if figure.kind not in FIGURES:
+            raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
+        frame = read_curves(folder) if figure.kind == "curves" else read_runs(folder)
+        path = target / figure.file
+        FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
+        drawn.append(path)
+    return drawn
+
+
+def _check(folder: Path, digest: Callable[[Path], str] | None) -> Iterator[str]:
+    needed = ("report.json", "README.md", "runs.csv", "curves.csv", "environment.json")
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        yield f"{folder}: {', '.join(missing)} missing"
+        return
+    runs = read_runs(folder)
+    yield from _check_runs(folder, runs, digest)
+    try:
+        yield from _check_figures(folder)
+        if generated_part(folder / "README.md") != experiment_page(folder):
+            yield f"{folder}/README.md: the generated part is not what runs.csv says; export again"
+    except ValueError as error:
+        yield f"{folder}: {error}"
+    if not answer(folder / "README.md"):
+        yield f"{folder}/README.md: no answer is written above the generated part"
+
+
+def _check_runs(
+    folder: Path, runs: pd.DataFrame, digest: Callable[[Path], str] | None
+) -> Iterator[str]:
+    configs = {path.stem: path for path in (folder / "configs").glob("*.yaml")}
+    names = set(runs["run"])
+    for name in sorted(names ^ set(configs)):
+        place = "runs.csv" if name in configs else "configs"
+        yield f"{folder}: run {name} is missing in {place}"
+    for name in sorted(set(pd.read_csv(folder / "curves.csv", dtype=str)["run"]) - names):
+        yield f"{folder}/curves.csv: run {name} is missing in runs.csv"
+    for row in runs.to_dict("records"):
+        if row["dirty"] or row["commit"] == "unknown":
+            yield f"{folder}: run {row['run']} was made with code that its commit does not name"
+        config = configs.get(row["run"])
+        if digest is not None and config is not None and digest(config) != row["digest"]:
+            yield f"{config}: its digest is not the one in runs.csv"
+
+
+def _check_figures(folder: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as drawn:
+        expected = {path.name: path.read_bytes() for path in _draw(folder, Path(drawn))}
+    found = {path.name: path.read_bytes() for path in (folder / "figures").glob("*")}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            yield f"{folder}/figures/{name}: is not what the CSV files draw; redraw it"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8", newline="\n")

@@ -1,0 +1,73 @@
+"""Which next tokens may be drawn, and the draw.
+
+The order is fixed: temperature, then top-k, then top-p, as in ru-dolph and LlamaGen.  Other
+repositories filter in other orders, so their top-p numbers are not comparable with these.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSamplingConfig:
+    """How a next token is drawn.  ``None`` turns a filter off; 0 is an error, not "off".
+
+    ``guidance`` is the scale s of classifier-free guidance, ``u + s (c - u)`` on logits; greedy
+    decoding is ``top_k`` 1.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be above 0 (greedy is top_k 1), got {self.temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or null, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] or null, got {self.top_p}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
+
+
+def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
+    """Logits ``(B, V)`` over temperature, with what may not be drawn at minus infinity."""
+    logits = logits / config.temperature
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        # Scatter, not compare with the k-th value: ties would keep more than k.
+        values, kept = logits.topk(config.top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, values)
+    if config.top_p is not None and config.top_p < 1:
+        values, order = logits.sort(descending=True)
+        shares = values.softmax(-1)
+        # The token that crosses top_p is kept: what counts is the mass before it.
+        is_dropped = shares.cumsum(-1) - shares > config.top_p
+        values = values.masked_fill(is_dropped, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, values)
+    return logits
+
+
+def draw(logits: Tensor, config: TokenSamplingConfig, uniform: Tensor) -> Tensor:
+    """One token a row, ``(B,)``, by inverting the distribution function at ``uniform`` (B,).
+
+    A row depends on its own number alone, so a sample is the same in a batch of any size.
+    """
+    shares = filter_logits(logits.float(), config).softmax(-1)
+    steps = shares.cumsum(-1)
+    drawn = torch.searchsorted(steps, uniform[:, None] * steps[:, -1:], right=True)
+    # Rounding can carry a draw past the last token of weight above 0.
+    last = shares.shape[-1] - 1 - (shares > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return torch.minimum(drawn, last).squeeze(-1)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """``u + s (c - u)`` (Ho and Salimans 2022): 1 is no guidance, 0 no condition."""
+    return unconditional + scale * (conditional - unconditional)

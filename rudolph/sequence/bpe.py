@@ -1,0 +1,156 @@
+"""Byte-pair encoding by its rules: training, the model file, and encoding a word with dropout.
+
+The file is YouTokenToMe's, so either can read what the other wrote.  Training is done here
+because YouTokenToMe's threads race, even when it is asked for one: from equal texts it makes
+models that differ wherever pairs are equally frequent.  Here a tie goes to the lower ids.
+
+Source: Sennrich 2016 (arXiv:1508.07909); the text format of YouTokenToMe, ``bpe.cpp``; dropout of
+Provilkov 2020 (arXiv:1910.13267).
+"""
+
+import heapq
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from rudolph.sequence.layout import BOS, EOS, PAD, UNK
+
+WORD_START = "\u2581"
+# YouTokenToMe separates words at ASCII space and its own mark alone; NBSP is a character.
+WORD = re.compile(rf"[^ \t\n\v\f\r{WORD_START}]+")
+NUM_SPECIALS = 4
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BPEModel:
+    """``characters`` code point to id; ``merges`` pair to (priority, merged id), best first."""
+
+    characters: dict[int, int]
+    merges: dict[Pair, tuple[int, int]]
+
+    def encode_word(self, word: str, dropout: float, generator: torch.Generator) -> list[int]:
+        """Ids of a word that starts with ``WORD_START``; a run of unknown characters is one."""
+        tokens: list[int] = []
+        for character in word:
+            token = self.characters.get(ord(character), UNK)
+            if token != UNK or tokens[-1:] != [UNK]:
+                tokens.append(token)
+        while True:
+            pairs = enumerate(pairwise(tokens))
+            found = [(self.merges[pair], at) for at, pair in pairs if pair in self.merges]
+            kept = torch.rand(len(found), generator=generator) >= dropout
+            found = [merge for merge, keep in zip(found, kept.tolist(), strict=True) if keep]
+            if not found:
+                return tokens
+            (_, merged), at = min(found)
+            tokens[at : at + 2] = [merged]
+
+    def text(self) -> str:
+        """The model file."""
+        lines = [f"{len(self.characters)} {len(self.merges)}"]
+        lines += [f"{code} {token}" for code, token in self.characters.items()]
+        lines += [f"{left} {right} {new}" for (left, right), (_, new) in self.merges.items()]
+        return "\n".join([*lines, f"{UNK} {PAD} {BOS} {EOS}"]) + "\n"
+
+
+def read_model(path: Path) -> BPEModel:
+    """The model in a file of this module or of YouTokenToMe.
+
+    Raises:
+        ValueError: when it is no such file.
+    """
+    try:
+        lines = [[int(word) for word in line.split()] for line in path.read_text().splitlines()]
+        num_characters, num_merges = lines[0]
+        last = 1 + num_characters + num_merges
+        characters = {code: token for code, token in lines[1 : 1 + num_characters]}  # noqa: C416
+        rules = lines[1 + num_characters : last]
+        merges = {(left, right): (rank, new) for rank, (left, right, new) in enumerate(rules)}
+        unk, pad, bos, eos = lines[last]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not a YouTokenToMe model file ({error})") from error
+    if (pad, unk, bos, eos) != (PAD, UNK, BOS, EOS):
+        raise ValueError(f"{path}: special ids must be pad 0, unk 1, bos 2, eos 3")
+    return BPEModel(characters, merges)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> BPEModel:
+    """Merge the most frequent pair until there are ``vocab_size`` ids or no pair is left.
+
+    Raises:
+        ValueError: when the texts hold no word, or more characters than ``vocab_size``.
+    """
+    counts = Counter(WORD_START + word for text in texts for word in WORD.findall(text))
+    if not counts:
+        raise ValueError("a tokenizer cannot be trained on texts without a word")
+    frequency: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            frequency[character] += count
+    ordered = sorted(frequency, key=lambda character: (-frequency[character], character))
+    characters = {ord(character): NUM_SPECIALS + at for at, character in enumerate(ordered)}
+    first_new = NUM_SPECIALS + len(characters)
+    if first_new > vocab_size:
+        raise ValueError(
+            f"vocab_size must be at least {first_new} for the {len(characters)} characters of "
+            f"the texts, got {vocab_size}"
+        )
+    words = [[characters[ord(character)] for character in word] for word in counts]
+    merges = _merges(words, list(counts.values()), range(first_new, vocab_size))
+    return BPEModel(characters, merges)
+
+
+def _merges(
+    words: list[list[int]], counts: list[int], new_ids: range
+) -> dict[Pair, tuple[int, int]]:
+    totals: Counter[Pair] = Counter()
+    places: defaultdict[Pair, set[int]] = defaultdict(set)
+    for at, word in enumerate(words):
+        for pair in pairwise(word):
+            totals[pair] += counts[at]
+            places[pair].add(at)
+    # Entries are never changed in place: one whose count is no longer true is passed over.
+    heap = [(-total, pair) for pair, total in totals.items()]
+    heapq.heapify(heap)
+    merges: dict[Pair, tuple[int, int]] = {}
+    for rank, new in enumerate(new_ids):
+        while heap and -heap[0][0] != totals[heap[0][1]]:
+            heapq.heappop(heap)
+        if not heap or heap[0][0] == 0:
+            break
+        best = heapq.heappop(heap)[1]
+        merges[best] = (rank, new)
+        changed: set[Pair] = set()
+        for at in sorted(places.pop(best)):
+            before, words[at] = words[at], _merged(words[at], best, new)
+            for pair in pairwise(before):
+                totals[pair] -= counts[at]
+                changed.add(pair)
+            for pair in pairwise(words[at]):
+                totals[pair] += counts[at]
+                places[pair].add(at)
+                changed.add(pair)
+        for pair in changed - {best}:
+            heapq.heappush(heap, (-totals[pair], pair))
+    return merges
+
+
+def _merged(word: list[int], pair: Pair, new: int) -> list[int]:
+    """A word with every occurrence of a pair replaced, from the left."""
+    out: list[int] = []
+    at = 0
+    while at < len(word):
+        if tuple(word[at : at + 2]) == pair:
+            out.append(new)
+            at += 2
+        else:
+            out.append(word[at])
+            at += 1
+    return out

@@ -1,0 +1,237 @@
+"""Which earlier positions each position may attend to.
+
+A mask is a rule ``(layout, query, key) -> bool`` on broadcastable tensors of positions, and is
+true where the query may see the key.  Every rule here is causal, and every rule restricts only
+what an image token sees of the image: text is plainly causal.  From the rule come the dense table
+that the kernel takes, the row of a decoding step, the picture and the density.
+
+To add a mask, write its rule and name it in ``MASKS``; in experiment files a mask is written
+``row`` or, when it takes a kernel, ``conv(7)``.
+
+Shapes: T is the length of the sequence.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rudolph.sequence.layout import SequenceLayout
+
+Rule = Callable[[SequenceLayout, Tensor, Tensor], Tensor]
+
+
+def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+    """Everything before, and itself.
+
+    >>> print(picture(causal, SequenceLayout(1, 2, 0)))
+    #....
+    ##...
+    ###..
+    ####.
+    #####
+    """
+    return key <= query
+
+
+def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+    """The image tokens since the one right above: the last ``image_tokens_per_dim`` and itself.
+
+    >>> print(picture(row, SequenceLayout(1, 2, 0)))
+    #....
+    ##...
+    ###..
+    ####.
+    #.###
+
+    Source: ru-dolph, ``rudolph/model/image_attention.py``; a window, not the same row.
+    """
+    distance = query - key
+    return _within_image(layout, query, key, distance <= layout.image_tokens_per_dim)
+
+
+def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+    """The image tokens of the same row.
+
+    >>> print(picture(row_block, SequenceLayout(1, 2, 0)))
+    #....
+    ##...
+    ###..
+    #..#.
+    #..##
+
+    Source: DALLE-pytorch, ``SparseAxialCausalAttention`` with axis 0.
+    """
+    (query_row, _), (key_row, _) = _cell(layout, query), _cell(layout, key)
+    return _within_image(layout, query, key, query_row == key_row)
+
+
+def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+    """The image tokens of the same column.
+
+    >>> print(picture(column, SequenceLayout(1, 2, 0)))
+    #....
+    ##...
+    #.#..
+    ##.#.
+    #.#.#
+    """
+    (_, query_column), (_, key_column) = _cell(layout, query), _cell(layout, key)
+    return _within_image(layout, query, key, query_column == key_column)
+
+
+def conv(kernel: int) -> Rule:
+    """The image tokens of the window of ``kernel`` by ``kernel`` around the query.
+
+    >>> print(picture(conv(3), SequenceLayout(1, 3, 0)))
+    #.........
+    ##........
+    ###.......
+    #.##......
+    ###.#.....
+    ######....
+    #.##.##...
+    #...##.#..
+    #...#####.
+    #....##.##
+
+    Source: ru-dolph, ``get_conv_mask``; the window is clipped at the borders of the image.
+    """
+    radius = _radius(kernel)
+
+    def rule(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+        rows, columns = _offsets(layout, query, key)
+        near = (rows.abs() <= radius) & (columns.abs() <= radius)
+        return _within_image(layout, query, key, near)
+
+    return rule
+
+
+def conv_torus(kernel: int) -> Rule:
+    """As ``conv``, but the window wraps around both borders of the image.
+
+    Source: rudalle, ``dalle/image_attention.py`` with ``hf_version='v2'``.
+    """
+    radius = _radius(kernel)
+
+    def rule(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+        side = max(layout.image_tokens_per_dim, 1)
+        rows, columns = (offset % side for offset in _offsets(layout, query, key))
+        near = torch.minimum(rows, side - rows) <= radius
+        near = near & (torch.minimum(columns, side - columns) <= radius)
+        return _within_image(layout, query, key, near)
+
+    return rule
+
+
+def right_without_left(rule: Rule) -> Rule:
+    """The same rule, but right text may not see left text.
+
+    Source: ru-dolph before 0.0.1rc5 (the first 350M).
+    """
+
+    def hidden(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
+        is_hidden = (query >= layout.right_text_start) & (key < layout.image_start)
+        return rule(layout, query, key) & ~is_hidden
+
+    return hidden
+
+
+def parse_mask(text: str) -> Rule:
+    """The rule that an experiment file names: ``row``, ``conv(7)``.
+
+    Raises:
+        ValueError: for an unknown name, a missing, even or unwanted kernel.
+    """
+    match = re.fullmatch(r"(\w+)(?:\((\d+)\))?", text.strip())
+    name, kernel = match.groups() if match else (text, None)
+    if name not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(mask_names())}; got {text!r}")
+    if name in KERNEL_MASKS:
+        if kernel is None:
+            raise ValueError(f"mask {name} takes a kernel, as in {name}(7); got {text!r}")
+        return KERNEL_MASKS[name](int(kernel))
+    if kernel is not None:
+        raise ValueError(f"mask {name} takes no kernel; got {text!r}")
+    return PLAIN_MASKS[name]
+
+
+def mask_names() -> list[str]:
+    """How each mask is written in an experiment file."""
+    return [f"{name}(K)" if name in KERNEL_MASKS else name for name in MASKS]
+
+
+def layer_masks(pattern: Sequence[str], last: str | None, num_layers: int) -> tuple[str, ...]:
+    """The mask of each layer: the pattern tiled over the depth, the last layer's own at the end.
+
+    A column layer keeps its mask even as the last: this is ru-dolph's layer order, in which depths
+    of 4k + 2 end with a column mask (``rudolph/model/transformer.py``).
+
+    >>> layer_masks(["row", "column", "row", "conv(7)"], "conv(9)", 6)
+    ('row', 'column', 'row', 'conv(7)', 'row', 'column')
+    """
+    names = [pattern[layer % len(pattern)] for layer in range(num_layers)]
+    if last is not None and names[-1] != "column":
+        names[-1] = last
+    return tuple(names)
+
+
+def mask_table(rule: Rule, layout: SequenceLayout) -> Tensor:
+    """The whole mask, ``(T, T)`` bool: row t is what position t sees."""
+    positions = torch.arange(layout.length)
+    return rule(layout, positions[:, None], positions[None, :])
+
+
+def mask_row(rule: Rule, layout: SequenceLayout, position: int) -> Tensor:
+    """What one position sees of itself and the positions before it, ``(position + 1,)`` bool."""
+    return rule(layout, torch.tensor(position), torch.arange(position + 1))
+
+
+def density(rule: Rule, layout: SequenceLayout) -> float:
+    """The share of all query-key pairs that the mask lets through, in [0, 1]."""
+    return mask_table(rule, layout).float().mean().item()
+
+
+def picture(rule: Rule, layout: SequenceLayout) -> str:
+    """The mask as text, one line a query: ``#`` is seen."""
+    table = mask_table(rule, layout)
+    return "\n".join("".join("#" if seen else "." for seen in line) for line in table.tolist())
+
+
+def _radius(kernel: int) -> int:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel of a conv mask must be odd and at least 1, got {kernel}")
+    return kernel // 2
+
+
+def _cell(layout: SequenceLayout, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of an image position; of no meaning for text positions."""
+    index = position - layout.image_start
+    side = max(layout.image_tokens_per_dim, 1)
+    return index // side, index % side
+
+
+def _offsets(layout: SequenceLayout, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    (query_row, query_column), (key_row, key_column) = _cell(layout, query), _cell(layout, key)
+    return query_row - key_row, query_column - key_column
+
+
+def _is_image(layout: SequenceLayout, position: Tensor) -> Tensor:
+    return (position >= layout.image_start) & (position < layout.right_text_start)
+
+
+def _within_image(layout: SequenceLayout, query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
+    """Causal everywhere, and ``allowed`` wherever an image token looks at the image."""
+    both_image = _is_image(layout, query) & _is_image(layout, key)
+    return (key <= query) & (allowed | ~both_image)
+
+
+PLAIN_MASKS: dict[str, Rule] = {
+    "causal": causal,
+    "row": row,
+    "row_block": row_block,
+    "column": column,
+}
+KERNEL_MASKS: dict[str, Callable[[int], Rule]] = {"conv": conv, "conv_torus": conv_torus}
+MASKS = (*PLAIN_MASKS, *KERNEL_MASKS)

@@ -1,0 +1,155 @@
+"""Text to BPE ids and back: YouTokenToMe behind a small class.
+
+YouTokenToMe encodes and decodes.  Its BPE-dropout draws from one unseeded stream of the process
+and its training is not repeatable, so both are done by ``rudolph.sequence.bpe``.
+
+Text is lower-cased and stripped as RuDOLPH does (``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a
+segment; a text that is too long loses its end, never its ``EOS``.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import youtokentome
+from torch import Tensor
+
+from rudolph.sequence.bpe import WORD, WORD_START, read_model, train
+from rudolph.sequence.layout import BOS, EOS, PAD
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A BPE vocabulary trained on the captions of the training split.
+
+    ``bpe_dropout`` is the share of merges that training skips at random (Provilkov 2020).
+    ``path`` names a released or trained ``bpe.model`` to use instead of training one.
+    """
+
+    vocab_size: int = 16384
+    bpe_dropout: float = 0.0
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 5:
+            raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
+        if not 0 <= self.bpe_dropout < 1:
+            raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
+
+
+class Segment(NamedTuple):
+    """A text that fills its segment: ``ids`` (length,) int64, and how many BPE ids were cut."""
+
+    ids: Tensor
+    num_cut: int
+
+
+def normalize(text: str) -> str:
+    """Lower case, no space around; what cannot be written as UTF-8 becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8").lower().strip()
+
+
+class Tokenizer:
+    """A BPE model file in use.  Pickles by its path, so workers of any kind can hold it.
+
+    Args:
+        path: a ``bpe.model`` of YouTokenToMe: one trained here, or a released one.
+
+    Raises:
+        ValueError: when the file is missing or is no such model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such tokenizer file")
+        self.model = read_model(self.path)
+        self.bpe = youtokentome.BPE(str(self.path), n_threads=1)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int, path: Path) -> "Tokenizer":
+        """Train on texts and write the model to ``path``; a small corpus may give fewer ids.
+
+        Raises:
+            ValueError: when the texts hold no word, or more characters than ``vocab_size``.
+        """
+        model = train((normalize(text) for text in texts), vocab_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(model.text())
+        os.replace(new, path)
+        return cls(path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.bpe.vocab_size()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self.path.read_bytes())
+
+    def encode(
+        self, text: str, *, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> list[int]:
+        """BPE ids of the normalised text, without ``BOS`` and ``EOS``.
+
+        Args:
+            dropout: the probability that a merge is skipped each time it could be made.
+            generator: draws the skips; required when dropout is not 0.
+        """
+        text = normalize(text)
+        if dropout == 0:
+            return self.bpe.encode([text], output_type=youtokentome.OutputType.ID)[0]
+        if generator is None:
+            raise ValueError("BPE-dropout draws at random and needs a generator")
+        return [
+            token
+            for word in WORD.findall(text)
+            for token in self.model.encode_word(WORD_START + word, dropout, generator)
+        ]
+
+    def encode_segment(
+        self,
+        text: str,
+        length: int,
+        *,
+        task_token: int | None = None,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Segment:
+        """``BOS [task token] ids EOS`` padded to ``length``; the end of a long text is cut."""
+        ids = self.encode(text, dropout=dropout, generator=generator)
+        start = [BOS] if task_token is None else [BOS, task_token]
+        room = length - len(start) - 1
+        if room < 0:
+            raise ValueError(
+                f"a text segment needs at least {len(start) + 1} tokens, got {length}"
+            )
+        filled = [*start, *ids[:room], EOS]
+        return Segment(
+            torch.tensor(filled + [PAD] * (length - len(filled))), max(len(ids) - room, 0)
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first ``EOS``, without padding, task tokens and other specials."""
+        kept: list[int] = []
+        for token in ids:
+            if token == EOS:
+                break
+            if token not in (PAD, BOS) and token < self.vocab_size:
+                kept.append(token)
+        return self.bpe.decode([kept])[0] if kept else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]

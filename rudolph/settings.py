@@ -1,0 +1,239 @@
+"""YAML to typed, frozen, checked dataclasses: the only reader of YAML.
+
+A setting is written ``decoder.num_layers: 8`` or as nested mappings.  Every mistake is a
+``ConfigError`` of one line: file, key, what was given, what is legal and the nearest name.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+# Nothing is coerced and nothing unknown is ignored; dataclasses inside take it over.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
+
+
+class ConfigError(ValueError):
+    """A mistake in an experiment file, in one line."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file; a key given twice is a mistake, ``1e-3`` a number."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file{_nearest_file(path)}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_yaml_problem(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, got {short(content)}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a text in YAML; ``ConfigError`` when it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML, got {text!r}") from error
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+
+
+def json_schema(kind: Any) -> dict[str, Any]:
+    return _adapter(kind).json_schema()
+
+
+def require_keys(path: Path, content: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise ``ConfigError`` for a key that is not legal or a value that is of another kind."""
+    for key, value in content.items():
+        if key not in kinds:
+            raise unknown_key(path, key, key, kinds)
+        if not isinstance(value, kinds[key]):
+            raise mistake(path, key, f"must be a {KIND_NAMES[kinds[key]]}", value)
+
+
+def require_distinct(path: Path, place: str, values: Any) -> None:
+    """Raise ``ConfigError`` unless ``values`` is a list of different values, at least one."""
+    if not isinstance(values, list) or not values:
+        raise mistake(path, place, "must be a list with at least one value", values)
+    if len({json.dumps(value, default=str) for value in values}) < len(values):
+        raise mistake(path, place, "must not hold a value twice", values)
+
+
+def flat_settings(
+    path: Path, kind: Any, content: Mapping[str, Any], place: str = ""
+) -> dict[str, Any]:
+    """Settings of a dataclass by their dotted key, whether the file nests or dots them."""
+    known = _known_keys(kind)
+    flat: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        where = f"{place}.{key}" if place else key
+        if key not in known:
+            raise unknown_key(path, where, key, known)
+        if known[key]:
+            if not isinstance(value, dict):
+                raise mistake(path, where, "must be a mapping", value)
+            for inner, below in value.items():
+                add(f"{key}.{inner}", below)
+        elif key in flat:
+            raise ConfigError(f"{path}: {where}: is given twice, dotted and nested")
+        else:
+            flat[key] = value
+
+    for key, value in content.items():
+        add(key, value)
+    return flat
+
+
+def typed(path: Path, kind: Any, content: Any, place: str = "") -> Any:
+    """``content`` as ``kind``; ``ConfigError`` for its first mistake."""
+    try:
+        # Through JSON, so that lists become tuples while "5" does not become 5.
+        return _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}: {_line(first, kind, place)}") from error
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return tree
+
+
+def unknown_key(path: Path, place: str, key: str, legal: Iterable[str]) -> ConfigError:
+    legal = list(legal)
+    parent = key.rpartition(".")[0]
+    beside = [each for each in legal if each.rpartition(".")[0] == parent]
+    beside = beside or [each for each in legal if "." not in each]
+    names = ", ".join(each.rpartition(".")[2] for each in beside)
+    return ConfigError(
+        f"{path}: {place}: unknown key; legal are {names}{did_you_mean(key, legal)}"
+    )
+
+
+def mistake(path: Path, place: str, rule: str, value: Any) -> ConfigError:
+    return ConfigError(f"{path}: {place}: {rule}, got {short(value)}")
+
+
+def did_you_mean(given: str, legal: Iterable[str]) -> str:
+    """``; did you mean ...?`` for the nearest legal name, or nothing."""
+    legal = list(legal)
+    close = difflib.get_close_matches(given, legal, n=1, cutoff=0.6)
+    last = given.rpartition(".")[2]
+    same = [each for each in legal if each.rpartition(".")[2] == last and each != given]
+    best = close or same[:1]
+    return f"; did you mean {best[0]}?" if best else ""
+
+
+def short(value: Any) -> str:
+    """A value on one line, cut to 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [each.name for each in folder.glob("*.y*ml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {folder / close[0]}?" if close else ""
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+    return f"{place}{' '.join(str(problem).split())}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without its traps: keys once, and 1e-3 is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    None, None, f"key {key!r} must be text", node.start_mark
+                )
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    None, None, f"key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
+    """Every dotted key that a configuration has."""
+    paths = []
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        path = f"{prefix}{each.name}"
+        paths.append(path)
+        if is_dataclass(hints[each.name]):
+            paths += _leaf_paths(hints[each.name], f"{path}.")
+    return paths
+
+
+@cache
+def _known_keys(kind: Any) -> dict[str, bool]:
+    """Dotted keys of a dataclass; true where more keys lie below."""
+    paths = _leaf_paths(kind)
+    return {path: any(each.startswith(f"{path}.") for each in paths) for path in paths}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _line(found: Any, kind: Any, place: str) -> str:
+    """One line for one of pydantic's errors."""
+    parts = [place] if place else []
+    parts += [str(part) for part in found["loc"] if part != "[key]"]
+    key = ".".join(parts)
+    if found["type"] == "value_error":
+        message = str(found["ctx"]["error"])
+        return f"{key}.{message}{_nearest_value(message)}" if key else message
+    if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = [each.name for each in fields(kind)]
+        return f"{key}: unknown key; legal are {', '.join(names)}{did_you_mean(parts[-1], names)}"
+    expected = found["msg"].removeprefix("Input should be ")
+    return f"{key}: must be {expected}, got {short(found['input'])}"
+
+
+def _nearest_value(message: str) -> str:
+    """For ``... one of a, b, got 'x'``: the nearest of the legal values."""
+    match = re.search(r"must be (?:one )?of (.+?)[,;] got '([^']*)'", message)
+    return did_you_mean(match[2], match[1].split(", ")) if match else ""

@@ -1,0 +1,375 @@
+"""The stages of a run: data, tokenizer, VQ-GAN, indices, decoder, evaluation, samples.
+
+What a stage makes is named by the digest of all that decides it, so runs share tokenizers,
+VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoint.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from safetensors.torch import load_file
+
+from rudolph.config import RunConfig, digest_of, read_run
+from rudolph.data.index_cache import cached_array
+from rudolph.data.module import (
+    ImageExamples,
+    Split,
+    Streams,
+    TokenExamples,
+    mixed_seed,
+    task_texts,
+)
+from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
+from rudolph.execution import Execution
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.pretrained import save_weights, weights_digest
+from rudolph.models.vqgan import VQGAN
+from rudolph.results.figures import mask_picture, reconstructions, sample_grid
+from rudolph.results.journal import exclusive
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+from rudolph.sequence.tasks import TASKS, fill_texts
+from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.training.callbacks import MetricLogger, ReportProgress, ResumeCheckpoint, StepSeed
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.optim import OptimConfig, machine_precision
+from rudolph.training.vqgan import VQGANTraining
+
+GRID_COLUMNS = 8
+NUM_RECONSTRUCTIONS = 10
+DAY = 24 * 3600
+
+
+def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+    """All stages of a run: its scores, and the digests of what they came from."""
+    config = execution.config
+    pl.seed_everything(config.seed, verbose=False)
+    cache = execution.folders.cache
+    with execution.stage("data") as advance:
+        advance(0, 1, config.data.dataset)
+        splits = {name: Split(config.data, name, cache) for name in ("train", "validation")}
+        tokenizer = make_tokenizer(config, splits["train"], cache)
+        advance(1, 1, f"{len(splits['train'])} pairs, {tokenizer.vocab_size} BPE ids")
+    execution.tracker.log_tags({f"data.{name}": split.digest for name, split in splits.items()})
+    vqgan = make_vqgan(execution, splits)
+    indices = {name: image_indices(execution, vqgan, split) for name, split in splits.items()}
+    decoder = make_decoder(execution, splits, indices, tokenizer)
+    pipeline = Pipeline(tokenizer, vqgan, decoder)
+    save_pipeline(pipeline, execution.folder)
+    scores = evaluate(execution, pipeline, splits)
+    draw_samples(execution, pipeline, splits["validation"])
+    digests = {
+        **{f"data.{name}": split.digest for name, split in splits.items()},
+        "tokenizer": tokenizer.digest,
+        "vqgan": weights_digest(vqgan),
+        "decoder": weights_digest(decoder),
+    }
+    return scores, digests
+
+
+def make_tokenizer(config: RunConfig, train: Split, cache: Path) -> Tokenizer:
+    """The named tokenizer, or one trained on the captions of the training split."""
+    if config.tokenizer.path is not None:
+        return Tokenizer(config.tokenizer.path)
+    size = config.tokenizer.vocab_size
+    path = cache / f"tokenizer-{digest_of([size, train.digest])[:16]}.model"
+    if path.is_file():
+        return Tokenizer(path)
+    return Tokenizer.train(train.captions, vocab_size=size, path=path)
+
+
+def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
+    """The VQ-GAN of this configuration: from the cache, or trained now."""
+    config = execution.config
+    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
+    data = [split.digest for split in splits.values()]
+    folder = execution.folders.cache / f"vqgan-{digest_of(*decides, data, config.seed)[:16]}"
+    weights = folder / "weights.safetensors"
+    torch.manual_seed(mixed_seed(config.seed, "vqgan"))
+    model = VQGAN(config.vqgan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / "training.lock", DAY):
+        if not weights.is_file():
+            with execution.stage("vqgan") as advance:
+                _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
+                module = VQGANTraining(
+                    model,
+                    config.vqgan_losses,
+                    config.vqgan_optim,
+                    num_accumulated=num_accumulated,
+                )
+                train = ImageExamples(splits["train"], seed=config.seed, flip=config.data.flip)
+                validation = ImageExamples(splits["validation"], seed=config.seed)
+                fit(
+                    execution,
+                    module,
+                    config.vqgan_optim,
+                    examples=(train.batch, validation.whole, len(splits["validation"])),
+                    folder=folder,
+                    stage="vqgan",
+                    advance=advance,
+                )
+                save_weights(model, weights)
+    model.load_state_dict(load_file(weights))
+    return model.eval().requires_grad_(False)
+
+
+def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
+    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk."""
+
+    def compute() -> np.ndarray[Any, Any]:
+        parts = []
+        with execution.stage(f"indices of {split.name}") as advance:
+            for first in range(0, len(split), 256):
+                advance(first, len(split), "")
+                pictures = split.pictures(range(first, min(first + 256, len(split))))
+                parts.append(vqgan.encode_indices(pictures).to(torch.int32).numpy())
+            advance(len(split), len(split), "")
+        return np.concatenate(parts)
+
+    parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
+    return cached_array(execution.folders.cache, parts=parts, compute=compute)
+
+
+def make_decoder(
+    execution: Execution,
+    splits: dict[str, Split],
+    indices: dict[str, np.ndarray[Any, Any]],
+    tokenizer: Tokenizer,
+) -> MaskedDecoder:
+    """The decoder of this run, trained on the indices and texts of the training split."""
+    config = execution.config
+    torch.manual_seed(mixed_seed(config.seed, "decoder"))
+    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    draw_masks(execution, model)
+    with execution.stage("decoder") as advance:
+        examples = {
+            name: token_examples(config, split, indices[name], tokenizer)
+            for name, split in splits.items()
+        }
+        validation = examples["validation"]
+        num_validation = validation.num_pairs * len(validation.tasks)
+        _, num_accumulated = execution.hardware.batches(config.decoder_optim)
+        module = DecoderTraining(
+            model, config.decoder_losses, config.decoder_optim, num_accumulated=num_accumulated
+        )
+        fit(
+            execution,
+            module,
+            config.decoder_optim,
+            examples=(examples["train"].batch, validation.whole, num_validation),
+            folder=execution.folder / "checkpoints",
+            stage="decoder",
+            advance=advance,
+        )
+    return model.eval().requires_grad_(False)
+
+
+def token_examples(
+    config: RunConfig, split: Split, indices: np.ndarray[Any, Any], tokenizer: Tokenizer
+) -> TokenExamples:
+    """Training examples of a split, with its texts encoded anew where BPE-dropout asks for it."""
+    places: dict[str, Any] = {"layout": config.sequence_layout, "vocabulary": config.vocabulary}
+    tasks = [task for task, weight in config.data.tasks.items() if weight > 0]
+    texts = {task: task_texts(split, task, tokenizer=tokenizer, **places) for task in tasks}
+    dropout = config.tokenizer.bpe_dropout
+
+    def redraw(pair: int, task: str, generator: torch.Generator) -> Any:
+        return fill_texts(
+            TASKS[task],
+            split.captions[pair],
+            tokenizer=tokenizer,
+            dropout=dropout,
+            generator=generator,
+            **places,
+        )
+
+    return TokenExamples(
+        indices,
+        texts,
+        config.data,
+        num_codes=config.vocabulary.codebook_size,
+        seed=config.seed,
+        redraw=redraw if dropout else None,
+    )
+
+
+def fit(
+    execution: Execution,
+    module: pl.LightningModule,
+    optim: OptimConfig,
+    *,
+    examples: tuple[Any, Any, int],
+    folder: Path,
+    stage: str,
+    advance: Callable[[int, int, str], None],
+) -> None:
+    """Train a module to its last step, from the last checkpoint in ``folder`` if there is one."""
+    hardware, seed = execution.hardware, execution.config.seed
+    micro, num_accumulated = hardware.batches(optim)
+    num_batches = optim.num_steps * num_accumulated
+    last = folder / "last.ckpt"
+    callbacks = training_callbacks(optim, mixed_seed(seed, stage), last, num_accumulated)
+    callbacks.append(ReportProgress(advance, num_batches))
+    tracker = execution.tracker
+    logger = MetricLogger(lambda values, step: tracker.log_metrics(values, step=step), stage=stage)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy,
+        precision=hardware.precision or machine_precision(),  # type: ignore[arg-type]
+        logger=logger,
+        callbacks=callbacks,
+        log_every_n_steps=10,
+        val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+    )
+    train, validation, num_validation = examples
+    streams = Streams(
+        train,
+        validation,
+        batch_size=micro,
+        num_batches=num_batches,
+        num_validation=num_validation,
+        num_workers=hardware.num_workers,
+    )
+    quiet_lightning()
+    trainer.fit(module, streams, ckpt_path=last if last.is_file() else None)
+    last.unlink(missing_ok=True)
+
+
+def quiet_lightning() -> None:
+    """Hints for programmers stay unsaid, and a warning about what is taken care of here."""
+    # Lightning sets its level when it is imported.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # The stream of examples goes on by its own count, which Lightning cannot see.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")
+
+
+def training_callbacks(
+    optim: OptimConfig, seed: int, last: Path, num_accumulated: int
+) -> list[pl.Callback]:
+    """What makes a training repeatable and resumable, and the average of its weights."""
+    callbacks: list[pl.Callback] = [
+        StepSeed(seed),
+        ResumeCheckpoint(last, optim.checkpoint_every * num_accumulated),
+    ]
+    if optim.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False))
+    return callbacks
+
+
+def evaluate(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> list[Score]:
+    """Every question on every split that the configuration names."""
+    config = execution.config
+    scores: list[Score] = []
+    for name in config.evaluation.splits:
+        if name not in splits:
+            splits[name] = Split(config.data, name, execution.folders.cache)
+        for question in config.evaluation.questions:
+            with execution.stage(f"{question} on {name}") as advance:
+                subject = Subject(
+                    pipeline,
+                    config.sampling.image,
+                    config.sampling.text,
+                    num_examples=min(config.evaluation.num_examples, len(splits[name])),
+                    seed=config.seed,
+                    on_token=partial(_without_note, advance),
+                )
+                found = QUESTIONS[question](subject, splits[name])
+                advance(1, 1, f"{found[0].value:.3g} [{found[0].low:.3g}, {found[0].high:.3g}]")
+            scores += found
+    return scores
+
+
+def _without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
+    advance(done, total, "")
+
+
+def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
+    """The different masks of the decoder as one picture."""
+    rules = {name: parse_mask(name) for name in dict.fromkeys(model.config.masks)}
+    if not model.config.right_sees_left:
+        rules = {name: right_without_left(rule) for name, rule in rules.items()}
+    tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
+    path = execution.folder / "samples" / "masks.png"
+    mask_picture(tables, path, segments=model.layout.segment_lengths)
+    execution.tracker.log_artifact(path)
+
+
+def draw_samples(execution: Execution, pipeline: Pipeline, validation: Split) -> None:
+    """Pictures of the fixed prompts, captions of pictures, and reconstructions."""
+    config, folder = execution.config, execution.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    indices = list(range(min(NUM_RECONSTRUCTIONS, len(validation))))
+    originals = validation.pictures(indices)
+    decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
+    reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
+    captions = pipeline.caption(originals, config=config.sampling.text, seeds=indices)
+    sample_grid(
+        to_bytes(originals), [text or "-" for text in captions], folder / "captions.png", columns=5
+    )
+    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
+    if prompts:
+        seeds = [
+            mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)
+        ]
+        with execution.stage("samples") as advance:
+            pictures = pipeline.generate(
+                prompts,
+                config=config.sampling.image,
+                seeds=seeds,
+                on_token=partial(_without_note, advance),
+            )
+        labels = [prompt for prompt in prompts for _ in range(number)]
+        columns = max(GRID_COLUMNS // number, 1) * number
+        sample_grid(to_bytes(pictures), labels, folder / "grid.png", columns=columns)
+    for path in sorted(folder.glob("*.png")):
+        execution.tracker.log_artifact(path, "samples")
+
+
+def to_bytes(pictures: torch.Tensor) -> list[np.ndarray[Any, Any]]:
+    """``(B, 3, H, W)`` in [0, 1] to a list of ``(H, W, 3)`` uint8."""
+    return list(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def save_pipeline(pipeline: Pipeline, folder: Path) -> None:
+    """Everything that sampling needs, so that a run's folder can be moved or shared alone."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    save_weights(pipeline.vqgan, checkpoints / "vqgan.safetensors")
+    save_weights(pipeline.decoder, checkpoints / "decoder.safetensors")
+    pipeline.tokenizer.save(checkpoints / "bpe.model")
+
+
+def load_pipeline(folder: Path) -> tuple[Pipeline, RunConfig]:
+    """The trained parts of a run's folder and its configuration.
+
+    Raises:
+        ValueError: when the folder holds no finished training.
+    """
+    checkpoints = folder / "checkpoints"
+    for name in ("decoder.safetensors", "vqgan.safetensors", "bpe.model"):
+        if not (checkpoints / name).is_file():
+            raise ValueError(f"{folder}: not a trained run, it lacks checkpoints/{name}")
+    config = read_run(folder / "config.yaml")
+    vqgan = VQGAN(config.vqgan)
+    vqgan.load_state_dict(load_file(checkpoints / "vqgan.safetensors"))
+    decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    decoder.load_state_dict(load_file(checkpoints / "decoder.safetensors"))
+    return Pipeline(Tokenizer(checkpoints / "bpe.model"), vqgan, decoder), config

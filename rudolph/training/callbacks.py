@@ -1,0 +1,113 @@
+"""What happens around a training step: seeds, checkpoints, journal, progress."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor
+
+from rudolph.data.module import mixed_seed
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became NaN or infinite; says the step, the segment and the examples."""
+
+
+def require_finite(losses: Mapping[str, Tensor], *, step: int, examples: Tensor) -> None:
+    """Raise ``NonFiniteLossError`` naming what is not finite."""
+    for name, loss in losses.items():
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"step {step}: the loss of {name} is {loss.item()}; examples {examples.tolist()}"
+            )
+
+
+class StepSeed(pl.Callback):
+    """Every step draws from its own stream, so that a resumed run draws what it would have."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        torch.manual_seed(mixed_seed(self.seed, batch_index, trainer.global_rank))
+
+
+class ResumeCheckpoint(pl.Callback):
+    """Writes ``last.ckpt`` every so many batches, whole or not at all.
+
+    It is written as the next batch starts: only then have the loops counted the last one.
+    """
+
+    def __init__(self, path: Path, every_num_batches: int) -> None:
+        self.path, self.every = path, every_num_batches
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        if batch_index % self.every == 0 and batch_index > 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = self.path.with_suffix(".new")
+            trainer.save_checkpoint(new)
+            if trainer.is_global_zero:
+                os.replace(new, self.path)
+
+
+class ReportProgress(pl.Callback):
+    """Tells ``advance(done, total, note)`` after every step; the note is the newest loss."""
+
+    def __init__(self, advance: Callable[[int, int, str], None], num_batches: int) -> None:
+        self.advance, self.num_batches = advance, num_batches
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_index: int,
+    ) -> None:
+        metrics = trainer.callback_metrics
+        shown = [name for name in ("train/loss", "train/loss/reconstruction") if name in metrics]
+        note = f"loss {metrics[shown[0]].item():.3f}" if shown else ""
+        if "val/psnr" in metrics:
+            note += f", PSNR {metrics['val/psnr'].item():.1f} dB"
+        elif "val/loss" in metrics:
+            note += f", val {metrics['val/loss'].item():.3f}"
+        self.advance(batch_index + 1, self.num_batches, note)
+
+
+class MetricLogger(Logger):
+    """Passes Lightning's metrics on as ``log_metrics(values, step)``, named by their stage."""
+
+    def __init__(
+        self, log_metrics: Callable[[dict[str, float], int], None], *, stage: str
+    ) -> None:
+        super().__init__()
+        self._log_metrics, self.stage = log_metrics, stage
+
+    @property
+    def name(self) -> str:
+        return self.stage
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *arguments: Any, **keywords: Any) -> None:
+        """Parameters are recorded with the run, not by its trainers."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {
+            f"{self.stage}/{name}": float(value)
+            for name, value in metrics.items()
+            if name != "epoch"
+        }
+        if values:
+            # Lightning counts steps from 0; here a step is the number of steps done.
+            self._log_metrics(values, (step or 0) + 1)

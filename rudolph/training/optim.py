@@ -1,0 +1,132 @@
+"""How weights move: AdamW, warm-up and cosine, and the precision of the machine.
+
+Source: Loshchilov and Hutter (arXiv:1711.05101); nanoGPT for which tensors decay; Muon: Jordan
+2024, scaled as in Moonlight (arXiv:2502.16982).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Muon
+from torch.optim.lr_scheduler import LambdaLR
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
+
+    ``optimizer: muon`` moves the hidden matrices by Muon with ``muon_learning_rate`` and all else
+    by AdamW with ``learning_rate``.
+    The learning rate rises over ``warmup_steps`` and falls by a cosine to
+    ``final_learning_rate_share`` of its peak.  ``ema_decay`` averages the weights for sampling
+    (null: off).  A checkpoint to resume from is written every ``checkpoint_every`` steps.
+    """
+
+    num_steps: int = 1000
+    global_batch_size: int = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 3e-4
+    muon_learning_rate: float = 1e-2
+    warmup_steps: int = 100
+    final_learning_rate_share: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    gradient_clip: float | None = 1.0
+    ema_decay: float | None = None
+    validate_every: int = 500
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "global_batch_size", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
+        for name in ("learning_rate", "muon_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.warmup_steps >= 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        for name in ("final_learning_rate_share", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise ValueError(
+                f"gradient_clip must be above 0 or null (off), got {self.gradient_clip}"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1) or null (off), got {self.ema_decay}")
+
+
+def learning_rate_share(step: int, config: OptimConfig) -> float:
+    """The share of the peak learning rate at a step, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    rest = max(config.num_steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / rest, 1.0)
+    final = config.final_learning_rate_share
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: AdamW, or Muon for its hidden matrices and AdamW for the rest.
+
+    Only matrices decay: not norms, biases, embeddings or a codebook.
+    """
+    outer = {
+        parameter
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name == "to_logits"
+        for parameter in module.parameters(recurse=False)
+    }
+    hidden = [p for p in model.parameters() if p.dim() >= 2 and p not in outer]
+    rest = [p for p in model.parameters() if p.dim() < 2 or p in outer]
+    rate, decay = config.learning_rate, config.weight_decay
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        groups = [
+            {"params": hidden, "weight_decay": decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        return [AdamW(groups, lr=rate, betas=betas, fused=True)]
+    if any(parameter.dim() > 2 for parameter in hidden):
+        raise ValueError("optimizer muon moves matrices only, and this model has convolutions")
+    # Scaled to AdamW's step length, so that one weight decay fits both.
+    muon = Muon(
+        hidden,
+        lr=config.muon_learning_rate,
+        weight_decay=decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, AdamW(rest, lr=rate, betas=betas, weight_decay=0.0, fused=True)]
+
+
+def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], config: OptimConfig) -> None:
+    """Scale all gradients of a network down to the norm ``gradient_clip``, if one is set."""
+    if config.gradient_clip is not None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        clip_grad_norm_(parameters, config.gradient_clip)
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimConfig) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: learning_rate_share(step, config))
+
+
+def machine_precision() -> str:
+    """``bf16-mixed`` where the machine multiplies bfloat16 natively, else ``32-true``."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if has_bf16 else "32-true"

@@ -1,0 +1,103 @@
+"""The VQ-GAN in training: reconstruct, judge, log.
+
+Source: taming-transformers, ``models/vqgan.py``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.data.module import ImageBatch
+from rudolph.models.quantizers import codebook_usage
+from rudolph.models.vqgan import VQGAN, Reconstruction
+from rudolph.training.adversary import PatchDiscriminator, PerceptualDistance
+from rudolph.training.callbacks import require_finite
+from rudolph.training.losses import (
+    ReconstructionLossConfig,
+    adaptive_weight,
+    hinge_adversary_loss,
+    reconstruction_loss,
+)
+from rudolph.training.optim import OptimConfig
+from rudolph.training.steps import StepwiseModule
+
+
+class VQGANTraining(StepwiseModule):
+    """Trains a ``VQGAN``; with an adversary, both optimizers step on every batch.
+
+    Logs PSNR in dB over pictures in [0, 1], the share of codes used and their perplexity.
+    """
+
+    code_counts: Tensor
+
+    def __init__(
+        self,
+        model: VQGAN,
+        losses: ReconstructionLossConfig,
+        optim: OptimConfig,
+        *,
+        num_accumulated: int = 1,
+    ) -> None:
+        super().__init__(optim, num_accumulated=num_accumulated)
+        self.model, self.losses = model, losses
+        has_adversary = losses.adversary_start is not None
+        self.discriminator = PatchDiscriminator() if has_adversary else None
+        path = losses.perceptual_weights
+        self.perceptual = PerceptualDistance(path) if path else None
+        counts = torch.zeros(model.config.quantizer.num_codes)
+        self.register_buffer("code_counts", counts, persistent=False)
+
+    def networks(self) -> list[nn.Module]:
+        return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
+
+    def training_step(self, batch: ImageBatch, batch_index: int) -> None:
+        result = self.model(batch.images)
+        losses = self.generator_losses(result, batch.images, batch_index)
+        require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
+        self.move(torch.stack(list(losses.values())).sum(), batch_index)
+        if self.discriminator is not None and self.is_judged(batch_index):
+            real, fake = batch.images, result.images.detach()
+            judged = hinge_adversary_loss(self.discriminator(real), self.discriminator(fake))
+            self.move(judged, batch_index, network=1)
+            losses["discriminator"] = judged
+        self.log_dict({f"train/loss/{name}": value for name, value in losses.items()})
+
+    def generator_losses(
+        self, result: Reconstruction, images: Tensor, batch_index: int
+    ) -> dict[str, Tensor]:
+        """Each term of the VQ-GAN's loss, weighted."""
+        reconstruction = reconstruction_loss(result.images, images, self.losses)
+        if self.perceptual is not None:
+            distance = self.perceptual(result.images.float(), images).mean()
+            reconstruction = reconstruction + self.losses.perceptual_weight * distance
+        losses = {"reconstruction": reconstruction}
+        losses["quantizer"] = self.losses.quantizer_weight * result.loss.float()
+        if self.discriminator is not None and self.is_judged(batch_index):
+            adversary = -self.discriminator(result.images).float().mean()
+            last = self.model.decoder.conv_out.weight
+            weight = adaptive_weight(reconstruction, adversary, last)
+            losses["adversary"] = self.losses.adversary_weight * weight * adversary
+        return losses
+
+    def is_judged(self, batch_index: int) -> bool:
+        start = self.losses.adversary_start
+        return start is not None and self.step_of(batch_index) >= start
+
+    def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
+        result = self.model(batch.images)
+        mse = ((result.images.float().clamp(-1, 1) - batch.images) / 2).pow(2).mean((1, 2, 3))
+        psnr = -10 * mse.clamp(min=1e-10).log10()
+        size = len(batch.images)
+        self.log("val/psnr", psnr.mean(), batch_size=size)
+        self.log(
+            "val/loss/reconstruction",
+            reconstruction_loss(result.images, batch.images, self.losses),
+            batch_size=size,
+        )
+        found = torch.bincount(result.indices.flatten(), minlength=len(self.code_counts))
+        self.code_counts += found
+
+    def on_validation_epoch_end(self) -> None:
+        usage, perplexity = codebook_usage(self.code_counts)
+        self.log("val/codebook_usage", usage)
+        self.log("val/codebook_perplexity", perplexity)
+        self.code_counts.zero_()

@@ -1,0 +1,54 @@
+"""What every test shares: two threads at most, quiet libraries, and the golden data."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+PARITY = Path(__file__).parent / "parity"
+
+# More threads than cores make small matrices slower, and two are what the slowest machine has.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+class ParityCase:
+    """One case of the reference implementations; ``parity/README.md`` lists them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict under the reference's key names."""
+        return self._load("weights.safetensors")
+
+    @cached_property
+    def io(self) -> dict[str, Tensor]:
+        """Inputs and outputs by name."""
+        return self._load("io.safetensors")
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        # Everything that is uint8 in these files was boolean.
+        tensors = load_file(self.folder / name)
+        return {
+            key: value.bool() if value.dtype == torch.uint8 else value
+            for key, value in tensors.items()
+        }
+
+
+@pytest.fixture(scope="session")
+def parity() -> Callable[[str], ParityCase]:
+    """``parity("rudolph_350m_like")`` has ``config``, ``weights`` and ``io``."""
+    return lambda case: ParityCase(PARITY / case)

@@ -1,0 +1,240 @@
+"""Experiment files: what they expand to, and one line for each of a hundred mistakes."""
+
+import copy
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rudolph.cli import main
+from rudolph.config import RunConfig, load_experiment, plain, read_run, to_yaml
+from rudolph.settings import ConfigError, json_schema
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(
+    path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "base"
+)
+
+GOOD: dict[str, Any] = {
+    "title": "A test",
+    "question": "Is this file read?",
+    "settings": {
+        "data": {"dataset": "shapes", "image_size": 32},
+        "vqgan": {"resolution": 32, "channels": [8, 16, 16], "quantizer.num_codes": 64},
+        "decoder.layer_masks": ["row", "conv(3)"],
+        "decoder_optim": {"learning_rate": 0.001, "num_steps": 5},
+        "sampling": {"image": {"top_k": 5}},
+    },
+    "variants": {"small": {"decoder.num_layers": 2}, "large": {"decoder": {"num_layers": 4}}},
+    "grid": {"sampling.image.temperature": [0.5, 1.0]},
+    "seeds": [0, 7],
+    "targets": {"vqgan/psnr/train": 20},
+    "report": {"table": ["vqgan/psnr/train"], "curves": []},
+}
+
+
+def write(folder: Path, content: Any, name: str = "test.yaml") -> Path:
+    path = folder / name
+    path.write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
+    return path
+
+
+def test_variants_grid_and_seeds_are_expanded_in_order(tmp_path: Path) -> None:
+    runs = load_experiment(write(tmp_path, GOOD)).runs
+    found = [
+        (run.config.decoder.num_layers, run.config.sampling.image.temperature, run.config.seed)
+        for run in runs
+    ]
+    assert found == [(n, t, s) for n in (2, 4) for t in (0.5, 1.0) for s in (0, 7)]
+    assert len({run.name for run in runs}) == len({run.config.digest for run in runs}) == 8
+    assert runs[0].name == "small-temperature=0.5-seed0"
+    assert runs[0].config.decoder.layer_masks == ("row", "conv(3)")
+
+
+def test_a_base_stands_below_settings_and_the_command_line_above_all(tmp_path: Path) -> None:
+    write(tmp_path, {"data.image_size": 32, "vqgan.resolution": 32, "seed": 1}, "base.yaml")
+    path = write(tmp_path, {"title": "t", "question": "q", "base": "base.yaml"})
+    with pytest.raises(ConfigError, match="seeds are listed"):
+        load_experiment(path)
+    base = {"data.image_size": 32, "vqgan.resolution": 32, "decoder.num_layers": 3}
+    write(tmp_path, {**base, "decoder.num_heads": 2}, "base.yaml")
+    settings = {"decoder.num_heads": 4}
+    path = write(
+        tmp_path, {"title": "t", "question": "q", "base": "base.yaml", "settings": settings}
+    )
+    config = load_experiment(path, ["decoder.num_layers=9", "seed=5"]).runs[0].config
+    assert (config.decoder.num_layers, config.decoder.num_heads, config.seed) == (9, 4, 5)
+
+
+def test_a_resolved_run_reads_back_as_itself(tmp_path: Path) -> None:
+    config = load_experiment(write(tmp_path, GOOD)).runs[3].config
+    again = read_run(write(tmp_path, to_yaml(config), "config.yaml"))
+    assert again == config and again.digest == config.digest
+
+
+def test_the_digest_depends_on_every_setting(tmp_path: Path) -> None:
+    config = load_experiment(write(tmp_path, GOOD)).runs[0].config
+    changes = ["seed=3", "data.flip=0.5", "vqgan_losses.l1_weight=2.0", "sampling.text.top_k=2"]
+    digests = {load_experiment(write(tmp_path, GOOD), [c]).runs[0].config.digest for c in changes}
+    assert len(digests | {config.digest}) == 5
+
+
+def test_numbers_in_e_notation_are_numbers(tmp_path: Path) -> None:
+    text = yaml.safe_dump(GOOD).replace("0.001", "1e-3")
+    assert "1e-3" in text
+    runs = load_experiment(write(tmp_path, text)).runs
+    assert runs[0].config.decoder_optim.learning_rate == 0.001
+
+
+def test_the_schema_names_every_setting() -> None:
+    schema = json_schema(RunConfig)
+    assert set(schema["properties"]) == set(plain(RunConfig(**FITTING)))
+
+
+FITTING = {"data": RunConfig.__dataclass_fields__["data"].default_factory()}
+FITTING |= {
+    "vqgan": type(RunConfig.__dataclass_fields__["vqgan"].default_factory())(resolution=32)
+}
+
+
+def mutations() -> list[tuple[str, Any]]:
+    """A hundred files, each wrong in one place, with a word that its message must hold."""
+    rng = random.Random(0)
+    leaves = leaf_paths(plain(RunConfig(**FITTING)))
+    leaves = [
+        leaf for leaf in leaves if leaf[0] != "seed" and not leaf[0].startswith("data.tasks")
+    ]
+    found: list[tuple[str, Any]] = []
+    for path, value in leaves:
+        # A list is no number, and neither is it text, a switch or null.
+        wrong = {"a": 1} if isinstance(value, list) else [[]]
+        found.append((path, changed({"settings": {path: wrong}})))
+    for path, _ in rng.sample(leaves, 30):
+        name = path.rpartition(".")[2]
+        position = rng.randrange(len(name))
+        typo = name[:position] + rng.choice(string.ascii_lowercase) + name[position:]
+        wrong_path = f"{path[: len(path) - len(name)]}{typo}"
+        found.append((wrong_path, changed({"settings": {wrong_path: 1}})))
+    for key in GOOD:
+        found.append((f"{key}x", changed({f"{key}x": GOOD[key]})))
+        if key not in ("title", "question"):
+            found.append((key, changed({key: 7})))
+    return found
+
+
+def leaf_paths(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            found += leaf_paths(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def changed(change: dict[str, Any]) -> dict[str, Any]:
+    """A good file with one change; changed settings replace the others."""
+    content = copy.deepcopy(GOOD)
+    content.pop("grid")
+    if isinstance(change.get("settings"), dict):
+        fitting = {"data.image_size": 32, "vqgan.resolution": 32}
+        content.pop("variants")
+        change = {"settings": fitting | change["settings"]}
+        content["settings"] = {}
+    return content | change
+
+
+def test_there_are_at_least_a_hundred_mutations() -> None:
+    assert len(mutations()) >= 100
+
+
+@pytest.mark.parametrize("number", range(100))
+def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: int) -> None:
+    place, content = mutations()[number]
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert place in message, message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("decoder.num_layer", 3, "legal are num_layers, hidden_size"),
+        ("decoder.num_layer", 3, "did you mean decoder.num_layers?"),
+        ("dekoder.num_layers", 3, "did you mean decoder.num_layers?"),
+        (
+            "data.dataset",
+            "emojis",
+            "one of emoji, shapes, manifest, got 'emojis'; did you mean emoji?",
+        ),
+        ("decoder.layer_masks", ["colum"], "did you mean column?"),
+        ("sampling.image.top_k", 0, "sampling.image.top_k must be at least 1 or null, got 0"),
+        ("decoder_optim.learning_rate", "fast", "must be a valid number, got 'fast'"),
+        ("decoder_optim.learning_rate", float("nan"), "finite number, got nan"),
+        ("decoder.pb_relax", "yes", "must be a valid boolean"),
+        ("vqgan.resolution", 64, "must equal data.image_size (32), got 64"),
+        ("data.tasks", {"vqa": 1.0}, "data.tasks must be of text_to_image"),
+        ("evaluation.questions", ["caption"], "did you mean caption_f1?"),
+    ],
+)
+def test_a_message_says_what_is_legal_and_the_nearest_name(
+    tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, changed({"settings": {key: value}})))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("title: [1", "line"),
+        ("- a\n- b", "must be a mapping of keys"),
+        ("title: a\ntitle: b", "key title is given twice"),
+        ("title: a\nquestion: ''", "question: is missing"),
+        ("title: a\nquestion: b\nsettings: {data.flip: 0.1, data: {flip: 0.2}}", "given twice"),
+        ("title: a\nquestion: b\nbase: nowhere.yaml", "nowhere.yaml: no such file"),
+        ("title: a\nquestion: b\nseeds: [1, 1]", "must not hold a value twice"),
+        ("title: a\nquestion: b\nvariants: {a b: {}}", "names must be"),
+    ],
+)
+def test_a_file_that_is_wrong_as_a_whole_gets_one_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, text))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.yaml"], "no such file"),
+        (["test.yaml", "decoder.num_layers=0"], "decoder.num_layers must be at least 1"),
+        (["test.yaml", "decoder.depth=3"], "command line: decoder.depth: unknown key"),
+        (["test.yaml", "decoder"], "must be key=value"),
+        (["test.yaml", "--index", "99"], "--index must be 0 to 7, got 99"),
+    ],
+)
+def test_the_command_line_exits_with_2_and_one_line(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], words: str
+) -> None:
+    write(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *arguments, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads(path: Path) -> None:
+    runs = load_experiment(path).runs
+    assert runs and all(run.config.sequence_layout.length > 0 for run in runs)

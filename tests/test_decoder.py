@@ -1,0 +1,237 @@
+"""The decoder: equal to the reference, causal, and the same with a cache as without."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rudolph.models.decoder import DecoderConfig, KeyValueCache, MaskedDecoder, attention
+from rudolph.models.pretrained import from_reference, rudolph_key, rudolph_modules
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+
+CASES = ["rudolph_350m_like", "rudolph_plain_norms", "rudolph_v1_no_specials"]
+LAYOUT = SequenceLayout(5, 3, 4)
+VOCABULARY = Vocabulary(20, 3, 5, 11, 2)
+SMALL = DecoderConfig(num_layers=4, hidden_size=24, num_heads=3, last_layer_mask="conv(3)")
+MASKS = ["causal", "row", "row_block", "column", "conv(3)", "conv_torus(3)"]
+
+
+def small_decoder(config: DecoderConfig = SMALL) -> MaskedDecoder:
+    torch.manual_seed(1)
+    return MaskedDecoder(config, LAYOUT, VOCABULARY).eval()
+
+
+def random_tokens(batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(0, 20, (batch, 5), generator=generator)
+    image = torch.randint(0, 11, (batch, 9), generator=generator)
+    return torch.cat([left, image, torch.randint(0, 20, (batch, 4), generator=generator)], dim=1)
+
+
+def reference(parity, case: str) -> MaskedDecoder:
+    golden = parity(case)
+    return from_reference("rudolph", golden.config, golden.weights).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_hidden_state_equal_the_reference(parity, case: str) -> None:
+    model, io = reference(parity, case), parity(case).io
+    tokens = io["tokens"]
+    prefixes = {"logits": 27, "logits_left": 6, "logits_left_image": 22}
+    for name, length in prefixes.items():
+        torch.testing.assert_close(model(tokens[:, :length]), io[name], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.run_layers(tokens), io["hidden_last"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stored_masks_that_hide_left_text_win_over_the_rules(parity, case: str) -> None:
+    golden = parity(case)
+    weights = dict(golden.weights)
+    hidden = mask_table(right_without_left(parse_mask("causal")), SequenceLayout(6, 4, 5))
+    for key in weights:
+        if key.endswith("_mask"):
+            weights[key] = (weights[key].bool() & hidden).half()  # early files store half masks
+    model = from_reference("rudolph", golden.config, weights).eval()
+    logits = model(golden.io["tokens"])
+    torch.testing.assert_close(logits, golden.io["logits_right_without_left"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_switch_that_hides_left_text_equals_the_reference(parity, case: str) -> None:
+    golden, model = parity(case), reference(parity, case)
+    model.config = replace(model.config, right_sees_left=False)
+    model.register_masks()
+    torch.testing.assert_close(
+        model(golden.io["tokens"]), golden.io["logits_right_without_left"], atol=1e-5, rtol=0
+    )
+
+
+# name: layers, hidden, heads, l, m, r, vocab argument, text and image specials, parameters
+REGISTERED = {
+    "350M_v1": (24, 1024, 16, 64, 16, 64, 16448, 0, 0, 353_065_024),
+    "350M_v2": (24, 1024, 16, 64, 16, 64, 16448, 384, 384, 354_638_656),
+    "1.3B": (24, 2048, 16, 128, 32, 128, 16512, 2048, 64, 1_319_327_936),
+    "2.7B": (32, 2560, 32, 384, 24, 128, 16768, 1024, 1024, 2_657_731_968),
+}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_released_sizes_have_the_references_parameter_counts(name: str) -> None:
+    layers, hidden, heads, left, side, right, vocab, texts, images, expected = REGISTERED[name]
+    arguments = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "l_text_seq_length": left,
+        "image_tokens_per_dim": side,
+        "r_text_seq_length": right,
+        "vocab_size": vocab,
+        "image_vocab_size": 8192,
+        "text_special_tokens": texts,
+        "image_special_tokens": images,
+    }
+    with torch.device("meta"):
+        model = rudolph_modules(arguments)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_later_token_never_changes_an_earlier_logit(mask: str, right_sees_left: bool) -> None:
+    config = replace(
+        SMALL, layer_masks=(mask,), last_layer_mask=None, right_sees_left=right_sees_left
+    )
+    model, tokens = small_decoder(config), random_tokens(2)
+    logits = model(tokens)
+    for position in range(1, LAYOUT.length):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % 11
+        assert torch.allclose(model(changed)[:, :position], logits[:, :position], atol=1e-6)
+
+
+@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("mask", [*MASKS, "mixed"])
+@pytest.mark.parametrize("steps", [(1,) * 18, (5, 9, 4), (3, 1, 6, 8)], ids=str)
+def test_cached_logits_equal_uncached_logits(
+    mask: str, right_sees_left: bool, steps: tuple[int, ...]
+) -> None:
+    pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
+    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    model, tokens = small_decoder(config), random_tokens(3)
+    cache = KeyValueCache(config, LAYOUT, batch_size=3, like=model.to_logits.weight)
+    parts, start = [], 0
+    with torch.no_grad():
+        for step in steps:
+            parts.append(model.to_logits(model.hidden(tokens[:, start : start + step], cache)))
+            start += step
+        whole = model(tokens)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix() -> None:
+    model, tokens = small_decoder(), random_tokens(2)
+    cache = KeyValueCache(SMALL, LAYOUT, batch_size=2, like=model.to_logits.weight)
+    with torch.no_grad():
+        model.hidden(tokens[:, :5], cache)
+        samples = cache.repeat(3)
+        rest = tokens[:, 5:7].repeat_interleave(3, dim=0)
+        hidden = model.hidden(rest, samples)
+        expected = model.hidden(tokens[:, :7])[:, 5:].repeat_interleave(3, dim=0)
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
+    assert cache.length == 5
+
+
+def test_segment_logits_are_slices_of_all_logits() -> None:
+    model, tokens = small_decoder(), random_tokens(2)
+    hidden, logits = model.hidden(tokens), model(tokens)
+    text = VOCABULARY.text_size
+    torch.testing.assert_close(model.text_logits(hidden), logits[..., :text])
+    torch.testing.assert_close(model.image_logits(hidden), logits[..., text:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pb_relax", [True, False])
+def test_half_precision_attention_equals_the_fused_kernel(
+    dtype: torch.dtype, pb_relax: bool
+) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    mask = torch.ones(7, 7).tril().bool()
+    expected = attention(query, key, value, mask=mask, pb_relax=False, dropout=0.0)
+    half = (tensor.to(dtype) for tensor in (query, key, value))
+    found = attention(*half, mask=mask, pb_relax=pb_relax, dropout=0.0)
+    torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
+
+
+def test_pb_relax_survives_scores_that_overflow_float16() -> None:
+    query = torch.full((1, 1, 2, 4), 400.0, dtype=torch.float16)
+    key = query.clone()
+    key[..., 1, :] = -400.0
+    value = torch.eye(2, 4, dtype=torch.float16)[None, None]
+    mask = torch.ones(2, 2).bool()
+    relaxed = attention(query, key, value, mask=mask, pb_relax=True, dropout=0.0)
+    plain = attention(query, key, value, mask=mask, pb_relax=False, dropout=0.0)
+    assert torch.equal(relaxed[0, 0, 0], value[0, 0, 0])
+    assert not torch.isfinite(plain).all()
+
+
+def test_embedding_gradient_is_the_only_thing_that_its_share_changes() -> None:
+    grads = []
+    for share in (1.0, 0.1):
+        model = small_decoder(replace(SMALL, embedding_gradient=share))
+        model(random_tokens(2)).square().mean().backward()
+        grads.append((model.text_embedding.weight.grad, model.layers[0].to_qkv.weight.grad))
+    torch.testing.assert_close(grads[1][0], 0.1 * grads[0][0], atol=1e-8, rtol=1e-3)
+    torch.testing.assert_close(grads[1][1], grads[0][1], atol=1e-7, rtol=1e-3)
+
+
+def test_a_sequence_that_is_too_long_is_told() -> None:
+    with pytest.raises(ValueError, match="18 tokens, got 19"):
+        small_decoder()(torch.zeros(1, 19, dtype=torch.long))
+
+
+@pytest.mark.parametrize("broken", ["missing", "extra", "shape", "config", "family"])
+def test_a_checkpoint_that_does_not_fit_is_named_in_one_line(parity, broken: str) -> None:
+    golden = parity("rudolph_350m_like")
+    config, weights = dict(golden.config), dict(golden.weights)
+    family, words = "rudolph", "layers.3.to_qkv.weight"
+    key = "transformer.layers.3.attention.query_key_value.weight"
+    if broken == "missing":
+        del weights[key]
+    elif broken == "extra":
+        weights["transformer.layers.99.mlp.dense_h_to_4h.bias"] = torch.zeros(3)
+        words = "layers.99.mlp_in.bias"
+    elif broken == "shape":
+        weights[key] = weights[key][:-1]
+    elif broken == "config":
+        del config["hidden_size"]
+        words = "hidden_size"
+    else:
+        family, words = "rudolf", "must be one of rudolph"
+    with pytest.raises(ValueError, match=words) as caught:
+        from_reference(family, config, weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_the_reference_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no tensor vae\.encoder\.weight"):
+        rudolph_key("vae.encoder.weight")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 0),
+        ("hidden_size", 25),
+        ("layer_masks", ()),
+        ("layer_masks", ("conv",)),
+        ("last_layer_mask", "convolution(3)"),
+        ("gelu", "relu"),
+        ("output_dropout", 1.5),
+        ("token_init_std", 0.0),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(SMALL, **{field: value})

@@ -1,0 +1,336 @@
+"""A whole run at the smallest size: resumed, skipped, exported, sampled from, tracked."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rudolph.cli import main
+from rudolph.config import load_experiment
+from rudolph.data.module import ImageBatch
+from rudolph.execution import Folders, Hardware
+from rudolph.experiment import execute, run_folder
+from rudolph.models.vqgan import VQGAN
+from rudolph.training.callbacks import NonFiniteLossError
+from rudolph.training.losses import ReconstructionLossConfig
+from rudolph.training.optim import OptimConfig, learning_rate_share
+from rudolph.training.vqgan import VQGANTraining
+
+OPTIM = {
+    "num_steps": 8,
+    "global_batch_size": 4,
+    "validate_every": 4,
+    "warmup_steps": 2,
+    "checkpoint_every": 3,
+    "learning_rate": 0.01,
+}
+TINY: dict[str, Any] = {
+    "title": "Tiny",
+    "question": "Does a run hold together?",
+    "settings": {
+        "data": {"dataset": "shapes", "image_size": 24, "flip": 0.5},
+        "data.shapes": {"num_train": 40, "num_validation": 6, "num_test": 6},
+        "tokenizer": {"vocab_size": 120, "bpe_dropout": 0.1},
+        "layout": {"left_text_length": 20, "right_text_length": 20},
+        "vqgan": {
+            "resolution": 24,
+            "channels": [4, 8, 8],
+            "num_res_blocks": 1,
+            "attention_resolutions": [],
+            "z_channels": 4,
+            "quantizer": {"kind": "ema", "num_codes": 12, "embedding_dim": 4},
+        },
+        "vqgan_optim": {**OPTIM, "ema_decay": 0.5},
+        "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
+        "decoder_optim": {**OPTIM, "ema_decay": 0.9},
+        "evaluation": {
+            "questions": ["scene_right", "caption_f1", "reconstruction"],
+            "splits": ["train", "test"],
+            "num_examples": 4,
+            "grid_prompts": ["красный круг в центре"],
+            "grid_samples": 2,
+        },
+    },
+    "targets": {"vqgan/psnr/test": 5},
+    "report": {"table": ["vqgan/psnr/test"], "curves": ["decoder/val/loss"]},
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | changes, allow_unicode=True))
+    return path
+
+
+def quiet(stage: str, done: int, total: int, note: str) -> None:
+    """No progress."""
+
+
+def run_tiny(folder: Path, overrides: tuple[str, ...] = (), **hardware: Any) -> Path:
+    experiment = load_experiment(write(folder), overrides)
+    folders = Folders(folder, folder / "runs")
+    flags = {"precision": "32-true", "accelerator": "cpu"} | hardware
+    execute(
+        experiment,
+        experiment.runs[0],
+        folders=folders,
+        hardware=Hardware(**flags),
+        uri=f"sqlite:///{folder}/mlflow.db",
+        progress=quiet,
+    )
+    return run_folder(folders, experiment, experiment.runs[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_tiny(tmp_path_factory.mktemp("finished"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoints = folder / "checkpoints"
+    return load_file(checkpoints / "decoder.safetensors") | {
+        f"vqgan.{name}": value
+        for name, value in load_file(checkpoints / "vqgan.safetensors").items()
+    }
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+
+
+def test_a_run_writes_all_that_the_readme_promises(finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*.*")}
+    assert {
+        "config.yaml",
+        "summary.json",
+        "environment.json",
+        "journal.jsonl",
+        "samples/masks.png",
+        "samples/grid.png",
+        "samples/captions.png",
+        "samples/reconstructions.png",
+        "checkpoints/bpe.model",
+    } <= names
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    for name, value in summary["metrics"].items():
+        low, high = summary["intervals"][name]
+        assert low <= value <= high
+    assert {"data", "vqgan", "decoder", "scene_right on test"} <= set(summary["seconds"])
+    environment = json.loads((finished / "environment.json").read_text())
+    assert set(environment["digests"]) == {
+        "data.train",
+        "data.validation",
+        "data.test",
+        "tokenizer",
+        "vqgan",
+        "decoder",
+    }
+
+
+def test_the_same_run_again_gives_the_same_weights_and_numbers(
+    finished: Path, tmp_path: Path
+) -> None:
+    again = run_tiny(tmp_path)
+    assert_equal_weights(finished, again)
+    one, other = (json.loads((f / "summary.json").read_text()) for f in (finished, again))
+    assert one["metrics"] == other["metrics"]
+
+
+def test_micro_batches_and_workers_change_no_example(finished: Path, tmp_path: Path) -> None:
+    again = run_tiny(tmp_path, micro_batch_size=2, num_workers=1)
+    one, other = weights(finished), weights(again)
+    # The VQ-GAN's mean over micro-batches is the mean over the batch, up to rounding and its
+    # codebook, which follows each micro-batch; so only the data is the same to the bit.
+    assert one.keys() == other.keys()
+    records = [
+        json.loads((f / "environment.json").read_text())["digests"] for f in (finished, again)
+    ]
+    assert records[0]["data.train"] == records[1]["data.train"]
+    assert records[0]["tokenizer"] == records[1]["tokenizer"]
+
+
+RUNNER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads({threads})
+import test_experiment as t
+t.run_tiny(t.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "decoder"])
+def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(
+    finished: Path, tmp_path: Path, stage: str
+) -> None:
+    code = RUNNER.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads())
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    pattern = (
+        "runs/.cache/vqgan-*/last.ckpt"
+        if stage == "vqgan"
+        else "runs/tiny/*/checkpoints/last.ckpt"
+    )
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob(pattern)), "killed too late"
+    assert_equal_weights(finished, run_tiny(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss of \w+ is (nan|inf)"):
+        run_tiny(
+            tmp_path, ("decoder_optim.learning_rate=1e30", "decoder_optim.gradient_clip=null")
+        )
+    summary = json.loads(next(tmp_path.glob("runs/tiny/*/summary.json")).read_text())
+    assert summary["status"] == "failed"
+
+
+def test_a_batch_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="must be a multiple of 1 devices times micro_batch_size 3"
+    ):
+        run_tiny(tmp_path, micro_batch_size=3)
+
+
+def test_runs_of_one_vqgan_share_it(finished: Path) -> None:
+    folder = finished.parent.parent.parent
+    before = {
+        path: path.stat().st_mtime_ns for path in folder.glob("runs/.cache/vqgan-*/*.safetensors")
+    }
+    other = run_tiny(folder, ("decoder.num_layers=1",))
+    after = {
+        path: path.stat().st_mtime_ns for path in folder.glob("runs/.cache/vqgan-*/*.safetensors")
+    }
+    assert before == after and len(after) == 1
+    assert other != finished
+
+
+def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("config.yaml", "checkpoints"):
+        os.symlink(finished / name, moved / name)
+    monkeypatch.chdir(tmp_path)
+    call = ["generate", "Синий крест", "-n", "3", "--run", "moved", "--guidance", "2"]
+    first = [main([*call, "--output", name]) for name in ("a.png", "b.png")]
+    assert first == [0, 0]
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    record = json.loads(Path("a.json").read_text())
+    assert record["sampling"]["guidance"] == 2.0 and record["text"] == "Синий крест"
+    assert main(["caption", "a.png", "-n", "2", "--run", "moved"]) == 0
+    assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "круг"], "no finished run"),
+        (["generate", "круг", "--run", "nowhere"], "not a trained run"),
+        (["generate", "круг", "--run", "moved", "--top-k", "0"], "top_k must be at least 1"),
+        (["generate", "круг", "--run", "moved", "-n", "0"], "-n must be at least 1"),
+        (["caption", "nothing.png", "--run", "moved"], "nothing.png"),
+        (["caption", "text.png", "--run", "moved"], "text.png"),
+        (["export", "tiny.yaml"], "no finished run"),
+    ],
+)
+def test_mistakes_of_sampling_are_one_line_and_exit_code_2(
+    finished: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str
+) -> None:
+    os.symlink(finished, tmp_path / "moved")
+    (tmp_path / "text.png").write_text("no picture")
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
+    finished: Path, monkeypatch, capsys
+) -> None:
+    folder = finished.parent.parent.parent
+    write(folder)
+    monkeypatch.chdir(folder)
+    started = time.monotonic()
+    assert main(["run", "tiny.yaml"]) == 0
+    assert time.monotonic() - started < 20
+    assert "finished before" in capsys.readouterr().err
+    results = folder / "results"
+    exported = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert main(["export", "tiny.yaml"]) == 0
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
+    assert main(["figures", "tiny"]) == 0
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
+    capsys.readouterr()
+    # Outside of git every run counts as dirty, and nobody has written an answer yet.
+    assert main(["check"]) == 1
+    problems = capsys.readouterr().err.splitlines()
+    expected = ("its commit does not name", "no answer is written", "2 problems")
+    assert len(problems) == 3 and all(
+        words in line for words, line in zip(expected, problems, strict=True)
+    ), problems
+
+
+def test_mlflow_holds_the_run(finished: Path) -> None:
+    import mlflow
+
+    folder = finished.parent.parent.parent
+    uri = f"sqlite:///{folder}/mlflow.db"
+    from rudolph.results.tracking import send_pending
+
+    send_pending(folder / "runs", uri)
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny")
+    digest = json.loads((finished / "summary.json").read_text())["digest"]
+    run = client.search_runs([experiment.experiment_id], f"tags.digest = '{digest}'")[0]
+    assert run.data.params["decoder.num_layers"] == "2"
+    assert run.data.metrics["vqgan/psnr/test"] > 0
+    history = client.get_metric_history(run.info.run_id, "decoder/val/loss")
+    assert [metric.step for metric in history] == [4, 8]
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "samples"} <= artifacts
+
+
+def test_the_adversary_starts_when_it_should_and_trains_its_discriminator() -> None:
+    torch.manual_seed(0)
+    config = load_experiment_config()
+    optim = OptimConfig(num_steps=4, global_batch_size=2, warmup_steps=0)
+    module = VQGANTraining(VQGAN(config.vqgan), ReconstructionLossConfig(adversary_start=2), optim)
+    batch = ImageBatch(torch.rand(2, 3, 24, 24) * 2 - 1, torch.arange(2))
+    module.model(batch.images)
+    result = module.model(batch.images)
+    assert "adversary" not in module.generator_losses(result, batch.images, 1)
+    losses = module.generator_losses(result, batch.images, 2)
+    assert losses["adversary"].requires_grad and torch.isfinite(losses["adversary"])
+
+
+def load_experiment_config():
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return load_experiment(write(Path(folder))).runs[0].config
+
+
+def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
+    config = OptimConfig(num_steps=100, warmup_steps=10, final_learning_rate_share=0.2)
+    shares = [learning_rate_share(step, config) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == pytest.approx(1.0)
+    assert shares[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(shares[10:]))

@@ -1,0 +1,176 @@
+"""Figures are the same bytes at each drawing and show what their numbers say."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rudolph.results.figures import (
+    FIGURES,
+    codebook_usage,
+    curves,
+    intervals,
+    mask_picture,
+    reconstructions,
+    sample_grid,
+)
+
+LOSS = "val/loss"
+RUNS = pd.DataFrame(
+    [
+        {
+            "run": f"{variant}-{top_k}-{seed}",
+            "variant": variant,
+            "top_k": top_k,
+            "seed": seed,
+            LOSS: number + seed / 10 + top_k / 100,
+            f"{LOSS}_low": number - 0.3,
+            f"{LOSS}_high": number + 0.4,
+            f"{LOSS}_chance": 4.0,
+        }
+        for number, variant in enumerate(["вся", "row"])
+        for top_k in (16, 64)
+        for seed in (0, 1)
+    ]
+)
+CURVES = pd.DataFrame(
+    [
+        {"run": f"{variant}-{seed}", "variant": variant, "metric": LOSS, "step": step}
+        | {"value": float(number + seed - step)}
+        for number, variant in enumerate(["вся", "row"])
+        for seed in (0, 1)
+        for step in range(6)
+    ]
+)
+CAUSAL = np.tril(np.ones((9, 9), bool))
+RANDOM = np.random.default_rng(0)
+PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]
+
+
+def draw(kind: str, path: Path) -> bytes:
+    frame, x = (CURVES, "step") if kind == "curves" else (RUNS, "top_k")
+    FIGURES[kind](frame, path, y=(LOSS,), x=x, by="variant")
+    return path.read_bytes()
+
+
+def texts(path: Path) -> list[str]:
+    """What an SVG of matplotlib says: it notes each text beside its glyphs."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_second_drawing_is_equal_in_every_byte(kind: str, suffix: str, tmp_path: Path) -> None:
+    first = draw(kind, tmp_path / f"first.{suffix}")
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
+        assert draw(kind, tmp_path / f"second.{suffix}") == first
+    assert matplotlib.rcParams["font.size"] != 9, "the style leaked"
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_figure_names_its_metric_and_every_variant(kind: str, tmp_path: Path) -> None:
+    draw(kind, tmp_path / "figure.svg")
+    said = " ".join(texts(tmp_path / "figure.svg"))
+    assert all(word in said for word in (LOSS, "вся", "row"))
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_the_order_of_the_rows_is_of_no_matter(kind: str, tmp_path: Path) -> None:
+    frame, x = (CURVES, "step") if kind == "curves" else (RUNS, "top_k")
+    if kind == "intervals":
+        frame = frame[frame["seed"] == 0]
+    for name, rows in {"a": frame, "b": frame.iloc[::-1]}.items():
+        FIGURES[kind](rows, tmp_path / f"{name}.png", y=(LOSS,), x=x, by="variant")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_missing_column_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column 'flavour'; there are run, variant"):
+        FIGURES[kind](
+            CURVES if kind == "curves" else RUNS,
+            tmp_path / "x.svg",
+            y=(LOSS,),
+            x="step" if kind == "curves" else "top_k",
+            by="flavour",
+        )
+
+
+def test_a_missing_curve_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no curve of 'psnr'; there are val/loss"):
+        curves(CURVES, tmp_path / "x.svg", y=("psnr",), x="step", by="variant")
+
+
+def test_between_its_points_a_seed_is_a_straight_line(tmp_path: Path) -> None:
+    thinned = CURVES[(CURVES["run"] != "row-1") | CURVES["step"].isin([0, 2, 5])]
+    assert len(thinned) < len(CURVES)
+    for name, frame in {"all": CURVES, "thinned": thinned}.items():
+        curves(frame, tmp_path / f"{name}.png", y=(LOSS,), x="step", by="variant")
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "thinned.png").read_bytes()
+
+
+def test_chance_is_drawn_where_it_is_known(tmp_path: Path) -> None:
+    without = RUNS.drop(columns=f"{LOSS}_chance")
+    for name, frame in {"with": RUNS, "without": without}.items():
+        intervals(frame, tmp_path / f"{name}.svg", y=(LOSS,), x="seed", by="variant")
+    assert "chance" in texts(tmp_path / "with.svg")
+    assert "chance" not in texts(tmp_path / "without.svg")
+
+
+@pytest.mark.parametrize("segments", [(3, 4, 2), (0, 9, 0)])
+def test_a_mask_picture_says_its_segments_and_density(
+    segments: tuple[int, int, int], tmp_path: Path
+) -> None:
+    masks = {"causal": CAUSAL, "self": np.eye(9, dtype=bool)}
+    mask_picture(masks, tmp_path / "a.svg", segments=segments)
+    mask_picture(masks, tmp_path / "b.svg", segments=segments)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    said = texts(tmp_path / "a.svg")
+    assert f"causal: {45 / 81:.1%} of pairs" in said and f"self: {9 / 81:.1%} of pairs" in said
+    for name, length in zip(("left", "image", "right"), segments, strict=True):
+        assert (name in said) == (length > 0)
+
+
+def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mask causal: \(9, 9\) is not what segments"):
+        mask_picture({"causal": CAUSAL}, tmp_path / "x.png", segments=(3, 4, 3))
+
+
+def test_a_sample_grid_keeps_every_pixel(tmp_path: Path) -> None:
+    captions = ["красный кот на синем фоне смотрит в окно", "ёж", ""]
+    for name in ("a.png", "b.png"):
+        sample_grid(PICTURES, captions, tmp_path / name, columns=2)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    enlarged = np.kron(PICTURES[1], np.ones((8, 8, 1), np.uint8))
+    assert (sheet[8 : 8 + 128, 144 : 144 + 128] == enlarged).all()
+    # Under the first picture there is text, under the empty caption there is none.
+    second_row = sheet.shape[0] // 2 + 4
+    assert (sheet[140 : second_row - 4, 8:136] < 128).any()
+    assert (sheet[second_row + 132 :, 8:136] == 255).all()
+
+
+def test_a_sample_without_a_caption_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 pictures of shapes .* and 1 captions"):
+        sample_grid(PICTURES, ["one"], tmp_path / "x.png", columns=2)
+
+
+def test_a_perfect_reconstruction_leaves_a_white_difference(tmp_path: Path) -> None:
+    broken = [255 - PICTURES[0], *PICTURES[1:]]
+    reconstructions(PICTURES, broken, tmp_path / "x.png")
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    height = (sheet.shape[0] - 8) // 3
+    last = sheet[8 + 2 * height : 8 + 2 * height + 128]
+    assert (last[:, 144 : 144 + 128] == 255).all()
+    assert (last[:, 8:136] < 255).any()
+
+
+def test_a_codebook_of_evenly_used_codes_has_their_number_as_perplexity(tmp_path: Path) -> None:
+    codebook_usage(np.array([7, 0, 7, 7, 7, 0, 0, 0]), tmp_path / "x.svg")
+    assert "4 of 8 codes used (50%), perplexity 4.0" in texts(tmp_path / "x.svg")
+    with pytest.raises(ValueError, match="no code was used"):
+        codebook_usage(np.zeros(8, np.int64), tmp_path / "y.svg")

@@ -1,0 +1,224 @@
+"""From the bytes of any picture to a square RGB one, and the report of what fell out."""
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_manifests import bomb, encoded, noise
+
+from rudolph.data import funnel
+from rudolph.data.funnel import FunnelReport, Rejected, centre_square, open_picture
+
+
+def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image).astype(int)
+
+
+def rejection(data: bytes, **options: Any) -> str:
+    with pytest.raises(Rejected) as rejected:
+        open_picture(data, **options)
+    return rejected.value.reason
+
+
+def test_an_rgb_picture_is_not_changed() -> None:
+    picture = open_picture(encoded(noise()))
+    assert picture.changes == () and picture.image.mode == "RGB"
+    np.testing.assert_array_equal(pixels(picture.image), pixels(noise()))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_upright_whatever_its_exif_orientation(orientation: int) -> None:
+    # EXIF 2.32, "Orientation": on which side of the shown picture row 0 and column 0 lie.
+    upright = pixels(noise())
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: upright.swapaxes(0, 1)[::-1],
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: upright.swapaxes(0, 1)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[funnel.ORIENTATION_TAG] = orientation
+    picture = open_picture(encoded(Image.fromarray(stored.astype(np.uint8)), exif=exif))
+    np.testing.assert_array_equal(pixels(picture.image), upright)
+    assert picture.changes == (("EXIF orientation",) if orientation > 1 else ())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
+    values = np.linspace(0, 65535, 96).round().astype(np.uint16).reshape(8, 12)
+    picture = open_picture(encoded(Image.fromarray(values), kind))
+    expected = np.floor(values / 257 + 0.5)
+    np.testing.assert_array_equal(pixels(picture.image), expected[..., None].repeat(3, axis=2))
+    assert picture.changes == ("16-bit", "greyscale")
+
+
+def test_a_transparent_16_bit_value_becomes_white() -> None:
+    values = np.full((8, 8), 300, np.uint16)
+    values[0, 0] = 7
+    picture = open_picture(encoded(Image.fromarray(values), transparency=7))
+    assert picture.image.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.image.getpixel((1, 0)) == (1, 1, 1)
+    assert picture.changes == ("16-bit", "greyscale", "alpha")
+
+
+def test_alpha_is_laid_over_white() -> None:
+    rgba = np.random.default_rng(1).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    picture = open_picture(encoded(Image.fromarray(rgba)))
+    alpha = rgba[..., 3:] / 255
+    expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(pixels(picture.image) - expected).max() <= 1
+    assert picture.changes == ("alpha",)
+
+
+def test_grey_with_alpha_is_laid_over_white() -> None:
+    picture = open_picture(encoded(Image.new("LA", (8, 8), (0, 0))))
+    assert picture.image.getpixel((3, 3)) == (255, 255, 255)
+    assert picture.changes == ("greyscale", "alpha")
+
+
+def test_a_palette_gives_its_colours_and_its_transparent_entry_white() -> None:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 0)
+    picture = open_picture(encoded(image))
+    assert picture.image.getpixel((0, 0)) == (10, 20, 30)
+    assert picture.image.getpixel((1, 0)) == (40, 50, 60)
+    assert picture.changes == ("palette",)
+    picture = open_picture(encoded(image, transparency=0))
+    assert picture.image.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.image.getpixel((1, 0)) == (40, 50, 60)
+    assert picture.changes == ("palette", "alpha")
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "colour", "changes"),
+    [
+        (Image.new("1", (8, 8), 1), "PNG", (255, 255, 255), ("1-bit",)),
+        (Image.new("L", (8, 8), 99), "PNG", (99, 99, 99), ("greyscale",)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", (255, 0, 0), ("CMYK",)),
+        (Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG", (0, 0, 0), ("CMYK",)),
+    ],
+)
+def test_other_pixel_formats_become_rgb(
+    image: Image.Image, kind: str, colour: tuple[int, int, int], changes: tuple[str, ...]
+) -> None:
+    picture = open_picture(encoded(image, kind))
+    assert np.abs(pixels(picture.image) - colour).max() <= 2
+    assert picture.changes == changes
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    picture = open_picture(data)
+    assert picture.image.getpixel((4, 4)) == (255, 0, 0)
+    assert "first of several frames" in picture.changes
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_pixels_without_a_known_white_are_rejected(mode: str) -> None:
+    assert rejection(encoded(Image.new(mode, (8, 8)), "TIFF")) == "unsupported pixel format"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
+def test_a_side_under_8_pixels_is_too_small(size: tuple[int, int]) -> None:
+    assert rejection(encoded(Image.new("RGB", size))) == "too small"
+    assert open_picture(encoded(Image.new("RGB", (8, 8)))).changes == ()
+
+
+@pytest.mark.parametrize("side", [9500, 14000, 60000])
+def test_a_decompression_bomb_is_told_by_its_header(side: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rejection(bomb(side)) == "decompression bomb"
+    assert rejection(encoded(noise(12, 9)), max_pixels=107) == "decompression bomb"
+    assert open_picture(encoded(noise(12, 9)), max_pixels=108).image.size == (12, 9)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
+def test_a_truncated_picture_is_corrupt(kind: str, share: float) -> None:
+    data = encoded(noise(64, 48), kind)
+    assert rejection(data[: int(len(data) * share)]) == "corrupt picture"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    position=st.integers(0, 10**6), value=st.integers(0, 255), kind=st.sampled_from(funnel.FORMATS)
+)
+def test_a_damaged_byte_never_raises_anything_but_a_rejection(
+    position: int, value: int, kind: str
+) -> None:
+    exif = Image.Exif()
+    exif[funnel.ORIENTATION_TAG] = 6
+    data = bytearray(encoded(noise(), kind, **({"exif": exif} if kind != "PPM" else {})))
+    data[position % len(data)] = value
+    try:
+        outcome = open_picture(bytes(data), max_pixels=10_000).image.mode
+    except Rejected as rejected:
+        outcome = rejected.reason
+    reasons = {"corrupt picture", "decompression bomb", "too small", "unsupported pixel format"}
+    assert outcome in reasons | {"RGB"}
+
+
+def test_what_is_no_picture_is_corrupt() -> None:
+    assert rejection(b"<html>not found</html>") == "corrupt picture"
+    # Pillow would open these two, the first by starting Ghostscript.
+    for kind in ("EPS", "TGA"):
+        assert rejection(encoded(noise(), kind)) == "corrupt picture"
+
+
+def test_a_readable_picture_with_odd_metadata_is_kept_and_counted() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01"
+    picture = open_picture(encoded(noise(), "JPEG", exif=exif))
+    assert picture.changes == ("read with a warning",)
+
+
+@pytest.mark.parametrize("size", [(30, 20), (20, 31), (20, 20)])
+def test_the_centre_square_is_the_middle_of_the_longer_side(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    left, top = (size[0] - 20) // 2, (size[1] - 20) // 2
+    middle = pixels(image)[top : top + 20, left : left + 20]
+    np.testing.assert_array_equal(pixels(centre_square(image, 20)), middle)
+
+
+def test_shrinking_averages_where_skipping_pixels_would_alias() -> None:
+    checkerboard = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(255)
+    small = pixels(centre_square(Image.fromarray(checkerboard.astype(np.uint8)).convert("RGB"), 8))
+    assert np.abs(small - 127.5).max() <= 4
+
+
+def test_what_lies_outside_the_square_does_not_bleed_in() -> None:
+    wide = Image.new("RGB", (48, 16), "black")
+    wide.paste("white", (16, 0, 32, 16))
+    assert pixels(centre_square(wide, 4)).min() == 255
+
+
+def test_the_report_counts_all_and_names_the_first_twenty() -> None:
+    report = FunnelReport()
+    for index in range(25):
+        report.skip(f"row {index}", "missing file")
+    report.skip("row 25\nforged: line\x1b[31m", "empty caption")
+    report.keep("row 26", ["alpha", "palette"])
+    lines = report.summary().splitlines()
+    assert lines[0] == "27 rows: 1 kept, 26 skipped (96.3%)"
+    first_twenty = ", ".join(f"row {index}" for index in range(20))
+    assert lines[1] == f"skipped: 25 missing file ({first_twenty}, ...)"
+    assert lines[2] == "skipped: 1 empty caption (row 25 forged: line [31m)"
+    assert lines[3:] == ["converted: 1 alpha (row 26)", "converted: 1 palette (row 26)"]
+    as_dict = report.as_dict()
+    assert json.loads(json.dumps(as_dict)) == as_dict
+    assert as_dict["skipped"] == {
+        "missing file": {"count": 25, "names": [f"row {index}" for index in range(20)]},
+        "empty caption": {"count": 1, "names": ["row 25 forged: line [31m"]},
+    }
+    assert (as_dict["rows"], as_dict["kept"], as_dict["bad_share"]) == (27, 1, 26 / 27)

@@ -1,0 +1,138 @@
+"""A journal keeps what was written to it, through crashes and from many threads."""
+
+import math
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rudolph.results.journal import (
+    JOURNAL,
+    VALUES_IN_BATCH,
+    Journal,
+    SentMark,
+    exclusive,
+    flatten,
+    json_number,
+    pending_folders,
+    read_batches,
+    read_journal,
+)
+
+
+def open_journal(folder: Path, digest: str = "d") -> Journal:
+    return Journal(folder, experiment="e", run="r", digest=digest)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [record for _, record in read_journal(folder / JOURNAL)]
+
+
+def test_what_is_appended_is_read_back_from_any_offset(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    for step in range(5):
+        journal.append("metrics", step=step, metrics={"ряд": json_number(step - math.inf)})
+    journal.close()
+    ends = list(read_journal(tmp_path / JOURNAL))
+    assert [r["step"] for _, r in ends[1:]] == list(range(5))
+    assert ends[3][1]["metrics"] == {"ряд": -math.inf}
+    for position, (end, _) in enumerate(ends):
+        assert list(read_journal(tmp_path / JOURNAL, end)) == ends[position + 1 :]
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.append("tags", tags={"a": "1"})
+    journal.close()
+    whole = records(tmp_path)
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write('{"kind": "metrics", "ti')
+    assert records(tmp_path) == whole
+    journal = open_journal(tmp_path)
+    journal.append("tags", tags={"a": "2"})
+    journal.close()
+    assert records(tmp_path)[:-1] == whole and records(tmp_path)[-1]["tags"] == {"a": "2"}
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    open_journal(tmp_path, "one").close()
+    with pytest.raises(ValueError, match="belongs to digest one, got two"):
+        open_journal(tmp_path, "two")
+
+
+def test_appends_from_many_threads_are_all_kept_and_cost_little(tmp_path: Path) -> None:
+    journal, seconds = open_journal(tmp_path), []
+
+    def write(thread: int) -> None:
+        for step in range(200):
+            started = time.perf_counter()
+            journal.append("metrics", step=step, metrics={"loss": thread + step / 1000})
+            seconds.append(time.perf_counter() - started)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    values = Counter(record["metrics"]["loss"] for record in records(tmp_path)[1:])
+    assert values == {number + step / 1000: 1 for number in range(4) for step in range(200)}
+    assert sorted(seconds)[len(seconds) // 2] < 1e-3
+
+
+def test_batches_hold_every_record_once_and_in_order(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    for step in range(VALUES_IN_BATCH):
+        journal.append("metrics", step=step, metrics={"a": 1.0, "b": 2.0})
+        if step % 300 == 7:
+            journal.append("artifact", path="x.png", folder="")
+            journal.append("params", params={"a": "b"})
+    journal.close()
+    batches = list(read_batches(tmp_path / JOURNAL, 0))
+    assert [record for _, batch in batches for record in batch] == records(tmp_path)
+    assert batches[-1][0] == (tmp_path / JOURNAL).stat().st_size
+    for _, batch in batches:
+        kinds = Counter(record["kind"] for record in batch)
+        assert kinds == {"artifact": 1} or "artifact" not in kinds
+        assert 2 * kinds["metrics"] < VALUES_IN_BATCH + 2
+
+
+def test_each_server_has_its_own_mark_without_its_password(tmp_path: Path) -> None:
+    open_journal(tmp_path / "run").close()
+    size = (tmp_path / "run" / JOURNAL).stat().st_size
+    mark = SentMark(tmp_path / "run", "http://anna:secret@host:5000")
+    assert mark.read() == ("", 0) and mark.is_pending()
+    mark.write("id-1", size)
+    assert SentMark(tmp_path / "run", "http://host:5000").read() == ("id-1", size)
+    assert pending_folders(tmp_path, "http://host:5000") == []
+    assert pending_folders(tmp_path, "http://other:5000") == [tmp_path / "run"]
+    assert pending_folders(tmp_path, None) == [tmp_path / "run"]
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "run").iterdir())
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "deep" / "lock"
+    with exclusive(lock, 0.0) as first, exclusive(lock, 0.0) as second:
+        assert (first, second) == (True, False)
+    with exclusive(lock, 0.0) as third:
+        assert third
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="."), min_size=1, max_size=4)
+LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers())
+
+
+@given(st.dictionaries(NAMES, LEAVES | st.dictionaries(NAMES, LEAVES, min_size=1)))
+def test_flattening_keeps_every_leaf_under_its_path(tree: dict[str, object]) -> None:
+    flat = flatten(tree)
+    paths = {
+        path
+        for name, value in tree.items()
+        for path in ([f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name])
+    }
+    assert set(flat) == paths and all(isinstance(text, str) for text in flat.values())

@@ -1,0 +1,163 @@
+"""Losses: the reference's numbers and gradients, weights that weigh, labels that are counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rudolph.models.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.pretrained import from_reference
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.training.losses import (
+    SEGMENTS,
+    DecoderLossConfig,
+    ReconstructionLossConfig,
+    adaptive_weight,
+    hinge_adversary_loss,
+    reconstruction_loss,
+    segment_losses,
+    weighted_mean,
+)
+
+CASES = ["rudolph_350m_like", "rudolph_plain_norms", "rudolph_v1_no_specials"]
+LEGACY = DecoderLossConfig(first_image_token="legacy")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_legacy_losses_and_gradients_equal_the_reference(parity, case: str) -> None:
+    golden = parity(case)
+    io = golden.io
+    model = from_reference("rudolph", golden.config, golden.weights).eval()
+    for name, weights in {"loss_w_1_7_1": (1, 7, 1), "loss_w_001_1_7": (0.01, 1, 7)}.items():
+        config = DecoderLossConfig(*weights, first_image_token="legacy")
+        losses = segment_losses(model, io["tokens"], config)
+        parts = ("l_text_loss", "image_loss", "r_text_loss")
+        for segment, part in zip(SEGMENTS, parts, strict=True):
+            torch.testing.assert_close(losses[segment], io[f"loss_part_{part}"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(weighted_mean(losses, config.weights), io[name])
+    weighted_mean(segment_losses(model, io["tokens"], LEGACY), LEGACY.weights).backward()
+    gradients = {"grad_qkv_0": model.layers[0].to_qkv.weight.grad}
+    gradients["grad_text_embeddings"] = model.text_embedding.weight.grad
+    found = [name for name in gradients if name in io]
+    assert found
+    for name in found:
+        torch.testing.assert_close(gradients[name], io[name], atol=1e-6, rtol=1e-4)
+
+
+def tiny() -> tuple[MaskedDecoder, torch.Tensor]:
+    torch.manual_seed(0)
+    config = DecoderConfig(2, 16, 2, layer_masks=("row",), last_layer_mask=None)
+    model = MaskedDecoder(config, SequenceLayout(4, 2, 5), Vocabulary(9, 2, 4, 6))
+    left = torch.tensor([[2, 5, 3, 0], [2, 3, 0, 0]])
+    image = torch.tensor([[0, 5, 1, 2], [3, 3, 4, 0]])
+    right = torch.tensor([[2, 7, 8, 3, 0], [0, 0, 0, 0, 0]])
+    return model.eval(), torch.cat([left, image, right], dim=1)
+
+
+def test_losses_are_cross_entropies_of_the_full_logits_at_the_labels() -> None:
+    model, tokens = tiny()
+    logits = model(tokens)
+    text, image = logits[..., :15], logits[..., 15:]
+    paddings = torch.tensor([[5, 3, 14], [3, 13, 14]])  # ids 11 to 14 pad positions 0 to 3
+    expected = {
+        "left_text": F.cross_entropy(text[:, :3].flatten(0, 1), paddings.flatten()),
+        "image": F.cross_entropy(image[:, 3:7].flatten(0, 1), tokens[:, 4:8].flatten()),
+        "right_text": F.cross_entropy(text[0, 8:11], torch.tensor([7, 8, 3])),
+    }
+    found = segment_losses(model, tokens, DecoderLossConfig())
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    without = segment_losses(model, tokens, DecoderLossConfig(left_padding=False))
+    real = F.cross_entropy(
+        torch.stack([text[0, 0], text[0, 1], text[1, 0]]), torch.tensor([5, 3, 3])
+    )
+    torch.testing.assert_close(without["left_text"], real)
+
+
+def test_the_first_image_token_is_trained_in_the_image_vocabulary_unless_legacy() -> None:
+    model, tokens = tiny()
+    for config, is_trained in ((DecoderLossConfig(0, 1, 0), True), (LEGACY, False)):
+        model.zero_grad()
+        hidden = model.hidden(tokens)
+        hidden.retain_grad()
+        model.hidden = lambda tokens, hidden=hidden: hidden  # type: ignore[method-assign]
+        weighted_mean(
+            {"image": segment_losses(model, tokens, config)["image"]}, {"image": 1}
+        ).backward()
+        assert (hidden.grad[:, 3].abs().sum() > 0) == is_trained
+        del model.hidden
+
+
+@pytest.mark.parametrize("segment", SEGMENTS)
+def test_a_segment_of_weight_zero_gives_no_gradient_and_costs_nothing(segment: str) -> None:
+    model, tokens = tiny()
+    config = replace(DecoderLossConfig(), **{f"{segment}_weight": 0.0})
+    losses = segment_losses(model, tokens, config)
+    assert segment not in losses and len(losses) == 2
+    weighted_mean(losses, config.weights).backward()
+    gradient = model.to_logits.weight.grad
+    if segment == "image":
+        assert gradient[15:].abs().sum() == 0
+    else:
+        assert gradient.abs().sum() > 0
+
+
+def test_only_scored_examples_count() -> None:
+    model, tokens = tiny()
+    scored = {"image": torch.tensor([True, False]), "right_text": torch.tensor([False, False])}
+    losses = segment_losses(model, tokens, DecoderLossConfig(), scored=scored)
+    alone = segment_losses(model, tokens[:1], DecoderLossConfig())
+    torch.testing.assert_close(losses["image"], alone["image"])
+    assert "right_text" not in losses
+
+
+def test_an_all_padding_right_text_is_no_loss_and_not_nan() -> None:
+    model, tokens = tiny()
+    losses = segment_losses(model, tokens[1:], DecoderLossConfig())
+    assert set(losses) == {"left_text", "image"}
+    assert torch.isfinite(weighted_mean(losses, DecoderLossConfig().weights))
+
+
+def test_tokens_that_end_inside_a_segment_are_refused() -> None:
+    model, tokens = tiny()
+    for length in (4, 8, 13):
+        segment_losses(model, tokens[:, :length], DecoderLossConfig())
+    with pytest.raises(ValueError, match="4, 8 or 13"):
+        segment_losses(model, tokens[:, :10], DecoderLossConfig())
+
+
+def test_no_label_at_all_is_told() -> None:
+    with pytest.raises(ValueError, match="no segment"):
+        weighted_mean({}, DecoderLossConfig().weights)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_weight": -1},
+        {"left_text_weight": 0, "image_weight": 0, "right_text_weight": 0},
+        {"first_image_token": "fixed"},
+        {"label_smoothing": 1.0},
+    ],
+)
+def test_a_wrong_loss_weight_is_told(fields: dict) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        replace(DecoderLossConfig(), **fields)
+
+
+def test_reconstruction_and_hinge_losses_worked_by_hand() -> None:
+    images, decoded = torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)
+    config = ReconstructionLossConfig(l1_weight=2.0, l2_weight=4.0)
+    assert reconstruction_loss(decoded, images, config).item() == pytest.approx(2.0)
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
+    assert hinge_adversary_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    first, second = (weight.sin() * 5).sum(), (weight**3).sum()
+    ratio = adaptive_weight(first, second, weight)
+    gradients = [torch.autograd.grad(loss, weight)[0].norm() for loss in (first, second)]
+    torch.testing.assert_close(ratio * gradients[1], gradients[0], rtol=1e-3, atol=0)

@@ -1,0 +1,172 @@
+"""The house: which room uses which, who owns a heavy library, how long a thing may be."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "rudolph").rglob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), ROOT / ".ci" / "bootstrap.py"]
+
+# What a room stands on; a room is a folder or a module right under rudolph/.
+BELOW_DATA = {"sequence", "models"}
+BELOW_SAMPLING = BELOW_DATA | {"data"}
+BELOW_TRAINING = BELOW_SAMPLING | {"sampling"}
+BELOW_CONFIG = BELOW_TRAINING | {"training", "evaluation", "results"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "sequence": set(),
+    "models": {"sequence"},
+    "data": BELOW_DATA,
+    "sampling": BELOW_SAMPLING,
+    "training": BELOW_TRAINING,
+    "evaluation": BELOW_TRAINING,
+    "results": {"evaluation"},
+    "settings": set(),
+    "config": BELOW_CONFIG | {"settings"},
+    "execution": BELOW_CONFIG | {"config"},
+    "stages": BELOW_CONFIG | {"config", "execution"},
+    "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
+    "console": set(),
+    "cli": BELOW_CONFIG | {"console", "settings", "config", "execution", "stages", "experiment"},
+    "__main__": {"cli"},
+}
+OWNERS = {
+    "mlflow": r"results/tracking",
+    "matplotlib": r"results/figures",
+    "seaborn": r"results/figures",
+    "pytorch_lightning": r"training/\w+|data/module|stages",
+    "yaml": r"settings",
+    "youtokentome": r"sequence/tokenizer",
+    "pydantic": r"settings",
+    "torchvision": r"nobody",
+}
+TOP_LEVEL = (
+    "notebooks rudolph experiments results tests environment.yml README.md pyproject.toml "
+    "LICENSE Makefile .ci .gitignore .pre-commit-config.yaml"
+)
+CONDA_NAMES = {"pytorch": "torch"}
+
+
+def name_in_package(path: Path) -> str:
+    return path.relative_to(ROOT / "rudolph").with_suffix("").as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full dotted names of what a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = (
+                path.relative_to(ROOT).with_suffix("").parts[: -node.level] if node.level else ()
+            )
+            base = ".".join([*here, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def rooms_used(path: Path) -> set[str]:
+    """Rooms of the package that a file imports from, its own left out."""
+    used = (name.split(".")[1] for name in imports(path) if name.startswith("rudolph."))
+    rooms = {entry.stem for entry in (ROOT / "rudolph").iterdir()}
+    return set(used) & rooms - {name_in_package(path).split("/")[0]}
+
+
+def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its first statement after the docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def repository_files() -> list[str]:
+    """What git holds or would hold; in a copy without git, what is not hidden or a leftover."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if (ROOT / ".git").exists() and listing.returncode == 0:
+        return listing.stdout.splitlines()
+    names = [entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")]
+    return [name for name in names if not re.search(r"^runs$|^ml|\.egg-info$|\.db$", name)]
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level modules in a fresh interpreter that has imported one of ours."""
+    code = f"import {module}, sys; print(*(name for name in sys.modules if '.' not in name))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def requirement(line: str) -> tuple[str, frozenset[str]]:
+    """Name as on PyPI and version bounds of one requirement."""
+    name, bounds = re.fullmatch(r"([A-Za-z0-9._-]+)\s*(.*)", line).groups()
+    name = name.lower().replace("_", "-")
+    return CONDA_NAMES.get(name, name), frozenset(bounds.replace(" ", "").split(",")) - {""}
+
+
+def test_a_room_imports_only_from_the_rooms_below_it():
+    strangers = {name_in_package(path).split("/")[0] for path in PACKAGE} - set(MAY_IMPORT)
+    assert not strangers, f"rooms without a floor in MAY_IMPORT: {strangers}"
+    wrong = {
+        name_in_package(path): rooms_used(path) - MAY_IMPORT[name_in_package(path).split("/")[0]]
+        for path in PACKAGE
+    }
+    assert {name: rooms for name, rooms in wrong.items() if rooms} == {}
+
+
+def test_a_heavy_library_is_imported_only_by_its_owner():
+    wrong = [
+        f"{name_in_package(path)} imports {library}"
+        for path in PACKAGE
+        for library in {name.split(".")[0] for name in imports(path)} & set(OWNERS)
+        if not re.fullmatch(OWNERS[library], name_in_package(path))
+    ]
+    assert wrong == []
+
+
+def test_files_and_functions_fit_their_bounds():
+    long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 400:
+            long.append(f"{path.relative_to(ROOT)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_length(node) > 40:
+                long.append(f"{path.relative_to(ROOT)}: {node.name}, {body_length(node)} lines")
+    assert long == []
+
+
+def test_a_file_is_named_after_what_it_holds():
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+    assert [str(path) for path in SOURCES if vague & {path.stem, path.parent.name}] == []
+
+
+def test_the_top_level_holds_only_what_is_agreed():
+    assert {name.strip('"').split("/")[0] for name in repository_files()} <= set(TOP_LEVEL.split())
+
+
+def test_conda_and_pip_install_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    from_pip = {requirement(line) for line in [*lines, f"python{project['requires-python']}"]}
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    from_conda = {requirement(line) for line in conda if isinstance(line, str) and line != "pip"}
+    assert from_conda == from_pip
+
+
+@pytest.mark.parametrize("module", ["rudolph.results.figures", "rudolph.results.store"])
+def test_results_are_drawn_and_stored_without_torch(module):
+    assert not loaded_by(module) & {"torch", "pytorch_lightning", "mlflow"}
+
+
+def test_a_mask_is_drawn_without_the_training_libraries():
+    loaded = loaded_by("rudolph.sequence.masks")
+    assert "torch" in loaded
+    assert not loaded & {"pytorch_lightning", "mlflow", "matplotlib", "pandas", "youtokentome"}

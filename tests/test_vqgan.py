@@ -1,0 +1,176 @@
+"""The VQ-GAN: equal to Sber's, any size, every quantizer a round trip with a gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rudolph.models.quantizers import (
+    QUANTIZERS,
+    QuantizerConfig,
+    codebook_usage,
+    nearest,
+)
+from rudolph.models.vqgan import VQGAN, VQGANConfig
+
+QUANTIZER = QuantizerConfig("vq", 30, 12, levels=(5, 3, 2))
+SMALL = VQGANConfig(16, (8, 12, 16), 1, (4,), 10, quantizer=QUANTIZER)
+
+
+def small_vqgan(kind: str) -> VQGAN:
+    torch.manual_seed(0)
+    return VQGAN(replace(SMALL, quantizer=replace(QUANTIZER, kind=kind)))
+
+
+def test_sber_vqgan_equals_the_reference(parity) -> None:
+    golden = parity("sber_vqgan")
+    config = VQGANConfig(
+        32, (32, 32, 64, 64), 1, (4,), 16, quantizer=QuantizerConfig("gumbel", 64, 16)
+    )
+    model = VQGAN(config).eval()
+    weights = {key.removeprefix("model."): value for key, value in golden.weights.items()}
+    assert not any(model.load_state_dict(weights))
+    indices = model.encode_indices(golden.io["images"])
+    assert torch.equal(indices, golden.io["indices"])
+    torch.testing.assert_close(
+        model.decode_indices(indices), golden.io["decoded"], atol=1e-5, rtol=0
+    )
+
+
+def test_the_default_size_has_sbers_parameter_count() -> None:
+    with torch.device("meta"):
+        model = VQGAN(VQGANConfig())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 68_995_971
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (4, 12)])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_indices_decode_to_what_the_forward_pass_makes(kind: str, size: tuple[int, int]) -> None:
+    model = small_vqgan(kind)
+    images = torch.rand(3, 3, *size) * 2 - 1
+    model(images)  # the ema codebook starts from the first batch
+    model.eval()
+    result = model(images)
+    indices = model.encode_indices((images + 1) / 2)
+    assert torch.equal(indices, result.indices.flatten(1))
+    decoded = model.decode_indices(indices, height=size[0] // 4)
+    # Straight-through adds and subtracts z, and norms enlarge what that rounds away.
+    torch.testing.assert_close(decoded, ((result.images + 1) / 2).clamp(0, 1), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_gradient_reaches_the_encoder_through_every_quantizer(kind: str) -> None:
+    model = small_vqgan(kind)
+    result = model(torch.rand(2, 3, 16, 16) * 2 - 1)
+    result.images.square().mean().backward()
+    gradient = model.encoder.conv_in.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    assert result.indices.min() >= 0 and result.indices.max() < 30
+
+
+def test_nearest_is_the_nearest_by_plain_distances() -> None:
+    vectors, codebook = torch.randn(40, 5), torch.randn(13, 5)
+    plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
+    assert torch.equal(nearest(vectors, codebook), plain)
+
+
+def test_beta_weighs_the_commitment_and_not_the_codebook() -> None:
+    z = torch.randn(2, 12, 3, 3, requires_grad=True)
+    gradients = []
+    for beta in (0.25, 0.5):
+        torch.manual_seed(0)
+        quantizer = QUANTIZERS["vq"](replace(QUANTIZER, kind="vq", beta=beta))
+        z.grad = None
+        quantizer(z).loss.backward()
+        gradients.append((z.grad, quantizer.embedding.weight.grad))
+    torch.testing.assert_close(gradients[1][0], 2 * gradients[0][0])
+    torch.testing.assert_close(gradients[1][1], gradients[0][1])
+
+
+def test_a_code_that_nobody_takes_is_revived_from_the_batch() -> None:
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 4, 2, decay=0.5, revive_below=0.2))
+    z = torch.randn(1, 2, 6, 6)
+    quantizer(z)
+    lost = torch.tensor([1, 3])
+    quantizer.codebook[lost] = 100.0
+    quantizer.sums[lost] = 100.0 * quantizer.counts[lost, None]
+    for _ in range(5):
+        quantizer(z)
+    assert quantizer.codebook.abs().max() <= z.abs().max()
+    vectors = z.movedim(1, -1).flatten(0, -2)
+    assert (quantizer.codebook[:, None] - vectors).norm(dim=-1).min(1).values.max() < 1.0
+
+
+def test_the_ema_codebook_settles_on_the_means_of_its_latents() -> None:
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 2, 1, decay=0.8))
+    z = torch.tensor([1.0, 1.2, 0.8, -2.0, -2.4, -1.6]).view(1, 1, 2, 3)
+    for _ in range(60):
+        quantizer(z)
+    torch.testing.assert_close(
+        quantizer.codebook.flatten().sort().values, torch.tensor([-2.0, 1.0]), atol=1e-2, rtol=0
+    )
+
+
+def test_every_index_of_fsq_is_its_own_code() -> None:
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["fsq"](replace(QUANTIZER, kind="fsq"))
+    indices = torch.arange(30).view(1, 5, 6)
+    digits = indices[..., None] // quantizer.basis % quantizer.levels - quantizer.levels // 2
+    assert torch.equal(quantizer._to_indices(digits.movedim(-1, 1).float()), indices)
+
+
+def test_gumbel_codes_are_drawn_by_their_softmax_from_the_generator() -> None:
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["gumbel"](QuantizerConfig("gumbel", 3, 4))
+    z = torch.randn(1, 4, 1, 1).expand(1, 4, 60, 60)
+    drawn = [quantizer.sample(z, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    shares = torch.bincount(drawn[0].flatten(), minlength=3) / 3600
+    expected = quantizer.proj(z)[0, :, 0, 0].softmax(0)
+    torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
+
+
+def test_usage_and_perplexity_of_known_counts() -> None:
+    assert codebook_usage(torch.tensor([4.0, 4.0, 0.0, 0.0])) == pytest.approx((0.5, 2.0))
+    assert codebook_usage(torch.tensor([7.0])) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.encode_indices(torch.rand(1, 3, 15, 16)), "multiples of 4, got 15"),
+        (lambda model: model.decode_indices(torch.zeros(1, 7, dtype=torch.long)), "7 indices"),
+        (
+            lambda model: model.decode_indices(torch.zeros(1, 8, dtype=torch.long), height=3),
+            "do not fill 3 rows",
+        ),
+    ],
+)
+def test_pictures_and_indices_that_do_not_fit_are_told(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(small_vqgan("vq").eval())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("resolution", 18), ("channels", ()), ("num_res_blocks", 0)],
+)
+def test_a_wrong_vqgan_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kind", "vqq"), ("num_codes", 0), ("levels", (1,)), ("decay", 1.0), ("temperature", 0.0)],
+)
+def test_a_wrong_quantizer_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(QUANTIZER, **{field: value})
+
+
+def test_fsq_needs_as_many_codes_as_its_levels_give() -> None:
+    with pytest.raises(ValueError, match=r"num_codes must be the product of levels \(30\)"):
+        replace(QUANTIZER, kind="fsq", num_codes=31)
