@@ -89,12 +89,12 @@ def add_results(verbs: Any) -> None:
     sync.set_defaults(verb=sync_runs)
 
 
-def add_sampling_arguments(verb: Any, default_top_k: str) -> None:
+def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument("--run", type=Path, help="a run's folder; by default the newest finished")
     verb.add_argument("-n", "--number", type=int, default=8)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--temperature", type=float)
-    verb.add_argument("--top-k", type=int, help=default_top_k)
+    verb.add_argument("--top-k", type=int, help="filters are the run's where they are not given")
     verb.add_argument("--top-p", type=float)
     verb.add_argument("--output", type=Path, help="path of the PNG; JSON is written beside it")
 
@@ -102,7 +102,7 @@ def add_sampling_arguments(verb: Any, default_top_k: str) -> None:
 def add_generate(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="draw pictures for a text")
     generate.add_argument("text")
-    add_sampling_arguments(generate, "filters are the run's where they are not given")
+    add_sampling_arguments(generate)
     generate.add_argument("--guidance", type=float)
     generate.set_defaults(verb=generate_pictures)
 
@@ -110,7 +110,7 @@ def add_generate(verbs: Any) -> None:
 def add_caption(verbs: Any) -> None:
     caption = verbs.add_parser("caption", help="describe a picture")
     caption.add_argument("picture", type=Path)
-    add_sampling_arguments(caption, "filters are the run's where they are not given")
+    add_sampling_arguments(caption)
     caption.set_defaults(verb=caption_picture)
 
 
@@ -148,8 +148,12 @@ def run_experiment(given: Any) -> int:
         for number, run in enumerate(runs):
             print(f"{number}  {run.name}  {run.config.digest[:8]}")
         return 0
+    from rudolph.execution import is_main_process
+
     folders = folders_here()
     failed = [run.name for run in runs if not execute_run(loaded, run, given, folders)]
+    if not is_main_process():
+        return 0
     if given.settings:
         say("results/ stay as they are: with settings of the command line it is another question")
     elif not given.no_export and len(failed) < len(runs):
@@ -181,7 +185,8 @@ def execute_run(loaded: Any, run: Any, given: Any, folders: Any) -> bool:
     except NonFiniteLossError as error:
         say(f"  failed: {error}; the last checkpoint is kept in {folder}")
         return False
-    print_scores(summary)
+    if summary["metrics"]:
+        print_scores(summary)
     say(f"  weights, samples and metrics: {folder}")
     return True
 
@@ -250,8 +255,7 @@ def export_experiment(given: Any) -> int:
 def redraw_figures(given: Any) -> int:
     from rudolph.results.store import redraw
 
-    for path in redraw(RESULTS, experiment=given.experiment):
-        say(str(path))
+    say("\n".join(map(str, redraw(RESULTS, experiment=given.experiment))))
     return 0
 
 
@@ -260,9 +264,7 @@ def check_results(given: Any) -> int:
     from rudolph.results.store import check
 
     problems = check(RESULTS, digest=lambda path: read_run(path).digest)
-    for problem in problems:
-        say(problem)
-    say("results are whole" if not problems else f"{len(problems)} problems")
+    say("\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole")
     return 1 if problems else 0
 
 
@@ -278,9 +280,9 @@ def sampling_of(config: Any, given: Any, *, guidance: float | None) -> Any:
     """A run's sampling with what the command line gives over it."""
     from dataclasses import replace
 
-    changes = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
-    changes["guidance"] = guidance
-    return replace(config, **{key: value for key, value in changes.items() if value is not None})
+    filters = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p")}
+    given_ones = {name: value for name, value in filters.items() if value is not None}
+    return replace(config, **given_ones, **({} if guidance is None else {"guidance": guidance}))
 
 
 def newest_run() -> Path:
@@ -355,7 +357,7 @@ def caption_picture(given: Any) -> int:
     path = given.output or Path("captioned.png")
     sample_grid([image] * len(counts), list(counts), path, columns=4)
     record = {"picture": str(given.picture), "run": str(folder), "seed": given.seed}
-    write_beside(path, {**record, "sampling": vars(sampling), "captions": counts})
+    write_beside(path, record | {"sampling": vars(sampling), "captions": counts})
     return 0
 
 

@@ -1,14 +1,15 @@
 """What surrounds a run while it is executed: hardware, folders, tracking, progress, time."""
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from rudolph.config import Run, RunConfig
-from rudolph.results.tracking import Tracker
 from rudolph.training.optim import OptimConfig
 
 Progress = Callable[[str, int, int, str], None]
@@ -54,6 +55,35 @@ class Folders:
         return self.runs / ".cache"
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one of a multi-device run that records, caches and evaluates."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
+
+
+class Recorder(Protocol):
+    """Where stages put what is to be kept of a run; ``Tracker`` is one."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None: ...
+
+    def log_tags(self, tags: Mapping[str, object]) -> None: ...
+
+    def log_artifact(self, path: Path, folder: str = "") -> None: ...
+
+
+class Unrecorded:
+    """The recorder of all processes but the main one: it keeps nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Nothing."""
+
+    def log_tags(self, tags: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Nothing."""
+
+
 @dataclass
 class Execution:
     """One run being executed: where, on what, who is told, how long each stage took."""
@@ -62,7 +92,7 @@ class Execution:
     folder: Path
     folders: Folders
     hardware: Hardware
-    tracker: Tracker
+    tracker: Recorder
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 

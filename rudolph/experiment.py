@@ -15,7 +15,14 @@ import torch
 
 from rudolph.config import Experiment, Run, plain, to_yaml
 from rudolph.evaluation.report_card import Score
-from rudolph.execution import Execution, Folders, Hardware, Progress
+from rudolph.execution import (
+    Execution,
+    Folders,
+    Hardware,
+    Progress,
+    Unrecorded,
+    is_main_process,
+)
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages import run_stages
 from rudolph.training.callbacks import NonFiniteLossError
@@ -50,10 +57,14 @@ def execute(
         ValueError: for a mistake in the data or the hardware flags.
     """
     folder = run_folder(folders, experiment, run)
+    summary = _summary(experiment, run)
+    if not is_main_process():
+        run_stages(Execution(run, folder, folders, hardware, Unrecorded(), progress))
+        return summary
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
-    summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
+    summary |= {"commit": commit, "dirty": dirty}
     with Tracker(
         folder,
         uri,

@@ -4,9 +4,8 @@ What a stage makes is named by the digest of all that decides it, so runs share 
 VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoint.
 """
 
-import logging
-import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from rudolph.data.module import (
     task_texts,
 )
 from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
-from rudolph.execution import Execution
+from rudolph.execution import Execution, is_main_process
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.pretrained import save_weights, weights_digest
 from rudolph.models.vqgan import VQGAN
@@ -38,13 +37,19 @@ from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.tasks import TASKS, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.training.callbacks import MetricLogger, ReportProgress, ResumeCheckpoint, StepSeed
+from rudolph.training.callbacks import (
+    MetricLogger,
+    ReportProgress,
+    ResumeCheckpoint,
+    StepSeed,
+    quiet_lightning,
+)
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.optim import OptimConfig, machine_precision
 from rudolph.training.vqgan import VQGANTraining
 
 GRID_COLUMNS = 8
-NUM_RECONSTRUCTIONS = 10
+NUM_SHOWN = 10
 DAY = 24 * 3600
 
 
@@ -62,10 +67,12 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     vqgan = make_vqgan(execution, splits)
     indices = {name: image_indices(execution, vqgan, split) for name, split in splits.items()}
     decoder = make_decoder(execution, splits, indices, tokenizer)
+    if not is_main_process():
+        return [], {}
     pipeline = Pipeline(tokenizer, vqgan, decoder)
     save_pipeline(pipeline, execution.folder)
     scores = evaluate(execution, pipeline, splits)
-    draw_samples(execution, pipeline, splits["validation"])
+    draw_samples(execution, pipeline, splits)
     digests = {
         **{f"data.{name}": split.digest for name, split in splits.items()},
         "tokenizer": tokenizer.digest,
@@ -96,7 +103,9 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
     torch.manual_seed(mixed_seed(config.seed, "vqgan"))
     model = VQGAN(config.vqgan)
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / "training.lock", DAY):
+    # The other processes of a multi-device run train with the one that holds the lock.
+    lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
+    with lock:
         if not weights.is_file():
             with execution.stage("vqgan") as advance:
                 _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
@@ -108,7 +117,7 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
                 )
                 train = ImageExamples(splits["train"], seed=config.seed, flip=config.data.flip)
                 validation = ImageExamples(splits["validation"], seed=config.seed)
-                fit(
+                trainer = fit(
                     execution,
                     module,
                     config.vqgan_optim,
@@ -117,7 +126,9 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
                     stage="vqgan",
                     advance=advance,
                 )
-                save_weights(model, weights)
+                if is_main_process():
+                    save_weights(model, weights)
+                trainer.strategy.barrier()
     model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
@@ -211,7 +222,7 @@ def fit(
     folder: Path,
     stage: str,
     advance: Callable[[int, int, str], None],
-) -> None:
+) -> pl.Trainer:
     """Train a module to its last step, from the last checkpoint in ``folder`` if there is one."""
     hardware, seed = execution.hardware, execution.config.seed
     micro, num_accumulated = hardware.batches(optim)
@@ -221,6 +232,7 @@ def fit(
     callbacks.append(ReportProgress(advance, num_batches))
     tracker = execution.tracker
     logger = MetricLogger(lambda values, step: tracker.log_metrics(values, step=step), stage=stage)
+    quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator=hardware.accelerator,
@@ -248,17 +260,10 @@ def fit(
         num_validation=num_validation,
         num_workers=hardware.num_workers,
     )
-    quiet_lightning()
     trainer.fit(module, streams, ckpt_path=last if last.is_file() else None)
+    trainer.strategy.barrier()
     last.unlink(missing_ok=True)
-
-
-def quiet_lightning() -> None:
-    """Hints for programmers stay unsaid, and a warning about what is taken care of here."""
-    # Lightning sets its level when it is imported.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # The stream of examples goes on by its own count, which Lightning cannot see.
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")
+    return trainer
 
 
 def training_callbacks(
@@ -303,6 +308,8 @@ def _without_note(advance: Callable[[int, int, str], None], done: int, total: in
 
 def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
     """The different masks of the decoder as one picture."""
+    if not is_main_process():
+        return
     rules = {name: parse_mask(name) for name in dict.fromkeys(model.config.masks)}
     if not model.config.right_sees_left:
         rules = {name: right_without_left(rule) for name, rule in rules.items()}
@@ -312,35 +319,51 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
     execution.tracker.log_artifact(path)
 
 
-def draw_samples(execution: Execution, pipeline: Pipeline, validation: Split) -> None:
-    """Pictures of the fixed prompts, captions of pictures, and reconstructions."""
-    config, folder = execution.config, execution.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    indices = list(range(min(NUM_RECONSTRUCTIONS, len(validation))))
-    originals = validation.pictures(indices)
+def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> None:
+    """Pictures of the fixed prompts, captions of each split asked about, reconstructions."""
+    folder = execution.folder / "samples"
+    originals = splits["validation"].pictures(_spread(splits["validation"]))
     decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
     reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
-    captions = pipeline.caption(originals, config=config.sampling.text, seeds=indices)
-    sample_grid(
-        to_bytes(originals), [text or "-" for text in captions], folder / "captions.png", columns=5
-    )
-    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
-    if prompts:
-        seeds = [
-            mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)
-        ]
-        with execution.stage("samples") as advance:
-            pictures = pipeline.generate(
-                prompts,
-                config=config.sampling.image,
-                seeds=seeds,
-                on_token=partial(_without_note, advance),
-            )
-        labels = [prompt for prompt in prompts for _ in range(number)]
-        columns = max(GRID_COLUMNS // number, 1) * number
-        sample_grid(to_bytes(pictures), labels, folder / "grid.png", columns=columns)
+    for name in execution.config.evaluation.splits:
+        draw_captions(execution, pipeline, splits[name])
+    if execution.config.evaluation.grid_prompts:
+        draw_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")
+
+
+def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
+    """Pictures of a split with what the decoder says of them."""
+    pictures = split.pictures(_spread(split))
+    sampling = execution.config.sampling.text
+    captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
+    path = execution.folder / "samples" / f"captions-{split.name}.png"
+    sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+
+
+def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
+    """Pictures of the fixed prompts, so that runs can be compared by eye."""
+    config = execution.config
+    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
+    seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
+    with execution.stage("samples") as advance:
+        pictures = pipeline.generate(
+            prompts,
+            config=config.sampling.image,
+            seeds=seeds,
+            on_token=partial(_without_note, advance),
+        )
+    labels = [prompt for prompt in prompts for _ in range(number)]
+    columns = max(GRID_COLUMNS // number, 1) * number
+    path = execution.folder / "samples" / "grid.png"
+    sample_grid(to_bytes(pictures), labels, path, columns=columns)
+
+
+def _spread(split: Split) -> list[int]:
+    """A few pairs from all over a split, always the same."""
+    number = min(NUM_SHOWN, len(split))
+    return [at * len(split) // number for at in range(number)]
 
 
 def to_bytes(pictures: torch.Tensor) -> list[np.ndarray[Any, Any]]:

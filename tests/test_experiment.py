@@ -119,7 +119,7 @@ def test_a_run_writes_all_that_the_readme_promises(finished: Path) -> None:
         "journal.jsonl",
         "samples/masks.png",
         "samples/grid.png",
-        "samples/captions.png",
+        "samples/captions-test.png",
         "samples/reconstructions.png",
         "checkpoints/bpe.model",
     } <= names
@@ -191,6 +191,30 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(
     process.wait()
     assert list(tmp_path.glob(pattern)), "killed too late"
     assert_equal_weights(finished, run_tiny(tmp_path))
+
+
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    write(tmp_path)
+    flags = [
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "--precision",
+        "32-true",
+    ]
+    command = [sys.executable, "-m", "rudolph", "run", "tiny.yaml", *flags]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = list(tmp_path.glob("runs/tiny/*/summary.json"))
+    assert [json.loads(path.read_text())["status"] for path in summaries] == ["finished"]
+    assert (tmp_path / "results" / "tiny" / "runs.csv").is_file()
+    journal = (summaries[0].parent / "journal.jsonl").read_text()
+    assert journal.count('"decoder/val/loss"') == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) -> None:

@@ -39,9 +39,3 @@ def nearest_ranks(images: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
     )
     mine = distances.gather(1, own[:, None])
     return (distances < mine).sum(1) + 1
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures ``(B, 3, H, W)`` in [0, 1], in dB, ``(B,)``."""
-    mse = (images - truth).pow(2).mean((1, 2, 3))
-    return -10 * mse.clamp(min=1e-10).log10()

@@ -16,8 +16,9 @@ from rudolph.data.emoji import emoji_pictures
 from rudolph.data.module import Split, mixed_seed
 from rudolph.data.shapes import Shapes
 from rudolph.data.shapes_checker import judge, read_scene
-from rudolph.evaluation.metrics import nearest_ranks, psnr, token_f1
+from rudolph.evaluation.metrics import nearest_ranks, token_f1
 from rudolph.evaluation.statistics import mean_interval
+from rudolph.models.fidelity import psnr, ssim
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
 
@@ -145,11 +146,14 @@ def caption_f1(subject: Subject, split: Split) -> list[Score]:
 
 
 def reconstruction(subject: Subject, split: Split) -> list[Score]:
-    """VQ-GAN: PSNR of reconstructed pictures."""
+    """VQ-GAN: PSNR and SSIM of reconstructed pictures."""
     indices = subject.chosen(split)
     images = split.pictures(indices)
     decoded = subject.pipeline.decode(subject.pipeline.vqgan.encode_indices(images))
-    return [_score("vqgan/psnr", split, psnr(decoded, images).double().numpy(), subject, None)]
+    return [
+        _score(name, split, metric(decoded, images).double().numpy(), subject, None)
+        for name, metric in (("vqgan/psnr", psnr), ("vqgan/ssim", ssim))
+    ]
 
 
 def _chance(score: Callable[[int, int], float], number: int) -> float | None:

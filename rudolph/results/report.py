@@ -33,9 +33,10 @@ class Figure:
 
     @property
     def file(self) -> str:
-        """``curves-val-loss-image.svg``: kind, metrics and axis."""
+        """``curves-val-loss-image-and-2-more.svg``: kind, metrics and axis."""
         axis = [] if self.x == "step" else [self.x]
-        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, *self.y, *axis])) + ".svg"
+        more = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
+        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *more, *axis])) + ".svg"
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def experiment_page(folder: Path) -> str:
     """The generated part of an experiment's README: question, cost, table, figures, samples."""
     report, runs = read_report(folder), read_runs(folder)
     minutes = runs["seconds"].sum() / 60
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     lines = [
         f"**Question.** {' '.join(report.question.split())}",
         "",
-        f"`{report.source}`, {len(runs)} runs, {minutes:.3g} minutes, commit {_commits(runs)}.",
+        f"`{report.source}`, {count}, {minutes:.3g} minutes, commit {_commits(runs)}.",
         "",
         *_table(report, runs),
     ]

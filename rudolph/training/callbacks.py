@@ -1,6 +1,8 @@
 """What happens around a training step: seeds, checkpoints, journal, progress."""
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from rudolph.data.module import mixed_seed
@@ -99,9 +102,11 @@ class MetricLogger(Logger):
     def version(self) -> str:
         return ""
 
+    @rank_zero_only
     def log_hyperparams(self, *arguments: Any, **keywords: Any) -> None:
         """Parameters are recorded with the run, not by its trainers."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = {
             f"{self.stage}/{name}": float(value)
@@ -111,3 +116,11 @@ class MetricLogger(Logger):
         if values:
             # Lightning counts steps from 0; here a step is the number of steps done.
             self._log_metrics(values, (step or 0) + 1)
+
+
+def quiet_lightning() -> None:
+    """Hints for programmers stay unsaid, and a warning about what is taken care of here."""
+    # Lightning sets its level when it is imported.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # The stream of examples goes on by its own count, which Lightning cannot see.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.module import ImageBatch
+from rudolph.models.fidelity import psnr, ssim
 from rudolph.models.quantizers import codebook_usage
 from rudolph.models.vqgan import VQGAN, Reconstruction
 from rudolph.training.adversary import PatchDiscriminator, PerceptualDistance
@@ -24,7 +25,7 @@ from rudolph.training.steps import StepwiseModule
 class VQGANTraining(StepwiseModule):
     """Trains a ``VQGAN``; with an adversary, both optimizers step on every batch.
 
-    Logs PSNR in dB over pictures in [0, 1], the share of codes used and their perplexity.
+    Logs PSNR in dB and SSIM of pictures in [0, 1], the share of codes used and their perplexity.
     """
 
     code_counts: Tensor
@@ -84,10 +85,10 @@ class VQGANTraining(StepwiseModule):
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
         result = self.model(batch.images)
-        mse = ((result.images.float().clamp(-1, 1) - batch.images) / 2).pow(2).mean((1, 2, 3))
-        psnr = -10 * mse.clamp(min=1e-10).log10()
-        size = len(batch.images)
-        self.log("val/psnr", psnr.mean(), batch_size=size)
+        decoded = (result.images.float().clamp(-1, 1) + 1) / 2
+        truth, size = (batch.images + 1) / 2, len(batch.images)
+        self.log("val/psnr", psnr(decoded, truth).mean(), batch_size=size)
+        self.log("val/ssim", ssim(decoded, truth).mean(), batch_size=size)
         self.log(
             "val/loss/reconstruction",
             reconstruction_loss(result.images, batch.images, self.losses),

@@ -1,0 +1,84 @@
+"""What judges reconstructions: the reference's sizes, and weights from a file that is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rudolph.training.adversary import VGG16, PatchDiscriminator, PerceptualDistance
+
+
+def lpips_weights() -> dict[str, torch.Tensor]:
+    """Random weights under torchvision's and LPIPS' names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, width, at = {}, 3, 0
+    for channels in VGG16:
+        if channels is None:
+            at += 1
+            continue
+        shape = (channels, width, 3, 3)
+        scale = (2 / (9 * width)) ** 0.5
+        tensors[f"features.{at}.weight"] = torch.randn(shape, generator=generator) * scale
+        tensors[f"features.{at}.bias"] = torch.zeros(channels)
+        width, at = channels, at + 2
+    for index, size in enumerate((64, 128, 256, 512, 512)):
+        tensors[f"lin{index}.model.1.weight"] = torch.rand((1, size, 1, 1), generator=generator)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
+    save_file(lpips_weights(), path)
+    return path
+
+
+def test_the_discriminator_is_tamings() -> None:
+    model = PatchDiscriminator()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_765_633
+    with torch.device("meta"):
+        logits = PatchDiscriminator()(torch.empty(1, 3, 256, 256))
+    assert logits.shape == (1, 1, 30, 30)
+
+
+def test_the_perceptual_distance_is_none_for_equal_pictures_and_grows(weights: Path) -> None:
+    distance = PerceptualDistance(weights)
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    noise = torch.randn_like(images)
+    found = [distance(images, images + scale * noise) for scale in (0.0, 0.05, 0.3)]
+    assert found[0].shape == (2,) and found[0].abs().max() == 0
+    assert (found[1] > 0).all() and (found[2] > found[1]).all()
+
+
+def test_the_perceptual_distance_has_a_gradient_for_pictures_and_none_for_itself(
+    weights: Path,
+) -> None:
+    distance = PerceptualDistance(weights)
+    images = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    distance(images, torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing file", "no such file"),
+        ("missing tensor", "lacks the tensor lin2.model.1.weight"),
+        ("wrong shape", r"features.0.weight must be \[64, 3, 3, 3\], got \[64, 3, 3, 2\]"),
+    ],
+)
+def test_a_file_of_weights_that_does_not_fit_is_named(
+    tmp_path: Path, change: str, words: str
+) -> None:
+    path, tensors = tmp_path / "weights.safetensors", lpips_weights()
+    if change == "missing tensor":
+        del tensors["lin2.model.1.weight"]
+    elif change == "wrong shape":
+        tensors["features.0.weight"] = tensors["features.0.weight"][..., :2].contiguous()
+    if change != "missing file":
+        save_file(tensors, path)
+    with pytest.raises(ValueError, match=words):
+        PerceptualDistance(path)
