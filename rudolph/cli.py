@@ -185,8 +185,7 @@ def execute_run(loaded: Any, run: Any, given: Any, folders: Any) -> bool:
     except NonFiniteLossError as error:
         say(f"  failed: {error}; the last checkpoint is kept in {folder}")
         return False
-    if summary["metrics"]:
-        print_scores(summary)
+    print_scores(summary)
     say(f"  weights, samples and metrics: {folder}")
     return True
 
@@ -300,8 +299,9 @@ def newest_run() -> Path:
 
 def generate_pictures(given: Any) -> int:
     from rudolph.data.module import mixed_seed
+    from rudolph.gallery import to_bytes
     from rudolph.results.figures import sample_grid
-    from rudolph.stages import load_pipeline, to_bytes
+    from rudolph.stages import load_pipeline
 
     if given.number < 1:
         raise ValueError(f"-n must be at least 1, got {given.number}")

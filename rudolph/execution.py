@@ -106,3 +106,8 @@ class Execution:
         started = time.monotonic()
         yield partial(self.progress, name)
         self.seconds[name] = round(time.monotonic() - started, 3)
+
+
+def without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
+    """Progress of work that has nothing to say but how far it is."""
+    advance(done, total, "")

@@ -4,6 +4,7 @@ What a stage makes is named by the digest of all that decides it, so runs share 
 VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoint.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -27,14 +28,13 @@ from rudolph.data.module import (
     task_texts,
 )
 from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
-from rudolph.execution import Execution, is_main_process
+from rudolph.execution import Execution, is_main_process, without_note
+from rudolph.gallery import draw_masks, draw_samples
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.pretrained import save_weights, weights_digest
 from rudolph.models.vqgan import VQGAN
-from rudolph.results.figures import mask_picture, reconstructions, sample_grid
 from rudolph.results.journal import exclusive
 from rudolph.sampling.pipeline import Pipeline
-from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.tasks import TASKS, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.callbacks import (
@@ -48,8 +48,7 @@ from rudolph.training.decoder import DecoderTraining
 from rudolph.training.optim import OptimConfig, machine_precision
 from rudolph.training.vqgan import VQGANTraining
 
-GRID_COLUMNS = 8
-NUM_SHOWN = 10
+CURVES = "curves.jsonl"
 DAY = 24 * 3600
 
 
@@ -129,8 +128,17 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
                 if is_main_process():
                     save_weights(model, weights)
                 trainer.strategy.barrier()
+        else:
+            replay_curves(execution, folder / CURVES)
     model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
+
+
+def replay_curves(execution: Execution, path: Path) -> None:
+    """Record the curves of a stage that another run trained as this run's own."""
+    for line in path.read_text().splitlines():
+        step, values = json.loads(line)
+        execution.tracker.log_metrics(values, step=step)
 
 
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
@@ -231,7 +239,11 @@ def fit(
     callbacks = training_callbacks(optim, mixed_seed(seed, stage), last, num_accumulated)
     callbacks.append(ReportProgress(advance, num_batches))
     tracker = execution.tracker
-    logger = MetricLogger(lambda values, step: tracker.log_metrics(values, step=step), stage=stage)
+    logger = MetricLogger(
+        lambda values, step: tracker.log_metrics(values, step=step),
+        stage=stage,
+        path=folder / CURVES,
+    )
     quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=1,
@@ -294,81 +306,12 @@ def evaluate(execution: Execution, pipeline: Pipeline, splits: dict[str, Split])
                     config.sampling.text,
                     num_examples=min(config.evaluation.num_examples, len(splits[name])),
                     seed=config.seed,
-                    on_token=partial(_without_note, advance),
+                    on_token=partial(without_note, advance),
                 )
                 found = QUESTIONS[question](subject, splits[name])
                 advance(1, 1, f"{found[0].value:.3g} [{found[0].low:.3g}, {found[0].high:.3g}]")
             scores += found
     return scores
-
-
-def _without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
-    advance(done, total, "")
-
-
-def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
-    """The different masks of the decoder as one picture."""
-    if not is_main_process():
-        return
-    rules = {name: parse_mask(name) for name in dict.fromkeys(model.config.masks)}
-    if not model.config.right_sees_left:
-        rules = {name: right_without_left(rule) for name, rule in rules.items()}
-    tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
-    path = execution.folder / "samples" / "masks.png"
-    mask_picture(tables, path, segments=model.layout.segment_lengths)
-    execution.tracker.log_artifact(path)
-
-
-def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> None:
-    """Pictures of the fixed prompts, captions of each split asked about, reconstructions."""
-    folder = execution.folder / "samples"
-    originals = splits["validation"].pictures(_spread(splits["validation"]))
-    decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
-    reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
-    for name in execution.config.evaluation.splits:
-        draw_captions(execution, pipeline, splits[name])
-    if execution.config.evaluation.grid_prompts:
-        draw_grid(execution, pipeline)
-    for path in sorted(folder.glob("*.png")):
-        execution.tracker.log_artifact(path, "samples")
-
-
-def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
-    """Pictures of a split with what the decoder says of them."""
-    pictures = split.pictures(_spread(split))
-    sampling = execution.config.sampling.text
-    captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
-    path = execution.folder / "samples" / f"captions-{split.name}.png"
-    sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
-
-
-def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
-    """Pictures of the fixed prompts, so that runs can be compared by eye."""
-    config = execution.config
-    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
-    seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
-    with execution.stage("samples") as advance:
-        pictures = pipeline.generate(
-            prompts,
-            config=config.sampling.image,
-            seeds=seeds,
-            on_token=partial(_without_note, advance),
-        )
-    labels = [prompt for prompt in prompts for _ in range(number)]
-    columns = max(GRID_COLUMNS // number, 1) * number
-    path = execution.folder / "samples" / "grid.png"
-    sample_grid(to_bytes(pictures), labels, path, columns=columns)
-
-
-def _spread(split: Split) -> list[int]:
-    """A few pairs from all over a split, always the same."""
-    number = min(NUM_SHOWN, len(split))
-    return [at * len(split) // number for at in range(number)]
-
-
-def to_bytes(pictures: torch.Tensor) -> list[np.ndarray[Any, Any]]:
-    """``(B, 3, H, W)`` in [0, 1] to a list of ``(H, W, 3)`` uint8."""
-    return list(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path) -> None:

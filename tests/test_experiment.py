@@ -243,6 +243,10 @@ def test_runs_of_one_vqgan_share_it(finished: Path) -> None:
         path: path.stat().st_mtime_ns for path in folder.glob("runs/.cache/vqgan-*/*.safetensors")
     }
     assert before == after and len(after) == 1
+    curves = [
+        (f / "journal.jsonl").read_text().count('"vqgan/val/psnr"') for f in (finished, other)
+    ]
+    assert curves == [2, 2]
     assert other != finished
 
 

@@ -32,10 +32,12 @@ MAY_IMPORT = {
     "settings": set(),
     "config": BELOW_CONFIG | {"settings"},
     "execution": BELOW_CONFIG | {"config"},
-    "stages": BELOW_CONFIG | {"config", "execution"},
+    "gallery": BELOW_CONFIG | {"config", "execution"},
+    "stages": BELOW_CONFIG | {"config", "execution", "gallery"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
     "console": set(),
-    "cli": BELOW_CONFIG | {"console", "settings", "config", "execution", "stages", "experiment"},
+    "cli": BELOW_CONFIG
+    | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"},
     "__main__": {"cli"},
 }
 OWNERS = {

@@ -1,5 +1,6 @@
 """What happens around a training step: seeds, checkpoints, journal, progress."""
 
+import json
 import logging
 import os
 import warnings
@@ -86,13 +87,17 @@ class ReportProgress(pl.Callback):
 
 
 class MetricLogger(Logger):
-    """Passes Lightning's metrics on as ``log_metrics(values, step)``, named by their stage."""
+    """Passes Lightning's metrics on as ``log_metrics(values, step)``, named by their stage.
+
+    Each is a line of ``path`` too, for the runs that will share what this stage makes.
+    """
 
     def __init__(
-        self, log_metrics: Callable[[dict[str, float], int], None], *, stage: str
+        self, log_metrics: Callable[[dict[str, float], int], None], *, stage: str, path: Path
     ) -> None:
         super().__init__()
         self._log_metrics, self.stage = log_metrics, stage
+        self.path = path
 
     @property
     def name(self) -> str:
@@ -115,7 +120,11 @@ class MetricLogger(Logger):
         }
         if values:
             # Lightning counts steps from 0; here a step is the number of steps done.
-            self._log_metrics(values, (step or 0) + 1)
+            number = (step or 0) + 1
+            self._log_metrics(values, number)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as curves:
+                curves.write(json.dumps([number, values]) + "\n")
 
 
 def quiet_lightning() -> None:

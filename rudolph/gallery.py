@@ -1,0 +1,82 @@
+"""Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from rudolph.data.module import Split, mixed_seed
+from rudolph.execution import Execution, is_main_process, without_note
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.results.figures import mask_picture, reconstructions, sample_grid
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+
+GRID_COLUMNS = 8
+NUM_SHOWN = 10
+
+
+def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
+    """The different masks of the decoder as one picture."""
+    if not is_main_process():
+        return
+    rules = {name: parse_mask(name) for name in dict.fromkeys(model.config.masks)}
+    if not model.config.right_sees_left:
+        rules = {name: right_without_left(rule) for name, rule in rules.items()}
+    tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
+    path = execution.folder / "samples" / "masks.png"
+    mask_picture(tables, path, segments=model.layout.segment_lengths)
+    execution.tracker.log_artifact(path)
+
+
+def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> None:
+    """Pictures of the fixed prompts, captions of each split asked about, reconstructions."""
+    folder = execution.folder / "samples"
+    originals = splits["validation"].pictures(_spread(splits["validation"]))
+    decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
+    reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
+    for name in execution.config.evaluation.splits:
+        draw_captions(execution, pipeline, splits[name])
+    if execution.config.evaluation.grid_prompts:
+        draw_grid(execution, pipeline)
+    for path in sorted(folder.glob("*.png")):
+        execution.tracker.log_artifact(path, "samples")
+
+
+def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
+    """Pictures of a split with what the decoder says of them."""
+    pictures = split.pictures(_spread(split))
+    sampling = execution.config.sampling.text
+    captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
+    path = execution.folder / "samples" / f"captions-{split.name}.png"
+    sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+
+
+def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
+    """Pictures of the fixed prompts, so that runs can be compared by eye."""
+    config = execution.config
+    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
+    seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
+    with execution.stage("samples") as advance:
+        pictures = pipeline.generate(
+            prompts,
+            config=config.sampling.image,
+            seeds=seeds,
+            on_token=partial(without_note, advance),
+        )
+    labels = [prompt for prompt in prompts for _ in range(number)]
+    columns = max(GRID_COLUMNS // number, 1) * number
+    path = execution.folder / "samples" / "grid.png"
+    sample_grid(to_bytes(pictures), labels, path, columns=columns)
+
+
+def _spread(split: Split) -> list[int]:
+    """A few pairs from all over a split, always the same."""
+    number = min(NUM_SHOWN, len(split))
+    return [at * len(split) // number for at in range(number)]
+
+
+def to_bytes(pictures: torch.Tensor) -> list[np.ndarray[Any, Any]]:
+    """``(B, 3, H, W)`` in [0, 1] to a list of ``(H, W, 3)`` uint8."""
+    return list(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
