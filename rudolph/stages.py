@@ -238,12 +238,7 @@ def fit(
     last = folder / "last.ckpt"
     callbacks = training_callbacks(optim, mixed_seed(seed, stage), last, num_accumulated)
     callbacks.append(ReportProgress(advance, num_batches))
-    tracker = execution.tracker
-    logger = MetricLogger(
-        lambda values, step: tracker.log_metrics(values, step=step),
-        stage=stage,
-        path=folder / CURVES,
-    )
+    logger = MetricLogger(execution.tracker.log_metrics, stage=stage, path=folder / CURVES)
     quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=1,

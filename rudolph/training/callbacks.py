@@ -87,14 +87,12 @@ class ReportProgress(pl.Callback):
 
 
 class MetricLogger(Logger):
-    """Passes Lightning's metrics on as ``log_metrics(values, step)``, named by their stage.
+    """Passes Lightning's metrics on as ``log_metrics(values, step=step)``, named by their stage.
 
     Each is a line of ``path`` too, for the runs that will share what this stage makes.
     """
 
-    def __init__(
-        self, log_metrics: Callable[[dict[str, float], int], None], *, stage: str, path: Path
-    ) -> None:
+    def __init__(self, log_metrics: Callable[..., None], *, stage: str, path: Path) -> None:
         super().__init__()
         self._log_metrics, self.stage = log_metrics, stage
         self.path = path
@@ -121,7 +119,7 @@ class MetricLogger(Logger):
         if values:
             # Lightning counts steps from 0; here a step is the number of steps done.
             number = (step or 0) + 1
-            self._log_metrics(values, number)
+            self._log_metrics(values, step=number)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as curves:
                 curves.write(json.dumps([number, values]) + "\n")
