@@ -216,6 +216,7 @@ def token_examples(
         texts,
         config.data,
         num_codes=config.vocabulary.codebook_size,
+        num_examples=config.decoder_optim.num_steps * config.decoder_optim.global_batch_size,
         seed=config.seed,
         redraw=redraw if dropout else None,
     )

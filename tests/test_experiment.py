@@ -273,7 +273,9 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
         (["generate", "круг", "--run", "nowhere"], "not a trained run"),
         (["generate", "круг", "--run", "moved", "--top-k", "0"], "top_k must be at least 1"),
         (["generate", "круг", "--run", "moved", "-n", "0"], "-n must be at least 1"),
-        (["caption", "nothing.png", "--run", "moved"], "nothing.png"),
+        (["caption", "nothing.png", "--run", "moved"], "nothing.png: no such file or directory"),
+        (["caption", ".", "--run", "moved"], "rudolph: .: is a directory"),
+        (["generate", "круг", "--run", "moved", "--output", "no/a.png"], "a.png: no such file"),
         (["caption", "text.png", "--run", "moved"], "text.png"),
         (["export", "tiny.yaml"], "no finished run"),
     ],
@@ -287,7 +289,7 @@ def test_mistakes_of_sampling_are_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error
+    assert words in error and "Traceback" not in error and "Errno" not in error
 
 
 def test_a_finished_run_is_skipped_exported_checked_and_redrawn(

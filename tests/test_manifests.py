@@ -1,7 +1,9 @@
 """Tables of your own pairs: what is kept, skipped, counted and said."""
 
+import hashlib
 import io
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -72,6 +74,10 @@ def train(path: Path, **options: Any) -> Manifest:
     return Manifest(config(path, **options), split="train", image_size=8)
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def said(action: Callable[[], object]) -> str:
     """The one line of a ``ValueError``."""
     with pytest.raises(ValueError) as error:
@@ -91,7 +97,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     expected = [
         (f"{row['image']} | {row['caption']}", row["caption"], centre_square(noise(10, 8, i), 8))
         for i, row in enumerate(rows)
-        if hash_fraction(f"{row['image']} | {row['caption']}") < 0.9
+        if hash_fraction(digest_of(tmp_path / row["image"])) < 0.9
     ]
     assert [content(manifest[i]) for i in range(len(manifest))] == [
         (key, caption, image.tobytes()) for key, caption, image in expected
@@ -100,9 +106,8 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     assert manifest.digest == train(write_table(tmp_path / "other.jsonl", rows)).digest
 
 
-def test_the_splits_share_out_every_row_in_the_stated_shares(tmp_path: Path) -> None:
-    noise().save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "caption": f"caption {index}"} for index in range(600)]
+def test_the_splits_share_out_every_picture_in_the_stated_shares(tmp_path: Path) -> None:
+    rows = make_pairs(tmp_path, 600)
     table = write_table(tmp_path / "pairs.csv", rows)
     parts = {name: Manifest(config(table), split=name, image_size=8) for name in SPLITS}
     keys = [entry.key for part in parts.values() for entry in part.entries]
@@ -112,6 +117,20 @@ def test_the_splits_share_out_every_row_in_the_stated_shares(tmp_path: Path) -> 
     assert abs(shares["train"] - 0.90) < 0.049
     assert abs(shares["validation"] - 0.05) < 0.036 and abs(shares["test"] - 0.05) < 0.036
     assert len({part.digest for part in parts.values()}) == 3
+
+
+def test_all_captions_and_copies_of_a_picture_are_of_one_split(tmp_path: Path) -> None:
+    rows = make_pairs(tmp_path, 60)
+    (tmp_path / "copies").mkdir()
+    for index, row in enumerate(rows[:]):
+        shutil.copyfile(tmp_path / row["image"], tmp_path / f"copies/{index}.png")
+        rows.append({"image": f"copies/{index}.png", "caption": f"копия {index}", "other": index})
+        rows.append(row | {"caption": f"другая подпись {index}"})
+    table = write_table(tmp_path / "pairs.csv", rows)
+    parts = [Manifest(config(table), split=name, image_size=8) for name in SPLITS]
+    pictures = [{entry.sha256 for entry in part.entries} for part in parts]
+    assert sum(map(len, pictures)) == len(set.union(*pictures)) == 60
+    assert [len(part) for part in parts] == [3 * len(own) for own in pictures]
 
 
 def test_new_rows_and_another_order_move_no_pair_to_another_split(tmp_path: Path) -> None:
@@ -388,7 +407,7 @@ def test_a_split_or_size_that_a_manifest_cannot_have_is_told_in_one_line(
 
 def test_a_split_without_pairs_is_told_in_one_line(tmp_path: Path) -> None:
     table = write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 1))
-    is_test = hash_fraction('pictures/0.png | картинка "0", красная') >= 0.95
+    is_test = hash_fraction(digest_of(tmp_path / "pictures/0.png")) >= 0.95
     empty = "train" if is_test else "test"
     message = said(lambda: Manifest(config(table), split=empty, image_size=8))
     assert f"none of its 1 usable rows falls into the split '{empty}'" in message

@@ -48,7 +48,7 @@ def examples(split: Split, tokenizer: Tokenizer) -> TokenExamples:
         for task in CONFIG.tasks
     }
     indices = np.random.default_rng(0).integers(7, size=(13, 4))
-    return TokenExamples(indices, texts, CONFIG, num_codes=7, seed=3)
+    return TokenExamples(indices, texts, CONFIG, num_codes=7, num_examples=6000, seed=3)
 
 
 def test_a_split_holds_the_pairs_of_its_dataset_and_reads_them_back(split: Split) -> None:
@@ -94,15 +94,18 @@ def test_tasks_and_dropped_captions_have_their_shares(examples: TokenExamples) -
     assert share == pytest.approx(0.3, abs=0.03)
 
 
-def test_noise_replaces_its_share_of_the_image_tokens_to_be_drawn(examples: TokenExamples) -> None:
-    batch = examples.batch(range(3000))
+@pytest.mark.parametrize(("first", "share"), [(0, 0.35), (1500, 0.25), (4500, 0.05)])
+def test_noise_replaces_a_share_of_the_image_tokens_that_falls_to_none(
+    examples: TokenExamples, first: int, share: float
+) -> None:
+    batch = examples.batch(range(first, first + 1500))
     is_drawn, image = batch.scored["image"], slice(30, 34)
     assert torch.equal(batch.inputs[:, :30], batch.tokens[:, :30])
     assert torch.equal(batch.inputs[:, 34:], batch.tokens[:, 34:])
     assert torch.equal(batch.inputs[~is_drawn], batch.tokens[~is_drawn])
     changed = (batch.inputs != batch.tokens)[is_drawn][:, image].double().mean().item()
     # A random code is the right one for one of seven.
-    assert changed == pytest.approx(0.4 * 6 / 7, abs=0.03)
+    assert changed == pytest.approx(share * 6 / 7, abs=0.03)
     assert torch.equal(examples.whole(range(8)).inputs, examples.whole(range(8)).tokens)
 
 
@@ -133,7 +136,13 @@ def test_bpe_dropout_draws_by_the_examples_number(
         )
 
     noisy = TokenExamples(
-        examples.indices, examples.texts, CONFIG, num_codes=7, seed=3, redraw=redraw
+        examples.indices,
+        examples.texts,
+        CONFIG,
+        num_codes=7,
+        num_examples=99,
+        seed=3,
+        redraw=redraw,
     )
     first, again = noisy.batch(range(20)), noisy.batch(range(20))
     assert torch.equal(first.tokens, again.tokens)
@@ -184,7 +193,7 @@ def test_mixed_seeds_differ_and_stay() -> None:
         {"tasks": {"vqa": 1.0}},
         {"tasks": {"text_to_image": -1.0}},
         {"tasks": {}},
-        {"flip": 1.0},
+        {"flip": 1.5},
     ],
 )
 def test_a_wrong_data_field_is_told(fields: dict) -> None:

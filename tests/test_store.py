@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,19 @@ def test_only_the_named_runs_are_exported_and_none_is_an_error(tmp_path: Path) -
             report=report,
             digests={"digest-row-layers=2-s2"},
         )
+
+
+@pytest.mark.parametrize("has_answer", [True, False])
+def test_an_export_that_fails_changes_nothing(
+    exported: tuple[Path, Path], tmp_path: Path, has_answer: bool
+) -> None:
+    runs, results = exported
+    before = copy_of(results, tmp_path / "results") if has_answer else tmp_path / "results"
+    kept = contents(before)
+    with pytest.raises(ValueError, match="no column 'speed'"):
+        export(runs, before, report=replace(REPORT, columns=("speed",)))
+    assert contents(before) == kept
+    assert not list(runs.glob(".export-*"))
 
 
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:

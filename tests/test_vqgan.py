@@ -102,6 +102,28 @@ def test_a_code_that_nobody_takes_is_revived_from_the_batch() -> None:
     assert (quantizer.codebook[:, None] - vectors).norm(dim=-1).min(1).values.max() < 1.0
 
 
+def test_a_revived_code_goes_where_the_codebook_errs_most() -> None:
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 3, 1, decay=0.9))
+    background = torch.zeros(1, 1, 10, 10)
+    quantizer(background)
+    rare = background.clone()
+    rare[0, 0, 3, 7] = 5.0
+    quantizer.counts[2] = 0.0
+    quantizer(rare)
+    assert quantizer.codebook.flatten()[2].item() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "expected"), [(32, 128, 32), (32, 20, 20), (8, 12, 6), (4, 16, 4)]
+)
+def test_a_norm_has_as_many_groups_as_divide_the_channels(
+    groups: int, channels: int, expected: int
+) -> None:
+    model = VQGAN(VQGANConfig(resolution=8, channels=(channels,), norm_groups=groups))
+    assert model.encoder.norm_out.num_groups == expected
+
+
 def test_the_ema_codebook_settles_on_the_means_of_its_latents() -> None:
     torch.manual_seed(0)
     quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 2, 1, decay=0.8))

@@ -23,7 +23,7 @@ from rudolph.data.funnel import FunnelReport, Rejected, centre_square, open_pict
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 
 # Part of every digest: raise it when the same files would give other pairs.
-PAIRS_VERSION = 1
+PAIRS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class Entry:
 
 
 class Manifest:
-    """One split of the pairs of a table: 90% train, 5% validation, 5% test, by the key's hash.
+    """One split of the pairs of a table: 90% train, 5% validation, 5% test, by picture.
 
-    A key is the image path and the caption, so rows may be added or reordered without moving any
-    other to another split.  Captions of one picture may fall into different splits.
+    The hash of a picture's file says where all its captions belong: rows may be added, reordered
+    or renamed without moving any other to another split, and no picture is in two.  A key is the
+    image path and the caption.
 
     Args:
         config: the table and its columns.
@@ -113,7 +114,7 @@ class Manifest:
         if self.report.rows == 0:
             raise ValueError(f"{table}: the table has no rows")
         self.report.require_few_bad(str(table), max_bad_share=config.max_bad_share)
-        self.entries = [entry for entry in entries if split_of(entry.key) == split]
+        self.entries = [entry for entry in entries if split_of(entry.sha256) == split]
         if not self.entries:
             raise ValueError(
                 f"{table}: none of its {self.report.kept} usable rows falls into the split "
@@ -164,9 +165,9 @@ class Manifest:
         return digest.hexdigest()
 
 
-def split_of(key: str) -> str:
-    """The split that a key belongs to, for ever."""
-    fraction = hash_fraction(key)
+def split_of(sha256: str) -> str:
+    """The split that a picture belongs to, for ever, by the SHA-256 of its file."""
+    fraction = hash_fraction(sha256)
     if fraction < 0.90:
         return "train"
     return "validation" if fraction < 0.95 else "test"
@@ -216,7 +217,7 @@ def _examine_row(row: Row, folder: Path) -> tuple[Entry, Examined]:
         raise Rejected("missing file") from error
     except OSError as error:
         raise Rejected("unreadable file") from error
-    # A folder that is moved as a whole keeps its keys, and so its splits.
+    # A folder that is moved as a whole keeps its keys.
     stable = Path(path)
     if stable.is_relative_to(base) or not os.path.isabs(name):
         stable = Path(os.path.relpath(path, base))

@@ -40,10 +40,12 @@ class DataConfig:
     """Which pairs, and how an example of training is made of one.
 
     ``tasks`` weighs the tasks that examples are drawn for.  ``caption_dropout`` is the share of
-    text-to-image examples without their caption, for guidance.  ``image_token_noise`` is the share
-    of their image tokens that the decoder reads as random ones, while their labels stay: it learns
-    to listen to the text rather than to continue pictures that it knows (word dropout, Bowman
-    2016, arXiv:1511.06349).  ``flip`` is the share of pictures that the VQ-GAN sees mirrored.
+    text-to-image examples without their caption, for guidance.  Of their image tokens the decoder
+    reads a share as random ones, while their labels stay: it learns to listen to the text rather
+    than to continue pictures that it knows (word dropout, Bowman 2016, arXiv:1511.06349).  The
+    share falls evenly from ``image_token_noise`` at the first example of a training to 0 at its
+    last, since pictures are generated without noise.  ``flip`` is the share of pictures that the
+    VQ-GAN sees mirrored.
     """
 
     dataset: str = "emoji"
@@ -71,8 +73,8 @@ class DataConfig:
         if sum(self.tasks.values()) <= 0:
             raise ValueError("tasks must give at least one task a weight above 0")
         for name in ("caption_dropout", "image_token_noise", "flip"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 DATASETS: dict[str, Callable[..., PairDataset]] = {
@@ -211,16 +213,20 @@ class TokenExamples:
         config: DataConfig,
         *,
         num_codes: int,
+        num_examples: int,
         seed: int,
         redraw: Callable[[int, str, torch.Generator], Texts] | None = None,
     ) -> None:
-        """``redraw`` encodes a pair's caption anew, with BPE-dropout."""
+        """``num_examples`` are those of the whole training.
+
+        ``redraw`` encodes a pair's caption anew, with BPE-dropout.
+        """
         self.indices, self.texts, self.seed, self.redraw = indices, texts, seed, redraw
         self.tasks = list(texts)
         weights = np.array([config.tasks[task] for task in self.tasks])
         self.bounds = (weights / weights.sum()).cumsum()
         self.caption_dropout, self.noise = config.caption_dropout, config.image_token_noise
-        self.num_codes = num_codes
+        self.num_codes, self.num_examples = num_codes, num_examples
         self.num_pairs = len(indices)
         self.num_right = texts[self.tasks[0]].right.shape[1]
 
@@ -236,12 +242,15 @@ class TokenExamples:
             )
         ]
         batch = self._tokens(rows, pairs, [self.tasks[task] for task in tasks])
-        return batch._replace(inputs=self._noisy(batch, drawn[:, 2:]))
+        return batch._replace(inputs=self._noisy(batch, numbers, drawn[:, 2:]))
 
-    def _noisy(self, batch: TokenBatch, drawn: np.ndarray[Any, Any]) -> Tensor:
+    def _noisy(
+        self, batch: TokenBatch, numbers: Sequence[int], drawn: np.ndarray[Any, Any]
+    ) -> Tensor:
         """Tokens with a share of the image tokens random, where a picture is to be drawn."""
         where, codes = np.split(drawn, 2, axis=1)
-        is_noise = torch.from_numpy(where < self.noise) & batch.scored["image"][:, None]
+        share = self.noise * (1 - np.asarray(numbers) / self.num_examples)
+        is_noise = torch.from_numpy(where < share[:, None]) & batch.scored["image"][:, None]
         random = torch.from_numpy((codes * self.num_codes).astype(np.int64))
         inputs, num_right = batch.tokens.clone(), self.num_right
         image = slice(inputs.shape[1] - num_right - random.shape[1], inputs.shape[1] - num_right)

@@ -122,7 +122,8 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         vectors = z.detach().movedim(1, -1).flatten(0, -2).float()
         if self.training and not self.is_started:
-            self._replace(torch.arange(self.config.num_codes, device=z.device), vectors)
+            every = torch.arange(self.config.num_codes, device=z.device)
+            self._replace(every, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))
             self.is_started.fill_(True)
         indices = self.indices(z)
         z_q = self.codes(indices).to(z.dtype)
@@ -138,14 +139,19 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
+        errors = (vectors - self.codebook[indices]).pow(2).sum(1)
         total = self.counts.sum()
         smooth = (self.counts + 1e-5) / (total + self.config.num_codes * 1e-5) * total
         self.codebook.copy_(self.sums / smooth[:, None])
         is_dead = self.counts < self.config.revive_below * total / self.config.num_codes
-        self._replace(is_dead.nonzero().flatten(), vectors)
+        self._replace(is_dead.nonzero().flatten(), vectors, errors)
 
-    def _replace(self, codes: Tensor, vectors: Tensor) -> None:
-        chosen = torch.randint(len(vectors), (len(codes),), device=vectors.device)
+    def _replace(self, codes: Tensor, vectors: Tensor, errors: Tensor) -> None:
+        if not len(codes):
+            return
+        # As k-means++ seeds: a latent that its code misses by far is likely to become a code, and
+        # most of a picture, its background, is not.
+        chosen = torch.multinomial(errors + 1e-12, len(codes), replacement=True)
         self.codebook[codes] = vectors[chosen]
         self.sums[codes] = vectors[chosen]
         self.counts[codes] = self.counts.mean()

@@ -25,7 +25,9 @@ class VQGANConfig:
     """``channels`` has one entry a level; each level but the last halves the picture.
 
     ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
-    every residual block is followed by attention.  The defaults are Sber's.
+    every residual block is followed by attention.  A normalisation has ``norm_groups`` groups of
+    channels, or as many fewer as divide the channels: with few channels it should have few
+    groups, since one channel alone loses how strong it is.  The defaults are Sber's.
     """
 
     resolution: int = 256
@@ -34,11 +36,14 @@ class VQGANConfig:
     attention_resolutions: tuple[int, ...] = (32,)
     z_channels: int = 256
     dropout: float = 0.0
+    norm_groups: int = 32
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be positive, got {list(self.channels)}")
+        if self.norm_groups < 1:
+            raise ValueError(f"norm_groups must be at least 1, got {self.norm_groups}")
         if self.num_res_blocks < 1:
             raise ValueError(f"num_res_blocks must be at least 1, got {self.num_res_blocks}")
         if self.resolution < self.factor or self.resolution % self.factor:
@@ -57,21 +62,21 @@ class VQGANConfig:
         return tuple(self.resolution // 2**level for level in range(len(self.channels)))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in the reference, or fewer where channels do not divide by 32."""
-    groups = next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
+def group_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
+    most = min(config.norm_groups, channels)
+    groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """``(B, C_in, H, W) -> (B, C_out, H, W)``."""
 
-    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels_in: int, channels_out: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = group_norm(channels_in, config)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = group_norm(channels_out, config)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -86,9 +91,9 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """One head over all cells of the feature map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -123,11 +128,11 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, config)
+        self.attn_1 = AttentionBlock(channels, config)
+        self.block_2 = ResnetBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -139,11 +144,12 @@ class Level(nn.Module):
     downsample: Downsample
     upsample: Upsample
 
-    def __init__(self, channels: list[int], *, has_attention: bool, dropout: float) -> None:
+    def __init__(self, channels: list[int], config: VQGANConfig, *, resolution: int) -> None:
         super().__init__()
         pairs = itertools.pairwise(channels)
-        self.block = nn.ModuleList(ResnetBlock(first, then, dropout) for first, then in pairs)
-        attention = (AttentionBlock(size) for size in channels[1:])
+        self.block = nn.ModuleList(ResnetBlock(first, then, config) for first, then in pairs)
+        attention = (AttentionBlock(size, config) for size in channels[1:])
+        has_attention = resolution in config.attention_resolutions
         self.attn = nn.ModuleList(attention if has_attention else ())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,14 +175,14 @@ class Encoder(nn.Module):
             before = config.channels[max(index - 1, 0)]
             level = Level(
                 [before] + [channels] * config.num_res_blocks,
-                has_attention=config.resolutions[index] in config.attention_resolutions,
-                dropout=config.dropout,
+                config,
+                resolution=config.resolutions[index],
             )
             if index < len(config.channels) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = Middle(last, config.dropout)
-        self.norm_out = group_norm(last)
+        self.mid = Middle(last, config)
+        self.norm_out = group_norm(last, config)
         self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -194,19 +200,19 @@ class Decoder(nn.Module):
         super().__init__()
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(config.z_channels, last, 3, padding=1)
-        self.mid = Middle(last, config.dropout)
+        self.mid = Middle(last, config)
         self.up = nn.ModuleList()
         for index, channels in enumerate(config.channels):
             before = config.channels[min(index + 1, len(config.channels) - 1)]
             level = Level(
                 [before] + [channels] * (config.num_res_blocks + 1),
-                has_attention=config.resolutions[index] in config.attention_resolutions,
-                dropout=config.dropout,
+                config,
+                resolution=config.resolutions[index],
             )
             if index > 0:
                 level.upsample = Upsample(channels)
             self.up.append(level)
-        self.norm_out = group_norm(first)
+        self.norm_out = group_norm(first, config)
         self.conv_out = nn.Conv2d(first, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

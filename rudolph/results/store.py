@@ -64,6 +64,22 @@ def export(
     if not finished:
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
+    # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch:
+        made, before = Path(scratch, "made"), Path(scratch, "before")
+        if folder.exists():
+            shutil.copytree(folder, made)
+        _write_experiment(made, report, finished)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.move(folder, before)
+        shutil.move(made, folder)
+    return folder
+
+
+def _write_experiment(
+    folder: Path, report: Report, finished: Sequence[tuple[Path, dict[str, Any]]]
+) -> None:
     for name in ("configs", "samples", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
@@ -75,12 +91,11 @@ def export(
         shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
         for sample in _last_samples(run_folder / "samples"):
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
-    redraw(results_folder, experiment=report.experiment)
+    _draw(folder, folder / "figures")
     readme = folder / "README.md"
     new = f"# {report.title}\n\n{UNANSWERED}\n"
     by_hand = readme.read_text("utf-8") if readme.exists() else new
     _write(readme, replace_generated(by_hand, experiment_page(folder)))
-    return folder
 
 
 def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:

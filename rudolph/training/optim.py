@@ -5,13 +5,14 @@ Source: Loshchilov and Hutter (arXiv:1711.05101); nanoGPT for which tensors deca
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 OPTIMIZERS = ("adamw", "muon")
@@ -21,8 +22,8 @@ OPTIMIZERS = ("adamw", "muon")
 class OptimConfig:
     """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
 
-    ``optimizer: muon`` moves the hidden matrices by Muon with ``muon_learning_rate`` and all else
-    by AdamW with ``learning_rate``.
+    ``optimizer: muon`` moves the hidden matrices and convolutions by Muon with
+    ``muon_learning_rate`` and all else by AdamW with ``learning_rate``.
     The learning rate rises over ``warmup_steps`` and falls by a cosine to
     ``final_learning_rate_share`` of its peak.  ``ema_decay`` averages the weights for sampling
     (null: off).  A checkpoint to resume from is written every ``checkpoint_every`` steps.
@@ -79,37 +80,76 @@ def learning_rate_share(step: int, config: OptimConfig) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model: AdamW, or Muon for its hidden matrices and AdamW for the rest.
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal; a convolution's kernel (O, I, h, w) is a matrix (O, I * h * w).
 
-    Only matrices decay: not norms, biases, embeddings or a codebook.
+    On matrices it is ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, which takes
+    nothing but matrices: steps are as long as AdamW's, so that one weight decay fits both.
     """
-    outer = {
+
+    momentum = 0.95
+
+    def __init__(self, params: Iterable[Tensor], *, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - self.momentum)
+                step = orthogonal(parameter.grad.lerp(average, self.momentum).flatten(1))
+                length = 0.2 * max(step.shape) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(step.view_as(parameter), alpha=-group["lr"] * length)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the nearest orthogonal matrix, in bfloat16, by five steps of Newton and Schulz."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16().T if is_tall else matrix.bfloat16()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(
+            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
+    return x.T if is_tall else x
+
+
+def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: AdamW, or Muon for what is hidden and AdamW for the rest.
+
+    The rest is all vectors and embeddings, and the layers from and to pixels or tokens.  Only
+    matrices and kernels decay: not norms, biases, embeddings or a codebook.
+    """
+    embeddings = {
         parameter
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or name == "to_logits"
         for parameter in module.parameters(recurse=False)
     }
-    hidden = [p for p in model.parameters() if p.dim() >= 2 and p not in outer]
-    rest = [p for p in model.parameters() if p.dim() < 2 or p in outer]
-    rate, decay = config.learning_rate, config.weight_decay
+    pixels = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
+    }
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and p not in embeddings]
+    kept = [p for p in model.parameters() if p.dim() < 2 or p in embeddings]
+    hidden = [p for p in decayed if p not in pixels] if config.optimizer == "muon" else []
+    moved = set(hidden)
+    groups = [
+        {"params": [p for p in decayed if p not in moved], "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     betas = (config.beta1, config.beta2)
-    if config.optimizer == "adamw":
-        groups = [
-            {"params": hidden, "weight_decay": decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        return [AdamW(groups, lr=rate, betas=betas, fused=True)]
-    if any(parameter.dim() > 2 for parameter in hidden):
-        raise ValueError("optimizer muon moves matrices only, and this model has convolutions")
-    # Scaled to AdamW's step length, so that one weight decay fits both.
-    muon = Muon(
-        hidden,
-        lr=config.muon_learning_rate,
-        weight_decay=decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [muon, AdamW(rest, lr=rate, betas=betas, weight_decay=0.0, fused=True)]
+    adamw = AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    if not hidden:
+        return [adamw]
+    return [Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay), adamw]
 
 
 def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], config: OptimConfig) -> None:

@@ -1,0 +1,48 @@
+"""The verbs of ``rudolph``: arguments, progress and messages, nothing else.
+
+Exit code 0: done; 1: a run failed; 2: a mistake of the user, told in one line.
+
+To add a verb, write its parser and its function in the module of its kind, and name the parser in
+``VERBS``.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from rudolph.cli.data import add_data
+from rudolph.cli.experiments import add_run, add_show
+from rudolph.cli.results import add_results
+from rudolph.cli.sampling import add_caption, add_generate
+from rudolph.console import say, silence_libraries
+
+VERBS = (add_run, add_show, add_results, add_generate, add_caption, add_data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    silence_libraries()
+    try:
+        return given.verb(given)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"rudolph: {error.filename}: {str(error.strerror).lower()}")
+        return 2
+    except ValueError as error:
+        say(f"rudolph: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("rudolph: interrupted; the same command goes on from the last checkpoint")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rudolph", description="A laboratory for text-image-text transformers."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for add in VERBS:
+        add(verbs)
+    return parser

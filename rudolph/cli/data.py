@@ -1,0 +1,49 @@
+"""Verbs of datasets: data emoji, data manifest."""
+
+from pathlib import Path
+from typing import Any
+
+from rudolph.console import stage_progress
+
+
+def add_data(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="build or inspect a dataset")
+    kinds = data.add_subparsers(required=True, metavar="DATASET")
+    emoji = kinds.add_parser("emoji", help="render the emoji set from a colour font and CLDR")
+    emoji.add_argument("target", type=Path, help="folder to write")
+    emoji.add_argument("--font", type=Path)
+    emoji.add_argument("--size", type=int, default=64)
+    emoji.set_defaults(verb=build_emoji)
+    manifest = kinds.add_parser("manifest", help="report what a table of pairs holds")
+    manifest.add_argument("table", type=str)
+    manifest.add_argument("--image-size", type=int, default=256)
+    manifest.set_defaults(verb=inspect_manifest)
+
+
+def build_emoji(given: Any) -> int:
+    from rudolph.data.emoji_builder import FONT, build
+
+    with stage_progress() as progress:
+        report = build(
+            given.target,
+            font=given.font or FONT,
+            size=given.size,
+            on_progress=lambda done, total: progress("emoji", done, total, ""),
+        )
+    print(report)
+    return 0
+
+
+def inspect_manifest(given: Any) -> int:
+    from rudolph.data.manifests import Manifest, ManifestConfig
+
+    config = ManifestConfig(path=given.table, max_bad_share=1.0)
+    with stage_progress() as progress:
+        manifest = Manifest(
+            config,
+            split="train",
+            image_size=given.image_size,
+            progress=lambda done, total: progress("pictures", done, total, ""),
+        )
+    print(manifest.report.summary())
+    return 0

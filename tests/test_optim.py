@@ -1,0 +1,81 @@
+"""Optimizers against those of torch, and which of them moves which parameter."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rudolph.models.vqgan import VQGAN, VQGANConfig
+from rudolph.training.optim import Muon, OptimConfig, optimizers_of, orthogonal
+
+
+def randoms(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 7), (6, 6)])
+def test_on_matrices_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+    ours = nn.Parameter(randoms(*shape, seed=0))
+    theirs = copy.deepcopy(ours)
+    optimizers = [
+        Muon([ours], lr=0.02, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for step in range(4):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = randoms(*shape, seed=step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_muon_moves_a_kernel_as_the_matrix_of_its_rows() -> None:
+    kernel = nn.Parameter(randoms(6, 3, 3, 2, seed=0))
+    matrix = nn.Parameter(kernel.detach().reshape(6, 18).clone())
+    for parameter in (kernel, matrix):
+        optimizer = Muon([parameter], lr=0.02, weight_decay=0.1)
+        for step in range(3):
+            parameter.grad = randoms(6, 18, seed=step + 1).view_as(parameter)
+            optimizer.step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_the_orthogonal_matrix_has_the_directions_of_the_svd() -> None:
+    matrix = randoms(7, 4, seed=3)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.diagonal(left.T @ orthogonal(matrix).float() @ right.T)
+    # Five steps bring the singular values into this band, not to 1.
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_a_momentum_goes_with_the_state_of_the_optimizer() -> None:
+    straight = nn.Parameter(randoms(4, 3, seed=0))
+    stopped = copy.deepcopy(straight)
+    first = Muon([straight], lr=0.1, weight_decay=0.0)
+    second = Muon([stopped], lr=0.1, weight_decay=0.0)
+    for step in range(4):
+        straight.grad, stopped.grad = (randoms(4, 3, seed=step) for _ in range(2))
+        first.step()
+        second.step()
+        fresh = Muon([stopped], lr=0.1, weight_decay=0.0)
+        fresh.load_state_dict(copy.deepcopy(second.state_dict()))
+        second = fresh
+    assert torch.equal(straight, stopped)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) -> None:
+    model = VQGAN(VQGANConfig(resolution=8, channels=(4, 6), attention_resolutions=(4,)))
+    optimizers = optimizers_of(model, OptimConfig(optimizer=kind, weight_decay=0.3))
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    moved = [parameter for _, group in groups for parameter in group["params"]]
+    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer, group in groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            decays = parameter.dim() > 1 and name != "quantize.embed.weight"
+            assert group["weight_decay"] == (0.3 if decays else 0.0)
+            is_outer = name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
+            by_muon = kind == "muon" and decays and not is_outer
+            assert isinstance(optimizer, Muon) == by_muon
