@@ -31,14 +31,16 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
 
 
 def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> None:
-    """Pictures of the fixed prompts, captions of each split asked about, reconstructions."""
+    """Reconstructions, and what the decoder learned: captions of each split, fixed prompts."""
+    tasks = execution.config.data.tasks
     folder = execution.folder / "samples"
     originals = splits["validation"].pictures(_spread(splits["validation"]))
     decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
     reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
-    for name in execution.config.evaluation.splits:
-        draw_captions(execution, pipeline, splits[name])
-    if execution.config.evaluation.grid_prompts:
+    if tasks.get("image_captioning"):
+        for name in execution.config.evaluation.splits:
+            draw_captions(execution, pipeline, splits[name])
+    if tasks.get("text_to_image") and execution.config.evaluation.grid_prompts:
         draw_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")

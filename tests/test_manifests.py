@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rudolph.data import funnel, manifests
+from rudolph.data import manifests
 from rudolph.data.funnel import centre_square, open_picture
 from rudolph.data.manifests import Manifest, ManifestConfig, find_table, read_rows
 from rudolph.data.pairs import Pair, hash_fraction
@@ -106,31 +107,21 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     assert manifest.digest == train(write_table(tmp_path / "other.jsonl", rows)).digest
 
 
-def test_the_splits_share_out_every_picture_in_the_stated_shares(tmp_path: Path) -> None:
+def test_the_splits_share_out_pictures_with_all_their_captions_and_copies(tmp_path: Path) -> None:
     rows = make_pairs(tmp_path, 600)
-    table = write_table(tmp_path / "pairs.csv", rows)
-    parts = {name: Manifest(config(table), split=name, image_size=8) for name in SPLITS}
-    keys = [entry.key for part in parts.values() for entry in part.entries]
-    assert len(keys) == len(set(keys)) == 600
-    shares = {name: len(part) / 600 for name, part in parts.items()}
-    # Four standard deviations of a binomial share.
-    assert abs(shares["train"] - 0.90) < 0.049
-    assert abs(shares["validation"] - 0.05) < 0.036 and abs(shares["test"] - 0.05) < 0.036
-    assert len({part.digest for part in parts.values()}) == 3
-
-
-def test_all_captions_and_copies_of_a_picture_are_of_one_split(tmp_path: Path) -> None:
-    rows = make_pairs(tmp_path, 60)
-    (tmp_path / "copies").mkdir()
-    for index, row in enumerate(rows[:]):
-        shutil.copyfile(tmp_path / row["image"], tmp_path / f"copies/{index}.png")
-        rows.append({"image": f"copies/{index}.png", "caption": f"копия {index}", "other": index})
+    for index, row in enumerate(rows[:60]):
+        shutil.copyfile(tmp_path / row["image"], tmp_path / f"pictures/copy-{index}.png")
+        rows.append(row | {"image": f"pictures/copy-{index}.png"})
         rows.append(row | {"caption": f"другая подпись {index}"})
     table = write_table(tmp_path / "pairs.csv", rows)
-    parts = [Manifest(config(table), split=name, image_size=8) for name in SPLITS]
-    pictures = [{entry.sha256 for entry in part.entries} for part in parts]
-    assert sum(map(len, pictures)) == len(set.union(*pictures)) == 60
-    assert [len(part) for part in parts] == [3 * len(own) for own in pictures]
+    parts = {name: Manifest(config(table), split=name, image_size=8) for name in SPLITS}
+    assert len({entry.key for part in parts.values() for entry in part.entries}) == 720
+    pictures = {name: {entry.sha256 for entry in part.entries} for name, part in parts.items()}
+    assert sum(map(len, pictures.values())) == len(set.union(*pictures.values())) == 600
+    for name, share in zip(SPLITS, (0.90, 0.05, 0.05), strict=True):
+        # Four standard deviations of a binomial share.
+        assert abs(len(pictures[name]) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
+    assert len({part.digest for part in parts.values()}) == 3
 
 
 def test_new_rows_and_another_order_move_no_pair_to_another_split(tmp_path: Path) -> None:
@@ -174,19 +165,15 @@ def test_a_picture_that_changes_after_the_report_is_an_error(tmp_path: Path) -> 
 def test_the_three_splits_decode_each_picture_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[bytes] = []
-
-    def counted(data: bytes) -> funnel.Picture:
-        opened.append(data)
-        return open_picture(data)
-
-    monkeypatch.setattr(manifests, "open_picture", counted)
+    opened = Mock(wraps=open_picture)
+    monkeypatch.setattr(manifests, "open_picture", opened)
     rows = make_pairs(tmp_path, 60)
     table = write_table(tmp_path / "pairs.csv", rows)
     seen: list[tuple[int, int]] = []
     for name in SPLITS:
         Manifest(config(table), split=name, image_size=8, progress=lambda *step: seen.append(step))
-    assert sorted(opened) == sorted((tmp_path / row["image"]).read_bytes() for row in rows)
+    read = sorted(call.args[0] for call in opened.call_args_list)
+    assert read == sorted((tmp_path / row["image"]).read_bytes() for row in rows)
     assert seen == [(done, 60) for done in range(1, 61)] * 3
 
 
