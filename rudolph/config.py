@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_y
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
+# Counted up whenever a default, or what a setting means, changes: old results keep their digests.
+CONFIG_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -150,9 +152,32 @@ def plain(config: Any) -> Any:
 
 
 def digest_of(*parts: Any) -> str:
-    """SHA-256 of dataclasses, or of what JSON holds, in hexadecimal."""
-    content = [plain(part) if is_dataclass(part) else part for part in parts]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of dataclasses, or of what JSON holds, in hexadecimal.
+
+    Of a dataclass it takes what differs from the defaults, so that a setting which is new, and by
+    default leaves all as it was, changes no digest.
+    """
+    content = [_changes(part) if is_dataclass(part) else part for part in parts]
+    text = json.dumps([CONFIG_VERSION, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changes(config: Any, usual: Any = None) -> dict[str, Any]:
+    """Fields that differ from those of ``usual``, or from their defaults, nested ones too."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        default = _default(each) if usual is None else getattr(usual, each.name)
+        if is_dataclass(value) and type(default) is type(value):
+            nested = _changes(value, default)
+            found |= {each.name: nested} if nested else {}
+        elif value != default:
+            found[each.name] = plain(value) if is_dataclass(value) else value
+    return found
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:

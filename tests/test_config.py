@@ -1,8 +1,10 @@
 """Experiment files: what they expand to, and one line for each of a hundred mistakes."""
 
 import copy
+import json
 import random
 import string
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,17 @@ import pytest
 import yaml
 
 from rudolph.cli import main
-from rudolph.config import RunConfig, load_experiment, plain, read_run, to_yaml
+from rudolph.config import (
+    CONFIG_VERSION,
+    RunConfig,
+    digest_of,
+    load_experiment,
+    plain,
+    read_run,
+    to_yaml,
+)
 from rudolph.settings import ConfigError, json_schema
+from rudolph.training.optim import OptimConfig
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(
@@ -82,6 +93,45 @@ def test_the_digest_depends_on_every_setting(tmp_path: Path) -> None:
     changes = ["seed=3", "data.flip=0.5", "vqgan_losses.l1_weight=2.0", "sampling.text.top_k=2"]
     digests = {load_experiment(write(tmp_path, GOOD), [c]).runs[0].config.digest for c in changes}
     assert len(digests | {config.digest}) == 5
+
+
+def test_a_setting_that_is_new_and_at_its_default_changes_no_digest() -> None:
+    optim = OptimConfig(num_steps=7)
+
+    @dataclass(frozen=True)
+    class Extended(OptimConfig):
+        lookahead: int = 0
+        groups: OptimConfig = field(default_factory=lambda: optim)
+
+    assert digest_of(Extended(num_steps=7)) == digest_of(optim)
+    others = [Extended(num_steps=7, lookahead=1), Extended(num_steps=7, groups=OptimConfig())]
+    assert len({digest_of(each) for each in (optim, *others)}) == 3
+
+
+def test_a_default_changes_only_with_the_version_of_the_configuration() -> None:
+    golden = json.loads((Path(__file__).parent / "defaults.json").read_text("utf-8"))
+    assert golden["version"] == CONFIG_VERSION, "write tests/defaults.json anew"
+    now = {
+        part.name: flat(plain(part.default_factory()))
+        for part in fields(RunConfig)
+        if part.default_factory is not MISSING
+    }
+    changed = {
+        f"{part}.{name}": now[part].get(name)
+        for part, defaults in golden["defaults"].items()
+        for name, default in defaults.items()
+        if now[part].get(name) != default
+    }
+    assert changed == {}, "count CONFIG_VERSION up: results were made with other defaults"
+
+
+def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= (
+            flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        )
+    return found
 
 
 def test_numbers_in_e_notation_are_numbers(tmp_path: Path) -> None:
