@@ -16,7 +16,7 @@ from typing import Any
 
 from rudolph import settings
 from rudolph.data.module import DataConfig
-from rudolph.evaluation.report_card import EvaluationConfig
+from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
 from rudolph.sampling.filters import TokenSamplingConfig
@@ -26,7 +26,7 @@ from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_y
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
-# Counted up whenever a default, or what a setting means, changes: old results keep their digests.
+# Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
 CONFIG_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -77,6 +77,19 @@ class RunConfig:
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
             )
+        dataset = self.data.dataset
+        for question in self.evaluation.questions:
+            if DATASET_OF_QUESTION.get(question, dataset) != dataset:
+                raise ValueError(
+                    f"evaluation.questions: {question} needs data.dataset "
+                    f"{DATASET_OF_QUESTION[question]}, got {dataset!r}"
+                )
+        if dataset == "manifest" and "compositional" in self.evaluation.splits:
+            raise ValueError(
+                "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: must be 0 to 4294967295, got {self.seed}")
 
     @property
     def sequence_layout(self) -> SequenceLayout:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from rudolph.config import Run, RunConfig
 from rudolph.training.optim import OptimConfig
 
@@ -30,6 +32,21 @@ class Hardware:
     precision: str | None = None
     micro_batch_size: int | None = None
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"devices": 1, "num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {bound}, got {value}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process works outside of trainings."""
+        if self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
 
     def batches(self, optim: OptimConfig) -> tuple[int, int]:
         """Examples of one micro-batch on one device, and micro-batches of one step."""
@@ -86,7 +103,10 @@ class Unrecorded:
 
 @dataclass
 class Execution:
-    """One run being executed: where, on what, who is told, how long each stage took."""
+    """One run being executed: where, on what, who is told, how long each stage took.
+
+    ``seconds`` goes on from earlier attempts, but for what a kill did not let them say.
+    """
 
     run: Run
     folder: Path
@@ -103,9 +123,11 @@ class Execution:
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
         """Times a stage and gives its ``advance(done, total, note)``."""
-        started = time.monotonic()
-        yield partial(self.progress, name)
-        self.seconds[name] = round(time.monotonic() - started, 3)
+        started, before = time.monotonic(), self.seconds.get(name, 0.0)
+        try:
+            yield partial(self.progress, name)
+        finally:
+            self.seconds[name] = round(before + time.monotonic() - started, 3)
 
 
 def without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:

@@ -25,7 +25,6 @@ from rudolph.execution import (
 )
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages import run_stages
-from rudolph.training.callbacks import NonFiniteLossError
 
 RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
 
@@ -76,11 +75,12 @@ def execute(
         tracker.log_params(plain(run.config))
         tracker.log_artifact(folder / "config.yaml")
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
-        execution = Execution(run, folder, folders, hardware, tracker, progress)
+        seconds = _earlier_seconds(folder)
+        execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
             scores, digests = run_stages(execution)
-        except (NonFiniteLossError, ValueError, OSError):
+        except BaseException:
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
@@ -114,6 +114,13 @@ def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
         summary["intervals"][score.name] = [score.low, score.high]
         if score.chance is not None:
             summary["chance"][score.name] = score.chance
+
+
+def _earlier_seconds(folder: Path) -> dict[str, float]:
+    """What the stages of earlier attempts at this run took."""
+    path = folder / "summary.json"
+    seconds: dict[str, float] = json.loads(path.read_text())["seconds"] if path.is_file() else {}
+    return seconds
 
 
 def _write_summary(

@@ -35,7 +35,7 @@ def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Spl
     tasks = execution.config.data.tasks
     folder = execution.folder / "samples"
     originals = splits["validation"].pictures(_spread(splits["validation"]))
-    decoded = pipeline.decode(pipeline.vqgan.encode_indices(originals))
+    decoded = pipeline.decode(pipeline.encode(originals))
     reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
     if tasks.get("image_captioning"):
         for name in execution.config.evaluation.splits:

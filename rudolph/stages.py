@@ -5,7 +5,6 @@ VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoi
 """
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,41 +13,32 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 
 from rudolph.config import RunConfig, digest_of, read_run
 from rudolph.data.index_cache import cached_array
+from rudolph.data.manifests import Manifest
 from rudolph.data.module import (
     ImageExamples,
     Split,
-    Streams,
     TokenExamples,
     mixed_seed,
     task_texts,
 )
 from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
-from rudolph.execution import Execution, is_main_process, without_note
+from rudolph.execution import Execution, Hardware, is_main_process, without_note
+from rudolph.fitting import CURVES, fit
 from rudolph.gallery import draw_masks, draw_samples
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.pretrained import save_weights, weights_digest
+from rudolph.models.pretrained import save_weights, weights_digest, weights_made_of
 from rudolph.models.vqgan import VQGAN
 from rudolph.results.journal import exclusive
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.tasks import TASKS, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.training.callbacks import (
-    MetricLogger,
-    ReportProgress,
-    ResumeCheckpoint,
-    StepSeed,
-    quiet_lightning,
-)
 from rudolph.training.decoder import DecoderTraining
-from rudolph.training.optim import OptimConfig, machine_precision
 from rudolph.training.vqgan import VQGANTraining
 
-CURVES = "curves.jsonl"
 DAY = 24 * 3600
 
 
@@ -61,31 +51,41 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         advance(0, 1, config.data.dataset)
         splits = {name: Split(config.data, name, cache) for name in ("train", "validation")}
         tokenizer = make_tokenizer(config, splits["train"], cache)
-        advance(1, 1, f"{len(splits['train'])} pairs, {tokenizer.vocab_size} BPE ids")
+        note = f"{len(splits['train'])} pairs, {tokenizer.vocab_size} BPE ids"
+        dataset = splits["train"].dataset
+        if isinstance(dataset, Manifest):
+            note += f", {dataset.report.rows - dataset.report.kept} bad rows skipped"
+        advance(1, 1, note)
     execution.tracker.log_tags({f"data.{name}": split.digest for name, split in splits.items()})
     vqgan = make_vqgan(execution, splits)
     indices = {name: image_indices(execution, vqgan, split) for name, split in splits.items()}
-    decoder = make_decoder(execution, splits, indices, tokenizer)
-    if not is_main_process():
-        return [], {}
-    pipeline = Pipeline(tokenizer, vqgan, decoder)
-    save_pipeline(pipeline, execution.folder)
-    scores = evaluate(execution, pipeline, splits)
-    draw_samples(execution, pipeline, splits)
     digests = {
         **{f"data.{name}": split.digest for name, split in splits.items()},
         "tokenizer": tokenizer.digest,
         "vqgan": weights_digest(vqgan),
-        "decoder": weights_digest(decoder),
     }
-    return scores, digests
+    decoder = make_decoder(execution, splits, indices, tokenizer, made_of=digest_of(digests))
+    if not is_main_process():
+        return [], {}
+    pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)
+    save_pipeline(pipeline, execution.folder)
+    scores = evaluate(execution, pipeline, splits)
+    draw_samples(execution, pipeline, splits)
+    digests |= {f"data.{name}": split.digest for name, split in splits.items()}
+    return scores, digests | {"decoder": weights_digest(decoder)}
 
 
 def make_tokenizer(config: RunConfig, train: Split, cache: Path) -> Tokenizer:
     """The named tokenizer, or one trained on the captions of the training split."""
-    if config.tokenizer.path is not None:
-        return Tokenizer(config.tokenizer.path)
     size = config.tokenizer.vocab_size
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer(config.tokenizer.path)
+        if tokenizer.vocab_size > size:
+            raise ValueError(
+                f"tokenizer.vocab_size must be at least {tokenizer.vocab_size}, the ids of "
+                f"{config.tokenizer.path}, got {size}"
+            )
+        return tokenizer
     path = cache / f"tokenizer-{digest_of([size, train.digest])[:16]}.model"
     if path.is_file():
         return Tokenizer(path)
@@ -106,32 +106,35 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
     lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
     with lock:
         if not weights.is_file():
-            with execution.stage("vqgan") as advance:
-                _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
-                module = VQGANTraining(
-                    model,
-                    config.vqgan_losses,
-                    config.vqgan_optim,
-                    num_accumulated=num_accumulated,
-                )
-                train = ImageExamples(splits["train"], seed=config.seed, flip=config.data.flip)
-                validation = ImageExamples(splits["validation"], seed=config.seed)
-                trainer = fit(
-                    execution,
-                    module,
-                    config.vqgan_optim,
-                    examples=(train.batch, validation.whole, len(splits["validation"])),
-                    folder=folder,
-                    stage="vqgan",
-                    advance=advance,
-                )
-                if is_main_process():
-                    save_weights(model, weights)
-                trainer.strategy.barrier()
+            train_vqgan(execution, model, splits, weights)
         else:
             replay_curves(execution, folder / CURVES)
     model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
+
+
+def train_vqgan(
+    execution: Execution, model: VQGAN, splits: dict[str, Split], weights: Path
+) -> None:
+    """Train on the pictures of the training split and leave ``weights``."""
+    config = execution.config
+    with execution.stage("vqgan") as advance:
+        _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
+        module = VQGANTraining(
+            model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
+        )
+        train = ImageExamples(splits["train"], seed=config.seed, flip=config.data.flip)
+        validation = ImageExamples(splits["validation"], seed=config.seed)
+        fit(
+            execution,
+            module,
+            config.vqgan_optim,
+            examples=(train.batch, validation.whole, len(splits["validation"])),
+            stage="vqgan",
+            advance=advance,
+            weights=weights,
+            made_of=weights.parent.name,
+        )
 
 
 def replay_curves(execution: Execution, path: Path) -> None:
@@ -144,13 +147,17 @@ def replay_curves(execution: Execution, path: Path) -> None:
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
     """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk."""
 
+    device = execution.hardware.device
+
     def compute() -> np.ndarray[Any, Any]:
+        vqgan.to(device)
         parts = []
         with execution.stage(f"indices of {split.name}") as advance:
             for first in range(0, len(split), 256):
                 advance(first, len(split), "")
                 pictures = split.pictures(range(first, min(first + 256, len(split))))
-                parts.append(vqgan.encode_indices(pictures).to(torch.int32).numpy())
+                indices = vqgan.encode_indices(pictures.to(device))
+                parts.append(indices.to("cpu", torch.int32).numpy())
             advance(len(split), len(split), "")
         return np.concatenate(parts)
 
@@ -163,17 +170,44 @@ def make_decoder(
     splits: dict[str, Split],
     indices: dict[str, np.ndarray[Any, Any]],
     tokenizer: Tokenizer,
+    *,
+    made_of: str,
 ) -> MaskedDecoder:
-    """The decoder of this run, trained on the indices and texts of the training split."""
+    """The decoder of this run, trained on the indices and texts of the training split.
+
+    ``made_of`` is the digest of all that it learns from: a run that was stopped after its training
+    takes the weights that it left, if they were made of the same.
+    """
     config = execution.config
+    weights = execution.folder / "checkpoints" / "decoder.safetensors"
     torch.manual_seed(mixed_seed(config.seed, "decoder"))
     model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     draw_masks(execution, model)
-    with execution.stage("decoder") as advance:
+    if weights.is_file() and weights_made_of(weights) == made_of:
+        model.load_state_dict(load_file(weights))
+        return model.eval().requires_grad_(False)
+    with execution.stage("texts") as advance:
         examples = {
             name: token_examples(config, split, indices[name], tokenizer)
             for name, split in splits.items()
         }
+        num_cut = max(texts.num_cut for texts in examples["train"].texts.values())
+        advance(1, 1, f"{num_cut} of {len(splits['train'])} captions are too long and cut")
+    train_decoder(execution, model, examples, weights, made_of=made_of)
+    return model.eval().requires_grad_(False)
+
+
+def train_decoder(
+    execution: Execution,
+    model: MaskedDecoder,
+    examples: dict[str, TokenExamples],
+    weights: Path,
+    *,
+    made_of: str,
+) -> None:
+    """Train on the examples of the training split and leave ``weights``."""
+    config = execution.config
+    with execution.stage("decoder") as advance:
         validation = examples["validation"]
         num_validation = validation.num_pairs * len(validation.tasks)
         _, num_accumulated = execution.hardware.batches(config.decoder_optim)
@@ -185,11 +219,11 @@ def make_decoder(
             module,
             config.decoder_optim,
             examples=(examples["train"].batch, validation.whole, num_validation),
-            folder=execution.folder / "checkpoints",
             stage="decoder",
             advance=advance,
+            weights=weights,
+            made_of=made_of,
         )
-    return model.eval().requires_grad_(False)
 
 
 def token_examples(
@@ -222,71 +256,6 @@ def token_examples(
     )
 
 
-def fit(
-    execution: Execution,
-    module: pl.LightningModule,
-    optim: OptimConfig,
-    *,
-    examples: tuple[Any, Any, int],
-    folder: Path,
-    stage: str,
-    advance: Callable[[int, int, str], None],
-) -> pl.Trainer:
-    """Train a module to its last step, from the last checkpoint in ``folder`` if there is one."""
-    hardware, seed = execution.hardware, execution.config.seed
-    micro, num_accumulated = hardware.batches(optim)
-    num_batches = optim.num_steps * num_accumulated
-    last = folder / "last.ckpt"
-    callbacks = training_callbacks(optim, mixed_seed(seed, stage), last, num_accumulated)
-    callbacks.append(ReportProgress(advance, num_batches))
-    logger = MetricLogger(execution.tracker.log_metrics, stage=stage, path=folder / CURVES)
-    quiet_lightning()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
-        precision=hardware.precision or machine_precision(),  # type: ignore[arg-type]
-        logger=logger,
-        callbacks=callbacks,
-        log_every_n_steps=10,
-        val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    )
-    train, validation, num_validation = examples
-    streams = Streams(
-        train,
-        validation,
-        batch_size=micro,
-        num_batches=num_batches,
-        num_validation=num_validation,
-        num_workers=hardware.num_workers,
-    )
-    trainer.fit(module, streams, ckpt_path=last if last.is_file() else None)
-    trainer.strategy.barrier()
-    last.unlink(missing_ok=True)
-    return trainer
-
-
-def training_callbacks(
-    optim: OptimConfig, seed: int, last: Path, num_accumulated: int
-) -> list[pl.Callback]:
-    """What makes a training repeatable and resumable, and the average of its weights."""
-    callbacks: list[pl.Callback] = [
-        StepSeed(seed),
-        ResumeCheckpoint(last, optim.checkpoint_every * num_accumulated),
-    ]
-    if optim.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False))
-    return callbacks
-
-
 def evaluate(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> list[Score]:
     """Every question on every split that the configuration names."""
     config = execution.config
@@ -311,11 +280,10 @@ def evaluate(execution: Execution, pipeline: Pipeline, splits: dict[str, Split])
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path) -> None:
-    """Everything that sampling needs, so that a run's folder can be moved or shared alone."""
+    """What sampling needs beside the decoder: a run's folder can be moved or shared alone."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     save_weights(pipeline.vqgan, checkpoints / "vqgan.safetensors")
-    save_weights(pipeline.decoder, checkpoints / "decoder.safetensors")
     pipeline.tokenizer.save(checkpoints / "bpe.model")
 
 
@@ -334,4 +302,5 @@ def load_pipeline(folder: Path) -> tuple[Pipeline, RunConfig]:
     vqgan.load_state_dict(load_file(checkpoints / "vqgan.safetensors"))
     decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     decoder.load_state_dict(load_file(checkpoints / "decoder.safetensors"))
-    return Pipeline(Tokenizer(checkpoints / "bpe.model"), vqgan, decoder), config
+    pipeline = Pipeline(Tokenizer(checkpoints / "bpe.model"), vqgan, decoder)
+    return pipeline.to(Hardware().device), config

@@ -233,6 +233,9 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         ("vqgan.resolution", 64, "must equal data.image_size (32), got 64"),
         ("data.tasks", {"vqa": 1.0}, "data.tasks must be of text_to_image"),
         ("evaluation.questions", ["caption"], "did you mean caption_f1?"),
+        ("evaluation.questions", ["scene_right"], "needs data.dataset shapes, got 'emoji'"),
+        ("evaluation.splits", ["tran"], "did you mean train?"),
+        ("vqgan.z_channels", -1, "z_channels must be at least 1, got -1"),
     ],
 )
 def test_a_message_says_what_is_legal_and_the_nearest_name(

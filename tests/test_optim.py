@@ -1,13 +1,20 @@
 """Optimizers against those of torch, and which of them moves which parameter."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.training.optim import Muon, OptimConfig, optimizers_of, orthogonal
+from rudolph.training.optim import (
+    Muon,
+    OptimConfig,
+    learning_rate_share,
+    optimizers_of,
+    orthogonal,
+)
 
 
 def randoms(*shape: int, seed: int) -> Tensor:
@@ -79,3 +86,11 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) ->
             is_outer = name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
             by_muon = kind == "muon" and decays and not is_outer
             assert isinstance(optimizer, Muon) == by_muon
+
+
+def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
+    config = OptimConfig(num_steps=100, warmup_steps=10, final_learning_rate_share=0.2)
+    shares = [learning_rate_share(step, config) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == pytest.approx(1.0)
+    assert shares[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(shares[10:]))

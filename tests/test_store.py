@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from rudolph.config import read_run
 from rudolph.results.journal import Journal
 from rudolph.results.report import (
     BEGIN,
@@ -275,6 +276,12 @@ def test_a_wrong_digest_and_an_old_index_are_found(
     assert len(check(results, digest=lambda path: "other")) == 4
     answer_by_hand(results / REPORT.experiment / "README.md", "Иначе!")
     assert ["index" in line for line in check(results)] == [True]
+
+
+def test_the_results_of_this_repository_are_whole() -> None:
+    assert (
+        check(Path(__file__).parent.parent / "results", digest=lambda p: read_run(p).digest) == []
+    )
 
 
 def test_only_the_named_runs_are_exported_and_none_is_an_error(tmp_path: Path) -> None:

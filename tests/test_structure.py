@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "config": BELOW_CONFIG | {"settings"},
     "execution": BELOW_CONFIG | {"config"},
     "gallery": BELOW_CONFIG | {"config", "execution"},
-    "stages": BELOW_CONFIG | {"config", "execution", "gallery"},
+    "fitting": BELOW_CONFIG | {"config", "execution"},
+    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
     "console": set(),
     "cli": BELOW_CONFIG
@@ -44,7 +45,7 @@ OWNERS = {
     "mlflow": r"results/tracking",
     "matplotlib": r"results/figures",
     "seaborn": r"results/figures",
-    "pytorch_lightning": r"training/\w+|data/module|stages",
+    "pytorch_lightning": r"training/\w+|data/module|fitting|stages",
     "yaml": r"settings",
     "youtokentome": r"sequence/tokenizer",
     "pydantic": r"settings",

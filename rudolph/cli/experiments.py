@@ -92,7 +92,7 @@ def execute_run(loaded: Any, run: Any, given: Any, folders: Any) -> bool:
                 loaded, run, folders=folders, hardware=hardware, uri=uri, progress=progress
             )
     except NonFiniteLossError as error:
-        say(f"  failed: {error}; the last checkpoint is kept in {folder}")
+        say(f"  failed: {error}; the last good checkpoint is kept")
         return False
     print_scores(summary)
     say(f"  weights, samples and metrics: {folder}")

@@ -42,8 +42,12 @@ def sampling_of(config: Any, given: Any, *, guidance: float | None) -> Any:
     return replace(config, **given_ones, **({} if guidance is None else {"guidance": guidance}))
 
 
-def newest_run() -> Path:
-    """The folder of the run that finished last."""
+def chosen_run(given: Any) -> Path:
+    """The folder that ``--run`` names, or that of the run which finished last."""
+    if given.number < 1:
+        raise ValueError(f"-n must be at least 1, got {given.number}")
+    if given.run is not None:
+        return Path(given.run)
     runs = folders_here().runs
     finished = [
         path
@@ -61,9 +65,7 @@ def generate_pictures(given: Any) -> int:
     from rudolph.results.figures import sample_grid
     from rudolph.stages import load_pipeline
 
-    if given.number < 1:
-        raise ValueError(f"-n must be at least 1, got {given.number}")
-    folder = given.run or newest_run()
+    folder = chosen_run(given)
     pipeline, config = load_pipeline(folder)
     sampling = sampling_of(config.sampling.image, given, guidance=given.guidance)
     text = pipeline.texts("text_to_image", given.text)
@@ -98,7 +100,7 @@ def caption_picture(given: Any) -> int:
     from rudolph.results.figures import sample_grid
     from rudolph.stages import load_pipeline
 
-    folder = given.run or newest_run()
+    folder = chosen_run(given)
     pipeline, config = load_pipeline(folder)
     try:
         picture = open_picture(given.picture.read_bytes()).image

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.emoji import emoji_pictures
+from rudolph.data.emoji import Emoji, emoji_pictures
 from rudolph.data.module import Split, mixed_seed
+from rudolph.data.pairs import SPLITS
 from rudolph.data.shapes import Shapes
 from rudolph.data.shapes_checker import judge, read_scene
 from rudolph.evaluation.metrics import nearest_ranks, token_f1
@@ -43,6 +44,9 @@ class EvaluationConfig:
         for name in self.questions:
             if name not in QUESTIONS:
                 raise ValueError(f"questions must be of {', '.join(QUESTIONS)}, got {name!r}")
+        for name in self.splits:
+            if name not in SPLITS:
+                raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
         for name in ("num_examples", "grid_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -77,7 +81,7 @@ class Subject:
     on_token: Callable[[int, int], None] | None = None
 
     def chosen(self, split: Split) -> list[int]:
-        """Which pairs are asked about: a random choice of different captions, by the seed."""
+        """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
         if isinstance(split.dataset, Shapes):
             return split.dataset.distinct(self.num_examples)
         order = np.random.default_rng(self.seed).permutation(len(split))
@@ -95,8 +99,10 @@ class Subject:
 
 def nearest_picture(subject: Subject, split: Split) -> list[Score]:
     """Text to image: is the generated emoji's own picture among the nearest 1 % of all emoji?"""
+    if not isinstance(split.dataset, Emoji):
+        raise ValueError("the question nearest_picture needs the dataset emoji")
     indices = subject.chosen(split)
-    keys, gallery = emoji_pictures(split.images.shape[-1])
+    keys, gallery = emoji_pictures(split.images.shape[-1], split.dataset.folder)
     own = torch.tensor([keys.index(split.keys[index]) for index in indices])
     pictures = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
     ranks = nearest_ranks(subject.pictures(split, indices), pictures, own)
@@ -149,7 +155,7 @@ def reconstruction(subject: Subject, split: Split) -> list[Score]:
     """VQ-GAN: PSNR and SSIM of reconstructed pictures."""
     indices = subject.chosen(split)
     images = split.pictures(indices)
-    decoded = subject.pipeline.decode(subject.pipeline.vqgan.encode_indices(images))
+    decoded = subject.pipeline.decode(subject.pipeline.encode(images))
     return [
         _score(name, split, metric(decoded, images).double().numpy(), subject, None)
         for name, metric in (("vqgan/psnr", psnr), ("vqgan/ssim", ssim))
@@ -176,6 +182,8 @@ def _score(
     return Score(metric, split.name, value, low, high, chance, len(values))
 
 
+# Questions that only pairs of one dataset can answer.
+DATASET_OF_QUESTION = {"nearest_picture": "emoji", "scene_right": "shapes"}
 QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
     "scene_right": scene_right,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -175,11 +176,18 @@ def _take_stored_mask(model: MaskedDecoder, name: str, stored: Tensor) -> None:
         tables[names.index(wanted)] = stored
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Weights as safetensors, whole or not at all."""
+def save_weights(model: nn.Module, path: Path, *, made_of: str = "") -> None:
+    """Weights as safetensors, whole or not at all; ``made_of`` says what they were trained on."""
     new = path.with_suffix(".new")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, new)
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, new, metadata={"made_of": made_of})
     os.replace(new, path)
+
+
+def weights_made_of(path: Path) -> str:
+    """What ``save_weights`` was told of the file; empty where it was told nothing."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("made_of", "")
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -137,6 +137,10 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         """Move the codes towards their ``vectors`` (M, E) and revive the dead ones."""
         counts = torch.bincount(indices, minlength=self.config.num_codes).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # The codebook follows the latents of all devices.
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(sums)
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
         errors = (vectors - self.codebook[indices]).pow(2).sum(1)

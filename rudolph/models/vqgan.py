@@ -42,10 +42,9 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be positive, got {list(self.channels)}")
-        if self.norm_groups < 1:
-            raise ValueError(f"norm_groups must be at least 1, got {self.norm_groups}")
-        if self.num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks must be at least 1, got {self.num_res_blocks}")
+        for name in ("norm_groups", "num_res_blocks", "z_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.resolution < self.factor or self.resolution % self.factor:
             raise ValueError(
                 f"resolution must be a multiple of the factor {self.factor} that "

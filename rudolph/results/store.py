@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.results.journal import JOURNAL, read_journal
+from rudolph.results.journal import JOURNAL, exclusive, read_journal
 from rudolph.results.report import (
     BOUNDS,
     UNANSWERED,
@@ -42,6 +42,8 @@ from rudolph.results.report import (
 
 INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
 POINTS_OF_A_CURVE = 200
+# Jobs of one array may finish together; seconds that one waits for another's export.
+EXPORT_TIMEOUT = 300
 _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
 FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
 
@@ -65,7 +67,10 @@ def export(
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
     # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch:
+    with (
+        exclusive(runs_folder / "export.lock", EXPORT_TIMEOUT),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch,
+    ):
         made, before = Path(scratch, "made"), Path(scratch, "before")
         if folder.exists():
             shutil.copytree(folder, made)

@@ -22,7 +22,10 @@ OnToken = Callable[[int, int], None]
 
 @dataclass
 class Pipeline:
-    """The three parts that were trained together, and how they are asked."""
+    """The three parts that were trained together, and how they are asked.
+
+    Tensors come and go on the CPU, wherever the parts are.
+    """
 
     tokenizer: Tokenizer
     vqgan: VQGAN
@@ -32,6 +35,16 @@ class Pipeline:
     def __post_init__(self) -> None:
         self.vqgan.eval()
         self.decoder.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.to_logits.weight.device
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """Move both networks."""
+        self.vqgan.to(device)
+        self.decoder.to(device)
+        return self
 
     def texts(self, task: str, caption: str) -> Texts:
         """How a caption fills the layout for a task."""
@@ -80,12 +93,12 @@ class Pipeline:
             parts.append(
                 generate_image(
                     self.decoder,
-                    left[first : first + step],
+                    left[first : first + step].to(self.device),
                     config=config,
                     seeds=own,
-                    unconditional=empty,
+                    unconditional=empty.to(self.device),
                     on_token=_counted(on_token, done, len(own), total),
-                )
+                ).cpu()
             )
         return torch.cat(parts)
 
@@ -108,7 +121,7 @@ class Pipeline:
         captions: list[str] = []
         step = max(self.batch_size // num_samples, 1)
         for first in range(0, len(images), step):
-            indices = self.vqgan.encode_indices(images[first : first + step])
+            indices = self.encode(images[first : first + step])
             left = prompt.left.expand(len(indices), -1)
             right = prompt.right[:length].expand(len(indices), -1)
             tokens = torch.cat([left, indices, right], dim=1)
@@ -116,7 +129,7 @@ class Pipeline:
             num_new = self.decoder.layout.right_text_length - length
             drawn = generate_right_text(
                 self.decoder,
-                tokens,
+                tokens.to(self.device),
                 config=config,
                 seeds=own,
                 on_token=_counted(
@@ -126,13 +139,19 @@ class Pipeline:
             captions += [self.tokenizer.decode(ids) for ids in drawn.tolist()]
         return captions
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
+        batches = torch.split(images, self.batch_size)
+        return torch.cat(
+            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
+        )
+
     def decode(self, indices: Tensor) -> Tensor:
         """Pictures of indices ``(B, I)``, batch by batch."""
-        parts = [
-            self.vqgan.decode_indices(indices[first : first + self.batch_size])
-            for first in range(0, len(indices), self.batch_size)
-        ]
-        return torch.cat(parts)
+        batches = torch.split(indices, self.batch_size)
+        return torch.cat(
+            [self.vqgan.decode_indices(part.to(self.device)).cpu() for part in batches]
+        )
 
 
 def _counted(

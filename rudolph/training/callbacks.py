@@ -43,18 +43,41 @@ class StepSeed(pl.Callback):
 
 
 class ResumeCheckpoint(pl.Callback):
-    """Writes ``last.ckpt`` every so many batches, whole or not at all.
+    """Writes ``last.ckpt`` every so many batches, whole or not at all, with finite weights only.
 
-    It is written as the next batch starts: only then have the loops counted the last one.
+    It is written as the next batch starts: only then have the loops counted the last one.  It says
+    how many batches its training has and what it learns from; another training refuses it with
+    ``ValueError``, since it would go on from a step that is not its own.
     """
 
-    def __init__(self, path: Path, every_num_batches: int) -> None:
+    def __init__(
+        self, path: Path, every_num_batches: int, *, num_batches: int, made_of: str
+    ) -> None:
         self.path, self.every = path, every_num_batches
+        self.num_batches, self.made_of = num_batches, made_of
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_batches": self.num_batches, "made_of": self.made_of}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["num_batches"] != self.num_batches:
+            raise ValueError(
+                f"{self.path}: was written by a training of {state_dict['num_batches']} batches, "
+                f"this one has {self.num_batches}; give the same --micro-batch-size, --devices "
+                f"and --num-nodes, or delete it to start anew"
+            )
+        if state_dict["made_of"] != self.made_of:
+            raise ValueError(
+                f"{self.path}: was written with other data, tokenizer or VQ-GAN; delete it to "
+                f"start anew"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
         if batch_index % self.every == 0 and batch_index > 0:
+            if not all(torch.isfinite(each).all() for each in module.parameters()):
+                raise NonFiniteLossError(f"batch {batch_index}: the weights are not finite")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".new")
             trainer.save_checkpoint(new)
@@ -92,10 +115,17 @@ class MetricLogger(Logger):
     Each is a line of ``path`` too, for the runs that will share what this stage makes.
     """
 
-    def __init__(self, log_metrics: Callable[..., None], *, stage: str, path: Path) -> None:
+    def __init__(
+        self,
+        log_metrics: Callable[..., None],
+        *,
+        stage: str,
+        path: Path,
+        num_steps_done: Callable[[], int],
+    ) -> None:
         super().__init__()
         self._log_metrics, self.stage = log_metrics, stage
-        self.path = path
+        self.path, self.num_steps_done = path, num_steps_done
 
     @property
     def name(self) -> str:
@@ -117,8 +147,8 @@ class MetricLogger(Logger):
             if name != "epoch"
         }
         if values:
-            # Lightning counts steps from 0; here a step is the number of steps done.
-            number = (step or 0) + 1
+            # Lightning's step counts micro-batches, and one too many once a run was resumed.
+            number = self.num_steps_done()
             self._log_metrics(values, step=number)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as curves:

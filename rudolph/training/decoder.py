@@ -41,5 +41,5 @@ class DecoderTraining(StepwiseModule):
         losses = segment_losses(self.model, batch.tokens, self.losses, scored=batch.scored)
         size = len(batch.tokens)
         values = {f"val/loss/{name}": value for name, value in losses.items()}
+        values["val/loss"] = weighted_mean(losses, self.losses.weights)
         self.log_dict(values, batch_size=size)
-        self.log("val/loss", weighted_mean(losses, self.losses.weights), batch_size=size)

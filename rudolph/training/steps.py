@@ -19,9 +19,10 @@ class StepwiseModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.optim, self.num_accumulated = optim, num_accumulated
+        self.num_steps_done = 0
 
     def networks(self) -> list[nn.Module]:
-        """The networks that are trained, in the order of ``move``'s index."""
+        """The networks that are trained, in the order of ``move``'s index; the first is kept."""
         raise NotImplementedError
 
     def step_of(self, batch_index: int) -> int:
@@ -44,6 +45,7 @@ class StepwiseModule(pl.LightningModule):
                 optimizers[at].step()
                 optimizers[at].zero_grad()
                 schedulers[at].step()
+            self.num_steps_done = self.step_of(batch_index) + 1
 
     def configure_optimizers(self) -> Any:
         found = [optimizers_of(network, self.optim) for network in self.networks()]

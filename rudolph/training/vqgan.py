@@ -28,8 +28,6 @@ class VQGANTraining(StepwiseModule):
     Logs PSNR in dB and SSIM of pictures in [0, 1], the share of codes used and their perplexity.
     """
 
-    code_counts: Tensor
-
     def __init__(
         self,
         model: VQGAN,
@@ -44,8 +42,8 @@ class VQGANTraining(StepwiseModule):
         self.discriminator = PatchDiscriminator() if has_adversary else None
         path = losses.perceptual_weights
         self.perceptual = PerceptualDistance(path) if path else None
-        counts = torch.zeros(model.config.quantizer.num_codes)
-        self.register_buffer("code_counts", counts, persistent=False)
+        # No buffer: an average of weights swaps buffers for its own before the counts are read.
+        self.code_counts = torch.zeros(model.config.quantizer.num_codes)
 
     def networks(self) -> list[nn.Module]:
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
@@ -87,18 +85,20 @@ class VQGANTraining(StepwiseModule):
         result = self.model(batch.images)
         decoded = (result.images.float().clamp(-1, 1) + 1) / 2
         truth, size = (batch.images + 1) / 2, len(batch.images)
-        self.log("val/psnr", psnr(decoded, truth).mean(), batch_size=size)
-        self.log("val/ssim", ssim(decoded, truth).mean(), batch_size=size)
-        self.log(
-            "val/loss/reconstruction",
-            reconstruction_loss(result.images, batch.images, self.losses),
-            batch_size=size,
-        )
+        values = {
+            "val/psnr": psnr(decoded, truth).mean(),
+            "val/ssim": ssim(decoded, truth).mean(),
+            "val/loss/reconstruction": reconstruction_loss(
+                result.images, batch.images, self.losses
+            ),
+        }
+        self.log_dict(values, batch_size=size, sync_dist=True)
         found = torch.bincount(result.indices.flatten(), minlength=len(self.code_counts))
-        self.code_counts += found
+        self.code_counts += found.cpu()
 
     def on_validation_epoch_end(self) -> None:
-        usage, perplexity = codebook_usage(self.code_counts)
+        counts = self.trainer.strategy.reduce(self.code_counts.to(self.device), reduce_op="sum")
+        usage, perplexity = codebook_usage(counts)
         self.log("val/codebook_usage", usage)
         self.log("val/codebook_perplexity", perplexity)
         self.code_counts.zero_()

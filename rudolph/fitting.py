@@ -1,0 +1,126 @@
+"""One module trained to its last step: trainer, checkpoint, curves, weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
+
+from rudolph.data.module import Streams, mixed_seed
+from rudolph.execution import Execution, Hardware, is_main_process
+from rudolph.models.pretrained import save_weights
+from rudolph.training.callbacks import (
+    MetricLogger,
+    ReportProgress,
+    ResumeCheckpoint,
+    StepSeed,
+    quiet_lightning,
+)
+from rudolph.training.optim import OptimConfig, machine_precision
+from rudolph.training.steps import StepwiseModule
+
+CURVES = "curves.jsonl"
+CHECKPOINT = "last.ckpt"
+
+
+def fit(
+    execution: Execution,
+    module: StepwiseModule,
+    optim: OptimConfig,
+    *,
+    examples: tuple[Any, Any, int],
+    stage: str,
+    advance: Callable[[int, int, str], None],
+    weights: Path,
+    made_of: str,
+) -> None:
+    """Train a module to its last step, from the checkpoint beside ``weights`` if any.
+
+    The weights say that they are ``made_of``; the checkpoint goes once they are safe.
+    """
+    hardware, seed = execution.hardware, execution.config.seed
+    micro, num_accumulated = hardware.batches(optim)
+    num_batches = optim.num_steps * num_accumulated
+    folder = weights.parent
+    last = folder / CHECKPOINT
+    checkpoint = ResumeCheckpoint(
+        last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, made_of=made_of
+    )
+    callbacks = [StepSeed(mixed_seed(seed, stage)), checkpoint, *averaging(optim)]
+    callbacks.append(ReportProgress(advance, num_batches))
+    logger = MetricLogger(
+        execution.tracker.log_metrics,
+        stage=stage,
+        path=folder / CURVES,
+        num_steps_done=lambda: module.num_steps_done,
+    )
+    quiet_lightning()
+    trainer = make_trainer(
+        hardware,
+        logger=logger,
+        callbacks=callbacks,
+        val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
+        default_root_dir=folder,
+    )
+    train, validation, num_validation = examples
+    streams = Streams(
+        train,
+        validation,
+        batch_size=micro,
+        num_batches=num_batches,
+        num_validation=num_validation,
+        num_workers=hardware.num_workers,
+    )
+    run_trainer(trainer, module, streams, last)
+    if is_main_process():
+        save_weights(module.networks()[0], weights, made_of=made_of)
+        last.unlink(missing_ok=True)
+    trainer.strategy.barrier()
+
+
+def run_trainer(
+    trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, last: Path
+) -> None:
+    """Fit from the checkpoint ``last`` if it is there; a key press is a ``KeyboardInterrupt``."""
+    try:
+        trainer.fit(module, streams, ckpt_path=last if last.is_file() else None)
+    except SystemExit as stopped:
+        # Lightning would leave the process, and with it unsaid how to go on.
+        raise KeyboardInterrupt from stopped
+
+
+def make_trainer(hardware: Hardware, **settings: Any) -> pl.Trainer:
+    """Lightning's trainer on this hardware, without what is done elsewhere.
+
+    Raises:
+        ValueError: in one line, when the machine does not have that hardware.
+    """
+    try:
+        return pl.Trainer(
+            max_epochs=1,
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=hardware.strategy,
+            precision=hardware.precision or machine_precision(),  # type: ignore[arg-type]
+            log_every_n_steps=10,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            **settings,
+        )
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(f"hardware: {' '.join(str(error).split())}") from error
+
+
+def averaging(optim: OptimConfig) -> list[pl.Callback]:
+    """What averages the weights of a training, if its configuration asks for it."""
+    if optim.ema_decay is None:
+        return []
+    return [EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False)]
