@@ -81,6 +81,7 @@ def execute(
         try:
             scores, digests = run_stages(execution)
         except BaseException:
+            # A key press as well as a mistake: what the stages took so far is not to be lost.
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
