@@ -23,6 +23,7 @@ from rudolph.execution import (
     Unrecorded,
     is_main_process,
 )
+from rudolph.results.journal import exclusive
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages import run_stages
 
@@ -53,17 +54,34 @@ def execute(
 
     Raises:
         NonFiniteLossError: when a loss is NaN or infinite; the last checkpoint stays.
-        ValueError: for a mistake in the data or the hardware flags.
+        ValueError: for a mistake in the data or the hardware flags, or when another process
+            executes the same run.
     """
     folder = run_folder(folders, experiment, run)
-    summary = _summary(experiment, run)
     if not is_main_process():
         run_stages(Execution(run, folder, folders, hardware, Unrecorded(), progress))
-        return summary
-    folder.mkdir(parents=True, exist_ok=True)
+        return _summary(experiment, run)
+    with exclusive(folder / "running.lock", 0) as is_alone:
+        if not is_alone:
+            raise ValueError(f"{folder}: another process executes this run")
+        return _execute_alone(
+            experiment, run, folders=folders, hardware=hardware, uri=uri, progress=progress
+        )
+
+
+def _execute_alone(
+    experiment: Experiment,
+    run: Run,
+    *,
+    folders: Folders,
+    hardware: Hardware,
+    uri: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    folder = run_folder(folders, experiment, run)
     (folder / "config.yaml").write_text(to_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
-    summary |= {"commit": commit, "dirty": dirty}
+    summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
         folder,
         uri,

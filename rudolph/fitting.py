@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 
 from rudolph.data.module import Streams, mixed_seed
 from rudolph.execution import Execution, Hardware, is_main_process
-from rudolph.models.pretrained import save_weights
+from rudolph.models.weights import save_weights
 from rudolph.training.callbacks import (
     MetricLogger,
     ReportProgress,

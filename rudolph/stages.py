@@ -30,8 +30,8 @@ from rudolph.execution import Execution, Hardware, is_main_process, without_note
 from rudolph.fitting import CURVES, fit
 from rudolph.gallery import draw_masks, draw_samples
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.pretrained import save_weights, weights_digest, weights_made_of
 from rudolph.models.vqgan import VQGAN
+from rudolph.models.weights import save_weights, weights_digest, weights_made_of
 from rudolph.results.journal import exclusive
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.tasks import TASKS, fill_texts

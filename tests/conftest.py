@@ -52,3 +52,11 @@ class ParityCase:
 def parity() -> Callable[[str], ParityCase]:
     """``parity("rudolph_350m_like")`` has ``config``, ``weights`` and ``io``."""
     return lambda case: ParityCase(PARITY / case)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the smallest experiment."""
+    from tiny_run import run_tiny
+
+    return run_tiny(tmp_path_factory.mktemp("finished"))

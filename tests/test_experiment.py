@@ -1,94 +1,25 @@
 """A whole run at the smallest size: resumed, skipped, exported, sampled from, tracked."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from tiny_run import run_tiny, write
 
-from rudolph.cli import main
 from rudolph.config import load_experiment
-from rudolph.execution import Folders, Hardware
-from rudolph.experiment import execute, run_folder
-from rudolph.results.journal import read_journal
+from rudolph.data.module import Split
+from rudolph.execution import Folders
+from rudolph.experiment import run_folder
+from rudolph.results.journal import exclusive, read_journal
+from rudolph.stages import load_pipeline, token_examples
 from rudolph.training.callbacks import NonFiniteLossError
-
-OPTIM = {
-    "num_steps": 8,
-    "global_batch_size": 4,
-    "validate_every": 4,
-    "warmup_steps": 2,
-    "checkpoint_every": 3,
-    "learning_rate": 0.01,
-}
-TINY: dict[str, Any] = {
-    "title": "Tiny",
-    "question": "Does a run hold together?",
-    "settings": {
-        "data": {"dataset": "shapes", "image_size": 24, "flip": 0.5},
-        "data.shapes": {"num_train": 40, "num_validation": 6, "num_test": 6},
-        "tokenizer": {"vocab_size": 120, "bpe_dropout": 0.1},
-        "layout": {"left_text_length": 20, "right_text_length": 20},
-        "vqgan": {
-            "resolution": 24,
-            "channels": [4, 8, 8],
-            "num_res_blocks": 1,
-            "attention_resolutions": [],
-            "z_channels": 4,
-            "quantizer": {"kind": "ema", "num_codes": 12, "embedding_dim": 4},
-        },
-        "vqgan_optim": {**OPTIM, "ema_decay": 0.5},
-        "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
-        "decoder_optim": {**OPTIM, "ema_decay": 0.9},
-        "evaluation": {
-            "questions": ["scene_right", "caption_f1", "reconstruction"],
-            "splits": ["train", "test"],
-            "num_examples": 4,
-            "grid_prompts": ["красный круг в центре"],
-            "grid_samples": 2,
-        },
-    },
-    "targets": {"vqgan/psnr/test": 5},
-    "report": {"table": ["vqgan/psnr/test"], "curves": ["decoder/val/loss"]},
-}
-
-
-def write(folder: Path, **changes: Any) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY | changes, allow_unicode=True))
-    return path
-
-
-def quiet(stage: str, done: int, total: int, note: str) -> None:
-    """No progress."""
-
-
-def run_tiny(folder: Path, overrides: tuple[str, ...] = (), **hardware: Any) -> Path:
-    experiment = load_experiment(write(folder), overrides)
-    folders = Folders(folder, folder / "runs")
-    flags = {"precision": "32-true", "accelerator": "cpu"} | hardware
-    execute(
-        experiment,
-        experiment.runs[0],
-        folders=folders,
-        hardware=Hardware(**flags),
-        uri=f"sqlite:///{folder}/mlflow.db",
-        progress=quiet,
-    )
-    return run_folder(folders, experiment, experiment.runs[0])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_tiny(tmp_path_factory.mktemp("finished"))
+from rudolph.training.losses import segment_losses
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -230,8 +161,36 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     summaries = list(tmp_path.glob("runs/tiny/*/summary.json"))
     assert [json.loads(path.read_text())["status"] for path in summaries] == ["finished"]
     assert (tmp_path / "results" / "tiny" / "runs.csv").is_file()
-    journal = (summaries[0].parent / "journal.jsonl").read_text()
-    assert journal.count('"decoder/val/loss"') == 2
+    found = curves(summaries[0].parent)
+    assert sorted(found["decoder/val/loss"]) == [4, 8]
+    # Each process saw a part of the examples, and of the tasks; the loss is that of them all.
+    for name, loss in validation_losses(summaries[0].parent).items():
+        assert found[f"decoder/val/loss/{name}"][8] == pytest.approx(loss, rel=1e-4)
+
+
+def validation_losses(folder: Path) -> dict[str, float]:
+    """The losses of a finished run on its whole validation split at once."""
+    pipeline, config = load_pipeline(folder)
+    split = Split(config.data, "validation", folder.parent.parent / ".cache")
+    indices = pipeline.encode(split.pictures(range(len(split)))).numpy()
+    examples = token_examples(config, split, indices, pipeline.tokenizer)
+    batch = examples.whole(range(len(split) * len(examples.tasks)))
+    with torch.no_grad():
+        losses = segment_losses(
+            pipeline.decoder, batch.tokens, config.decoder_losses, scored=batch.scored
+        )
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_a_run_that_is_being_executed_is_not_started_again(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path))
+    folder = run_folder(Folders(tmp_path, tmp_path / "runs"), experiment, experiment.runs[0])
+    with (
+        exclusive(folder / "running.lock", 0) as is_alone,
+        pytest.raises(ValueError, match="another process executes this run"),
+    ):
+        assert is_alone
+        run_tiny(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) -> None:
@@ -262,76 +221,6 @@ def test_runs_of_one_vqgan_share_it(finished: Path) -> None:
     assert before == after and len(after) == 1
     assert curves(other)["vqgan/val/psnr"] == curves(finished)["vqgan/val/psnr"]
     assert other != finished
-
-
-def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("config.yaml", "checkpoints"):
-        os.symlink(finished / name, moved / name)
-    monkeypatch.chdir(tmp_path)
-    call = ["generate", "Синий крест", "-n", "3", "--run", "moved", "--guidance", "2"]
-    first = [main([*call, "--output", name]) for name in ("a.png", "b.png")]
-    assert first == [0, 0]
-    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    record = json.loads(Path("a.json").read_text())
-    assert record["sampling"]["guidance"] == 2.0 and record["text"] == "Синий крест"
-    assert main(["caption", "a.png", "-n", "2", "--run", "moved"]) == 0
-    assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["generate", "круг"], "no finished run"),
-        (["generate", "круг", "--run", "nowhere"], "not a trained run"),
-        (["generate", "круг", "--run", "moved", "--top-k", "0"], "top_k must be at least 1"),
-        (["generate", "круг", "--run", "moved", "-n", "0"], "-n must be at least 1"),
-        (["caption", "text.png", "--run", "moved", "-n", "0"], "-n must be at least 1"),
-        (["run", "tiny.yaml", "--devices", "0"], "--devices must be at least 1, got 0"),
-        (["run", "tiny.yaml", "--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
-        (["caption", "nothing.png", "--run", "moved"], "nothing.png: no such file or directory"),
-        (["caption", ".", "--run", "moved"], "rudolph: .: is a directory"),
-        (["caption", "text.png", "--run", "moved"], "text.png"),
-        (["export", "tiny.yaml"], "no finished run"),
-    ],
-)
-def test_mistakes_of_sampling_are_one_line_and_exit_code_2(
-    finished: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str
-) -> None:
-    os.symlink(finished, tmp_path / "moved")
-    (tmp_path / "text.png").write_text("no picture")
-    write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error and "Errno" not in error
-
-
-def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
-    finished: Path, monkeypatch, capsys
-) -> None:
-    folder = finished.parent.parent.parent
-    write(folder)
-    monkeypatch.chdir(folder)
-    started = time.monotonic()
-    assert main(["run", "tiny.yaml"]) == 0
-    assert time.monotonic() - started < 20
-    assert "finished before" in capsys.readouterr().err
-    results = folder / "results"
-    exported = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
-    assert main(["export", "tiny.yaml"]) == 0
-    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
-    assert main(["figures", "tiny"]) == 0
-    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
-    capsys.readouterr()
-    # Outside of git every run counts as dirty, and nobody has written an answer yet.
-    assert main(["check"]) == 1
-    problems = capsys.readouterr().err.splitlines()
-    expected = ("its commit does not name", "no answer is written", "2 problems")
-    assert len(problems) == 3 and all(
-        words in line for words, line in zip(expected, problems, strict=True)
-    ), problems
 
 
 def test_mlflow_holds_the_run(finished: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
-from rudolph.sampling.filters import TokenSamplingConfig, draw, filter_logits, guided
+from rudolph.sampling.filters import TokenSamplingConfig, draw, filter_logits, guided, next_shares
 from rudolph.sampling.generate import generate_image, generate_right_text, uniform_numbers
 from rudolph.sequence.layout import EOS, PAD, SequenceLayout, Vocabulary
 
@@ -60,7 +60,7 @@ def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:
     config = TokenSamplingConfig(temperature=0.8, top_k=4, top_p=0.95)
     expected = filter_logits(logits, config).softmax(-1)[0]
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    drawn = draw(logits.expand(20_000, -1), config, uniform)
+    drawn = draw(next_shares(logits, config).expand(20_000, -1), uniform)
     counts = torch.bincount(drawn, minlength=5) / 20_000
     torch.testing.assert_close(counts, expected, atol=1e-3, rtol=0)
 
@@ -68,7 +68,7 @@ def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:
 def test_a_draw_at_either_end_takes_a_token_that_is_allowed() -> None:
     logits = torch.tensor([[-torch.inf, 3.0, 1.0, -torch.inf]])
     ends = torch.tensor([0.0, 1.0 - 2**-24, 1.0])
-    assert draw(logits.expand(3, -1), PLAIN, ends).tolist() == [1, 2, 2]
+    assert draw(next_shares(logits, PLAIN).expand(3, -1), ends).tolist() == [1, 2, 2]
 
 
 def test_guidance_of_one_is_the_condition_and_of_zero_is_none() -> None:
@@ -104,7 +104,9 @@ def test_sampling_agrees_with_full_passes_without_a_cache() -> None:
     tokens = LEFT
     for step in range(9):
         logits = model.image_logits(model.hidden(tokens)[:, -1])[:, :11]
-        tokens = torch.cat([tokens, draw(logits, PLAIN, uniform[:, step])[:, None]], dim=1)
+        tokens = torch.cat(
+            [tokens, draw(next_shares(logits, PLAIN), uniform[:, step])[:, None]], dim=1
+        )
     found = generate_image(model, LEFT, config=PLAIN, seeds=[5, 6, 7])
     assert torch.equal(found, tokens[:, 5:])
 

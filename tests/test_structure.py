@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "sequence": set(),
     "models": {"sequence"},
+    "released": {"sequence", "models"},
     "data": BELOW_DATA,
     "sampling": BELOW_SAMPLING,
     "training": BELOW_TRAINING,

@@ -11,14 +11,14 @@ sandwich norms and PB-relax.
 Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.sequence.layout import PAD, SequenceLayout, Vocabulary
+from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
 
 PB_RELAX_SCALE = 32.0
@@ -31,6 +31,9 @@ class DecoderConfig:
 
     ``layer_masks`` is tiled over the depth and the last layer takes ``last_layer_mask`` (null: no
     mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
+
+    ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
+    at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
     """
 
     num_layers: int = 24
@@ -42,6 +45,7 @@ class DecoderConfig:
     sandwich_norm: bool = True
     pb_relax: bool = True
     double_final_norm: bool = True
+    leading_bos: bool = False
     gelu: str = "tanh"
     embedding_gradient: float = 0.1
     attention_dropout: float = 0.1
@@ -208,7 +212,8 @@ class MaskedDecoder(nn.Module):
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
         # One row more than positions: kept from ruDALL-E v2, so that released tables fit.
         self.left_position = nn.Embedding(layout.left_text_length + 1, size)
-        self.right_position = nn.Embedding(layout.right_text_length + 1, size)
+        if layout.right_text_length:
+            self.right_position = nn.Embedding(layout.right_text_length + 1, size)
         self.row_position = nn.Embedding(layout.image_tokens_per_dim, size)
         self.column_position = nn.Embedding(layout.image_tokens_per_dim, size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -221,28 +226,42 @@ class MaskedDecoder(nn.Module):
     mask_tables: Tensor
 
     def register_masks(self) -> None:
-        """One ``(T, T)`` table for each different mask, shared by its layers."""
+        """One ``(T, T)`` table for each different rule, shared by its layers."""
         names = list(dict.fromkeys(self.config.masks))
-        self.mask_of_layer = [names.index(name) for name in self.config.masks]
         rules = [parse_mask(name) for name in names]
         if not self.config.right_sees_left:
             rules = [right_without_left(rule) for rule in rules]
-        tables = torch.stack([mask_table(rule, self.layout) for rule in rules])
-        self.register_buffer("mask_tables", tables, persistent=False)
+        tables = [mask_table(rule, self.layout) for rule in rules]
+        self.use_masks(tables, [names.index(name) for name in self.config.masks])
+
+    def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
+        """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
+        self.mask_of_layer = list(mask_of_layer)
+        self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
+
+    @property
+    def layer_tables(self) -> list[Tensor]:
+        """The mask of each layer, ``(T, T)`` bool."""
+        return [self.mask_tables[index] for index in self.mask_of_layer]
 
     def init_embeddings(self) -> None:
-        for table in (self.text_embedding, self.image_embedding):
-            nn.init.normal_(table.weight, std=self.config.token_init_std)
-        for table in (
-            self.left_position,
-            self.right_position,
-            self.row_position,
-            self.column_position,
-        ):
-            nn.init.normal_(table.weight, std=self.config.position_init_std)
+        for name, table in self.named_children():
+            if isinstance(table, nn.Embedding):
+                is_token = name.endswith("_embedding")
+                config = self.config
+                std = config.token_init_std if is_token else config.position_init_std
+                nn.init.normal_(table.weight, std=std)
+
+    @property
+    def num_leading(self) -> int:
+        """Positions before the sequence's own first token."""
+        return int(self.config.leading_bos)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(B, T, V)`` of a sequence or a prefix of one, ``(B, T)``."""
+        """Logits ``(B, T, V)`` of a sequence or a prefix of one, ``(B, T)``.
+
+        With ``leading_bos`` they begin with its own, and T is at most the layout's length.
+        """
         hidden = self.hidden(tokens)
         return self.to_logits(hidden)
 
@@ -253,6 +272,8 @@ class MaskedDecoder(nn.Module):
     def run_layers(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Output of the last layer before the final norms, ``(B, T, D)``."""
         start = 0 if cache is None else cache.length
+        if start == 0:
+            tokens = self._after_leading(tokens)
         end = start + tokens.shape[1]
         x = self.embed(tokens, start)
         for index, layer in enumerate(self.layers):
@@ -288,6 +309,13 @@ class MaskedDecoder(nn.Module):
         share = self.config.embedding_gradient
         return x if share == 1 else share * x + (1 - share) * x.detach()
 
+    def _after_leading(self, tokens: Tensor) -> Tensor:
+        if not self.config.leading_bos:
+            return tokens
+        if tokens.shape[1] > self.layout.length:
+            raise ValueError(f"a sequence has {self.layout.length} tokens, got {tokens.shape[1]}")
+        return F.pad(tokens, (1, 0), value=BOS)[:, : self.layout.length]
+
     def pad_left_text(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Left text with each padding replaced by the padding id of its position."""
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
@@ -295,16 +323,20 @@ class MaskedDecoder(nn.Module):
 
     def _segments(self) -> tuple[tuple[int, int, Callable[[Tensor, int], Tensor]], ...]:
         """First position, end and embedding of each segment."""
-        layout = self.layout
+        image, right = (
+            start + self.num_leading
+            for start in (self.layout.image_start, self.layout.right_text_start)
+        )
         return (
-            (0, layout.image_start, self._embed_left),
-            (layout.image_start, layout.right_text_start, self._embed_image),
-            (layout.right_text_start, layout.length, self._embed_right),
+            (0, image, self._embed_left),
+            (image, right, self._embed_image),
+            (right, self.layout.length, self._embed_right),
         )
 
     def _embed_left(self, tokens: Tensor, first: int) -> Tensor:
         table = self.left_position.weight[first : first + tokens.shape[1]]
-        return self.text_embedding(self.pad_left_text(tokens, first)) + table
+        padded = self.pad_left_text(tokens, first - self.num_leading)
+        return self.text_embedding(padded) + table
 
     def _embed_image(self, tokens: Tensor, first: int) -> Tensor:
         side = self.layout.image_tokens_per_dim

@@ -2,9 +2,11 @@
 
 ``images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images``
 
-Names of modules are taming-transformers', so that its checkpoints' keys are ours.
+With ``wavelet`` the decoder gives the four Haar bands of a picture of twice the size.  Names of
+modules are taming-transformers', so that its checkpoints' keys are ours.
 
-Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py``.
+Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
+``vae/decoder_dwt.py``.
 
 Shapes: B batch, C channels, H and W pixels; a grid of latents is H / factor by W / factor.
 """
@@ -37,6 +39,7 @@ class VQGANConfig:
     z_channels: int = 256
     dropout: float = 0.0
     norm_groups: int = 32
+    wavelet: bool = False
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:
@@ -212,13 +215,35 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             self.up.append(level)
         self.norm_out = group_norm(first, config)
-        self.conv_out = nn.Conv2d(first, 3, 3, padding=1)
+        self.has_wavelet = config.wavelet
+        self.conv_out = nn.Conv2d(first, 12 if config.wavelet else 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return inverse_haar(x) if self.has_wavelet else x
+
+
+def haar_filters() -> tuple[Tensor, Tensor]:
+    """The low and the high pass of Haar's wavelet, ``(2,)`` each."""
+    half = 0.5**0.5
+    return torch.tensor([half, half]), torch.tensor([half, -half])
+
+
+def inverse_haar(bands: Tensor) -> Tensor:
+    """Pictures ``(B, 3, 2H, 2W)`` of wavelet coefficients ``(B, 12, H, W)``.
+
+    The first three channels are the means of each colour; then come, colour by colour, its
+    vertical, horizontal and diagonal differences.
+    """
+    low, details = bands[:, :3, None], bands[:, 3:].reshape(len(bands), 3, 3, *bands.shape[2:])
+    # Rows are bands, columns the four pixels that a coefficient spreads over, row by row.
+    signs = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
+    spread = torch.tensor(signs, device=bands.device, dtype=bands.dtype) / 2
+    pixels = torch.einsum("bcnhw,np->bcphw", torch.cat([low, details], dim=2), spread)
+    return F.pixel_shuffle(pixels.flatten(1, 2), 2)
 
 
 class Reconstruction(NamedTuple):
@@ -240,6 +265,9 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, size, 1)
         self.quantize: Any = QUANTIZERS[config.quantizer.kind](config.quantizer)
         self.post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
+        if config.wavelet:
+            # The released file has a second one that nothing reads; kept to write it back.
+            self.unused_post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
         self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -249,8 +277,14 @@ class VQGAN(nn.Module):
         return Reconstruction(decoded, quantized.indices, quantized.loss)
 
     @torch.no_grad()
-    def encode_indices(self, images: Tensor) -> Tensor:
-        """Indices ``(B, I)``, row-major, of pictures ``(B, 3, H, W)`` in [0, 1]."""
+    def encode_indices(
+        self, images: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Indices ``(B, I)``, row-major, of pictures ``(B, 3, H, W)`` in [0, 1].
+
+        The best code of each cell; with a generator and a Gumbel quantizer, a code drawn by its
+        weight, as the reference does unless it is told not to.
+        """
         height, width = images.shape[-2:]
         if height % self.config.factor or width % self.config.factor:
             raise ValueError(
@@ -258,7 +292,11 @@ class VQGAN(nn.Module):
                 f"got {height} x {width}"
             )
         z = self.quant_conv(self.encoder(2 * images - 1))
-        return self.quantize.indices(z).flatten(1)
+        if generator is None:
+            return self.quantize.indices(z).flatten(1)
+        if self.config.quantizer.kind != "gumbel":
+            raise ValueError(f"a {self.config.quantizer.kind} quantizer draws no codes")
+        return self.quantize.sample(z, generator).flatten(1)
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GUIDANCE_KINDS = ("extrapolation", "mixture")
+
 
 @dataclass(frozen=True)
 class TokenSamplingConfig:
     """How a next token is drawn.  ``None`` turns a filter off; 0 is an error, not "off".
 
-    ``guidance`` is the scale s of classifier-free guidance, ``u + s (c - u)`` on logits; greedy
-    decoding is ``top_k`` 1.
+    ``guidance`` is the number of its kind: for ``extrapolation`` the scale s of classifier-free
+    guidance, ``u + s (c - u)`` on logits; for ``mixture`` the weight w of the unconditional
+    distribution in ru-dolph's ``(1 - w) c + w u``.  Greedy decoding is ``top_k`` 1.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     guidance: float | None = None
+    guidance_kind: str = "extrapolation"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -36,6 +40,13 @@ class TokenSamplingConfig:
             raise ValueError(f"top_p must be in (0, 1] or null, got {self.top_p}")
         if self.guidance is not None and self.guidance < 0:
             raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
+        if self.guidance_kind not in GUIDANCE_KINDS:
+            raise ValueError(
+                f"guidance_kind must be one of {', '.join(GUIDANCE_KINDS)}, "
+                f"got {self.guidance_kind!r}"
+            )
+        if self.guidance_kind == "mixture" and (self.guidance or 0) > 1:
+            raise ValueError(f"guidance must be at most 1 for a mixture, got {self.guidance}")
 
 
 def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
@@ -55,12 +66,29 @@ def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, config: TokenSamplingConfig, uniform: Tensor) -> Tensor:
-    """One token a row, ``(B,)``, by inverting the distribution function at ``uniform`` (B,).
+def next_shares(
+    logits: Tensor, config: TokenSamplingConfig, unconditional: Tensor | None = None
+) -> Tensor:
+    """The distribution that a next token is drawn from, ``(B, V)``.
+
+    Args:
+        unconditional: ``(B, V)``, what the model says without the text; guidance needs it.
+    """
+    if config.guidance is None or unconditional is None:
+        return filter_logits(logits.float(), config).softmax(-1)
+    if config.guidance_kind == "extrapolation":
+        led = guided(logits.float(), unconditional.float(), config.guidance)
+        return filter_logits(led, config).softmax(-1)
+    both = torch.stack([logits, unconditional]).float()
+    shares = filter_logits(both.flatten(0, 1), config).softmax(-1).view_as(both)
+    return torch.lerp(shares[0], shares[1], config.guidance)
+
+
+def draw(shares: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row of ``(B, V)``, by inverting the distribution function at ``uniform`` (B,).
 
     A row depends on its own number alone, so a sample is the same in a batch of any size.
     """
-    shares = filter_logits(logits.float(), config).softmax(-1)
     steps = shares.cumsum(-1)
     drawn = torch.searchsorted(steps, uniform[:, None] * steps[:, -1:], right=True)
     # Rounding can carry a draw past the last token of weight above 0.

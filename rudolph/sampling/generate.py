@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from rudolph.models.decoder import KeyValueCache, MaskedDecoder
-from rudolph.sampling.filters import TokenSamplingConfig, draw, guided
+from rudolph.sampling.filters import TokenSamplingConfig, draw, next_shares
 from rudolph.sequence.layout import EOS, PAD
+
+# An image token that is to be drawn.
+FREE = -1
 
 
 def uniform_numbers(seeds: Sequence[int], num_new: int) -> Tensor:
@@ -33,6 +36,7 @@ def generate_image(
     config: TokenSamplingConfig,
     seeds: Sequence[int],
     unconditional: Tensor | None = None,
+    known: Tensor | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Image indices ``(B * S, I)`` for left texts ``(B, l)``; S is ``len(seeds) / B``.
@@ -40,34 +44,30 @@ def generate_image(
     Args:
         seeds: one for each sample, the samples of a prompt next to each other.
         unconditional: ``(l,)``, the left text that guidance leads away from.
+        known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
         on_token: called with the number of tokens done.
 
     Raises:
         ValueError: when guidance is set and there is no unconditional text.
     """
-    num_samples = len(seeds) // len(left)
-    num_new = model.layout.num_image_tokens
+    num_new, copies = model.layout.num_image_tokens, 1
     prompts = left
     if config.guidance is not None:
         if unconditional is None:
             raise ValueError("guidance needs an unconditional left text")
-        prompts = torch.cat([left, unconditional.expand_as(left)])
+        prompts, copies = torch.cat([left, unconditional.expand_as(left)]), 2
 
     def head(hidden: Tensor) -> Tensor:
         logits = model.image_logits(hidden)[:, : model.vocabulary.codebook_size]
-        if config.guidance is None:
-            return logits
-        conditional, rest = logits.chunk(2)
-        return guided(conditional, rest, config.guidance)
+        return next_shares(logits[: len(seeds)], config, logits[len(seeds) :])
 
-    copies = 1 if config.guidance is None else 2
     return _generate(
         model,
         prompts,
-        num_samples=num_samples,
+        num_samples=len(seeds) // len(left),
         head=head,
-        config=config,
         uniform=uniform_numbers(seeds, num_new),
+        known=known,
         copies=copies,
         on_token=on_token,
     )
@@ -91,14 +91,13 @@ def generate_right_text(
     def head(hidden: Tensor) -> Tensor:
         logits = model.text_logits(hidden)[:, : model.vocabulary.bpe_size].clone()
         logits[:, PAD] = -torch.inf
-        return logits
+        return next_shares(logits, config)
 
     drawn = _generate(
         model,
         tokens,
         num_samples=len(seeds) // len(tokens),
         head=head,
-        config=config,
         uniform=uniform_numbers(seeds, num_new),
         stop=EOS,
         on_token=on_token,
@@ -113,28 +112,36 @@ def _generate(
     *,
     num_samples: int,
     head: Callable[[Tensor], Tensor],
-    config: TokenSamplingConfig,
     uniform: Tensor,
+    known: Tensor | None = None,
     copies: int = 1,
     stop: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """The loop: ``uniform`` (B * S, N) decides the draws; ``copies`` rows of a sample see them."""
-    like = model.to_logits.weight
+    like, num_new = model.to_logits.weight, uniform.shape[1]
+    tokens = torch.full_like(uniform, FREE, dtype=torch.long)
+    num_given = 0
+    if known is not None:
+        tokens = known.cpu().repeat_interleave(num_samples, dim=0)
+        # What is given at the beginning is read with the prompt.
+        num_given = int((known != FREE).all(0).long().cumprod(0).sum())
+        prompts = torch.cat([prompts, known[:, :num_given].repeat(copies, 1)], dim=1)
+    tokens, uniform = tokens.to(like.device), uniform.to(like.device)
+    if num_given == num_new:
+        return tokens
     cache = KeyValueCache(model.config, model.layout, batch_size=len(prompts), like=like)
     hidden = model.hidden(prompts, cache)[:, -1].repeat_interleave(num_samples, dim=0)
     cache = cache.repeat(num_samples)
-    uniform = uniform.to(like.device)
-    tokens = torch.zeros_like(uniform, dtype=torch.long)
-    num_new = uniform.shape[1]
     has_stopped = torch.zeros(len(uniform), dtype=torch.bool, device=like.device)
-    for step in range(num_new):
-        tokens[:, step] = draw(head(hidden), config, uniform[:, step])
+    for step in range(num_given, num_new):
+        drawn = draw(head(hidden), uniform[:, step])
+        tokens[:, step] = torch.where(tokens[:, step] == FREE, drawn, tokens[:, step])
         if on_token is not None:
             on_token(step + 1)
-        has_stopped |= tokens[:, step] == (-1 if stop is None else stop)
+        has_stopped |= tokens[:, step] == (FREE if stop is None else stop)
         if step + 1 == num_new or has_stopped.all():
             break
         new = tokens[:, step : step + 1].repeat(copies, 1)
         hidden = model.hidden(new, cache)[:, -1]
-    return tokens
+    return tokens.clamp(min=PAD)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.sequence.layout import PAD
+from rudolph.models.scoring import NOT_SCORED, label_losses, segment_labels
 
 FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
 SEGMENTS = ("left_text", "image", "right_text")
@@ -78,52 +78,34 @@ def segment_losses(
     Raises:
         ValueError: when tokens end inside a segment.
     """
-    layout, length = model.layout, tokens.shape[1]
-    if length not in (layout.image_start, layout.right_text_start, layout.length):
-        raise ValueError(
-            f"tokens must end with a segment (at {layout.image_start}, {layout.right_text_start} "
-            f"or {layout.length}), got {length}"
-        )
     hidden = model.hidden(tokens if inputs is None else inputs)
-    labels = segment_labels(model, tokens, config)
     losses = {}
-    for name, (start, target) in labels.items():
-        if config.weights[name] == 0:
-            continue
-        if scored is not None and name in scored:
-            target = target.masked_fill(~scored[name][:, None], -1)
-        head = model.image_logits if name == "image" else model.text_logits
-        keep = target >= 0
-        # Only scored positions pass through the head, the widest product of the model.
-        logits = head(hidden[:, start : start + target.shape[1]][keep]).float()
-        if len(logits):
-            losses[name] = F.cross_entropy(
-                logits, target[keep], label_smoothing=config.label_smoothing
-            )
+    for name, labels in scored_labels(model, tokens, config, scored=scored).items():
+        found = label_losses(model, hidden, name, labels, label_smoothing=config.label_smoothing)
+        if len(found):
+            losses[name] = found.mean()
     return losses
 
 
-def segment_labels(
-    model: MaskedDecoder, tokens: Tensor, config: DecoderLossConfig
+def scored_labels(
+    model: MaskedDecoder,
+    tokens: Tensor,
+    config: DecoderLossConfig,
+    *,
+    scored: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[int, Tensor]]:
-    """For each segment, the first position that predicts it and its labels (-1: not scored)."""
-    layout = model.layout
-    image_start, right_start = layout.image_start, layout.right_text_start
-    left = model.pad_left_text(tokens[:, :image_start])[:, 1:]
-    if not config.left_padding:
-        left = left.masked_fill(tokens[:, 1:image_start] == PAD, -1)
-    has_image = tokens.shape[1] > image_start
-    is_legacy = config.first_image_token == "legacy"
-    if has_image and is_legacy:
-        left = torch.cat([left, tokens[:, image_start : image_start + 1]], dim=1)
-    labels = {"left_text": (0, left)}
-    if has_image:
-        first = image_start + 1 if is_legacy else image_start
-        labels["image"] = (first - 1, tokens[:, first:right_start])
-    if tokens.shape[1] > right_start:
-        right = tokens[:, right_start + 1 :]
-        labels["right_text"] = (right_start, right.masked_fill(right == PAD, -1))
-    return labels
+    """The labels of each segment of weight above 0, for the examples that are scored."""
+    labels = segment_labels(
+        model,
+        tokens,
+        has_legacy_first_token=config.first_image_token == "legacy",
+        has_left_padding=config.left_padding,
+    )
+    kept = {name: found for name, found in labels.items() if config.weights[name] > 0}
+    for name, (start, target) in kept.items():
+        if scored is not None and name in scored:
+            kept[name] = start, target.masked_fill(~scored[name][:, None], NOT_SCORED)
+    return kept
 
 
 def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -1,0 +1,102 @@
+"""The upscaler of finished pictures: Real-ESRGAN's generator, a chain of dense residual blocks.
+
+``images -> conv_first -> body -> conv_body -> (nearest x2, conv) ... -> conv_hr -> conv_last``
+
+Names of modules are Real-ESRGAN's, so that its checkpoints' keys are ours.
+
+Source: Wang 2021 (arXiv:2107.10833); rudalle, ``realesrgan/rrdbnet_arch.py``.
+
+Shapes: B batch, C channels, H and W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SCALES = (2, 4, 8)
+NUM_DENSE = 5
+
+
+@dataclass(frozen=True)
+class UpscalerConfig:
+    """``scale`` 2 folds 2 x 2 pixels into channels first and then enlarges four times."""
+
+    scale: int = 4
+    num_channels: int = 64
+    num_blocks: int = 23
+    growth: int = 32
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be one of 2, 4, 8, got {self.scale}")
+        for name in ("num_channels", "num_blocks", "growth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each of which reads the outputs of all before it."""
+
+    def __init__(self, config: UpscalerConfig) -> None:
+        super().__init__()
+        size, growth = config.num_channels, config.growth
+        for index in range(NUM_DENSE):
+            is_last = index == NUM_DENSE - 1
+            layer = conv(size + index * growth, size if is_last else growth)
+            self.add_module(f"conv{index + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for index in range(NUM_DENSE - 1):
+            layer = self.get_submodule(f"conv{index + 1}")
+            seen.append(F.leaky_relu(layer(torch.cat(seen, dim=1)), 0.2))
+        last = self.get_submodule(f"conv{NUM_DENSE}")
+        return x + 0.2 * last(torch.cat(seen, dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Three dense blocks in a residual."""
+
+    def __init__(self, config: UpscalerConfig) -> None:
+        super().__init__()
+        self.rdb1 = DenseBlock(config)
+        self.rdb2 = DenseBlock(config)
+        self.rdb3 = DenseBlock(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
+
+
+class Upscaler(nn.Module):
+    """``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)``, not clamped."""
+
+    def __init__(self, config: UpscalerConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.num_channels
+        self.conv_first = conv(12 if config.scale == 2 else 3, size)
+        self.body = nn.Sequential(*(ResidualBlock(config) for _ in range(config.num_blocks)))
+        self.conv_body = conv(size, size)
+        self.conv_up1 = conv(size, size)
+        self.conv_up2 = conv(size, size)
+        if config.scale == 8:
+            self.conv_up3 = conv(size, size)
+        self.conv_hr = conv(size, size)
+        self.conv_last = conv(size, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.config.scale == 2:
+            images = F.pixel_unshuffle(images, 2)
+        x = self.conv_first(images)
+        x = x + self.conv_body(self.body(x))
+        for name in ("conv_up1", "conv_up2", "conv_up3"):
+            if hasattr(self, name):
+                larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = F.leaky_relu(getattr(self, name)(larger), 0.2)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))

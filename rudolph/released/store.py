@@ -1,0 +1,170 @@
+"""Weights on this disk: one safetensors file with its config beside it, by name or path.
+
+``<weights home>/<name>/`` holds ``weights.safetensors`` (the reference's own tensor names),
+``config.json`` (family, constructor's arguments, where it came from) and what belongs to it, such
+as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolph``.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rudolph.models.int8 import use_int8
+from rudolph.models.pretrained import FAMILIES, empty_model, load_reference, unwrapped
+from rudolph.released.files import Converted, read_tensors
+from rudolph.released.table import RELEASED, Release
+
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+TOKENIZER_FILE = "bpe.model"
+
+OnBytes = Callable[[str, int, int], None]
+
+
+def weights_home() -> Path:
+    return Path(os.environ.get("RUDOLPH_WEIGHTS") or Path.home() / ".cache" / "rudolph")
+
+
+def release_of(name: str) -> Release:
+    """The release of a name, whatever its case.
+
+    Raises:
+        ValueError: naming the nearest ones.
+    """
+    names = {known.lower(): known for known in RELEASED}
+    if name.lower() in names:
+        return RELEASED[names[name.lower()]]
+    near = get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    raise ValueError(f"{name}: no released model has this name{hint} (rudolph models lists them)")
+
+
+def is_released(name: str) -> bool:
+    return name.lower() in {known.lower() for known in RELEASED}
+
+
+def folder_of(name: str) -> Path:
+    """Where a release lies once it is pulled."""
+    names = {known.lower(): known for known in RELEASED}
+    return weights_home() / names[name.lower()]
+
+
+def is_here(name: str) -> bool:
+    """Whether a release is on this disk, converted and whole."""
+    file = TOKENIZER_FILE if release_of(name).family == "tokenizer" else CONFIG
+    return (folder_of(name) / file).is_file()
+
+
+def locate(source: str) -> Path:
+    """The folder of weights that a released name or a path names.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if Path(source).exists():
+        return Path(source)
+    release_of(source)
+    if not is_here(source):
+        raise ValueError(f"{source}: is not on this disk; `rudolph pull {source}` gets it")
+    return folder_of(source)
+
+
+def convert(
+    file: Path,
+    folder: Path,
+    *,
+    family: str,
+    config: Mapping[str, Any],
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write a reference checkpoint as ``weights.safetensors`` and ``config.json``, once it fits.
+
+    Tensors keep their names, dtypes and bits; what only a trainer needs is left out.  The config
+    is written last, so that a folder with a config is whole.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit the family.
+    """
+    tensors = unwrapped(read_tensors(file))
+    model = empty_model(family, config)
+    load_reference(model, family, tensors)
+    kept = {key: tensors[key] for key in tensors if FAMILIES[family].keeps(key)}
+    write(folder, kept, family=family, config=config, origin=origin)
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    family: str,
+    config: Mapping[str, Any],
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors under the reference's names and their config; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f"{WEIGHTS}.new"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, new)
+    os.replace(new, folder / WEIGHTS)
+    content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
+    (folder / CONFIG).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Family and constructor's arguments of a folder of weights.
+
+    Raises:
+        ValueError: when the folder is none.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: no folder of weights, it lacks {CONFIG}")
+    try:
+        content = json.loads(path.read_text())
+        return content["family"], content["config"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: must have family and config, got none") from error
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+) -> nn.Module:
+    """The module of a released name or a folder of weights, in evaluation mode.
+
+    Tensors are read one at a time, converted, and put where they belong, so no more is held than
+    the module and one tensor.
+
+    Args:
+        dtype: of the weights; as in the file when None.
+        int8: the layers of a decoder in eight bits.
+
+    Raises:
+        ValueError: one line with the name, file or tensor.
+    """
+    folder = locate(str(source))
+    family, config = read_config(folder)
+    model = empty_model(family, config)
+    if int8:
+        layers = getattr(model, "layers", None)
+        if layers is None:
+            raise ValueError(f"{source}: a {family} model has no decoder layers for int8")
+        use_int8_on_meta(layers)
+    tensors = Converted(read_tensors(folder / WEIGHTS), dtype=dtype, device=device)
+    load_reference(model, family, tensors)
+    # Buffers that are in no file, such as masks, are made on the CPU.
+    return model.to(device).eval()
+
+
+def use_int8_on_meta(layers: nn.Module) -> None:
+    with torch.device("meta"):
+        use_int8(layers)

@@ -1,0 +1,117 @@
+"""The verbs, each through ``main``: what they print, what they leave, how mistakes are told."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny_run import write
+
+from rudolph.cli import main
+
+
+def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("config.yaml", "checkpoints"):
+        os.symlink(finished / name, moved / name)
+    monkeypatch.chdir(tmp_path)
+    call = ["generate", "Синий крест", "-n", "3", "--run", "moved", "--guidance", "2"]
+    first = [main([*call, "--output", name]) for name in ("a.png", "b.png")]
+    assert first == [0, 0]
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    record = json.loads(Path("a.json").read_text())
+    assert record["sampling"]["guidance"] == 2.0 and record["text"] == "Синий крест"
+    assert main(["caption", "a.png", "-n", "2", "--run", "moved"]) == 0
+    assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "круг"], "no finished run"),
+        (["generate", "круг", "--run", "nowhere"], "not a trained run"),
+        (["generate", "круг", "--run", "moved", "--top-k", "0"], "top_k must be at least 1"),
+        (["generate", "круг", "--run", "moved", "-n", "0"], "-n must be at least 1"),
+        (["caption", "text.png", "--run", "moved", "-n", "0"], "-n must be at least 1"),
+        (["run", "tiny.yaml", "--devices", "0"], "--devices must be at least 1, got 0"),
+        (["run", "tiny.yaml", "--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
+        (["caption", "nothing.png", "--run", "moved"], "nothing.png: no such file or directory"),
+        (["caption", ".", "--run", "moved"], "rudolph: .: is a directory"),
+        (["caption", "text.png", "--run", "moved"], "text.png"),
+        (["export", "tiny.yaml"], "no finished run"),
+    ],
+)
+def test_mistakes_of_sampling_are_one_line_and_exit_code_2(
+    finished: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str
+) -> None:
+    os.symlink(finished, tmp_path / "moved")
+    (tmp_path / "text.png").write_text("no picture")
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and "Errno" not in error
+
+
+def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
+    finished: Path, monkeypatch, capsys
+) -> None:
+    folder = finished.parent.parent.parent
+    write(folder)
+    monkeypatch.chdir(folder)
+    started = time.monotonic()
+    assert main(["run", "tiny.yaml"]) == 0
+    assert time.monotonic() - started < 20
+    assert "finished before" in capsys.readouterr().err
+    results = folder / "results"
+    exported = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert main(["export", "tiny.yaml"]) == 0
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
+    assert main(["figures", "tiny"]) == 0
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
+    capsys.readouterr()
+    # Outside of git every run counts as dirty, and nobody has written an answer yet.
+    assert main(["check"]) == 1
+    problems = capsys.readouterr().err.splitlines()
+    expected = ("its commit does not name", "no answer is written", "2 problems")
+    assert len(problems) == 3 and all(
+        words in line for words, line in zip(expected, problems, strict=True)
+    ), problems
+
+
+def test_show_prints_what_was_run_and_its_schema_holds_it(
+    finished: Path, monkeypatch, capsys
+) -> None:
+    folder = finished.parent.parent.parent
+    write(folder)
+    monkeypatch.chdir(folder)
+    assert main(["show", "tiny.yaml"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == yaml.safe_load((finished / "config.yaml").read_text())
+    assert main(["show", "tiny.yaml", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(printed)
+
+
+def test_sync_sends_what_is_waiting(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(finished.parent.parent.parent)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    said = []
+    for _ in range(2):
+        assert main(["sync"]) == 0
+        said.append(capsys.readouterr().err)
+    assert "sent 0 records" not in said[0] and "0 runs wait" in said[0]
+    assert "sent 0 records of 0 runs" in said[1]
+
+
+def test_data_manifest_reports_a_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20), "red").save("red.png")
+    Path("pairs.csv").write_text("image,caption\nred.png,красный\nblue.png,синий\n")
+    assert main(["data", "manifest", "pairs.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 skipped" in printed and "blue.png" in printed
