@@ -10,7 +10,8 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,
 )
 
-from rudolph.data.module import Streams, mixed_seed
+from rudolph.data.module import Streams
+from rudolph.data.seeds import mixed_seed
 from rudolph.execution import Execution, Hardware, is_main_process
 from rudolph.models.weights import save_weights
 from rudolph.training.callbacks import (

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rudolph.data.module import Split, mixed_seed
+from rudolph.data.module import Split
+from rudolph.data.seeds import mixed_seed
 from rudolph.execution import Execution, is_main_process, without_note
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.figures import mask_picture, reconstructions, sample_grid
@@ -61,7 +62,7 @@ def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
     prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
     seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
     with execution.stage("samples") as advance:
-        pictures = pipeline.generate(
+        pictures = pipeline.pictures(
             prompts,
             config=config.sampling.image,
             seeds=seeds,

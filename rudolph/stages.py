@@ -15,18 +15,18 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
-from rudolph.config import RunConfig, digest_of, read_run
+from rudolph.config import RunConfig, digest_of
 from rudolph.data.index_cache import cached_array
 from rudolph.data.manifests import Manifest
 from rudolph.data.module import (
     ImageExamples,
     Split,
     TokenExamples,
-    mixed_seed,
     task_texts,
 )
+from rudolph.data.seeds import mixed_seed
 from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
-from rudolph.execution import Execution, Hardware, is_main_process, without_note
+from rudolph.execution import Execution, is_main_process, without_note
 from rudolph.fitting import CURVES, fit
 from rudolph.gallery import draw_masks, draw_samples
 from rudolph.models.decoder import MaskedDecoder
@@ -68,7 +68,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     if not is_main_process():
         return [], {}
     pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)
-    save_pipeline(pipeline, execution.folder)
+    save_pipeline(execution, pipeline)
     scores = evaluate(execution, pipeline, splits)
     draw_samples(execution, pipeline, splits)
     digests |= {f"data.{name}": split.digest for name, split in splits.items()}
@@ -279,28 +279,11 @@ def evaluate(execution: Execution, pipeline: Pipeline, splits: dict[str, Split])
     return scores
 
 
-def save_pipeline(pipeline: Pipeline, folder: Path) -> None:
+def save_pipeline(execution: Execution, pipeline: Pipeline) -> None:
     """What sampling needs beside the decoder: a run's folder can be moved or shared alone."""
-    checkpoints = folder / "checkpoints"
+    checkpoints = execution.folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     save_weights(pipeline.vqgan, checkpoints / "vqgan.safetensors")
     pipeline.tokenizer.save(checkpoints / "bpe.model")
-
-
-def load_pipeline(folder: Path) -> tuple[Pipeline, RunConfig]:
-    """The trained parts of a run's folder and its configuration.
-
-    Raises:
-        ValueError: when the folder holds no finished training.
-    """
-    checkpoints = folder / "checkpoints"
     for name in ("decoder.safetensors", "vqgan.safetensors", "bpe.model"):
-        if not (checkpoints / name).is_file():
-            raise ValueError(f"{folder}: not a trained run, it lacks checkpoints/{name}")
-    config = read_run(folder / "config.yaml")
-    vqgan = VQGAN(config.vqgan)
-    vqgan.load_state_dict(load_file(checkpoints / "vqgan.safetensors"))
-    decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
-    decoder.load_state_dict(load_file(checkpoints / "decoder.safetensors"))
-    pipeline = Pipeline(Tokenizer(checkpoints / "bpe.model"), vqgan, decoder)
-    return pipeline.to(Hardware().device), config
+        execution.tracker.log_artifact(checkpoints / name, "checkpoints")

@@ -19,13 +19,13 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
     for name in ("config.yaml", "checkpoints"):
         os.symlink(finished / name, moved / name)
     monkeypatch.chdir(tmp_path)
-    call = ["generate", "Синий крест", "-n", "3", "--run", "moved", "--guidance", "2"]
+    call = ["generate", "Синий крест", "-n", "3", "--model", "moved", "--guidance", "2"]
     first = [main([*call, "--output", name]) for name in ("a.png", "b.png")]
     assert first == [0, 0]
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    record = json.loads(Path("a.json").read_text())
-    assert record["sampling"]["guidance"] == 2.0 and record["text"] == "Синий крест"
-    assert main(["caption", "a.png", "-n", "2", "--run", "moved"]) == 0
+    record = json.loads(Path("a.jsonl").read_text().splitlines()[0])
+    assert record["parameters"]["guidance"] == 2.0 and record["prompt"] == "Синий крест"
+    assert main(["caption", "a.png", "-n", "2", "--model", "moved"]) == 0
     assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == 2
 
 
@@ -33,15 +33,15 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
     ("arguments", "words"),
     [
         (["generate", "круг"], "no finished run"),
-        (["generate", "круг", "--run", "nowhere"], "not a trained run"),
-        (["generate", "круг", "--run", "moved", "--top-k", "0"], "top_k must be at least 1"),
-        (["generate", "круг", "--run", "moved", "-n", "0"], "-n must be at least 1"),
-        (["caption", "text.png", "--run", "moved", "-n", "0"], "-n must be at least 1"),
+        (["generate", "круг", "--model", "nowhere"], "no released model has this name"),
+        (["generate", "круг", "--model", "moved", "--top-k", "0"], "top_k must be at least 1"),
+        (["generate", "круг", "--model", "moved", "-n", "0"], "-n must be at least 1"),
+        (["caption", "text.png", "--model", "moved", "-n", "0"], "-n must be at least 1"),
         (["run", "tiny.yaml", "--devices", "0"], "--devices must be at least 1, got 0"),
         (["run", "tiny.yaml", "--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
-        (["caption", "nothing.png", "--run", "moved"], "nothing.png: no such file or directory"),
-        (["caption", ".", "--run", "moved"], "rudolph: .: is a directory"),
-        (["caption", "text.png", "--run", "moved"], "text.png"),
+        (["caption", "nothing.png", "--model", "moved"], "nothing.png: no such file or directory"),
+        (["caption", ".", "--model", "moved"], "rudolph: .: is a directory"),
+        (["caption", "text.png", "--model", "moved"], "text.png"),
         (["export", "tiny.yaml"], "no finished run"),
     ],
 )

@@ -17,7 +17,8 @@ from rudolph.data.module import Split
 from rudolph.execution import Folders
 from rudolph.experiment import run_folder
 from rudolph.results.journal import exclusive, read_journal
-from rudolph.stages import load_pipeline, token_examples
+from rudolph.sources import load_run
+from rudolph.stages import token_examples
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
 
@@ -170,7 +171,7 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
 
 def validation_losses(folder: Path) -> dict[str, float]:
     """The losses of a finished run on its whole validation split at once."""
-    pipeline, config = load_pipeline(folder)
+    pipeline, config = load_run(folder)
     split = Split(config.data, "validation", folder.parent.parent / ".cache")
     indices = pipeline.encode(split.pictures(range(len(split)))).numpy()
     examples = token_examples(config, split, indices, pipeline.tokenizer)

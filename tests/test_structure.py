@@ -36,20 +36,24 @@ MAY_IMPORT = {
     "gallery": BELOW_CONFIG | {"config", "execution"},
     "fitting": BELOW_CONFIG | {"config", "execution"},
     "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting"},
+    "sources": BELOW_CONFIG | {"config", "execution", "released"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
     "console": set(),
     "cli": BELOW_CONFIG
-    | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"},
+    | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}
+    | {"released", "sources"},
     "__main__": {"cli"},
 }
 OWNERS = {
-    "mlflow": r"results/tracking",
+    "mlflow": r"results/(tracking|artifacts)",
     "matplotlib": r"results/figures",
     "seaborn": r"results/figures",
     "pytorch_lightning": r"training/\w+|data/module|fitting|stages",
     "yaml": r"settings",
     "youtokentome": r"sequence/tokenizer",
     "pydantic": r"settings",
+    "huggingface_hub": r"released/hub",
+    "httpx2": r"released/hub",
     "torchvision": r"nobody",
 }
 TOP_LEVEL = (

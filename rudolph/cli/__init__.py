@@ -13,9 +13,10 @@ from rudolph.cli.data import add_data
 from rudolph.cli.experiments import add_run, add_show
 from rudolph.cli.results import add_results
 from rudolph.cli.sampling import add_caption, add_generate
+from rudolph.cli.weights import add_weights
 from rudolph.console import say, silence_libraries
 
-VERBS = (add_run, add_show, add_results, add_generate, add_caption, add_data)
+VERBS = (add_run, add_show, add_results, add_generate, add_caption, add_weights, add_data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"rudolph: {error}")
         return 2
     except KeyboardInterrupt:
-        say("rudolph: interrupted; the same command goes on from the last checkpoint")
+        say("rudolph: interrupted; the same command goes on from where it was")
         return 130
 
 

@@ -1,4 +1,4 @@
-"""Verbs that use a trained run: generate, caption."""
+"""Verbs that use weights: generate, caption."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,27 @@ from typing import Any
 from rudolph.cli.results import folders_here
 from rudolph.console import say, stage_progress
 
+DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def add_generate(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="draw pictures for a text")
     generate.add_argument("text")
     add_sampling_arguments(generate)
     generate.add_argument("--guidance", type=float)
+    generate.add_argument("--guidance-kind", choices=("extrapolation", "mixture"))
+    generate.add_argument("--keep", type=int, help="so many of them, the best by --rank")
+    generate.add_argument("--rank", choices=("self", "clip", "none"), default="none")
+    generate.add_argument("--clip", help=f"a ruCLIP; with --rank clip {DEFAULT_CLIP}")
+    generate.add_argument("--upscale", type=int, choices=(2, 4, 8), help="with Real-ESRGAN")
+    generate.add_argument("--upscaler", help="weights of the upscaler; RealESRGAN-x<scale>")
+    given = generate.add_argument_group("a picture that is partly given")
+    given.add_argument("--image-prompt", type=Path, metavar="PICTURE")
+    given.add_argument("--borders", help="what stays, in tokens: up=4,left=2")
+    given.add_argument("--mask", type=Path, help="a picture that is white where to draw")
+    given.add_argument("--vary", type=float, help="the share to draw anew, at random places")
+    generate.add_argument("--transparent", action="store_true", help="the ground of an emoji")
     generate.set_defaults(verb=generate_pictures)
 
 
@@ -24,104 +39,171 @@ def add_caption(verbs: Any) -> None:
 
 
 def add_sampling_arguments(verb: Any) -> None:
-    verb.add_argument("--run", type=Path, help="a run's folder; by default the newest finished")
+    verb.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="a run's folder, an MLflow run, a released name or a folder of weights; by default "
+        "the newest finished run",
+    )
     verb.add_argument("-n", "--number", type=int, default=8)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--temperature", type=float)
-    verb.add_argument("--top-k", type=int, help="filters are the run's where they are not given")
+    verb.add_argument("--top-k", type=int, help="filters are the source's where not given")
     verb.add_argument("--top-p", type=float)
+    verb.add_argument("--dtype", choices=DTYPES, help="of released weights; else as in the file")
+    verb.add_argument("--int8", action="store_true", help="the decoder's layers in eight bits")
     verb.add_argument("--output", type=Path, help="path of the PNG; JSON is written beside it")
 
 
-def sampling_of(config: Any, given: Any, *, guidance: float | None) -> Any:
-    """A run's sampling with what the command line gives over it."""
+def sampling_of(config: Any, given: Any) -> Any:
+    """A source's sampling with what the command line gives over it."""
     from dataclasses import replace
 
-    filters = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p")}
-    given_ones = {name: value for name, value in filters.items() if value is not None}
-    return replace(config, **given_ones, **({} if guidance is None else {"guidance": guidance}))
+    names = ("temperature", "top_k", "top_p", "guidance", "guidance_kind")
+    filters = {name: getattr(given, name, None) for name in names}
+    return replace(config, **{name: value for name, value in filters.items() if value is not None})
 
 
-def chosen_run(given: Any) -> Path:
-    """The folder that ``--run`` names, or that of the run which finished last."""
+def opened(given: Any) -> Any:
+    """The source that a verb was given."""
+    import torch
+
+    from rudolph.results.tracking import tracking_uri
+    from rudolph.sources import Precision, open_source
+
     if given.number < 1:
         raise ValueError(f"-n must be at least 1, got {given.number}")
-    if given.run is not None:
-        return Path(given.run)
-    runs = folders_here().runs
-    finished = [
-        path
-        for path in runs.glob("*/*/summary.json")
-        if json.loads(path.read_text())["status"] == "finished"
-    ]
-    if not finished:
-        raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --run")
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    return open_source(
+        given.model,
+        runs=folders_here().runs,
+        uri=tracking_uri(Path.cwd()),
+        precision=Precision(dtype, given.int8),
+    )
 
 
 def generate_pictures(given: Any) -> int:
-    from rudolph.data.module import mixed_seed
-    from rudolph.gallery import to_bytes
-    from rudolph.results.figures import sample_grid
-    from rudolph.stages import load_pipeline
+    from rudolph.sampling.pipeline import Request
+    from rudolph.sources import open_clip, open_upscaler
 
-    folder = chosen_run(given)
-    pipeline, config = load_pipeline(folder)
-    sampling = sampling_of(config.sampling.image, given, guidance=given.guidance)
+    source = opened(given)
+    pipeline = source.pipeline
+    sampling = sampling_of(source.sampling.image, given)
+    if given.clip or given.rank == "clip":
+        pipeline.clip = open_clip(given.clip or DEFAULT_CLIP)
+    if given.upscale or given.upscaler:
+        pipeline.upscaler = open_upscaler(given.upscaler or f"RealESRGAN-x{given.upscale}")
+    pipeline.to(pipeline.device)
+    request = Request(
+        given.number, given.keep, given.rank, seed=given.seed, known=given_tokens(given, source)
+    )
     text = pipeline.texts("text_to_image", given.text)
     if text.num_cut:
         say(f"the text is too long: its last {text.num_cut} BPE ids are cut")
-    seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
     with stage_progress() as progress:
-        pictures = pipeline.generate(
-            [given.text],
+        candidates = pipeline.generate(
+            given.text,
+            request,
             config=sampling,
-            seeds=seeds,
-            on_token=lambda done, total: progress("generate", done, total, ""),
+            on_stage=lambda stage, done, total: progress(stage, done, total, ""),
         )
-    path = given.output or Path("generated.png")
-    sample_grid(to_bytes(pictures), [given.text] * len(seeds), path, columns=4)
-    record = {
-        "text": given.text,
-        "run": str(folder),
-        "seed": given.seed,
-        "sampling": vars(sampling),
-    }
-    write_beside(path, record)
+    told = {"prompt": given.text, "model": source.name, "parameters": vars(sampling)}
+    write_candidates(candidates, told, given)
     return 0
 
 
-def caption_picture(given: Any) -> int:
+def given_tokens(given: Any, source: Any) -> Any:
+    """Indices of the image prompt where it stays; None without one."""
+    import torch
+
+    from rudolph.sampling import image_prompts
+
+    told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
+    if given.image_prompt is None:
+        if told:
+            raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt PICTURE")
+        return None
+    if len(told) != 1:
+        raise ValueError("--image-prompt takes one of --borders, --mask and --vary")
+    pipeline = source.pipeline
+    side = pipeline.decoder.layout.image_tokens_per_dim
+    if given.borders is not None:
+        stays = image_prompts.border_mask(image_prompts.parse_borders(given.borders), side)
+    elif given.mask is not None:
+        white = read_picture(given.mask, source.image_size).mean(0) > 0.5
+        stays = image_prompts.mask_of_picture(~white, side)
+    else:
+        generator = torch.Generator().manual_seed(given.seed)
+        stays = image_prompts.variation_mask(given.vary, side, generator)
+    picture = read_picture(given.image_prompt, source.image_size)
+    return image_prompts.known_indices(pipeline.vqgan, picture.to(pipeline.device), stays).cpu()
+
+
+def read_picture(path: Path, size: int) -> Any:
+    """The centre square of a picture, ``(3, size, size)`` in [0, 1]."""
     import numpy as np
     import torch
 
     from rudolph.data.funnel import Rejected, centre_square, open_picture
-    from rudolph.data.module import mixed_seed
-    from rudolph.results.figures import sample_grid
-    from rudolph.stages import load_pipeline
 
-    folder = chosen_run(given)
-    pipeline, config = load_pipeline(folder)
     try:
-        picture = open_picture(given.picture.read_bytes()).image
+        picture = open_picture(path.read_bytes()).image
     except Rejected as error:
-        raise ValueError(f"{given.picture}: {error}") from error
-    image = np.asarray(centre_square(picture, config.data.image_size))
-    tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    sampling = sampling_of(config.sampling.text, given, guidance=None)
+        raise ValueError(f"{path}: {error}") from error
+    pixels = np.asarray(centre_square(picture, size)).copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) -> None:
+    """The grid, each picture with what it was made of, and a line of JSON for each."""
+    import numpy as np
+
+    from rudolph.results.figures import sample_grid
+    from rudolph.sampling.pictures import save_png, to_image
+    from rudolph.sampling.transparency import to_rgba
+
+    path = given.output or Path("generated.png")
+    folder, lines, images = path.with_suffix(""), [], []
+    for place, candidate in enumerate(candidates):
+        image = to_image(candidate.image)
+        images.append(np.asarray(image))
+        image = to_rgba(image) if given.transparent else image
+        file = folder / f"{place:03}.png"
+        record = told | {"seed": candidate.seed, "scores": candidate.scores}
+        save_png(image, file, record)
+        lines.append(json.dumps(record | {"file": str(file)}, ensure_ascii=False))
+    labels = [
+        ", ".join(f"{name} {value:.3g}" for name, value in candidate.scores.items())
+        or told["prompt"]
+        for candidate in candidates
+    ]
+    sample_grid(images, labels, path, columns=min(4, len(images)))
+    beside = path.with_suffix(".jsonl")
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    say(f"{path}, {beside} and {len(lines)} pictures in {folder}")
+
+
+def caption_picture(given: Any) -> int:
+    from rudolph.data.seeds import mixed_seed
+    from rudolph.results.figures import sample_grid
+    from rudolph.sampling.pictures import to_image
+
+    source = opened(given)
+    picture = read_picture(given.picture, source.image_size)
+    sampling = sampling_of(source.sampling.text, given)
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
-    captions = pipeline.caption(tensor, config=sampling, seeds=seeds)
+    captions = source.pipeline.caption(picture[None], config=sampling, seeds=seeds)
     counts = {text: captions.count(text) for text in captions}
     for text, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:4}  {text}")
+    import numpy as np
+
     path = given.output or Path("captioned.png")
+    image = np.asarray(to_image(picture))
     sample_grid([image] * len(counts), list(counts), path, columns=4)
-    record = {"picture": str(given.picture), "run": str(folder), "seed": given.seed}
-    write_beside(path, record | {"sampling": vars(sampling), "captions": counts})
-    return 0
-
-
-def write_beside(path: Path, record: dict[str, Any]) -> None:
+    record = {"picture": str(given.picture), "model": source.name, "seed": given.seed}
     beside = path.with_suffix(".json")
-    beside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    content = record | {"sampling": vars(sampling), "captions": counts}
+    beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     say(f"{path} and {beside}")
+    return 0

@@ -10,7 +10,6 @@ its config, in ``DataConfig``.
 Shapes: N pairs, B batch, H and W pixels, I image tokens, T sequence, L and R left and right text.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from rudolph.data.emoji import Emoji, EmojiConfig
 from rudolph.data.index_cache import cached_array
 from rudolph.data.manifests import Manifest, ManifestConfig
 from rudolph.data.pairs import PairDataset
+from rudolph.data.seeds import mixed_seed
 from rudolph.data.shapes import Shapes, ShapesConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
@@ -289,12 +289,6 @@ class TokenExamples:
         }
         whole = torch.from_numpy(tokens)
         return TokenBatch(whole, whole, scored, torch.from_numpy(pairs.copy()))
-
-
-def mixed_seed(*parts: int | str) -> int:
-    """One seed of 63 bits from several numbers and names."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def shuffled(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rudolph.data.emoji import Emoji, emoji_pictures
-from rudolph.data.module import Split, mixed_seed
+from rudolph.data.module import Split
 from rudolph.data.pairs import SPLITS
+from rudolph.data.seeds import mixed_seed
 from rudolph.data.shapes import Shapes
 from rudolph.data.shapes_checker import judge, read_scene
 from rudolph.evaluation.metrics import nearest_ranks, token_f1
@@ -89,7 +90,7 @@ class Subject:
 
     def pictures(self, split: Split, indices: list[int]) -> Tensor:
         """One generated picture for the caption of each pair."""
-        return self.pipeline.generate(
+        return self.pipeline.pictures(
             [split.captions[index] for index in indices],
             config=self.image_sampling,
             seeds=[mixed_seed(self.seed, index) for index in indices],

@@ -7,8 +7,10 @@ as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolp
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from rudolph.models.int8 import use_int8
 from rudolph.models.pretrained import FAMILIES, empty_model, load_reference, unwrapped
 from rudolph.released.files import Converted, read_tensors
+from rudolph.released.hub import fetch
 from rudolph.released.table import RELEASED, Release
 
 WEIGHTS = "weights.safetensors"
@@ -74,6 +77,41 @@ def locate(source: str) -> Path:
     if not is_here(source):
         raise ValueError(f"{source}: is not on this disk; `rudolph pull {source}` gets it")
     return folder_of(source)
+
+
+def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
+    """Get a release and write it as one safetensors file with its config; its folder.
+
+    Args:
+        file: the released file, if it is on this disk already; the hub is asked otherwise.
+        on_bytes: told the file, the bytes done and the bytes in all.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    release, folder = release_of(name), folder_of(name)
+    download = folder / "download"
+    told = on_bytes or (lambda file, done, total: None)
+    origin = {"repository": release.repository, "file": release.file, "licence": release.licence}
+    for companion in release.companions:
+        fetched = fetch(
+            release.repository, companion, download, on_progress=partial(told, companion)
+        )
+        os.replace(fetched.path, folder / companion)
+    if file is None:
+        fetched = fetch(
+            release.repository, release.file, download, on_progress=partial(told, release.file)
+        )
+        file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
+    elif not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    if release.family == "tokenizer":
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / TOKENIZER_FILE)
+    else:
+        convert(file, folder, family=release.family, config=release.config, origin=origin)
+    shutil.rmtree(download, ignore_errors=True)
+    return folder
 
 
 def convert(

@@ -5,32 +5,78 @@ Shapes: B texts or pictures, S samples of each, I image tokens, H and W pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rudolph.data.seeds import mixed_seed
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
+from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.sampling.enlarge import enlarge
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sampling.ranking import rank_pictures
 from rudolph.sequence.layout import EOS, PAD
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 
 OnToken = Callable[[int, int], None]
+OnStage = Callable[[str, int, int], None]
+RANKS = ("none", "self", "clip")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``Pipeline.generate`` is asked for beside the text.
+
+    ``keep`` of ``number`` pictures stay, the best by ``rank``: ``self`` (the decoder's own
+    perplexity), ``clip`` or ``none``.  ``known`` (I,) are indices that are given and not drawn,
+    ``FREE`` where they are.
+    """
+
+    number: int = 8
+    keep: int | None = None
+    rank: str = "none"
+    perplexity: str = "exp_mean_ce"
+    seed: int = 0
+    known: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"number must be at least 1, got {self.number}")
+        if self.keep is not None and not 1 <= self.keep <= self.number:
+            raise ValueError(f"keep must be 1 to {self.number}, the number, got {self.keep}")
+        if self.rank not in RANKS:
+            raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture ``(3, H, W)`` in [0, 1], its indices ``(I,)``, its seed and its scores."""
+
+    image: Tensor
+    indices: Tensor
+    seed: int
+    scores: dict[str, float]
 
 
 @dataclass
 class Pipeline:
-    """The three parts that were trained together, and how they are asked.
+    """The parts that were trained together, and how they are asked.
 
-    Tensors come and go on the CPU, wherever the parts are.
+    ``clip`` and ``upscaler`` are further stages, each of which may be left out.  Tensors come and
+    go on the CPU, wherever the parts are.
     """
 
     tokenizer: Tokenizer
     vqgan: VQGAN
     decoder: MaskedDecoder
     batch_size: int = 64
+    clip: ClipRanker | None = None
+    upscaler: Upscaler | None = None
 
     def __post_init__(self) -> None:
         self.vqgan.eval()
@@ -41,22 +87,84 @@ class Pipeline:
         return self.decoder.to_logits.weight.device
 
     def to(self, device: torch.device | str) -> "Pipeline":
-        """Move both networks."""
-        self.vqgan.to(device)
-        self.decoder.to(device)
+        """Move the networks."""
+        clip = self.clip.clip if self.clip is not None else None
+        for network in (self.vqgan, self.decoder, clip, self.upscaler):
+            if network is not None:
+                network.to(device)
         return self
 
-    def texts(self, task: str, caption: str) -> Texts:
-        """How a caption fills the layout for a task."""
+    def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
+        """How a caption fills the layout for a task; ``beside`` is the other text's."""
         return fill_texts(
             TASKS[task],
             caption,
+            beside=beside,
             tokenizer=self.tokenizer,
             layout=self.decoder.layout,
             vocabulary=self.decoder.vocabulary,
         )
 
     def generate(
+        self,
+        text: str,
+        request: Request,
+        *,
+        config: TokenSamplingConfig,
+        on_stage: OnStage | None = None,
+    ) -> list[Candidate]:
+        """Pictures for one text, best first: drawn, ranked, decoded, ranked by CLIP, enlarged.
+
+        Every stage leaves its scores: ``perplexity_text``, ``perplexity_image`` and ``self``, of
+        which less is better, and ``clip``, of which more is.  Picture k has the seed
+        ``mixed_seed(seed, k)``, in whatever number and batch it is drawn.
+
+        Raises:
+            ValueError: when it is asked to rank by a CLIP that it has not.
+        """
+        if request.rank == "clip" and self.clip is None:
+            raise ValueError("ranking by clip needs a CLIP")
+        told = on_stage or _silent
+        seeds = [mixed_seed(request.seed, number) for number in range(request.number)]
+        known = None if request.known is None else request.known[None]
+        indices = self.generate_indices(
+            [text], config=config, seeds=seeds, known=known, on_token=partial(told, "draw")
+        )
+        scores: list[dict[str, float]] = [{} for _ in seeds]
+        order = list(range(len(seeds)))
+        if request.rank == "self":
+            ranking = rank_pictures(
+                self, indices, text, kind=request.perplexity, on_batch=partial(told, "rank")
+            )
+            order = ranking.order()
+            for at, score in enumerate(scores):
+                score["perplexity_text"] = ranking.text[at].item()
+                score["perplexity_image"] = ranking.image[at].item()
+                score["self"] = ranking.score[at].item()
+        images = self.decode(indices)
+        if self.clip is not None:
+            similar = self.clip.similarities(images, [text])[:, 0]
+            for at, score in enumerate(scores):
+                score["clip"] = similar[at].item()
+            if request.rank == "clip":
+                order = torch.sort(similar, descending=True, stable=True).indices.tolist()
+        kept = order[: request.keep]
+        finished = images[kept]
+        if self.upscaler is not None:
+            finished = self.enlarge(finished, on_tile=partial(told, "enlarge"))
+        return [
+            Candidate(image, indices[at], seeds[at], scores[at])
+            for at, image in zip(kept, finished, strict=True)
+        ]
+
+    def enlarge(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` in [0, 1], enlarged tile by tile."""
+        if self.upscaler is None:
+            raise ValueError("enlarging needs an upscaler")
+        device = self.upscaler.conv_first.weight.device
+        return enlarge(self.upscaler, images.to(device), on_tile=on_tile).cpu()
+
+    def pictures(
         self,
         captions: Sequence[str],
         *,
@@ -74,9 +182,14 @@ class Pipeline:
         *,
         config: TokenSamplingConfig,
         seeds: Sequence[int],
+        known: Tensor | None = None,
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Image indices ``(B * S, I)``; see ``generate``."""
+        """Image indices ``(B * S, I)``; see ``pictures``.
+
+        Args:
+            known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
+        """
         if not captions or len(seeds) % len(captions):
             raise ValueError(
                 f"seeds must be as many for each of {len(captions)} captions, got {len(seeds)}"
@@ -97,6 +210,7 @@ class Pipeline:
                     config=config,
                     seeds=own,
                     unconditional=empty.to(self.device),
+                    known=None if known is None else known[first : first + step].to(self.device),
                     on_token=_counted(on_token, done, len(own), total),
                 ).cpu()
             )
@@ -152,6 +266,10 @@ class Pipeline:
         return torch.cat(
             [self.vqgan.decode_indices(part.to(self.device)).cpu() for part in batches]
         )
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
 
 
 def _counted(

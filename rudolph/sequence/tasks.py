@@ -43,11 +43,15 @@ def fill_texts(
     tokenizer: Tokenizer,
     layout: SequenceLayout,
     vocabulary: Vocabulary,
+    beside: str = "",
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Texts:
-    """The left and right text of one example; an absent right text is all padding."""
-    left, right = (caption, "") if task.caption_is_left else ("", caption)
+    """The left and right text of one example; an absent right text is all padding.
+
+    ``beside`` stands in the text where the caption does not.
+    """
+    left, right = (caption, beside) if task.caption_is_left else (beside, caption)
     left_segment = tokenizer.encode_segment(
         left,
         layout.left_text_length,

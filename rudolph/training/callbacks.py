@@ -14,7 +14,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from rudolph.data.module import mixed_seed
+from rudolph.data.seeds import mixed_seed
 
 
 class NonFiniteLossError(ArithmeticError):

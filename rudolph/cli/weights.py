@@ -1,0 +1,80 @@
+"""Verbs of weights: models, pull, convert."""
+
+from pathlib import Path
+from typing import Any
+
+from rudolph.console import say, stage_progress
+
+
+def add_weights(verbs: Any) -> None:
+    models = verbs.add_parser("models", help="list the released models and what is on this disk")
+    models.set_defaults(verb=list_models)
+    pull = verbs.add_parser("pull", help="get a released model and what it needs")
+    pull.add_argument("names", nargs="+", metavar="NAME")
+    pull.add_argument("--file", type=Path, help="the released file, if it is here already")
+    pull.set_defaults(verb=pull_models)
+    convert = verbs.add_parser("convert", help="write weights for the reference's packages")
+    convert.add_argument("source", help="a run, an MLflow run, a released name or a folder")
+    convert.add_argument("folder", type=Path)
+    convert.add_argument("--pickle", action="store_true", help="pytorch_model.bin as well")
+    convert.set_defaults(verb=convert_weights)
+
+
+def list_models(given: Any) -> int:
+    from rudolph.released.store import is_here, weights_home
+    from rudolph.released.table import RELEASED
+
+    rows = [("name", "family", "parameters", "MB", "licence", "on disk", "file")]
+    for name, release in RELEASED.items():
+        count = release.num_parameters
+        rows.append(
+            (
+                name,
+                release.family,
+                f"{count / 1e6:,.0f}M" if count else "",
+                f"{release.megabytes:,}",
+                release.licence,
+                "yes" if is_here(name) else "gated" if release.is_gated else "no",
+                f"{release.repository}/{release.file}",
+            )
+        )
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    say(f"on disk: {weights_home()} (RUDOLPH_WEIGHTS names another place)")
+    return 0
+
+
+def pull_models(given: Any) -> int:
+    from rudolph.released.store import is_here, pull, release_of
+
+    if given.file is not None and len(given.names) > 1:
+        raise ValueError("--file is the file of one model: give one name")
+    wanted: list[str] = []
+    for name in given.names:
+        needed = () if given.file else release_of(name).needs
+        wanted += [each for each in (*needed, name) if each not in wanted]
+    for name in wanted:
+        if is_here(name) and given.file is None:
+            say(f"{name}: is here already")
+            continue
+        with stage_progress() as progress:
+            folder = pull(
+                name,
+                file=given.file,
+                on_bytes=lambda file, done, total: progress(file, done, total, "bytes"),
+            )
+        say(f"{name}: {folder}")
+    return 0
+
+
+def convert_weights(given: Any) -> int:
+    from rudolph.cli.results import folders_here
+    from rudolph.results.tracking import tracking_uri
+    from rudolph.sources import export_reference, find_folder
+
+    folder = find_folder(given.source, runs=folders_here().runs, uri=tracking_uri(Path.cwd()))
+    for line in export_reference(folder, given.folder, has_pickle=given.pickle):
+        say(line)
+    return 0

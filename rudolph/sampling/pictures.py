@@ -1,0 +1,37 @@
+"""Pictures as files that say where they came from.
+
+Shapes: H and W pixels.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
+    pixels = picture.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
+    """Write a PNG with a text field for each of ``told``; what is no text is written as JSON."""
+    info = PngInfo()
+    for key, value in told.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        info.add_itxt(key, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, pnginfo=info)
+
+
+def read_told(path: Path) -> dict[str, str]:
+    """The text fields of a PNG that ``save_png`` wrote."""
+    with Image.open(path) as image:
+        found = ((str(key), value) for key, value in image.info.items())
+        return {key: str(value) for key, value in found if isinstance(value, str)}

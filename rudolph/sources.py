@@ -1,0 +1,199 @@
+"""Where weights come from: a run, an MLflow run, a released name or a folder.
+
+Every verb that needs weights takes any of these.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rudolph.config import RunConfig, SamplingConfig, read_run
+from rudolph.execution import Hardware
+from rudolph.models.clip import CLIP
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.pretrained import to_reference
+from rudolph.models.upscaler import Upscaler
+from rudolph.models.vqgan import VQGAN
+from rudolph.models.weights import load_exactly
+from rudolph.released import store
+from rudolph.released.table import PICTURES, TOKENIZER
+from rudolph.results.artifacts import fetch_run, local_run
+from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sequence.tokenizer import Tokenizer
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+RUN_FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
+# How the references draw when nothing else is said.
+RELEASED_SAMPLING = {
+    "rudolph": SamplingConfig(
+        TokenSamplingConfig(top_k=768, top_p=0.99),
+        TokenSamplingConfig(temperature=0.9, top_k=64, top_p=0.8),
+    ),
+    "rudalle": SamplingConfig(TokenSamplingConfig(top_k=2048, top_p=0.995)),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are held: ``dtype`` None is the file's own, ``int8`` is for decoder layers."""
+
+    dtype: torch.dtype | None = None
+    int8: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline, how it draws unless it is told otherwise, and what it is called."""
+
+    pipeline: Pipeline
+    sampling: SamplingConfig
+    image_size: int
+    name: str
+
+
+def open_source(
+    source: str | None, *, runs: Path, uri: str, precision: Precision | None = None
+) -> Source:
+    """The pipeline of a source; of None the newest finished run.
+
+    Args:
+        source: a run's folder, an MLflow run's id, a released name, or a folder of weights.
+        runs: the folder of all runs.
+        uri: the tracking server that is asked for an MLflow run.
+
+    Raises:
+        ValueError: in one line, with what to do.
+    """
+    precision = precision or Precision()
+    folder = find_folder(source, runs=runs, uri=uri)
+    found = _of_run(folder) if is_run(folder) else _of_reference(folder, precision)
+    found.pipeline.to(Hardware().device)
+    return found
+
+
+def find_folder(source: str | None, *, runs: Path, uri: str) -> Path:
+    """The folder of a source on this disk; an MLflow run is fetched."""
+    if source is None:
+        return newest_run(runs)
+    if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
+        here = local_run(source, runs)
+        return here or fetch_run(source, uri, runs / ".cache" / f"mlflow-{source}")
+    if not Path(source).exists() and not store.is_released(source) and "/" in source:
+        raise ValueError(f"{source}: no such folder")
+    return store.locate(source)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def newest_run(runs: Path) -> Path:
+    """The run that finished last."""
+    finished = [
+        path
+        for path in runs.glob("*/*/summary.json")
+        if json.loads(path.read_text())["status"] == "finished"
+    ]
+    if not finished:
+        raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
+    """The trained parts of a run's folder and its configuration.
+
+    Raises:
+        ValueError: when the folder holds no finished training.
+    """
+    checkpoints = folder / "checkpoints"
+    for name in RUN_FILES:
+        if not (checkpoints / name).is_file():
+            raise ValueError(f"{folder}: not a trained run, it lacks checkpoints/{name}")
+    config = read_run(folder / "config.yaml")
+    vqgan = VQGAN(config.vqgan)
+    decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    for part, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
+        tensors = load_file(checkpoints / name)
+        load_exactly(part, tensors, family=str(checkpoints / name))
+    return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
+
+
+def _of_run(folder: Path) -> Source:
+    pipeline, config = load_run(folder)
+    return Source(pipeline, config.sampling, config.data.image_size, str(folder))
+
+
+def _of_reference(folder: Path, precision: Precision) -> Source:
+    """A released decoder, or one in a folder of its own, with the VQ-GAN and BPE that it needs."""
+    family, _ = store.read_config(folder)
+    if family not in RELEASED_SAMPLING:
+        raise ValueError(f"{folder}: holds a {family} model, which draws no pictures")
+    beside = folder / store.TOKENIZER_FILE
+    bpe = beside if beside.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
+    own = folder / "vqgan"
+    vqgan = store.load(own if own.is_dir() else PICTURES, dtype=precision.dtype)
+    decoder = store.load(folder, dtype=precision.dtype, int8=precision.int8)
+    assert isinstance(vqgan, VQGAN) and isinstance(decoder, MaskedDecoder)
+    pipeline = Pipeline(Tokenizer(bpe), vqgan, decoder)
+    size = decoder.layout.image_tokens_per_dim * vqgan.config.factor
+    return Source(pipeline, RELEASED_SAMPLING[family], size, folder.name)
+
+
+def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterator[str]:
+    """Write the parts of a source as the reference's packages load them; a line for each.
+
+    A part that the reference cannot express is left out and said.
+
+    Args:
+        has_pickle: ``pytorch_model.bin`` as well, which the old packages read.
+    """
+    if is_run(folder):
+        pipeline, _ = load_run(folder)
+        parts: dict[Path, nn.Module] = {
+            target: pipeline.decoder,
+            target / "vqgan": pipeline.vqgan,
+        }
+        target.mkdir(parents=True, exist_ok=True)
+        pipeline.tokenizer.save(target / store.TOKENIZER_FILE)
+    else:
+        parts = {target: store.load(folder)}
+    for place, model in parts.items():
+        try:
+            family, config, tensors = to_reference(model)
+        except ValueError as error:
+            yield f"{type(model).__name__} is left out: {error}"
+            continue
+        store.write(place, tensors, family=family, config=config, origin={"from": str(folder)})
+        if has_pickle:
+            torch.save(tensors, place / "pytorch_model.bin")
+        yield f"{place}: {family}, {len(tensors)} tensors"
+
+
+def open_clip(source: str) -> ClipRanker:
+    """A CLIP with its tokenizer, of a released name or a folder."""
+    folder = store.locate(source)
+    bpe = folder / store.TOKENIZER_FILE
+    if not bpe.is_file():
+        raise ValueError(f"{folder}: a CLIP needs its own {store.TOKENIZER_FILE} beside it")
+    return ClipRanker(_checked(store.load(folder), CLIP, source), Tokenizer(bpe))
+
+
+def open_upscaler(source: str) -> Upscaler:
+    """An upscaler of a released name or a folder."""
+    return _checked(store.load(source), Upscaler, source)
+
+
+def _checked(model: nn.Module, kind: type[Kind], source: str) -> Kind:
+    if not isinstance(model, kind):
+        raise ValueError(f"{source}: must be a {kind.__name__}, got a {type(model).__name__}")
+    return model
