@@ -25,6 +25,7 @@ from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
+from rudolph.training.tuning import TuningConfig
 
 # Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
 CONFIG_VERSION = 1
@@ -68,6 +69,7 @@ class RunConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     decoder_losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
     decoder_optim: OptimConfig = field(default_factory=OptimConfig)
+    decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

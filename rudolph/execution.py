@@ -22,7 +22,8 @@ class Hardware:
     """How a run is executed, not what it asks: recorded, but outside its digest.
 
     ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
-    ``precision`` is Lightning's name of one (None: the machine's own).
+    ``precision`` is Lightning's name of one (None: the machine's own).  With
+    ``activation_checkpointing`` the decoder's layers are computed again in the backward pass.
     """
 
     accelerator: str = "auto"
@@ -32,6 +33,7 @@ class Hardware:
     precision: str | None = None
     micro_batch_size: int | None = None
     num_workers: int = 0
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         least = {"devices": 1, "num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}

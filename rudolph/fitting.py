@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 from rudolph.data.module import Streams
 from rudolph.data.seeds import mixed_seed
 from rudolph.execution import Execution, Hardware, is_main_process
+from rudolph.models.low_rank import merge_low_rank
 from rudolph.models.weights import save_weights
 from rudolph.training.callbacks import (
     MetricLogger,
@@ -78,6 +79,7 @@ def fit(
     )
     run_trainer(trainer, module, streams, last)
     if is_main_process():
+        merge_low_rank(module.networks()[0])
         save_weights(module.networks()[0], weights, made_of=made_of)
         last.unlink(missing_ok=True)
     trainer.strategy.barrier()

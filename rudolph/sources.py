@@ -179,6 +179,30 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         yield f"{place}: {family}, {len(tensors)} tensors"
 
 
+def open_decoder(source: str, *, runs: Path, uri: str) -> MaskedDecoder:
+    """The decoder of a source, on the CPU."""
+    folder = find_folder(source, runs=runs, uri=uri)
+    model = load_run(folder)[0].decoder if is_run(folder) else store.load(folder)
+    return _checked(model, MaskedDecoder, source)
+
+
+def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
+    """The VQ-GAN of a source, on the CPU."""
+    folder = find_folder(source, runs=runs, uri=uri)
+    model = load_run(folder)[0].vqgan if is_run(folder) else store.load(folder)
+    return _checked(model, VQGAN, source)
+
+
+def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
+    """The ``bpe.model`` of a source, or the file itself."""
+    if Path(source).is_file() or source.endswith(".model"):
+        return Path(source)
+    folder = find_folder(source, runs=runs, uri=uri)
+    place = folder / "checkpoints" if is_run(folder) else folder
+    path = place / store.TOKENIZER_FILE
+    return path if path.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
+
+
 def open_clip(source: str) -> ClipRanker:
     """A CLIP with its tokenizer, of a released name or a folder."""
     folder = store.locate(source)

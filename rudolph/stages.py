@@ -6,6 +6,7 @@ VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoi
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
-from rudolph.config import RunConfig, digest_of
+from rudolph.config import RunConfig, digest_of, plain
 from rudolph.data.index_cache import cached_array
 from rudolph.data.manifests import Manifest
 from rudolph.data.module import (
@@ -29,14 +30,18 @@ from rudolph.evaluation.report_card import QUESTIONS, Score, Subject
 from rudolph.execution import Execution, is_main_process, without_note
 from rudolph.fitting import CURVES, fit
 from rudolph.gallery import draw_masks, draw_samples
+from rudolph.models.adapt import adapt
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.vqgan import VQGAN
 from rudolph.models.weights import save_weights, weights_digest, weights_made_of
 from rudolph.results.journal import exclusive
+from rudolph.results.tracking import tracking_uri
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.tasks import TASKS, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.sources import find_tokenizer, open_decoder, open_vqgan
 from rudolph.training.decoder import DecoderTraining
+from rudolph.training.tuning import apply_tuning
 from rudolph.training.vqgan import VQGANTraining
 
 DAY = 24 * 3600
@@ -50,7 +55,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     with execution.stage("data") as advance:
         advance(0, 1, config.data.dataset)
         splits = {name: Split(config.data, name, cache) for name in ("train", "validation")}
-        tokenizer = make_tokenizer(config, splits["train"], cache)
+        tokenizer = make_tokenizer(execution, splits["train"])
         note = f"{len(splits['train'])} pairs, {tokenizer.vocab_size} BPE ids"
         dataset = splits["train"].dataset
         if isinstance(dataset, Manifest):
@@ -75,11 +80,12 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     return scores, digests | {"decoder": weights_digest(decoder)}
 
 
-def make_tokenizer(config: RunConfig, train: Split, cache: Path) -> Tokenizer:
+def make_tokenizer(execution: Execution, train: Split) -> Tokenizer:
     """The named tokenizer, or one trained on the captions of the training split."""
+    config, cache = execution.config, execution.folders.cache
     size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
-        tokenizer = Tokenizer(config.tokenizer.path)
+        tokenizer = Tokenizer(find_tokenizer(config.tokenizer.path, **places(execution)))
         if tokenizer.vocab_size > size:
             raise ValueError(
                 f"tokenizer.vocab_size must be at least {tokenizer.vocab_size}, the ids of "
@@ -92,9 +98,17 @@ def make_tokenizer(config: RunConfig, train: Split, cache: Path) -> Tokenizer:
     return Tokenizer.train(train.captions, vocab_size=size, path=path)
 
 
+def places(execution: Execution) -> dict[str, Any]:
+    """Where a source of weights is looked for."""
+    folders = execution.folders
+    return {"runs": folders.runs, "uri": tracking_uri(folders.checkout)}
+
+
 def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
-    """The VQ-GAN of this configuration: from the cache, or trained now."""
+    """The VQ-GAN of this configuration: named, from the cache, or trained now."""
     config = execution.config
+    if config.vqgan.init is not None:
+        return named_vqgan(execution, config.vqgan.init)
     decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
     data = [split.digest for split in splits.values()]
     folder = execution.folders.cache / f"vqgan-{digest_of(*decides, data, config.seed)[:16]}"
@@ -110,6 +124,26 @@ def make_vqgan(execution: Execution, splits: dict[str, Split]) -> VQGAN:
         else:
             replay_curves(execution, folder / CURVES)
     model.load_state_dict(load_file(weights))
+    return model.eval().requires_grad_(False)
+
+
+def named_vqgan(execution: Execution, source: str) -> VQGAN:
+    """The VQ-GAN of a source, used as it is; its settings must be those of the file."""
+    model = open_vqgan(source, **places(execution))
+    asked = plain(replace(execution.config.vqgan, init=None))
+    held = plain(replace(model.config, init=None))
+    # What only a training reads may differ.
+    for name in asked.keys() - {"dropout", "quantizer"}:
+        if asked[name] != held[name]:
+            raise ValueError(
+                f"vqgan.{name} must be {held[name]}, as in {source}, got {asked[name]}"
+            )
+    for name in ("kind", "num_codes", "embedding_dim"):
+        if asked["quantizer"][name] != held["quantizer"][name]:
+            raise ValueError(
+                f"vqgan.quantizer.{name} must be {held['quantizer'][name]}, as in {source}, "
+                f"got {asked['quantizer'][name]}"
+            )
     return model.eval().requires_grad_(False)
 
 
@@ -193,8 +227,21 @@ def make_decoder(
         }
         num_cut = max(texts.num_cut for texts in examples["train"].texts.values())
         advance(1, 1, f"{num_cut} of {len(splits['train'])} captions are too long and cut")
+    start_from(execution, model)
+    apply_tuning(model, config.decoder_tuning)
+    model.has_checkpointing = execution.hardware.activation_checkpointing
     train_decoder(execution, model, examples, weights, made_of=made_of)
     return model.eval().requires_grad_(False)
+
+
+def start_from(execution: Execution, model: MaskedDecoder) -> None:
+    """Give the decoder the weights that its configuration names, if any; what changed is said."""
+    source = execution.config.decoder.init
+    if source is None:
+        return
+    with execution.stage("init") as advance:
+        notes = adapt(open_decoder(source, **places(execution)), model)
+        advance(1, 1, "; ".join([source, *notes]))
 
 
 def train_decoder(

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "execution": BELOW_CONFIG | {"config"},
     "gallery": BELOW_CONFIG | {"config", "execution"},
     "fitting": BELOW_CONFIG | {"config", "execution"},
-    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting"},
+    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources"},
     "sources": BELOW_CONFIG | {"config", "execution", "released"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
     "console": set(),

@@ -1,4 +1,4 @@
-"""Verbs of datasets: data emoji, data manifest."""
+"""Verbs of datasets: data emoji, data emoji-names, data manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ def add_data(verbs: Any) -> None:
     emoji.add_argument("--font", type=Path)
     emoji.add_argument("--size", type=int, default=64)
     emoji.set_defaults(verb=build_emoji)
+    names = kinds.add_parser("emoji-names", help="a table of pairs for emoji of another style")
+    names.add_argument("folder", type=Path, help="PNG files named by code points: 1f600.png")
+    names.set_defaults(verb=name_emoji)
     manifest = kinds.add_parser("manifest", help="report what a table of pairs holds")
     manifest.add_argument("table", type=str)
     manifest.add_argument("--image-size", type=int, default=256)
@@ -31,6 +34,15 @@ def build_emoji(given: Any) -> int:
             on_progress=lambda done, total: progress("emoji", done, total, ""),
         )
     print(report)
+    return 0
+
+
+def name_emoji(given: Any) -> int:
+    from rudolph.data.emoji import name_pictures
+
+    number, strangers = name_pictures(given.folder)
+    table = given.folder / "captions.csv"
+    print(f"{table}: {number} pairs; {len(strangers)} pictures have no name")
     return 0
 
 

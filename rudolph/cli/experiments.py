@@ -15,6 +15,7 @@ HARDWARE_FLAGS = (
     "precision",
     "micro_batch_size",
     "num_workers",
+    "activation_checkpointing",
 )
 
 
@@ -33,6 +34,9 @@ def add_run(verbs: Any) -> None:
     hardware.add_argument("--precision", help="32-true, bf16-mixed, ...; the machine's by default")
     hardware.add_argument("--micro-batch-size", type=int, help="examples a device takes at once")
     hardware.add_argument("--num-workers", type=int, default=0)
+    hardware.add_argument(
+        "--activation-checkpointing", action="store_true", help="less memory, a third more time"
+    )
     run.set_defaults(verb=run_experiment)
 
 
@@ -40,6 +44,8 @@ def add_show(verbs: Any) -> None:
     show = verbs.add_parser("show", help="print the resolved runs of an experiment file")
     show.add_argument("file", type=Path)
     show.add_argument("settings", nargs="*", metavar="key=value")
+    show.add_argument("--micro-batch-size", type=int, help="for the memory that is expected")
+    show.add_argument("--activation-checkpointing", dest="checkpointing", action="store_true")
     show.add_argument("--schema", action="store_true", help="the JSON Schema of the settings")
     show.set_defaults(verb=show_experiment)
 
@@ -118,7 +124,39 @@ def show_experiment(given: Any) -> int:
         print(json.dumps(json_schema(RunConfig), indent=1, ensure_ascii=False))
         return 0
     loaded = load_experiment(given.file, given.settings)
+    micro = given.micro_batch_size
     for number, run in enumerate(loaded.runs):
         print(f"# {number}: {run.name}, digest {run.config.digest}")
+        for line in memory_lines(run.config, micro, has_checkpointing=given.checkpointing):
+            print(f"# {line}")
         print(to_yaml(run.config))
     return 0
+
+
+def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> list[str]:
+    """What the decoder's training will need on one device, before anything is allocated."""
+    import torch
+
+    from rudolph.models.decoder import MaskedDecoder
+    from rudolph.training.memory import training_memory
+    from rudolph.training.optim import machine_precision
+    from rudolph.training.tuning import apply_tuning
+
+    with torch.device("meta"):
+        model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+        apply_tuning(model, config.decoder_tuning)
+    model.has_checkpointing = has_checkpointing
+    size = micro or config.decoder_optim.global_batch_size
+    need = training_memory(
+        model,
+        config.decoder_losses,
+        config.decoder_optim,
+        micro_batch_size=size,
+        activation_bytes=4 if machine_precision() == "32-true" else 2,
+    )
+    parts = ("weights", "gradients", "optimizer", "activations")
+    told = ", ".join(f"{name} {getattr(need, name) / 2**20:,.0f}" for name in parts)
+    return [
+        f"decoder: {need.trainable:,} of {need.total:,} parameters are trained",
+        f"memory at {size} examples a device: {need.bytes / 2**20:,.0f} MiB ({told})",
+    ]

@@ -19,6 +19,12 @@ def add_generate(verbs: Any) -> None:
     generate.add_argument("--guidance-kind", choices=("extrapolation", "mixture"))
     generate.add_argument("--keep", type=int, help="so many of them, the best by --rank")
     generate.add_argument("--rank", choices=("self", "clip", "none"), default="none")
+    generate.add_argument(
+        "--perplexity",
+        choices=("exp_mean_ce", "mean_exp_ce"),
+        default="exp_mean_ce",
+        help="of --rank self; mean_exp_ce is the reference's",
+    )
     generate.add_argument("--clip", help=f"a ruCLIP; with --rank clip {DEFAULT_CLIP}")
     generate.add_argument("--upscale", type=int, choices=(2, 4, 8), help="with Real-ESRGAN")
     generate.add_argument("--upscaler", help="weights of the upscaler; RealESRGAN-x<scale>")
@@ -64,6 +70,14 @@ def sampling_of(config: Any, given: Any) -> Any:
     return replace(config, **{name: value for name, value in filters.items() if value is not None})
 
 
+def check_arguments(given: Any) -> None:
+    """Raise ``ValueError`` for mistakes that can be told before any weights are read."""
+    if given.number < 1:
+        raise ValueError(f"-n must be at least 1, got {given.number}")
+    if given.output is not None and given.output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end with .png, got {given.output}")
+
+
 def opened(given: Any) -> Any:
     """The source that a verb was given."""
     import torch
@@ -71,8 +85,6 @@ def opened(given: Any) -> Any:
     from rudolph.results.tracking import tracking_uri
     from rudolph.sources import Precision, open_source
 
-    if given.number < 1:
-        raise ValueError(f"-n must be at least 1, got {given.number}")
     dtype = getattr(torch, given.dtype) if given.dtype else None
     return open_source(
         given.model,
@@ -83,20 +95,21 @@ def opened(given: Any) -> Any:
 
 
 def generate_pictures(given: Any) -> int:
-    from rudolph.sampling.pipeline import Request
-    from rudolph.sources import open_clip, open_upscaler
+    from dataclasses import replace
 
+    from rudolph.sampling.pipeline import Request
+
+    check_arguments(given)
+    check_image_prompt(given)
+    request = Request(given.number, given.keep, given.rank, given.perplexity, given.seed)
     source = opened(given)
     pipeline = source.pipeline
     sampling = sampling_of(source.sampling.image, given)
-    if given.clip or given.rank == "clip":
-        pipeline.clip = open_clip(given.clip or DEFAULT_CLIP)
-    if given.upscale or given.upscaler:
-        pipeline.upscaler = open_upscaler(given.upscaler or f"RealESRGAN-x{given.upscale}")
-    pipeline.to(pipeline.device)
-    request = Request(
-        given.number, given.keep, given.rank, seed=given.seed, known=given_tokens(given, source)
-    )
+    if given.guidance_kind and sampling.guidance is None:
+        raise ValueError("--guidance-kind needs the number of --guidance")
+    add_stages(pipeline, given)
+    if given.image_prompt is not None:
+        request = replace(request, known=given_tokens(given, source))
     text = pipeline.texts("text_to_image", given.text)
     if text.num_cut:
         say(f"the text is too long: its last {text.num_cut} BPE ids are cut")
@@ -107,24 +120,51 @@ def generate_pictures(given: Any) -> int:
             config=sampling,
             on_stage=lambda stage, done, total: progress(stage, done, total, ""),
         )
-    told = {"prompt": given.text, "model": source.name, "parameters": vars(sampling)}
+    parameters = asked_for(given) | vars(sampling)
+    told = {"prompt": given.text, "model": source.name, "parameters": parameters}
     write_candidates(candidates, told, given)
     return 0
 
 
+def add_stages(pipeline: Any, given: Any) -> None:
+    """The CLIP and the upscaler that are asked for, where the pipeline is."""
+    from rudolph.sources import open_clip, open_upscaler
+
+    if given.clip or given.rank == "clip":
+        pipeline.clip = open_clip(given.clip or DEFAULT_CLIP)
+    if given.upscale or given.upscaler:
+        pipeline.upscaler = open_upscaler(given.upscaler or f"RealESRGAN-x{given.upscale}")
+        scale = pipeline.upscaler.config.scale
+        if given.upscale not in (None, scale):
+            raise ValueError(f"--upscaler enlarges {scale} times, not {given.upscale}")
+    pipeline.to(pipeline.device)
+
+
+def asked_for(given: Any) -> dict[str, Any]:
+    """What pictures depend on beside their text and model, as far as it was given."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(given).items()
+        if value is not None and name not in ("text", "model", "output", "verb")
+    }
+
+
+def check_image_prompt(given: Any) -> None:
+    """Raise ``ValueError`` unless a picture comes with one way to say what of it stays."""
+    told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
+    if given.image_prompt is None and told:
+        raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt PICTURE")
+    if given.image_prompt is not None and len(told) != 1:
+        raise ValueError("--image-prompt takes one of --borders, --mask and --vary")
+
+
 def given_tokens(given: Any, source: Any) -> Any:
-    """Indices of the image prompt where it stays; None without one."""
+    """Indices of the image prompt where it stays."""
     import torch
 
+    from rudolph.data.seeds import mixed_seed
     from rudolph.sampling import image_prompts
 
-    told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
-    if given.image_prompt is None:
-        if told:
-            raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt PICTURE")
-        return None
-    if len(told) != 1:
-        raise ValueError("--image-prompt takes one of --borders, --mask and --vary")
     pipeline = source.pipeline
     side = pipeline.decoder.layout.image_tokens_per_dim
     if given.borders is not None:
@@ -133,7 +173,7 @@ def given_tokens(given: Any, source: Any) -> Any:
         white = read_picture(given.mask, source.image_size).mean(0) > 0.5
         stays = image_prompts.mask_of_picture(~white, side)
     else:
-        generator = torch.Generator().manual_seed(given.seed)
+        generator = torch.Generator().manual_seed(mixed_seed(given.seed, "vary"))
         stays = image_prompts.variation_mask(given.vary, side, generator)
     picture = read_picture(given.image_prompt, source.image_size)
     return image_prompts.known_indices(pipeline.vqgan, picture.to(pipeline.device), stays).cpu()
@@ -188,6 +228,7 @@ def caption_picture(given: Any) -> int:
     from rudolph.results.figures import sample_grid
     from rudolph.sampling.pictures import to_image
 
+    check_arguments(given)
     source = opened(given)
     picture = read_picture(given.picture, source.image_size)
     sampling = sampling_of(source.sampling.text, given)

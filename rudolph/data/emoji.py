@@ -252,3 +252,31 @@ def require_image_size(image_size: int) -> None:
     """Raise ``ValueError`` for a size below one pixel."""
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+
+
+def name_pictures(folder: Path) -> tuple[int, list[str]]:
+    """Write ``captions.csv`` for a folder of emoji pictures that are named by code points.
+
+    ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped set; U+FE0F
+    counts for nothing.  So any style of emoji is a table of pairs.
+
+    Returns:
+        The number of pairs, and the files without a name.
+
+    Raises:
+        ValueError: when no file of the folder is named after an emoji.
+    """
+    names = {record.key: record.name for record in read_records(SHIPPED)}
+    rows, strangers = [], []
+    for path in sorted(folder.glob("*.png")):
+        points = [point.lstrip("0") for point in path.stem.lower().split("-")]
+        key = "-".join(point for point in points if point != "fe0f")
+        if key in names:
+            rows.append((path.name, names[key]))
+        else:
+            strangers.append(path.name)
+    if not rows:
+        raise ValueError(f"{folder}: no PNG is named after an emoji, as in 1f600.png")
+    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    return len(rows), strangers

@@ -23,6 +23,7 @@ from rudolph.evaluation.statistics import mean_interval
 from rudolph.models.fidelity import psnr, ssim
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
+from rudolph.sampling.ranking import perplexities
 
 NEAREST_SHARE = 0.01
 CHANCE_SHIFTS = 20
@@ -152,6 +153,29 @@ def caption_f1(subject: Subject, split: Split) -> list[Score]:
     ]
 
 
+def likelihood(subject: Subject, split: Split) -> list[Score]:
+    """Nats a token of the real picture after its caption, and of the caption after its picture."""
+    indices = subject.chosen(split)
+    pipeline = subject.pipeline
+    pictures = pipeline.encode(split.pictures(indices))
+    scores = []
+    for task, segment, metric in (
+        ("text_to_image", "image", "text_to_image/nats"),
+        ("image_captioning", "right_text", "image_to_text/nats"),
+    ):
+        texts = [pipeline.texts(task, split.captions[index]) for index in indices]
+        left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
+        found = perplexities(
+            pipeline.decoder,
+            torch.cat([left, pictures, right], dim=1),
+            segments=(segment,),
+            batch_size=pipeline.batch_size,
+        )
+        nats = found[segment].log().double().numpy()
+        scores.append(_score(metric, split, nats, subject, None))
+    return scores
+
+
 def reconstruction(subject: Subject, split: Split) -> list[Score]:
     """VQ-GAN: PSNR and SSIM of reconstructed pictures."""
     indices = subject.chosen(split)
@@ -189,5 +213,6 @@ QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
     "scene_right": scene_right,
     "caption_f1": caption_f1,
+    "likelihood": likelihood,
     "reconstruction": reconstruction,
 }

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
@@ -31,6 +32,9 @@ class DecoderConfig:
 
     ``layer_masks`` is tiled over the depth and the last layer takes ``last_layer_mask`` (null: no
     mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
+
+    ``init`` names the weights that a training starts from: a run's folder, a released name or a
+    folder of weights.
 
     ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
     at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
@@ -52,6 +56,7 @@ class DecoderConfig:
     output_dropout: float = 0.1
     token_init_std: float = 1.0
     position_init_std: float = 0.02
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads"):
@@ -207,6 +212,8 @@ class MaskedDecoder(nn.Module):
                 f"got {vocabulary.num_left_paddings}"
             )
         self.config, self.layout, self.vocabulary = config, layout, vocabulary
+        # Whether training computes each layer anew in its backward pass instead of keeping it.
+        self.has_checkpointing = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
@@ -278,7 +285,10 @@ class MaskedDecoder(nn.Module):
         x = self.embed(tokens, start)
         for index, layer in enumerate(self.layers):
             mask = self.mask_tables[self.mask_of_layer[index], start:end, :end]
-            x = layer(x, mask, cache, index)
+            if self.has_checkpointing and self.training:
+                x = checkpoint(layer, x, mask, use_reentrant=False)
+            else:
+                x = layer(x, mask, cache, index)
         if cache is not None:
             cache.length = end
         return x

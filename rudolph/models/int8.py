@@ -1,7 +1,8 @@
 """Linear layers in eight bits: half the memory of float16, the same module otherwise.
 
-Weights are rounded row by row to -127..127 with one scale a row and widened again in the product,
-so activations keep their precision (Dettmers 2022, arXiv:2208.07339, without its outliers).
+Weights are rounded row by row to -127..127 with one scale a row and widened again before the
+product, so activations keep their precision (Dettmers 2022, arXiv:2208.07339, without its
+outliers).
 
 Shapes: M outputs, N inputs of a layer.
 """
@@ -14,9 +15,13 @@ from torch.nn import functional as F
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded weight ``(M, N)`` int8 and scale ``(M, 1)`` with ``weight ~ rounded * scale``."""
-    scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale.to(weight.dtype)
+    """Rounded weight ``(M, N)`` int8 and scale ``(M, 1)`` with ``weight ~ rounded * scale``.
+
+    Scales stay float32: those of small weights are below what float16 can hold.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (wide / scale).round().to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
@@ -33,12 +38,13 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.linear(x, self.weight.to(x.dtype))
-        return product * self.scale[:, 0].to(x.dtype) + self.bias
+        # Scaled before the product: sums of whole numbers up to 127 overflow float16.
+        weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype))
+        return F.linear(x, weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         key = f"{prefix}weight"
-        if key in state_dict and state_dict[key].is_floating_point():
+        if key in state_dict:
             state_dict[key], self.scale = to_int8(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

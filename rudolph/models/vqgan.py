@@ -29,7 +29,8 @@ class VQGANConfig:
     ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
     every residual block is followed by attention.  A normalisation has ``norm_groups`` groups of
     channels, or as many fewer as divide the channels: with few channels it should have few
-    groups, since one channel alone loses how strong it is.  The defaults are Sber's.
+    groups, since one channel alone loses how strong it is.  ``init`` names the weights that are
+    used as they are, without a training.  The defaults are Sber's.
     """
 
     resolution: int = 256
@@ -40,6 +41,7 @@ class VQGANConfig:
     dropout: float = 0.0
     norm_groups: int = 32
     wavelet: bool = False
+    init: str | None = None
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:

@@ -32,7 +32,8 @@ def load_exactly(
     Raises:
         ValueError: naming the first tensor that does not fit.
     """
-    expected = {key: value.shape for key, value in model.state_dict().items()}
+    # Not the tensors themselves: what is replaced is freed.
+    expected = {key: (own.shape, own.dtype) for key, own in model.state_dict().items()}
     for key in expected:
         if key not in tensors:
             raise ValueError(f"{family}: the file lacks {their_name(key)}")
@@ -43,10 +44,14 @@ def load_exactly(
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise ValueError(f"{family}: {their_name(key)} must be a tensor, got {kind}")
-        if value.shape != expected[key]:
+        shape, dtype = expected[key]
+        if value.shape != shape:
             raise ValueError(
-                f"{family}: {their_name(key)} must be {tuple(expected[key])}, "
-                f"got {tuple(value.shape)}"
+                f"{family}: {their_name(key)} must be {tuple(shape)}, got {tuple(value.shape)}"
+            )
+        if dtype != torch.bool and not value.is_floating_point():
+            raise ValueError(
+                f"{family}: {their_name(key)} must hold floating-point numbers, got {value.dtype}"
             )
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)

@@ -5,8 +5,11 @@ from the disk where their format allows it.
 """
 
 import pickle
-import zipfile
+import re
+import struct
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# What trainers leave in a checkpoint beside its tensors.  Objects of these packages are read as
-# ``Ignored``, so that nothing of the packages is run.
-TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse.")
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError)
+# Names that begin so are what trainers leave in a checkpoint beside its tensors.  They are read as
+# ``Ignored`` or ``IgnoredMapping``, so that nothing of their packages is imported or run.
+TRAINERS = (
+    *("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse."),
+    *("pathlib.", "numpy.", "typing.Any", "collections.defaultdict"),
+    *("builtins.dict", "builtins.list", "builtins.str", "builtins.int", "builtins.float"),
+)
+MAPPINGS = (".AttributeDict", ".defaultdict")
+ZIP_START = b"PK\x03\x04"
+# What torch's unpickler raises on a file that is cut off or made up.
+UNREADABLE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError),
+    *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError),
+)
 
 
 class Ignored:
@@ -29,8 +42,12 @@ class Ignored:
     def __setstate__(self, state: object) -> None:
         """Nothing."""
 
-    def __hash__(self) -> int:
-        return id(self)
+
+class IgnoredMapping:
+    """Stands for a class of mappings; its objects are empty dicts, which take any items."""
+
+    def __new__(cls, *arguments: object) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
 
 
 class SafeFile(Mapping[str, Tensor]):
@@ -47,7 +64,10 @@ class SafeFile(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.names:
             raise KeyError(key)
-        tensor: Tensor = self.file.get_tensor(key)
+        try:
+            tensor: Tensor = self.file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: cannot read {key} ({one_line(error)})") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -102,31 +122,33 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
-    strange = _strange_globals(path) if is_zip else []
-    for name in strange:
-        if not name.startswith(TRAINERS):
-            raise ValueError(f"{path}: refused, it asks to run {name}; nothing of it was run")
-    stand_ins: Any = [(Ignored, name) for name in strange]
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP_START)) == ZIP_START
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        # Its warnings advise whoever writes checkpoints.
+        with warnings.catch_warnings(action="ignore"), _stand_ins(path if is_zip else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNREADABLE as error:
-        reason = one_line(error)
-        if "GLOBAL" in reason or "Unsupported" in reason:
-            raise ValueError(
-                f"{path}: refused, it holds more than tensors; nothing of it was run"
-            ) from error
-        raise ValueError(f"{path}: no whole checkpoint file ({reason[:160]})") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            reason = f"refused, it asks to run {asked[1]}; nothing of it was run"
+        elif isinstance(error, pickle.UnpicklingError):
+            # Torch's words advise to load it all the same.
+            reason = "no checkpoint of torch.save, or a damaged one"
+        else:
+            reason = f"no whole checkpoint file ({type(error).__name__}: {one_line(error)[:160]})"
+        raise ValueError(f"{path}: {reason}") from error
 
 
-def _strange_globals(path: Path) -> list[str]:
-    """Names of what a pickle wants to import beyond what tensors need."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except UNREADABLE as error:
-        reason = one_line(error)[:160]
-        raise ValueError(f"{path}: no whole checkpoint file ({reason})") from error
+def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
+    """Where torch's unpickler reads what a zipped checkpoint names of ``TRAINERS`` as ignored."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if path else []
+    pairs: Any = [
+        (IgnoredMapping if name.endswith(MAPPINGS) else Ignored, name)
+        for name in names
+        if name.startswith(TRAINERS)
+    ]
+    return torch.serialization.safe_globals(pairs)
 
 
 def one_line(error: BaseException) -> str:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rudolph.models.int8 import use_int8
 from rudolph.models.pretrained import FAMILIES, empty_model, load_reference, unwrapped
-from rudolph.released.files import Converted, read_tensors
-from rudolph.released.hub import fetch
+from rudolph.released.files import Converted, one_line, read_tensors
+from rudolph.released.hub import Fetched, fetch
 from rudolph.released.table import RELEASED, Release
+from rudolph.sequence.bpe import read_model
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
@@ -61,8 +63,10 @@ def folder_of(name: str) -> Path:
 
 def is_here(name: str) -> bool:
     """Whether a release is on this disk, converted and whole."""
-    file = TOKENIZER_FILE if release_of(name).family == "tokenizer" else CONFIG
-    return (folder_of(name) / file).is_file()
+    release = release_of(name)
+    is_tokenizer = release.family == "tokenizer"
+    files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS, CONFIG, *release.companions)
+    return all((folder_of(name) / file).is_file() for file in files)
 
 
 def locate(source: str) -> Path:
@@ -83,7 +87,8 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
     """Get a release and write it as one safetensors file with its config; its folder.
 
     Args:
-        file: the released file, if it is on this disk already; the hub is asked otherwise.
+        file: the released file, if it is on this disk already; the hub is asked otherwise.  What
+            is kept beside the weights is looked for beside it, too.
         on_bytes: told the file, the bytes done and the bytes in all.
 
     Raises:
@@ -93,25 +98,37 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
     download = folder / "download"
     told = on_bytes or (lambda file, done, total: None)
     origin = {"repository": release.repository, "file": release.file, "licence": release.licence}
-    for companion in release.companions:
-        fetched = fetch(
-            release.repository, companion, download, on_progress=partial(told, companion)
-        )
-        os.replace(fetched.path, folder / companion)
-    if file is None:
-        fetched = fetch(
-            release.repository, release.file, download, on_progress=partial(told, release.file)
-        )
-        file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
-    elif not file.is_file():
+
+    def bring(wanted: str) -> Fetched:
+        return fetch(release.repository, wanted, download, on_progress=partial(told, wanted))
+
+    if file is not None and not file.is_file():
         raise ValueError(f"{file}: no such file")
+    for companion in release.companions:
+        beside = None if file is None else file.with_name(companion)
+        copy(beside if beside and beside.is_file() else bring(companion).path, folder / companion)
+    if file is None:
+        fetched = bring(release.file)
+        file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
     if release.family == "tokenizer":
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / TOKENIZER_FILE)
+        copy(file, folder / TOKENIZER_FILE)
     else:
         convert(file, folder, family=release.family, config=release.config, origin=origin)
     shutil.rmtree(download, ignore_errors=True)
     return folder
+
+
+def copy(tokenizer: Path, path: Path) -> None:
+    """Copy a tokenizer's file, whole or not at all.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    read_model(tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    shutil.copyfile(tokenizer, new)
+    os.replace(new, path)
 
 
 def convert(
@@ -131,6 +148,13 @@ def convert(
         ValueError: naming the first tensor that does not fit the family.
     """
     tensors = unwrapped(read_tensors(file))
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not key.isprintable():
+            raise ValueError(f"{file}: every tensor must have a name, got {key!r}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{file}: {key} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(f"{file}: {key} must be a dense tensor with its numbers")
     model = empty_model(family, config)
     load_reference(model, family, tensors)
     kept = {key: tensors[key] for key in tensors if FAMILIES[family].keeps(key)}
@@ -145,13 +169,40 @@ def write(
     config: Mapping[str, Any],
     origin: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors under the reference's names and their config; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{WEIGHTS}.new"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, new)
-    os.replace(new, folder / WEIGHTS)
+    """Write tensors under the reference's names and their config; whole or not at all.
+
+    Raises:
+        ValueError: when the disk is full, say.
+    """
     content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
-    (folder / CONFIG).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, words = folder / f"{WEIGHTS}.new", folder / f"{CONFIG}.new"
+    try:
+        save_file(apart(tensors), weights)
+        words.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        # An old config must not stand beside new weights, not for a moment.
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(words, folder / CONFIG)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot write {WEIGHTS}: {one_line(error)}") from error
+    finally:
+        weights.unlink(missing_ok=True)
+        words.unlink(missing_ok=True)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that lie whole and share no memory, as safetensors demands; a copy where needed."""
+    found: dict[str, Tensor] = {}
+    end = 0
+    for key in sorted(tensors, key=lambda key: tensors[key].data_ptr()):
+        value = tensors[key]
+        if value.is_contiguous() and value.data_ptr() >= end:
+            end = value.data_ptr() + value.nbytes
+            found[key] = value
+        else:
+            found[key] = value.clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -165,9 +216,12 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{folder}: no folder of weights, it lacks {CONFIG}")
     try:
         content = json.loads(path.read_text())
-        return content["family"], content["config"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        family, config = content["family"], content["config"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: must have family and config, got none") from error
+    if not isinstance(family, str) or not isinstance(config, dict):
+        raise ValueError(f"{path}: family must be a name and config a mapping")
+    return family, config
 
 
 def load(
@@ -191,7 +245,10 @@ def load(
     """
     folder = locate(str(source))
     family, config = read_config(folder)
-    model = empty_model(family, config)
+    try:
+        model = empty_model(family, config)
+    except (AttributeError, ArithmeticError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: no {family} model ({one_line(error)})") from error
     if int8:
         layers = getattr(model, "layers", None)
         if layers is None:

@@ -5,7 +5,7 @@ Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``.
 Shapes: B texts, P pictures, C classes, L text tokens, E embedding dim, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class ClipRanker:
         top, left = ((size - side) // 2 for size in images.shape[-2:])
         square = images[..., top : top + side, left : left + side]
         size = self.clip.config.image_resolution
-        resized = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+        resized = F.interpolate(square.float(), (size, size), mode="bilinear", antialias=True)
         mean, std = (
             torch.tensor(values, device=images.device)[:, None, None]
             for values in (self.mean, self.std)
@@ -64,14 +64,19 @@ class ClipRanker:
         return (resized - mean) / std
 
     @torch.inference_mode()
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(
+        self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
+    ) -> Tensor:
         """Normalised features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1]."""
         dtype = self.clip.visual.conv1.weight.dtype
-        parts = [
-            self.clip.encode_image(self.pixel_values(part.to(self.device)).to(dtype)).float()
-            for part in torch.split(images, self.batch_size)
-        ]
-        return F.normalize(torch.cat(parts), dim=-1).cpu()
+        features = torch.zeros(len(images), self.clip.config.embed_dim)
+        for first in range(0, len(images), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            pixels = self.pixel_values(images[rows].to(self.device)).to(dtype)
+            features[rows] = self.clip.encode_image(pixels).float().cpu()
+            if on_batch is not None:
+                on_batch(min(first + self.batch_size, len(images)), len(images))
+        return F.normalize(features, dim=-1)
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -84,9 +89,15 @@ class ClipRanker:
                 total[rows] += self.clip.encode_text(ids[rows].to(self.device)).float().cpu()
         return F.normalize(total / len(self.templates), dim=-1)
 
-    def similarities(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def similarities(
+        self,
+        images: Tensor,
+        texts: Sequence[str],
+        *,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """Cosines ``(P, B)`` of pictures ``(P, 3, H, W)`` in [0, 1] and texts; more is better."""
-        return self.image_features(images) @ self.text_features(texts).t()
+        return self.image_features(images, on_batch=on_batch) @ self.text_features(texts).t()
 
     def classify(self, images: Tensor, classes: Sequence[str]) -> Tensor:
         """Zero-shot probabilities ``(P, C)``."""

@@ -15,7 +15,8 @@ the whole picture would be.  So tiling is exact, borders included, where ``overl
 
 For Real-ESRGAN's 23 blocks that radius is 349 pixels (698 at scale 2), more than tiles that save
 memory can have.  Far pixels weigh little, so the default overlap of 24 leaves a difference along
-the seams that is small and not zero; ``enlarge`` with two overlaps measures it.
+the seams that is small and not zero: with random weights, less than rounding.  Comparing two
+overlaps measures it on others.
 
 Source: rudalle, ``realesrgan/utils.py`` and ``model.py``: patches of 192 with 24 pixels around.
 Ours differs: there the picture is first reflected by 15 pixels and extended to a multiple of 192

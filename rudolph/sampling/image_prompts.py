@@ -56,6 +56,8 @@ def parse_borders(text: str) -> dict[str, int]:
         found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
         if found is None:
             raise ValueError(f"borders must be like up=4,left=2 in tokens, got {text!r}")
+        if found[1] in borders:
+            raise ValueError(f"borders must name each side once, got {text!r}")
         borders[found[1]] = int(found[2])
     return borders
 
@@ -80,12 +82,18 @@ def known_indices(
     Args:
         crop_first: nothing but what is given may tell its indices: what is free is grey while
             the picture is read.  The reference reads each border as a picture of its own instead.
+
+    Raises:
+        ValueError: when the picture is not of the grid's size.
     """
     factor = vqgan.config.factor
+    expected = (3, *(side * factor for side in is_given.shape))
+    if image.shape != expected:
+        raise ValueError(f"the picture must be {expected}, got {tuple(image.shape)}")
     if crop_first:
         pixels = is_given.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         image = torch.where(pixels.to(image.device), image, 0.5)
-    indices = vqgan.encode_indices(image[None])[0]
+    indices = vqgan.encode_indices(image[None].to(vqgan.quant_conv.weight))[0]
     return torch.where(is_given.flatten().to(indices.device), indices, FREE)
 
 

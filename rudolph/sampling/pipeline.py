@@ -3,7 +3,7 @@
 Shapes: B texts or pictures, S samples of each, I image tokens, H and W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from rudolph.sampling.clip_ranking import ClipRanker
 from rudolph.sampling.enlarge import enlarge
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.generate import generate_image, generate_right_text
-from rudolph.sampling.ranking import rank_pictures
+from rudolph.sampling.ranking import PERPLEXITIES, rank_pictures
 from rudolph.sequence.layout import EOS, PAD
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
@@ -51,6 +51,10 @@ class Request:
             raise ValueError(f"keep must be 1 to {self.number}, the number, got {self.keep}")
         if self.rank not in RANKS:
             raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
+        if self.perplexity not in PERPLEXITIES:
+            raise ValueError(
+                f"perplexity must be one of {', '.join(PERPLEXITIES)}, got {self.perplexity!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Pipeline:
     upscaler: Upscaler | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         self.vqgan.eval()
         self.decoder.eval()
 
@@ -95,7 +101,13 @@ class Pipeline:
         return self
 
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
-        """How a caption fills the layout for a task; ``beside`` is the other text's."""
+        """How a caption fills the layout for a task; ``beside`` is the other text's.
+
+        Raises:
+            ValueError: for a task with a right text that the decoder has not.
+        """
+        if TASKS[task].right_token and not self.decoder.layout.right_text_length:
+            raise ValueError(f"{task} needs a decoder with a right text, and this one has none")
         return fill_texts(
             TASKS[task],
             caption,
@@ -141,9 +153,9 @@ class Pipeline:
                 score["perplexity_text"] = ranking.text[at].item()
                 score["perplexity_image"] = ranking.image[at].item()
                 score["self"] = ranking.score[at].item()
-        images = self.decode(indices)
+        images = self.decode(indices, on_batch=partial(told, "decode"))
         if self.clip is not None:
-            similar = self.clip.similarities(images, [text])[:, 0]
+            similar = self.clip.similarities(images, [text], on_batch=partial(told, "clip"))[:, 0]
             for at, score in enumerate(scores):
                 score["clip"] = similar[at].item()
             if request.rank == "clip":
@@ -194,24 +206,20 @@ class Pipeline:
             raise ValueError(
                 f"seeds must be as many for each of {len(captions)} captions, got {len(seeds)}"
             )
-        num_samples = len(seeds) // len(captions)
         left = torch.stack([self.texts("text_to_image", caption).left for caption in captions])
         empty = self.texts("text_to_image", "").left
-        step = max(self.batch_size // num_samples, 1)
-        total = len(seeds) * self.decoder.layout.num_image_tokens
+        num_new = self.decoder.layout.num_image_tokens
         parts = []
-        for first in range(0, len(captions), step):
-            own = seeds[first * num_samples : (first + step) * num_samples]
-            done = first * num_samples * self.decoder.layout.num_image_tokens
+        for rows, own in _batches(len(captions), len(seeds), self.batch_size):
             parts.append(
                 generate_image(
                     self.decoder,
-                    left[first : first + step].to(self.device),
+                    left[rows].to(self.device),
                     config=config,
-                    seeds=own,
+                    seeds=seeds[own],
                     unconditional=empty.to(self.device),
-                    known=None if known is None else known[first : first + step].to(self.device),
-                    on_token=_counted(on_token, done, len(own), total),
+                    known=None if known is None else known[rows].to(self.device),
+                    on_token=_counted(on_token, own, len(seeds), num_new),
                 ).cpu()
             )
         return torch.cat(parts)
@@ -229,26 +237,21 @@ class Pipeline:
             raise ValueError(
                 f"seeds must be as many for each of {len(images)} pictures, got {len(seeds)}"
             )
-        num_samples = len(seeds) // len(images)
         prompt = self.texts("image_captioning", "")
         length = int((prompt.right != PAD).sum()) - int((prompt.right == EOS).sum())
+        num_new = self.decoder.layout.right_text_length - length
         captions: list[str] = []
-        step = max(self.batch_size // num_samples, 1)
-        for first in range(0, len(images), step):
-            indices = self.encode(images[first : first + step])
+        for rows, own in _batches(len(images), len(seeds), self.batch_size):
+            indices = self.encode(images[rows])
             left = prompt.left.expand(len(indices), -1)
             right = prompt.right[:length].expand(len(indices), -1)
             tokens = torch.cat([left, indices, right], dim=1)
-            own = seeds[first * num_samples : (first + step) * num_samples]
-            num_new = self.decoder.layout.right_text_length - length
             drawn = generate_right_text(
                 self.decoder,
                 tokens.to(self.device),
                 config=config,
-                seeds=own,
-                on_token=_counted(
-                    on_token, first * num_samples * num_new, len(own), len(seeds) * num_new
-                ),
+                seeds=seeds[own],
+                on_token=_counted(on_token, own, len(seeds), num_new),
             )
             captions += [self.tokenizer.decode(ids) for ids in drawn.tolist()]
         return captions
@@ -256,26 +259,41 @@ class Pipeline:
     def encode(self, images: Tensor) -> Tensor:
         """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
         batches = torch.split(images, self.batch_size)
-        return torch.cat(
-            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
-        )
+        like = self.vqgan.quant_conv.weight
+        return torch.cat([self.vqgan.encode_indices(part.to(like)).cpu() for part in batches])
 
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(
+        self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
+    ) -> Tensor:
         """Pictures of indices ``(B, I)``, batch by batch."""
-        batches = torch.split(indices, self.batch_size)
-        return torch.cat(
-            [self.vqgan.decode_indices(part.to(self.device)).cpu() for part in batches]
-        )
+        parts = []
+        for first in range(0, len(indices), self.batch_size):
+            part = indices[first : first + self.batch_size].to(self.device)
+            parts.append(self.vqgan.decode_indices(part).float().cpu())
+            if on_batch is not None:
+                on_batch(first + len(part), len(indices))
+        return torch.cat(parts)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     """No progress."""
 
 
+def _batches(num_prompts: int, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Prompts and rows of each batch: prompts with all of their rows, or some rows of one."""
+    num_samples = num_rows // num_prompts
+    step = max(size // num_samples, 1)
+    for first in range(0, num_prompts, step):
+        start, end = first * num_samples, min((first + step) * num_samples, num_rows)
+        for row in range(start, end, size):
+            yield slice(first, first + step), slice(row, min(row + size, end))
+
+
 def _counted(
-    on_token: OnToken | None, done: int, size: int, total: int
+    on_token: OnToken | None, rows: slice, num_rows: int, num_new: int
 ) -> Callable[[int], None] | None:
-    """Progress of one batch as progress of all."""
+    """Progress of the rows of one batch as progress of all."""
     if on_token is None:
         return None
-    return lambda step: on_token(done + step * size, total)
+    size = rows.stop - rows.start
+    return lambda step: on_token(rows.start * num_new + step * size, num_rows * num_new)

@@ -60,7 +60,7 @@ def perplexities(
         kind: a name of ``PERPLEXITIES``.
 
     Raises:
-        ValueError: for an unknown kind, or when a text to be judged is empty.
+        ValueError: for an unknown kind, or when nothing of a segment is judged.
     """
     if kind not in PERPLEXITIES:
         raise ValueError(f"kind must be one of {', '.join(PERPLEXITIES)}, got {kind!r}")
@@ -70,7 +70,7 @@ def perplexities(
         part = tokens[first : first + batch_size].to(device)
         hidden = model.hidden(part)
         for segment in segments:
-            found[segment].append(_judged(model, part, hidden, segment, kind).cpu())
+            found[segment].append(_judged(model, part, hidden, segment, kind))
         if on_batch is not None:
             on_batch(min(first + batch_size, len(tokens)), len(tokens))
     return {segment: torch.cat(parts) for segment, parts in found.items()}
@@ -84,11 +84,13 @@ def _judged(
     start, target = segment_labels(model, tokens, has_left_padding=False)[segment]
     if segment == "image" or (segment == "left_text" and model.num_leading):
         start, target = start + 1, target[:, 1:]
-    is_scored = target != NOT_SCORED
+    is_scored = (target != NOT_SCORED).cpu()
     if not is_scored.any(1).all():
-        raise ValueError(f"{segment}: a text without tokens has no perplexity")
-    losses = torch.zeros(target.shape, device=hidden.device)
-    losses[is_scored] = label_losses(model, hidden, segment, (start, target), num_classes=classes)
+        raise ValueError(f"{segment}: without a token to judge it has no perplexity")
+    # In float32 the exponential of one very unlikely token is infinite.
+    losses = torch.zeros(target.shape, dtype=torch.float64)
+    found = label_losses(model, hidden, segment, (start, target), num_classes=classes)
+    losses[is_scored] = found.cpu().double()
     return PERPLEXITIES[kind](losses, is_scored)
 
 

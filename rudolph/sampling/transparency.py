@@ -1,18 +1,20 @@
 """The ground of an emoji made transparent, from the picture alone.
 
 A drawing with an antialiased edge on a plain ground is a mixture: ``p = alpha f + (1 - alpha) g``
-in each pixel, of the colours of its foreground f and its ground g.  The inverse takes three steps:
+in each pixel, of the colours of its foreground f and its ground g.  *Contrast* is g - p.  The
+inverse takes three steps:
 
 1. the *ground* is what is reached from the frame, by steps to four neighbours, over pixels of
    about the ground's colour, and faint flecks in it; a hole inside the drawing is not reached
    and stays opaque;
-2. along the ground's outline, the colour of the *solid* pixels of the drawing is carried outward:
-   those deeper inside than the edge is wide, and the most contrasting ones of thin strokes;
-3. alpha is how far the pixel lies on the way from g to that colour, and its own colour is then
-   unmixed from g, so that over g the result gives the picture back.
+2. the *edge* is what a few more steps reach that never lead to less contrast; to it the colour of
+   the *solid* pixels is carried from inside: of those deeper than the edge is wide, and of the
+   most contrasting ones of thin strokes;
+3. in the edge, alpha is how far the pixel lies on the way from g to that colour, and its own
+   colour is then unmixed from g, so that over g the result gives the picture back.
 
-What is reached is what is cut: a white part that is open to the ground goes with it, and a soft
-shadow wider than the edge stays as it is, opaque.
+The picture alone cannot tell white from white: a white part that is open to the ground goes with
+it, and a soft shadow wider than the edge stays as it is, opaque.
 
 Source: rudalle, ``pipelines.py``, ``convert_emoji_to_rgba``: a U-Net and, where it is unsure,
 contours of what is darker than 240, which OpenCV fills and draws.  Ours is another method: it

@@ -15,7 +15,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "adamw8bit")
+# Bytes of state for a number: two moments, one momentum.
+ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class OptimConfig:
     """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
 
     ``optimizer: muon`` moves the hidden matrices and convolutions by Muon with
-    ``muon_learning_rate`` and all else by AdamW with ``learning_rate``.
+    ``muon_learning_rate`` and all else by AdamW with ``learning_rate``; ``adamw8bit`` keeps the
+    moments in eight bits, on CUDA with bitsandbytes.
     The learning rate rises over ``warmup_steps`` and falls by a cosine to
     ``final_learning_rate_share`` of its peak.  ``ema_decay`` averages the weights for sampling
     (null: off).  A checkpoint to resume from is written every ``checkpoint_every`` steps.
@@ -120,11 +123,19 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model: AdamW, or Muon for what is hidden and AdamW for the rest.
+@dataclass(frozen=True)
+class ParameterGroups:
+    """Parameters that are trained: by Muon, by AdamW with decay, by AdamW without."""
 
-    The rest is all vectors and embeddings, and the layers from and to pixels or tokens.  Only
-    matrices and kernels decay: not norms, biases, embeddings or a codebook.
+    muon: list[nn.Parameter]
+    decayed: list[nn.Parameter]
+    kept: list[nn.Parameter]
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
+    """Muon moves what is hidden; the rest is all vectors and embeddings, and the layers from and
+    to pixels or tokens.  Only matrices and kernels decay: not norms, biases, embeddings or a
+    codebook.
     """
     embeddings = {
         parameter
@@ -137,19 +148,58 @@ def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Opt
         for name, parameter in model.named_parameters()
         if name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
     }
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and p not in embeddings]
-    kept = [p for p in model.parameters() if p.dim() < 2 or p in embeddings]
-    hidden = [p for p in decayed if p not in pixels] if config.optimizer == "muon" else []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2 and p not in embeddings]
+    kept = [p for p in trained if p.dim() < 2 or p in embeddings]
+    hidden = [p for p in matrices if p not in pixels] if config.optimizer == "muon" else []
     moved = set(hidden)
+    return ParameterGroups(hidden, [p for p in matrices if p not in moved], kept)
+
+
+def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of what is trained of a model.
+
+    Raises:
+        ValueError: when 8-bit moments are asked for and the machine has no CUDA or bitsandbytes.
+    """
+    found = parameter_groups(model, config)
     groups = [
-        {"params": [p for p in decayed if p not in moved], "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": found.decayed, "weight_decay": config.weight_decay},
+        {"params": found.kept, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
-    adamw = AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    if not hidden:
-        return [adamw]
-    return [Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay), adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if found.muon:
+        weight_decay = config.weight_decay
+        optimizers.append(
+            Muon(found.muon, lr=config.muon_learning_rate, weight_decay=weight_decay)
+        )
+    if groups and config.optimizer == "adamw8bit":
+        optimizers.append(eight_bit_adamw()(groups, lr=config.learning_rate, betas=betas))
+    elif groups:
+        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
+    return optimizers
+
+
+def eight_bit_adamw() -> Any:
+    """bitsandbytes' AdamW, whose moments have eight bits."""
+    if not torch.cuda.is_available():
+        raise ValueError("optimizer adamw8bit needs a CUDA GPU; adamw does the same in 32 bits")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optimizer adamw8bit needs: pip install bitsandbytes") from error
+    return AdamW8bit
+
+
+def optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
+    """Memory of the optimizers' state."""
+    found = parameter_groups(model, config)
+    by_muon = sum(parameter.numel() for parameter in found.muon)
+    rest = sum(parameter.numel() for parameter in (*found.decayed, *found.kept))
+    each = ADAMW8BIT_BYTES if config.optimizer == "adamw8bit" else ADAMW_BYTES
+    return MUON_BYTES * by_muon + each * rest
 
 
 def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], config: OptimConfig) -> None:

@@ -1,0 +1,97 @@
+"""Which parts of a decoder a training moves: freezing by part, low-rank updates.
+
+To add a part, name it in ``PARTS`` with the pattern of its parameters.
+
+Source: ru-dolph's fine-tuning notebooks (``freeze``, whose ``freeze_attn`` matches no parameter);
+Emojich (arXiv:2112.02448): attention and MLP frozen.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.low_rank import add_low_rank
+
+PARTS = {
+    "all": r".+",
+    "embeddings": r"\w+_(embedding|position)\..+",
+    "attention": r"layers\.\d+\.to_(qkv|out)\..+",
+    "mlp": r"layers\.\d+\.mlp_(in|out)\..+",
+    "norms": r"(layers\.\d+\.)?\w+_norm\..+",
+    "head": r"to_logits\..+",
+    "layers": r"layers\.\d+\..+",
+}
+IN_LAYERS = ("attention", "mlp", "norms", "layers")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is trained.  A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
+
+    ``frozen`` parts do not move.  ``lora_rank`` trains low-rank updates of the linear layers of
+    ``lora_parts`` instead of their weights, and merges them at the end (null: off).
+    """
+
+    frozen: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_parts: tuple[str, ...] = ("attention",)
+
+    def __post_init__(self) -> None:
+        for name in ("frozen", "lora_parts"):
+            for part in getattr(self, name):
+                _pattern_and_layers(name, part)
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1 or null, got {self.lora_rank}")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha}")
+
+
+def apply_tuning(model: MaskedDecoder, config: TuningConfig) -> None:
+    """Freeze parts of a model and give it its low-rank updates.
+
+    Raises:
+        ValueError: for layers that the model has not, or when nothing is left to train.
+    """
+    for part in config.frozen:
+        for name in _parameters_of(model, "frozen", part):
+            model.get_parameter(name).requires_grad_(False)
+    if config.lora_rank is not None:
+        for part in config.lora_parts:
+            names = {name.rpartition(".")[0] for name in _parameters_of(model, "lora_parts", part)}
+            for name in sorted(names):
+                layer = model.get_submodule(name)
+                if isinstance(layer, nn.Linear) and not hasattr(layer, "parametrizations"):
+                    add_low_rank(layer, rank=config.lora_rank, alpha=config.lora_alpha)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("decoder_tuning.frozen: everything is frozen, nothing is left to train")
+
+
+def _parameters_of(model: MaskedDecoder, field: str, part: str) -> list[str]:
+    pattern, layers = _pattern_and_layers(field, part)
+    last = model.config.num_layers - 1
+    if layers is not None and layers[1] > last:
+        raise ValueError(f"decoder_tuning.{field}: layers are 0 to {last}, got {part!r}")
+    found = []
+    for name, _ in model.named_parameters():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        is_inside = layers is None or (layer and layers[0] <= int(layer[1]) <= layers[1])
+        if re.fullmatch(pattern, name) and is_inside:
+            found.append(name)
+    return found
+
+
+def _pattern_and_layers(field: str, part: str) -> tuple[str, tuple[int, int] | None]:
+    found = re.fullmatch(r"(\w+)(?:\((\d+)-(\d+)\))?", part)
+    if found is None or found[1] not in PARTS:
+        known = ", ".join(PARTS)
+        raise ValueError(f"{field} must be of {known}, as in mlp or mlp(0-3); got {part!r}")
+    if found[2] is None:
+        return PARTS[found[1]], None
+    if found[1] not in IN_LAYERS or int(found[2]) > int(found[3]):
+        raise ValueError(
+            f"{field}: a range of layers is of {', '.join(IN_LAYERS)}, first to last; got {part!r}"
+        )
+    return PARTS[found[1]], (int(found[2]), int(found[3]))

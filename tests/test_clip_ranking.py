@@ -1,0 +1,163 @@
+"""Ranking by CLIP: Pillow's pixels, a text's ends, the mean of templates, any batch."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from rudolph.models.clip import CLIP, CLIPConfig
+from rudolph.sampling.clip_ranking import MEAN, STD, TEMPLATES, ClipRanker
+from rudolph.sequence.layout import BOS, EOS, PAD
+from rudolph.sequence.tokenizer import Tokenizer
+
+SIDE, CONTEXT = 12, 9
+TEXTS = ["красный круг", "", "Синий  КВАДРАТ ", "зелёный круг и синий круг и красный круг и круг"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("clip") / "bpe.model"
+    return Tokenizer.train([*TEXTS, *TEMPLATES], vocab_size=120, path=path)
+
+
+def ranker(tokenizer: Tokenizer, *, side: int = SIDE, **changes: object) -> ClipRanker:
+    torch.manual_seed(3)
+    config = CLIPConfig(
+        embed_dim=10,
+        image_resolution=side,
+        vision_layers=2,
+        vision_width=16,
+        vision_patch_size=4,
+        context_length=CONTEXT,
+        vocab_size=tokenizer.vocab_size,
+        transformer_width=12,
+        transformer_heads=2,
+        transformer_layers=2,
+    )
+    clip = CLIP(config)
+    with torch.no_grad():
+        # As it begins, all texts are nearly the same to it.
+        for parameter in clip.transformer.parameters():
+            parameter.mul_(8)
+        clip.ln_final.weight.normal_()
+    return ClipRanker(clip, tokenizer, **changes)
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Smooth, with an edge and noise, so that sizes, offsets and filters all count."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    noise = np.random.default_rng(height + 1000 * width).uniform(-30, 30, (height, width, 3))
+    waves = [np.sin(9 * x + 4 * y), np.cos(7 * y), (x > 0.45) * 2 - 1.0]
+    pixels = 128 + 90 * np.stack(waves, axis=-1) + noise
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def pictures(number: int) -> Tensor:
+    return torch.rand(number, 3, 16, 20, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (61, 38), (37, 90), (12, 12), (7, 9), (12, 33)])
+def test_pixels_are_those_of_pillow(tokenizer, size: tuple[int, int]) -> None:
+    image = photograph(*size)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    expected = to_tensor(square.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    found = ranker(tokenizer).pixel_values(to_tensor(image)[None])[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    assert found.shape == (3, SIDE, SIDE)
+    # Pillow rounds to whole levels after each direction.
+    assert (found * std + mean - expected).abs().max() < 3 / 255
+    uneven = image.crop((left, top, left + side - 1, top + side - 1)).resize((SIDE, SIDE))
+    assert (to_tensor(uneven) - expected).abs().max() > 3 / 255
+
+
+def test_a_text_keeps_both_ends_however_long_it_is(tokenizer) -> None:
+    ids = ranker(tokenizer).input_ids(TEXTS)
+    assert ids.shape == (4, CONTEXT) and ids[:, 0].tolist() == [BOS] * 4
+    assert (ids == EOS).sum(1).tolist() == [1] * 4
+    for row, text in zip(ids.tolist(), TEXTS, strict=True):
+        inner = tokenizer.encode(text)[: CONTEXT - 2]
+        assert row == [BOS, *inner, EOS] + [PAD] * (CONTEXT - 2 - len(inner))
+    assert ids[3, -1] == EOS and len(tokenizer.encode(TEXTS[3])) > CONTEXT
+
+
+def test_text_features_are_the_mean_over_templates_before_they_are_normalised(tokenizer) -> None:
+    own = ranker(tokenizer, batch_size=3)
+    assert own.templates == TEMPLATES and len(TEMPLATES) == 6
+    found = own.text_features(TEXTS)
+    rows = []
+    for text in TEXTS:
+        with torch.no_grad():
+            features = [
+                own.clip.encode_text(own.input_ids([template.format(text)]))[0]
+                for template in TEMPLATES
+            ]
+        rows.append(F.normalize(torch.stack(features).mean(0), dim=0))
+        early = F.normalize(F.normalize(torch.stack(features), dim=1).mean(0), dim=0)
+        print(text, (early - rows[-1]).abs().max(), torch.stack(features).norm(dim=1), len(tokenizer.encode(text)))
+    torch.testing.assert_close(found, torch.stack(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+
+
+def test_results_do_not_depend_on_the_batch_and_progress_is_told(tokenizer) -> None:
+    whole, told = ranker(tokenizer, batch_size=64), []
+    images, classes = pictures(5), TEXTS[:3]
+    expected = whole.classify(images, classes)
+    torch.testing.assert_close(expected.sum(1), torch.ones(5))
+    for batch_size in (1, 2, 5):
+        parts = ranker(tokenizer, batch_size=batch_size)
+        torch.testing.assert_close(parts.classify(images, classes), expected)
+        told.clear()
+        found = parts.similarities(images, classes, on_batch=lambda *step: told.append(step))
+        torch.testing.assert_close(found, whole.similarities(images, classes))
+        assert told == [(min(end, 5), 5) for end in range(batch_size, 5 + batch_size, batch_size)]
+
+
+def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
+    plain, images = ranker(tokenizer, templates=("{}",)), pictures(4)
+    with torch.no_grad():
+        logits, _ = plain.clip(plain.input_ids(TEXTS), plain.pixel_values(images))
+    similar = plain.similarities(images, TEXTS)
+    torch.testing.assert_close(similar * plain.clip.logit_scale.exp().item(), logits)
+    torch.testing.assert_close(plain.classify(images, TEXTS), logits.softmax(1))
+    assert similar.abs().max() <= 1 and similar.std() > 0.01
+
+
+def test_it_tells_apart_colours_when_it_is_made_for_them(tokenizer) -> None:
+    """Made by hand: attention carries words to a text's end, colours to a picture's class."""
+    own, words = ranker(tokenizer, templates=("{}",)), ("красный", "зелёный", "синий")
+    tokens = [tokenizer.encode(word)[0] for word in words]
+    assert len(set(tokens)) == 3
+    clip = own.clip
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            parameter.fill_(float("ln_" in name and name.endswith("weight")))
+        clip.token_embedding.weight[tokens] = torch.eye(3, 12)
+        clip.visual.conv1.weight[:3] = torch.eye(3)[:, :, None, None]
+        for tower, width in ((clip, 12), (clip.visual, 16)):
+            attention = tower.transformer.resblocks[0].attn
+            attention.in_proj_weight[-width:] = attention.out_proj.weight[:] = torch.eye(width)
+        for projection in (clip.text_projection, clip.visual.proj):
+            projection[:3] = torch.eye(3, 10)
+    images = torch.eye(3)[:, :, None, None].expand(-1, -1, 15, 22)
+    texts = [f"круг и {word}" for word in words]
+    assert own.similarities(images, texts).argmax(1).tolist() == [0, 1, 2]
+    assert own.similarities(images, texts).argmax(0).tolist() == [0, 1, 2]
+    assert own.classify(images[1:], words).argmax(1).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_pictures_give_nearly_the_same(tokenizer, dtype) -> None:
+    expected = ranker(tokenizer).similarities(pictures(3), TEXTS)
+    half = ranker(tokenizer)
+    half.clip.to(dtype)
+    found = half.similarities(pictures(3).to(dtype), TEXTS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
