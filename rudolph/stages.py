@@ -287,6 +287,7 @@ def token_examples(
             TASKS[task],
             split.captions[pair],
             tokenizer=tokenizer,
+            beside=split.questions[pair] if TASKS[task].has_question else "",
             dropout=dropout,
             generator=generator,
             **places,

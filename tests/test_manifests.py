@@ -22,8 +22,9 @@ from PIL import Image
 
 from rudolph.data import manifests
 from rudolph.data.funnel import centre_square, open_picture
-from rudolph.data.manifests import Manifest, ManifestConfig, find_table, read_rows
+from rudolph.data.manifests import Manifest
 from rudolph.data.pairs import Pair, hash_fraction
+from rudolph.data.tables import ManifestConfig, find_table, read_rows
 
 SPLITS = ("train", "validation", "test")
 
@@ -365,10 +366,8 @@ def test_a_folder_must_hold_exactly_one_table(tmp_path: Path) -> None:
 def test_a_path_that_is_no_table_is_told_in_one_line() -> None:
     assert said(lambda: find_table("")).startswith("path of the manifest is empty")
     assert said(lambda: find_table("no/such.csv")) == "no/such.csv: no such file or folder"
-    legal = ".csv, .tsv, .jsonl, .parquet"
-    assert said(lambda: find_table(__file__)).endswith(
-        f".py: a manifest must end in one of {legal}"
-    )
+    legal = ".py: a manifest must end in one of .csv, .tsv, .jsonl, .parquet, .json"
+    assert said(lambda: find_table(__file__)).endswith(legal)
 
 
 def test_settings_without_sense_are_told_in_one_line() -> None:

@@ -10,10 +10,9 @@ from rudolph.data.module import (
     Split,
     Streams,
     TokenExamples,
-    shuffled,
     task_texts,
 )
-from rudolph.data.seeds import mixed_seed
+from rudolph.data.seeds import mixed_seed, shuffled
 from rudolph.data.shapes import ShapesConfig
 from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, fill_texts

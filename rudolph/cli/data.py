@@ -47,7 +47,8 @@ def name_emoji(given: Any) -> int:
 
 
 def inspect_manifest(given: Any) -> int:
-    from rudolph.data.manifests import Manifest, ManifestConfig
+    from rudolph.data.manifests import Manifest
+    from rudolph.data.tables import ManifestConfig
 
     config = ManifestConfig(path=given.table, max_bad_share=1.0)
     with stage_progress() as progress:

@@ -40,6 +40,7 @@ def add_generate(verbs: Any) -> None:
 def add_caption(verbs: Any) -> None:
     caption = verbs.add_parser("caption", help="describe a picture")
     caption.add_argument("picture", type=Path)
+    caption.add_argument("--question", help="answered instead of a description")
     add_sampling_arguments(caption)
     caption.set_defaults(verb=caption_picture)
 
@@ -233,7 +234,10 @@ def caption_picture(given: Any) -> int:
     picture = read_picture(given.picture, source.image_size)
     sampling = sampling_of(source.sampling.text, given)
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
-    captions = source.pipeline.caption(picture[None], config=sampling, seeds=seeds)
+    asked = None if given.question is None else [given.question]
+    captions = source.pipeline.caption(
+        picture[None], config=sampling, seeds=seeds, questions=asked
+    )
     counts = {text: captions.count(text) for text in captions}
     for text, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:4}  {text}")
@@ -243,6 +247,7 @@ def caption_picture(given: Any) -> int:
     image = np.asarray(to_image(picture))
     sample_grid([image] * len(counts), list(counts), path, columns=4)
     record = {"picture": str(given.picture), "model": source.name, "seed": given.seed}
+    record |= {} if given.question is None else {"question": given.question}
     beside = path.with_suffix(".json")
     content = record | {"sampling": vars(sampling), "captions": counts}
     beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -255,7 +255,10 @@ def require_image_size(image_size: int) -> None:
 
 
 def name_pictures(folder: Path) -> tuple[int, list[str]]:
-    """Write ``captions.csv`` for a folder of emoji pictures that are named by code points.
+    """Write tables for a folder of emoji pictures that are named by code points.
+
+    ``captions.csv`` has their names; ``questions.json`` and ``answers.json`` ask for the thing, a
+    flag's country and the tone of a skin.
 
     ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped set; U+FE0F
     counts for nothing.  So any style of emoji is a table of pairs.
@@ -279,4 +282,29 @@ def name_pictures(folder: Path) -> tuple[int, list[str]]:
         raise ValueError(f"{folder}: no PNG is named after an emoji, as in 1f600.png")
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
+    _write_questions(folder, rows)
     return len(rows), strangers
+
+
+def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """What a name tells beside its first words, as questions in the format of Fusion Brain."""
+    asked: dict[str, list[dict[str, str]]] = {}
+    told: dict[str, list[dict[str, str]]] = {}
+    for image, name in rows:
+        thing, _, rest = (part.strip() for part in name.partition(":"))
+        if thing == "флаг" and rest:
+            pairs = [("чей это флаг?", rest)]
+        elif rest.endswith("тон кожи"):
+            pairs = [("что на картинке?", thing), ("какой тон кожи?", rest.split(",")[0])]
+        else:
+            pairs = [("что на картинке?", name)]
+        for question, answer in pairs:
+            key = str(len(asked))
+            asked[key] = [
+                {"type": "image", "content": image},
+                {"type": "text", "content": question},
+            ]
+            told[key] = [{"type": "text", "content": answer}]
+    for name, content in (("questions.json", asked), ("answers.json", told)):
+        text = json.dumps(content, ensure_ascii=False, indent=0)
+        (folder / name).write_text(text + "\n", encoding="utf-8")

@@ -1,59 +1,25 @@
-"""Your own pairs: a table of image paths and captions, in CSV, TSV, JSONL or Parquet.
+"""Your own pairs: a table of image paths and captions, and of questions where there are any.
 
 Image paths are absolute, or relative to the folder of the table.  Text is UTF-8.  Every picture
 is opened once when a ``Manifest`` is made; bad rows are skipped, counted and named in its report.
-
-To read another kind of table, write its reader and name its suffix in ``READERS``.
 """
 
-import csv
-import difflib
 import hashlib
-import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rudolph.data.funnel import FunnelReport, Rejected, centre_square, open_picture
 from rudolph.data.pairs import Pair, hash_fraction, require_split
+from rudolph.data.tables import ManifestConfig, Row, find_table, read_rows
 
 # Part of every digest: raise it when the same files would give other pairs.
 PAIRS_VERSION = 2
-
-
-@dataclass(frozen=True)
-class ManifestConfig:
-    """Where the pairs are, and which share of bad rows stops the run.
-
-    ``path`` is the table, or a folder that holds exactly one table.
-    """
-
-    path: str = ""
-    image_column: str = "image"
-    caption_column: str = "caption"
-    max_bad_share: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.max_bad_share <= 1.0:
-            raise ValueError(f"max_bad_share must be from 0 to 1, got {self.max_bad_share}")
-        if self.image_column == self.caption_column:
-            raise ValueError(
-                f"image_column and caption_column must differ, both are {self.image_column!r}"
-            )
-
-
-class Row(NamedTuple):
-    """A row as it stands in the table; ``place`` says where, ``fault`` why it cannot be read."""
-
-    place: str
-    image: object = None
-    caption: object = None
-    fault: str = ""
 
 
 class Examined(NamedTuple):
@@ -72,6 +38,7 @@ class Entry:
     caption: str
     path: str
     sha256: str
+    question: str = ""
 
 
 class Manifest:
@@ -132,7 +99,7 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ValueError(f"{entry.path}: the picture changed after the manifest was read")
         image = centre_square(open_picture(data).image, self.image_size)
-        return Pair(key=entry.key, caption=entry.caption, image=image)
+        return Pair(entry.key, entry.caption, image, question=entry.question)
 
     def _usable(
         self,
@@ -160,7 +127,8 @@ class Manifest:
     def _digest(self) -> str:
         digest = hashlib.sha256(f"manifest {PAIRS_VERSION} {self.image_size}\n".encode())
         for entry in self.entries:
-            line = json.dumps([entry.key, entry.caption, entry.sha256])
+            told = [entry.question] if entry.question else []
+            line = json.dumps([entry.key, entry.caption, entry.sha256, *told])
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
@@ -173,38 +141,14 @@ def split_of(sha256: str) -> str:
     return "validation" if fraction < 0.95 else "test"
 
 
-def find_table(path: str) -> Path:
-    """The table at ``path``, or the only one in the folder ``path``; else ``ValueError``."""
-    legal = ", ".join(READERS)
-    table = Path(path)
-    if not path:
-        raise ValueError(f"path of the manifest is empty: give a table ({legal}) or its folder")
-    if table.is_dir():
-        found = sorted(file for file in table.iterdir() if file.suffix.lower() in READERS)
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found[:5]) or "none"
-            raise ValueError(
-                f"{table}: the folder must hold exactly one table ({legal}), "
-                f"it holds {len(found)}: {names}"
-            )
-        table = found[0]
-    if not table.is_file():
-        raise ValueError(f"{table}: no such file or folder")
-    if table.suffix.lower() not in READERS:
-        raise ValueError(f"{table}: a manifest must end in one of {legal}")
-    return table
-
-
-def read_rows(table: Path, config: ManifestConfig) -> list[Row]:
-    """Every row of a table, a malformed one with its fault; ``ValueError`` if none can be read."""
-    return READERS[table.suffix.lower()](table, config)
-
-
 def _examine_row(row: Row, folder: Path) -> tuple[Entry, Examined]:
     if row.fault:
         raise Rejected(row.fault)
     name = _text(row.image, missing="no image path", wrong="image path is not text")
     caption = _text(row.caption, missing="empty caption", wrong="caption is not text").strip()
+    question = ""
+    if row.question is not None:
+        question = _text(row.question, missing="empty question", wrong="question is not text")
     base = Path(os.path.abspath(folder))
     path = os.path.abspath(base / name)
     try:
@@ -221,8 +165,8 @@ def _examine_row(row: Row, folder: Path) -> tuple[Entry, Examined]:
     stable = Path(path)
     if stable.is_relative_to(base) or not os.path.isabs(name):
         stable = Path(os.path.relpath(path, base))
-    key = f"{stable.as_posix()} | {caption}"
-    return Entry(key, caption, path, examined.sha256), examined
+    key = " | ".join(part for part in (stable.as_posix(), question, caption) if part)
+    return Entry(key, caption, path, examined.sha256, question), examined
 
 
 # Kept in memory, so that the three splits of a table decode its pictures once; the signature
@@ -248,138 +192,3 @@ def _text(value: object, *, missing: str, wrong: str) -> str:
     if "\0" in value:
         raise Rejected(wrong)
     return value
-
-
-def _read_csv(table: Path, config: ManifestConfig) -> list[Row]:
-    return _read_delimited(table, config, delimiter=",")
-
-
-def _read_tsv(table: Path, config: ManifestConfig) -> list[Row]:
-    return _read_delimited(table, config, delimiter="\t")
-
-
-def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[Row]:
-    """Quotes as in RFC 4180, with either delimiter; the first row names the columns."""
-    records = _records(_decoded(table), delimiter)
-    header = next(records, None)
-    if header is None or header.fields is None:
-        raise ValueError(f"{table}: the first line must name the columns, it cannot be read")
-    columns = header.fields
-    _require_columns(table, columns, config=config)
-    image = columns.index(config.image_column)
-    caption = columns.index(config.caption_column)
-    rows = []
-    for record in records:
-        if record.fields is not None and len(record.fields) == len(columns):
-            place = f"line {record.first_line}"
-            rows.append(Row(place, record.fields[image], record.fields[caption]))
-            continue
-        # A quote that never closes swallows the lines below it, so each of them counts as bad.
-        for line in range(record.first_line, record.last_line + 1):
-            rows.append(Row(f"line {line}", fault="malformed row"))
-    return rows
-
-
-class _Record(NamedTuple):
-    first_line: int
-    last_line: int
-    fields: list[str] | None
-
-
-def _records(text: str, delimiter: str) -> Iterator[_Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    while True:
-        first_line = reader.line_num + 1
-        fields: list[str] | None
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            fields = None
-        if fields != []:
-            yield _Record(first_line, max(first_line, reader.line_num), fields)
-
-
-def _read_jsonl(table: Path, config: ManifestConfig) -> list[Row]:
-    rows = []
-    columns: dict[str, None] = {}
-    # Not splitlines: JSON strings may hold U+2028 and its kin as they are.
-    for number, line in enumerate(_decoded(table).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            columns.update(dict.fromkeys(value))
-            image, caption = value.get(config.image_column), value.get(config.caption_column)
-            rows.append(Row(place, image, caption))
-        else:
-            rows.append(Row(place, fault="malformed row"))
-    if columns:
-        _require_columns(table, list(columns), config=config)
-    return rows
-
-
-def _read_parquet(table: Path, config: ManifestConfig) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        _require_columns(table, pyarrow.parquet.read_schema(table).names, config=config)
-        wanted = [config.image_column, config.caption_column]
-        columns = pyarrow.parquet.read_table(table, columns=wanted)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{table}: not a readable Parquet file: {reason}") from error
-    pairs = zip(*(columns.column(name) for name in wanted), strict=True)
-    return [
-        _parquet_row(f"row {number}", image=image, caption=caption)
-        for number, (image, caption) in enumerate(pairs, start=1)
-    ]
-
-
-def _parquet_row(place: str, *, image: Any, caption: Any) -> Row:
-    try:
-        return Row(place, image.as_py(), caption.as_py())
-    except UnicodeDecodeError:
-        return Row(place, fault="malformed row")
-
-
-def _decoded(table: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
-    data = table.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{table}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"(line {line}); save the table as UTF-8"
-        ) from error
-
-
-def _require_columns(table: Path, columns: Sequence[str], *, config: ManifestConfig) -> None:
-    for wanted in (config.image_column, config.caption_column):
-        if columns.count(wanted) == 1:
-            continue
-        found = ", ".join(map(repr, columns))
-        if wanted in columns:
-            raise ValueError(f"{table}: more than one column {wanted!r}; columns found: {found}")
-        nearest = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        for delimiter, name in (";", "semicolons"), ("\t", "tabs"), (",", "commas"):
-            if len(columns) == 1 and delimiter in columns[0]:
-                hint = f"; its header is separated by {name}: .csv needs commas, .tsv tabs"
-        raise ValueError(f"{table}: no column {wanted!r}; columns found: {found}{hint}")
-
-
-READERS: dict[str, Callable[[Path, ManifestConfig], list[Row]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rudolph.data.emoji import Emoji, EmojiConfig
 from rudolph.data.index_cache import cached_array
-from rudolph.data.manifests import Manifest, ManifestConfig
+from rudolph.data.manifests import Manifest
 from rudolph.data.pairs import PairDataset
-from rudolph.data.seeds import mixed_seed
+from rudolph.data.seeds import draws, mixed_seed, shuffled
 from rudolph.data.shapes import Shapes, ShapesConfig
+from rudolph.data.tables import ManifestConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
@@ -91,7 +92,9 @@ def open_dataset(config: DataConfig, split: str) -> PairDataset:
 
 
 class Split:
-    """One split as arrays: ``images`` (N, 3, H, W) uint8, ``keys`` and ``captions`` (N,) str."""
+    """One split as arrays: ``images`` (N, 3, H, W) uint8, and ``keys``, ``captions`` and
+    ``questions`` (N,) str; a pair without a question has an empty one.
+    """
 
     def __init__(self, config: DataConfig, split: str, cache: Path) -> None:
         self.dataset = open_dataset(config, split)
@@ -99,9 +102,11 @@ class Split:
         self.digest = self.dataset.digest
         parts = {"dataset": config.dataset, "data": self.digest}
         self.images = cached_array(cache, parts={**parts, "kind": "images"}, compute=self._images)
-        texts = cached_array(cache, parts={**parts, "kind": "texts"}, compute=self._texts)
+        kind = {**parts, "kind": "texts and questions"}
+        texts = cached_array(cache, parts=kind, compute=self._texts)
         self.keys: list[str] = texts[:, 0].tolist()
         self.captions: list[str] = texts[:, 1].tolist()
+        self.questions: list[str] = texts[:, 2].tolist()
         # Decoded pairs are large, and from here on the arrays serve.
         self.__dict__.pop("_pairs", None)
 
@@ -111,13 +116,15 @@ class Split:
     @cached_property
     def _pairs(self) -> list[Any]:
         pairs = [self.dataset[index] for index in range(len(self.dataset))]
-        return [(pair.key, pair.caption, np.asarray(pair.image)) for pair in pairs]
+        return [
+            ((pair.key, pair.caption, pair.question), np.asarray(pair.image)) for pair in pairs
+        ]
 
     def _images(self) -> np.ndarray[Any, Any]:
-        return np.stack([image for _, _, image in self._pairs]).transpose(0, 3, 1, 2)
+        return np.stack([image for _, image in self._pairs]).transpose(0, 3, 1, 2)
 
     def _texts(self) -> np.ndarray[Any, Any]:
-        return np.array([(key, caption) for key, caption, _ in self._pairs])
+        return np.array([texts for texts, _ in self._pairs])
 
     def pictures(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Pictures ``(len(indices), 3, H, W)`` in [0, 1]."""
@@ -141,15 +148,25 @@ def task_texts(
     layout: SequenceLayout,
     vocabulary: Vocabulary,
 ) -> TaskTexts:
-    """Token ids of every caption of a split for a task; computed once, then read from disk."""
+    """Token ids of the texts of every pair for a task; computed once, then read from disk."""
+    if TASKS[task].has_question and not all(split.questions):
+        raise ValueError(
+            f"data.tasks: {task} needs a question of every pair; data.manifest.question_column "
+            f"names their column"
+        )
 
-    def fill(caption: str) -> Texts:
+    def fill(caption: str, question: str = "") -> Texts:
         return fill_texts(
-            TASKS[task], caption, tokenizer=tokenizer, layout=layout, vocabulary=vocabulary
+            TASKS[task],
+            caption,
+            tokenizer=tokenizer,
+            layout=layout,
+            vocabulary=vocabulary,
+            beside=question if TASKS[task].has_question else "",
         )
 
     def compute() -> np.ndarray[Any, Any]:
-        filled = [fill(caption) for caption in split.captions]
+        filled = [fill(*texts) for texts in zip(split.captions, split.questions, strict=True)]
         rows = [
             torch.cat([text.left, text.right, torch.tensor([text.num_cut])]) for text in filled
         ]
@@ -289,22 +306,6 @@ class TokenExamples:
         }
         whole = torch.from_numpy(tokens)
         return TokenBatch(whole, whole, scored, torch.from_numpy(pairs.copy()))
-
-
-def shuffled(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
-    """The pair of each example: every epoch of ``num_pairs`` examples is a permutation."""
-    epochs, places = np.divmod(np.asarray(numbers), num_pairs)
-    pairs = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num_pairs)
-        pairs[epochs == epoch] = order[places[epochs == epoch]]
-    return pairs
-
-
-def draws(numbers: Sequence[int], seed: int, size: int) -> np.ndarray[Any, Any]:
-    """Numbers in [0, 1), ``(len(numbers), size)``: a row depends on its example's number alone."""
-    streams = (np.random.Philox(key=seed, counter=[0, 0, 0, number]) for number in numbers)
-    return np.stack([np.random.Generator(stream).random(size) for stream in streams])
 
 
 class _Batches(Dataset[Any]):

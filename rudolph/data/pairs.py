@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test", "compositional")
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture with its caption.
+    """One picture with its caption, or with a question and, as its caption, the answer.
 
     ``key`` names the pair for ever (splits and sample files use it); ``image`` is RGB and square;
     ``attributes`` is what else is known of it, by name.
@@ -26,6 +26,7 @@ class Pair:
     caption: str
     image: Image.Image
     attributes: Mapping[str, str] = field(default_factory=dict)
+    question: str = ""
 
 
 class PairDataset(Protocol):

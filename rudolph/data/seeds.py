@@ -1,9 +1,32 @@
-"""One seed made of several numbers and names, so that every draw has a stream of its own."""
+"""Seeds, orders and draws that depend on an example's number alone.
+
+So every draw has a stream of its own, whatever the batches, workers and machines.
+"""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 
 def mixed_seed(*parts: int | str) -> int:
     """One seed of 63 bits from several numbers and names."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def shuffled(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
+    """The pair of each example: every epoch of ``num_pairs`` examples is a permutation."""
+    epochs, places = np.divmod(np.asarray(numbers), num_pairs)
+    pairs = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(num_pairs)
+        pairs[epochs == epoch] = order[places[epochs == epoch]]
+    return pairs
+
+
+def draws(numbers: Sequence[int], seed: int, size: int) -> np.ndarray[Any, Any]:
+    """Numbers in [0, 1), ``(len(numbers), size)``: a row depends on its example's number alone."""
+    streams = (np.random.Philox(key=seed, counter=[0, 0, 0, number]) for number in numbers)
+    return np.stack([np.random.Generator(stream).random(size) for stream in streams])

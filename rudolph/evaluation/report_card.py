@@ -144,13 +144,36 @@ def caption_f1(subject: Subject, split: Split) -> list[Score]:
         seeds=[mixed_seed(subject.seed, index) for index in indices],
         on_token=subject.on_token,
     )
+    return _compared("image_to_text", answers, truths, subject, split)
+
+
+def _compared(
+    name: str, answers: list[str], truths: list[str], subject: Subject, split: Split
+) -> list[Score]:
+    """Token F1 of texts against the true ones, and how many are exact."""
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     chance = _chance(lambda i, j: token_f1(answers[j], truths[i]), len(truths))
     exact = (values == 1).astype(float)
     return [
-        _score("image_to_text/token_f1", split, values, subject, chance),
-        _score("image_to_text/exact", split, exact, subject, None),
+        _score(f"{name}/token_f1", split, values, subject, chance),
+        _score(f"{name}/exact", split, exact, subject, None),
     ]
+
+
+def answer_f1(subject: Subject, split: Split) -> list[Score]:
+    """Questions about pictures: token F1 of the answer, and how many are exact."""
+    if not all(split.questions):
+        raise ValueError("the question answer_f1 needs pairs that have questions")
+    indices = subject.chosen(split)
+    truths = [split.captions[index] for index in indices]
+    answers = subject.pipeline.caption(
+        split.pictures(indices),
+        config=subject.text_sampling,
+        seeds=[mixed_seed(subject.seed, index) for index in indices],
+        questions=[split.questions[index] for index in indices],
+        on_token=subject.on_token,
+    )
+    return _compared("answers", answers, truths, subject, split)
 
 
 def likelihood(subject: Subject, split: Split) -> list[Score]:
@@ -213,6 +236,7 @@ QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
     "scene_right": scene_right,
     "caption_f1": caption_f1,
+    "answer_f1": answer_f1,
     "likelihood": likelihood,
     "reconstruction": reconstruction,
 }

@@ -29,7 +29,7 @@ ZIP_START = b"PK\x03\x04"
 # What torch's unpickler raises on a file that is cut off or made up.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError),
-    *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError),
+    *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError, OSError),
 )
 
 

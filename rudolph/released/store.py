@@ -105,29 +105,31 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
     if file is not None and not file.is_file():
         raise ValueError(f"{file}: no such file")
     for companion in release.companions:
-        beside = None if file is None else file.with_name(companion)
-        copy(beside if beside and beside.is_file() else bring(companion).path, folder / companion)
+        near = None if file is None else file.with_name(companion)
+        path = near if near and near.is_file() else bring(companion).path
+        copy_whole(path, folder / companion)
     if file is None:
         fetched = bring(release.file)
         file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
     if release.family == "tokenizer":
-        copy(file, folder / TOKENIZER_FILE)
+        copy_whole(file, folder / TOKENIZER_FILE)
     else:
         convert(file, folder, family=release.family, config=release.config, origin=origin)
     shutil.rmtree(download, ignore_errors=True)
     return folder
 
 
-def copy(tokenizer: Path, path: Path) -> None:
-    """Copy a tokenizer's file, whole or not at all.
+def copy_whole(file: Path, path: Path) -> None:
+    """Copy what belongs to weights, whole or not at all.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: when it should be a tokenizer and is none.
     """
-    read_model(tokenizer)
+    if path.name == TOKENIZER_FILE:
+        read_model(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    shutil.copyfile(tokenizer, new)
+    shutil.copyfile(file, new)
     os.replace(new, path)
 
 

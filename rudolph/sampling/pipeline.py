@@ -230,22 +230,29 @@ class Pipeline:
         *,
         config: TokenSamplingConfig,
         seeds: Sequence[int],
+        questions: Sequence[str] | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
-        """Captions of pictures ``(B, 3, H, W)`` in [0, 1], S of each by ``seeds`` (B * S)."""
+        """Captions of pictures ``(B, 3, H, W)`` in [0, 1], S of each by ``seeds`` (B * S).
+
+        Args:
+            questions: one of each picture; then the texts are answers to them.
+        """
         if not len(images) or len(seeds) % len(images):
             raise ValueError(
                 f"seeds must be as many for each of {len(images)} pictures, got {len(seeds)}"
             )
-        prompt = self.texts("image_captioning", "")
+        task = "image_captioning" if questions is None else "question_answering"
+        asked = [""] * len(images) if questions is None else questions
+        lefts = torch.stack([self.texts(task, "", beside=question).left for question in asked])
+        prompt = self.texts(task, "")
         length = int((prompt.right != PAD).sum()) - int((prompt.right == EOS).sum())
         num_new = self.decoder.layout.right_text_length - length
         captions: list[str] = []
         for rows, own in _batches(len(images), len(seeds), self.batch_size):
             indices = self.encode(images[rows])
-            left = prompt.left.expand(len(indices), -1)
             right = prompt.right[:length].expand(len(indices), -1)
-            tokens = torch.cat([left, indices, right], dim=1)
+            tokens = torch.cat([lefts[rows], indices, right], dim=1)
             drawn = generate_right_text(
                 self.decoder,
                 tokens.to(self.device),

@@ -5,7 +5,7 @@ text.  The same function serves training and answering, so that both see the sam
 
 To add a task, write a ``Task`` row in ``TASKS``.
 
-Source: ru-dolph, ``rudolph/api.py`` (special tokens of each task).
+Source: ru-dolph, ``rudolph/api.py``, and fbc2_aij2022 (special tokens of each task).
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,16 @@ from rudolph.sequence.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Task:
-    """Where the caption of a pair stands, the task tokens, and the segments that are scored."""
+    """Where the caption of a pair stands, the task tokens, and the segments that are scored.
+
+    ``has_question`` says that the other text is the pair's question, and the caption its answer.
+    """
 
     caption_is_left: bool
     left_token: str
     right_token: str | None
     scored_segments: tuple[str, ...]
+    has_question: bool = False
 
 
 class Texts(NamedTuple):
@@ -84,5 +88,12 @@ TASKS = {
         left_token="<LT_I2T>",
         right_token="<RT_I2T>",
         scored_segments=("right_text",),
+    ),
+    "question_answering": Task(
+        caption_is_left=False,
+        left_token="<LT_VQA>",
+        right_token="<RT_VQA>",
+        scored_segments=("right_text",),
+        has_question=True,
     ),
 }
