@@ -20,7 +20,7 @@ from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
@@ -74,7 +74,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.vqgan.resolution != self.data.image_size:
+        # A VQ-GAN that is taken as it is reads pictures of any size that its factor divides.
+        is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
+        if self.vqgan.resolution != self.data.image_size and not is_any:
             raise ValueError(
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
@@ -102,7 +104,7 @@ class RunConfig:
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(
             bpe_size=self.tokenizer.vocab_size,
-            num_text_specials=len(TASK_TOKENS),
+            num_text_specials=self.tokenizer.num_specials,
             num_left_paddings=self.layout.left_text_length,
             codebook_size=self.vqgan.quantizer.num_codes,
         )

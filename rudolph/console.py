@@ -75,4 +75,23 @@ def silence_libraries() -> None:
     """Libraries report what users of this program cannot act on."""
     for name in ("pytorch_lightning", "lightning.pytorch", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|mlflow|torch|lightning")
+    warnings.showwarning = say_warning
+    warnings.filterwarnings("ignore", module="pytorch_lightning|mlflow|torch|lightning|urllib3")
+
+
+_show_plainly = warnings.showwarning
+
+
+def say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """A warning of this package in one line of its own, any other as Python shows it."""
+    if category.__module__.startswith("rudolph."):
+        say(f"  {message}")
+    else:
+        _show_plainly(message, category, filename, lineno, file, line)

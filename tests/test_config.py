@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import string
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from rudolph.config import (
     read_run,
     to_yaml,
 )
+from rudolph.models.pretrained import empty_model
+from rudolph.released.table import RELEASED
 from rudolph.settings import ConfigError, json_schema
 from rudolph.training.optim import OptimConfig
 
@@ -65,6 +67,25 @@ def test_variants_grid_and_seeds_are_expanded_in_order(tmp_path: Path) -> None:
     assert len({run.name for run in runs}) == len({run.config.digest for run in runs}) == 8
     assert runs[0].name == "small-temperature=0.5-seed0"
     assert runs[0].config.decoder.layer_masks == ("row", "conv(3)")
+
+
+@pytest.mark.parametrize("size", ["350m", "1.3b", "2.7b"])
+def test_the_base_of_a_released_size_is_that_of_its_file(tmp_path: Path, size: str) -> None:
+    name = f"RUDOLPH-{size.upper()}" if size != "350m" else "RUDOLPH-350M"
+    base = ROOT / "experiments" / "base" / f"rudolph_{size}.yaml"
+    content = {"title": "t", "question": "q", "base": str(base), "settings": {}}
+    content["settings"] = {"data.manifest.path": "pairs.csv"}
+    config = load_experiment(write(tmp_path, content)).runs[0].config
+    assert config.decoder.init == config.tokenizer.path == name
+    model = empty_model("rudolph", RELEASED[name].config)
+    assert config.sequence_layout == model.layout
+    assert replace(config.vocabulary, num_image_specials=0) == replace(
+        model.vocabulary, num_image_specials=0
+    )
+    assert replace(config.decoder, init=None) == model.config
+    vqgan = empty_model("vqgan", RELEASED[str(config.vqgan.init)].config)
+    assert replace(config.vqgan, init=None) == vqgan.config
+    assert config.data.image_size // config.vqgan.factor == model.layout.image_tokens_per_dim
 
 
 def test_a_base_stands_below_settings_and_the_command_line_above_all(tmp_path: Path) -> None:

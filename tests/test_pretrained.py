@@ -366,3 +366,11 @@ def parameter_formula(
 def test_what_the_reference_cannot_express_is_named(model: nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         to_reference(model)
+
+
+def test_a_checkpoint_that_holds_itself_is_told_and_not_followed_for_ever(parity) -> None:
+    golden = parity("realesrgan_x2")
+    endless: dict[str, Any] = {}
+    endless["state_dict"] = endless
+    with pytest.raises(ValueError, match="the file lacks"):
+        from_reference("realesrgan", golden.config, endless)

@@ -19,7 +19,7 @@ import youtokentome
 from torch import Tensor
 
 from rudolph.sequence.bpe import WORD, WORD_START, read_model, train
-from rudolph.sequence.layout import BOS, EOS, PAD
+from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,23 @@ class TokenizerConfig:
     """A BPE vocabulary trained on the captions of the training split.
 
     ``bpe_dropout`` is the share of merges that training skips at random (Provilkov 2020).
-    ``path`` names a released or trained ``bpe.model`` to use instead of training one.
+    ``path`` names a ``bpe.model``, or a run or release that has one, to use instead of training
+    one.  ``num_specials`` are the ids after BPE that name tasks; 0 leaves task tokens out.
     """
 
     vocab_size: int = 16384
     bpe_dropout: float = 0.0
     path: str | None = None
+    num_specials: int = len(TASK_TOKENS)
 
     def __post_init__(self) -> None:
         if self.vocab_size < 5:
             raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
+        if self.num_specials < len(TASK_TOKENS) and self.num_specials != 0:
+            raise ValueError(
+                f"num_specials must be 0 or at least {len(TASK_TOKENS)}, the task tokens, "
+                f"got {self.num_specials}"
+            )
         if not 0 <= self.bpe_dropout < 1:
             raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
 

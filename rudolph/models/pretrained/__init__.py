@@ -80,12 +80,16 @@ def to_reference(model: nn.Module) -> Reference:
 
 def unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors themselves, out of what trainers wrap around them."""
-    for name in ("params_ema", "params", "state_dict"):
-        if isinstance(state_dict.get(name), Mapping):
-            return unwrapped(state_dict[name])
+    # Bounded, since a file may hold itself.
+    for _ in range(len(WRAPPINGS)):
+        inner = [state_dict[name] for name in WRAPPINGS if name in state_dict]
+        if not inner or not isinstance(inner[0], Mapping):
+            break
+        state_dict = inner[0]
     return state_dict
 
 
+WRAPPINGS = ("params_ema", "params", "state_dict")
 FAMILIES: dict[str, Family] = {
     "rudolph": RUDOLPH,
     "rudalle": RUDALLE,
