@@ -201,3 +201,5 @@ def test_answers_are_drawn_after_their_own_question(tmp_path: Path) -> None:
         )
         assert alone == [together[at]]
     assert together != pipeline.caption(images, config=plain, seeds=[1, 2, 3])
+    with pytest.raises(ValueError, match="one for each of 3 pictures, got 1"):
+        pipeline.caption(images, config=plain, seeds=[1, 2, 3], questions=asked[:1])

@@ -235,6 +235,10 @@ def caption_picture(given: Any) -> int:
     sampling = sampling_of(source.sampling.text, given)
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
     asked = None if given.question is None else [given.question]
+    if given.question is not None:
+        texts = source.pipeline.texts("question_answering", "", beside=given.question)
+        if texts.num_cut:
+            say(f"the question is too long: its last {texts.num_cut} BPE ids are cut")
     captions = source.pipeline.caption(
         picture[None], config=sampling, seeds=seeds, questions=asked
     )

@@ -242,6 +242,10 @@ class Pipeline:
             raise ValueError(
                 f"seeds must be as many for each of {len(images)} pictures, got {len(seeds)}"
             )
+        if questions is not None and len(questions) != len(images):
+            raise ValueError(
+                f"questions must be one for each of {len(images)} pictures, got {len(questions)}"
+            )
         task = "image_captioning" if questions is None else "question_answering"
         asked = [""] * len(images) if questions is None else questions
         lefts = torch.stack([self.texts(task, "", beside=question).left for question in asked])
