@@ -136,21 +136,29 @@ def scene_right(subject: Subject, split: Split) -> list[Score]:
 
 def caption_f1(subject: Subject, split: Split) -> list[Score]:
     """Image to text: token F1 of the caption of the real picture, and how many are exact."""
+    return _compared("image_to_text", subject, split, questions=None)
+
+
+def answer_f1(subject: Subject, split: Split) -> list[Score]:
+    """Questions about pictures: token F1 of the answer, and how many are exact."""
+    if not all(split.questions):
+        raise ValueError("the question answer_f1 needs pairs that have questions")
+    return _compared("answers", subject, split, questions=split.questions)
+
+
+def _compared(
+    name: str, subject: Subject, split: Split, *, questions: list[str] | None
+) -> list[Score]:
+    """Token F1 of what the decoder says of the real pictures, and how many are exact."""
     indices = subject.chosen(split)
     truths = [split.captions[index] for index in indices]
     answers = subject.pipeline.caption(
         split.pictures(indices),
         config=subject.text_sampling,
         seeds=[mixed_seed(subject.seed, index) for index in indices],
+        questions=None if questions is None else [questions[index] for index in indices],
         on_token=subject.on_token,
     )
-    return _compared("image_to_text", answers, truths, subject, split)
-
-
-def _compared(
-    name: str, answers: list[str], truths: list[str], subject: Subject, split: Split
-) -> list[Score]:
-    """Token F1 of texts against the true ones, and how many are exact."""
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     chance = _chance(lambda i, j: token_f1(answers[j], truths[i]), len(truths))
     exact = (values == 1).astype(float)
@@ -158,22 +166,6 @@ def _compared(
         _score(f"{name}/token_f1", split, values, subject, chance),
         _score(f"{name}/exact", split, exact, subject, None),
     ]
-
-
-def answer_f1(subject: Subject, split: Split) -> list[Score]:
-    """Questions about pictures: token F1 of the answer, and how many are exact."""
-    if not all(split.questions):
-        raise ValueError("the question answer_f1 needs pairs that have questions")
-    indices = subject.chosen(split)
-    truths = [split.captions[index] for index in indices]
-    answers = subject.pipeline.caption(
-        split.pictures(indices),
-        config=subject.text_sampling,
-        seeds=[mixed_seed(subject.seed, index) for index in indices],
-        questions=[split.questions[index] for index in indices],
-        on_token=subject.on_token,
-    )
-    return _compared("answers", answers, truths, subject, split)
 
 
 def likelihood(subject: Subject, split: Split) -> list[Score]:
