@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +97,12 @@ def test_show_prints_what_was_run_and_its_schema_holds_it(
     assert main(["show", "tiny.yaml", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert set(schema["properties"]) == set(printed)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m rudolph models | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("name ") and "Traceback" not in done.stderr
 
 
 def test_sync_sends_what_is_waiting(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:

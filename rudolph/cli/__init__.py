@@ -7,6 +7,8 @@ To add a verb, write its parser and its function in the module of its kind, and 
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from rudolph.cli.data import add_data
@@ -25,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     silence_libraries()
     try:
-        return given.verb(given)
+        code: int = given.verb(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who read the output, such as head, has what it wanted; nothing more can be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.filename is None:
             raise
