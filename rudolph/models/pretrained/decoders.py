@@ -159,7 +159,8 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
         if table.shape != rules[0].shape:
             shape = tuple(rules[0].shape)
             raise ValueError(f"{family}: {name} must be {shape}, got {tuple(table.shape)}")
-    tables = {name: table.bool() for name, table in stored.items() if name in names}
+    # The rules are made on the CPU, wherever the weights go.
+    tables = {name: table.bool().cpu() for name, table in stored.items() if name in names}
     pairs = [(name, rule) for name, rule in zip(names, rules, strict=True) if name in tables]
     differ = sorted({name for name, rule in pairs if not torch.equal(tables[name], rule)})
     if not differ:
