@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rudolph.models.decoder import DecoderConfig, KeyValueCache, MaskedDecoder, attention
+from rudolph.models.attention import Seen, attention
+from rudolph.models.cache import keys_read
+from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.masks import mask_table, parse_mask
 
 CASES = ["rudolph_350m_like", "rudolph_plain_norms", "rudolph_v1_no_specials"]
 LAYOUT = SequenceLayout(5, 3, 4)
@@ -76,7 +79,7 @@ def test_cached_logits_equal_uncached_logits(
     pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
     config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
     model, tokens = small_decoder(config), random_tokens(3)
-    cache = KeyValueCache(config, LAYOUT, batch_size=3, like=model.to_logits.weight)
+    cache = model.new_cache(3)
     parts, start = [], 0
     with torch.no_grad():
         for step in steps:
@@ -86,17 +89,73 @@ def test_cached_logits_equal_uncached_logits(
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
 
 
-def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix() -> None:
-    model, tokens = small_decoder(), random_tokens(2)
-    cache = KeyValueCache(SMALL, LAYOUT, batch_size=2, like=model.to_logits.weight)
+@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("mask", [*MASKS, "mixed"])
+@pytest.mark.parametrize(("given", "steps"), [(5, (1,) * 13), (1, (3, 2, 12)), (15, (2, 1))])
+def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
+    mask: str, right_sees_left: bool, given: int, steps: tuple[int, ...]
+) -> None:
+    pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
+    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    model = small_decoder(config)
+    tokens = random_tokens(6)
+    # Samples of a prompt have its beginning in common.
+    tokens[:, :given] = tokens[::3, :given].repeat_interleave(3, dim=0)
     with torch.no_grad():
-        model.hidden(tokens[:, :5], cache)
-        samples = cache.repeat(3)
-        rest = tokens[:, 5:7].repeat_interleave(3, dim=0)
-        hidden = model.hidden(rest, samples)
-        expected = model.hidden(tokens[:, :7])[:, 5:].repeat_interleave(3, dim=0)
-    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
-    assert cache.length == 5
+        prompts = model.new_cache(2, num_positions=given)
+        model.hidden(tokens[::3, :given], prompts)
+        cache = prompts.repeat(3, num_positions=sum(steps))
+        parts, start = [], given
+        for step in steps:
+            parts.append(model.hidden(tokens[:, start : start + step], cache))
+            start += step
+        expected = model.hidden(tokens)[:, given:start]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
+    assert (prompts.length, cache.length) == (given, start)
+
+
+def test_a_position_that_is_forgotten_leaves_no_trace() -> None:
+    model, tokens = small_decoder(), random_tokens(4)
+    with torch.no_grad():
+        cache = model.new_cache(2, num_positions=6)
+        model.hidden(tokens[:2, :6], cache)
+        cache = cache.repeat(2, num_positions=5)
+        model.hidden(tokens[:, 6:11].flip(1), cache)
+        cache.length = 6
+        found = model.hidden(tokens[:, 6:11], cache)
+        sequences = torch.cat([tokens[:2, :6].repeat_interleave(2, dim=0), tokens[:, 6:11]], dim=1)
+        expected = model.hidden(sequences)[:, 6:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_cache_goes_on_with_the_samples_that_are_kept() -> None:
+    model, tokens = small_decoder(), random_tokens(6)
+    tokens[:, :4] = tokens[::2, :4].repeat_interleave(2, dim=0)
+    with torch.no_grad():
+        cache = model.new_cache(3, num_positions=4)
+        model.hidden(tokens[::2, :4], cache)
+        cache = cache.repeat(2, num_positions=3)
+        model.hidden(tokens[:, 4:6], cache)
+        cache = cache.keep(torch.tensor([0, 2]), torch.tensor([[1], [0]]))
+        found = model.hidden(tokens[[1, 4], 6:7], cache)
+        expected = model.hidden(tokens[[1, 4], :7])[:, 6:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_step_reads_what_its_mask_needs_and_little_more(mask: str) -> None:
+    layout = SequenceLayout(left_text_length=5, image_tokens_per_dim=8, right_text_length=3)
+    table = mask_table(parse_mask(mask), layout)
+    for position in range(5, layout.length):
+        # What a prompt's samples share is read apart, as the sampler does.
+        row = table[position : position + 1, 5 : position + 1]
+        read = keys_read(row)
+        numbers = torch.arange(position - 4)[read.at]
+        seen = numbers if read.mask is None else numbers[read.mask[0]]
+        assert torch.equal(seen, row[0].nonzero().flatten())
+        assert len(numbers) <= 3 * len(seen)
+        if mask in ("row", "column") and position < layout.right_text_start:
+            assert len(numbers) == len(seen) <= 9
 
 
 def test_segment_logits_are_slices_of_all_logits() -> None:
@@ -113,23 +172,24 @@ def test_half_precision_attention_equals_the_fused_kernel(
     dtype: torch.dtype, pb_relax: bool
 ) -> None:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    query, key, value = (torch.randn(6, 7, 8) for _ in range(3))
     mask = torch.ones(7, 7).tril().bool()
-    expected = attention(query, key, value, mask=mask, pb_relax=False, dropout=0.0)
-    half = (tensor.to(dtype) for tensor in (query, key, value))
-    found = attention(*half, mask=mask, pb_relax=pb_relax, dropout=0.0)
+    expected = attention(query, [Seen(key, value, mask)], pb_relax=False, dropout=0.0)
+    half = [tensor.to(dtype) for tensor in (query, key, value)]
+    seen = [Seen(*half[1:], mask)]
+    found = attention(half[0], seen, pb_relax=pb_relax, dropout=0.0)
     torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
 
 
 def test_pb_relax_survives_scores_that_overflow_float16() -> None:
-    query = torch.full((1, 1, 2, 4), 400.0, dtype=torch.float16)
+    query = torch.full((1, 2, 4), 400.0, dtype=torch.float16)
     key = query.clone()
     key[..., 1, :] = -400.0
-    value = torch.eye(2, 4, dtype=torch.float16)[None, None]
+    value = torch.eye(2, 4, dtype=torch.float16)[None]
     mask = torch.ones(2, 2).bool()
-    relaxed = attention(query, key, value, mask=mask, pb_relax=True, dropout=0.0)
-    plain = attention(query, key, value, mask=mask, pb_relax=False, dropout=0.0)
-    assert torch.equal(relaxed[0, 0, 0], value[0, 0, 0])
+    relaxed = attention(query, [Seen(key, value, mask)], pb_relax=True, dropout=0.0)
+    plain = attention(query, [Seen(key, value, mask)], pb_relax=False, dropout=0.0)
+    assert torch.equal(relaxed[0, 0], value[0, 0])
     assert not torch.isfinite(plain).all()
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.quantizers import QuantizerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig
+from rudolph.sampling.couplings import uniform_numbers
 from rudolph.sampling.filters import TokenSamplingConfig, draw, next_shares
-from rudolph.sampling.generate import FREE, generate_image, uniform_numbers
+from rudolph.sampling.generate import FREE, generate_image
 from rudolph.sampling.image_prompts import (
     SIDES,
     border_mask,
@@ -242,8 +243,9 @@ def test_leading_tokens_read_with_the_prompt_equal_those_fed_one_by_one(
 
     monkeypatch.setattr(model, "hidden", watched)
     fast = sampled(model, known, guidance)
-    num_given = int((known[0] == FREE).int().argmax())
-    assert lengths == [5 + num_given] + [1] * (NUM_IMAGE - num_given - 1)
+    free = (known[0] == FREE).nonzero().flatten()
+    # What is given between free places is read with the token before it, once.
+    assert lengths == [5 + int(free[0]), *free.diff().tolist()]
     lengths.clear()
     # Beside a prompt whose first token is free, no token is read with the texts.
     beside = torch.stack([known[1], torch.full((NUM_IMAGE,), FREE)])

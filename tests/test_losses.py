@@ -104,6 +104,27 @@ def test_a_segment_of_weight_zero_gives_no_gradient_and_costs_nothing(segment: s
         assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 5])
+def test_parts_of_the_labels_give_the_losses_and_gradients_of_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    found = []
+    for bound in (1000, at_once):
+        monkeypatch.setattr("rudolph.models.scoring.LABELS_AT_ONCE", bound)
+        model, tokens = tiny()
+        rows: list[int] = []
+        part = model.to_logits.part
+        model.to_logits.part = lambda number, hidden, part=part, rows=rows: (
+            rows.append(len(hidden)) or part(number, hidden)
+        )
+        config = DecoderLossConfig(label_smoothing=0.1)
+        losses = segment_losses(model, tokens, config)
+        weighted_mean(losses, config.weights).backward()
+        assert max(rows) <= bound
+        found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_only_scored_examples_count() -> None:
     model, tokens = tiny()
     scored = {"image": torch.tensor([True, False]), "right_text": torch.tensor([False, False])}

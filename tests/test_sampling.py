@@ -9,8 +9,9 @@ import torch
 
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
+from rudolph.sampling.couplings import uniform_numbers
 from rudolph.sampling.filters import TokenSamplingConfig, draw, filter_logits, guided, next_shares
-from rudolph.sampling.generate import generate_image, generate_right_text, uniform_numbers
+from rudolph.sampling.generate import FREE, generate_image, generate_right_text
 from rudolph.sequence.layout import EOS, PAD, SequenceLayout, Vocabulary
 
 PLAIN = TokenSamplingConfig()
@@ -123,6 +124,44 @@ def test_right_text_stops_and_never_holds_what_is_no_text() -> None:
             assert all(0 < token < 20 for token in row[:end])
             counts[end] += 1
     assert len(counts) > 2
+
+
+def long_winded() -> tuple[MaskedDecoder, torch.Tensor]:
+    """A decoder whose texts end at different lengths, and three prompts before a right text."""
+    torch.manual_seed(4)
+    config = DecoderConfig(2, 24, 3, layer_masks=("row", "conv(3)"))
+    model = MaskedDecoder(config, SequenceLayout(5, 3, 20), Vocabulary(20, 3, 5, 11, 2)).eval()
+    with torch.no_grad():
+        model.to_logits.bias[EOS] = 1.5
+    return model, torch.cat([LEFT, torch.zeros(3, 9, dtype=torch.long), LEFT[:, :1]], dim=1)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_samples_that_have_ended_leave_the_batch_and_change_no_other(num_samples: int) -> None:
+    model, prompt = long_winded()
+    rows: list[int] = []
+    model.layers[0].register_forward_hook(lambda _, given, out: rows.append(len(out)))
+    seeds = list(range(3 * num_samples))
+    together = generate_right_text(model, prompt, config=PLAIN, seeds=seeds)
+    assert rows == [3, *sorted(rows[1:], reverse=True)] and min(rows) <= 1.5 * num_samples
+    for at, seed in enumerate(seeds):
+        alone = prompt[at // num_samples][None]
+        found = generate_right_text(model, alone, config=PLAIN, seeds=[seed])
+        assert torch.equal(together[at], found[0])
+
+
+def test_prompts_of_several_lengths_share_a_batch() -> None:
+    model, prompt = long_winded()
+    known = torch.full((3, 19), FREE)
+    known[1, :2], known[2, :6] = torch.tensor([7, 9]), torch.tensor([4, 5, 6, 7, 8, 9])
+    together = generate_right_text(model, prompt, config=PLAIN, seeds=[1, 2, 3], known=known)
+    for at, given in enumerate(known):
+        alone = generate_right_text(
+            model, prompt[at][None], config=PLAIN, seeds=[at + 1], known=given[None]
+        )
+        assert torch.equal(together[at], alone[0])
+        is_given = given != FREE
+        assert torch.equal(together[at][is_given], given[is_given])
 
 
 def test_guidance_without_a_text_to_lead_away_from_is_refused() -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rudolph.models.attention import Look, WholeLook, attention
+from rudolph.models.cache import KeyValueCache, Reads
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
 
-PB_RELAX_SCALE = 32.0
 HALF_MAX = 65504.0
 
 
@@ -95,65 +96,6 @@ class DecoderConfig:
         return layer_masks(self.layer_masks, self.last_layer_mask, self.num_layers)
 
 
-class KeyValueCache:
-    """Keys and values of the positions seen so far, in memory that is allocated once.
-
-    Args:
-        batch_size: the number of sequences that decode together.
-        like: a tensor of the device and dtype wanted.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, layout: SequenceLayout, *, batch_size: int, like: Tensor
-    ) -> None:
-        shape = (
-            config.num_layers,
-            batch_size,
-            config.num_heads,
-            layout.length,
-            config.hidden_size // config.num_heads,
-        )
-        self.keys = torch.zeros(shape, device=like.device, dtype=like.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer; all of its keys and values, ``(B, N, T', H)``."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def repeat(self, num_samples: int) -> "KeyValueCache":
-        """The same prefix for several samples of each sequence, sample by sample."""
-        copy = object.__new__(KeyValueCache)
-        copy.keys = self.keys.repeat_interleave(num_samples, dim=1)
-        copy.values = self.values.repeat_interleave(num_samples, dim=1)
-        copy.length = self.length
-        return copy
-
-
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, pb_relax: bool, dropout: float
-) -> Tensor:
-    """Softmax attention of ``(B, N, T, H)`` tensors under a ``(T, T')`` bool mask.
-
-    PB-relax keeps float16 scores from overflowing: they are computed 32 times smaller, and the
-    row's maximum leaves before they grow back.  In float32 and bfloat16, and in a kernel that
-    keeps its scores in float32, it changes nothing but rounding and is left out.
-    """
-    # On CPU the fused kernel takes three times as long as plain products in half precision.
-    if query.device.type != "cpu" or query.dtype == torch.float32:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    is_relaxed = pb_relax and query.dtype == torch.float16
-    query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
-    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-    scores = query @ key.transpose(-1, -2) + bias  # (B, N, T, T')
-    if is_relaxed:
-        scores = (scores - scores.amax(-1, keepdim=True)) * PB_RELAX_SCALE
-    return F.dropout(scores.softmax(-1), dropout) @ value
-
-
 class Layer(nn.Module):
     """One transformer layer: norm, attention, (norm,) add; norm, MLP, (norm,) add."""
 
@@ -171,26 +113,34 @@ class Layer(nn.Module):
         self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
         self.dropout = nn.Dropout(config.output_dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, cache: KeyValueCache | None = None, index: int = 0
-    ) -> Tensor:
-        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), mask, cache, index))
+    def forward(self, x: Tensor, look: Look) -> Tensor:
+        """``(B, T, D)``; ``look`` says what each position sees."""
+        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
         hidden = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.config.gelu)
         return x + self.mlp_out_norm(self.dropout(self.mlp_out(hidden)))
 
-    def attend(self, x: Tensor, mask: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
-        batch, length, size = x.shape
+    def attend(self, x: Tensor, look: Look) -> Tensor:
+        batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
-        if cache is not None:
-            key, value = cache.extend(index, key, value)
         dropout = self.config.attention_dropout if self.training else 0.0
-        out = attention(
-            query, key, value, mask=mask, pb_relax=self.config.pb_relax, dropout=dropout
-        )
-        out = self.to_out(out.transpose(1, 2).reshape(batch, length, size))
+        query, seen = look.split(qkv)
+        out = attention(query, seen, pb_relax=self.config.pb_relax, dropout=dropout)
+        out = self.to_out(look.merge(out))
         # The reference clamps to the range of float16 in every precision.
         return self.dropout(out.clamp(-HALF_MAX, HALF_MAX))
+
+
+class SegmentHead(nn.Linear):
+    """Logits of all text ids and then all image ids; a token needs one part alone."""
+
+    def __init__(self, hidden_size: int, vocabulary: Vocabulary) -> None:
+        super().__init__(hidden_size, vocabulary.size)
+        self.sizes = [vocabulary.text_size, vocabulary.image_size]
+
+    def part(self, number: int, hidden: Tensor) -> Tensor:
+        """Logits of the text ids (part 0) or of the image ids (part 1)."""
+        weight, bias = (torch.split(part, self.sizes)[number] for part in (self.weight, self.bias))
+        return F.linear(hidden, weight, bias)
 
 
 class MaskedDecoder(nn.Module):
@@ -226,7 +176,7 @@ class MaskedDecoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(size)
         self.logits_norm = nn.LayerNorm(size) if config.double_final_norm else nn.Identity()
-        self.to_logits = nn.Linear(size, vocabulary.size)
+        self.to_logits = SegmentHead(size, vocabulary)
         self.register_masks()
         self.init_embeddings()
 
@@ -244,6 +194,7 @@ class MaskedDecoder(nn.Module):
     def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
         """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
         self.mask_of_layer = list(mask_of_layer)
+        self.known_reads: dict[tuple[int, int, int], list[Reads]] = {}
         self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
 
     @property
@@ -258,6 +209,15 @@ class MaskedDecoder(nn.Module):
                 config = self.config
                 std = config.token_init_std if is_token else config.position_init_std
                 nn.init.normal_(table.weight, std=std)
+
+    def new_cache(self, batch_size: int, *, num_positions: int | None = None) -> KeyValueCache:
+        """An empty cache, with room for whole sequences unless told otherwise."""
+        config, length = self.config, num_positions or self.layout.length
+        heads, size = config.num_heads, config.hidden_size // config.num_heads
+        own = self.final_norm.weight.new_empty(
+            config.num_layers, 2, batch_size, heads, 1, length, size
+        )
+        return KeyValueCache(self.mask_tables.cpu(), self.known_reads, own)
 
     @property
     def num_leading(self) -> int:
@@ -283,25 +243,28 @@ class MaskedDecoder(nn.Module):
             tokens = self._after_leading(tokens)
         end = start + tokens.shape[1]
         x = self.embed(tokens, start)
-        for index, layer in enumerate(self.layers):
-            mask = self.mask_tables[self.mask_of_layer[index], start:end, :end]
+        looks: Sequence[Look]
+        if cache is None:
+            tables = self.mask_tables[:, :end, :end].unbind()
+            looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
+        else:
+            looks = cache.looks(end, self.mask_of_layer)
+        for layer, look in zip(self.layers, looks, strict=True):
             if self.has_checkpointing and self.training:
-                x = checkpoint(layer, x, mask, use_reentrant=False)
+                x = checkpoint(layer, x, look, use_reentrant=False)
             else:
-                x = layer(x, mask, cache, index)
+                x = layer(x, look)
         if cache is not None:
             cache.length = end
         return x
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text vocabulary alone, ``(..., Vt)``."""
-        size = self.vocabulary.text_size
-        return F.linear(hidden, self.to_logits.weight[:size], self.to_logits.bias[:size])
+        return self.to_logits.part(0, hidden)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the image vocabulary alone, ``(..., Vi)``."""
-        size = self.vocabulary.text_size
-        return F.linear(hidden, self.to_logits.weight[size:], self.to_logits.bias[size:])
+        return self.to_logits.part(1, hidden)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Token plus position embeddings of the positions from ``start`` on, ``(B, T, D)``."""

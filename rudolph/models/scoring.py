@@ -8,11 +8,14 @@ Shapes: B batch, T tokens, M labels of a segment, D hidden size.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.sequence.layout import PAD
 
 NOT_SCORED = -1
+# Labels whose logits are held at once, in float32: the head is the widest product of the model.
+LABELS_AT_ONCE = 1024
 
 
 def segment_labels(
@@ -78,8 +81,22 @@ def label_losses(
     start, target = labels
     keep = target != NOT_SCORED
     head = model.image_logits if segment == "image" else model.text_logits
-    # Only scored positions pass through the head, the widest product of the model.
-    logits = head(hidden[:, start : start + target.shape[1]][keep]).float()
-    return F.cross_entropy(
-        logits[:, :num_classes], target[keep], reduction="none", label_smoothing=label_smoothing
+    # Only scored positions pass through the head.
+    rows, labelled = hidden[:, start : start + target.shape[1]][keep], target[keep]
+
+    def losses(rows: Tensor, labelled: Tensor) -> Tensor:
+        logits = head(rows).float()[:, :num_classes]
+        return F.cross_entropy(logits, labelled, reduction="none", label_smoothing=label_smoothing)
+
+    if len(rows) <= LABELS_AT_ONCE:
+        return losses(rows, labelled)
+    parts = zip(
+        torch.split(rows, LABELS_AT_ONCE), torch.split(labelled, LABELS_AT_ONCE), strict=True
+    )
+    # Logits are computed again in the backward pass, so those of one part are held and no more.
+    return torch.cat(
+        [
+            checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
+        ]
     )

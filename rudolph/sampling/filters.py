@@ -52,18 +52,17 @@ class TokenSamplingConfig:
 def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
     """Logits ``(B, V)`` over temperature, with what may not be drawn at minus infinity."""
     logits = logits / config.temperature
-    if config.top_k is not None and config.top_k < logits.shape[-1]:
-        # Scatter, not compare with the k-th value: ties would keep more than k.
-        values, kept = logits.topk(config.top_k)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, values)
-    if config.top_p is not None and config.top_p < 1:
-        values, order = logits.sort(descending=True)
+    top_k, top_p = min(config.top_k or logits.shape[-1], logits.shape[-1]), config.top_p or 1.0
+    if top_k == logits.shape[-1] and top_p == 1:
+        return logits
+    # Sorted once, and no more of it than top-k leaves to top-p.
+    values, kept = logits.topk(top_k)
+    if top_p < 1:
         shares = values.softmax(-1)
         # The token that crosses top_p is kept: what counts is the mass before it.
-        is_dropped = shares.cumsum(-1) - shares > config.top_p
-        values = values.masked_fill(is_dropped, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, values)
-    return logits
+        values = values.masked_fill(shares.cumsum(-1) - shares > top_p, -torch.inf)
+    # Scatter, not compare with the k-th value: ties would keep more than k.
+    return torch.full_like(logits, -torch.inf).scatter_(-1, kept, values)
 
 
 def next_shares(

@@ -1,9 +1,20 @@
 """From a prompt to tokens: one loop for every segment and task.
 
-The prompt is computed once for all samples of it; then one position at a time with a static
-key-value cache, through the segment's part of the head alone.
+The prompt is computed once for all samples of it; then come new positions with a static key-value
+cache, through the segment's part of the head alone.
 
-Shapes: B prompts, S samples of each, N new tokens, T tokens, Vs the segment's vocabulary.
+A token is a function of its distribution and of noise that is fixed before it (``couplings``), so
+what is drawn is a fixed point that several tokens at once can find.  The next ``window`` tokens
+are guessed; one call gives the distributions after all of the guesses; each token is drawn again,
+from its own, with its own noise.  Up to the first that differs from its guess, and with it, the
+draws followed tokens that are final, so they are final too; the others are the next guesses.  A
+window of 1 is decoding token by token.
+
+Source: Teng et al. 2024 (arXiv:2410.01699) for the window and its first guesses; noise that is
+kept instead of their test of ratios is Gumbel coupling (So et al. 2025, arXiv:2510.24211).
+
+Shapes: B prompts, S samples of each, N new tokens, W tokens of a window, T tokens, C copies of
+each sample (2 with guidance), D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +22,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rudolph.models.decoder import KeyValueCache, MaskedDecoder
-from rudolph.sampling.filters import TokenSamplingConfig, draw, next_shares
+from rudolph.models.cache import KeyValueCache
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.sampling.couplings import COUPLINGS
+from rudolph.sampling.filters import TokenSamplingConfig, next_shares
 from rudolph.sequence.layout import EOS, PAD
 
-# An image token that is to be drawn.
+# A token that is to be drawn.
 FREE = -1
-
-
-def uniform_numbers(seeds: Sequence[int], num_new: int) -> Tensor:
-    """Numbers in [0, 1) for each draw, ``(len(seeds), N)``: one stream a sample, by its seed."""
-    rows = [
-        torch.rand(num_new, generator=torch.Generator().manual_seed(seed % 2**63))
-        for seed in seeds
-    ]
-    return torch.stack(rows)
 
 
 @torch.inference_mode()
@@ -37,6 +41,8 @@ def generate_image(
     seeds: Sequence[int],
     unconditional: Tensor | None = None,
     known: Tensor | None = None,
+    window: int = 1,
+    coupling: str = "inversion",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Image indices ``(B * S, I)`` for left texts ``(B, l)``; S is ``len(seeds) / B``.
@@ -45,30 +51,42 @@ def generate_image(
         seeds: one for each sample, the samples of a prompt next to each other.
         unconditional: ``(l,)``, the left text that guidance leads away from.
         known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
-        on_token: called with the number of tokens done.
+        window: tokens a call; the indices are the same for every window, up to rounding.
+        coupling: a name in ``COUPLINGS``.
+        on_token: called after each call with the number of tokens done.
 
     Raises:
-        ValueError: when guidance is set and there is no unconditional text.
+        ValueError: when guidance is set and there is no unconditional text, for a window below 1
+            or an unknown coupling.
     """
-    num_new, copies = model.layout.num_image_tokens, 1
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+    num_new, num_codes = model.layout.num_image_tokens, model.vocabulary.codebook_size
     prompts = left
     if config.guidance is not None:
         if unconditional is None:
             raise ValueError("guidance needs an unconditional left text")
-        prompts, copies = torch.cat([left, unconditional.expand_as(left)]), 2
+        prompts = torch.cat([left, unconditional.expand_as(left)])
+    noise = COUPLINGS[coupling].noise(seeds, num_new, num_codes).to(left.device)
+    if known is None:
+        known = torch.full((len(left), num_new), FREE)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = model.image_logits(hidden)[:, : model.vocabulary.codebook_size]
-        return next_shares(logits[: len(seeds)], config, logits[len(seeds) :])
+    def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
+        width = hidden.shape[1]
+        logits = model.image_logits(hidden)[..., :num_codes].flatten(0, 1)
+        shares = next_shares(logits[: len(rows) * width], config, logits[len(rows) * width :])
+        own = noise[:, start : start + width].flatten(0, 1)
+        return COUPLINGS[coupling].draw(shares, own).view(-1, width)
 
     return _generate(
         model,
         prompts,
+        known.to(left.device),
         num_samples=len(seeds) // len(left),
-        head=head,
-        uniform=uniform_numbers(seeds, num_new),
-        known=known,
-        copies=copies,
+        redraw=redraw,
+        window=window,
         on_token=on_token,
     )
 
@@ -80,25 +98,33 @@ def generate_right_text(
     *,
     config: TokenSamplingConfig,
     seeds: Sequence[int],
+    known: Tensor | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Right-text ids ``(B * S, N)`` after ``tokens`` (B, T), which end inside the right text.
 
     What follows the first ``EOS`` is padding; task tokens and padding ids are never drawn.
+
+    Args:
+        known: ``(B, N)``, ids that are given, as of prompts longer than others; else ``FREE``.
     """
     num_new = model.layout.length - tokens.shape[1]
+    noise = COUPLINGS["inversion"].noise(seeds, num_new, 0).to(tokens.device)
+    if known is None:
+        known = torch.full((len(tokens), num_new), FREE)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = model.text_logits(hidden)[:, : model.vocabulary.bpe_size].clone()
+    def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
+        logits = model.text_logits(hidden[:, 0])[:, : model.vocabulary.bpe_size].clone()
         logits[:, PAD] = -torch.inf
-        return next_shares(logits, config)
+        own = noise[rows, start]
+        return COUPLINGS["inversion"].draw(next_shares(logits, config), own)[:, None]
 
     drawn = _generate(
         model,
         tokens,
+        known.to(tokens.device),
         num_samples=len(seeds) // len(tokens),
-        head=head,
-        uniform=uniform_numbers(seeds, num_new),
+        redraw=redraw,
         stop=EOS,
         on_token=on_token,
     )
@@ -109,39 +135,80 @@ def generate_right_text(
 def _generate(
     model: MaskedDecoder,
     prompts: Tensor,
+    known: Tensor,
     *,
     num_samples: int,
-    head: Callable[[Tensor], Tensor],
-    uniform: Tensor,
-    known: Tensor | None = None,
-    copies: int = 1,
+    redraw: Callable[[Tensor, Tensor, int], Tensor],
+    window: int = 1,
     stop: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The loop: ``uniform`` (B * S, N) decides the draws; ``copies`` rows of a sample see them."""
-    like, num_new = model.to_logits.weight, uniform.shape[1]
-    tokens = torch.full_like(uniform, FREE, dtype=torch.long)
-    num_given = 0
-    if known is not None:
-        tokens = known.cpu().repeat_interleave(num_samples, dim=0)
-        # What is given at the beginning is read with the prompt.
-        num_given = int((known != FREE).all(0).long().cumprod(0).sum())
-        prompts = torch.cat([prompts, known[:, :num_given].repeat(copies, 1)], dim=1)
-    tokens, uniform = tokens.to(like.device), uniform.to(like.device)
-    if num_given == num_new:
+    """The loop: ``prompts`` (C * B, T) and ``known`` (B, N) to tokens (B * S, N).
+
+    Args:
+        redraw: tokens ``(., W)`` of ``hidden`` (C * ., W, D), which samples these are, (.,), and
+            the first one's place.
+        stop: a sample that has drawn it is done, and leaves the batch when half of it has.
+    """
+    places = (known == FREE).any(0).nonzero().flatten().tolist()
+    tokens = known.repeat_interleave(num_samples, dim=0)
+    if not places:
         return tokens
-    cache = KeyValueCache(model.config, model.layout, batch_size=len(prompts), like=like)
-    hidden = model.hidden(prompts, cache)[:, -1].repeat_interleave(num_samples, dim=0)
-    cache = cache.repeat(num_samples)
-    has_stopped = torch.zeros(len(uniform), dtype=torch.bool, device=like.device)
-    for step in range(num_given, num_new):
-        drawn = draw(head(hidden), uniform[:, step])
-        tokens[:, step] = torch.where(tokens[:, step] == FREE, drawn, tokens[:, step])
+    given, last, copies = places[0], places[-1], len(prompts) // len(known)
+    # What all have at the beginning is read with the prompt, once for all of its samples.
+    prompts = torch.cat([prompts, known[:, :given].repeat(copies, 1)], dim=1)
+    num_shared = model.num_leading + prompts.shape[1]
+    cache = model.new_cache(len(prompts), num_positions=num_shared)
+    hidden = model.hidden(prompts, cache)[:, -1:].repeat_interleave(num_samples, dim=0)
+    cache = cache.repeat(num_samples, num_positions=last - given)
+    is_free, tokens = tokens == FREE, tokens.clamp(min=PAD)
+    rows = torch.arange(len(tokens), device=tokens.device).view(len(known), num_samples)
+    is_going, done, end = torch.ones_like(rows, dtype=torch.bool), given, given + 1
+    while True:
+        at = rows.flatten()
+        guesses = tokens[at, done:end]
+        drawn = torch.where(is_free[at, done:end], redraw(hidden, at, done), guesses)
+        tokens[at, done:end] = drawn
+        final = done + 1
+        if end > final:
+            is_right = (drawn == guesses)[:, :-1].all(0)
+            final += int(is_right.long().cumprod(0).sum())
+        # What every sample is given needs no draw.
+        done = next((place for place in places if place >= final), tokens.shape[1])
         if on_token is not None:
-            on_token(step + 1)
-        has_stopped |= tokens[:, step] == (FREE if stop is None else stop)
-        if step + 1 == num_new or has_stopped.all():
-            break
-        new = tokens[:, step : step + 1].repeat(copies, 1)
-        hidden = model.hidden(new, cache)[:, -1]
-    return tokens.clamp(min=PAD)
+            on_token(done)
+        if stop is not None:
+            is_going &= (drawn != stop).view_as(rows)
+        if done > last or not is_going.any():
+            return tokens
+        rows, is_going, cache = _without_ended(rows, is_going, cache)
+        guessed, end = end, min(done + window, last + 1)
+        _guess(tokens, is_free, range(guessed, end - 1), model.layout.image_tokens_per_dim)
+        # What was read after a wrong guess is forgotten, and the guess itself is read anew.
+        cache.length = num_shared + final - 1 - given
+        new = tokens[rows.flatten(), final - 1 : end - 1].repeat(copies, 1)
+        hidden = model.hidden(new, cache)[:, done - end :]
+
+
+def _without_ended(
+    rows: Tensor, is_going: Tensor, cache: KeyValueCache
+) -> tuple[Tensor, Tensor, KeyValueCache]:
+    """Samples ``rows`` (B, S) with half of them or fewer left out that are done, if so many are.
+
+    As many are kept of each prompt as go on of the one with the most.
+    """
+    prompts = is_going.any(1).nonzero().flatten()
+    num_samples = int(is_going.sum(1).max())
+    if 2 * len(prompts) * num_samples > rows.numel():
+        return rows, is_going, cache
+    order = is_going[prompts].int().argsort(dim=1, descending=True, stable=True)
+    samples = order[:, :num_samples]
+    kept = [part[prompts].gather(1, samples) for part in (rows, is_going)]
+    return kept[0], kept[1], cache.keep(prompts, samples)
+
+
+def _guess(tokens: Tensor, is_free: Tensor, places: range, side: int) -> None:
+    """Put the token right above, in the first row the first token, where none is given."""
+    for place in places:
+        above = tokens[:, max(place - side, 0)]
+        tokens[:, place] = torch.where(is_free[:, place], above, tokens[:, place])

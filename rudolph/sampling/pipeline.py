@@ -90,7 +90,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.to_logits.weight.device
+        return self.decoder.final_norm.weight.device
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Move the networks."""

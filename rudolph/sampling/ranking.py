@@ -65,7 +65,7 @@ def perplexities(
     if kind not in PERPLEXITIES:
         raise ValueError(f"kind must be one of {', '.join(PERPLEXITIES)}, got {kind!r}")
     found: dict[str, list[Tensor]] = {segment: [] for segment in segments}
-    device = model.to_logits.weight.device
+    device = model.final_norm.weight.device
     for first in range(0, len(tokens), batch_size):
         part = tokens[first : first + batch_size].to(device)
         hidden = model.hidden(part)

@@ -1,0 +1,110 @@
+"""The one attention, and how the positions of a sequence see each other.
+
+A layer hands its queries, keys and values to a *look*, which says what each row of attention sees
+and puts the rows together again: a whole sequence under its mask (``WholeLook``), or new positions
+before which others lie in a cache (``cache.CachedLook``).
+
+Source: CogView (arXiv:2105.13290) for PB-relax.
+
+Shapes: B samples, N heads, R = B * N rows of attention, T positions, H head size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PB_RELAX_SCALE = 32.0
+
+
+class Seen(NamedTuple):
+    """Keys and values ``(G, T', H)`` each; ``mask`` (T, T') bool, None where all is seen.
+
+    R / G rows next to each other see the same keys.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+
+
+def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: float) -> Tensor:
+    """Softmax attention of queries ``(R, T, H)`` over all keys seen, ``(R, T, H)``.
+
+    PB-relax keeps float16 scores from overflowing: they are computed 32 times smaller, and the
+    row's maximum leaves before they grow back.  In float32 and bfloat16, and in a kernel that
+    keeps its scores in float32, it changes nothing but rounding and is left out.
+    """
+    # On CPU the fused kernel takes three times as long as plain products in half precision, and
+    # as long for single queries.
+    is_fused = query.device.type != "cpu" or (query.dtype == torch.float32 and query.shape[1] > 1)
+    if is_fused and len(seen) == 1 and len(seen[0].key) == len(query):
+        key, value, mask = seen[0]
+        # A batch of one with many heads, since that takes four dimensions.
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, dropout_p=dropout
+        )[0]
+    is_relaxed = pb_relax and query.dtype == torch.float16
+    query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
+    parts = [_scores(query, part) for part in seen]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (R, T, T')
+    if is_relaxed:
+        scores = (scores - scores.amax(-1, keepdim=True)) * PB_RELAX_SCALE
+    shares = scores.softmax(-1)
+    if dropout:
+        shares = F.dropout(shares, dropout)
+    if len(seen) == 1:
+        return _together(shares, seen[0]).bmm(seen[0].value).view_as(query)
+    first, second = seen
+    before, after = shares.tensor_split((first.key.shape[1],), dim=-1)
+    out = _together(before, first).bmm(first.value).view_as(query)
+    # Rows that see keys of their own add what these give.
+    return torch.baddbmm(out, after, second.value)
+
+
+def _together(rows: Tensor, seen: Seen) -> Tensor:
+    """Rows ``(R, T, .)`` that see the same keys as one, ``(G, T * R / G, .)``: read once."""
+    return rows if len(rows) == len(seen.key) else rows.reshape(len(seen.key), -1, rows.shape[-1])
+
+
+def _scores(query: Tensor, seen: Seen) -> Tensor:
+    """``(R, T, T')``."""
+    rows, key = _together(query, seen), seen.key.mT
+    if seen.mask is None:
+        return rows.bmm(key).view(*query.shape[:2], -1)
+    bias = _bias(seen.mask, query.dtype)
+    scores = torch.baddbmm(bias.repeat(rows.shape[1] // len(bias), 1), rows, key)
+    return scores.view(*query.shape[:2], -1)
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+class Look(Protocol):
+    """How the positions of a layer see others: from queries, keys and values of new positions to
+    the rows of attention, and back."""
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+        """Queries ``(R, T, H)`` of ``(B, T, 3, N, H)``, and what they see."""
+        ...
+
+    def merge(self, out: Tensor) -> Tensor:
+        """``(R, T, H)`` to ``(B, T, N * H)``."""
+        ...
+
+
+class WholeLook(NamedTuple):
+    """The new positions are the whole sequence, and see each other by ``mask`` (T, T)."""
+
+    mask: Tensor
+    batch_size: int
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)
+        return query, [Seen(key, value, self.mask)]
+
+    def merge(self, out: Tensor) -> Tensor:
+        return out.view(self.batch_size, -1, *out.shape[1:]).transpose(1, 2).flatten(2)

@@ -1,0 +1,118 @@
+"""Packed weights: nearly the plain product, the same model, the same draws for a sample."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rudolph.models import packed
+from rudolph.models.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.packed import (
+    FEW_ROWS,
+    LAYOUTS,
+    TOLERANCE,
+    PackedLinear,
+    choose_layout,
+    pack,
+    works,
+)
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+
+LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
+GREEDY = TokenSamplingConfig(top_k=1)
+needs = {name: pytest.mark.skipif(not works(name), reason=f"no {name} here") for name in LAYOUTS}
+EVERY = [pytest.param(name, marks=needs[name]) for name in LAYOUTS]
+
+
+def decoder() -> MaskedDecoder:
+    torch.manual_seed(3)
+    model = MaskedDecoder(DecoderConfig(3, 48, 3), LAYOUT, VOCABULARY).eval()
+    with torch.no_grad():
+        # A model that is sure of what it says, so that rounding does not change the draw.
+        model.to_logits.weight.mul_(20)
+    return model
+
+
+def prompts(batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(1, 20, (batch, 5), generator=generator)
+
+
+@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.parametrize("shape", [(1, 67), (7, 67), (2, 3, 67), (1, 1, 67)], ids=str)
+def test_a_packed_layer_is_nearly_the_layer(layout: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(33, 67), torch.randn(33), torch.randn(shape)
+    found, expected = PackedLinear(weight, bias, layout)(x), F.linear(x, weight, bias)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert (found - expected).norm() <= TOLERANCE[layout] * expected.norm()
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_a_row_does_not_depend_on_its_neighbours(layout: str) -> None:
+    torch.manual_seed(0)
+    layer = PackedLinear(torch.randn(16, 64), torch.randn(16), layout)
+    x = torch.randn(3, 64) * torch.tensor([[1.0], [100.0], [0.01]])
+    alone = torch.cat([layer(row) for row in x.split(1)])
+    torch.testing.assert_close(layer(x), alone, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_packed_decoder_says_nearly_what_the_decoder_says(
+    weights: str, rows: int, dtype: torch.dtype
+) -> None:
+    model, left = decoder(), prompts(rows)
+    tokens = torch.cat([left, torch.zeros(rows, 16, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        expected = model(tokens)
+        pack(model.to(dtype), weights=weights, num_rows=rows)
+        found = model(tokens)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 6e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
+    model, left = decoder(), prompts(2)
+    drawn = generate_image(model, left, config=GREEDY, seeds=[0, 1])
+    right = torch.cat([left, drawn, torch.full((2, 1), 4)], dim=1)
+    answers = generate_right_text(model, right, config=GREEDY, seeds=[0, 1])
+    pack(model, weights=weights, num_rows=2)
+    assert torch.equal(generate_image(model, left, config=GREEDY, seeds=[0, 1]), drawn)
+    assert torch.equal(generate_right_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
+
+
+def test_the_layout_follows_the_number_of_rows_and_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "works", lambda layout: True)
+    assert choose_layout("half", FEW_ROWS) == "float16"
+    assert choose_layout("half", FEW_ROWS + 1) == "bfloat16"
+    assert choose_layout("int8", 1) == "int8"
+    monkeypatch.setattr(packed, "works", lambda layout: layout == "bfloat16")
+    assert choose_layout("int8", 1) == choose_layout("half", 1) == "bfloat16"
+    monkeypatch.setattr(packed, "works", lambda layout: False)
+    model = decoder()
+    before = model(prompts(1))
+    pack(model, weights="int8", num_rows=1)
+    assert torch.equal(model(prompts(1)), before)
+    with pytest.raises(ValueError, match="weights must be one of half, int8, got 'int4'"):
+        choose_layout("int4", 1)
+
+
+def test_a_kernel_that_is_missing_or_wrong_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise NotImplementedError
+
+    kernels = LAYOUTS["bfloat16"]
+    for broken in (
+        kernels._replace(pack=missing),
+        kernels._replace(multiply=lambda p, x: x.new_zeros(3, 48)),
+    ):
+        works.cache_clear()
+        monkeypatch.setitem(LAYOUTS, "bfloat16", broken)
+        assert not works("bfloat16")
+    works.cache_clear()
