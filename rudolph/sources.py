@@ -18,6 +18,7 @@ from rudolph.config import RunConfig, SamplingConfig, read_run
 from rudolph.execution import Hardware
 from rudolph.models.clip import CLIP
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.int8 import use_int8
 from rudolph.models.pretrained import to_reference
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
@@ -76,7 +77,7 @@ def open_source(
     """
     precision = precision or Precision()
     folder = find_folder(source, runs=runs, uri=uri)
-    found = _of_run(folder) if is_run(folder) else _of_reference(folder, precision)
+    found = (_of_run if is_run(folder) else _of_reference)(folder, precision)
     found.pipeline.to(Hardware().device)
     return found
 
@@ -128,8 +129,14 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
 
 
-def _of_run(folder: Path) -> Source:
+def _of_run(folder: Path, precision: Precision) -> Source:
     pipeline, config = load_run(folder)
+    pipeline.decoder.to(precision.dtype or torch.float32)
+    if precision.int8:
+        layers = pipeline.decoder.layers
+        weights = layers.state_dict()
+        use_int8(layers)
+        layers.load_state_dict(weights)
     return Source(pipeline, config.sampling, config.data.image_size, str(folder))
 
 

@@ -113,10 +113,11 @@ def test_parts_of_the_labels_give_the_losses_and_gradients_of_all_at_once(
         monkeypatch.setattr("rudolph.models.scoring.LABELS_AT_ONCE", bound)
         model, tokens = tiny()
         rows: list[int] = []
-        part = model.to_logits.part
-        model.to_logits.part = lambda number, hidden, part=part, rows=rows: (
-            rows.append(len(hidden)) or part(number, hidden)
-        )
+        for number, head in enumerate(heads := model.to_logits.heads()):
+            heads[number] = lambda hidden, head=head, rows=rows: (
+                rows.append(len(hidden)) or head(hidden)
+            )
+        model.to_logits.heads = lambda heads=heads: heads
         config = DecoderLossConfig(label_smoothing=0.1)
         losses = segment_losses(model, tokens, config)
         weighted_mean(losses, config.weights).backward()

@@ -6,13 +6,16 @@ from torch.nn import functional as F
 
 from rudolph.models import packed
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.int8 import use_int8
 from rudolph.models.packed import (
     FEW_ROWS,
     LAYOUTS,
+    ROWS_ONE_BY_ONE,
     TOLERANCE,
     PackedLinear,
     choose_layout,
     pack,
+    pack_low_precision,
     works,
 )
 from rudolph.sampling.filters import TokenSamplingConfig
@@ -83,6 +86,35 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
     pack(model, weights=weights, num_rows=2)
     assert torch.equal(generate_image(model, left, config=GREEDY, seeds=[0, 1]), drawn)
     assert torch.equal(generate_right_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
+
+
+@pytest.mark.parametrize("num_rows", [2, ROWS_ONE_BY_ONE + 3])
+def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
+    if not works("int8"):
+        pytest.skip("no int8 here")
+    torch.manual_seed(0)
+    layer = PackedLinear(torch.randn(16, 64), torch.randn(16), "int8")
+    x = torch.randn(num_rows, 64) * torch.logspace(-3, 2, num_rows)[:, None]
+    x[0], x[1] = x[0].abs(), 0.0
+    torch.testing.assert_close(layer(x), torch.cat([layer(row) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("held", ["float32", "float16", "bfloat16", "int8"])
+def test_weights_are_packed_when_they_are_held_in_fewer_bits(held: str) -> None:
+    model = decoder()
+    with torch.no_grad():
+        expected = model(prompts(2))
+    if held == "int8":
+        weights = model.layers.state_dict()
+        use_int8(model.layers)
+        model.layers.load_state_dict(weights)
+    else:
+        model.to(getattr(torch, held))
+    pack_low_precision(model, num_rows=2)
+    packed_parts = [part for part in model.modules() if isinstance(part, PackedLinear)]
+    assert bool(packed_parts) == (held != "float32")
+    with torch.no_grad():
+        assert (model(prompts(2)) - expected).norm() <= 6e-2 * expected.norm()
 
 
 def test_the_layout_follows_the_number_of_rows_and_falls_back(

@@ -81,10 +81,11 @@ def test_no_token_asks_for_memory_of_the_size_of_the_cache_or_the_head() -> None
 def test_only_image_logits_of_the_last_position_are_computed() -> None:
     model = decoder()
     seen: list[tuple[int, tuple[int, ...]]] = []
-    part = model.to_logits.part
-    model.to_logits.part = lambda number, hidden: (
-        seen.append((number, tuple(hidden.shape))) or part(number, hidden)
-    )
+    for number, head in enumerate(heads := model.to_logits.heads()):
+        heads[number] = lambda hidden, number=number, head=head: (
+            seen.append((number, tuple(hidden.shape))) or head(hidden)
+        )
+    model.to_logits.heads = lambda: heads
     generate_image(model, torch.full((2, 7), 5), config=SAMPLING, seeds=range(6))
     assert seen == [(1, (6, 1, 24))] * 36
 

@@ -33,6 +33,12 @@ def add_generate(verbs: Any) -> None:
     given.add_argument("--borders", help="what stays, in tokens: up=4,left=2")
     given.add_argument("--mask", type=Path, help="a picture that is white where to draw")
     given.add_argument("--vary", type=float, help="the share to draw anew, at random places")
+    generate.add_argument(
+        "--window",
+        type=int,
+        default=1,
+        help="tokens guessed at once; fewer calls for few pictures",
+    )
     generate.add_argument("--transparent", action="store_true", help="the ground of an emoji")
     generate.set_defaults(verb=generate_pictures)
 
@@ -57,7 +63,7 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument("--temperature", type=float)
     verb.add_argument("--top-k", type=int, help="filters are the source's where not given")
     verb.add_argument("--top-p", type=float)
-    verb.add_argument("--dtype", choices=DTYPES, help="of released weights; else as in the file")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights; else as in the file")
     verb.add_argument("--int8", action="store_true", help="the decoder's layers in eight bits")
     verb.add_argument("--output", type=Path, help="path of the PNG; JSON is written beside it")
 
@@ -102,13 +108,21 @@ def generate_pictures(given: Any) -> int:
 
     check_arguments(given)
     check_image_prompt(given)
-    request = Request(given.number, given.keep, given.rank, given.perplexity, given.seed)
+    request = Request(
+        given.number,
+        given.keep,
+        given.rank,
+        given.perplexity,
+        given.seed,
+        window=given.window,
+    )
     source = opened(given)
     pipeline = source.pipeline
     sampling = sampling_of(source.sampling.image, given)
     if given.guidance_kind and sampling.guidance is None:
         raise ValueError("--guidance-kind needs the number of --guidance")
     add_stages(pipeline, given)
+    pipeline.pack(given.number, sampling)
     if given.image_prompt is not None:
         request = replace(request, known=given_tokens(given, source))
     text = pipeline.texts("text_to_image", given.text)
@@ -239,6 +253,7 @@ def caption_picture(given: Any) -> int:
         texts = source.pipeline.texts("question_answering", "", beside=given.question)
         if texts.num_cut:
             say(f"the question is too long: its last {texts.num_cut} BPE ids are cut")
+    source.pipeline.pack(given.number, sampling)
     captions = source.pipeline.caption(
         picture[None], config=sampling, seeds=seeds, questions=asked
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rudolph.models.dropout import drop
+
 PB_RELAX_SCALE = 32.0
 
 
@@ -54,7 +56,7 @@ def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: f
         scores = (scores - scores.amax(-1, keepdim=True)) * PB_RELAX_SCALE
     shares = scores.softmax(-1)
     if dropout:
-        shares = F.dropout(shares, dropout)
+        shares = drop(shares, dropout)
     if len(seen) == 1:
         return _together(shares, seen[0]).bmm(seen[0].value).view_as(query)
     first, second = seen

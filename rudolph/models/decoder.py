@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from rudolph.models.attention import Look, WholeLook, attention
 from rudolph.models.cache import KeyValueCache, Reads
+from rudolph.models.dropout import drop
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
 
 HALF_MAX = 65504.0
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,25 +112,28 @@ class Layer(nn.Module):
         self.attention_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
         self.mlp_norm = nn.LayerNorm(size)
         self.mlp_in = nn.Linear(size, 4 * size)
+        self.activation = nn.GELU(approximate=config.gelu)
         self.mlp_out = nn.Linear(4 * size, size)
         self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.output_dropout)
 
     def forward(self, x: Tensor, look: Look) -> Tensor:
         """``(B, T, D)``; ``look`` says what each position sees."""
         x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
-        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.config.gelu)
-        return x + self.mlp_out_norm(self.dropout(self.mlp_out(hidden)))
+        hidden = self.activation(self.mlp_in(self.mlp_norm(x)))
+        return x + self.mlp_out_norm(self.dropped(self.mlp_out(hidden)))
 
     def attend(self, x: Tensor, look: Look) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        share = self.config.attention_dropout if self.training else 0.0
         query, seen = look.split(qkv)
-        out = attention(query, seen, pb_relax=self.config.pb_relax, dropout=dropout)
+        out = attention(query, seen, pb_relax=self.config.pb_relax, dropout=share)
         out = self.to_out(look.merge(out))
         # The reference clamps to the range of float16 in every precision.
-        return self.dropout(out.clamp(-HALF_MAX, HALF_MAX))
+        return self.dropped(out.clamp(-HALF_MAX, HALF_MAX))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return drop(x, self.config.output_dropout) if self.training else x
 
 
 class SegmentHead(nn.Linear):
@@ -137,10 +143,15 @@ class SegmentHead(nn.Linear):
         super().__init__(hidden_size, vocabulary.size)
         self.sizes = [vocabulary.text_size, vocabulary.image_size]
 
-    def part(self, number: int, hidden: Tensor) -> Tensor:
-        """Logits of the text ids (part 0) or of the image ids (part 1)."""
-        weight, bias = (torch.split(part, self.sizes)[number] for part in (self.weight, self.bias))
-        return F.linear(hidden, weight, bias)
+    def heads(self) -> list[Head]:
+        """What gives the logits of the text ids, and what gives those of the image ids."""
+        weight, device = self.weight, self.weight.device.type
+        if torch.is_autocast_enabled(device):
+            # Once, and not for each product and again for each in the backward pass.
+            weight = weight.to(torch.get_autocast_dtype(device))
+        weights, biases = torch.split(weight, self.sizes), torch.split(self.bias, self.sizes)
+        pairs = zip(weights, biases, strict=True)
+        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in pairs]
 
 
 class MaskedDecoder(nn.Module):
@@ -260,11 +271,11 @@ class MaskedDecoder(nn.Module):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text vocabulary alone, ``(..., Vt)``."""
-        return self.to_logits.part(0, hidden)
+        return self.to_logits.heads()[0](hidden)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the image vocabulary alone, ``(..., Vi)``."""
-        return self.to_logits.part(1, hidden)
+        return self.to_logits.heads()[1](hidden)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Token plus position embeddings of the positions from ``start`` on, ``(B, T, D)``."""

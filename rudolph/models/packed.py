@@ -24,9 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.decoder import MaskedDecoder, SegmentHead
+from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
+from rudolph.models.int8 import Int8Linear
 
 FEW_ROWS = 4
+ROWS_ONE_BY_ONE = 8
+LEAST_SCALE = 6.1e-5
 # The largest relative error that a layout may have on the product it is tried on.
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
 
@@ -46,6 +49,10 @@ def _multiply_float16(packed: Any, x: Tensor) -> Tensor:
     return torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
+def _pointwise(x: Tensor, *rest: Any) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, *rest)
+
+
 def _pack_bfloat16(weight: Tensor, bias: Tensor) -> Any:
     low = weight.bfloat16()
     return torch.ops.mkldnn._reorder_linear_weight(low, FEW_ROWS + 1), bias.bfloat16()
@@ -53,8 +60,7 @@ def _pack_bfloat16(weight: Tensor, bias: Tensor) -> Any:
 
 def _multiply_bfloat16(packed: Any, x: Tensor) -> Tensor:
     weight, bias = packed
-    product = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "")
-    return product.float()
+    return _pointwise(x.bfloat16(), weight, bias, "none", [], "").float()
 
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Any:
@@ -69,12 +75,27 @@ def _pack_int8(weight: Tensor, bias: Tensor) -> Any:
 
 
 def _multiply_int8(packed: Any, x: Tensor) -> Tensor:
-    # The kernel takes one scale for all rows; a sample's tokens must not depend on its neighbours.
     if x.numel() == x.shape[-1]:
         return torch.ops.quantized.linear_dynamic(x, packed)
-    rows = torch.split(x.flatten(0, -2), 1)
-    found = torch.cat([torch.ops.quantized.linear_dynamic(row, packed) for row in rows])
-    return found.view(*x.shape[:-1], -1)
+    # The kernel takes one scale for all rows; a sample's tokens must not depend on its neighbours.
+    if x.numel() <= ROWS_ONE_BY_ONE * x.shape[-1]:
+        rows = torch.split(x.flatten(0, -2), 1)
+        found = torch.cat([torch.ops.quantized.linear_dynamic(row, packed) for row in rows])
+        return found.view(*x.shape[:-1], -1)
+    weight, bias = torch.ops.quantized.linear_unpack(packed)
+    return F.linear(rounded_rows(x), weight.dequantize(), bias)
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """Each row of ``(..., I)`` rounded to 256 levels from its least to its largest number or 0.
+
+    Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded as one row is.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    zero = (-low / scale.clamp(min=1e-30)).round()
+    scale = scale.clamp(min=LEAST_SCALE)
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
 LAYOUTS = {
@@ -113,6 +134,13 @@ def choose_layout(weights: str, num_rows: int) -> str | None:
     return next((layout for layout in order if works(layout)), None)
 
 
+def numbers(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer, in eight bits or not."""
+    assert isinstance(layer, nn.Linear | Int8Linear)
+    weight = layer.weight.detach()
+    return weight * layer.scale if isinstance(layer, Int8Linear) else weight, layer.bias.detach()
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weights can only be multiplied with."""
 
@@ -128,10 +156,29 @@ class PackedLinear(nn.Module):
 def pack_linear_layers(module: nn.Module, layout: str) -> None:
     """Put a ``PackedLinear`` for every linear layer below, one after the other."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight.detach(), child.bias.detach(), layout))
+        if isinstance(child, nn.Linear | Int8Linear):
+            setattr(module, name, PackedLinear(*numbers(child), layout))
         else:
             pack_linear_layers(child, layout)
+
+
+class PackedMLP(nn.Module):
+    """Two linear layers in bfloat16 and the GELU between them, which the first one's kernel does.
+
+    Source: oneDNN's post-operations.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.gelu = layer.config.gelu
+        self.packed = [
+            _pack_bfloat16(*numbers(linear)) for linear in (layer.mlp_in, layer.mlp_out)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.packed
+        hidden = _pointwise(x.bfloat16(), *first, "gelu", [], self.gelu)
+        return _pointwise(hidden, *second, "none", [], "").float()
 
 
 class PackedHead(nn.Module):
@@ -150,8 +197,8 @@ class PackedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([part(hidden) for part in self.parts], dim=-1)
 
-    def part(self, number: int, hidden: Tensor) -> Tensor:
-        return self.parts[number](hidden)
+    def heads(self) -> list[Head]:
+        return list(self.parts)
 
 
 def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
@@ -168,7 +215,23 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
         return
     model.requires_grad_(False).eval()
     model.register_module("to_logits", PackedHead(model.to_logits, layout))
+    if layout == "bfloat16":
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            parts = {"mlp_in": PackedMLP(layer), "activation": nn.Identity()}
+            for name, part in (parts | {"mlp_out": nn.Identity()}).items():
+                layer.register_module(name, part)
     pack_linear_layers(model.layers, layout)
     model.float()
     model.text_embedding.half()
     model.image_embedding.half()
+
+
+def pack_low_precision(model: MaskedDecoder, *, num_rows: int) -> None:
+    """Pack a decoder whose weights are held in fewer than 32 bits anyway; others stay exact."""
+    if any(isinstance(part, Int8Linear) for part in model.layers.modules()):
+        # Half would take more memory than was asked for.
+        if works("int8"):
+            pack(model, weights="int8", num_rows=num_rows)
+    elif model.final_norm.weight.dtype != torch.float32:
+        pack(model, weights="half", num_rows=num_rows)

@@ -5,12 +5,14 @@ Training means these losses over a batch, ranking over a sequence; both read the
 Shapes: B batch, T tokens, M labels of a segment, D hidden size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.decoder import Head, MaskedDecoder
 from rudolph.sequence.layout import PAD
 
 NOT_SCORED = -1
@@ -69,6 +71,7 @@ def label_losses(
     segment: str,
     labels: tuple[int, Tensor],
     *,
+    heads: Sequence[Head] | None = None,
     num_classes: int | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -76,11 +79,13 @@ def label_losses(
 
     Args:
         hidden: ``(B, T, D)``, what ``model.hidden`` gave for the whole sequence.
+        heads: the model's, when they serve several segments.
         num_classes: the first classes of the segment's vocabulary alone; all when None.
     """
     start, target = labels
     keep = target != NOT_SCORED
-    head = model.image_logits if segment == "image" else model.text_logits
+    text, image = heads or model.to_logits.heads()
+    head = image if segment == "image" else text
     # Only scored positions pass through the head.
     rows, labelled = hidden[:, start : start + target.shape[1]][keep], target[keep]
 

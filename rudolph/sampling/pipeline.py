@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.packed import pack_low_precision
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
 from rudolph.sampling.clip_ranking import ClipRanker
@@ -34,7 +35,8 @@ class Request:
 
     ``keep`` of ``number`` pictures stay, the best by ``rank``: ``self`` (the decoder's own
     perplexity), ``clip`` or ``none``.  ``known`` (I,) are indices that are given and not drawn,
-    ``FREE`` where they are.
+    ``FREE`` where they are.  With a ``window`` above 1 so many tokens are guessed at once, and
+    other pictures are drawn, of the same distribution.
     """
 
     number: int = 8
@@ -43,12 +45,15 @@ class Request:
     perplexity: str = "exp_mean_ce"
     seed: int = 0
     known: Tensor | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         if self.number < 1:
             raise ValueError(f"number must be at least 1, got {self.number}")
         if self.keep is not None and not 1 <= self.keep <= self.number:
             raise ValueError(f"keep must be 1 to {self.number}, the number, got {self.keep}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
         if self.rank not in RANKS:
             raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
         if self.perplexity not in PERPLEXITIES:
@@ -100,6 +105,14 @@ class Pipeline:
                 network.to(device)
         return self
 
+    def pack(self, number: int, config: TokenSamplingConfig) -> None:
+        """Put weights of 16 or 8 bits in the layout that is read fastest for so many samples.
+
+        The decoder can only sample and rank from then on.
+        """
+        copies = 1 if config.guidance is None else 2
+        pack_low_precision(self.decoder, num_rows=min(number, self.batch_size) * copies)
+
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
         """How a caption fills the layout for a task; ``beside`` is the other text's.
 
@@ -140,7 +153,12 @@ class Pipeline:
         seeds = [mixed_seed(request.seed, number) for number in range(request.number)]
         known = None if request.known is None else request.known[None]
         indices = self.generate_indices(
-            [text], config=config, seeds=seeds, known=known, on_token=partial(told, "draw")
+            [text],
+            config=config,
+            seeds=seeds,
+            known=known,
+            window=request.window,
+            on_token=partial(told, "draw"),
         )
         scores: list[dict[str, float]] = [{} for _ in seeds]
         order = list(range(len(seeds)))
@@ -195,12 +213,14 @@ class Pipeline:
         config: TokenSamplingConfig,
         seeds: Sequence[int],
         known: Tensor | None = None,
+        window: int = 1,
         on_token: OnToken | None = None,
     ) -> Tensor:
         """Image indices ``(B * S, I)``; see ``pictures``.
 
         Args:
             known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
+            window: above 1, tokens that are guessed at once; drawn by races.
         """
         if not captions or len(seeds) % len(captions):
             raise ValueError(
@@ -219,6 +239,8 @@ class Pipeline:
                     seeds=seeds[own],
                     unconditional=empty.to(self.device),
                     known=None if known is None else known[rows].to(self.device),
+                    window=window,
+                    coupling="inversion" if window == 1 else "race",
                     on_token=_counted(on_token, own, len(seeds), num_new),
                 ).cpu()
             )

@@ -79,9 +79,11 @@ def segment_losses(
         ValueError: when tokens end inside a segment.
     """
     hidden = model.hidden(tokens if inputs is None else inputs)
-    losses = {}
+    losses, heads = {}, model.to_logits.heads()
     for name, labels in scored_labels(model, tokens, config, scored=scored).items():
-        found = label_losses(model, hidden, name, labels, label_smoothing=config.label_smoothing)
+        found = label_losses(
+            model, hidden, name, labels, heads=heads, label_smoothing=config.label_smoothing
+        )
         if len(found):
             losses[name] = found.mean()
     return losses
