@@ -1,6 +1,7 @@
 """Parts of a training by themselves: what a checkpoint refuses, when the adversary starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rudolph.execution import Hardware
 from rudolph.fitting import make_trainer
 from rudolph.models.quantizers import QuantizerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.training.callbacks import NonFiniteLossError, ResumeCheckpoint
+from rudolph.training.callbacks import NonFiniteLossError, ReportProgress, ResumeCheckpoint
 from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.vqgan import VQGANTraining
@@ -49,3 +50,19 @@ def test_hardware_that_is_not_there_is_told_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^hardware: ") as error:
         make_trainer(Hardware(accelerator="tpu"))
     assert "\n" not in str(error.value)
+
+
+def test_progress_tells_the_share_of_time_that_data_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 3.0, 4.0, 7.0, 20.0, 23.0, 24.0, 27.0])
+    monkeypatch.setattr("rudolph.training.callbacks.time.perf_counter", lambda: next(clock))
+    notes: list[str] = []
+    progress = ReportProgress(lambda done, total, note: notes.append(note), 4)
+    trainer = SimpleNamespace(callback_metrics={})
+    for batch in range(4):
+        progress.on_train_batch_start(trainer, None, None, batch)
+        progress.on_train_batch_end(trainer, None, None, None, batch)
+        if batch == 1:
+            # What a validation takes is no waiting.
+            progress.on_validation_end(trainer, None)
+    shares = [float(note.split()[1].rstrip("%")) for note in notes]
+    assert shares == pytest.approx([0.0, 100 / 7, 100 / 10, 200 / 14], abs=0.05)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,6 +91,18 @@ class ReportProgress(pl.Callback):
 
     def __init__(self, advance: Callable[[int, int, str], None], num_batches: int) -> None:
         self.advance, self.num_batches = advance, num_batches
+        self.started = self.ended = 0.0
+        self.seconds_waited = self.seconds_worked = 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        self.started = time.perf_counter()
+        # The first batch waits for workers to start, and after a validation nobody knows.
+        self.seconds_waited += self.started - self.ended if self.ended else 0.0
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.ended = 0.0
 
     def on_train_batch_end(
         self,
@@ -106,7 +119,10 @@ class ReportProgress(pl.Callback):
             note += f", PSNR {metrics['val/psnr'].item():.1f} dB"
         elif "val/loss" in metrics:
             note += f", val {metrics['val/loss'].item():.3f}"
-        self.advance(batch_index + 1, self.num_batches, note)
+        self.ended = time.perf_counter()
+        self.seconds_worked += self.ended - self.started
+        waited = self.seconds_waited / (self.seconds_waited + self.seconds_worked)
+        self.advance(batch_index + 1, self.num_batches, f"{note}, {waited:.1%} waiting for data")
 
 
 class MetricLogger(Logger):
