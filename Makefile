@@ -8,7 +8,7 @@ export PYTHON VENV TORCH EXTRAS NO_UV
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test notebook mlflow
+.PHONY: help setup quickstart test notebook mlflow reference
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\): [a-z]*[ ]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,3 +28,7 @@ notebook: setup ## JupyterLab in notebooks/
 mlflow: setup ## the tracking server, light: one worker, no job queue
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
 		--workers 1 --host 127.0.0.1 --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+reference: setup ## the published packages that experiments/speed compare with
+	$(VENV)/bin/python -m pip install --no-deps --target data/reference \
+		rudolph==0.0.1rc10 rudalle==1.1.3 taming-transformers==0.0.1

@@ -23,12 +23,15 @@ from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
+from rudolph.speed.config import SpeedConfig
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.tuning import TuningConfig
 
 # Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
 CONFIG_VERSION = 1
+# Folders of experiments whose files are named after the folder too.
+NAMING_FOLDERS = ("speed",)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -72,6 +75,7 @@ class RunConfig:
     decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         # A VQ-GAN that is taken as it is reads pictures of any size that its factor divides.
@@ -216,7 +220,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
     return Experiment(
         path=path,
-        name=path.stem,
+        name=experiment_name(path),
         title=content["title"].strip(),
         question=" ".join(content["question"].split()),
         source=" ".join(content.get("source", "").split()),
@@ -224,6 +228,18 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         report=report,
         runs=tuple(_expand(path, content, _overrides(overrides))),
     )
+
+
+def experiment_name(path: Path) -> str:
+    """The file's name, after its folder's where that belongs to it.
+
+    >>> experiment_name(Path("experiments/speed/decode.yaml"))
+    'speed/decode'
+    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
+    'captions'
+    """
+    folder = path.resolve().parent.name
+    return f"{folder}/{path.stem}" if folder in NAMING_FOLDERS else path.stem
 
 
 def read_run(path: Path) -> RunConfig:

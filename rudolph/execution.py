@@ -108,6 +108,7 @@ class Execution:
     """One run being executed: where, on what, who is told, how long each stage took.
 
     ``seconds`` goes on from earlier attempts, but for what a kill did not let them say.
+    ``versions`` are of packages that this run alone used.
     """
 
     run: Run
@@ -117,6 +118,7 @@ class Execution:
     tracker: Recorder
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:

@@ -1,12 +1,14 @@
 """The one place where all rooms meet: build, train, evaluate, record.
 
-A run goes through the stages of ``rudolph.stages``; here it gets its folder, its tracking, its
+A run goes through the stages of ``rudolph.stages``, or is measured by ``rudolph.measuring``; here
+it gets its folder, its tracking, its
 summary and the record of what it ran on.
 """
 
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from rudolph.execution import (
     Unrecorded,
     is_main_process,
 )
+from rudolph.measuring import measure
 from rudolph.results.journal import exclusive
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages import run_stages
@@ -59,7 +62,7 @@ def execute(
     """
     folder = run_folder(folders, experiment, run)
     if not is_main_process():
-        run_stages(Execution(run, folder, folders, hardware, Unrecorded(), progress))
+        work_of(run)(Execution(run, folder, folders, hardware, Unrecorded(), progress))
         return _summary(experiment, run)
     with exclusive(folder / "running.lock", 0) as is_alone:
         if not is_alone:
@@ -97,18 +100,23 @@ def _execute_alone(
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
-            scores, digests = run_stages(execution)
+            scores, digests = work_of(run)(execution)
         except BaseException:
             # A key press as well as a mistake: what the stages took so far is not to be lost.
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
         tracker.log_metrics(summary["metrics"], step=run.config.decoder_optim.num_steps)
-        _write_environment(folder, commit, digests, hardware)
+        _write_environment(execution, commit, digests)
         tracker.log_artifact(folder / "environment.json")
         _write_summary(folder, summary, "finished", execution)
         tracker.log_artifact(folder / "summary.json")
     return summary
+
+
+def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
+    """What makes the scores of a run: its stages, or its contestants."""
+    return run_stages if run.config.speed.measure is None else measure
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:
@@ -151,14 +159,12 @@ def _write_summary(
     os.replace(new, folder / "summary.json")
 
 
-def _write_environment(
-    folder: Path, commit: str, digests: dict[str, str], hardware: Hardware
-) -> None:
+def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
     """What a number may depend on beside its configuration."""
     content = {
         "commit": commit,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in RECORDED},
+        "versions": {name: version(name) for name in RECORDED} | execution.versions,
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -167,11 +173,11 @@ def _write_environment(
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
         },
-        "hardware": plain(hardware),
+        "hardware": plain(execution.hardware),
         "digests": digests,
     }
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    (folder / "environment.json").write_text(text)
+    (execution.folder / "environment.json").write_text(text)
 
 
 def _processor() -> str:

@@ -31,13 +31,15 @@ MAY_IMPORT = {
     "evaluation": BELOW_TRAINING,
     "results": {"evaluation"},
     "settings": set(),
-    "config": BELOW_CONFIG | {"settings"},
+    "speed": BELOW_CONFIG | {"settings"},
+    "config": BELOW_CONFIG | {"settings", "speed"},
     "execution": BELOW_CONFIG | {"config"},
     "gallery": BELOW_CONFIG | {"config", "execution"},
     "fitting": BELOW_CONFIG | {"config", "execution"},
     "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources"},
     "sources": BELOW_CONFIG | {"config", "execution", "released"},
-    "experiment": BELOW_CONFIG | {"config", "execution", "stages"},
+    "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
+    "experiment": BELOW_CONFIG | {"config", "execution", "stages", "measuring"},
     "console": set(),
     "cli": BELOW_CONFIG
     | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}

@@ -1,8 +1,10 @@
 """Numbers with intervals.
 
-Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 1927.
+Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 1927; Abramowitz and
+Stegun 1964, 26.7.3 and 26.7.4 (Student's t).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,3 +53,62 @@ def share_interval(successes: int, total: int) -> Estimate:
     low = middle - half if successes else 0.0
     high = middle + half if successes < total else 1.0
     return Estimate(share, low, high)
+
+
+def repeated_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
+    """The geometric mean of a few repetitions of one measurement and Student's interval.
+
+    On logarithms, since times and rates are above 0 and a rate is one over a time.  One value has
+    no spread: its bounds are itself.
+
+    Raises:
+        ValueError: when there is no value, or one that is not above 0 and finite.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0 or not (np.isfinite(sample) & (sample > 0)).all():
+        raise ValueError(f"an interval needs finite values above 0, got {sample.tolist()}")
+    logs = np.log(sample)
+    mean, half = float(logs.mean()), 0.0
+    if sample.size > 1:
+        error = float(logs.std(ddof=1)) / math.sqrt(sample.size)
+        half = student_quantile(sample.size - 1) * error
+    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def ratio_interval(
+    numerators: Sequence[float] | np.ndarray[Any, Any],
+    denominators: Sequence[float] | np.ndarray[Any, Any],
+) -> Estimate:
+    """``repeated_interval`` of the ratios of pairs.
+
+    Repetition k of one is paired with repetition k of the other, so what slows both is no spread.
+
+    Raises:
+        ValueError: when a value is not above 0 or they are not equally many.
+    """
+    above, below = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
+    if above.shape != below.shape or not (below > 0).all():
+        raise ValueError("ratios need pairs of values above 0")
+    return repeated_interval(above / below)
+
+
+def student_quantile(freedom: int) -> float:
+    """Student's t below which (1 + LEVEL) / 2 of the distribution lie."""
+    low, high = 0.0, 1000.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_share(middle, freedom) < LEVEL else (low, middle)
+    return high
+
+
+def _student_share(t: float, freedom: int) -> float:
+    """The share of Student's distribution between -t and t."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = freedom % 2
+    term = cosine if is_odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + is_odd, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return (angle + sine * total) * 2 / math.pi if is_odd else sine * total

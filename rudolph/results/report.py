@@ -7,12 +7,14 @@ Text written by hand stands around two markers; what is between them is made her
 import glob
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from rudolph.results.markdown import table_row
+from rudolph.results.repetitions import is_speed, speed_tables
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
@@ -93,7 +95,7 @@ def experiment_page(folder: Path) -> str:
         "",
         f"`{report.source}`, {count}, {minutes:.3g} minutes, commit {_commits(runs)}.",
         "",
-        *_table(report, runs),
+        *(speed_tables(folder, runs, report.rows) if is_speed(folder) else _table(report, runs)),
     ]
     for figure in report.figures:
         lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
@@ -186,11 +188,6 @@ def replace_generated(page: str, generated: str) -> str:
 def generated_part(readme: Path) -> str:
     """What stands between the markers."""
     return readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; bars and line ends in the cells do no harm."""
-    return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
 
 
 def _commits(runs: pd.DataFrame) -> str:

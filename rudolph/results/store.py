@@ -4,11 +4,12 @@
     results/<experiment>/README.md   the answer, written by hand; tables between two markers
       report.json                    title, question, and what table and figures to make
       runs.csv, curves.csv           one row a finished run; thinned curves
+      repetitions.csv, profiles/*.csv of speed experiments, see ``repetitions``
       configs/<run>.yaml, samples/<run>-*.png, environment.json
       figures/*.svg                  drawn from the CSV files beside them and nothing else
 
-``configs``, ``samples`` and ``figures`` are made anew by every export: keep nothing else in them.
-Equal runs give equal bytes.
+``configs``, ``samples``, ``profiles`` and ``figures`` are made anew by every export: keep nothing
+else in them.  Equal runs give equal bytes.
 """
 
 import csv
@@ -24,6 +25,7 @@ from typing import Any
 import pandas as pd
 
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
+from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
     BOUNDS,
     UNANSWERED,
@@ -96,6 +98,8 @@ def _write_experiment(
         shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
         for sample in _last_samples(run_folder / "samples"):
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
+    runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
+    export_repetitions(runs, folder)
     _draw(folder, folder / "figures")
     readme = folder / "README.md"
     new = f"# {report.title}\n\n{UNANSWERED}\n"

@@ -1,0 +1,333 @@
+"""The reference's process: the published packages, each with its own loop, none of ours.
+
+``python -P reference_worker.py FOLDER``, where FOLDER holds ``rudolph`` 0.0.1rc10, ``rudalle``
+1.1.3 and ``taming-transformers`` 0.0.1.  There ``rudolph`` is the reference, so nothing of this
+project is imported but ``serving.py``, by its path.
+
+What the packages import and a measurement does not need is replaced by stubs, which also keeps
+its memory small.  ``top_k_top_p_filtering`` is as transformers 4 had it, which the reference
+calls and transformers 5 has no more.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NOT_NEEDED = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "transformers",
+    "more_itertools",
+    "matplotlib",
+    "matplotlib.pyplot",
+    "tqdm",
+    "tqdm.auto",
+    "huggingface_hub",
+    "omegaconf",
+    "pywt",
+    "einops",
+)
+MODULES = (
+    "rudolph.api",
+    "rudolph.utils",
+    "rudolph.model.model",
+    "rudalle.vae.model",
+    "rudalle.tokenizer",
+)
+# Tokens of a repetition that only warms up.
+SHORT = 16
+
+
+class Stub(types.ModuleType):
+    """A module whose every name is a stub, and which can be called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Stub(f"{self.__name__}.{name}")
+
+    def __call__(self, *arguments: object, **named: object) -> "Stub":
+        return self
+
+
+def install_stubs() -> None:
+    """Put stubs where the packages look, and what is needed of them into the stubs."""
+    for name in NOT_NEEDED:
+        stub: Any = Stub(name)
+        stub.__path__ = []
+        sys.modules[name] = stub
+    modules: Any = sys.modules
+    modules["einops"].rearrange = rearrange
+    modules["transformers"].top_k_top_p_filtering = top_k_top_p_filtering
+    modules["more_itertools"].chunked = chunked
+    functional = modules["torchvision.transforms.functional"]
+    functional.to_pil_image = to_pil_image
+    modules["torchvision"].transforms = modules["torchvision.transforms"]
+    modules["torchvision.transforms"].functional = functional
+
+
+def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """The patterns of the packages."""
+    if pattern == "b n c -> b c n":
+        return x.permute(0, 2, 1)
+    if pattern == "b h w -> b (h w)":
+        return x.flatten(1)
+    if pattern == "b (h w) c -> b c h w":
+        return x.view(len(x), sizes["h"], -1, x.shape[-1]).permute(0, 3, 1, 2)
+    raise ValueError(f"rearrange has no pattern {pattern!r}")
+
+
+def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Source: transformers 4.30, ``generation_utils.top_k_top_p_filtering``."""
+    if top_k > 0:
+        last = torch.topk(logits, min(top_k, logits.shape[-1]))[0][..., -1, None]
+        logits = logits.masked_fill(logits < last, -float("inf"))
+    if top_p < 1.0:
+        values, order = torch.sort(logits, descending=False)
+        is_dropped = values.softmax(-1).cumsum(-1) <= 1 - top_p
+        is_dropped[..., -1:] = False
+        logits = logits.masked_fill(is_dropped.scatter(1, order, is_dropped), -float("inf"))
+    return logits
+
+
+def chunked(values: Any, size: int) -> list[list[Any]]:
+    values = list(values)
+    return [values[first : first + size] for first in range(0, len(values), size)]
+
+
+def to_pil_image(picture: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(picture.mul(255).byte().permute(1, 2, 0).numpy())
+
+
+class Namespace(dict[str, Any]):
+    """Nested mappings whose keys are attributes too, as OmegaConf's."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = self[name]
+        return Namespace(found) if isinstance(found, dict) else found
+
+
+class GivenTokens:
+    """A tokenizer that gives one prompt, whatever the text."""
+
+    eos_id, bos_id, unk_id, pad_id = 3, 2, 1, 0
+
+    def __init__(self, prompt: Tensor) -> None:
+        self.prompt, self.tokenizer = prompt, self
+
+    def encode(self, texts: list[str], **named: object) -> list[list[int]]:
+        return [[] for _ in texts]
+
+    def prepare_tokens(self, tokens: object, length: int) -> Tensor:
+        return self.prompt.clone()
+
+
+class Reference:
+    """All measures; the models are those that a measure needs."""
+
+    def __init__(self, asked: Mapping[str, Any], versions: dict[str, str]) -> None:
+        self.subject, self.versions = asked["subject"], versions
+        self.folder, self.caption = Path(asked["folder"]), asked["caption"]
+        self.seed = asked["seed"] % 2**31
+        self.inputs = load_file(self.folder / "inputs.safetensors")
+        self.size, self._cache_bytes = self.subject["speed"]["batch_size"], 0
+        self.decoder: Any = self.load_decoder() if self.path("decoder").is_file() else None
+        self.vqgan: Any = self.load_vqgan() if self.path("vqgan").is_file() else None
+        models = [model for model in (self.decoder, self.vqgan) if model is not None]
+        self.weights_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for model in models
+            for tensor in (*model.parameters(), *model.buffers())
+        )
+        self.optimizer: Any = None
+        if self.decoder is not None:
+            self.prepare_api()
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"reference_{name}.safetensors"
+
+    def arguments(self, name: str) -> Any:
+        return json.loads(self.path(name).with_suffix(".json").read_text())
+
+    def load_decoder(self) -> Any:
+        package = importlib.import_module("rudolph.model.model")
+        model = package.ruDolphModel(device="cpu", **self.arguments("decoder"))
+        model.load_state_dict(load_file(self.path("decoder")))
+        return model.eval()
+
+    def load_vqgan(self) -> Any:
+        config = Namespace(self.arguments("vqgan"))
+        model = importlib.import_module("rudalle.vae.model").VQGanGumbelVAE(config, dwt=config.dwt)
+        model.load_state_dict(load_file(self.path("vqgan")))
+        return model.eval()
+
+    def prepare_api(self) -> None:
+        """The reference's own loop of decoding, for the prompt or for the pipeline's text."""
+        package = importlib.import_module("rudolph.api")
+        tokenizer: Any = GivenTokens(self.inputs["left"])
+        vocabulary, sampling = self.subject["vocabulary"], self.subject["sampling"]
+        if self.subject["speed"]["measure"] == "pipeline":
+            yttm: Any = importlib.import_module("youtokentome")
+            wrapper: Any = importlib.import_module("rudalle.tokenizer").YTTMTokenizerWrapper
+            tokenizer = wrapper(yttm.BPE(model=str(self.folder / "bpe.model")))
+        specials = {name: vocabulary["bpe_size"] + k for k, name in enumerate(TASK_TOKENS)}
+        self.api = package.ruDolphApi(
+            self.decoder,
+            tokenizer,
+            self.vqgan,
+            specials,
+            quite=True,
+            bs=self.size,
+            # 0 and 1 filter nothing.
+            img_top_k=sampling["top_k"] or 0,
+            img_top_p=sampling["top_p"] or 1.0,
+            img_temperature=sampling["temperature"],
+        )
+        self.decoder.register_forward_hook(self.watch_cache)
+
+    def watch_cache(self, model: object, inputs: object, output: Any) -> None:
+        layers = output[1].values() if isinstance(output[1], dict) else ()
+        found = [t for layer in layers if isinstance(layer, tuple) for t in layer]
+        self._cache_bytes = sum(t.numel() * t.element_size() for t in found)
+
+    def cache_bytes(self) -> int:
+        return self._cache_bytes
+
+    def run(self, part: str, *, is_short: bool) -> Any:
+        return WORKS[self.subject["speed"]["measure"], part](self, is_short)
+
+    def draw_tokens(self, is_short: bool) -> Any:
+        self.draw(self.num_tokens(is_short))
+        return serving.Work(self.size * self.num_tokens(is_short))
+
+    def num_tokens(self, is_short: bool) -> int:
+        whole = self.subject["layout"]["image_tokens_per_dim"] ** 2
+        most = min(self.subject["speed"]["num_tokens"] or whole, whole)
+        return min(SHORT, most) if is_short else most
+
+    def draw(self, num_tokens: int) -> Tensor:
+        # The loop draws as many tokens as the API believes a picture to have.
+        self.api.image_seq_length = num_tokens
+        found: Tensor = self.api.generate_codebooks(
+            self.caption, images_num=self.size, bs=self.size, seed=self.seed
+        )
+        return found
+
+    def make_pictures(self, is_short: bool) -> Any:
+        utilities = importlib.import_module("rudolph.utils")
+        indices = self.draw(self.num_tokens(is_short))
+        if is_short:
+            indices = torch.zeros(self.size, self.num_tokens(False), dtype=torch.long)
+        with torch.no_grad():
+            images = utilities.torch_tensors_to_pil_list(self.vqgan.decode(indices))
+        for number, image in enumerate(images):
+            image.save(self.folder / f"reference-{number}.png")
+        return serving.Work(self.size)
+
+    def train_decoder(self, is_short: bool) -> Any:
+        model, tokens = self.decoder, self.inputs["tokens"]
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        mask = torch.tril(torch.ones(len(tokens), 1, tokens.shape[1], tokens.shape[1]))
+        model.train()
+        loss, _ = model(tokens, mask, return_loss=True)
+        self.step(loss)
+        return serving.Work(tokens.numel())
+
+    def step(self, loss: Any) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def encode(self, is_short: bool) -> Any:
+        self.vqgan.eval().get_codebook_indices(self.inputs["images"], disable_gumbel_softmax=True)
+        return serving.Work(self.size)
+
+    def decode(self, is_short: bool) -> Any:
+        with torch.no_grad():
+            self.vqgan.eval().decode(self.inputs["indices"])
+        return serving.Work(self.size)
+
+    def train_vqgan(self, is_short: bool) -> Any:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam(self.vqgan.parameters(), lr=4.5e-6, betas=(0.5, 0.9))
+        self.vqgan.train()
+        images = 2 * self.inputs["images"] - 1
+        quantized, quantizer_loss, _ = self.vqgan.model.encode(images)
+        decoded = self.vqgan.model.decode(quantized)
+        self.step((decoded - images).abs().mean() + quantizer_loss)
+        return serving.Work(self.size)
+
+    def check(self, path: Path) -> None:
+        said = {}
+        with torch.no_grad():
+            if self.decoder is not None:
+                tokens, length = self.inputs["checked"], self.decoder.total_seq_length
+                mask = torch.tril(torch.ones(1, 1, length, length))
+                said["logits"] = self.decoder.eval()(tokens, mask, return_loss=False)[0]
+            if self.vqgan is not None:
+                said["pictures"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
+        save_file({name: value.contiguous() for name, value in said.items()}, path)
+
+
+# By measure and part.
+WORKS = {
+    ("decode", "decode"): Reference.draw_tokens,
+    ("memory", "decode"): Reference.draw_tokens,
+    ("pipeline", "pipeline"): Reference.make_pictures,
+    ("train", "train"): Reference.train_decoder,
+    ("vqgan", "encode"): Reference.encode,
+    ("vqgan", "decode"): Reference.decode,
+    ("vqgan", "train"): Reference.train_vqgan,
+}
+TASK_TOKENS = ("<LT_UNK>", "<RT_UNK>", "<LT_T2I>", "<LT_I2T>", "<LT_T2T>", "<RT_I2T>")
+
+
+def load_by_path(name: str) -> Any:
+    """A file beside this one as a module of no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{name}.py is missing beside {__file__}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_packages(folder: Path) -> dict[str, str]:
+    """Make the packages of the folder importable, without what they import; their versions."""
+    sys.path.insert(0, str(folder))
+    install_stubs()
+    # Its own __init__ imports every model that the package has.
+    rudalle: Any = types.ModuleType("rudalle")
+    rudalle.__path__ = [str(folder / "rudalle")]
+    sys.modules["rudalle"] = rudalle
+    found = importlib.import_module("rudolph").__file__
+    for name in MODULES:
+        importlib.import_module(name)
+    for name in NOT_NEEDED:
+        # torch asks whether some of these are installed.
+        del sys.modules[name]
+    if found is None or not Path(found).is_relative_to(folder):
+        raise ValueError(f"rudolph is {found}, not the reference in {folder}")
+    installed = importlib.metadata.distributions(path=[str(folder)])
+    return {each.metadata["Name"]: each.version for each in installed}
+
+
+serving = load_by_path("serving")
+
+if __name__ == "__main__":
+    packages = import_packages(Path(sys.argv[1]).resolve())
+    serving.serve(lambda asked: Reference(asked, packages))

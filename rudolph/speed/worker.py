@@ -1,0 +1,47 @@
+"""The process of one contestant: ``python -m rudolph.speed.worker``, told what to be on stdin.
+
+The reference has a process of its own kind, ``reference_worker.py``.
+
+To add a contestant, write a ``serving.Contestant``, name it here, and in ``config.MEASURES``.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rudolph.speed.config import LIMIT, TRANSFORMERS
+from rudolph.speed.decoding import Decoding
+from rudolph.speed.drawing import Drawing
+from rudolph.speed.limits import Limit
+from rudolph.speed.peers import Transformers
+from rudolph.speed.serving import Contestant, serve
+from rudolph.speed.subject import Subject, read_subject
+from rudolph.speed.training import DecoderTraining, Pictures
+
+Make = Callable[[Subject, str, Path], Contestant]
+
+DECODING: dict[str, Make] = {
+    LIMIT: Limit,
+    TRANSFORMERS: Transformers,
+    "float32": Decoding,
+    "half": Decoding,
+    "int8": Decoding,
+}
+CONTESTANTS: dict[str, dict[str, Make]] = {
+    "decode": DECODING,
+    "train": {LIMIT: Limit, "float32": DecoderTraining, "bfloat16": DecoderTraining},
+    "vqgan": {LIMIT: Limit, "float32": Pictures, "bfloat16": Pictures},
+    "pipeline": {"float32": Drawing, "half": Drawing, "int8": Drawing},
+    "memory": {name: make for name, make in DECODING.items() if name != LIMIT},
+}
+
+
+def contestant(asked: Mapping[str, Any]) -> Contestant:
+    """The contestant that a request names."""
+    subject = read_subject(asked["subject"])
+    make = CONTESTANTS[subject.speed.measure or ""][asked["contestant"]]
+    return make(subject, asked["contestant"], Path(asked["folder"]))
+
+
+if __name__ == "__main__":
+    serve(contestant)

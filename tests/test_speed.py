@@ -1,0 +1,315 @@
+"""Speed as an experiment: turns, ratios, limits, one line for each failure, results that hold."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_speed import speed_subject, write_speed
+
+from rudolph.config import load_experiment
+from rudolph.execution import Folders, Hardware
+from rudolph.experiment import execute, run_folder
+from rudolph.measuring import compare
+from rudolph.results.report import Report, experiment_page
+from rudolph.results.store import check, export
+from rudolph.speed import contest
+from rudolph.speed.config import LIMIT, MEASURES, REFERENCE
+from rudolph.speed.contest import (
+    Worker,
+    command_of,
+    hold,
+    hold_memory,
+    reference_folder,
+    turns_of,
+)
+from rudolph.speed.subject import Subject, prepare, read_subject
+from rudolph.speed.worker import CONTESTANTS
+
+NO_REFERENCE = "the reference's packages are not installed: make reference"
+
+
+def run(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Execute an experiment's only run: its folder, its summary, what was told meanwhile."""
+    experiment, told = load_experiment(path), []
+    root = path.parent.parent
+    folders = Folders(root, root / "runs")
+    summary = execute(
+        experiment,
+        experiment.runs[0],
+        folders=folders,
+        hardware=Hardware(accelerator="cpu"),
+        uri=f"sqlite:///{root}/mlflow.db",
+        progress=lambda stage, done, total, note: told.append(note),
+    )
+    return run_folder(folders, experiment, experiment.runs[0]), summary, told
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that still run."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(number) for path in tasks for number in path.read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[set[int]]:
+    """Whatever a test does, the processes of its contestants are gone; gives those before."""
+    before = children()
+    yield before
+    assert children() <= before
+
+
+def test_contestants_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
+    turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", LIMIT, "bfloat16")))
+    limits = [(LIMIT, part) for part in MEASURES["vqgan"].units_of(LIMIT)]
+    parts = [(name, p) for p in ("encode", "decode", "train") for name in ("float32", "bfloat16")]
+    assert turns == [(k, name, part) for k in range(2) for name, part in [*limits, *parts]]
+
+
+def test_what_a_subject_says_reaches_its_contestants_whole(tmp_path: Path) -> None:
+    found = speed_subject(tmp_path, "decode", "float32")
+    assert read_subject(json.loads(json.dumps(found.to_plain()))) == found
+
+
+def test_every_contestant_that_may_be_named_can_be_started() -> None:
+    for name, measure in MEASURES.items():
+        assert set(CONTESTANTS[name]) | {REFERENCE} == set(measure.contestants) | {REFERENCE}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
+    """A run of the decoding measure: the machine's limit and one of ours."""
+    path = write_speed(tmp_path_factory.mktemp("measured"), "decode", LIMIT, "half")
+    return run(path)
+
+
+def test_a_run_measures_in_turns_and_leaves_repetitions_and_profiles(
+    measured: tuple[Path, dict[str, Any], list[str]],
+) -> None:
+    folder, summary, told = measured
+    table = pd.read_csv(folder / "speed" / "repetitions.csv", keep_default_na=False)
+    limits = [(LIMIT, part) for part in ("read", "bfloat16", "packed", "float32")]
+    order = [*limits, ("half", "")]
+    assert list(zip(table["contestant"], table["part"], strict=True)) == order * 2
+    assert (table["seconds"] > 0).all() and (table["peak_bytes"] > 2**20).all()
+    assert set(table.loc[table["contestant"] == "half", "units"]) == {2 * 16}
+    metrics = summary["metrics"]
+    assert metrics["half/weights_bytes"] > 0
+    assert 0 < metrics["half/share_of_limit"] < 1
+    assert metrics["half/cache_bytes"] > 0
+    assert "half, repetition 2 of 2" in told
+    profile = pd.read_csv(folder / "speed" / "half.profile.csv")
+    assert profile["share"].is_monotonic_decreasing and 0.9 < profile["share"].sum() <= 1.001
+    assert not (folder / "speed" / "weights").exists()
+
+
+def test_results_of_speed_are_exported_and_redrawn(
+    measured: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    folder = measured[0]
+    report = Report(
+        experiment="speed/decode",
+        title="Tiny",
+        question="Is it fast?",
+        source="experiments/speed/decode.yaml",
+        rows=("run",),
+    )
+    results = tmp_path / "results"
+    exported = export(folder.parent.parent.parent, results, report=report)
+    assert exported == results / "speed" / "decode"
+    page = (exported / "README.md").read_text()
+    assert "| seed0 | half |" in page and "Where the time of `seed0-half` goes" in page
+    assert (exported / "profiles" / "seed0-half.csv").is_file()
+    problems = check(results)
+    assert [line for line in problems if "no answer" not in line and "commit" not in line] == []
+    table = exported / "repetitions.csv"
+    table.write_text(table.read_text().replace(",half,,token,0,", ",half,,token,0,9"))
+    assert any("generated part" in line for line in check(results))
+    assert experiment_page(exported) != page
+
+
+def prepared(folder: Path, asked: Subject) -> Path:
+    weights = folder / "weights"
+    weights.mkdir()
+    prepare(asked, weights)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("measure", "name", "units"),
+    [
+        ("decode", "int8", 2 * 16),
+        ("train", "bfloat16", 2 * 40),
+        ("vqgan", "float32", 2),
+        ("vqgan", "bfloat16", 2),
+        ("pipeline", "half", 2),
+    ],
+)
+def test_a_repetition_does_all_that_it_counts(
+    tmp_path: Path, measure: str, name: str, units: int
+) -> None:
+    asked = speed_subject(tmp_path, measure, name)
+    contestant = CONTESTANTS[measure][name](asked, name, prepared(tmp_path, asked))
+    before = {key: value.clone() for key, value in weights_of(contestant).items()}
+    for part in MEASURES[measure].units:
+        for is_short in (True, False):
+            work = contestant.run(part, is_short=is_short)
+        assert work.units == units
+    if measure == "pipeline":
+        assert len(list(tmp_path.glob("weights/half/*.png"))) == 2
+    has_moved = any(
+        not torch.equal(value, before[key]) for key, value in weights_of(contestant).items()
+    )
+    assert has_moved == (measure in ("train", "vqgan"))
+
+
+def weights_of(contestant: Any) -> dict[str, torch.Tensor]:
+    model = contestant.pipeline.decoder if hasattr(contestant, "pipeline") else contestant.model
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "memory", "float32", num_tokens=3)
+    contestant = CONTESTANTS["memory"]["float32"](asked, "float32", prepared(tmp_path, asked))
+    assert contestant.run("decode", is_short=False).units == 2 * 3
+    assert (
+        contestant.weights_bytes
+        == sum(value.numel() * 4 for value in contestant.model.parameters())
+        + contestant.model.mask_tables.numel()
+    )
+
+
+# A contestant that says what it is asked and needs no time.
+TALKER = """
+import json, sys
+name = json.loads(sys.stdin.readline())["contestant"]
+answer = {"seconds": 1.0, "units": 5, "peak_bytes": 7, "cache_bytes": 0, "operations": []}
+answer |= {"weights_bytes": 3, "versions": {name: "1"}}
+if name == FAILING: sys.exit("out of luck")
+print(json.dumps(answer), flush=True)
+for line in sys.stdin:
+    open(LOG, "a").write(f"{name} {json.loads(line)}" + chr(10))
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Contestants are talkers, which write what they are asked into this file."""
+    log = tmp_path / "talk"
+    code = TALKER.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
+    monkeypatch.setattr(contest, "command_of", lambda name: [sys.executable, "-c", code])
+    (tmp_path / "weights").mkdir()
+    return log
+
+
+def quiet(done: int, total: int, note: str) -> None:
+    """No progress."""
+
+
+def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: Path) -> None:
+    asked = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", repetitions=3)
+    checked: list[str] = []
+    found = hold(
+        asked, tmp_path / "weights", told=quiet, check=lambda worker: checked.append(worker.name)
+    )
+    names = [
+        line.split()[0] for line in talk.read_text().splitlines() if "'is_short': False" in line
+    ]
+    assert names == ["float32", REFERENCE, "int8"] * 3
+    assert [each.contestant for each in found.repetitions] == names and checked == [REFERENCE]
+    assert found.versions == dict.fromkeys(("float32", REFERENCE, "int8"), "1")
+
+
+def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) -> None:
+    asked = speed_subject(tmp_path, "memory", REFERENCE, "float32")
+    found = hold_memory(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
+    turns = [(each.contestant, each.part) for each in found.repetitions]
+    assert turns == [(n, part) for n in (REFERENCE, "float32") for part in ("load", "decode")] * 2
+    assert {each.units for each in found.repetitions} == {1, 5}
+    assert "True" not in talk.read_text()
+
+
+def test_a_contestant_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
+    asked = speed_subject(tmp_path, "decode", "float32", "half")
+    with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
+        hold(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
+
+
+def test_a_key_press_leaves_no_process(
+    tmp_path: Path, talk: Path, no_process_is_left: set[int]
+) -> None:
+    asked = speed_subject(tmp_path, "decode", "float32", "int8")
+
+    def press(done: int, total: int, note: str) -> None:
+        if done == 1:
+            assert len(children() - no_process_is_left) == 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hold(asked, tmp_path / "weights", told=press, check=lambda worker: None)
+
+
+@pytest.mark.parametrize("measure", list(MEASURES))
+def test_the_reference_does_the_same_work_of_the_same_weights(
+    tmp_path: Path, measure: str
+) -> None:
+    if not (reference_folder() / "rudolph").is_dir():
+        pytest.skip(NO_REFERENCE)
+    folder, summary, _ = run(write_speed(tmp_path, measure, REFERENCE, repetitions=1))
+    assert summary["metrics"]["check/largest_difference"] < 1e-4
+    times = [name for name in summary["metrics"] if "/seconds_per_" in name]
+    assert len(times) == len(MEASURES[measure].units)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["rudolph"] == "0.0.1rc10"
+
+
+def test_a_reference_that_is_missing_is_one_line_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(contest.REFERENCE_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"pip install --no-deps --target .*nowhere rudolph=="):
+        run(write_speed(tmp_path, "decode", REFERENCE, "float32"))
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    assert " ".join(contest.REFERENCE_PACKAGES) in makefile
+
+
+def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "decode", "float32")
+    said, _ = prepare(asked, tmp_path)
+    other = {"logits": said["logits"] + 0.02}
+
+    class Sayer:
+        name = "reference"
+
+        def ask(self, request: dict[str, str]) -> None:
+            save_file(other, request["path"])
+
+    differences: list[float] = []
+    compare(Sayer(), said=other, folder=tmp_path, differences=differences)
+    assert differences == [0]
+    with pytest.raises(ValueError, match=r"logits differ from ours by 0\.02 on the same"):
+        compare(Sayer(), said=said, folder=tmp_path, differences=[])
+
+
+def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> None:
+    code = "import sys; sys.stdin.readline(); sys.exit('a trace' + chr(10) + 'out of luck')"
+    worker = Worker("half", [sys.executable, "-c", code], tmp_path / "log")
+    with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
+        worker.ask({})
+        worker.ask({})
+    worker.close()
+    silent = Worker("half", [sys.executable, "-c", "input(); input()"], tmp_path / "log")
+    with pytest.raises(ValueError, match=r"^contestant half: no answer in 0.05 s$"):
+        silent.ask({}, timeout=0.05)
+    silent.close()
+
+
+def test_commands_name_the_right_programs() -> None:
+    assert command_of("half")[-1] == "rudolph.speed.worker"
+    assert command_of(REFERENCE)[2].endswith("reference_worker.py")

@@ -1,0 +1,136 @@
+"""Speed in numbers: settings, intervals of ratios, bytes and operations counted two ways."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_speed import speed_subject, write_speed
+from torch.utils.flop_counter import FlopCounterMode
+
+from rudolph.config import load_experiment
+from rudolph.evaluation.statistics import ratio_interval, student_quantile
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.results.repetitions import Repetition
+from rudolph.settings import ConfigError
+from rudolph.speed.amounts import decode_bytes, train_operations, vqgan_operations
+from rudolph.speed.config import LIMIT, REFERENCE
+from rudolph.speed.contest import Found
+from rudolph.speed.metrics import metrics_of
+from rudolph.speed.subject import make_inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"measure": "draw"}, "measure must be one of decode, train"),
+        ({"contestants": ["flaot32"]}, "got 'flaot32'; did you mean float32?"),
+        ({"contestants": ["bfloat16"]}, "contestants must be of limit, reference, transformers"),
+        ({"contestants": []}, "contestants must be some of limit"),
+        ({"contestants": ["half", "half"]}, "contestants must differ"),
+        ({"measure": None}, "contestants must be empty when measure is null"),
+        ({"repetitions": 0}, "repetitions must be at least 1, got 0"),
+        ({"measure": "train", "num_tokens": 3}, "num_tokens must be null for train, got 3"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    given = {"measure": "decode", "contestants": ["float32"]} | change
+    path = write_speed(tmp_path, "decode", "float32")
+    content = yaml.safe_load(path.read_text())
+    content["settings"]["speed"] |= given
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_students_quantiles_are_those_of_the_tables() -> None:
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042}
+    assert {n: round(student_quantile(n), 3) for n in known} == known
+
+
+def test_a_ratio_is_of_pairs_and_what_slows_both_is_no_spread() -> None:
+    slow = np.array([1.0, 3.0, 2.0, 8.0])
+    value, low, high = ratio_interval(10 * slow, slow)
+    assert (value, low, high) == pytest.approx((10, 10, 10))
+    value, low, high = ratio_interval([2.0, 8.0], [1.0, 1.0])
+    # By hand: logarithms ln 2 and 3 ln 2, standard error ln 2, t of one degree of freedom.
+    width = np.exp(12.7062 * np.log(2))
+    assert (value, low, high) == pytest.approx((4, 4 / width, 4 * width), rel=1e-3)
+    assert ratio_interval([6.0], [2.0]) == pytest.approx((3, 3, 3))
+    with pytest.raises(ValueError, match="pairs"):
+        ratio_interval([1.0], [0.0])
+
+
+def repeated(contestant: str, part: str, unit: str, *seconds: float) -> list[Repetition]:
+    return [
+        Repetition(contestant, part, unit, number, each, 100, 1000 + number)
+        for number, each in enumerate(seconds)
+    ]
+
+
+def test_known_repetitions_give_known_numbers(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "decode", LIMIT, REFERENCE, "half")
+    found = Found(
+        repeated(LIMIT, "read", "byte", 1e-9, 2e-9)
+        + repeated(REFERENCE, "", "token", 40.0, 80.0)
+        + repeated("half", "", "token", 2.0, 4.0),
+        weights_bytes={"half": 7},
+    )
+    metrics = metrics_of(asked, found)
+    assert metrics["half", "times_reference"] == pytest.approx((20, 20, 20))
+    assert metrics["half", "seconds_per_token"].value == pytest.approx(0.02 * 2**0.5)
+    assert metrics["half", "tokens_per_second"].value == pytest.approx(50 / 2**0.5)
+    assert metrics["half", "peak_bytes"] == (1001, 1000, 1001)
+    assert metrics["half", "weights_bytes"] == (7, 7, 7)
+    # A token took 0.02 s in which 2e9 times as many bytes could be read, and so in both.
+    share = decode_bytes(asked, "half") / 0.02 / 1e11
+    assert metrics["half", "share_of_limit"] == pytest.approx((share, share, share))
+    assert not [name for name in metrics if name[0] == REFERENCE and "reference" in name[1]]
+
+
+def test_a_steps_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "train", "float32")
+    model = MaskedDecoder(asked.decoder, asked.layout, asked.vocabulary).train()
+    tokens = torch.zeros(1, asked.layout.length, dtype=torch.long)
+    length, texts = asked.layout.length, 16 + 8
+    with FlopCounterMode(display=False) as counted:
+        hidden = model.hidden(tokens)
+        model.text_logits(hidden[:, :texts])
+        model.image_logits(hidden[:, texts:])
+    assert train_operations(asked) * length == pytest.approx(3 * counted.get_total_flops())
+
+
+def test_a_tokens_bytes_are_those_of_weights_and_of_the_keys_that_it_sees(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "decode", "float32")
+    model = MaskedDecoder(asked.decoder, asked.layout, asked.vocabulary)
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    weights = 4 * (matrices + 32 * 16) / 2
+    seen = 0.0
+    for table in model.layer_tables:
+        rows = table[16:32].double()
+        seen += (rows[:, :16].sum() / 2 + rows[:, 16:].sum()).item() / 16
+    assert decode_bytes(asked, "float32") == pytest.approx(weights + 2 * seen * 16 * 4)
+    smaller = [decode_bytes(asked, name) for name in ("int8", "half", "float32")]
+    assert smaller == sorted(smaller)
+
+
+def test_a_pictures_operations_grow_with_its_area(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "vqgan", "float32")
+    counted = vqgan_operations(asked)
+    assert counted["train"] == 3 * (counted["encode"] + counted["decode"])
+    assert min(counted.values()) > 1e6
+
+
+def test_inputs_hold_what_a_sequence_may_hold(tmp_path: Path) -> None:
+    asked = speed_subject(tmp_path, "train", "float32")
+    inputs = make_inputs(asked)
+    assert inputs["tokens"].shape == (2, asked.layout.length)
+    assert inputs["tokens"].max() < 60 and inputs["tokens"][:, 16:32].max() < 32
+    assert inputs["left"][0] == 2 and inputs["left"][-1] == 0
+    again = make_inputs(asked)
+    assert all(torch.equal(value, again[name]) for name, value in inputs.items())

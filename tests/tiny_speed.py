@@ -1,0 +1,44 @@
+"""The smallest experiments on speed: what their tests start from."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rudolph.config import load_experiment
+from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.measuring import subject_of
+from rudolph.speed.subject import Subject
+
+TINY: dict[str, Any] = {
+    "data": {"image_size": 32},
+    "tokenizer": {"vocab_size": 60, "num_specials": 17},
+    "layout": {"left_text_length": 16, "right_text_length": 8},
+    "vqgan": {
+        "resolution": 32,
+        "channels": [32, 32, 64, 64],
+        "num_res_blocks": 1,
+        "attention_resolutions": [4],
+        "z_channels": 32,
+        "quantizer": {"num_codes": 32, "embedding_dim": 32},
+    },
+    "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
+    "speed": {"batch_size": 2, "repetitions": 2, "limit_bytes": 2**16, "limit_side": 32},
+}
+
+
+def write_speed(folder: Path, measure: str, *contestants: str, **changes: Any) -> Path:
+    """A tiny experiment on speed; ``changes`` are of its speed's settings."""
+    speed = {**TINY["speed"], "measure": measure, "contestants": list(contestants), **changes}
+    content = {"title": "Tiny", "question": "Is it fast?", "settings": {**TINY, "speed": speed}}
+    path = folder / "speed" / f"{measure}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def speed_subject(folder: Path, measure: str, *contestants: str, **changes: Any) -> Subject:
+    run = load_experiment(write_speed(folder, measure, *contestants, **changes)).runs[0]
+    folders = Folders(folder, folder / "runs")
+    execution = Execution(run, folder, folders, Hardware(), Unrecorded(), lambda *told: None)
+    return subject_of(execution)
