@@ -24,6 +24,7 @@ class Hardware:
     ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
     ``precision`` is Lightning's name of one (None: the machine's own).  With
     ``activation_checkpointing`` the decoder's layers are computed again in the backward pass.
+    With ``block_masks`` attention on CUDA leaves out the empty blocks of its masks.
     """
 
     accelerator: str = "auto"
@@ -34,8 +35,11 @@ class Hardware:
     micro_batch_size: int | None = None
     num_workers: int = 0
     activation_checkpointing: bool = False
+    block_masks: bool = False
 
     def __post_init__(self) -> None:
+        if self.block_masks and self.device.type != "cuda":
+            raise ValueError("--block-masks needs CUDA; elsewhere attention takes dense masks")
         least = {"devices": 1, "num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
         for name, bound in least.items():
             value = getattr(self, name)

@@ -230,6 +230,7 @@ def make_decoder(
     start_from(execution, model)
     apply_tuning(model, config.decoder_tuning)
     model.has_checkpointing = execution.hardware.activation_checkpointing
+    model.has_block_masks = execution.hardware.block_masks
     train_decoder(execution, model, examples, weights, made_of=made_of)
     return model.eval().requires_grad_(False)
 

@@ -114,6 +114,24 @@ def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
     assert (prompts.length, cache.length) == (given, start)
 
 
+@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("mask", [*MASKS, "mixed"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_masks_are_the_masks(mask: str, right_sees_left: bool) -> None:
+    pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
+    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    model, tokens = small_decoder(config), random_tokens(3)
+    with torch.no_grad():
+        for length in (5, 14, 18):
+            model.has_block_masks = False
+            expected = model(tokens[:, :length])
+            model.has_block_masks = True
+            torch.testing.assert_close(model(tokens[:, :length]), expected, atol=1e-5, rtol=0)
+    model.train()
+    with pytest.raises(ValueError, match=r"block masks need decoder.attention_dropout 0, got 0.1"):
+        model(tokens)
+
+
 def test_a_position_that_is_forgotten_leaves_no_trace() -> None:
     model, tokens = small_decoder(), random_tokens(4)
     with torch.no_grad():

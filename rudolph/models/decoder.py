@@ -14,13 +14,14 @@ Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rudolph.models.attention import Look, WholeLook, attention
+from rudolph.models.attention import Look, WholeLook, attention, block_mask
 from rudolph.models.cache import KeyValueCache, Reads
 from rudolph.models.dropout import drop
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
@@ -175,6 +176,8 @@ class MaskedDecoder(nn.Module):
         self.config, self.layout, self.vocabulary = config, layout, vocabulary
         # Whether training computes each layer anew in its backward pass instead of keeping it.
         self.has_checkpointing = False
+        # Whether whole sequences attend by FlexAttention, on CUDA: empty blocks cost nothing.
+        self.has_block_masks = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
@@ -206,6 +209,7 @@ class MaskedDecoder(nn.Module):
         """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
         self.mask_of_layer = list(mask_of_layer)
         self.known_reads: dict[tuple[int, int, int], list[Reads]] = {}
+        self.known_blocks: dict[int, list[Any]] = {}
         self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
 
     @property
@@ -256,7 +260,7 @@ class MaskedDecoder(nn.Module):
         x = self.embed(tokens, start)
         looks: Sequence[Look]
         if cache is None:
-            tables = self.mask_tables[:, :end, :end].unbind()
+            tables = self.whole_masks(end)
             looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
         else:
             looks = cache.looks(end, self.mask_of_layer)
@@ -268,6 +272,15 @@ class MaskedDecoder(nn.Module):
         if cache is not None:
             cache.length = end
         return x
+
+    def whole_masks(self, length: int) -> Sequence[Any]:
+        """The different masks of a sequence's first positions, as ``Seen`` takes them."""
+        tables = self.mask_tables[:, :length, :length].unbind()
+        if not self.has_block_masks:
+            return tables
+        if length not in self.known_blocks:
+            self.known_blocks[length] = [block_mask(table) for table in tables]
+        return self.known_blocks[length]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text vocabulary alone, ``(..., Vt)``."""

@@ -28,7 +28,7 @@ from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
 
 FEW_ROWS = 4
-ROWS_ONE_BY_ONE = 8
+ROWS_ONE_BY_ONE = 256
 LEAST_SCALE = 6.1e-5
 # The largest relative error that a layout may have on the product it is tried on.
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
@@ -95,7 +95,7 @@ def rounded_rows(x: Tensor) -> Tensor:
     scale = (high - low) / 255
     zero = (-low / scale.clamp(min=1e-30)).round()
     scale = scale.clamp(min=LEAST_SCALE)
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+    return ((x * scale.reciprocal()).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
 LAYOUTS = {
@@ -225,6 +225,9 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
     model.float()
     model.text_embedding.half()
     model.image_embedding.half()
+    for kept in model.parameters():
+        # A view of a file that was read would hold all of it in memory.
+        kept.data = kept.data.clone()
 
 
 def pack_low_precision(model: MaskedDecoder, *, num_rows: int) -> None:
