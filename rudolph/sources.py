@@ -78,7 +78,11 @@ def open_source(
     precision = precision or Precision()
     folder = find_folder(source, runs=runs, uri=uri)
     found = (_of_run if is_run(folder) else _of_reference)(folder, precision)
-    found.pipeline.to(Hardware().device)
+    device = Hardware().device
+    is_half = precision.dtype not in (None, torch.float32)
+    # Processors convolve in bfloat16 where they have any 16 bits.
+    pictures = torch.bfloat16 if is_half and device.type == "cpu" else None
+    found.pipeline.to(device, picture_dtype=pictures)
     return found
 
 

@@ -351,8 +351,11 @@ def test_weights_in_less_precision_pass_through_every_stage(
 def test_pictures_are_float32_whatever_the_weights_are(weights: Path) -> None:
     precision = Precision(torch.bfloat16)
     source = open_source(str(weights / "rudolph"), runs=weights, uri="", precision=precision)
-    (candidate,) = generate(source.pipeline, Request(1))
-    assert candidate.image.dtype == torch.float32
+    mixed = pipeline_of(weights).to("cpu", picture_dtype=torch.bfloat16)
+    for pipeline in (source.pipeline, mixed):
+        (candidate,) = generate(pipeline, Request(1))
+        assert candidate.image.dtype == torch.float32
+    assert mixed.vqgan.quant_conv.weight.dtype != mixed.decoder.final_norm.weight.dtype
 
 
 PROMPT = ["--image-prompt", "picture.png"]

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from rudolph.models import quantizers
 from rudolph.models.quantizers import (
     QUANTIZERS,
     QuantizerConfig,
     codebook_usage,
+    likeliest,
     nearest,
 )
 from rudolph.models.vqgan import VQGAN, VQGANConfig
@@ -72,6 +75,35 @@ def test_nearest_is_the_nearest_by_plain_distances() -> None:
     vectors, codebook = torch.randn(40, 5), torch.randn(13, 5)
     plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
     assert torch.equal(nearest(vectors, codebook), plain)
+
+
+@pytest.mark.parametrize("most", [1, 30, 2**22])
+def test_codes_found_in_parts_are_those_found_at_once(most: int, monkeypatch) -> None:
+    monkeypatch.setattr(quantizers, "MOST_SCORES", most)
+    torch.manual_seed(0)
+    vectors, codebook, bias = torch.randn(41, 5), torch.randn(13, 5), torch.randn(13)
+    plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
+    assert torch.equal(nearest(vectors, codebook), plain)
+    scores = vectors @ codebook.t() + bias
+    assert torch.equal(likeliest(vectors, codebook, bias), scores.argmax(1))
+
+
+def test_gumbel_training_equals_its_one_hot_product_with_its_gradient() -> None:
+    quantizer = QUANTIZERS["gumbel"](QuantizerConfig("gumbel", 13, 5, temperature=0.7)).double()
+    z = torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True)
+    read = [z, *quantizer.parameters()]
+    weights = torch.randn(2, 5, 3, 4, dtype=torch.double)
+    torch.manual_seed(1)
+    choice = F.gumbel_softmax(quantizer.proj(z), tau=0.7, hard=True, dim=1)
+    expected = torch.einsum("bkhw,ke->behw", choice, quantizer.embed.weight)
+    torch.manual_seed(1)
+    found = quantizer(z)
+    assert torch.equal(found.indices, choice.argmax(1))
+    torch.testing.assert_close(found.z_q, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found.z_q * weights).sum(), read),
+        torch.autograd.grad((expected * weights).sum(), read),
+    )
 
 
 def test_beta_weighs_the_commitment_and_not_the_codebook() -> None:

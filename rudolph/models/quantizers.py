@@ -10,11 +10,15 @@ Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of c
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Scores of vectors against codes that are in memory at once.
+MOST_SCORES = 2**22
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,21 @@ class Quantized(NamedTuple):
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The index of the nearest code of each vector by squared distance, ``(M,)``."""
     # |v|^2 is the same for every code and is left out.
-    distances = codebook.pow(2).sum(1) - 2 * vectors @ codebook.t()  # (M, K)
-    return distances.argmin(1)
+    squares = codebook.pow(2).sum(1)
+    found = [
+        (squares - 2 * part @ codebook.t()).argmin(1) for part in _parts(vectors, len(codebook))
+    ]
+    return torch.cat(found)
+
+
+def likeliest(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The index of the largest of ``vectors @ weight.T + bias`` for each vector, ``(M,)``."""
+    found = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
+    return torch.cat(found)
+
+
+def _parts(vectors: Tensor, num_codes: int) -> tuple[Tensor, ...]:
+    return torch.split(vectors, max(MOST_SCORES // num_codes, 1))
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -213,18 +230,24 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(config.num_codes, config.embedding_dim)
 
     def forward(self, z: Tensor) -> Quantized:
-        logits = self.proj(z)  # (B, K, H, W)
+        logits = self.proj(z)
         if self.training:
-            choice = F.gumbel_softmax(logits, tau=self.config.temperature, hard=True, dim=1)
+            shares = F.gumbel_softmax(logits, tau=self.config.temperature, dim=1)
+            z_q, indices = _ChosenCodes.apply(shares, self.embed.weight)  # type: ignore[no-untyped-call]
         else:
-            choice = F.one_hot(logits.argmax(1), self.config.num_codes).movedim(-1, 1).to(z.dtype)
-        z_q = torch.einsum("bkhw,ke->behw", choice, self.embed.weight)
+            indices = logits.argmax(1)
+            z_q = self.codes(indices)
         log_q = logits.float().log_softmax(1)
         kl = (log_q.exp() * (log_q + math.log(self.config.num_codes))).sum(1).mean()
-        return Quantized(z_q, choice.argmax(1), self.config.kl_weight * kl)
+        return Quantized(z_q, indices, self.config.kl_weight * kl)
 
     def indices(self, z: Tensor) -> Tensor:
-        return self.proj(z).argmax(1)
+        vectors = z.movedim(1, -1)  # (B, H, W, E)
+        # In half precision many of thousands of codes would be as likely as the likeliest.
+        weight, bias = self.proj.weight.flatten(1).float(), self.proj.bias
+        assert bias is not None
+        found = likeliest(vectors.flatten(0, -2).float(), weight, bias.float())
+        return found.view(vectors.shape[:-1])
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Codes drawn from the softmax of their logits, ``(B, H, W)``."""
@@ -234,6 +257,31 @@ class GumbelQuantizer(nn.Module):
 
     def codes(self, indices: Tensor) -> Tensor:
         return self.embed(indices).movedim(-1, 1)
+
+
+class _ChosenCodes(torch.autograd.Function):
+    """The code of the largest share ``(B, K, H, W)`` and its index, without a one-hot product.
+
+    Straight through: the gradient of the shares is that of the mean of the codes by them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        indices = shares.argmax(1)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(indices, codebook)
+        ctx.dtype = shares.dtype
+        return F.embedding(indices, codebook).movedim(-1, 1), indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        indices, codebook = ctx.saved_tensors
+        of_codes = gradient.movedim(1, -1)  # (B, H, W, E)
+        of_shares = of_codes.to(ctx.dtype) @ codebook.to(ctx.dtype).t()
+        of_codebook = torch.zeros_like(codebook)
+        of_codebook.index_add_(0, indices.flatten(), of_codes.flatten(0, -2).to(codebook))
+        return of_shares.movedim(-1, 1), of_codebook
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -276,7 +324,8 @@ class FiniteScalarQuantizer(nn.Module):
         return (z.float() + _channels(shift)).tanh() * _channels(half) - _channels(offset)
 
     def _expand(self, digits: Tensor) -> Tensor:
-        return self.from_code(digits / _channels(self.levels // 2))
+        code = digits / _channels(self.levels // 2)
+        return self.from_code(code.to(self.from_code.weight.dtype))
 
     def _to_indices(self, digits: Tensor) -> Tensor:
         positive = digits.long() + _channels(self.levels // 2)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.models.strips import enlarged_convolution, fast_layout
+
 SCALES = (2, 4, 8)
 NUM_DENSE = 5
 
@@ -55,9 +57,9 @@ class DenseBlock(nn.Module):
         seen = [x]
         for index in range(NUM_DENSE - 1):
             layer = self.get_submodule(f"conv{index + 1}")
-            seen.append(F.leaky_relu(layer(torch.cat(seen, dim=1)), 0.2))
+            seen.append(F.leaky_relu(layer(torch.cat(seen, dim=1)), 0.2, inplace=True))
         last = self.get_submodule(f"conv{NUM_DENSE}")
-        return x + 0.2 * last(torch.cat(seen, dim=1))
+        return torch.add(x, last(torch.cat(seen, dim=1)), alpha=0.2)
 
 
 class ResidualBlock(nn.Module):
@@ -70,7 +72,7 @@ class ResidualBlock(nn.Module):
         self.rdb3 = DenseBlock(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
+        return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=0.2)
 
 
 class Upscaler(nn.Module):
@@ -93,10 +95,10 @@ class Upscaler(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.config.scale == 2:
             images = F.pixel_unshuffle(images, 2)
-        x = self.conv_first(images)
+        x = self.conv_first(fast_layout(images))
         x = x + self.conv_body(self.body(x))
         for name in ("conv_up1", "conv_up2", "conv_up3"):
             if hasattr(self, name):
-                larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
-                x = F.leaky_relu(getattr(self, name)(larger), 0.2)
-        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
+                larger = enlarged_convolution(x, getattr(self, name))
+                x = F.leaky_relu(larger, 0.2, inplace=True)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2, inplace=True))

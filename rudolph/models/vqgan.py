@@ -5,6 +5,9 @@
 With ``wavelet`` the decoder gives the four Haar bands of a picture of twice the size.  Names of
 modules are taming-transformers', so that its checkpoints' keys are ours.
 
+The precision is that of the weights; bfloat16 is more than twice as fast where the machine
+multiplies it.  Pictures larger than about 256 pixels are computed in strips, see ``strips``.
+
 Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
 ``vae/decoder_dwt.py``.
 
@@ -12,6 +15,7 @@ Shapes: B batch, C channels, H and W pixels; a grid of latents is H / factor by 
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.models.attention import Seen, attention
+from rudolph.models.group_norm import accurate, group_norm
 from rudolph.models.quantizers import QUANTIZERS, QuantizerConfig
+from rudolph.models.strips import (
+    STRIP,
+    enlarged_convolution,
+    fast_layout,
+    is_in_strips,
+    normed,
+    normed_convolution,
+    normed_convolution_strips,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class VQGANConfig:
         return tuple(self.resolution // 2**level for level in range(len(self.channels)))
 
 
-def group_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
+def make_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
     most = min(config.norm_groups, channels)
     groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -77,19 +92,24 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in, config)
+        self.norm1 = make_norm(channels_in, config)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out, config)
+        self.norm2 = make_norm(channels_out, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + hidden
+        hidden = normed_convolution(x, self.norm1, self.conv1)
+        if is_in_strips(hidden) and not self.training:
+            for place, rows in normed_convolution_strips(hidden, self.norm2, self.conv2):
+                hidden[place] = rows.add_(self.shortcut(x[place]))
+            return hidden
+        return self.conv2(self.dropout(normed(hidden, self.norm2))).add_(self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
 
 
 class AttentionBlock(nn.Module):
@@ -97,19 +117,25 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm = group_norm(channels, config)
+        self.norm = make_norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.norm(x)
+        hidden = group_norm(x, self.norm)
         query, key, value = (
-            layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
-        )  # each (B, 1, H * W, C)
-        out = F.scaled_dot_product_attention(query, key, value)[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+            layer(hidden).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )  # each (B, H * W, C)
+        seen = [Seen(key, value)]
+        # A large map in parts, or the scores would be larger than it.
+        parts = [
+            attention(part, seen, pb_relax=False, dropout=0.0)
+            for part in query.split(max(STRIP // query.shape[1], 1), dim=1)
+        ]
+        out = torch.cat(parts, dim=1).transpose(1, 2).view(x.shape)
+        return self.proj_out(out).add_(x)
 
 
 class Downsample(nn.Module):
@@ -128,7 +154,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return enlarged_convolution(x, self.conv)
 
 
 class Middle(nn.Module):
@@ -156,15 +182,14 @@ class Level(nn.Module):
         has_attention = resolution in config.attention_resolutions
         self.attn = nn.ModuleList(attention if has_attention else ())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
         for index, block in enumerate(self.block):
-            x = block(x)
+            yield block
             if len(self.attn):
-                x = self.attn[index](x)
+                yield self.attn[index]
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+                yield getattr(self, name)
 
 
 class Encoder(nn.Module):
@@ -174,7 +199,7 @@ class Encoder(nn.Module):
         super().__init__()
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for index, channels in enumerate(config.channels):
             before = config.channels[max(index - 1, 0)]
             level = Level(
@@ -186,15 +211,16 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(channels)
             self.down.append(level)
         self.mid = Middle(last, config)
-        self.norm_out = group_norm(last, config)
+        self.norm_out = make_norm(last, config)
         self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        # A picture may come channels-last, in which GroupNorm on CPU is several times slower.
-        x = self.conv_in(images.contiguous())
+        x = self.conv_in(fast_layout(images))
         for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+            # One after the other here, where nothing else keeps the map before.
+            for layer in level.layers():
+                x = layer(x)
+        return normed_convolution(self.mid(x), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -205,7 +231,7 @@ class Decoder(nn.Module):
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(config.z_channels, last, 3, padding=1)
         self.mid = Middle(last, config)
-        self.up = nn.ModuleList()
+        self.up: Any = nn.ModuleList()
         for index, channels in enumerate(config.channels):
             before = config.channels[min(index + 1, len(config.channels) - 1)]
             level = Level(
@@ -216,15 +242,16 @@ class Decoder(nn.Module):
             if index > 0:
                 level.upsample = Upsample(channels)
             self.up.append(level)
-        self.norm_out = group_norm(first, config)
+        self.norm_out = make_norm(first, config)
         self.has_wavelet = config.wavelet
         self.conv_out = nn.Conv2d(first, 12 if config.wavelet else 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(fast_layout(z)))
         for level in reversed(self.up):
-            x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+            for layer in level.layers():
+                x = layer(x)
+        x = normed_convolution(x, self.norm_out, self.conv_out)
         return inverse_haar(x) if self.has_wavelet else x
 
 
@@ -293,7 +320,8 @@ class VQGAN(nn.Module):
                 f"height and width must be multiples of {self.config.factor}, "
                 f"got {height} x {width}"
             )
-        z = self.quant_conv(self.encoder(2 * images - 1))
+        # Rounded to the weights' precision only now: 8 bits must not lose before.
+        z = self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
         if generator is None:
             return self.quantize.indices(z).flatten(1)
         if self.config.quantizer.kind != "gumbel":
@@ -304,6 +332,8 @@ class VQGAN(nn.Module):
     def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:
         """Pictures in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
 
+        They are float32 also where the weights are of half precision.
+
         Raises:
             ValueError: when the indices do not fill a rectangle of that height.
         """
@@ -311,4 +341,5 @@ class VQGAN(nn.Module):
         if indices.shape[1] % rows or (height is None and rows * rows != indices.shape[1]):
             raise ValueError(f"{indices.shape[1]} indices do not fill {rows} rows")
         codes = self.quantize.codes(indices.view(indices.shape[0], rows, -1))
-        return ((self.decoder(self.post_quant_conv(codes)) + 1) / 2).clamp(0, 1)
+        decoded = self.decoder(self.post_quant_conv(codes))
+        return ((decoded.to(accurate(decoded.dtype)) + 1) / 2).clamp(0, 1)

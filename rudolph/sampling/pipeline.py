@@ -97,12 +97,15 @@ class Pipeline:
     def device(self) -> torch.device:
         return self.decoder.final_norm.weight.device
 
-    def to(self, device: torch.device | str) -> "Pipeline":
-        """Move the networks."""
+    def to(
+        self, device: torch.device | str, *, picture_dtype: torch.dtype | None = None
+    ) -> "Pipeline":
+        """Move the networks; ``picture_dtype`` is for the VQ-GAN and the upscaler."""
         clip = self.clip.clip if self.clip is not None else None
         for network in (self.vqgan, self.decoder, clip, self.upscaler):
             if network is not None:
-                network.to(device)
+                is_of_pictures = network is self.vqgan or network is self.upscaler
+                network.to(device, picture_dtype if is_of_pictures else None)
         return self
 
     def pack(self, number: int, config: TokenSamplingConfig) -> None:
@@ -292,8 +295,9 @@ class Pipeline:
     def encode(self, images: Tensor) -> Tensor:
         """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
         batches = torch.split(images, self.batch_size)
-        like = self.vqgan.quant_conv.weight
-        return torch.cat([self.vqgan.encode_indices(part.to(like)).cpu() for part in batches])
+        return torch.cat(
+            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
+        )
 
     def decode(
         self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
@@ -302,7 +306,7 @@ class Pipeline:
         parts = []
         for first in range(0, len(indices), self.batch_size):
             part = indices[first : first + self.batch_size].to(self.device)
-            parts.append(self.vqgan.decode_indices(part).float().cpu())
+            parts.append(self.vqgan.decode_indices(part).cpu())
             if on_batch is not None:
                 on_batch(first + len(part), len(indices))
         return torch.cat(parts)

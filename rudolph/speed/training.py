@@ -71,6 +71,9 @@ class Pictures:
     def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
         self.subject, self.kind = subject, kind
         self.model = load_vqgan(subject, folder)
+        # Sampling holds the weights in the precision that it computes in.
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        self.sampled = load_vqgan(subject, folder).to(dtype)
         inputs = load_inputs(folder)
         self.images, self.indices = inputs["images"], inputs["indices"]
         self.stepping = Stepping(self.model, subject.vqgan_optim)
@@ -78,19 +81,18 @@ class Pictures:
         self.versions: dict[str, str] = {}
 
     def run(self, part: str, *, is_short: bool) -> Work:
-        self.model.train(part == "train")
-        with precision(self.kind):
-            if part == "encode":
-                self.model.encode_indices(self.images)
-            elif part == "decode":
-                self.model.decode_indices(self.indices)
-            else:
-                self.step()
+        if part == "encode":
+            self.sampled.encode_indices(self.images)
+        elif part == "decode":
+            self.sampled.decode_indices(self.indices)
+        else:
+            self.step()
         return Work(len(self.images))
 
     def step(self) -> None:
         images = 2 * self.images - 1
-        found = self.model(images)
+        with precision(self.kind):
+            found = self.model.train()(images)
         loss = reconstruction_loss(found.images, images, self.subject.vqgan_losses)
         self.stepping.step(loss + self.subject.vqgan_losses.quantizer_weight * found.loss.float())
 
@@ -98,5 +100,5 @@ class Pictures:
         return 0
 
     def check(self, path: Path) -> None:
-        pictures = self.model.eval().decode_indices(load_inputs(path.parent)["indices"][:1])
+        pictures = self.sampled.decode_indices(load_inputs(path.parent)["indices"][:1])
         save_file({"pictures": pictures.float()}, path)
