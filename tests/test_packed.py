@@ -1,5 +1,9 @@
 """Packed weights: nearly the plain product, the same model, the same draws for a sample."""
 
+import gc
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -104,16 +108,23 @@ def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("weights", packed.WEIGHTS)
-def test_nothing_of_the_weights_that_were_read_stays_in_memory(weights: str) -> None:
+@pytest.mark.parametrize("num_rows", [1, FEW_ROWS + 1])
+def test_nothing_of_the_weights_that_were_read_stays_in_memory(
+    weights: str, num_rows: int
+) -> None:
     model = decoder()
     # As a file is read: one piece of memory, of which every tensor is a part.
-    sizes = [part.numel() for part in model.parameters()]
-    whole = torch.cat([part.detach().flatten() for part in model.parameters()])
-    for part, piece in zip(model.parameters(), whole.split(sizes), strict=True):
+    parts = list(model.parameters())
+    sizes = [part.numel() for part in parts]
+    whole = np.concatenate([part.detach().numpy().ravel() for part in parts])
+    is_held = weakref.ref(whole)
+    for part, piece in zip(parts, torch.from_numpy(whole).split(sizes), strict=True):
         part.data = piece.view_as(part)
-    pack(model, weights=weights, num_rows=1)
-    start, end = whole.data_ptr(), whole.data_ptr() + whole.nbytes
-    assert not any(start <= part.data_ptr() < end for part in model.parameters())
+    del whole, part, piece, parts
+    assert is_held() is not None
+    pack(model, weights=weights, num_rows=num_rows)
+    gc.collect()
+    assert is_held() is None
 
 
 @pytest.mark.parametrize("held", ["float32", "float16", "bfloat16", "int8"])

@@ -137,8 +137,9 @@ def choose_layout(weights: str, num_rows: int) -> str | None:
 def numbers(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer, in eight bits or not."""
     assert isinstance(layer, nn.Linear | Int8Linear)
-    weight = layer.weight.detach()
-    return weight * layer.scale if isinstance(layer, Int8Linear) else weight, layer.bias.detach()
+    # A kernel keeps its bias: a view of a file that was read would hold all of it in memory.
+    weight, bias = layer.weight.detach(), layer.bias.detach().clone()
+    return weight * layer.scale if isinstance(layer, Int8Linear) else weight, bias
 
 
 class PackedLinear(nn.Module):
@@ -186,9 +187,7 @@ class PackedHead(nn.Module):
 
     def __init__(self, head: SegmentHead, layout: str) -> None:
         super().__init__()
-        weights, biases = (
-            torch.split(part.detach(), head.sizes) for part in (head.weight, head.bias)
-        )
+        weights, biases = (torch.split(part, head.sizes) for part in numbers(head))
         self.parts = nn.ModuleList(
             PackedLinear(weight, bias, layout)
             for weight, bias in zip(weights, biases, strict=True)
@@ -226,8 +225,7 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
     model.text_embedding.half()
     model.image_embedding.half()
     for kept in model.parameters():
-        # A view of a file that was read would hold all of it in memory.
-        kept.data = kept.data.clone()
+        kept.data = kept.data.clone()  # for the same reason
 
 
 def pack_low_precision(model: MaskedDecoder, *, num_rows: int) -> None:
