@@ -50,6 +50,8 @@ def keys_read(rows: Tensor) -> KeysRead | None:
 
 
 Reads = tuple[KeysRead | None, KeysRead | None]
+# Number of shared positions, first and end of the new ones, and where the memory is.
+Place = tuple[int, int, int, torch.device]
 
 
 class KeyValueCache:
@@ -65,7 +67,7 @@ class KeyValueCache:
     def __init__(
         self,
         tables: Tensor,
-        known_reads: dict[tuple[int, int, int], list[Reads]],
+        known_reads: dict[Place, list[Reads]],
         own: Tensor,
         shared: Tensor | None = None,
     ) -> None:
@@ -122,7 +124,7 @@ class KeyValueCache:
 
     def _reads(self, end: int) -> list[Reads]:
         """For each mask, what positions from ``length`` to ``end`` read: shared keys and own."""
-        place = (self.num_shared, self.length, end)
+        place = (self.num_shared, self.length, end, self.own.device)
         if place not in self.known_reads:
             rows = [table[self.length : end, :end] for table in self.tables]
             parts = (mask.tensor_split((self.num_shared,), dim=1) for mask in rows)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rudolph.models.attention import Look, WholeLook, attention, block_mask
-from rudolph.models.cache import KeyValueCache, Reads
+from rudolph.models.cache import KeyValueCache, Place, Reads
 from rudolph.models.dropout import drop
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
@@ -208,8 +208,8 @@ class MaskedDecoder(nn.Module):
     def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
         """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
         self.mask_of_layer = list(mask_of_layer)
-        self.known_reads: dict[tuple[int, int, int], list[Reads]] = {}
-        self.known_blocks: dict[int, list[Any]] = {}
+        self.known_reads: dict[Place, list[Reads]] = {}
+        self.known_blocks: dict[tuple[int, torch.device], list[Any]] = {}
         self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
 
     @property
@@ -278,9 +278,10 @@ class MaskedDecoder(nn.Module):
         tables = self.mask_tables[:, :length, :length].unbind()
         if not self.has_block_masks:
             return tables
-        if length not in self.known_blocks:
-            self.known_blocks[length] = [block_mask(table) for table in tables]
-        return self.known_blocks[length]
+        place = (length, self.mask_tables.device)
+        if place not in self.known_blocks:
+            self.known_blocks[place] = [block_mask(table) for table in tables]
+        return self.known_blocks[place]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text vocabulary alone, ``(..., Vt)``."""

@@ -28,7 +28,10 @@ from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
 
 FEW_ROWS = 4
+# Up to so many rows of eight bits are multiplied one after the other; unpacking the weights for
+# one wide product takes longer.
 ROWS_ONE_BY_ONE = 256
+# fbgemm rounds to no finer steps than this.
 LEAST_SCALE = 6.1e-5
 # The largest relative error that a layout may have on the product it is tried on.
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
@@ -225,7 +228,8 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
     model.text_embedding.half()
     model.image_embedding.half()
     for kept in model.parameters():
-        kept.data = kept.data.clone()  # for the same reason
+        # As in ``numbers``: a view would hold the whole file.
+        kept.data = kept.data.clone()
 
 
 def pack_low_precision(model: MaskedDecoder, *, num_rows: int) -> None:
