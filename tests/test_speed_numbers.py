@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rudolph.config import load_experiment
 from rudolph.evaluation.statistics import ratio_interval, student_quantile
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.results.repetitions import Repetition
+from rudolph.results.repetitions import Repetition, mebibytes_text
 from rudolph.settings import ConfigError
 from rudolph.speed.amounts import decode_bytes, train_operations, vqgan_operations
 from rudolph.speed.config import LIMIT, REFERENCE
@@ -134,3 +134,9 @@ def test_inputs_hold_what_a_sequence_may_hold(tmp_path: Path) -> None:
     assert inputs["left"][0] == 2 and inputs["left"][-1] == 0
     again = make_inputs(asked)
     assert all(torch.equal(value, again[name]) for name, value in inputs.items())
+
+
+def test_memory_is_told_in_plain_numbers() -> None:
+    told = [mebibytes_text(size * 2**20) for size in (36.04, 99.96, 593.4, 999.6, 1030.2)]
+    assert told == ["36", "100", "593", "1,000", "1,030"]
+    assert mebibytes_text(float("nan")) == ""

@@ -180,7 +180,8 @@ def seconds_text(seconds: float) -> str:
 def mebibytes_text(size: Any) -> str:
     if pd.isna(size):
         return ""
-    return f"{size / 2**20:,.0f}" if size >= 2**30 else f"{size / 2**20:.3g}"
+    # From 100 on in whole ones: three digits of 999.6 would be 1e+03.
+    return f"{size / 2**20:,.0f}" if size >= 100 * 2**20 else f"{size / 2**20:.3g}"
 
 
 def rate_text(rate: float, unit: str) -> str:
