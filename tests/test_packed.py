@@ -14,12 +14,10 @@ from rudolph.models.int8 import use_int8
 from rudolph.models.packed import (
     FEW_ROWS,
     LAYOUTS,
-    ROWS_ONE_BY_ONE,
-    TOLERANCE,
     PackedLinear,
     choose_layout,
     pack,
-    pack_low_precision,
+    pack_as_held,
     works,
 )
 from rudolph.sampling.filters import TokenSamplingConfig
@@ -30,6 +28,8 @@ LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
 GREEDY = TokenSamplingConfig(top_k=1)
 needs = {name: pytest.mark.skipif(not works(name), reason=f"no {name} here") for name in LAYOUTS}
 EVERY = [pytest.param(name, marks=needs[name]) for name in LAYOUTS]
+# A plain layout multiplies a single row in decoding, and several in a prompt alone.
+SEVERAL = [pytest.param(name, marks=needs[name]) for name in LAYOUTS if "plain" not in name]
 
 
 def decoder() -> MaskedDecoder:
@@ -53,10 +53,10 @@ def test_a_packed_layer_is_nearly_the_layer(layout: str, shape: tuple[int, ...])
     weight, bias, x = torch.randn(33, 67), torch.randn(33), torch.randn(shape)
     found, expected = PackedLinear(weight, bias, layout)(x), F.linear(x, weight, bias)
     assert found.shape == expected.shape and found.dtype == torch.float32
-    assert (found - expected).norm() <= TOLERANCE[layout] * expected.norm()
+    assert (found - expected).norm() <= LAYOUTS[layout].tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.parametrize("layout", SEVERAL)
 def test_a_row_does_not_depend_on_its_neighbours(layout: str) -> None:
     torch.manual_seed(0)
     layer = PackedLinear(torch.randn(16, 64), torch.randn(16), layout)
@@ -92,7 +92,7 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
     assert torch.equal(generate_right_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
 
 
-@pytest.mark.parametrize("num_rows", [2, ROWS_ONE_BY_ONE + 3])
+@pytest.mark.parametrize("num_rows", [2, 259])
 def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
     if not works("int8"):
         pytest.skip("no int8 here")
@@ -102,7 +102,7 @@ def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
     x[0], x[1] = x[0].abs(), 0.0
     found, expected = layer(x), torch.cat([layer(row) for row in x.split(1)])
     # A number half-way between two levels may fall to either.
-    is_same = torch.isclose(found, expected, atol=1e-5).all(1)
+    is_same = torch.isclose(found, expected, rtol=1e-4, atol=1e-5).all(1)
     assert is_same.float().mean() > 0.98
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
@@ -138,11 +138,13 @@ def test_weights_are_packed_when_they_are_held_in_fewer_bits(held: str) -> None:
         model.layers.load_state_dict(weights)
     else:
         model.to(getattr(torch, held))
-    pack_low_precision(model, num_rows=2)
+    pack_as_held(model, num_rows=2)
     packed_parts = [part for part in model.modules() if isinstance(part, PackedLinear)]
-    assert bool(packed_parts) == (held != "float32")
+    layouts = {part.layout for part in packed_parts}
+    assert layouts == {LAYOUTS[{"float32": "float32", "int8": "int8"}.get(held, "float16")]}
     with torch.no_grad():
-        assert (model(prompts(2)) - expected).norm() <= 6e-2 * expected.norm()
+        difference = (model(prompts(2)) - expected).norm()
+    assert difference <= (1e-5 if held == "float32" else 6e-2) * expected.norm()
 
 
 def test_the_layout_follows_the_number_of_rows_and_falls_back(
@@ -159,7 +161,7 @@ def test_the_layout_follows_the_number_of_rows_and_falls_back(
     before = model(prompts(1))
     pack(model, weights="int8", num_rows=1)
     assert torch.equal(model(prompts(1)), before)
-    with pytest.raises(ValueError, match="weights must be one of half, int8, got 'int4'"):
+    with pytest.raises(ValueError, match="weights must be one of float32, half, int8, got 'int4'"):
         choose_layout("int4", 1)
 
 

@@ -28,7 +28,7 @@ from rudolph.speed.contest import (
     reference_folder,
     turns_of,
 )
-from rudolph.speed.subject import Subject, prepare, read_subject
+from rudolph.speed.subject import Subject, load_decoder, prepare, read_subject
 from rudolph.speed.worker import CONTESTANTS
 
 NO_REFERENCE = "the reference's packages are not installed: make reference"
@@ -144,6 +144,7 @@ def prepared(folder: Path, asked: Subject) -> Path:
     ("measure", "name", "units"),
     [
         ("decode", "int8", 2 * 16),
+        ("decode", "compiled_half", 2 * 16),
         ("train", "bfloat16", 2 * 40),
         ("vqgan", "float32", 2),
         ("vqgan", "bfloat16", 2),
@@ -175,12 +176,13 @@ def weights_of(contestant: Any) -> dict[str, torch.Tensor]:
 
 def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> None:
     asked = speed_subject(tmp_path, "memory", "float32", num_tokens=3)
-    contestant = CONTESTANTS["memory"]["float32"](asked, "float32", prepared(tmp_path, asked))
+    folder = prepared(tmp_path, asked)
+    contestant = CONTESTANTS["memory"]["float32"](asked, "float32", folder)
     assert contestant.run("decode", is_short=False).units == 2 * 3
+    model = load_decoder(asked, folder)
     assert (
         contestant.weights_bytes
-        == sum(value.numel() * 4 for value in contestant.model.parameters())
-        + contestant.model.mask_tables.numel()
+        == sum(value.numel() * 4 for value in model.parameters()) + model.mask_tables.numel()
     )
 
 

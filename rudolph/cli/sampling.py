@@ -65,6 +65,11 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument("--top-p", type=float)
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights; else as in the file")
     verb.add_argument("--int8", action="store_true", help="the decoder's layers in eight bits")
+    verb.add_argument(
+        "--compile",
+        action="store_true",
+        help="the decoder's step, for seconds that many tokens repay",
+    )
     verb.add_argument("--output", type=Path, help="path of the PNG; JSON is written beside it")
 
 
@@ -122,7 +127,7 @@ def generate_pictures(given: Any) -> int:
     if given.guidance_kind and sampling.guidance is None:
         raise ValueError("--guidance-kind needs the number of --guidance")
     add_stages(pipeline, given)
-    pipeline.pack(given.number, sampling)
+    pipeline.pack(given.number, sampling, is_compiled=given.compile)
     if given.image_prompt is not None:
         request = replace(request, known=given_tokens(given, source))
     text = pipeline.texts("text_to_image", given.text)
@@ -253,7 +258,7 @@ def caption_picture(given: Any) -> int:
         texts = source.pipeline.texts("question_answering", "", beside=given.question)
         if texts.num_cut:
             say(f"the question is too long: its last {texts.num_cut} BPE ids are cut")
-    source.pipeline.pack(given.number, sampling)
+    source.pipeline.pack(given.number, sampling, is_compiled=given.compile)
     captions = source.pipeline.caption(
         picture[None], config=sampling, seeds=seeds, questions=asked
     )

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from rudolph.models.dropout import drop
 
 PB_RELAX_SCALE = 32.0
+# So many single rows of attention are less work than the call of a product.
+FEW_ROWS = 64
 
 
 class Seen(NamedTuple):
@@ -97,12 +99,12 @@ def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: f
     if dropout:
         shares = drop(shares, dropout)
     if len(seen) == 1:
-        return _together(shares, seen[0]).bmm(seen[0].value).view_as(query)
+        return _product(_together(shares, seen[0]), seen[0].value).view_as(query)
     first, second = seen
     before, after = shares.tensor_split((first.key.shape[1],), dim=-1)
-    out = _together(before, first).bmm(first.value).view_as(query)
+    out = _product(_together(before, first), first.value).view_as(query)
     # Rows that see keys of their own add what these give.
-    return torch.baddbmm(out, after, second.value)
+    return _product(after, second.value, out)
 
 
 def _together(rows: Tensor, seen: Seen) -> Tensor:
@@ -114,10 +116,19 @@ def _scores(query: Tensor, seen: Seen) -> Tensor:
     """``(R, T, T')``."""
     rows, key = _together(query, seen), seen.key.mT
     if seen.mask is None:
-        return rows.bmm(key).view(*query.shape[:2], -1)
+        return _product(rows, key).view(*query.shape[:2], -1)
     bias = _bias(seen.mask, query.dtype)
-    scores = torch.baddbmm(bias.repeat(rows.shape[1] // len(bias), 1), rows, key)
+    scores = _product(rows, key, bias.repeat(rows.shape[1] // len(bias), 1))
     return scores.view(*query.shape[:2], -1)
+
+
+def _product(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
+    """``start`` plus the products of matrices ``(G, T, K)`` and ``(G, K, T')``."""
+    if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= FEW_ROWS:
+        # Single rows as a sum, which fuses with what is around it; a product is called.
+        product = (left.mT * right).sum(1, keepdim=True)
+        return product if start is None else start + product
+    return left.bmm(right) if start is None else torch.baddbmm(start, left, right)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

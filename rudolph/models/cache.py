@@ -9,12 +9,14 @@ positions, H head size, L layers.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rudolph.models.attention import Seen
+from rudolph.models.steady import SteadyLook, SteadyReads, steady_reads
 
 # A gather reads, writes and reads again what it takes; up to so many times what is needed, reading
 # a whole stretch with the rest masked costs no more.
@@ -113,6 +115,29 @@ class KeyValueCache:
             CachedLook(places[layer], [part[layer] for part in seen[number] if part is not None])
             for layer, number in enumerate(mask_of_layer)
         ]
+
+    def steady_looks(self, mask_of_layer: Sequence[int]) -> list[SteadyLook]:
+        """How each layer's next position sees those before it, in shapes that stay."""
+        assert self.shared is not None
+        step = self.length - self.num_shared
+        places, reads = self._steps
+        now = [(shared and shared.step(step), own and own.step(step)) for shared, own in reads]
+        kept = zip(self.shared.unbind(), self.own.unbind(), mask_of_layer, strict=True)
+        return [SteadyLook(shared, own, places[step], now[mask]) for shared, own, mask in kept]
+
+    @cached_property
+    def _steps(
+        self,
+    ) -> tuple[Sequence[Tensor], list[tuple[SteadyReads | None, SteadyReads | None]]]:
+        """Where each position of its own is stored, and what it reads by each mask."""
+        first, device = self.num_shared, self.own.device
+        rows = self.tables[:, first : first + self.own.shape[5]]
+        end = first + rows.shape[1]
+        reads = [
+            (steady_reads(mask[:, :first], device), steady_reads(mask[:, first:end], device))
+            for mask in rows
+        ]
+        return torch.split(torch.arange(rows.shape[1], device=device), 1), reads
 
     def _views(self, rows: Tensor | None, read: KeysRead | None) -> "list[Seen | Gathered] | None":
         if rows is None or read is None:

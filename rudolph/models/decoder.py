@@ -178,6 +178,8 @@ class MaskedDecoder(nn.Module):
         self.has_checkpointing = False
         # Whether whole sequences attend by FlexAttention, on CUDA: empty blocks cost nothing.
         self.has_block_masks = False
+        # Whether single steps of a decoding keep their shapes, for layers that are compiled.
+        self.has_steady_steps = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
@@ -262,6 +264,8 @@ class MaskedDecoder(nn.Module):
         if cache is None:
             tables = self.whole_masks(end)
             looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
+        elif self.has_steady_steps and cache.shared is not None and end - start == 1:
+            looks = cache.steady_looks(self.mask_of_layer)
         else:
             looks = cache.looks(end, self.mask_of_layer)
         for layer, look in zip(self.layers, looks, strict=True):

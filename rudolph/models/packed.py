@@ -3,6 +3,7 @@
 A token costs one reading of all weights, so what counts at few rows is bytes and how they lie.
 Activations stay float32; the rest of the model is as it was.
 
+    float32    in oneDNN's layout, which reads single rows twice as fast as the usual one
     half   16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads at
            the speed of memory; bfloat16 in oneDNN's for more, which multiplies fastest
     int8   8-bit weights, one scale an output; each row of activations is rounded to 8 bits too
@@ -16,57 +17,159 @@ Shapes: B rows, I inputs, O outputs.
 """
 
 import warnings
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import count
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.models.compiled import compile_layers, compiled
 from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
 
 FEW_ROWS = 4
-# Up to so many rows of eight bits are multiplied one after the other; unpacking the weights for
-# one wide product takes longer.
-ROWS_ONE_BY_ONE = 256
+# What is compiled multiplies a single row with weights as they lie.
+SINGLE_ROWS = 1
+PLAIN = {"float32": torch.float32, "half": torch.bfloat16, "int8": torch.int8}
+TOLERANCE = {"float32": 1e-5, "half": 2e-2, "int8": 5e-2}
 # fbgemm rounds to no finer steps than this.
 LEAST_SCALE = 6.1e-5
-# The largest relative error that a layout may have on the product it is tried on.
-TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
 
 
 class WeightLayout(NamedTuple):
-    """``pack(weight (O, I), bias (O,))`` once, ``multiply(packed, x (..., I))`` often."""
+    """``pack(weight (O, I), bias (O,))`` once, ``multiply(packed, x (..., I))`` often.
+
+    ``tolerance`` is the largest relative error that it may have on the product it is tried on.
+    """
 
     pack: Callable[[Tensor, Tensor], Any]
     multiply: Callable[[Any, Tensor], Tensor]
+    tolerance: float
 
 
-def _pack_float16(weight: Tensor, bias: Tensor) -> Any:
-    return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
+class Kernel:
+    """A product with one weight, ``(..., I)`` to ``(..., O)``, that compiled code calls as it is.
+
+    What a compiler cannot look into is told by a number, so that it compiles once for all weights.
+    """
+
+    known: ClassVar[WeakValueDictionary[int, "Kernel"]] = WeakValueDictionary()
+    numbers: ClassVar[Iterator[int]] = count()
+
+    def __init__(
+        self, weight: Any, multiply: Callable[[Any, Tensor], Tensor], num_outputs: int
+    ) -> None:
+        self.weight, self.multiply, self.num_outputs = weight, multiply, num_outputs
+        number = next(self.numbers)
+        self.known[number] = self
+        self.number = torch.tensor(number)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            found: Tensor = torch.ops.rudolph.multiply(x, self.number, self.num_outputs)
+            return found
+        return self.multiply(self.weight, x)
 
 
-def _multiply_float16(packed: Any, x: Tensor) -> Tensor:
-    return torch.ops.quantized.linear_dynamic_fp16(x, packed)
+# A tenth of what ``torch.library.custom_op`` adds to a call.
+LIBRARY: Any = torch.library.Library("rudolph", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define("multiply(Tensor x, Tensor number, int num_outputs) -> Tensor")
 
 
-def _pointwise(x: Tensor, *rest: Any) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, *rest)
+def _multiply(x: Tensor, number: Tensor, num_outputs: int) -> Tensor:
+    kernel = Kernel.known[int(number)]
+    return kernel.multiply(kernel.weight, x)
 
 
-def _pack_bfloat16(weight: Tensor, bias: Tensor) -> Any:
-    low = weight.bfloat16()
-    return torch.ops.mkldnn._reorder_linear_weight(low, FEW_ROWS + 1), bias.bfloat16()
+def _multiply_shape(x: Tensor, number: Tensor, num_outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs)
 
 
-def _multiply_bfloat16(packed: Any, x: Tensor) -> Tensor:
-    weight, bias = packed
-    return _pointwise(x.bfloat16(), weight, bias, "none", [], "").float()
+LIBRARY.impl("multiply", _multiply, "CPU")
+torch.library.register_fake("rudolph::multiply", _multiply_shape, lib=LIBRARY)
 
 
-def _pack_int8(weight: Tensor, bias: Tensor) -> Any:
+def _onednn(weight: Tensor, bias: Tensor, activation: str = "none", kind: str = "") -> Kernel:
+    """A product in oneDNN's layout, with an activation after it."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS + 1)
+
+    def multiply(held: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *held, activation, [], kind)
+        return found
+
+    return Kernel((packed, bias), multiply, len(weight))
+
+
+def _pack_float32(weight: Tensor, bias: Tensor) -> Kernel:
+    return _onednn(weight.float(), bias.float())
+
+
+def _pack_bfloat16(weight: Tensor, bias: Tensor) -> Kernel:
+    return _onednn(weight.bfloat16(), bias.bfloat16())
+
+
+def _pack_float16(weight: Tensor, bias: Tensor) -> Kernel:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return Kernel(packed, lambda held, x: multiply(x, held), len(weight))
+
+
+def _multiply_as_is(kernel: Kernel, x: Tensor) -> Tensor:
+    return kernel(x)
+
+
+def _multiply_bfloat16(kernel: Kernel, x: Tensor) -> Tensor:
+    return kernel(x.bfloat16()).float()
+
+
+class PlainWeight(NamedTuple):
+    """``weight`` (O, I) as it is, times ``scale`` (O,) where it has one, and ``bias`` (O,)."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor
+
+
+def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight:
+    if dtype != torch.int8:
+        return PlainWeight(weight.to(dtype).clone(), None, bias.float())
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+    return PlainWeight((weight / scale[:, None]).round().to(dtype), scale, bias.float())
+
+
+def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
+    if x.numel() <= SINGLE_ROWS * x.shape[-1]:
+        multiply = _sum_rows if torch.compiler.is_compiling() else compiled(_sum_rows)
+        out: Tensor = multiply(plain.weight, x)
+    elif plain.weight.dtype == torch.float32:
+        out = F.linear(x, plain.weight)
+    else:
+        # Eight bits are exact in bfloat16.
+        out = F.linear(x.bfloat16(), plain.weight.bfloat16()).float()
+    return (out if plain.scale is None else out * plain.scale) + plain.bias
+
+
+def _sum_rows(weight: Tensor, x: Tensor) -> Tensor:
+    """A product as sums, of which a compiler makes a loop over the weights as they lie."""
+    # A view by strides is of memory: else what x comes from is computed anew for every output.
+    x = x.as_strided(x.shape, x.stride())
+    rows = [(row * weight.float()).sum(-1) for row in x.flatten(0, -2)]
+    return torch.stack(rows).view(*x.shape[:-1], -1)
+
+
+class Int8Product(NamedTuple):
+    """Without its bias, and with what a shift of all inputs by 1 adds, ``(O,)`` each."""
+
+    kernel: Kernel
+    sums: Tensor
+    bias: Tensor
+
+
+def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
     wide = weight.float()
     scales = wide.abs().amax(1).clamp(min=1e-12).double() / 127
     with warnings.catch_warnings():
@@ -74,23 +177,33 @@ def _pack_int8(weight: Tensor, bias: Tensor) -> Any:
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(wide), dtype=torch.long)
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(rounded, bias.float())
+        packed = torch.ops.quantized.linear_prepack(rounded, None)
+        sums = rounded.dequantize().sum(1)
+    multiply = torch.ops.quantized.linear_dynamic
+    kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
+    return Int8Product(kernel, sums, bias.float())
 
 
-def _multiply_int8(packed: Any, x: Tensor) -> Tensor:
+def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
+    """Each row rounded on its own: a sample's tokens must not depend on its neighbours.
+
+    The kernel takes one scale for all rows.  It finds that of a single row; to several it gives 1,
+    when what they have become by their own scales is whole numbers from 0 to 255, both of which
+    are there.
+    """
     if x.numel() == x.shape[-1]:
-        return torch.ops.quantized.linear_dynamic(x, packed)
-    # The kernel takes one scale for all rows; a sample's tokens must not depend on its neighbours.
-    if x.numel() <= ROWS_ONE_BY_ONE * x.shape[-1]:
-        rows = torch.split(x.flatten(0, -2), 1)
-        found = torch.cat([torch.ops.quantized.linear_dynamic(row, packed) for row in rows])
-        return found.view(*x.shape[:-1], -1)
-    weight, bias = torch.ops.quantized.linear_unpack(packed)
-    return F.linear(rounded_rows(x), weight.dequantize(), bias)
+        return product.kernel(x) + product.bias
+    levels, scale, zero = row_levels(x.flatten(0, -2))
+    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * 255.0
+    out = product.kernel(torch.cat([levels, ends]))[:-1]
+    out = (out - zero * product.sums) * scale + product.bias
+    return out.view(*x.shape[:-1], -1)
 
 
-def rounded_rows(x: Tensor) -> Tensor:
-    """Each row of ``(..., I)`` rounded to 256 levels from its least to its largest number or 0.
+def row_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers from 0 to 255 for each row of ``(R, I)``, their scale and zero, ``(R, 1)``.
+
+    The range is from the row's least to its largest number or 0.
 
     Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded as one row is.
     """
@@ -98,15 +211,21 @@ def rounded_rows(x: Tensor) -> Tensor:
     scale = (high - low) / 255
     zero = (-low / scale.clamp(min=1e-30)).round()
     scale = scale.clamp(min=LEAST_SCALE)
-    return ((x * scale.reciprocal()).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+    return ((x * scale.reciprocal()).round() + zero).clamp(0, 255), scale, zero
 
 
 LAYOUTS = {
-    "float16": WeightLayout(_pack_float16, _multiply_float16),
-    "bfloat16": WeightLayout(_pack_bfloat16, _multiply_bfloat16),
-    "int8": WeightLayout(_pack_int8, _multiply_int8),
+    "float32": WeightLayout(_pack_float32, _multiply_as_is, TOLERANCE["float32"]),
+    "float16": WeightLayout(_pack_float16, _multiply_as_is, 2e-3),
+    "bfloat16": WeightLayout(_pack_bfloat16, _multiply_bfloat16, TOLERANCE["half"]),
+    "int8": WeightLayout(_pack_int8, _multiply_int8, TOLERANCE["int8"]),
+} | {
+    f"plain {name}": WeightLayout(
+        partial(_pack_plain, dtype=dtype), _multiply_plain, TOLERANCE[name]
+    )
+    for name, dtype in PLAIN.items()
 }
-WEIGHTS = ("half", "int8")
+WEIGHTS = ("float32", "half", "int8")
 
 
 @cache
@@ -120,7 +239,7 @@ def works(layout: str) -> bool:
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
     expected = F.linear(x, weight, bias)
-    return bool((found - expected).norm() <= TOLERANCE[layout] * expected.norm())
+    return bool((found - expected).norm() <= LAYOUTS[layout].tolerance * expected.norm())
 
 
 def choose_layout(weights: str, num_rows: int) -> str | None:
@@ -132,8 +251,8 @@ def choose_layout(weights: str, num_rows: int) -> str | None:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     order = ["float16", "bfloat16"] if num_rows <= FEW_ROWS else ["bfloat16", "float16"]
-    if weights == "int8":
-        order.insert(0, "int8")
+    if weights != "half":
+        order = [weights] if weights == "float32" else [weights, *order]
     return next((layout for layout in order if works(layout)), None)
 
 
@@ -174,15 +293,12 @@ class PackedMLP(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.gelu = layer.config.gelu
-        self.packed = [
-            _pack_bfloat16(*numbers(linear)) for linear in (layer.mlp_in, layer.mlp_out)
-        ]
+        weight, bias = numbers(layer.mlp_in)
+        self.first = _onednn(weight.bfloat16(), bias.bfloat16(), "gelu", layer.config.gelu)
+        self.second = _pack_bfloat16(*numbers(layer.mlp_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.packed
-        hidden = _pointwise(x.bfloat16(), *first, "gelu", [], self.gelu)
-        return _pointwise(hidden, *second, "none", [], "").float()
+        return self.second(self.first(x.bfloat16())).float()
 
 
 class PackedHead(nn.Module):
@@ -203,19 +319,28 @@ class PackedHead(nn.Module):
         return list(self.parts)
 
 
-def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
+def pack(model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool = False) -> None:
     """Make a decoder on the CPU ready to decode ``num_rows`` rows at once; guidance doubles them.
 
     It stays as it was where no layout works, or off the CPU; its weights can be neither trained
-    nor saved afterwards.  Token embeddings become float16.
+    nor saved afterwards.  Token embeddings become float16 with weights of fewer than 32 bits.
+
+    Args:
+        is_compiled: whether torch compiles a layer's step, which takes some seconds.
 
     Raises:
-        ValueError: for other weights than ``WEIGHTS``.
+        ValueError: for other weights than ``WEIGHTS``, or where torch cannot compile.
     """
-    layout = choose_layout(weights, num_rows)
-    if layout is None or model.final_norm.weight.device.type != "cpu":
-        return
+    is_plain = is_compiled and num_rows <= SINGLE_ROWS
+    layout = f"plain {weights}" if is_plain else choose_layout(weights, num_rows)
     model.requires_grad_(False).eval()
+    if layout is not None and model.final_norm.weight.device.type == "cpu":
+        _pack(model, layout)
+    if is_compiled:
+        compile_layers(model)
+
+
+def _pack(model: MaskedDecoder, layout: str) -> None:
     model.register_module("to_logits", PackedHead(model.to_logits, layout))
     if layout == "bfloat16":
         for layer in model.layers:
@@ -225,18 +350,24 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int) -> None:
                 layer.register_module(name, part)
     pack_linear_layers(model.layers, layout)
     model.float()
-    model.text_embedding.half()
-    model.image_embedding.half()
+    if not layout.endswith("float32"):
+        model.text_embedding.half()
+        model.image_embedding.half()
     for kept in model.parameters():
         # As in ``numbers``: a view would hold the whole file.
         kept.data = kept.data.clone()
 
 
-def pack_low_precision(model: MaskedDecoder, *, num_rows: int) -> None:
-    """Pack a decoder whose weights are held in fewer than 32 bits anyway; others stay exact."""
+def pack_as_held(model: MaskedDecoder, *, num_rows: int, is_compiled: bool = False) -> None:
+    """Pack a decoder in the number of bits that its weights are held in anyway.
+
+    Raises:
+        ValueError: where torch cannot compile.
+    """
+    weights = "float32" if model.final_norm.weight.dtype == torch.float32 else "half"
     if any(isinstance(part, Int8Linear) for part in model.layers.modules()):
-        # Half would take more memory than was asked for.
-        if works("int8"):
-            pack(model, weights="int8", num_rows=num_rows)
-    elif model.final_norm.weight.dtype != torch.float32:
-        pack(model, weights="half", num_rows=num_rows)
+        if not works("int8"):
+            # Half would take more memory than was asked for.
+            return
+        weights = "int8"
+    pack(model, weights=weights, num_rows=num_rows, is_compiled=is_compiled)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.packed import pack_low_precision
+from rudolph.models.packed import pack_as_held
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
 from rudolph.sampling.clip_ranking import ClipRanker
@@ -108,13 +108,19 @@ class Pipeline:
                 network.to(device, picture_dtype if is_of_pictures else None)
         return self
 
-    def pack(self, number: int, config: TokenSamplingConfig) -> None:
-        """Put weights of 16 or 8 bits in the layout that is read fastest for so many samples.
+    def pack(self, number: int, config: TokenSamplingConfig, *, is_compiled: bool = False) -> None:
+        """Put weights in the layout that is read fastest for so many samples.
 
         The decoder can only sample and rank from then on.
+
+        Args:
+            is_compiled: whether torch compiles a layer's step, for seconds that many tokens repay.
+
+        Raises:
+            ValueError: where torch cannot compile.
         """
-        copies = 1 if config.guidance is None else 2
-        pack_low_precision(self.decoder, num_rows=min(number, self.batch_size) * copies)
+        num_rows = min(number, self.batch_size) * (1 if config.guidance is None else 2)
+        pack_as_held(self.decoder, num_rows=num_rows, is_compiled=is_compiled)
 
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
         """How a caption fills the layout for a task; ``beside`` is the other text's.

@@ -35,7 +35,7 @@ def decode_bytes(subject: Subject, contestant: str) -> float:
     once for the whole batch; those that the masks let an image token see of the image, the mean
     over its positions.
     """
-    of_weight, of_key = WIDTHS[contestant]
+    of_weight, of_key = WIDTHS[contestant.removeprefix("compiled_")]
     head = subject.vocabulary.codebook_size * subject.decoder.hidden_size
     weights = (layer_weights(subject) + head) * of_weight / subject.speed.batch_size
     keys = sum(seen_keys(subject, mask) for mask in subject.decoder.masks)

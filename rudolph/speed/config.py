@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Built from this project; the others are packages of other people and the machine itself.
-OURS = ("float32", "bfloat16", "half", "int8")
+WEIGHTS = ("float32", "half", "int8")
+COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHTS)
+OURS = (*WEIGHTS, *COMPILED, "bfloat16")
 REFERENCE, LIMIT, TRANSFORMERS = "reference", "limit", "transformers"
 LIMIT_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
     "float32": "operation"
 }
-DECODERS = (REFERENCE, TRANSFORMERS, "float32", "half", "int8")
+DECODERS = (REFERENCE, TRANSFORMERS, *WEIGHTS, *COMPILED)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ MEASURES = {
         (LIMIT, REFERENCE, "float32", "bfloat16"),
         {"encode": "picture", "decode": "picture", "train": "picture"},
     ),
-    "pipeline": Measure((REFERENCE, "float32", "half", "int8"), {"pipeline": "picture"}),
+    "pipeline": Measure((REFERENCE, *WEIGHTS, *COMPILED), {"pipeline": "picture"}),
     "memory": Measure(DECODERS, {"load": "load", "decode": "token"}),
 }
 

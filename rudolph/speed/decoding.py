@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.cache import KeyValueCache
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.packed import pack
+from rudolph.models.packed import Kernel, pack
 from rudolph.sampling.generate import generate_image
 from rudolph.speed.serving import Work, tensor_bytes
 from rudolph.speed.subject import Subject, load_decoder, load_inputs
 
-PACKED = ("half", "int8")
 # Tokens of a repetition that only warms up or is profiled.
 SHORT = 16
 
@@ -70,10 +69,14 @@ class Decoding:
 
 
 def decoder_as(subject: Subject, kind: str, folder: Path) -> MaskedDecoder:
-    """The decoder with its weights held as ``kind`` says."""
-    model = load_decoder(subject, folder)
-    if kind in PACKED:
-        pack(model, weights=kind, num_rows=subject.speed.batch_size)
+    """The decoder with its weights held, and its steps compiled or not, as ``kind`` says."""
+    model, weights = load_decoder(subject, folder), kind.removeprefix("compiled_")
+    pack(
+        model,
+        weights=weights,
+        num_rows=subject.speed.batch_size,
+        is_compiled=weights != kind,
+    )
     return model
 
 
@@ -85,10 +88,10 @@ def held_cache_bytes() -> int:
 
 def module_bytes(model: nn.Module) -> int:
     """Memory of all tensors of a module, those too that it holds beside its parameters."""
-    held = [vars(module) for module in model.modules()]
-    packed = (value for names in held for value in names.values())
-    return tensor_bytes(tensor for names in held for tensor in tensors_in(names)) + sum(
-        packed_bytes(value) for value in packed if isinstance(value, torch.ScriptObject)
+    held = [kept for module in model.modules() for kept in held_in(vars(module))]
+    packed = [kept for kept in held if isinstance(kept, torch.ScriptObject)]
+    return tensor_bytes(kept for kept in held if isinstance(kept, Tensor)) + sum(
+        packed_bytes(kept) for kept in packed
     )
 
 
@@ -101,12 +104,12 @@ def packed_bytes(packed: torch.ScriptObject) -> int:
     return weight.numel() * (1 if weight.is_quantized else 2)
 
 
-def tensors_in(found: object) -> list[Tensor]:
-    """The tensors in nested mappings and lists."""
-    if isinstance(found, Tensor):
+def held_in(found: object) -> list[Tensor | torch.ScriptObject]:
+    """The tensors and packed weights in nested mappings, lists and kernels."""
+    if isinstance(found, Tensor | torch.ScriptObject):
         return [found]
     if isinstance(found, dict):
-        return [tensor for value in found.values() for tensor in tensors_in(value)]
+        return [kept for value in found.values() for kept in held_in(value)]
     if isinstance(found, list | tuple):
-        return [tensor for value in found for tensor in tensors_in(value)]
-    return []
+        return [kept for value in found for kept in held_in(value)]
+    return held_in(found.weight) if isinstance(found, Kernel) else []

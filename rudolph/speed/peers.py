@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from rudolph.speed.decoding import SHORT, module_bytes, tensors_in
+from rudolph.speed.decoding import SHORT, held_in, module_bytes
 from rudolph.speed.serving import Work, tensor_bytes
 from rudolph.speed.subject import Subject
 
@@ -61,7 +62,8 @@ class Transformers:
                 return_dict_in_generate=True,
             )
         layers = found.past_key_values.layers
-        self._cache_bytes = tensor_bytes(t for layer in layers for t in tensors_in(vars(layer)))
+        held = [kept for layer in layers for kept in held_in(vars(layer))]
+        self._cache_bytes = tensor_bytes(kept for kept in held if isinstance(kept, Tensor))
         return Work(len(self.prompt) * num_tokens)
 
     def cache_bytes(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rudolph.speed.config import LIMIT, TRANSFORMERS
+from rudolph.speed.config import COMPILED, LIMIT, TRANSFORMERS, WEIGHTS
 from rudolph.speed.decoding import Decoding
 from rudolph.speed.drawing import Drawing
 from rudolph.speed.limits import Limit
@@ -23,15 +23,13 @@ Make = Callable[[Subject, str, Path], Contestant]
 DECODING: dict[str, Make] = {
     LIMIT: Limit,
     TRANSFORMERS: Transformers,
-    "float32": Decoding,
-    "half": Decoding,
-    "int8": Decoding,
+    **dict.fromkeys((*WEIGHTS, *COMPILED), Decoding),
 }
 CONTESTANTS: dict[str, dict[str, Make]] = {
     "decode": DECODING,
     "train": {LIMIT: Limit, "float32": DecoderTraining, "bfloat16": DecoderTraining},
     "vqgan": {LIMIT: Limit, "float32": Pictures, "bfloat16": Pictures},
-    "pipeline": {"float32": Drawing, "half": Drawing, "int8": Drawing},
+    "pipeline": dict.fromkeys((*WEIGHTS, *COMPILED), Drawing),
     "memory": {name: make for name, make in DECODING.items() if name != LIMIT},
 }
 

@@ -1,0 +1,159 @@
+"""Compiled steps: the same shapes at every position, the same tokens as without."""
+
+import pytest
+import torch
+
+from rudolph.models import compiled
+from rudolph.models.compiled import CompiledLayer, check_compiler
+from rudolph.models.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.packed import WEIGHTS, Kernel, PackedLinear, pack
+from rudolph.models.steady import KEYS_AT_ONCE, steady_reads
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.masks import mask_table, parse_mask
+
+LAYOUT, VOCABULARY = SequenceLayout(5, 7, 6), Vocabulary(20, 3, 5, 11, 2)
+MASKS = ("causal", "row", "column", "conv(3)", "conv(5)")
+CPU = torch.device("cpu")
+GUIDED = TokenSamplingConfig(top_k=7, guidance=1.5)
+PLAIN = TokenSamplingConfig(top_k=7)
+
+
+def decoder(*masks: str, **changes: object) -> MaskedDecoder:
+    torch.manual_seed(3)
+    config = DecoderConfig(len(masks), 24, 3, layer_masks=masks, last_layer_mask=None, **changes)
+    return MaskedDecoder(config, LAYOUT, VOCABULARY).eval()
+
+
+def prompts(batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(1, 20, (batch, 5), generator=generator)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("first", [0, 5, 30])
+def test_what_is_read_in_steady_shapes_is_what_the_mask_shows(mask: str, first: int) -> None:
+    table = mask_table(parse_mask(mask), LAYOUT)
+    rows = table[first:, first:]
+    reads = steady_reads(rows, CPU)
+    assert reads is not None and reads.at is not None and reads.mask is not None
+    assert reads.at.shape == reads.mask.shape and len(reads.at) == len(rows)
+    most = int(rows.sum(1).max())
+    assert most <= reads.at.shape[1] < most + KEYS_AT_ONCE
+    for row, at, seen in zip(rows, reads.at, reads.mask, strict=True):
+        assert sorted(at[seen].tolist()) == row.nonzero().flatten().tolist()
+        # Nothing is read that is not there yet.
+        assert bool(row[at].all())
+
+
+def test_what_no_position_or_every_position_sees_is_not_gathered() -> None:
+    assert steady_reads(torch.zeros(3, 4, dtype=torch.bool), CPU) is None
+    assert steady_reads(torch.ones(3, 4, dtype=torch.bool), CPU) == (None, None)
+    reads = steady_reads(torch.tensor([[False, False], [False, True]]), CPU)
+    assert reads is not None and reads.at is not None
+    assert reads.at.tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("sees_left", [True, False])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_steady_steps_are_the_plain_steps(samples: int, sees_left: bool) -> None:
+    """Without a compiler: hidden states of every position, on every mask at once."""
+    plain, steady = (decoder(*MASKS, right_sees_left=sees_left) for _ in range(2))
+    steady.has_steady_steps = True
+    generator = torch.Generator().manual_seed(7)
+    rest = torch.randint(0, 11, (2 * samples, 55), generator=generator)
+    expected, found = (hidden_of(model, prompts(2), rest) for model in (plain, steady))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("samples", [1, 6])
+def test_compiled_steps_are_nearly_those_of_the_decoder(weights: str, samples: int) -> None:
+    torch._dynamo.reset()
+    exact, packed = decoder("conv(3)"), decoder("conv(3)")
+    pack(packed, weights=weights, num_rows=samples, is_compiled=True)
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, 11, (samples, 6), generator=generator)
+    expected, found = (hidden_of(model, prompts(1), tokens) for model in (exact, packed))
+    tolerance = {"float32": 1e-5, "half": 2e-2, "int8": 4e-2}[weights]
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def hidden_of(model: MaskedDecoder, left: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """What the head reads at each of some tokens, drawn one after the other."""
+    cache = model.new_cache(len(left), num_positions=left.shape[1])
+    with torch.inference_mode():
+        model.hidden(left, cache)
+        cache = cache.repeat(len(tokens) // len(left), num_positions=tokens.shape[1])
+        # What is not there yet must not be read.
+        cache.own.fill_(torch.nan)
+        return torch.cat([model.hidden(token, cache) for token in tokens.split(1, dim=1)], dim=1)
+
+
+def test_compiled_and_plain_steps_draw_the_same_pictures_and_texts() -> None:
+    torch._dynamo.reset()
+    drawn = []
+    for is_compiled in (False, True):
+        model = decoder("row")
+        pack(model, weights="float32", num_rows=6, is_compiled=is_compiled)
+        picture = generate_image(
+            model, prompts(1), config=GUIDED, seeds=range(3), unconditional=torch.full((5,), 2)
+        )
+        right = torch.cat([prompts(1).expand(3, -1), picture, torch.full((3, 1), 4)], dim=1)
+        text = generate_right_text(model, right, config=PLAIN, seeds=range(3))
+        drawn.append(torch.cat([picture, text], dim=1))
+    assert torch.equal(*drawn)
+
+
+def test_all_layers_share_a_compilation_and_prompts_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[torch.Size] = []
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        nonlocal graphs
+        graphs += 1
+
+        def run(*given: torch.Tensor) -> object:
+            shapes.append(given[0].shape)
+            return graph.forward(*given)
+
+        return run
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        compiled,
+        "compiled",
+        lambda function: torch.compile(function, backend=backend, dynamic=False),
+    )
+    monkeypatch.setattr(compiled, "check_compiler", lambda: None)
+    model = decoder("row", "column", "row", "row")
+    pack(model, weights="half", num_rows=8, is_compiled=True)
+    assert all(isinstance(layer, CompiledLayer) for layer in model.layers)
+    generate_image(model, prompts(2), config=PLAIN, seeds=list(range(8)))
+    assert graphs == 1
+    assert len(shapes) == 4 * (LAYOUT.num_image_tokens - 1)
+
+
+def test_a_kernel_is_forgotten_with_its_layer() -> None:
+    before = len(Kernel.known)
+    layer = PackedLinear(torch.randn(8, 16), torch.randn(8), "float32")
+    assert len(Kernel.known) == before + 1
+    del layer
+    assert len(Kernel.known) == before
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: object) -> object:
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(compiled, "compiled", broken)
+    check_compiler.cache_clear()
+    message = (
+        "compiling needs a C\\+\\+ compiler that torch finds: No working C\\+\\+ compiler found$"
+    )
+    with pytest.raises(ValueError, match=message):
+        pack(decoder("row"), weights="half", num_rows=1, is_compiled=True)
+    check_compiler.cache_clear()
