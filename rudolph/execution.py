@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from rudolph.config import Run, RunConfig
+from rudolph.models.compiled import check_compiler
 from rudolph.training.optim import OptimConfig
 
 Progress = Callable[[str, int, int, str], None]
@@ -24,7 +25,8 @@ class Hardware:
     ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
     ``precision`` is Lightning's name of one (None: the machine's own).  With
     ``activation_checkpointing`` the decoder's layers are computed again in the backward pass.
-    With ``block_masks`` attention on CUDA leaves out the empty blocks of its masks.
+    With ``block_masks`` attention on CUDA leaves out the empty blocks of its masks; with
+    ``compile`` torch compiles the decoder's layers.
     """
 
     accelerator: str = "auto"
@@ -36,10 +38,13 @@ class Hardware:
     num_workers: int = 0
     activation_checkpointing: bool = False
     block_masks: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.block_masks and self.device.type != "cuda":
             raise ValueError("--block-masks needs CUDA; elsewhere attention takes dense masks")
+        if self.compile:
+            check_compiler()
         least = {"devices": 1, "num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
         for name, bound in least.items():
             value = getattr(self, name)

@@ -231,7 +231,9 @@ def make_decoder(
     apply_tuning(model, config.decoder_tuning)
     model.has_checkpointing = execution.hardware.activation_checkpointing
     model.has_block_masks = execution.hardware.block_masks
+    model.has_compiled_layers = execution.hardware.compile
     train_decoder(execution, model, examples, weights, made_of=made_of)
+    model.has_compiled_layers = False
     return model.eval().requires_grad_(False)
 
 

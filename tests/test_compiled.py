@@ -1,10 +1,13 @@
 """Compiled steps: the same shapes at every position, the same tokens as without."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from rudolph.models import compiled
-from rudolph.models.compiled import CompiledLayer, check_compiler
+from rudolph.models import decoder as decoder_module
+from rudolph.models.compiled import check_compiler
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.packed import WEIGHTS, Kernel, PackedLinear, pack
 from rudolph.models.steady import KEYS_AT_ONCE, steady_reads
@@ -57,10 +60,13 @@ def test_what_no_position_or_every_position_sees_is_not_gathered() -> None:
 
 @pytest.mark.parametrize("sees_left", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_steady_steps_are_the_plain_steps(samples: int, sees_left: bool) -> None:
-    """Without a compiler: hidden states of every position, on every mask at once."""
+def test_steady_steps_are_the_plain_steps(
+    samples: int, sees_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not compiled: hidden states of every position, on every mask at once."""
+    monkeypatch.setattr(decoder_module, "compiled", lambda function: function)
     plain, steady = (decoder(*MASKS, right_sees_left=sees_left) for _ in range(2))
-    steady.has_steady_steps = True
+    steady.has_compiled_layers = True
     generator = torch.Generator().manual_seed(7)
     rest = torch.randint(0, 11, (2 * samples, 55), generator=generator)
     expected, found = (hidden_of(model, prompts(2), rest) for model in (plain, steady))
@@ -123,18 +129,31 @@ def test_all_layers_share_a_compilation_and_prompts_have_none(
         return run
 
     torch._dynamo.reset()
-    monkeypatch.setattr(
-        compiled,
-        "compiled",
-        lambda function: torch.compile(function, backend=backend, dynamic=False),
-    )
-    monkeypatch.setattr(compiled, "check_compiler", lambda: None)
+
+    def counted(function: Callable[..., object]) -> object:
+        return torch.compile(function, backend=backend, dynamic=False)
+
+    monkeypatch.setattr(decoder_module, "compiled", counted)
     model = decoder("row", "column", "row", "row")
     pack(model, weights="half", num_rows=8, is_compiled=True)
-    assert all(isinstance(layer, CompiledLayer) for layer in model.layers)
     generate_image(model, prompts(2), config=PLAIN, seeds=list(range(8)))
     assert graphs == 1
     assert len(shapes) == 4 * (LAYOUT.num_image_tokens - 1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_compiled_training_has_the_gradients_of_the_plain_one(has_checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    tokens = torch.cat([prompts(3), torch.ones(3, 20, dtype=torch.long)], dim=1)
+    gradients = []
+    for is_compiled in (False, True):
+        model = decoder("row", "conv(3)", attention_dropout=0.0, output_dropout=0.0).train()
+        model.has_compiled_layers, model.has_checkpointing = is_compiled, has_checkpointing
+        model.hidden(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.layers.parameters()])
+    for plain, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_a_kernel_is_forgotten_with_its_layer() -> None:

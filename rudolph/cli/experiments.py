@@ -17,6 +17,7 @@ HARDWARE_FLAGS = (
     "num_workers",
     "activation_checkpointing",
     "block_masks",
+    "compile",
 )
 
 
@@ -40,6 +41,9 @@ def add_run(verbs: Any) -> None:
     )
     hardware.add_argument(
         "--block-masks", action="store_true", help="FlexAttention, on CUDA, without its dropout"
+    )
+    hardware.add_argument(
+        "--compile", action="store_true", help="the decoder's layers; on a CPU it gains nothing"
     )
     run.set_defaults(verb=run_experiment)
 

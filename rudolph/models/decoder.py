@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rudolph.models.attention import Look, WholeLook, attention, block_mask
 from rudolph.models.cache import KeyValueCache, Place, Reads
+from rudolph.models.compiled import compiled
 from rudolph.models.dropout import drop
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
@@ -137,6 +138,12 @@ class Layer(nn.Module):
         return drop(x, self.config.output_dropout) if self.training else x
 
 
+def run_layer(layer: nn.Module, x: Tensor, look: Look) -> Tensor:
+    """A layer as a function, so that all of them share a compilation."""
+    out: Tensor = layer(x, look)
+    return out
+
+
 class SegmentHead(nn.Linear):
     """Logits of all text ids and then all image ids; a token needs one part alone."""
 
@@ -178,8 +185,8 @@ class MaskedDecoder(nn.Module):
         self.has_checkpointing = False
         # Whether whole sequences attend by FlexAttention, on CUDA: empty blocks cost nothing.
         self.has_block_masks = False
-        # Whether single steps of a decoding keep their shapes, for layers that are compiled.
-        self.has_steady_steps = False
+        # Whether torch compiles the layers: in training, and for single steps of a decoding.
+        self.has_compiled_layers = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
@@ -260,19 +267,21 @@ class MaskedDecoder(nn.Module):
             tokens = self._after_leading(tokens)
         end = start + tokens.shape[1]
         x = self.embed(tokens, start)
+        is_compiled = self.has_compiled_layers and self.training
         looks: Sequence[Look]
         if cache is None:
             tables = self.whole_masks(end)
             looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
-        elif self.has_steady_steps and cache.shared is not None and end - start == 1:
-            looks = cache.steady_looks(self.mask_of_layer)
+        elif self.has_compiled_layers and cache.shared is not None and end - start == 1:
+            is_compiled, looks = True, cache.steady_looks(self.mask_of_layer)
         else:
             looks = cache.looks(end, self.mask_of_layer)
+        run = compiled(run_layer) if is_compiled else run_layer
         for layer, look in zip(self.layers, looks, strict=True):
             if self.has_checkpointing and self.training:
-                x = checkpoint(layer, x, look, use_reentrant=False)
+                x = checkpoint(run, layer, x, look, use_reentrant=False)
             else:
-                x = layer(x, look)
+                x = run(layer, x, look)
         if cache is not None:
             cache.length = end
         return x

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.compiled import compile_layers, compiled
+from rudolph.models.compiled import check_compiler, compiled
 from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
 
@@ -331,13 +331,14 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool
     Raises:
         ValueError: for other weights than ``WEIGHTS``, or where torch cannot compile.
     """
+    if is_compiled:
+        check_compiler()
     is_plain = is_compiled and num_rows <= SINGLE_ROWS
     layout = f"plain {weights}" if is_plain else choose_layout(weights, num_rows)
     model.requires_grad_(False).eval()
     if layout is not None and model.final_norm.weight.device.type == "cpu":
         _pack(model, layout)
-    if is_compiled:
-        compile_layers(model)
+    model.has_compiled_layers = is_compiled
 
 
 def _pack(model: MaskedDecoder, layout: str) -> None:
