@@ -129,6 +129,13 @@ class Execution:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        share = self.config.decoder.attention_dropout
+        if self.hardware.block_masks and share:
+            raise ValueError(
+                f"decoder.attention_dropout must be 0 with --block-masks, got {share:g}"
+            )
+
     @property
     def config(self) -> RunConfig:
         return self.run.config

@@ -148,6 +148,7 @@ def prepared(folder: Path, asked: Subject) -> Path:
         ("train", "bfloat16", 2 * 40),
         ("vqgan", "float32", 2),
         ("vqgan", "bfloat16", 2),
+        ("upscaler", "bfloat16", 2),
         ("pipeline", "half", 2),
     ],
 )

@@ -13,9 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from rudolph.config import load_experiment
 from rudolph.evaluation.statistics import ratio_interval, student_quantile
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.results.repetitions import Repetition, mebibytes_text
 from rudolph.settings import ConfigError
-from rudolph.speed.amounts import decode_bytes, train_operations, vqgan_operations
+from rudolph.speed.amounts import (
+    decode_bytes,
+    train_operations,
+    upscaler_operations,
+    vqgan_operations,
+)
 from rudolph.speed.config import LIMIT, REFERENCE
 from rudolph.speed.contest import Found
 from rudolph.speed.metrics import metrics_of
@@ -124,6 +130,9 @@ def test_a_pictures_operations_grow_with_its_area(tmp_path: Path) -> None:
     counted = vqgan_operations(asked)
     assert counted["train"] == 3 * (counted["encode"] + counted["decode"])
     assert min(counted.values()) > 1e6
+    # The chain of blocks on the pixels of the picture makes up most of it.
+    body = 2 * sum(p.numel() for p in Upscaler(UpscalerConfig()).body.parameters() if p.dim() > 1)
+    assert 1 < upscaler_operations(asked) / (body * 32 * 32) < 1.2
 
 
 def test_inputs_hold_what_a_sequence_may_hold(tmp_path: Path) -> None:

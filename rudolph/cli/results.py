@@ -41,7 +41,9 @@ def write_results(loaded: Any, folders: Any) -> Path:
     table, curves = loaded.report.table, loaded.report.curves
     figures = [Figure("curves", curves, by=rows[0])] if curves else []
     if table:
-        figures.append(Figure("intervals", table, x="seed", by=rows[0]))
+        is_speed = any(run.config.speed.measure for run in loaded.runs)
+        kind = "ratios" if is_speed else "intervals"
+        figures.append(Figure(kind, table, x="seed", by=rows[0]))
     report = Report(
         experiment=loaded.name,
         title=loaded.title,

@@ -135,10 +135,21 @@ class PlainWeight(NamedTuple):
 
 
 def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight:
+    held = torch.empty(weight.shape, dtype=dtype)
     if dtype != torch.int8:
-        return PlainWeight(weight.to(dtype).clone(), None, bias.float())
-    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-    return PlainWeight((weight / scale[:, None]).round().to(dtype), scale, bias.float())
+        return PlainWeight(held.copy_(weight), None, bias.float())
+    scale = largest(weight.float()) / 127
+    # Row after row: memory of a whole copy that is freed would stay with the process.
+    for place, row, step in zip(held, weight, scale, strict=True):
+        place.copy_((row / step).round())
+    return PlainWeight(held, scale, bias.float())
+
+
+def largest(weight: Tensor) -> Tensor:
+    """The largest size of a number in each row, not 0."""
+    # Without a copy of the weight, for the same reason.
+    found: Tensor = torch.linalg.vector_norm(weight, ord=torch.inf, dim=1)
+    return found.clamp(min=1e-12)
 
 
 def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
@@ -171,15 +182,15 @@ class Int8Product(NamedTuple):
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
     wide = weight.float()
-    scales = wide.abs().amax(1).clamp(min=1e-12).double() / 127
+    scales = largest(wide).double() / 127
     with warnings.catch_warnings():
         # Quantized tensors are to leave torch some day; then the trial fails and half is used.
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(wide), dtype=torch.long)
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(rounded, None)
-        sums = rounded.dequantize().sum(1)
     multiply = torch.ops.quantized.linear_dynamic
+    sums = multiply(torch.ones(1, wide.shape[1]), packed)[0]
     kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
     return Int8Product(kernel, sums, bias.float())
 

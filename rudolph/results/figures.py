@@ -142,6 +142,28 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
 
 
 @_styled
+def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+    """Intervals of metrics of one unit on one axis, a row for each variant and metric; 1 dotted.
+
+    The axis is called what the metrics have in common after their last ``/``.
+    """
+    _require(frame, [x, by, *y])
+    records = frame.sort_values([by, x]).to_dict("records")
+    rows = [(each, metric) for each in records for metric in y if each[metric] == each[metric]]
+    figure = Figure(figsize=(7.2, 0.9 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for row, (record, metric) in enumerate(rows):
+        _interval(axes, record, metric, row=row, height=row)
+    axes.axvline(1, **LEVEL_STYLES["chance"])
+    units = {metric.rpartition("/")[2] for metric in y}
+    axes.set(xlabel=", ".join(sorted(units)), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(rows)), [f"{each[by]}: {metric}" for each, metric in rows])
+    axes.grid(axis="y", visible=False)
+    _save(figure, path)
+
+
+@_styled
 def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics over two columns of the grid: the mean over the other ones, written in the cell."""
     _require(frame, [x, by, *y])
@@ -367,4 +389,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         most -= 1
 
 
-FIGURES = {"curves": curves, "lines": lines, "intervals": intervals, "heatmap": heatmap}
+FIGURES = {
+    "curves": curves,
+    "lines": lines,
+    "intervals": intervals,
+    "ratios": ratios,
+    "heatmap": heatmap,
+}

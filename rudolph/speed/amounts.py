@@ -9,6 +9,7 @@ Shapes: B pictures or sequences, T tokens, D hidden size, L layers, V vocabulary
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan import VQGAN
 from rudolph.sequence.masks import mask_table, parse_mask
 from rudolph.speed.subject import Subject
@@ -83,3 +84,11 @@ def vqgan_operations(subject: Subject) -> dict[str, float]:
             model.decoder(model.post_quant_conv(latents))
     encode, decode = float(encoding.get_total_flops()), float(decoding.get_total_flops())
     return {"encode": encode, "decode": decode, "train": 3 * (encode + decode)}
+
+
+def upscaler_operations(subject: Subject) -> float:
+    """Products and sums that one picture needs, as counted; pictures have the VQ-GAN's sides."""
+    side = subject.vqgan.resolution
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        Upscaler(UpscalerConfig()).eval()(torch.empty(1, 3, side, side))
+    return float(counted.get_total_flops())

@@ -36,6 +36,7 @@ MEASURES = {
         (LIMIT, REFERENCE, "float32", "bfloat16"),
         {"encode": "picture", "decode": "picture", "train": "picture"},
     ),
+    "upscaler": Measure((LIMIT, REFERENCE, "float32", "bfloat16"), {"upscale": "picture"}),
     "pipeline": Measure((REFERENCE, *WEIGHTS, *COMPILED), {"pipeline": "picture"}),
     "memory": Measure(DECODERS, {"load": "load", "decode": "token"}),
 }

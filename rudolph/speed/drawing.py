@@ -1,19 +1,20 @@
-"""Contestants that make pictures of a text from beginning to end: ours.
+"""Contestants that make pictures of a text from beginning to end, or larger ones of these: ours.
 
-Tokenizing, drawing every image token, decoding, PNG files.
+Tokenizing, drawing every image token, decoding, PNG files; the upscaler alone.
 """
 
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rudolph.sampling.pictures import to_image
 from rudolph.sampling.pipeline import Pipeline, Request
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.speed.decoding import SHORT, EnoughError, decoder_as, module_bytes
 from rudolph.speed.serving import Work
-from rudolph.speed.subject import CAPTION, Subject, load_inputs, load_vqgan
+from rudolph.speed.subject import CAPTION, Subject, load_inputs, load_upscaler, load_vqgan
 
 
 class Drawing:
@@ -63,3 +64,30 @@ class Drawing:
             logits = self.pipeline.decoder(inputs["checked"])
         pictures = self.pipeline.vqgan.decode_indices(inputs["indices"][:1])
         save_file({"logits": logits.float(), "pictures": pictures.float()}, path)
+
+
+class Upscaling:
+    """Pictures through the upscaler, each whole."""
+
+    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
+        self.model = load_upscaler(folder).to(getattr(torch, kind))
+        self.images = load_inputs(folder)["images"]
+        self.weights_bytes = module_bytes(self.model)
+        self.versions: dict[str, str] = {}
+
+    @torch.inference_mode()
+    def run(self, part: str, *, is_short: bool) -> Work:
+        self.upscaled(self.images)
+        return Work(len(self.images))
+
+    def upscaled(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model(images.to(self.model.conv_first.weight))
+        return found
+
+    def cache_bytes(self) -> int:
+        return 0
+
+    @torch.inference_mode()
+    def check(self, path: Path) -> None:
+        pictures = self.upscaled(load_inputs(path.parent)["images"][:1])
+        save_file({"pictures": pictures.float().contiguous()}, path)

@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from rudolph.evaluation.statistics import Estimate, ratio_interval, repeated_interval
 from rudolph.results.repetitions import Repetition
-from rudolph.speed.amounts import decode_bytes, train_operations, vqgan_operations
+from rudolph.speed.amounts import (
+    decode_bytes,
+    train_operations,
+    upscaler_operations,
+    vqgan_operations,
+)
 from rudolph.speed.config import LIMIT, REFERENCE
 from rudolph.speed.contest import Found
 from rudolph.speed.subject import Subject
@@ -63,7 +68,7 @@ def against_limit(
     if rates is None:
         return {}
     found = {}
-    if subject.speed.measure in ("train", "vqgan"):
+    if subject.speed.measure in ("train", "vqgan", "upscaler"):
         found["operations_per_second"] = repeated_interval(rates)
     limits = limit_rates(groups, is_read=subject.speed.measure == "decode")
     if limits is not None:
@@ -82,6 +87,8 @@ def work_rates(
         work = train_operations(subject)
     elif measure == "vqgan":
         work = vqgan_operations(subject)[part]
+    elif measure == "upscaler":
+        work = upscaler_operations(subject)
     else:
         return None
     rates: NDArray[np.float64] = work / unit_seconds(group)

@@ -44,6 +44,7 @@ MODULES = (
     "rudolph.model.model",
     "rudalle.vae.model",
     "rudalle.tokenizer",
+    "rudalle.realesrgan.rrdbnet_arch",
 )
 # Tokens of a repetition that only warms up.
 SHORT = 16
@@ -146,10 +147,12 @@ class Reference:
         self.size, self._cache_bytes = self.subject["speed"]["batch_size"], 0
         self.decoder: Any = self.load_decoder() if self.path("decoder").is_file() else None
         self.vqgan: Any = self.load_vqgan() if self.path("vqgan").is_file() else None
-        models = [model for model in (self.decoder, self.vqgan) if model is not None]
+        self.upscaler: Any = self.load_upscaler() if self.path("upscaler").is_file() else None
+        models = [self.decoder, self.vqgan, self.upscaler]
         self.weights_bytes = sum(
             tensor.numel() * tensor.element_size()
             for model in models
+            if model is not None
             for tensor in (*model.parameters(), *model.buffers())
         )
         self.optimizer: Any = None
@@ -172,6 +175,12 @@ class Reference:
         config = Namespace(self.arguments("vqgan"))
         model = importlib.import_module("rudalle.vae.model").VQGanGumbelVAE(config, dwt=config.dwt)
         model.load_state_dict(load_file(self.path("vqgan")))
+        return model.eval()
+
+    def load_upscaler(self) -> Any:
+        package = importlib.import_module("rudalle.realesrgan.rrdbnet_arch")
+        model = package.RRDBNet(**self.arguments("upscaler"))
+        model.load_state_dict(load_file(self.path("upscaler")))
         return model.eval()
 
     def prepare_api(self) -> None:
@@ -271,6 +280,11 @@ class Reference:
         self.step((decoded - images).abs().mean() + quantizer_loss)
         return serving.Work(self.size)
 
+    def upscale(self, is_short: bool) -> Any:
+        with torch.no_grad():
+            self.upscaler(self.inputs["images"])
+        return serving.Work(self.size)
+
     def check(self, path: Path) -> None:
         said = {}
         with torch.no_grad():
@@ -280,6 +294,8 @@ class Reference:
                 said["logits"] = self.decoder.eval()(tokens, mask, return_loss=False)[0]
             if self.vqgan is not None:
                 said["pictures"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
+            if self.upscaler is not None:
+                said["pictures"] = self.upscaler(self.inputs["images"][:1])
         save_file({name: value.contiguous() for name, value in said.items()}, path)
 
 
@@ -292,6 +308,7 @@ WORKS = {
     ("vqgan", "encode"): Reference.encode,
     ("vqgan", "decode"): Reference.decode,
     ("vqgan", "train"): Reference.train_vqgan,
+    ("upscaler", "upscale"): Reference.upscale,
 }
 TASK_TOKENS = ("<LT_UNK>", "<RT_UNK>", "<LT_T2I>", "<LT_I2T>", "<LT_T2T>", "<RT_I2T>")
 
@@ -310,10 +327,11 @@ def import_packages(folder: Path) -> dict[str, str]:
     """Make the packages of the folder importable, without what they import; their versions."""
     sys.path.insert(0, str(folder))
     install_stubs()
-    # Its own __init__ imports every model that the package has.
-    rudalle: Any = types.ModuleType("rudalle")
-    rudalle.__path__ = [str(folder / "rudalle")]
-    sys.modules["rudalle"] = rudalle
+    # Their own __init__ import every model that the package has, and what downloads them.
+    for name in ("rudalle", "rudalle.realesrgan"):
+        package: Any = types.ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")))]
+        sys.modules[name] = package
     found = importlib.import_module("rudolph").__file__
     for name in MODULES:
         importlib.import_module(name)

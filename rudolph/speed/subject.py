@@ -2,8 +2,9 @@
 
 Contestants are told by a ``Subject`` in JSON and by the files of a folder:
 
-    decoder.safetensors, vqgan.safetensors      random weights under our names
-    rudolph.safetensors, reference_vqgan.safetensors, each with a .json
+    decoder.safetensors, vqgan.safetensors, upscaler.safetensors
+                                                random weights under our names
+    reference_decoder.safetensors and so on, each with a .json
                                                 the same weights as the reference loads them
     inputs.safetensors                          left (L,), tokens (B, T), images (B, 3, H, W)
     bpe.model                                   a tokenizer
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import to_reference
+from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig
 from rudolph.models.weights import load_exactly, save_weights
 from rudolph.sampling.filters import TokenSamplingConfig
@@ -42,6 +44,7 @@ CAPTIONS = (
 )
 # Image tokens after the left text in the sequence on which ours and the reference are compared.
 CHECKED_TOKENS = 8
+WITH_DECODER = ("decode", "train", "pipeline", "memory")
 WITH_VQGAN = ("vqgan", "pipeline")
 
 
@@ -87,10 +90,12 @@ def prepare(subject: Subject, folder: Path) -> tuple[dict[str, Tensor], dict[str
     models: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(subject.seed, "speed"))
-        if measure != "vqgan":
+        if measure in WITH_DECODER:
             models["decoder"] = MaskedDecoder(subject.decoder, subject.layout, subject.vocabulary)
         if measure in WITH_VQGAN:
             models["vqgan"] = VQGAN(subject.vqgan)
+        if measure == "upscaler":
+            models["upscaler"] = Upscaler(UpscalerConfig())
     for name, model in models.items():
         save_weights(model.eval(), folder / f"{name}.safetensors")
         if has_reference:
@@ -144,6 +149,8 @@ def sayings(models: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str
             said["logits"] = decoder(inputs["checked"])
         if isinstance(vqgan := models.get("vqgan"), VQGAN):
             said["pictures"] = vqgan.decode_indices(inputs["indices"][:1])
+        if isinstance(upscaler := models.get("upscaler"), Upscaler):
+            said["pictures"] = upscaler(inputs["images"][:1])
     return said
 
 
@@ -161,6 +168,14 @@ def load_vqgan(subject: Subject, folder: Path) -> VQGAN:
     # Not on the meta device: some quantizers have constants that no file holds.
     model = VQGAN(subject.vqgan)
     model.load_state_dict(load_file(folder / "vqgan.safetensors"))
+    return model.eval()
+
+
+def load_upscaler(folder: Path) -> Upscaler:
+    """The upscaler of the folder, for inference."""
+    with torch.device("meta"):
+        model = Upscaler(UpscalerConfig())
+    load_exactly(model, load_file(folder / "upscaler.safetensors"), family="speed")
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rudolph.speed.config import COMPILED, LIMIT, TRANSFORMERS, WEIGHTS
 from rudolph.speed.decoding import Decoding
-from rudolph.speed.drawing import Drawing
+from rudolph.speed.drawing import Drawing, Upscaling
 from rudolph.speed.limits import Limit
 from rudolph.speed.peers import Transformers
 from rudolph.speed.serving import Contestant, serve
@@ -29,6 +29,7 @@ CONTESTANTS: dict[str, dict[str, Make]] = {
     "decode": DECODING,
     "train": {LIMIT: Limit, "float32": DecoderTraining, "bfloat16": DecoderTraining},
     "vqgan": {LIMIT: Limit, "float32": Pictures, "bfloat16": Pictures},
+    "upscaler": {LIMIT: Limit, "float32": Upscaling, "bfloat16": Upscaling},
     "pipeline": dict.fromkeys((*WEIGHTS, *COMPILED), Drawing),
     "memory": {name: make for name, make in DECODING.items() if name != LIMIT},
 }
