@@ -44,13 +44,24 @@ class Hardware:
         if self.block_masks and self.device.type != "cuda":
             raise ValueError("--block-masks needs CUDA; elsewhere attention takes dense masks")
         if self.compile:
-            check_compiler()
+            check_compiler(self.device.type)
         least = {"devices": 1, "num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {bound}, got {value}")
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ``ValueError`` for a run that cannot be trained so."""
+        share, rank = config.decoder.attention_dropout, config.decoder_tuning.lora_rank
+        if config.speed.measure is None and self.block_masks and share:
+            raise ValueError(
+                f"decoder.attention_dropout must be 0 with --block-masks, got {share:g}"
+            )
+        if config.speed.measure is None and self.compile and rank is not None:
+            # Each low-rank layer is a class of its own, so that each would be compiled.
+            raise ValueError(f"decoder_tuning.lora_rank must be null with --compile, got {rank}")
 
     @property
     def device(self) -> torch.device:
@@ -128,13 +139,6 @@ class Execution:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        share = self.config.decoder.attention_dropout
-        if self.hardware.block_masks and share:
-            raise ValueError(
-                f"decoder.attention_dropout must be 0 with --block-masks, got {share:g}"
-            )
 
     @property
     def config(self) -> RunConfig:

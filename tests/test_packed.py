@@ -28,7 +28,7 @@ LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
 GREEDY = TokenSamplingConfig(top_k=1)
 needs = {name: pytest.mark.skipif(not works(name), reason=f"no {name} here") for name in LAYOUTS}
 EVERY = [pytest.param(name, marks=needs[name]) for name in LAYOUTS]
-# A plain layout multiplies a single row in decoding, and several in a prompt alone.
+# A plain layout multiplies single rows, and several only where tokens are given.
 SEVERAL = [pytest.param(name, marks=needs[name]) for name in LAYOUTS if "plain" not in name]
 
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import quiet, write
+from tiny_run import write
 
 from rudolph.config import load_experiment
 from rudolph.data.module import ImageBatch
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.execution import Hardware
 from rudolph.fitting import make_trainer
 from rudolph.models.quantizers import QuantizerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig
@@ -54,18 +54,21 @@ def test_hardware_that_is_not_there_is_told_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_block_masks_refuse_dropout_before_anything_is_done(
+def test_hardware_refuses_what_it_cannot_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = load_experiment(write(tmp_path)).runs[0]
     with pytest.raises(ValueError, match=r"^--block-masks needs CUDA"):
         Hardware(accelerator="cpu", block_masks=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    hardware, folders = Hardware(block_masks=True), Folders(tmp_path, tmp_path / "runs")
-    with pytest.raises(
-        ValueError, match=r"attention_dropout must be 0 with --block-masks, got 0.1$"
-    ):
-        Execution(run, tmp_path, folders, hardware, Unrecorded(), quiet)
+    with pytest.raises(ValueError, match=r"dropout must be 0 with --block-masks, got 0.1$"):
+        Hardware(block_masks=True).check(run.config)
+    changed = "decoder.attention_dropout=0", "decoder_tuning.lora_rank=2"
+    run = load_experiment(write(tmp_path), changed).runs[0]
+    Hardware(block_masks=True).check(run.config)
+    monkeypatch.setattr("rudolph.execution.check_compiler", lambda device: None)
+    with pytest.raises(ValueError, match=r"lora_rank must be null with --compile, got 2$"):
+        Hardware(compile=True).check(run.config)
 
 
 def test_progress_tells_the_share_of_time_that_data_took(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,10 +71,13 @@ def run_experiment(given: Any) -> int:
         for number, run in enumerate(runs):
             print(f"{number}  {run.name}  {run.config.digest[:8]}")
         return 0
-    from rudolph.execution import is_main_process
+    from rudolph.execution import Hardware, is_main_process
 
+    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
     folders = folders_here()
-    failed = [run.name for run in runs if not execute_run(loaded, run, given, folders)]
+    for run in runs:
+        hardware.check(run.config)
+    failed = [run.name for run in runs if not execute_run(loaded, run, hardware, folders)]
     if not is_main_process():
         return 0
     if given.settings:
@@ -86,9 +89,8 @@ def run_experiment(given: Any) -> int:
     return 1 if failed else 0
 
 
-def execute_run(loaded: Any, run: Any, given: Any, folders: Any) -> bool:
+def execute_run(loaded: Any, run: Any, hardware: Any, folders: Any) -> bool:
     """Execute one run unless it is finished; whether it is finished now."""
-    from rudolph.execution import Hardware
     from rudolph.experiment import execute, is_finished, run_folder
     from rudolph.results.tracking import tracking_uri
     from rudolph.training.callbacks import NonFiniteLossError
@@ -98,7 +100,6 @@ def execute_run(loaded: Any, run: Any, given: Any, folders: Any) -> bool:
     if is_finished(folder):
         say(f"  finished before: {folder}")
         return True
-    hardware = Hardware(**{field: getattr(given, field) for field in HARDWARE_FLAGS})
     uri = tracking_uri(Path.cwd())
     try:
         with stage_progress() as progress:

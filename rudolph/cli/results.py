@@ -41,8 +41,8 @@ def write_results(loaded: Any, folders: Any) -> Path:
     table, curves = loaded.report.table, loaded.report.curves
     figures = [Figure("curves", curves, by=rows[0])] if curves else []
     if table:
-        is_speed = any(run.config.speed.measure for run in loaded.runs)
-        kind = "ratios" if is_speed else "intervals"
+        has_ratios = all(metric.endswith("/times_reference") for metric in table)
+        kind = "ratios" if has_ratios else "intervals"
         figures.append(Figure(kind, table, x="seed", by=rows[0]))
     report = Report(
         experiment=loaded.name,

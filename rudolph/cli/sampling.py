@@ -68,7 +68,7 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument(
         "--compile",
         action="store_true",
-        help="the decoder's step, for seconds that many tokens repay",
+        help="the decoder's step, for seconds that many tokens repay; for -n 1, or with --int8",
     )
     verb.add_argument("--output", type=Path, help="path of the PNG; JSON is written beside it")
 
@@ -112,6 +112,8 @@ def generate_pictures(given: Any) -> int:
     from rudolph.sampling.pipeline import Request
 
     check_arguments(given)
+    if given.compile and given.window > 1:
+        raise ValueError(f"--window must be 1 with --compile, got {given.window}")
     check_image_prompt(given)
     request = Request(
         given.number,
@@ -127,7 +129,7 @@ def generate_pictures(given: Any) -> int:
     if given.guidance_kind and sampling.guidance is None:
         raise ValueError("--guidance-kind needs the number of --guidance")
     add_stages(pipeline, given)
-    pipeline.pack(given.number, sampling, is_compiled=given.compile)
+    pipeline.pack(given.number, sampling, window=given.window, is_compiled=given.compile)
     if given.image_prompt is not None:
         request = replace(request, known=given_tokens(given, source))
     text = pipeline.texts("text_to_image", given.text)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from rudolph.models.dropout import drop
 
 PB_RELAX_SCALE = 32.0
-# So many single rows of attention are less work than the call of a product.
-FEW_ROWS = 64
+# So many products with single rows are less work than the call of one for all.
+FEW_PRODUCTS = 64
 
 
 class Seen(NamedTuple):
@@ -124,7 +124,7 @@ def _scores(query: Tensor, seen: Seen) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
     """``start`` plus the products of matrices ``(G, T, K)`` and ``(G, K, T')``."""
-    if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= FEW_ROWS:
+    if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= FEW_PRODUCTS:
         # Single rows as a sum, which fuses with what is around it; a product is called.
         product = (left.mT * right).sum(1, keepdim=True)
         return product if start is None else start + product

@@ -19,14 +19,15 @@ def compiled(function: Any) -> Any:
 
 
 @cache
-def check_compiler() -> None:
-    """Compile something small.
+def check_compiler(device: str) -> None:
+    """Compile something small for a device, as ``cpu``.
 
     Raises:
         ValueError: where torch cannot compile.
     """
     try:
-        compiled(torch.exp)(torch.ones(3))
+        compiled(torch.exp)(torch.ones(3, device=device))
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"compiling needs a C++ compiler that torch finds: {reason}") from error
+        needed = "a C++ compiler" if device == "cpu" else "Triton"
+        raise ValueError(f"compiling needs {needed} that torch finds: {reason}") from error

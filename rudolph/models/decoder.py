@@ -273,7 +273,8 @@ class MaskedDecoder(nn.Module):
             tables = self.whole_masks(end)
             looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
         elif self.has_compiled_layers and cache.shared is not None and end - start == 1:
-            is_compiled, looks = True, cache.steady_looks(self.mask_of_layer)
+            is_compiled = True
+            looks = cache.steady_looks(self.mask_of_layer)
         else:
             looks = cache.looks(end, self.mask_of_layer)
         run = compiled(run_layer) if is_compiled else run_layer

@@ -14,7 +14,9 @@ def drop(x: Tensor, share: float) -> Tensor:
     On the CPU a draw of 64 bits decides for four elements, which takes a third of the time of
     torch's own; it draws from torch's default generator too.
     """
-    if x.device.type != "cpu" or not 0 < share < 1:
+    # What is compiled draws in its own way; a draw in place would cut it in pieces.
+    is_usual = torch.compiler.is_compiling() or x.device.type != "cpu"
+    if is_usual or not 0 < share < 1:
         return F.dropout(x, share)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)

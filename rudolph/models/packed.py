@@ -7,6 +7,8 @@ Activations stay float32; the rest of the model is as it was.
     half   16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads at
            the speed of memory; bfloat16 in oneDNN's for more, which multiplies fastest
     int8   8-bit weights, one scale an output; each row of activations is rounded to 8 bits too
+    plain  for the steps of a single row that are compiled: weights row after row as they are, in
+           float32, bfloat16 (half) or 8 bits, activations not rounded
 
 The kernels are operators of torch that it does not document, so each is tried on a small product
 before it is used; where one does not work the next one is, and at last the layer as it was.
@@ -138,18 +140,12 @@ def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight
     held = torch.empty(weight.shape, dtype=dtype)
     if dtype != torch.int8:
         return PlainWeight(held.copy_(weight), None, bias.float())
-    scale = largest(weight.float()) / 127
+    scale = torch.empty(len(weight))
     # Row after row: memory of a whole copy that is freed would stay with the process.
-    for place, row, step in zip(held, weight, scale, strict=True):
-        place.copy_((row / step).round())
+    for number, row in enumerate(map(Tensor.float, weight)):
+        scale[number] = row.abs().max().clamp(min=1e-12) / 127
+        held[number] = (row / scale[number]).round()
     return PlainWeight(held, scale, bias.float())
-
-
-def largest(weight: Tensor) -> Tensor:
-    """The largest size of a number in each row, not 0."""
-    # Without a copy of the weight, for the same reason.
-    found: Tensor = torch.linalg.vector_norm(weight, ord=torch.inf, dim=1)
-    return found.clamp(min=1e-12)
 
 
 def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
@@ -182,15 +178,17 @@ class Int8Product(NamedTuple):
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
     wide = weight.float()
-    scales = largest(wide).double() / 127
+    # The norm and no copy of the weight: memory that is freed would stay with the process.
+    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1)
+    scales = largest.clamp(min=1e-12).double() / 127
     with warnings.catch_warnings():
         # Quantized tensors are to leave torch some day; then the trial fails and half is used.
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(wide), dtype=torch.long)
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(rounded, None)
+        sums = (rounded.int_repr().sum(1) * scales).float()
     multiply = torch.ops.quantized.linear_dynamic
-    sums = multiply(torch.ones(1, wide.shape[1]), packed)[0]
     kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
     return Int8Product(kernel, sums, bias.float())
 
@@ -253,7 +251,7 @@ def works(layout: str) -> bool:
     return bool((found - expected).norm() <= LAYOUTS[layout].tolerance * expected.norm())
 
 
-def choose_layout(weights: str, num_rows: int) -> str | None:
+def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str | None:
     """The best layout that works, None when none does.
 
     Raises:
@@ -261,6 +259,8 @@ def choose_layout(weights: str, num_rows: int) -> str | None:
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if is_compiled and num_rows <= SINGLE_ROWS:
+        return f"plain {weights}"
     order = ["float16", "bfloat16"] if num_rows <= FEW_ROWS else ["bfloat16", "float16"]
     if weights != "half":
         order = [weights] if weights == "float32" else [weights, *order]
@@ -331,10 +331,10 @@ class PackedHead(nn.Module):
 
 
 def pack(model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool = False) -> None:
-    """Make a decoder on the CPU ready to decode ``num_rows`` rows at once; guidance doubles them.
+    """Make a decoder ready to decode ``num_rows`` rows at once; guidance doubles them.
 
-    It stays as it was where no layout works, or off the CPU; its weights can be neither trained
-    nor saved afterwards.  Token embeddings become float16 with weights of fewer than 32 bits.
+    It can be neither trained nor saved afterwards.  Its weights stay as they were where no layout
+    works, or off the CPU; token embeddings become float16 with weights of fewer than 32 bits.
 
     Args:
         is_compiled: whether torch compiles a layer's step, which takes some seconds.
@@ -342,12 +342,15 @@ def pack(model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool
     Raises:
         ValueError: for other weights than ``WEIGHTS``, or where torch cannot compile.
     """
+    use_layout(model, choose_layout(weights, num_rows, is_compiled), is_compiled)
+
+
+def use_layout(model: MaskedDecoder, layout: str | None, is_compiled: bool) -> None:
+    device = model.final_norm.weight.device.type
     if is_compiled:
-        check_compiler()
-    is_plain = is_compiled and num_rows <= SINGLE_ROWS
-    layout = f"plain {weights}" if is_plain else choose_layout(weights, num_rows)
+        check_compiler(device)
     model.requires_grad_(False).eval()
-    if layout is not None and model.final_norm.weight.device.type == "cpu":
+    if layout is not None and device == "cpu":
         _pack(model, layout)
     model.has_compiled_layers = is_compiled
 
@@ -378,8 +381,9 @@ def pack_as_held(model: MaskedDecoder, *, num_rows: int, is_compiled: bool = Fal
     """
     weights = "float32" if model.final_norm.weight.dtype == torch.float32 else "half"
     if any(isinstance(part, Int8Linear) for part in model.layers.modules()):
-        if not works("int8"):
-            # Half would take more memory than was asked for.
-            return
         weights = "int8"
-    pack(model, weights=weights, num_rows=num_rows, is_compiled=is_compiled)
+    layout = choose_layout(weights, num_rows, is_compiled)
+    if weights == "int8" and layout is not None and "int8" not in layout:
+        # Half would take more memory than was asked for.
+        layout = None
+    use_layout(model, layout, is_compiled)

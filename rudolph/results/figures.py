@@ -158,7 +158,9 @@ def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     units = {metric.rpartition("/")[2] for metric in y}
     axes.set(xlabel=", ".join(sorted(units)), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlim(left=0)
-    axes.set_yticks(range(len(rows)), [f"{each[by]}: {metric}" for each, metric in rows])
+    beside = f", {x} {{}}" if frame[x].nunique() > 1 else ""
+    names = [f"{each[by]}: {metric}{beside.format(each[x])}" for each, metric in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.grid(axis="y", visible=False)
     _save(figure, path)
 

@@ -9,6 +9,7 @@ The tables of the page are made from these and ``runs.csv`` alone.
 """
 
 import csv
+import re
 import shutil
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -165,8 +166,18 @@ def _profile(path: Path) -> Iterator[str]:
         yield from ("", f"Where the time of `{path.stem}` goes, {part}:", "")
         yield from (table_row(head), table_row(["---"] * len(head)))
         for row in group.head(OPERATIONS_SHOWN).itertuples():
-            cells = [f"`{row.operation}`", str(row.calls), f"{row.milliseconds:.4g}"]
+            name = operation_text(str(row.operation))
+            cells = [f"`{name}`", str(row.calls), f"{row.milliseconds:.4g}"]
             yield table_row([*cells, f"{float(str(row.share)):.1%}"])
+
+
+def operation_text(name: str) -> str:
+    """What torch's compiler made is named by a hash.
+
+    >>> operation_text("## Call CompiledFxGraph fzzl6mggzxscwx ##"), operation_text("aten::mm")
+    ('compiled layer or product fzzl6m', 'aten::mm')
+    """
+    return re.sub(r"## Call CompiledFxGraph (\w{6})\w* ##", r"compiled layer or product \1", name)
 
 
 def seconds_text(seconds: float) -> str:

@@ -181,7 +181,9 @@ def _generate(
             is_going &= (drawn != stop).view_as(rows)
         if done > last or not is_going.any():
             return tokens
-        rows, is_going, cache = _without_ended(rows, is_going, cache)
+        if not model.has_compiled_layers:
+            # Where steps are compiled, another number of samples would be another compilation.
+            rows, is_going, cache = _without_ended(rows, is_going, cache)
         guessed, end = end, min(done + window, last + 1)
         _guess(tokens, is_free, range(guessed, end - 1), model.layout.image_tokens_per_dim)
         # What was read after a wrong guess is forgotten, and the guess itself is read anew.

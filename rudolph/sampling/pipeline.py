@@ -108,18 +108,26 @@ class Pipeline:
                 network.to(device, picture_dtype if is_of_pictures else None)
         return self
 
-    def pack(self, number: int, config: TokenSamplingConfig, *, is_compiled: bool = False) -> None:
+    def pack(
+        self,
+        number: int,
+        config: TokenSamplingConfig,
+        *,
+        window: int = 1,
+        is_compiled: bool = False,
+    ) -> None:
         """Put weights in the layout that is read fastest for so many samples.
 
         The decoder can only sample and rank from then on.
 
         Args:
+            window: tokens a call, as in ``Request``.
             is_compiled: whether torch compiles a layer's step, for seconds that many tokens repay.
 
         Raises:
             ValueError: where torch cannot compile.
         """
-        num_rows = min(number, self.batch_size) * (1 if config.guidance is None else 2)
+        num_rows = min(number, self.batch_size) * (1 if config.guidance is None else 2) * window
         pack_as_held(self.decoder, num_rows=num_rows, is_compiled=is_compiled)
 
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
