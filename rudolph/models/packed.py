@@ -150,7 +150,7 @@ def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight
 
 def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
     if x.numel() <= SINGLE_ROWS * x.shape[-1]:
-        multiply = _sum_rows if torch.compiler.is_compiling() else compiled(_sum_rows)
+        multiply = _sum_row if torch.compiler.is_compiling() else compiled(_sum_row)
         out: Tensor = multiply(plain.weight, x)
     elif plain.weight.dtype == torch.float32:
         out = F.linear(x, plain.weight)
@@ -160,12 +160,11 @@ def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
     return (out if plain.scale is None else out * plain.scale) + plain.bias
 
 
-def _sum_rows(weight: Tensor, x: Tensor) -> Tensor:
-    """A product as sums, of which a compiler makes a loop over the weights as they lie."""
+def _sum_row(weight: Tensor, x: Tensor) -> Tensor:
+    """A single row's product as sums: a compiler makes a loop over the weights as they lie."""
     # A view by strides is of memory: else what x comes from is computed anew for every output.
     x = x.as_strided(x.shape, x.stride())
-    rows = [(row * weight.float()).sum(-1) for row in x.flatten(0, -2)]
-    return torch.stack(rows).view(*x.shape[:-1], -1)
+    return (x.unsqueeze(-2) * weight.float()).sum(-1)
 
 
 class Int8Product(NamedTuple):
