@@ -11,8 +11,9 @@ from PIL import Image
 
 from rudolph.cli import main
 from rudolph.data.emoji import name_pictures
+from rudolph.data.examples import task_texts
 from rudolph.data.manifests import Manifest
-from rudolph.data.module import DataConfig, Split, task_texts
+from rudolph.data.splits import DataConfig, Split
 from rudolph.data.tables import ManifestConfig, read_rows
 from rudolph.sequence.layout import EOS, SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer

@@ -11,20 +11,17 @@ import pytest
 from PIL import Image, ImageFilter
 
 from rudolph.data.pairs import SPLITS
-from rudolph.data.shapes import (
+from rudolph.data.shapes import Shapes, ShapesConfig
+from rudolph.data.shapes_checker import Reading, ReadObject, judge, read_scene
+from rudolph.data.shapes_pictures import (
     BACKGROUND,
-    DIRECTIONS,
     PALETTE,
     SIGNED_DISTANCES,
     SIZES,
-    Scene,
     SceneObject,
-    Shapes,
-    ShapesConfig,
     coverage,
     render,
 )
-from rudolph.data.shapes_checker import Reading, ReadObject, judge, read_scene
 from rudolph.data.shapes_russian import (
     ADJECTIVES,
     NOUNS,
@@ -34,6 +31,7 @@ from rudolph.data.shapes_russian import (
     position_phrase,
     relation_phrase,
 )
+from rudolph.data.shapes_scenes import DIRECTIONS, Scene
 
 CONFIG = ShapesConfig(num_train=2_000, num_validation=2_000, num_test=2_000)
 
@@ -99,7 +97,7 @@ def test_a_phrase_is_the_russian_worked_out_by_hand(phrase: str, expected: str) 
 
 def test_everything_in_the_world_has_a_russian_word() -> None:
     assert set(ADJECTIVES) == set(PALETTE) | set(SIZES)
-    assert set(NOUNS) == set(SIGNED_DISTANCES)
+    assert set(NOUNS) == {*SIGNED_DISTANCES, "figure"}
     assert set(RELATIONS) == set(DIRECTIONS)
 
 
@@ -219,7 +217,7 @@ def test_an_object_stays_in_its_cell_but_for_its_soft_edge() -> None:
     for shape in SIGNED_DISTANCES:
         for shift in (-0.05, 0.05):
             each = SceneObject(shape, "black", "large", 1, 1, shift=(shift, shift))
-            picture = np.array(render(Scene("one", (each,), ""), grid=3, image_size=96))
+            picture = np.array(render([each], grid=3, image_size=96))
             assert (picture[32:64, 32:64] < 128).any()
             picture[31:65, 31:65] = BACKGROUND
             assert (picture == BACKGROUND).all()

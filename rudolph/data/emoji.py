@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rudolph.data.fusion_brain_files import TaskRecord, write_tasks
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 
 COLUMNS = 64
@@ -39,6 +40,22 @@ SKIN_TONES = {
     "\U0001f3ff": "dark",
 }
 CAPTIONS = ("name", "name_and_keywords")
+# The groups of emoji-test.txt; one that is not here keeps its English name.
+GROUPS = {
+    "Smileys & Emotion": "смайлики и эмоции",
+    "People & Body": "люди и тело",
+    "Animals & Nature": "животные и природа",
+    "Food & Drink": "еда и напитки",
+    "Travel & Places": "путешествия и места",
+    "Activities": "занятия",
+    "Objects": "предметы",
+    "Symbols": "символы",
+    "Flags": "флаги",
+}
+
+NAME_QUESTION = "что на картинке?"
+FLAG_QUESTION = "чей это флаг?"
+SKIN_TONE_QUESTION = "какой тон кожи?"
 
 TRAIN_SHARE = 0.90
 VALIDATION_SHARE = 0.05
@@ -89,8 +106,9 @@ class EmojiConfig:
 class Emoji:
     """One split of the emoji; ``image_size`` is in pixels, the shipped tiles are 64.
 
-    Raises ``ValueError`` when the split, the size or the files are not right.  The atlas is
-    decoded with the first picture, once a process.
+    ``classes`` are the Russian names of the groups of Unicode.  Raises ``ValueError`` when the
+    split, the size or the files are not right.  The atlas is decoded with the first picture, once
+    a process.
     """
 
     def __init__(self, config: EmojiConfig, *, split: str, image_size: int) -> None:
@@ -100,6 +118,7 @@ class Emoji:
         self.image_size = image_size
         self.folder = SHIPPED if config.folder is None else Path(config.folder)
         records = read_records(self.folder)
+        self.classes = group_names(records)
         splits = assign_splits(records)
         self.records = [record for record in records if splits[record.key] == split]
         question = [config.captions, split, image_size, folder_digest(self.folder)]
@@ -109,14 +128,65 @@ class Emoji:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Pair:
-        record = self.records[index]
-        attributes = ("characters", "group", "subgroup", "skin_tone", "base")
+        return self._pair(self.records[index])
+
+    def rivals(self, index: int, number: int) -> list[Pair]:
+        """The ``number`` emoji that are most easily taken for the one at ``index``, in any split.
+
+        The other skin tones of its base come first, then its subgroup, then its group; there those
+        of its own skin tone first, and of these the nearest in the order of Unicode.  No caption
+        and no picture comes twice, nor those of the emoji itself; fewer where a group has no more.
+        """
+        if number < 1:
+            raise ValueError(f"number of rivals must be at least 1, got {number}")
+        own, every = self.records[index], read_records(self.folder)
+        place = every.index(own)
+
+        def distance(at: int) -> tuple[int, bool, int, int]:
+            other = every[at]
+            kinship = 0 if other.base == own.base else 1 if other.subgroup == own.subgroup else 2
+            return kinship, other.skin_tone != own.skin_tone, abs(at - place), at
+
+        captions, tiles = {caption(own, self.config.captions)}, {own.tile}
+        rivals: list[Pair] = []
+        group = [at for at, other in enumerate(every) if other.group == own.group]
+        for other in (every[at] for at in sorted(group, key=distance)):
+            text = caption(other, self.config.captions)
+            if text not in captions and other.tile not in tiles:
+                captions.add(text)
+                tiles.add(other.tile)
+                rivals.append(self._pair(other))
+            if len(rivals) == number:
+                break
+        return rivals
+
+    def class_of(self, index: int) -> int:
+        """The place of the pair's group in ``classes``; every emoji has one."""
+        return self.classes.index(group_name(self.records[index]))
+
+    def _pair(self, record: EmojiRecord) -> Pair:
         return Pair(
             key=record.key,
             caption=caption(record, self.config.captions),
             image=picture(self.folder, record.tile, self.image_size),
-            attributes={name: getattr(record, name) for name in attributes},
+            attributes=attributes(record),
         )
+
+
+def attributes(record: EmojiRecord) -> dict[str, str]:
+    """What a pair says of its emoji beside the caption."""
+    names = ("characters", "group", "subgroup", "skin_tone", "base")
+    return {name: getattr(record, name) for name in names}
+
+
+def group_name(record: EmojiRecord) -> str:
+    """The Russian name of the group."""
+    return GROUPS.get(record.group, record.group)
+
+
+def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
+    """The Russian names of all groups, in the order of the records."""
+    return tuple(dict.fromkeys(group_name(record) for record in records))
 
 
 def emoji_pictures(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
@@ -288,23 +358,15 @@ def name_pictures(folder: Path) -> tuple[int, list[str]]:
 
 def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
     """What a name tells beside its first words, as questions in the format of Fusion Brain."""
-    asked: dict[str, list[dict[str, str]]] = {}
-    told: dict[str, list[dict[str, str]]] = {}
+    records: list[TaskRecord] = []
     for image, name in rows:
         thing, _, rest = (part.strip() for part in name.partition(":"))
         if thing == "флаг" and rest:
-            pairs = [("чей это флаг?", rest)]
+            pairs = [(FLAG_QUESTION, rest)]
         elif rest.endswith("тон кожи"):
-            pairs = [("что на картинке?", thing), ("какой тон кожи?", rest.split(",")[0])]
+            pairs = [(NAME_QUESTION, thing), (SKIN_TONE_QUESTION, rest.split(",")[0])]
         else:
-            pairs = [("что на картинке?", name)]
+            pairs = [(NAME_QUESTION, name)]
         for question, answer in pairs:
-            key = str(len(asked))
-            asked[key] = [
-                {"type": "image", "content": image},
-                {"type": "text", "content": question},
-            ]
-            told[key] = [{"type": "text", "content": answer}]
-    for name, content in (("questions.json", asked), ("answers.json", told)):
-        text = json.dumps(content, ensure_ascii=False, indent=0)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+            records.append(TaskRecord(str(len(records)), (question,), image, (answer,)))
+    write_tasks(records, folder / "questions.json", folder / "answers.json")

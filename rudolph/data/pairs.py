@@ -1,13 +1,13 @@
-"""An image-text pair, and what every dataset of pairs offers.
+"""A pair of picture and text, and what every dataset of pairs offers.
 
 To add a dataset, write a class with the three members of ``PairDataset`` and name it in
-``rudolph.data.module.DATASETS``.
+``rudolph.data.splits.DATASETS``.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -16,17 +16,19 @@ SPLITS = ("train", "validation", "test", "compositional")
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture with its caption, or with a question and, as its caption, the answer.
+    """One picture with its caption, or a question with, as its caption, the answer.
 
-    ``key`` names the pair for ever (splits and sample files use it); ``image`` is RGB and square;
-    ``attributes`` is what else is known of it, by name.
+    ``key`` names the pair for ever (splits and sample files use it); ``image`` is RGB and square,
+    or None where no picture is asked about; ``attributes`` is what else is known of it, by name;
+    ``choices`` are the answers there are to choose from, the caption among them, or nothing.
     """
 
     key: str
     caption: str
-    image: Image.Image
+    image: Image.Image | None
     attributes: Mapping[str, str] = field(default_factory=dict)
     question: str = ""
+    choices: tuple[str, ...] = ()
 
 
 class PairDataset(Protocol):
@@ -40,6 +42,30 @@ class PairDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair: ...
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """A dataset that knows pairs that are easily taken for another."""
+
+    def rivals(self, index: int, number: int) -> list[Pair]:
+        """``number`` pairs that differ from the one at ``index`` in one thing, in any split.
+
+        All captions differ from one another and from that pair's; fewer where there are no more.
+        """
+        ...
+
+
+@runtime_checkable
+class Classified(Protocol):
+    """A dataset whose pictures fall into classes; ``classes`` are captions that name them."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def class_of(self, index: int) -> int | None:
+        """The class of the pair at ``index``; None for a pair of no class."""
+        ...
 
 
 def hash_fraction(text: str) -> float:

@@ -20,17 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rudolph.data.shapes import (
+from rudolph.data.shapes_pictures import (
     BACKGROUND,
-    DIRECTIONS,
     PALETTE,
     SIGNED_DISTANCES,
     SIZES,
     SMALLEST_IMAGE,
-    Scene,
     SceneObject,
     coverage,
 )
+from rudolph.data.shapes_scenes import DIRECTIONS, Scene
 
 Array = NDArray[np.floating[Any]]
 

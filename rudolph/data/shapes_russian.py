@@ -1,7 +1,7 @@
 """Russian for a world of shapes: declension, agreement, numerals and places.
 
-The words are asked for by their English names, which are those of ``rudolph.data.shapes``. To add
-a shape or a colour, add its row to ``NOUNS`` or ``ADJECTIVES``.
+The words are asked for by their English names, which are those of ``shapes_pictures`` and
+``shapes_scenes``. To add a shape or a colour, add its row to ``NOUNS`` or ``ADJECTIVES``.
 """
 
 _CASES = ("nominative", "genitive", "instrumental")
@@ -26,14 +26,20 @@ ADJECTIVES = {
     "small": ("маленьк", "velar"),
     "large": ("больш", "stressed velar"),
 }
-# gender; singular in the order of _CASES; genitive plural
+# gender; singular in the order of _CASES; genitive and nominative plural
 NOUNS = {
-    "circle": ("masculine", "круг круга кругом кругов"),
-    "square": ("masculine", "квадрат квадрата квадратом квадратов"),
-    "triangle": ("masculine", "треугольник треугольника треугольником треугольников"),
-    "cross": ("masculine", "крест креста крестом крестов"),
-    "star": ("feminine", "звезда звезды звездой звёзд"),
+    "circle": ("masculine", "круг круга кругом кругов круги"),
+    "square": ("masculine", "квадрат квадрата квадратом квадратов квадраты"),
+    "triangle": (
+        "masculine",
+        "треугольник треугольника треугольником треугольников треугольники",
+    ),
+    "cross": ("masculine", "крест креста крестом крестов кресты"),
+    "star": ("feminine", "звезда звезды звездой звёзд звёзды"),
+    # What every shape is.
+    "figure": ("feminine", "фигура фигуры фигурой фигур фигуры"),
 }
+_PLURALS = {"genitive": (3, _GENITIVE_PLURAL), "nominative": (4, _NOMINATIVE_PLURAL)}
 NUMERALS = {
     "masculine": ("один", "два", "три", "четыре", "пять"),
     "feminine": ("одна", "две", "три", "четыре", "пять"),
@@ -65,6 +71,18 @@ def noun_phrase(*words: str, case: str = "nominative") -> str:
     return " ".join([*(_adjective(word, ending) for word in adjectives), forms.split()[number]])
 
 
+def plural_phrase(*words: str, case: str = "nominative") -> str:
+    """Adjectives and, last, a noun, in the nominative or genitive plural.
+
+    >>> plural_phrase("blue", "star"), plural_phrase("blue", "star", case="genitive")
+    ('синие звёзды', 'синих звёзд')
+    """
+    *adjectives, noun = words
+    form, ending = _PLURALS[case]
+    plural = NOUNS[noun][1].split()[form]
+    return " ".join([*(_adjective(word, ending) for word in adjectives), plural])
+
+
 def counted_phrase(number: int, colour: str, shape: str) -> str:
     """One to five objects of a colour and a shape.
 
@@ -74,13 +92,45 @@ def counted_phrase(number: int, colour: str, shape: str) -> str:
     ('три красных круга', 'три красные звезды')
     """
     gender, forms = NOUNS[shape]
-    numeral = NUMERALS[gender][number - 1]
+    counted = numeral(number, shape)
     if number == 1:
-        return f"{numeral} {noun_phrase(colour, shape)}"
+        return f"{counted} {noun_phrase(colour, shape)}"
     if number >= 5:
-        return f"{numeral} {_adjective(colour, _GENITIVE_PLURAL)} {forms.split()[3]}"
+        return f"{counted} {plural_phrase(colour, shape, case='genitive')}"
     ending = _GENITIVE_PLURAL if gender == "masculine" else _NOMINATIVE_PLURAL
-    return f"{numeral} {_adjective(colour, ending)} {forms.split()[1]}"
+    return f"{counted} {_adjective(colour, ending)} {forms.split()[1]}"
+
+
+def numeral(number: int, noun: str) -> str:
+    """Nought to five, in the gender of a noun.
+
+    >>> numeral(2, "circle"), numeral(2, "star"), numeral(0, "star")
+    ('два', 'две', 'ноль')
+    """
+    gender, _ = NOUNS[noun]
+    return NUMERALS[gender][number - 1] if number else "ноль"
+
+
+def quality(word: str, noun: str | None = None) -> str:
+    """An adjective by itself, in the singular of a noun.
+
+    Without a noun it answers "какого цвета?" or "какого размера?", and agrees with "цвет" and
+    "размер", whatever has the colour or the size.
+
+    >>> quality("blue"), quality("blue", "star")
+    ('синий', 'синяя')
+    """
+    feminine = noun is not None and NOUNS[noun][0] == "feminine"
+    return _adjective(word, len(_CASES) if feminine else 0)
+
+
+def qualities(word: str) -> str:
+    """An adjective by itself, in the genitive plural.
+
+    >>> qualities("blue")
+    'синих'
+    """
+    return _adjective(word, _GENITIVE_PLURAL)
 
 
 def relation_phrase(first: str, relation: str, *second: str) -> str:

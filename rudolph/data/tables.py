@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rudolph.data.fusion_brain_files import parse_answer, parse_question, read_parts
+
 
 @dataclass(frozen=True)
 class ManifestConfig:
@@ -188,53 +190,24 @@ def _parquet_row(place: str, cells: Sequence[Any]) -> Row:
 
 
 def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
-    """Questions and answers of the Fusion Brain Challenge 2: two mappings from id to a list of
-    ``{"type": "text" or "image", "content": ...}``.
-
-    The texts of a question are joined, its first picture counts.
-
-    Source: fbc2_aij2022, README (format of the data).
-    """
+    """Questions and answers of the Fusion Brain Challenge 2, of the variants the first."""
     if config.answers is None:
         raise ValueError(f"{table}: questions in JSON need answers, the path of the second file")
-    questions, answers = (_mapping(Path(path)) for path in (table, config.answers))
+    asked, told = read_parts(table), read_parts(config.answers)
     rows = []
-    for name, parts in questions.items():
+    for name, parts in asked.items():
         place = f"question {name}"
-        if name not in answers:
+        if name not in told:
             rows.append(Row(place, fault="no answer"))
             continue
-        asked, told = _contents(parts), _contents(answers[name])
-        if asked is None or told is None:
+        try:
+            record = parse_answer(parse_question(name, parts), told[name])
+        except ValueError:
             rows.append(Row(place, fault="malformed question"))
-            continue
-        image = asked["image"][0] if asked["image"] else None
-        rows.append(Row(place, image, " ".join(told["text"]), " ".join(asked["text"])))
+        else:
+            answer = record.answer_texts[0] if record.answer_texts else None
+            rows.append(Row(place, record.image, answer, record.text))
     return rows
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        content = json.loads(_decoded(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({str(error).partition(chr(10))[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must map ids to lists, got {type(content).__name__}")
-    return content
-
-
-def _contents(parts: Any) -> dict[str, list[str]] | None:
-    """Contents by type; None where the list is not of the format."""
-    found: dict[str, list[str]] = {"text": [], "image": []}
-    for part in parts if isinstance(parts, list) else [None]:
-        if not isinstance(part, dict) or part.get("type") not in found:
-            return None
-        if not isinstance(part.get("content"), str):
-            return None
-        found[part["type"]].append(part["content"])
-    return found
 
 
 def _decoded(table: Path) -> str:

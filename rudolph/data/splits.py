@@ -1,0 +1,230 @@
+"""Which pairs there are: datasets by name, and their splits in memory-mapped arrays.
+
+To add a dataset, write its class (``rudolph.data.pairs``) and name it in ``DATASETS`` and, with
+its config, in ``DataConfig``.
+
+Shapes: N pairs, H and W pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.arithmetic import Arithmetic, ArithmeticConfig
+from rudolph.data.emoji import Emoji, EmojiConfig
+from rudolph.data.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
+from rudolph.data.fusion_brain import FusionBrain, FusionBrainConfig
+from rudolph.data.index_cache import cached_array
+from rudolph.data.manifests import Manifest
+from rudolph.data.pairs import PairDataset
+from rudolph.data.paragraphs import Paragraphs, ParagraphsConfig
+from rudolph.data.shapes import Shapes, ShapesConfig
+from rudolph.data.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
+from rudolph.data.tables import ManifestConfig
+from rudolph.data.words import Words, WordsConfig
+from rudolph.sequence.tasks import TASKS
+
+
+class Source(NamedTuple):
+    """A row of the mixture: its name in the configuration, pairs of which dataset, which task."""
+
+    name: str
+    dataset: str
+    task: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pairs, and how an example of training is made of one.
+
+    ``tasks`` is the mixture: it weighs the tasks that examples are drawn for.  A task is of the
+    pairs of ``dataset``, or, as ``words/text_recognition``, of those of the dataset that it names.
+    ``caption_dropout`` is the share of text-to-image examples without their caption, for guidance.
+    Of their image tokens the decoder reads a share as random ones, while their labels stay: it
+    learns to listen to the text rather than to continue pictures that it knows (word dropout,
+    Bowman 2016, arXiv:1511.06349).  The share falls evenly from ``image_token_noise`` at the first
+    example of a training to 0 at its last, since pictures are generated without noise.
+    ``unknown_task_share`` is the share of texts whose task token is that of an unknown task, left
+    and right by themselves (fbc2_aij2022: 0.25).  ``flip`` is the share of pictures that the
+    VQ-GAN sees mirrored.
+    """
+
+    dataset: str = "emoji"
+    image_size: int = 32
+    tasks: dict[str, float] = field(
+        default_factory=lambda: {"text_to_image": 1.0, "image_captioning": 1.0}
+    )
+    caption_dropout: float = 0.1
+    image_token_noise: float = 0.0
+    unknown_task_share: float = 0.0
+    flip: float = 0.0
+    emoji: EmojiConfig = field(default_factory=EmojiConfig)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    emoji_questions: EmojiQuestionsConfig = field(default_factory=EmojiQuestionsConfig)
+    shapes_questions: ShapesQuestionsConfig = field(default_factory=ShapesQuestionsConfig)
+    words: WordsConfig = field(default_factory=WordsConfig)
+    paragraphs: ParagraphsConfig = field(default_factory=ParagraphsConfig)
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+    fusion_brain: FusionBrainConfig = field(default_factory=FusionBrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        for name, weight in self.tasks.items():
+            require_place(name, "tasks")
+            task = name.rpartition("/")[2]
+            if task not in TASKS:
+                raise ValueError(f"tasks must be of {', '.join(TASKS)}, got {task!r}")
+            if TASKS[task].filled_as is not None:
+                raise ValueError(
+                    f"tasks.{name} is not trained: a decoder that learned "
+                    f"{TASKS[task].filled_as} is asked"
+                )
+            if weight < 0:
+                raise ValueError(f"tasks.{name} must be at least 0, got {weight}")
+        if sum(self.tasks.values()) <= 0:
+            raise ValueError("tasks must give at least one task a weight above 0")
+        for name in ("caption_dropout", "image_token_noise", "unknown_task_share", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def mixture(self) -> list[Source]:
+        """The rows of the mixture that weigh anything, in the order of the configuration."""
+        rows = []
+        for name, weight in self.tasks.items():
+            dataset, _, task = name.rpartition("/")
+            if weight > 0:
+                rows.append(Source(name, dataset or self.dataset, task, weight))
+        return rows
+
+    @property
+    def datasets(self) -> list[str]:
+        """All datasets of the mixture, after the main one, each once."""
+        return list(dict.fromkeys([self.dataset, *(row.dataset for row in self.mixture)]))
+
+
+DATASETS: dict[str, Callable[..., PairDataset]] = {
+    "emoji": Emoji,
+    "shapes": Shapes,
+    "manifest": Manifest,
+    "emoji_questions": EmojiQuestions,
+    "shapes_questions": ShapesQuestions,
+    "words": Words,
+    "paragraphs": Paragraphs,
+    "arithmetic": Arithmetic,
+    "fusion_brain": FusionBrain,
+}
+
+
+def require_place(name: str, field: str) -> None:
+    """Raise ``ValueError`` for ``dataset/...`` of a dataset that is not."""
+    dataset, slash, _ = name.rpartition("/")
+    if slash and dataset not in DATASETS:
+        raise ValueError(f"{field} must name a dataset of {', '.join(DATASETS)}, got {dataset!r}")
+
+
+def open_dataset(config: DataConfig, split: str, dataset: str | None = None) -> PairDataset:
+    """One split of a dataset: of the one that the config names, if no other is told."""
+    name = dataset or config.dataset
+    return DATASETS[name](getattr(config, name), split=split, image_size=config.image_size)
+
+
+class Split:
+    """One split as arrays: ``images`` (N, 3, H, W) uint8, and ``keys``, ``captions`` and
+    ``questions`` (N,) str; a pair without a question has an empty one.
+
+    ``images`` is None where pairs have no picture.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: str, cache: Path, *, dataset: str | None = None
+    ) -> None:
+        self.dataset_name = dataset or config.dataset
+        self.dataset = open_dataset(config, split, self.dataset_name)
+        self.name, self.cache = split, cache
+        self.digest = self.dataset.digest
+        self.images: np.ndarray[Any, Any] | None = None
+        if self.dataset[0].image is not None:
+            self.images = self._cached("images", self._images)
+        texts = self._cached("texts and questions", self._texts)
+        self.keys: list[str] = texts[:, 0].tolist()
+        self.captions: list[str] = texts[:, 1].tolist()
+        self.questions: list[str] = texts[:, 2].tolist()
+        # Decoded pairs are large, and from here on the arrays serve.
+        self.__dict__.pop("_pairs", None)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def _cached(
+        self, kind: str, compute: Callable[[], np.ndarray[Any, Any]]
+    ) -> np.ndarray[Any, Any]:
+        parts = {"dataset": self.dataset_name, "data": self.digest, "kind": kind}
+        return cached_array(self.cache, parts=parts, compute=compute)
+
+    @cached_property
+    def _pairs(self) -> list[Any]:
+        pairs = [self.dataset[index] for index in range(len(self.dataset))]
+        return [
+            ((pair.key, pair.caption, pair.question), np.asarray(pair.image)) for pair in pairs
+        ]
+
+    def _images(self) -> np.ndarray[Any, Any]:
+        return np.stack([image for _, image in self._pairs]).transpose(0, 3, 1, 2)
+
+    def _texts(self) -> np.ndarray[Any, Any]:
+        return np.array([texts for texts, _ in self._pairs])
+
+    def pictures(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Pictures ``(len(indices), 3, H, W)`` in [0, 1]."""
+        if self.images is None:
+            raise ValueError(f"{self.dataset_name}: its pairs have no pictures")
+        return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
+
+    def choices(self, index: int) -> tuple[str, ...]:
+        """The answers that there are to choose from for a pair, or none."""
+        return self.dataset[index].choices
+
+
+class Splits:
+    """The splits of all datasets of a configuration, each opened when it is asked for first."""
+
+    def __init__(self, config: DataConfig, cache: Path) -> None:
+        self.config, self.cache = config, cache
+        self.opened: dict[tuple[str, str], Split] = {}
+
+    def __call__(self, name: str, dataset: str | None = None) -> Split:
+        """A split of a dataset; of the main one, if no other is told."""
+        place = (dataset or self.config.dataset, name)
+        if place not in self.opened:
+            self.opened[place] = Split(self.config, name, self.cache, dataset=place[0])
+        return self.opened[place]
+
+    def all(self, name: str) -> list[Split]:
+        """That split of every dataset of the mixture, the main one's first."""
+        return [self(name, dataset) for dataset in self.config.datasets]
+
+    def with_pictures(self, name: str) -> list[Split]:
+        """That split of every dataset whose pairs have pictures."""
+        return [split for split in self.all(name) if split.images is not None]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every opened split, by ``data.split`` or ``data.split.dataset``."""
+        return {
+            f"data.{name}" if dataset == self.config.dataset else f"data.{name}.{dataset}": (
+                split.digest
+            )
+            for (dataset, name), split in self.opened.items()
+        }

@@ -1,0 +1,96 @@
+"""Examples of CLIP: the caption and the picture of one pair, each as the model reads it.
+
+Nothing is drawn but the order of the pairs: captions of the made world tell left from right, so
+that no picture may be mirrored.
+
+Shapes: N pairs, B batch, L text tokens, H and W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.index_cache import cached_array
+from rudolph.data.seeds import shuffled
+from rudolph.data.splits import Split
+from rudolph.models.clip import CLIPConfig, pixel_values
+from rudolph.sequence.tokenizer import Tokenizer, normalize
+
+
+class TextImageBatch(NamedTuple):
+    """``input_ids`` (B, L) and ``pixel_values`` (B, 3, H, W) of pairs, as CLIP reads them.
+
+    ``captions`` (B,) are equal where captions are equal texts, whatever the batch; ``examples``
+    (B,) are the numbers of the pairs.
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor
+    captions: Tensor
+    examples: Tensor
+
+
+class TextImageExamples:
+    """Examples of CLIP of a split; ``num_cut`` captions are too long for it and lose their end.
+
+    Raises:
+        ValueError: when the tokenizer has ids that the CLIP has not.
+    """
+
+    def __init__(
+        self, split: Split, tokenizer: Tokenizer, config: CLIPConfig, *, seed: int
+    ) -> None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"vocab_size must be at least {tokenizer.vocab_size}, the ids of the tokenizer, "
+                f"got {config.vocab_size}"
+            )
+        self.split, self.seed, self.num_pairs = split, seed, len(split)
+        self.image_resolution = config.image_resolution
+        ids = caption_ids(split, tokenizer, config.context_length)
+        self.input_ids, self.num_cut = ids[:, :-1], int((ids[:, -1] > 0).sum())
+        self.captions = caption_numbers(split.captions)
+
+    def batch(self, numbers: Sequence[int]) -> TextImageBatch:
+        """Examples of the stream; every epoch is another permutation of the pairs."""
+        return self._pairs(shuffled(numbers, self.num_pairs, self.seed))
+
+    def whole(self, indices: Sequence[int]) -> TextImageBatch:
+        """The pairs themselves, unshuffled, for validation."""
+        return self._pairs(np.asarray(indices))
+
+    def _pairs(self, indices: np.ndarray[Any, Any]) -> TextImageBatch:
+        pictures = pixel_values(self.split.pictures(indices), self.image_resolution)
+        ids = torch.from_numpy(self.input_ids[indices].astype(np.int64))
+        captions = torch.from_numpy(self.captions[indices])
+        return TextImageBatch(ids, pictures, captions, torch.from_numpy(indices))
+
+
+def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.ndarray[Any, Any]:
+    """``BOS ids EOS`` of every caption, padded, and last how many ids were cut: ``(N, L + 1)``.
+
+    Computed once, then read from disk.
+    """
+
+    def compute() -> np.ndarray[Any, Any]:
+        segments = [tokenizer.encode_segment(text, context_length) for text in split.captions]
+        rows = [torch.cat([segment.ids, torch.tensor([segment.num_cut])]) for segment in segments]
+        return torch.stack(rows).int().numpy()
+
+    parts = {"kind": "texts of CLIP", "data": split.digest, "tokenizer": tokenizer.digest}
+    return cached_array(
+        split.cache, parts={**parts, "context_length": str(context_length)}, compute=compute
+    )
+
+
+def caption_numbers(captions: Sequence[str]) -> np.ndarray[Any, Any]:
+    """A number of each caption, ``(N,)`` int64, equal where they are the same to a tokenizer.
+
+    >>> caption_numbers(["Синий круг", "красный круг", " синий круг"]).tolist()
+    [1, 0, 1]
+    """
+    normalized = [normalize(caption) for caption in captions]
+    return np.unique(normalized, return_inverse=True)[1].astype(np.int64)
