@@ -1,4 +1,6 @@
-"""Ranking by CLIP: Pillow's pixels, a text's ends, the mean of templates, any batch."""
+"""Ranking by CLIP: Pillow's pixels, a text's ends, the mean of templates, any batch; retrieval."""
+
+import math
 
 import numpy as np
 import pytest
@@ -7,8 +9,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.models.clip import CLIP, CLIPConfig
-from rudolph.sampling.clip_ranking import MEAN, STD, TEMPLATES, ClipRanker
+from rudolph.models.clip import CLIP, MEAN, STD, CLIPConfig
+from rudolph.sampling.clip_ranking import (
+    PLAIN_TEMPLATES,
+    TEMPLATES,
+    ClipRanker,
+    retrieval_ranks,
+    retrieval_recalls,
+)
 from rudolph.sequence.layout import BOS, EOS, PAD
 from rudolph.sequence.tokenizer import Tokenizer
 
@@ -121,7 +129,7 @@ def test_results_do_not_depend_on_the_batch_and_progress_is_told(tokenizer) -> N
 
 
 def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
-    plain, images = ranker(tokenizer, templates=("{}",)), pictures(4)
+    plain, images = ranker(tokenizer, templates=PLAIN_TEMPLATES), pictures(4)
     with torch.no_grad():
         logits, _ = plain.clip(plain.input_ids(TEXTS), plain.pixel_values(images))
     similar = plain.similarities(images, TEXTS)
@@ -132,7 +140,7 @@ def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
 
 def test_it_tells_apart_colours_when_it_is_made_for_them(tokenizer) -> None:
     """Made by hand: attention carries words to a text's end, colours to a picture's class."""
-    own, words = ranker(tokenizer, templates=("{}",)), ("красный", "зелёный", "синий")
+    own, words = ranker(tokenizer, templates=PLAIN_TEMPLATES), ("красный", "зелёный", "синий")
     tokens = [tokenizer.encode(word)[0] for word in words]
     assert len(set(tokens)) == 3
     clip = own.clip
@@ -161,3 +169,57 @@ def test_half_precision_weights_and_pictures_give_nearly_the_same(tokenizer, dty
     found = half.similarities(pictures(3).to(dtype), TEXTS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+def test_features_are_the_models_own_and_normalised_they_are_those_of_an_image(tokenizer) -> None:
+    own, images = ranker(tokenizer, batch_size=2), pictures(5)
+    with torch.no_grad():
+        expected = own.clip.encode_image(own.pixel_values(images))
+    torch.testing.assert_close(own.features(images), expected)
+    torch.testing.assert_close(own.image_features(images), F.normalize(expected, dim=1))
+    assert (expected.norm(dim=1) - 1).abs().min() > 0.01
+
+
+CAPTIONS = [3, 1, 3, 0, 1, 3, 2]
+
+
+def ranks_by_hand(similarities: np.ndarray, asked: list[int], answers: list[int]) -> list[int]:
+    ranks = []
+    for row, own in zip(similarities, asked, strict=True):
+        best = max(value for value, caption in zip(row, answers, strict=True) if caption == own)
+        wrong = [value for value, caption in zip(row, answers, strict=True) if caption != own]
+        ranks.append(1 + sum(value >= best for value in wrong))
+    return ranks
+
+
+def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rudolph.sampling.clip_ranking.QUERIES_AT_ONCE", 3)
+    # Whole numbers, so that many are equal.
+    draw = torch.Generator().manual_seed(0)
+    queries, gallery = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 9))
+    answers = [*CAPTIONS, 1, 2]
+    found = retrieval_ranks(queries, gallery, torch.tensor(CAPTIONS), torch.tensor(answers))
+    assert found.tolist() == ranks_by_hand((queries @ gallery.t()).numpy(), CAPTIONS, answers)
+    assert 1 in found.tolist() and max(found.tolist()) > 3
+
+
+def test_a_shared_caption_is_one_text_and_any_of_its_pictures_answers_it() -> None:
+    texts = torch.eye(3)[[0, 1, 0, 2]]
+    images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.5, 0.4]])
+    # The third picture goes to the second text, the fourth too; each text finds one of its own.
+    recalls = retrieval_recalls(images, texts, torch.tensor([5, 7, 5, 8]), at=(1, 2, 3))
+    assert recalls == {
+        "image_to_text/recall_at_1": 0.5,
+        "image_to_text/recall_at_2": 0.75,
+        "image_to_text/recall_at_3": 1.0,
+        "text_to_image/recall_at_1": 1.0,
+        "text_to_image/recall_at_2": 1.0,
+        "text_to_image/recall_at_3": 1.0,
+    }
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_features_that_are_all_alike_find_nothing(value: float) -> None:
+    same = torch.full((6, 4), value)
+    recalls = retrieval_recalls(same, same, torch.arange(6), at=(1, 5, 6))
+    assert [recalls[f"image_to_text/recall_at_{k}"] for k in (1, 5, 6)] == [0, 0, 1]

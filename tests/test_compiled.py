@@ -13,7 +13,7 @@ from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.packed import WEIGHTS, Kernel, PackedLinear, pack
 from rudolph.models.steady import KEYS_AT_ONCE, steady_reads
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sampling.generate import generate_image, generate_text
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 
@@ -122,7 +122,7 @@ def test_compiled_and_plain_steps_draw_the_same_pictures_and_texts(
         start = torch.cat(
             [prompts(1).expand(samples, -1), picture, torch.full((samples, 1), 4)], 1
         )
-        text = generate_right_text(model, start, config=PLAIN if is_same else GREEDY, seeds=seeds)
+        text = generate_text(model, start, config=PLAIN if is_same else GREEDY, seeds=seeds)
         drawn.append(torch.cat([picture, text], dim=1))
     assert torch.equal(*drawn)
 

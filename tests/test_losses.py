@@ -10,13 +10,17 @@ from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.training.losses import (
+    AVERAGES,
     SEGMENTS,
     DecoderLossConfig,
     ReconstructionLossConfig,
     adaptive_weight,
+    found_losses,
     hinge_adversary_loss,
+    mixed_loss,
     reconstruction_loss,
     segment_losses,
+    source_means,
     weighted_mean,
 )
 
@@ -183,3 +187,91 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
     ratio = adaptive_weight(first, second, weight)
     gradients = [torch.autograd.grad(loss, weight)[0].norm() for loss in (first, second)]
     torch.testing.assert_close(ratio * gradients[1], gradients[0], rtol=1e-3, atol=0)
+
+
+def mixture() -> tuple[MaskedDecoder, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A decoder, five examples of three rows of a mixture, their rows and their weights."""
+    torch.manual_seed(1)
+    model = MaskedDecoder(
+        DecoderConfig(2, 24, 3), SequenceLayout(5, 2, 6), Vocabulary(20, 3, 5, 9)
+    )
+    model.eval()
+    tokens = torch.randint(4, 9, (5, 15))
+    tokens[1, 12:] = tokens[4, 13:] = 0
+    sources = torch.tensor([0, 2, 1, 0, 2])
+    weights = torch.tensor([[1.0, 7.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.01, 7.0]])[sources]
+    return model, tokens, sources, weights
+
+
+def scored_by(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: weights[:, at] > 0 for at, name in enumerate(SEGMENTS)}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> None:
+    model, tokens, sources, weights = mixture()
+    config = DecoderLossConfig(average=average)
+    found = found_losses(model, tokens, config, scored=scored_by(weights))
+    loss = mixed_loss(found, config, weights=weights, sources=sources)
+    # Each example alone: for each of its segments the sum of its losses and their number.
+    alone = []
+    for row in range(5):
+        own = found_losses(
+            model, tokens[row : row + 1], config, scored=scored_by(weights[row : row + 1])
+        )
+        alone.append({name: (each.losses.sum(), len(each.losses)) for name, each in own.items()})
+    if average == "token":
+        total = sum(
+            weights[row, SEGMENTS.index(name)] * each[0]
+            for row in range(5)
+            for name, each in alone[row].items()
+        )
+        count = sum(
+            weights[row, SEGMENTS.index(name)] * each[1]
+            for row in range(5)
+            for name, each in alone[row].items()
+        )
+        expected = total / count
+    else:
+        groups = [range(5)] if average == "batch" else [[0, 3], [2], [1, 4]]
+        expected = torch.tensor(0.0)
+        for rows in groups:
+            above, below = 0.0, 0.0
+            for at, name in enumerate(SEGMENTS):
+                own = [alone[row][name] for row in rows if name in alone[row]]
+                weight = config.weights[name] if average == "batch" else weights[rows[0], at]
+                if own:
+                    above += weight * sum(part[0] for part in own) / sum(part[1] for part in own)
+                    below += weight
+            expected = expected + above / below * len(rows) / 5
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(each.grad is not None for each in model.to_logits.parameters())
+
+
+def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
+    model, tokens, sources, weights = mixture()
+    config = DecoderLossConfig(average="task")
+    found = found_losses(model, tokens, config, scored=scored_by(weights))
+    means, counts = source_means(found, sources, 4)
+    assert counts[3].tolist() == [0, 0, 0] and means[3].tolist() == [0, 0, 0]
+    for row in range(3):
+        own = tokens[sources == row]
+        alone = segment_losses(model, own, config, scored=scored_by(weights[sources == row]))
+        for at, name in enumerate(SEGMENTS):
+            assert (counts[row, at] > 0) == (name in alone)
+            if name in alone:
+                torch.testing.assert_close(means[row, at].float(), alone[name])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"average": "mean"}, "average must be one of batch, task, token"),
+        ({"task_weights": {"vqa": (1, 1, 1)}}, "task_weights must be of"),
+        ({"task_weights": {"text_to_image": (0, 0, 0)}}, "one of them above"),
+    ],
+)
+def test_a_wrong_way_to_weigh_tasks_is_told(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DecoderLossConfig(**fields)

@@ -21,7 +21,7 @@ from rudolph.models.packed import (
     works,
 )
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sampling.generate import generate_image, generate_text
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
@@ -86,10 +86,10 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
     model, left = decoder(), prompts(2)
     drawn = generate_image(model, left, config=GREEDY, seeds=[0, 1])
     right = torch.cat([left, drawn, torch.full((2, 1), 4)], dim=1)
-    answers = generate_right_text(model, right, config=GREEDY, seeds=[0, 1])
+    answers = generate_text(model, right, config=GREEDY, seeds=[0, 1])
     pack(model, weights=weights, num_rows=2)
     assert torch.equal(generate_image(model, left, config=GREEDY, seeds=[0, 1]), drawn)
-    assert torch.equal(generate_right_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
+    assert torch.equal(generate_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
 
 
 @pytest.mark.parametrize("num_rows", [2, 259])

@@ -11,7 +11,7 @@ from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
 from rudolph.sampling.couplings import uniform_numbers
 from rudolph.sampling.filters import TokenSamplingConfig, draw, filter_logits, guided, next_shares
-from rudolph.sampling.generate import FREE, generate_image, generate_right_text
+from rudolph.sampling.generate import FREE, generate_image, generate_text
 from rudolph.sequence.layout import EOS, PAD, SequenceLayout, Vocabulary
 
 PLAIN = TokenSamplingConfig()
@@ -118,7 +118,7 @@ def test_right_text_stops_and_never_holds_what_is_no_text() -> None:
     counts: Counter[int] = Counter()
     for seed in range(40):
         seeds = [3 * seed, 3 * seed + 1, 3 * seed + 2]
-        for row in generate_right_text(model, prompt, config=PLAIN, seeds=seeds).tolist():
+        for row in generate_text(model, prompt, config=PLAIN, seeds=seeds).tolist():
             end = row.index(EOS) if EOS in row else len(row)
             assert all(token == PAD for token in row[end + 1 :])
             assert all(0 < token < 20 for token in row[:end])
@@ -142,11 +142,11 @@ def test_samples_that_have_ended_leave_the_batch_and_change_no_other(num_samples
     rows: list[int] = []
     model.layers[0].register_forward_hook(lambda _, given, out: rows.append(len(out)))
     seeds = list(range(3 * num_samples))
-    together = generate_right_text(model, prompt, config=PLAIN, seeds=seeds)
+    together = generate_text(model, prompt, config=PLAIN, seeds=seeds)
     assert rows == [3, *sorted(rows[1:], reverse=True)] and min(rows) <= 1.5 * num_samples
     for at, seed in enumerate(seeds):
         alone = prompt[at // num_samples][None]
-        found = generate_right_text(model, alone, config=PLAIN, seeds=[seed])
+        found = generate_text(model, alone, config=PLAIN, seeds=[seed])
         assert torch.equal(together[at], found[0])
 
 
@@ -154,9 +154,9 @@ def test_prompts_of_several_lengths_share_a_batch() -> None:
     model, prompt = long_winded()
     known = torch.full((3, 19), FREE)
     known[1, :2], known[2, :6] = torch.tensor([7, 9]), torch.tensor([4, 5, 6, 7, 8, 9])
-    together = generate_right_text(model, prompt, config=PLAIN, seeds=[1, 2, 3], known=known)
+    together = generate_text(model, prompt, config=PLAIN, seeds=[1, 2, 3], known=known)
     for at, given in enumerate(known):
-        alone = generate_right_text(
+        alone = generate_text(
             model, prompt[at][None], config=PLAIN, seeds=[at + 1], known=given[None]
         )
         assert torch.equal(together[at], alone[0])

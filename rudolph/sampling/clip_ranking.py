@@ -1,22 +1,22 @@
-"""Which pictures fit a text best, by CLIP; zero-shot classes; its own text and picture inputs.
+"""Which pictures fit a text best, by CLIP; zero-shot classes; retrieval among many pairs.
 
-Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``.
+Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``; Radford 2021
+(arXiv:2103.00020) for retrieval.
 
-Shapes: B texts, P pictures, C classes, L text tokens, E embedding dim, H and W pixels.
+Shapes: B texts, P pictures, C classes, N pairs, L text tokens, E embedding dim, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.models.clip import CLIP
+from rudolph.models.clip import CLIP, MEAN, STD, pixel_values
 from rudolph.sequence.tokenizer import Tokenizer
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 TEMPLATES = (
     "{}",
     "фото, на котором изображено {}",
@@ -25,11 +25,19 @@ TEMPLATES = (
     "фото с {}",
     "на фото видно {}",
 )
+# For a CLIP that was trained on captions as they are.
+PLAIN_TEMPLATES = ("{}",)
+# Rows of similarities that are in memory at once.
+QUERIES_AT_ONCE = 1024
 
 
 @dataclass
 class ClipRanker:
-    """A CLIP with its tokenizer; ``templates`` are averaged, as in the reference."""
+    """A CLIP with its tokenizer; ``templates`` are averaged, as in the reference.
+
+    Raises:
+        ValueError: when the tokenizer has ids that the CLIP has not.
+    """
 
     clip: CLIP
     tokenizer: Tokenizer
@@ -39,6 +47,9 @@ class ClipRanker:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        known, given = self.clip.config.vocab_size, self.tokenizer.vocab_size
+        if given > known:
+            raise ValueError(f"a tokenizer of this CLIP has at most {known} ids, got {given}")
         self.clip.eval()
 
     @property
@@ -52,22 +63,17 @@ class ClipRanker:
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """Pictures ``(P, 3, H, W)`` in [0, 1] as the model reads them: centre square, resized."""
-        side = min(images.shape[-2:])
-        top, left = ((size - side) // 2 for size in images.shape[-2:])
-        square = images[..., top : top + side, left : left + side]
         size = self.clip.config.image_resolution
-        resized = F.interpolate(square.float(), (size, size), mode="bilinear", antialias=True)
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None]
-            for values in (self.mean, self.std)
-        )
-        return (resized - mean) / std
+        return pixel_values(images, size, mean=self.mean, std=self.std)
 
     @torch.inference_mode()
-    def image_features(
+    def features(
         self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Normalised features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1]."""
+        """Features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1], not normalised, on the CPU.
+
+        What distances between sets of pictures (FID, KID) are taken of.
+        """
         dtype = self.clip.visual.conv1.weight.dtype
         features = torch.zeros(len(images), self.clip.config.embed_dim)
         for first in range(0, len(images), self.batch_size):
@@ -76,7 +82,13 @@ class ClipRanker:
             features[rows] = self.clip.encode_image(pixels).float().cpu()
             if on_batch is not None:
                 on_batch(min(first + self.batch_size, len(images)), len(images))
-        return F.normalize(features, dim=-1)
+        return features
+
+    def image_features(
+        self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Normalised features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1]."""
+        return F.normalize(self.features(images, on_batch=on_batch), dim=-1)
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -103,3 +115,55 @@ class ClipRanker:
         """Zero-shot probabilities ``(P, C)``."""
         scale = self.clip.logit_scale.detach().float().exp().cpu()
         return (scale * self.similarities(images, classes)).softmax(-1)
+
+
+def retrieval_recalls(
+    images: Tensor, texts: Tensor, captions: Tensor, *, at: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Recall at k both ways: the share of queries with a right answer among the first k.
+
+    Pairs may share a caption.  Each different caption then stands once among the texts: a picture
+    asks for its caption, and a caption is answered by any of its pictures.  What is as similar as
+    the right answer counts as before it, so that features that are all alike find nothing.
+
+    Args:
+        images: ``(N, E)``, normalised features of the pictures.
+        texts: ``(N, E)``, those of their captions.
+        captions: ``(N,)`` int64, equal where captions are equal texts.
+
+    Returns:
+        ``image_to_text/recall_at_1`` and so on, each in [0, 1].
+    """
+    _, found = np.unique(captions.cpu().numpy(), return_index=True)
+    first = torch.from_numpy(found).to(captions.device)
+    ranks = {
+        "image_to_text": retrieval_ranks(images, texts[first], captions, captions[first]),
+        "text_to_image": retrieval_ranks(texts[first], images, captions[first], captions),
+    }
+    return {
+        f"{way}/recall_at_{k}": (rank <= k).double().mean().item()
+        for way, rank in ranks.items()
+        for k in at
+    }
+
+
+def retrieval_ranks(
+    queries: Tensor, gallery: Tensor, query_captions: Tensor, gallery_captions: Tensor
+) -> Tensor:
+    """The rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
+
+    An answer is right when its caption is the query's; other right answers are not counted.
+
+    Args:
+        queries: ``(Q, E)``, normalised; ``gallery``: ``(G, E)``, what they are answered from.
+        query_captions: ``(Q,)``; ``gallery_captions``: ``(G,)``; equal where captions are.
+    """
+    ranks = []
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        rows = slice(first, first + QUERIES_AT_ONCE)
+        similarities = queries[rows] @ gallery.t()
+        is_right = query_captions[rows, None] == gallery_captions
+        best = similarities.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
+        # Not ">=": what is not a number is no answer either.
+        ranks.append(1 + (~(similarities < best) & ~is_right).sum(1))
+    return torch.cat(ranks)

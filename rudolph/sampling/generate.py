@@ -92,30 +92,34 @@ def generate_image(
 
 
 @torch.inference_mode()
-def generate_right_text(
+def generate_text(
     model: MaskedDecoder,
     tokens: Tensor,
     *,
     config: TokenSamplingConfig,
     seeds: Sequence[int],
     known: Tensor | None = None,
+    allowed: Tensor | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Right-text ids ``(B * S, N)`` after ``tokens`` (B, T), which end inside the right text.
+    """Text ids ``(B * S, N)`` after ``tokens`` (B, T), which end inside a text.
 
-    What follows the first ``EOS`` is padding; task tokens and padding ids are never drawn.
+    N tokens are missing to the end of that text, the left one or the right one.  What follows the
+    first ``EOS`` is padding; task tokens and padding ids are never drawn.
 
     Args:
         known: ``(B, N)``, ids that are given, as of prompts longer than others; else ``FREE``.
+        allowed: ``(V,)`` bool over BPE ids, those that may be drawn; ``EOS`` always may.
     """
-    num_new = model.layout.length - tokens.shape[1]
+    num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
     noise = COUPLINGS["inversion"].noise(seeds, num_new, 0).to(tokens.device)
     if known is None:
         known = torch.full((len(tokens), num_new), FREE)
+    is_legal = legal_ids(model, allowed)
 
     def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
-        logits = model.text_logits(hidden[:, 0])[:, : model.vocabulary.bpe_size].clone()
-        logits[:, PAD] = -torch.inf
+        logits = model.text_logits(hidden[:, 0])[:, : len(is_legal)]
+        logits = logits.masked_fill(~is_legal, -torch.inf)
         own = noise[rows, start]
         return COUPLINGS["inversion"].draw(next_shares(logits, config), own)[:, None]
 
@@ -130,6 +134,30 @@ def generate_right_text(
     )
     is_after_end = (drawn == EOS).cumsum(1) - (drawn == EOS).long() > 0
     return drawn.masked_fill(is_after_end, PAD)
+
+
+def text_end(model: MaskedDecoder, length: int) -> int:
+    """Where the text ends inside which a sequence of ``length`` tokens ends."""
+    layout = model.layout
+    if length < layout.left_text_length:
+        return layout.left_text_length
+    if not layout.right_text_start <= length < layout.length:
+        raise ValueError(
+            f"tokens must end inside a text (before {layout.left_text_length}, or from "
+            f"{layout.right_text_start} to {layout.length - 1}), got {length}"
+        )
+    return layout.length
+
+
+def legal_ids(model: MaskedDecoder, allowed: Tensor | None) -> Tensor:
+    """Which BPE ids may be drawn, ``(V,)`` bool: those allowed and ``EOS``, never padding."""
+    device = model.final_norm.weight.device
+    is_legal = torch.ones(model.vocabulary.bpe_size, dtype=torch.bool, device=device)
+    if allowed is not None:
+        is_legal[: len(allowed)] &= allowed.to(device)
+        is_legal[len(allowed) :] = False
+    is_legal[EOS], is_legal[PAD] = True, False
+    return is_legal
 
 
 def _generate(

@@ -15,12 +15,12 @@ from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.packed import pack_as_held
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
+from rudolph.sampling.answering import answer, counted, prompts
 from rudolph.sampling.clip_ranking import ClipRanker
 from rudolph.sampling.enlarge import enlarge
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, generate_right_text
+from rudolph.sampling.generate import generate_image
 from rudolph.sampling.ranking import PERPLEXITIES, rank_pictures
-from rudolph.sequence.layout import EOS, PAD
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 
@@ -245,9 +245,9 @@ class Pipeline:
             )
         left = torch.stack([self.texts("text_to_image", caption).left for caption in captions])
         empty = self.texts("text_to_image", "").left
-        num_new = self.decoder.layout.num_image_tokens
+        start = self.decoder.layout.image_start
         parts = []
-        for rows, own in _batches(len(captions), len(seeds), self.batch_size):
+        for rows, own in self.batches(len(captions), len(seeds)):
             parts.append(
                 generate_image(
                     self.decoder,
@@ -258,7 +258,7 @@ class Pipeline:
                     known=None if known is None else known[rows].to(self.device),
                     window=window,
                     coupling="inversion" if window == 1 else "race",
-                    on_token=_counted(on_token, own, len(seeds), num_new),
+                    on_token=counted(on_token, own, len(seeds), self.decoder, start),
                 ).cpu()
             )
         return torch.cat(parts)
@@ -277,34 +277,18 @@ class Pipeline:
         Args:
             questions: one of each picture; then the texts are answers to them.
         """
-        if not len(images) or len(seeds) % len(images):
-            raise ValueError(
-                f"seeds must be as many for each of {len(images)} pictures, got {len(seeds)}"
-            )
-        if questions is not None and len(questions) != len(images):
-            raise ValueError(
-                f"questions must be one for each of {len(images)} pictures, got {len(questions)}"
-            )
         task = "image_captioning" if questions is None else "question_answering"
-        asked = [""] * len(images) if questions is None else questions
-        lefts = torch.stack([self.texts(task, "", beside=question).left for question in asked])
-        prompt = self.texts(task, "")
-        length = int((prompt.right != PAD).sum()) - int((prompt.right == EOS).sum())
-        num_new = self.decoder.layout.right_text_length - length
-        captions: list[str] = []
-        for rows, own in _batches(len(images), len(seeds), self.batch_size):
-            indices = self.encode(images[rows])
-            right = prompt.right[:length].expand(len(indices), -1)
-            tokens = torch.cat([lefts[rows], indices, right], dim=1)
-            drawn = generate_right_text(
-                self.decoder,
-                tokens.to(self.device),
-                config=config,
-                seeds=seeds[own],
-                on_token=_counted(on_token, own, len(seeds), num_new),
-            )
-            captions += [self.tokenizer.decode(ids) for ids in drawn.tolist()]
-        return captions
+        tokens = prompts(self, task, indices=self.encode(images), questions=questions)
+        return answer(self, tokens, config=config, seeds=seeds, on_token=on_token)
+
+    def batches(self, num_prompts: int, num_rows: int) -> Iterator[tuple[slice, slice]]:
+        """Prompts and rows of each batch: prompts with all of their rows, or some rows of one."""
+        num_samples = num_rows // num_prompts
+        step = max(self.batch_size // num_samples, 1)
+        for first in range(0, num_prompts, step):
+            start, end = first * num_samples, min((first + step) * num_samples, num_rows)
+            for row in range(start, end, self.batch_size):
+                yield slice(first, first + step), slice(row, min(row + self.batch_size, end))
 
     def encode(self, images: Tensor) -> Tensor:
         """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
@@ -328,23 +312,3 @@ class Pipeline:
 
 def _silent(stage: str, done: int, total: int) -> None:
     """No progress."""
-
-
-def _batches(num_prompts: int, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Prompts and rows of each batch: prompts with all of their rows, or some rows of one."""
-    num_samples = num_rows // num_prompts
-    step = max(size // num_samples, 1)
-    for first in range(0, num_prompts, step):
-        start, end = first * num_samples, min((first + step) * num_samples, num_rows)
-        for row in range(start, end, size):
-            yield slice(first, first + step), slice(row, min(row + size, end))
-
-
-def _counted(
-    on_token: OnToken | None, rows: slice, num_rows: int, num_new: int
-) -> Callable[[int], None] | None:
-    """Progress of the rows of one batch as progress of all."""
-    if on_token is None:
-        return None
-    size = rows.stop - rows.start
-    return lambda step: on_token(rows.start * num_new + step * size, num_rows * num_new)

@@ -131,8 +131,12 @@ class Tokenizer:
         task_token: int | None = None,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        keeps_end: bool = False,
     ) -> Segment:
-        """``BOS [task token] ids EOS`` padded to ``length``; the end of a long text is cut."""
+        """``BOS [task token] ids EOS`` padded to ``length``; of a long text the end is cut.
+
+        With ``keeps_end`` it is the beginning: a question stands at the end of what it is about.
+        """
         ids = self.encode(text, dropout=dropout, generator=generator)
         start = [BOS] if task_token is None else [BOS, task_token]
         room = length - len(start) - 1
@@ -140,7 +144,8 @@ class Tokenizer:
             raise ValueError(
                 f"a text segment needs at least {len(start) + 1} tokens, got {length}"
             )
-        filled = [*start, *ids[:room], EOS]
+        kept = ids[max(len(ids) - room, 0) :] if keeps_end else ids[:room]
+        filled = [*start, *kept, EOS]
         return Segment(
             torch.tensor(filled + [PAD] * (length - len(filled))), max(len(ids) - room, 0)
         )

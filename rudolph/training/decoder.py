@@ -1,19 +1,21 @@
 """The masked decoder in training: batch, losses, log."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rudolph.data.module import TokenBatch
+from rudolph.data.examples import TokenBatch
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.scoring import NOT_SCORED
 from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
     SEGMENTS,
     DecoderLossConfig,
-    scored_labels,
-    segment_losses,
+    found_losses,
+    mixed_loss,
+    segment_means,
+    source_means,
     weighted_mean,
 )
 from rudolph.training.optim import OptimConfig
@@ -21,7 +23,12 @@ from rudolph.training.steps import StepwiseModule
 
 
 class DecoderTraining(StepwiseModule):
-    """Trains a ``MaskedDecoder`` on token sequences; logs nats a token of each segment."""
+    """Trains a ``MaskedDecoder`` on token sequences; logs nats a token of each segment.
+
+    Args:
+        sources: names of the rows of the mixture; of more than one, the losses of each and the
+            share of the examples seen so far that it had are logged too.
+    """
 
     def __init__(
         self,
@@ -30,40 +37,67 @@ class DecoderTraining(StepwiseModule):
         optim: OptimConfig,
         *,
         num_accumulated: int = 1,
+        sources: Sequence[str] = ("",),
     ) -> None:
         super().__init__(optim, num_accumulated=num_accumulated)
-        self.model, self.losses = model, losses
+        self.model, self.losses, self.sources = model, losses, list(sources)
+        self.register_buffer("num_seen", torch.zeros(len(self.sources), dtype=torch.long))
+
+    num_seen: Tensor
 
     def networks(self) -> list[nn.Module]:
         return [self.model]
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
-        losses = segment_losses(
+        found = found_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
-        require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
-        loss = weighted_mean(losses, self.losses.weights)
+        means = segment_means(found)
+        require_finite(means, step=self.step_of(batch_index), examples=batch.examples)
+        loss = mixed_loss(found, self.losses, weights=batch.weights, sources=batch.sources)
         self.move(loss, batch_index)
-        self.log_dict({f"train/loss/{name}": value for name, value in losses.items()})
+        self.log_dict({f"train/loss/{name}": value for name, value in means.items()})
         self.log("train/loss", loss)
+        self.num_seen += torch.bincount(batch.sources, minlength=len(self.sources))
+        if len(self.sources) > 1:
+            by_source = source_means(found, batch.sources, len(self.sources))
+            self.log_dict(self._of_sources("train", *by_source))
+            shares = self.num_seen / self.num_seen.sum()
+            named = zip(self.sources, shares, strict=True)
+            self.log_dict({f"train/share/{name}": share for name, share in named})
 
     def on_validation_epoch_start(self) -> None:
-        # For each segment, its loss summed over labels and how many they were.
-        self.totals = torch.zeros(len(SEGMENTS), 2, device=self.device)
+        # For each source and segment, its loss summed over labels and how many they were.
+        size = 2, len(self.sources), len(SEGMENTS)
+        self.totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
-        losses = segment_losses(self.model, batch.tokens, self.losses, scored=batch.scored)
-        labels = scored_labels(self.model, batch.tokens, self.losses, scored=batch.scored)
-        for name, loss in losses.items():
-            count = (labels[name][1] != NOT_SCORED).sum()
-            self.totals[SEGMENTS.index(name)] += torch.stack([loss * count, count])
+        found = found_losses(self.model, batch.tokens, self.losses, scored=batch.scored)
+        means, counts = source_means(found, batch.sources, len(self.sources))
+        self.totals += torch.stack([means * counts, counts])
 
     def on_validation_epoch_end(self) -> None:
         totals: Any = self.trainer.strategy.reduce(self.totals, reduce_op="sum")
+        sums, counts = totals.sum(1)
         means = {
             name: total / count
-            for name, (total, count) in zip(SEGMENTS, totals, strict=True)
+            for name, total, count in zip(SEGMENTS, sums, counts, strict=True)
             if count > 0
         }
         self.log_dict({f"val/loss/{name}": value for name, value in means.items()})
-        self.log("val/loss", weighted_mean(means, self.losses.weights))
+        weights = (
+            self.losses.weights if self.losses.average == "batch" else dict.fromkeys(means, 1)
+        )
+        self.log("val/loss", weighted_mean(means, weights))
+        if len(self.sources) > 1:
+            sums, counts = totals
+            self.log_dict(self._of_sources("val", sums / counts.clamp(min=1), counts))
+
+    def _of_sources(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """The losses of each row of the mixture and segment that had labels, by their names."""
+        return {
+            f"{stage}/loss/{source}/{segment}": means[row, column]
+            for row, source in enumerate(self.sources)
+            for column, segment in enumerate(SEGMENTS)
+            if counts[row, column] > 0
+        }

@@ -10,7 +10,8 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,23 @@ from torch.nn import functional as F
 
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.scoring import NOT_SCORED, label_losses, segment_labels
+from rudolph.sequence.tasks import TASKS
 
 FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
 SEGMENTS = ("left_text", "image", "right_text")
+AVERAGES = ("batch", "task", "token")
 
 
 @dataclass(frozen=True)
 class DecoderLossConfig:
     """Weights of the segments' mean losses; the total is divided by the sum of the weights.
+
+    ``average`` says over what the means are taken.  ``batch``: a segment's over all examples that
+    score it, weighed by the three weights here (ru-dolph).  ``task``: of each task by itself, its
+    segments weighed by the weights of the task, and then over tasks by their examples
+    (fbc2_aij2022).  ``token``: over all labels, each of which has the weight that its task gives
+    its segment.  ``task_weights`` are weights of left text, image and right text of a task that
+    replace those of ``TASKS``.
 
     ``first_image_token: legacy`` scores image token 0 as a class of the text vocabulary, as the
     reference does; by default it is scored among image ids.  ``left_padding`` says whether the
@@ -38,6 +48,8 @@ class DecoderLossConfig:
     first_image_token: str = "image_vocabulary"
     left_padding: bool = True
     label_smoothing: float = 0.0
+    average: str = "batch"
+    task_weights: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("left_text_weight", "image_weight", "right_text_weight"):
@@ -52,12 +64,28 @@ class DecoderLossConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {self.average!r}")
+        for task, weights in self.task_weights.items():
+            if task not in TASKS:
+                raise ValueError(f"task_weights must be of {', '.join(TASKS)}, got {task!r}")
+            if min(weights) < 0 or max(weights) == 0:
+                raise ValueError(
+                    f"task_weights.{task} must be at least 0 and one of them above, got {weights}"
+                )
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each segment, in the order of ``SEGMENTS``."""
         weights = (self.left_text_weight, self.image_weight, self.right_text_weight)
         return dict(zip(SEGMENTS, weights, strict=True))
+
+
+class FoundLosses(NamedTuple):
+    """Losses ``(M,)`` of the labels of a segment, in nats, and the example of each, ``(M,)``."""
+
+    losses: Tensor
+    rows: Tensor
 
 
 def segment_losses(
@@ -68,7 +96,24 @@ def segment_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Mean cross-entropy of each segment that has labels, in nats a token.
+    """Mean cross-entropy of each segment that has labels, in nats: see ``found_losses``."""
+    return segment_means(found_losses(model, tokens, config, scored=scored, inputs=inputs))
+
+
+def segment_means(found: Mapping[str, FoundLosses]) -> dict[str, Tensor]:
+    """The mean loss of each segment over its labels."""
+    return {name: each.losses.mean() for name, each in found.items()}
+
+
+def found_losses(
+    model: MaskedDecoder,
+    tokens: Tensor,
+    config: DecoderLossConfig,
+    *,
+    scored: Mapping[str, Tensor] | None = None,
+    inputs: Tensor | None = None,
+) -> dict[str, FoundLosses]:
+    """Cross-entropies of each segment that has labels, label by label.
 
     Args:
         tokens: ``(B, T)``: left text, left text and image, or the whole sequence.
@@ -79,14 +124,14 @@ def segment_losses(
         ValueError: when tokens end inside a segment.
     """
     hidden = model.hidden(tokens if inputs is None else inputs)
-    losses, heads = {}, model.to_logits.heads()
+    found, heads = {}, model.to_logits.heads()
     for name, labels in scored_labels(model, tokens, config, scored=scored).items():
-        found = label_losses(
+        losses = label_losses(
             model, hidden, name, labels, heads=heads, label_smoothing=config.label_smoothing
         )
-        if len(found):
-            losses[name] = found.mean()
-    return losses
+        if len(losses):
+            found[name] = FoundLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
+    return found
 
 
 def scored_labels(
@@ -96,14 +141,18 @@ def scored_labels(
     *,
     scored: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[int, Tensor]]:
-    """The labels of each segment of weight above 0, for the examples that are scored."""
+    """The labels of each segment of weight above 0, for the examples that are scored.
+
+    Where tasks weigh their segments themselves, ``scored`` alone says what counts.
+    """
     labels = segment_labels(
         model,
         tokens,
         has_legacy_first_token=config.first_image_token == "legacy",
         has_left_padding=config.left_padding,
     )
-    kept = {name: found for name, found in labels.items() if config.weights[name] > 0}
+    is_any = config.average != "batch"
+    kept = {name: each for name, each in labels.items() if is_any or config.weights[name] > 0}
     for name, (start, target) in kept.items():
         if scored is not None and name in scored:
             kept[name] = start, target.masked_fill(~scored[name][:, None], NOT_SCORED)
@@ -117,6 +166,51 @@ def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) ->
         raise ValueError("no segment of weight above 0 has a label in this batch")
     weighted = [loss * weights[name] for name, loss in losses.items()]
     return torch.stack(weighted).sum() / total
+
+
+def source_means(
+    found: Mapping[str, FoundLosses], sources: Tensor, num_sources: int
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of each row of the mixture and segment, ``(K, 3)``, and their labels' number.
+
+    Args:
+        sources: ``(B,)``, the row of the mixture of each example, 0 to K - 1.
+    """
+    nothing = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
+    columns = dict.fromkeys(SEGMENTS, nothing)
+    for name, each in found.items():
+        values = torch.stack([each.losses.double(), torch.ones_like(each.losses).double()])
+        columns[name] = nothing.index_add(1, sources[each.rows], values)
+    totals, counts = torch.stack([columns[name] for name in SEGMENTS], dim=-1)
+    return totals / counts.clamp(min=1), counts
+
+
+def mixed_loss(
+    found: Mapping[str, FoundLosses],
+    config: DecoderLossConfig,
+    *,
+    weights: Tensor,
+    sources: Tensor,
+) -> Tensor:
+    """The loss of a batch of several tasks, a scalar, by ``config.average``.
+
+    Args:
+        weights: ``(B, 3)``, of each example's segments.
+        sources: ``(B,)``, the row of the mixture of each example.
+    """
+    if config.average == "batch":
+        return weighted_mean(segment_means(found), config.weights)
+    if config.average == "token":
+        parts = [
+            (each.losses, weights[each.rows, SEGMENTS.index(name)]) for name, each in found.items()
+        ]
+        losses, own = (torch.cat(part) for part in zip(*parts, strict=True))
+        return (losses * own).sum() / own.sum()
+    means, counts = source_means(found, sources, int(sources.max()) + 1)
+    shares = torch.bincount(sources, minlength=len(means)) / len(sources)
+    own = torch.zeros_like(means).index_copy(0, sources, weights.to(means)) * (counts > 0)
+    losses = (own * means).sum(1) / own.sum(1).clamp(min=torch.finfo(own.dtype).tiny)
+    return (shares * losses).sum().float()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Who is asked, what an answer is worth, and how a number is kept with its interval.
+
+Shapes: N examples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.pairs import Pair
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.shapes import Shapes
+from rudolph.data.splits import Split
+from rudolph.evaluation.metrics import Measure
+from rudolph.evaluation.statistics import Estimate, mean_interval, resampled_interval
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.pipeline import Pipeline
+
+CHANCE_SHIFTS = 20
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one split: its value, 95 % interval, chance level and number of examples.
+
+    ``metric`` is ``task/number``, ``measure`` says under which protocol it is one, and ``dataset``
+    whose pairs were asked about, where it is not the main one's.
+    """
+
+    metric: str
+    split: str
+    value: float
+    low: float
+    high: float
+    chance: float | None
+    num_examples: int
+    measure: str = ""
+    dataset: str = ""
+
+    @property
+    def name(self) -> str:
+        place = f"{self.dataset}/" if self.dataset else ""
+        return f"{place}{self.metric}/{self.split}"
+
+    def of(self, dataset: str) -> "Score":
+        """The same of a dataset that is named."""
+        return replace(self, dataset=dataset)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is asked: the models, how they sample, how many examples, the seed of it all."""
+
+    pipeline: Pipeline
+    image_sampling: TokenSamplingConfig
+    text_sampling: TokenSamplingConfig
+    num_examples: int
+    seed: int
+    on_token: Callable[[int, int], None] | None = None
+
+    def chosen(self, split: Split) -> list[int]:
+        """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
+        if isinstance(split.dataset, Shapes):
+            return split.dataset.distinct(self.num_examples)
+        order = np.random.default_rng(self.seed).permutation(len(split))
+        return order[: self.num_examples].tolist()
+
+    def seeds(self, indices: Sequence[int]) -> list[int]:
+        """One seed for each pair, whatever else is asked about."""
+        return [mixed_seed(self.seed, index) for index in indices]
+
+    def pictures(self, split: Split, indices: list[int]) -> Tensor:
+        """One generated picture for the caption of each pair."""
+        return self.pipeline.pictures(
+            [split.captions[index] for index in indices],
+            config=self.image_sampling,
+            seeds=self.seeds(indices),
+            on_token=self.on_token,
+        )
+
+    def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
+        """Image indices ``(N, I)`` of the real pictures of some pairs."""
+        return self.pipeline.encode(split.pictures(indices))
+
+    def codes_of(self, pairs: Sequence[Pair]) -> Tensor:
+        """Image indices ``(N, I)`` of the pictures of pairs, in any split."""
+        arrays = np.stack([np.asarray(pair.image) for pair in pairs])
+        pictures = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+        return self.pipeline.encode(pictures)
+
+
+def scored(
+    metric: str,
+    split: Split,
+    values: np.ndarray[Any, Any],
+    subject: Subject,
+    *,
+    chance: float | None = None,
+    measure: Measure | None = None,
+) -> Score:
+    """The mean of one value for each example."""
+    estimate = mean_interval(values, seed=subject.seed)
+    return _kept(metric, split, estimate, len(values), chance, measure)
+
+
+def scored_together(
+    metric: str,
+    split: Split,
+    statistic: Callable[[np.ndarray[Any, Any]], float],
+    number: int,
+    subject: Subject,
+    *,
+    chance: float | None = None,
+    measure: Measure | None = None,
+) -> Score:
+    """A statistic of all examples, which is no mean: it is given the places of examples."""
+    estimate = resampled_interval(statistic, number, seed=subject.seed)
+    return _kept(metric, split, estimate, number, chance, measure)
+
+
+def _kept(
+    metric: str,
+    split: Split,
+    estimate: Estimate,
+    number: int,
+    chance: float | None,
+    measure: Measure | None,
+) -> Score:
+    told = "" if measure is None else str(measure)
+    return Score(metric, split.name, *estimate, chance, number, told)
+
+
+def chance_level(score: Callable[[int, int], float], number: int) -> float | None:
+    """The mean ``score(i, j)`` of the answer to the prompt of j as one to that of i."""
+    if number < 2:
+        return None
+    shifts = range(1, min(CHANCE_SHIFTS, number - 1) + 1)
+    values = [score(i, (i + shift) % number) for shift in shifts for i in range(number)]
+    return float(np.mean(values))

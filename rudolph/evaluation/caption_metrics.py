@@ -1,0 +1,333 @@
+"""How near a caption is to the captions that people gave, and to the picture.
+
+A caption's references are the captions of its picture by others.  Texts become words by a
+``tokenize``, which is part of the protocol: numbers with another one are not comparable.
+
+Source: Papineni 2002 (BLEU), Lin 2004 (ROUGE-L), Vedantam 2015 (CIDEr-D), all as
+github.com/tylin/coco-caption computes them; Lavie and Agarwal 2007 (METEOR) as NLTK does;
+Hessel 2021 (CLIPScore).
+
+Shapes: N captions, R references of one caption, D features.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from rapidfuzz.distance import LCSseq
+
+Tokenize = Callable[[str], list[str]]
+Ngram = tuple[str, ...]
+
+MAX_NGRAM = 4
+ROUGE_BETA = 1.2
+CIDER_SIGMA = 6.0
+CLIP_SCALE = 2.5
+
+
+class Stemmer(Protocol):
+    """What METEOR asks for the stem of a word."""
+
+    def stem(self, token: str) -> str: ...
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; a hyphen within a word stays.
+
+    Stands for the Penn Treebank tokenizer of coco-caption, whose rules are English.
+
+    >>> words("Тёмно-красный олень, 2 лисы!")
+    ['тёмно-красный', 'олень', '2', 'лисы']
+    """
+    return re.findall(r"\w+(?:-\w+)*", unicodedata.normalize("NFC", text).lower())
+
+
+def rouge_l(caption: str, references: Sequence[str], *, tokenize: Tokenize = words) -> float:
+    """F of the longest common subsequence of words, recall weighing 1.2 squared.
+
+    The best precision and the best recall are taken apart, each over all references.
+
+    Raises:
+        ValueError: when there is no reference.
+    """
+    _require_references([references])
+    said = tokenize(caption)
+    others = [tokenize(reference) for reference in references]
+    common = [LCSseq.similarity(said, other) for other in others]
+    if not any(common):
+        return 0.0
+    precision = max(common) / len(said)
+    recall = max(c / len(other) for c, other in zip(common, others, strict=True) if other)
+    weight = ROUGE_BETA**2
+    return (1 + weight) * precision * recall / (recall + weight * precision)
+
+
+@dataclass(frozen=True)
+class _Synset:
+    """Synonyms in the shape that NLTK reads a WordNet in."""
+
+    names: Iterable[str]
+
+    def lemmas(self) -> "list[_Lemma]":
+        return [_Lemma(name) for name in self.names]
+
+
+class _Lemma(NamedTuple):
+    text: str
+
+    def name(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class _Wordnet:
+    """A WordNet of one function, since none can be downloaded; without it no synonyms."""
+
+    synonyms: Callable[[str], Iterable[str]] | None
+
+    def synsets(self, word: str) -> list[_Synset]:
+        return [_Synset(self.synonyms(word))] if self.synonyms else []
+
+
+@cache
+def _russian_stemmer() -> Stemmer:
+    # NLTK brings scikit-learn and SciPy with it: seconds that only METEOR is worth.
+    from nltk.stem.snowball import SnowballStemmer
+
+    stemmer: Stemmer = SnowballStemmer("russian")
+    return stemmer
+
+
+def meteor(
+    caption: str,
+    references: Sequence[str],
+    *,
+    tokenize: Tokenize = words,
+    stemmer: Stemmer | None = None,
+    synonyms: Callable[[str], Iterable[str]] | None = None,
+    gamma: float = 0.5,
+) -> float:
+    """METEOR in NLTK's form, of the best reference; not the METEOR 1.5 of coco-caption.
+
+    The same words are matched first, then the same stems, then synonyms; F weighs recall nine
+    times as much as precision and loses ``gamma * (chunks / matches) ** 3``.
+
+    Args:
+        stemmer: by default Snowball's for Russian.
+        synonyms: of a word that has no match yet.  NLTK asks for its stem and compares what comes
+            back with stems.
+        gamma: 0 pays no regard to the order of words.
+
+    Raises:
+        ValueError: when there is no reference.
+    """
+    from nltk.translate.meteor_score import meteor_score
+
+    _require_references([references])
+    return float(
+        meteor_score(
+            [tokenize(reference) for reference in references],
+            tokenize(caption),
+            stemmer=stemmer or _russian_stemmer(),
+            wordnet=_Wordnet(synonyms),
+            gamma=gamma,
+        )
+    )
+
+
+class BleuCounts(NamedTuple):
+    """What BLEU is computed from, for each caption; n-grams of 1 to 4 words.
+
+    ``resampled_interval(lambda chosen: counts.bleu(chosen)[3], N, seed=...)`` is BLEU-4's
+    interval.
+
+    Args:
+        matches: ``(N, 4)``, n-grams found in a reference, each as often as there at most.
+        totals: ``(N, 4)``, n-grams of the caption.
+        lengths: ``(N,)``, words of the caption.
+        closest: ``(N,)``, words of the reference of the nearest length, the shorter of two.
+    """
+
+    matches: np.ndarray[Any, Any]
+    totals: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
+    closest: np.ndarray[Any, Any]
+
+    def bleu(self, chosen: np.ndarray[Any, Any] | slice = slice(None)) -> np.ndarray[Any, Any]:
+        """BLEU-1 to BLEU-4 of the chosen captions as one corpus, ``(4,)``.
+
+        Not smoothed: where no n-gram matches, BLEU-n is 0, for which coco-caption has 1e-4 or
+        less.
+        """
+        matches, totals = self.matches[chosen].sum(0), self.totals[chosen].sum(0)
+        length, closest = int(self.lengths[chosen].sum()), int(self.closest[chosen].sum())
+        scores = np.zeros(MAX_NGRAM)
+        if length == 0:
+            return scores
+        brevity = min(1.0, math.exp(1 - closest / length))
+        for n in range(1, MAX_NGRAM + 1):
+            if matches[:n].all():
+                scores[n - 1] = brevity * np.exp(np.log(matches[:n] / totals[:n]).mean())
+        return scores
+
+
+def bleu_counts(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = words
+) -> BleuCounts:
+    """The counts of a corpus; ``counts.bleu()`` is its BLEU.
+
+    Own, since NLTK's ``corpus_bleu`` counts one n-gram for a caption that is too short for any.
+
+    Raises:
+        ValueError: when a caption has no reference, or there are not as many lists as captions.
+    """
+    _require_references(references, captions)
+    rows = [
+        _bleu_row(tokenize(caption), [tokenize(other) for other in others])
+        for caption, others in zip(captions, references, strict=True)
+    ]
+    matches, totals, lengths, closest = zip(*rows, strict=True)
+    return BleuCounts(np.array(matches), np.array(totals), np.array(lengths), np.array(closest))
+
+
+def _bleu_row(said: list[str], others: list[list[str]]) -> tuple[list[int], list[int], int, int]:
+    found, most = _ngrams(said), Counter[Ngram]()
+    for other in others:
+        most |= _ngrams(other)
+    matches, totals = [0] * MAX_NGRAM, [0] * MAX_NGRAM
+    for ngram, count in found.items():
+        matches[len(ngram) - 1] += min(count, most[ngram])
+        totals[len(ngram) - 1] += count
+    closest = min((abs(len(other) - len(said)), len(other)) for other in others)[1]
+    return matches, totals, len(said), closest
+
+
+def cider_d(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = words
+) -> np.ndarray[Any, Any]:
+    """CIDEr-D of each caption, ``(N,)``, from 0 to 10; the mean is the corpus's.
+
+    An n-gram weighs as much as pictures lack it in all their references: the value depends on
+    the corpus, and one picture alone has 0.  The interval of the mean takes these weights as
+    given.
+
+    Raises:
+        ValueError: when a caption has no reference, or there are not as many lists as captions.
+    """
+    _require_references(references, captions)
+    counts = [[_ngrams(tokenize(other)) for other in others] for others in references]
+    frequency = Counter(
+        ngram for others in counts for ngram in {one for other in others for one in other}
+    )
+
+    def weighted(found: Counter[Ngram]) -> "_WeightedNgrams":
+        return _WeightedNgrams.of(found, frequency, len(captions))
+
+    scores = []
+    for caption, others in zip(captions, counts, strict=True):
+        said = weighted(_ngrams(tokenize(caption)))
+        scores.append(10 * np.mean([said.similarity(weighted(other)) for other in others]))
+    return np.array(scores)
+
+
+@dataclass(frozen=True)
+class _WeightedNgrams:
+    """n-grams by tf-idf, the norm of each length's, and the number of 2-grams."""
+
+    weights: dict[Ngram, float]
+    norms: list[float]
+    num_bigrams: int
+
+    @classmethod
+    def of(
+        cls, found: Counter[Ngram], frequency: Counter[Ngram], num_pictures: int
+    ) -> "_WeightedNgrams":
+        weights = {
+            ngram: count * math.log(num_pictures / max(1, frequency[ngram]))
+            for ngram, count in found.items()
+        }
+        squares = [0.0] * MAX_NGRAM
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight**2
+        num_bigrams = sum(count for ngram, count in found.items() if len(ngram) == 2)
+        return cls(weights, [math.sqrt(square) for square in squares], num_bigrams)
+
+    def similarity(self, reference: "_WeightedNgrams") -> float:
+        """Mean over n of the clipped cosine, times a Gaussian of the difference in length."""
+        products = [0.0] * MAX_NGRAM
+        for ngram, weight in self.weights.items():
+            other = reference.weights.get(ngram, 0.0)
+            products[len(ngram) - 1] += min(weight, other) * other
+        cosines = [
+            product / (mine * other) if mine and other else 0.0
+            for product, mine, other in zip(products, self.norms, reference.norms, strict=True)
+        ]
+        # The length is that in 2-grams, as in coco-caption.
+        difference = self.num_bigrams - reference.num_bigrams
+        return sum(cosines) / MAX_NGRAM * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
+
+
+def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
+    """How often each n-gram of 1 to 4 words occurs."""
+    return Counter(
+        tuple(tokens[at : at + n])
+        for n in range(1, MAX_NGRAM + 1)
+        for at in range(len(tokens) - n + 1)
+    )
+
+
+def clip_score(
+    captions: np.ndarray[Any, Any], images: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """2.5 times the cosine of caption and picture, 0 where it is negative, ``(N,)``.
+
+    Args:
+        captions: ``(N, D)``, text features; the published ones are of "A photo depicts ...".
+        images: ``(N, D)``.
+    """
+    return CLIP_SCALE * np.clip(_cosines(captions, images), 0, None)
+
+
+def reference_clip_score(
+    captions: np.ndarray[Any, Any],
+    images: np.ndarray[Any, Any],
+    references: Sequence[np.ndarray[Any, Any]],
+) -> np.ndarray[Any, Any]:
+    """RefCLIPScore: harmonic mean of CLIPScore and the best cosine with a reference, ``(N,)``.
+
+    A negative best cosine counts 0, as in the paper.
+
+    Args:
+        captions: ``(N, D)``.
+        images: ``(N, D)``.
+        references: N of ``(R, D)``, text features; R may differ.
+    """
+    with_image = clip_score(captions, images)
+    best = np.array(
+        [
+            max(0.0, float(_cosines(caption[None], others).max()))
+            for caption, others in zip(captions, references, strict=True)
+        ]
+    )
+    total = with_image + best
+    return np.divide(2 * with_image * best, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _cosines(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return (one * other).sum(-1) / norms
+
+
+def _require_references(
+    references: Sequence[Sequence[str]], captions: Sequence[str] | None = None
+) -> None:
+    if captions is not None and (not captions or len(captions) != len(references)):
+        raise ValueError(f"got {len(references)} lists of references for {len(captions)} captions")
+    if not all(references):
+        raise ValueError("every caption needs at least one reference")

@@ -1,0 +1,111 @@
+"""Questions that are answered by choosing: the decoder's own likelihood decides.
+
+Shapes: N examples, C choices, I image tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.pairs import Classified, Pair, Ranked
+from rudolph.data.splits import Split
+from rudolph.evaluation.asking import Score, Subject, scored, scored_together
+from rudolph.evaluation.metrics import Measure, calibration_error, choice_hits
+from rudolph.sampling.answering import judge, prompts
+
+# Captions or pictures that stand beside the right one.
+NUM_RIVALS = 7
+
+
+def zero_shot(subject: Subject, split: Split) -> list[Score]:
+    """Which of the dataset's classes is the likeliest caption of a picture?"""
+    dataset = split.dataset
+    if not isinstance(dataset, Classified):
+        raise ValueError(f"the question zero_shot needs classes, which {split.dataset_name} lacks")
+    found = [(index, dataset.class_of(index)) for index in range(len(split))]
+    known = [(index, own) for index, own in found if own is not None][: subject.num_examples]
+    if not known:
+        raise ValueError(f"{split.dataset_name}: no pair of {split.name} has a class")
+    indices, own_classes = zip(*known, strict=True)
+    classes = dataset.classes
+    tokens = prompts(subject.pipeline, "image_captioning", indices=subject.codes(split, indices))
+    judged = judge(
+        subject.pipeline,
+        "image_captioning",
+        tokens,
+        [classes] * len(indices),
+        on_batch=subject.on_token,
+    )
+    likelihoods = judged.log_likelihoods.numpy()
+    hits = choice_hits(likelihoods, np.array(own_classes))
+    shares = torch.from_numpy(likelihoods).softmax(1).numpy()
+    surest = shares.max(1)
+    measure = Measure("accuracy", settings=f"classes:{len(classes)}")
+    return [
+        scored(
+            "zero_shot_classification/accuracy",
+            split,
+            hits,
+            subject,
+            chance=1 / len(classes),
+            measure=measure,
+        ),
+        scored_together(
+            "zero_shot_classification/calibration_error",
+            split,
+            lambda at: calibration_error(surest[at], hits[at]),
+            len(hits),
+            subject,
+            measure=Measure("calibration-error", settings=f"classes:{len(classes)}"),
+        ),
+    ]
+
+
+def text_ranking(subject: Subject, split: Split) -> list[Score]:
+    """Which of some captions that differ in one thing is the picture's?"""
+    indices, groups = _with_rivals(subject, split, "text_ranking")
+    captions = [[pair.caption for pair in group] for group in groups]
+    tokens = prompts(subject.pipeline, "image_captioning", indices=subject.codes(split, indices))
+    judged = judge(
+        subject.pipeline, "image_captioning", tokens, captions, on_batch=subject.on_token
+    )
+    return [_first_of("text_ranking", split, judged.log_likelihoods, subject)]
+
+
+def image_ranking(subject: Subject, split: Split) -> list[Score]:
+    """Which of some pictures that differ in one thing makes the caption likeliest?"""
+    _, groups = _with_rivals(subject, split, "image_ranking")
+    codes = subject.codes_of([pair for group in groups for pair in group])
+    tokens = prompts(subject.pipeline, "image_captioning", indices=codes)
+    captions = [[group[0].caption] for group in groups for _ in group]
+    judged = judge(
+        subject.pipeline, "image_captioning", tokens, captions, on_batch=subject.on_token
+    )
+    likelihoods = judged.log_likelihoods.view(len(groups), -1)
+    return [_first_of("image_ranking", split, likelihoods, subject)]
+
+
+def _with_rivals(
+    subject: Subject, split: Split, question: str
+) -> tuple[list[int], list[Sequence[Pair]]]:
+    """Pairs that are asked about, each followed by its rivals; those with fewer are left out."""
+    dataset = split.dataset
+    if not isinstance(dataset, Ranked):
+        raise ValueError(f"the question {question} needs rivals, which {split.dataset_name} lacks")
+    groups = [
+        (index, [dataset[index], *dataset.rivals(index, NUM_RIVALS)])
+        for index in subject.chosen(split)
+    ]
+    whole = [(index, group) for index, group in groups if len(group) == NUM_RIVALS + 1]
+    if not whole:
+        raise ValueError(f"{split.dataset_name}: no pair of {split.name} has {NUM_RIVALS} rivals")
+    return [index for index, _ in whole], [group for _, group in whole]
+
+
+def _first_of(task: str, split: Split, likelihoods: Tensor, subject: Subject) -> Score:
+    hits = choice_hits(likelihoods.numpy(), np.zeros(len(likelihoods), dtype=np.int64))
+    number = likelihoods.shape[1]
+    measure = Measure("accuracy", settings=f"choices:{number}")
+    return scored(f"{task}/accuracy", split, hits, subject, chance=1 / number, measure=measure)

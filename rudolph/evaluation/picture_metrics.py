@@ -1,0 +1,116 @@
+"""How near the distribution of generated pictures is to that of real ones.
+
+Any network may give the features; its name and the number of pictures belong to the number's
+``metrics.Measure``.  Picture against picture is ``models.fidelity`` (PSNR, SSIM).
+
+Source: Heusel 2017 (FID), Binkowski 2018 (KID).
+
+Shapes: N and M pictures, D features.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
+    """FID: the squared Frechet distance of the normal distributions fitted to two sets.
+
+    Grows as pictures get fewer, in a resample too: compare only at one number of pictures, and
+    let it be well above D.
+
+    Args:
+        features: ``(N, D)``, float64.
+        truth: ``(M, D)``, float64.
+
+    Raises:
+        ValueError: when D differs or a set has fewer than two pictures.
+    """
+    _require_matching(features, truth)
+    difference = features.mean(0) - truth.mean(0)
+    covariances = [np.atleast_2d(np.cov(each, rowvar=False)) for each in (features, truth)]
+    # tr sqrt(A B) is that of sqrt(A) B sqrt(A), which is symmetric and has real eigenvalues.
+    root = _square_root(covariances[0])
+    eigenvalues = np.linalg.eigvalsh(root @ covariances[1] @ root)
+    # Rounding makes zeros slightly negative.
+    overlap = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    traces = np.trace(covariances[0]) + np.trace(covariances[1])
+    return float(difference @ difference + traces - 2 * overlap)
+
+
+def _square_root(symmetric: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    values, vectors = np.linalg.eigh(symmetric)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+class KernelDistance(NamedTuple):
+    """KID: mean and standard deviation over subsets."""
+
+    value: float
+    deviation: float
+
+
+def kernel_distance(
+    features: np.ndarray[Any, Any],
+    truth: np.ndarray[Any, Any],
+    *,
+    rng: np.random.Generator,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+) -> KernelDistance:
+    """KID: the unbiased squared MMD, over subsets drawn from both sets without repetition.
+
+    Around 0 for equal distributions, and below it as often as above.
+
+    Args:
+        features: ``(N, D)``, float64.
+        truth: ``(M, D)``, float64.
+        subset_size: pictures of each set in a subset, at most as many as there are.
+
+    Raises:
+        ValueError: when D differs or a set is smaller than a subset.
+    """
+    _require_matching(features, truth)
+    if not 2 <= subset_size <= min(len(features), len(truth)):
+        raise ValueError(
+            f"subset_size must be from 2 to {min(len(features), len(truth))}, got {subset_size}"
+        )
+    if num_subsets < 1:
+        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
+    values = []
+    for _ in range(num_subsets):
+        drawn = [
+            each[rng.choice(len(each), subset_size, replace=False)] for each in (features, truth)
+        ]
+        values.append(squared_mmd(*drawn))
+    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+
+
+def squared_mmd(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
+    """The unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1) ** 3.
+
+    Args:
+        features: ``(N, D)``, float64.
+        truth: ``(M, D)``, float64.
+    """
+    _require_matching(features, truth)
+    within = [_mean_off_diagonal(_kernel(each, each)) for each in (features, truth)]
+    return float(sum(within) - 2 * _kernel(features, truth).mean())
+
+
+def _kernel(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (one @ other.T / one.shape[1] + 1) ** 3
+
+
+def _mean_off_diagonal(square: np.ndarray[Any, Any]) -> float:
+    """A picture with itself is left out, which makes the estimate unbiased."""
+    size = len(square)
+    return float((square.sum() - np.trace(square)) / (size * (size - 1)))
+
+
+def _require_matching(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> None:
+    if features.ndim != 2 or truth.ndim != 2 or features.shape[1] != truth.shape[1]:
+        shapes = f"{features.shape} and {truth.shape}"
+        raise ValueError(f"features must be (N, D) and (M, D), got {shapes}")
+    if min(len(features), len(truth)) < 2:
+        raise ValueError(f"at least 2 pictures are needed, got {len(features)} and {len(truth)}")

@@ -1,0 +1,188 @@
+"""Questions that are answered with pictures, and what the image tokenizer keeps of one.
+
+Shapes: N examples, S pictures of each, I image tokens, H and W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.emoji import Emoji, emoji_pictures
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.shapes import Shapes
+from rudolph.data.shapes_checker import Judgement, judge, read_scene
+from rudolph.data.shapes_scenes import Scene
+from rudolph.data.splits import Split
+from rudolph.evaluation.asking import Score, Subject, chance_level, scored
+from rudolph.evaluation.metrics import Measure, nearest_ranks
+from rudolph.models.fidelity import psnr, ssim
+from rudolph.sampling.generate import FREE
+from rudolph.sampling.ranking import rank_pictures
+
+NEAREST_SHARE = 0.01
+# Pictures of one prompt of which the likeliest is kept.
+NUM_CANDIDATES = 8
+CHECKER = "shapes-checker"
+
+
+def nearest_picture(subject: Subject, split: Split) -> list[Score]:
+    """Text to image: is the generated emoji's own picture among the nearest 1 % of all emoji?"""
+    if not isinstance(split.dataset, Emoji):
+        raise ValueError("the question nearest_picture needs the dataset emoji")
+    indices = subject.chosen(split)
+    keys, gallery = emoji_pictures(split.dataset.image_size, split.dataset.folder)
+    own = torch.tensor([keys.index(split.keys[index]) for index in indices])
+    pictures = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
+    ranks = nearest_ranks(subject.pictures(split, indices), pictures, own)
+    limit = int(NEAREST_SHARE * len(keys))
+    hits = (ranks <= limit).double().numpy()
+    measure = Measure("nearest-rank", features="pixels", sample_size=len(keys))
+    name = "text_to_image/nearest_1_percent"
+    return [scored(name, split, hits, subject, chance=limit / len(keys), measure=measure)]
+
+
+def scene_right(subject: Subject, split: Split) -> list[Score]:
+    """Text to image: does the checker read from the picture all that the sentence states?"""
+    world = shapes_of(split, "scene_right")
+    indices = subject.chosen(split)
+    scenes = [world.scene(index) for index in indices]
+    readings = read(subject.pictures(split, indices), world)
+    verdicts = [judge(scene, each) for scene, each in zip(scenes, readings, strict=True)]
+    right = np.array([verdict.right for verdict in verdicts], dtype=float)
+    chance = chance_level(lambda i, j: float(judge(scenes[i], readings[j]).right), len(scenes))
+    measure = Measure(CHECKER)
+    name = "text_to_image/scene_right"
+    scores = [scored(name, split, right, subject, chance=chance, measure=measure)]
+    for family in sorted({scene.family for scene in scenes}):
+        own = np.array([scene.family == family for scene in scenes])
+        scores.append(scored(f"{name}_{family}", split, right[own], subject, measure=measure))
+    objects = np.array([verdict.objects_right for verdict in verdicts])
+    by_chance = chance_level(lambda i, j: judge(scenes[i], readings[j]).objects_right, len(scenes))
+    return [
+        *scores,
+        scored(
+            "text_to_image/objects_right",
+            split,
+            objects,
+            subject,
+            chance=by_chance,
+            measure=measure,
+        ),
+    ]
+
+
+def inpainting(subject: Subject, split: Split) -> list[Score]:
+    """The lower half of a real picture is drawn anew from the caption: is the scene whole?"""
+    world = shapes_of(split, "inpainting")
+    indices = subject.chosen(split)
+    codes = subject.codes(split, indices)
+    known = codes.clone()
+    known[:, codes.shape[1] // 2 :] = FREE
+    drawn = subject.pipeline.generate_indices(
+        [split.captions[index] for index in indices],
+        config=subject.image_sampling,
+        seeds=subject.seeds(indices),
+        known=known,
+        on_token=subject.on_token,
+    )
+    return [_objects_right("inpainting/objects_right", subject, split, world, indices, drawn)]
+
+
+def image_variation(subject: Subject, split: Split) -> list[Score]:
+    """A picture is told in words, and drawn from these words: does it show the same scene?"""
+    world = shapes_of(split, "image_variation")
+    indices = subject.chosen(split)
+    captions = subject.pipeline.caption(
+        split.pictures(indices), config=subject.text_sampling, seeds=subject.seeds(indices)
+    )
+    drawn = subject.pipeline.generate_indices(
+        captions,
+        config=subject.image_sampling,
+        seeds=subject.seeds(indices),
+        on_token=subject.on_token,
+    )
+    return [_objects_right("image_variation/objects_right", subject, split, world, indices, drawn)]
+
+
+def self_reranking(subject: Subject, split: Split) -> list[Score]:
+    """Of some pictures of its own, the one of which the decoder says the caption best."""
+    world = shapes_of(split, "self_reranking")
+    indices = subject.chosen(split)
+    captions = [split.captions[index] for index in indices]
+    seeds = [mixed_seed(subject.seed, at, k) for at in indices for k in range(NUM_CANDIDATES)]
+    found = subject.pipeline.generate_indices(
+        captions, config=subject.image_sampling, seeds=seeds, on_token=subject.on_token
+    )
+    drawn = found.view(len(captions), NUM_CANDIDATES, -1)  # (N, S, I)
+    orders = [
+        rank_pictures(subject.pipeline, own, caption, text_weight=1.0).order()
+        for own, caption in zip(drawn, captions, strict=True)
+    ]
+    kept = torch.stack([own[order[0]] for own, order in zip(drawn, orders, strict=True)])
+    score = _objects_right("self_reranking/objects_right", subject, split, world, indices, kept)
+    verdicts = judged(
+        subject, world, indices * NUM_CANDIDATES, drawn.transpose(0, 1).flatten(0, 1)
+    )
+    any_of_them = float(np.mean([verdict.objects_right for verdict in verdicts]))
+    return [replace(score, chance=any_of_them)]
+
+
+def reconstruction(subject: Subject, split: Split) -> list[Score]:
+    """VQ-GAN: PSNR and SSIM of reconstructed pictures."""
+    indices = subject.chosen(split)
+    images = split.pictures(indices)
+    decoded = subject.pipeline.decode(subject.pipeline.encode(images))
+    return [
+        scored(
+            f"vqgan/{name}",
+            split,
+            metric(decoded, images).double().numpy(),
+            subject,
+            measure=Measure(name, settings=f"range-1:{images.shape[-1]}px"),
+        )
+        for name, metric in (("psnr", psnr), ("ssim", ssim))
+    ]
+
+
+def read(images: Tensor, world: Shapes) -> list[Any]:
+    """What the checker reads from pictures ``(N, 3, H, W)`` in [0, 1]."""
+    arrays = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [read_scene(array, grid=world.config.grid) for array in arrays]
+
+
+def judged(
+    subject: Subject, world: Shapes, indices: Sequence[int], codes: Tensor
+) -> list[Judgement]:
+    """Whether pictures in codes ``(N, I)`` show the scenes of pairs."""
+    readings = read(subject.pipeline.decode(codes), world)
+    scenes: list[Scene] = [world.scene(index) for index in indices]
+    return [judge(scene, each) for scene, each in zip(scenes, readings, strict=True)]
+
+
+def _objects_right(
+    name: str,
+    subject: Subject,
+    split: Split,
+    world: Shapes,
+    indices: Sequence[int],
+    codes: Tensor,
+) -> Score:
+    readings = read(subject.pipeline.decode(codes), world)
+    scenes = [world.scene(index) for index in indices]
+    values = [
+        judge(scene, each).objects_right for scene, each in zip(scenes, readings, strict=True)
+    ]
+    chance = chance_level(lambda i, j: judge(scenes[i], readings[j]).objects_right, len(scenes))
+    measure = Measure(CHECKER)
+    return scored(name, split, np.array(values), subject, chance=chance, measure=measure)
+
+
+def shapes_of(split: Split, question: str) -> Shapes:
+    """The world of shapes that a split is of; ``ValueError`` for any other."""
+    if not isinstance(split.dataset, Shapes):
+        raise ValueError(f"the question {question} needs the dataset shapes")
+    return split.dataset

@@ -1,0 +1,181 @@
+"""Questions that are answered in words.
+
+Shapes: N examples.
+"""
+
+import numpy as np
+import torch
+
+from rudolph.data.shapes import Shapes, is_sentence
+from rudolph.data.splits import Split
+from rudolph.evaluation.asking import Score, Subject, chance_level, scored, scored_together
+from rudolph.evaluation.metrics import Measure, exact_match, token_f1
+from rudolph.evaluation.text_metrics import ANSWER, TRANSCRIPT, character_edits, edit_similarity
+from rudolph.sampling.answering import answer, continue_texts, ids_of, prompts
+from rudolph.sampling.ranking import perplexities
+from rudolph.sequence.tasks import TASKS
+
+# Words of a sentence that are given when the rest of it is to be said.
+NUM_GIVEN_WORDS = 1
+ARITHMETIC_CHARACTERS = "0123456789-абвгд"
+
+
+def caption_f1(subject: Subject, split: Split) -> list[Score]:
+    """Image to text: token F1 of the caption of the real picture, and how many are exact."""
+    return _compared("image_captioning", subject, split, name="image_to_text")
+
+
+def answer_f1(subject: Subject, split: Split) -> list[Score]:
+    """Questions about pictures: token F1 of the answer, and how many are exact."""
+    if not all(split.questions):
+        raise ValueError("the question answer_f1 needs pairs that have questions")
+    return _compared("question_answering", subject, split, name="answers")
+
+
+def text_answers(subject: Subject, split: Split) -> list[Score]:
+    """Questions about a text: token F1 of the answer, and how many are exact."""
+    return _compared("text_question_answering", subject, split)
+
+
+def math_answers(subject: Subject, split: Split) -> list[Score]:
+    """Sums, with options and without: how many answers are exact; digits and letters alone."""
+    allowed = "".join(sorted({*ARITHMETIC_CHARACTERS}))
+    return _compared("math_question_answering", subject, split, characters=allowed)
+
+
+def recognition(subject: Subject, split: Split) -> list[Score]:
+    """Text in a picture: 1-NED, character error rate, and how many are exact."""
+    indices, answers, truths = _answers("text_recognition", subject, split)
+    near = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
+    by_chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
+    edits, lengths = character_edits(answers, truths)
+    exact = [exact_match(*pair, TRANSCRIPT) for pair in zip(answers, truths, strict=True)]
+    told = str(TRANSCRIPT)
+    return [
+        scored(
+            "text_recognition/1-ned",
+            split,
+            np.array(near),
+            subject,
+            chance=by_chance,
+            measure=Measure("1-ned", normalization=told),
+        ),
+        scored_together(
+            "text_recognition/cer",
+            split,
+            lambda at: float(edits[at].sum() / lengths[at].sum()),
+            len(indices),
+            subject,
+            measure=Measure("cer", normalization=told),
+        ),
+        scored(
+            "text_recognition/exact",
+            split,
+            np.array(exact),
+            subject,
+            measure=Measure("exact", normalization=told),
+        ),
+    ]
+
+
+def continuation(subject: Subject, split: Split) -> list[Score]:
+    """Text to text: the first word of a sentence is given; is the whole one of the world's?"""
+    if not isinstance(split.dataset, Shapes):
+        raise ValueError("the question continuation needs the dataset shapes")
+    world, indices = split.dataset.config, subject.chosen(split)
+    truths = [split.captions[index] for index in indices]
+    given = [" ".join(truth.split()[:NUM_GIVEN_WORDS]) for truth in truths]
+    said = continue_texts(
+        subject.pipeline,
+        given,
+        config=subject.text_sampling,
+        seeds=subject.seeds(indices),
+        on_token=subject.on_token,
+    )
+    values = np.array([is_sentence(text, world) for text in said], dtype=float)
+    # The words of true sentences in any order.
+    rng = np.random.default_rng(subject.seed)
+    mixed = [" ".join(rng.permutation(truth.split())) for truth in truths]
+    chance = float(np.mean([is_sentence(text, world) for text in mixed]))
+    measure = Measure("sentence-of-the-world", settings=f"given:{NUM_GIVEN_WORDS}")
+    name = "text_to_text/is_sentence"
+    return [scored(name, split, values, subject, chance=chance, measure=measure)]
+
+
+def likelihood(subject: Subject, split: Split) -> list[Score]:
+    """Nats a token of the real picture after its caption, and of the caption after its picture."""
+    indices = subject.chosen(split)
+    pipeline = subject.pipeline
+    pictures = subject.codes(split, indices)
+    scores = []
+    for task, segment, metric in (
+        ("text_to_image", "image", "text_to_image/nats"),
+        ("image_captioning", "right_text", "image_to_text/nats"),
+    ):
+        texts = [pipeline.texts(task, split.captions[index]) for index in indices]
+        left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
+        found = perplexities(
+            pipeline.decoder,
+            torch.cat([left, pictures, right], dim=1),
+            segments=(segment,),
+            batch_size=pipeline.batch_size,
+        )
+        nats = found[segment].log().double().numpy()
+        scores.append(scored(metric, split, nats, subject))
+    return scores
+
+
+def _answers(
+    task: str, subject: Subject, split: Split, *, characters: str | None = None
+) -> tuple[list[int], list[str], list[str]]:
+    """The pairs that are asked about, what is answered, and the truths."""
+    indices, row = subject.chosen(split), TASKS[task]
+    tokens = prompts(
+        subject.pipeline,
+        task,
+        indices=None if row.image == "none" else subject.codes(split, indices),
+        questions=[split.questions[index] for index in indices] if row.has_question else None,
+        number=len(indices),
+    )
+    answers = answer(
+        subject.pipeline,
+        tokens,
+        config=subject.text_sampling,
+        seeds=subject.seeds(indices),
+        allowed=None if characters is None else ids_of(subject.pipeline, characters),
+        on_token=subject.on_token,
+    )
+    return indices, answers, [split.captions[index] for index in indices]
+
+
+def _compared(
+    task: str,
+    subject: Subject,
+    split: Split,
+    *,
+    name: str | None = None,
+    characters: str | None = None,
+) -> list[Score]:
+    """Token F1 of what the decoder says, and how many answers are exact."""
+    _, answers, truths = _answers(task, subject, split, characters=characters)
+    values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
+    exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
+    place, told = name or task, str(ANSWER)
+    return [
+        scored(
+            f"{place}/token_f1",
+            split,
+            values,
+            subject,
+            chance=chance_level(lambda i, j: token_f1(answers[j], truths[i]), len(truths)),
+            measure=Measure("token-f1", normalization=told),
+        ),
+        scored(
+            f"{place}/exact",
+            split,
+            exact,
+            subject,
+            chance=chance_level(lambda i, j: exact_match(answers[j], truths[i]), len(truths)),
+            measure=Measure("exact", normalization=told),
+        ),
+    ]
