@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rudolph import settings
-from rudolph.data.module import DataConfig
+from rudolph.data.splits import DataConfig
 from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
+from rudolph.models.clip import CLIPConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
 from rudolph.sampling.filters import TokenSamplingConfig
@@ -24,6 +25,7 @@ from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
 from rudolph.speed.config import SpeedConfig
+from rudolph.training.clip import CLIPLossConfig
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.tuning import TuningConfig
@@ -32,6 +34,8 @@ from rudolph.training.tuning import TuningConfig
 CONFIG_VERSION = 1
 # Folders of experiments whose files are named after the folder too.
 NAMING_FOLDERS = ("speed",)
+# What a run can train.
+MODELS = ("decoder", "clip")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -58,11 +62,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One resolved run: everything that decides its numbers, and nothing else."""
+    """One resolved run: everything that decides its numbers, and nothing else.
+
+    ``model`` is what is trained: a ``decoder``, with the VQ-GAN and the tokenizer that it needs,
+    or a ``clip`` with its tokenizer.
+    """
 
     __pydantic_config__ = STRICT
 
     seed: int = 0
+    model: str = "decoder"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     layout: TextLengths = field(default_factory=TextLengths)
@@ -73,26 +82,36 @@ class RunConfig:
     decoder_losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
     decoder_optim: OptimConfig = field(default_factory=OptimConfig)
     decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    clip_losses: CLIPLossConfig = field(default_factory=CLIPLossConfig)
+    clip_optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {self.model!r}")
         # A VQ-GAN that is taken as it is reads pictures of any size that its factor divides.
         is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
-        if self.vqgan.resolution != self.data.image_size and not is_any:
+        if (
+            self.model == "decoder"
+            and self.vqgan.resolution != self.data.image_size
+            and not is_any
+        ):
             raise ValueError(
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
             )
-        dataset = self.data.dataset
-        for question in self.evaluation.questions:
+        for place in self.evaluation.questions:
+            named, _, question = place.rpartition("/")
+            dataset = named or self.data.dataset
             if DATASET_OF_QUESTION.get(question, dataset) != dataset:
                 raise ValueError(
                     f"evaluation.questions: {question} needs data.dataset "
                     f"{DATASET_OF_QUESTION[question]}, got {dataset!r}"
                 )
-        if dataset == "manifest" and "compositional" in self.evaluation.splits:
+        if self.data.dataset == "manifest" and "compositional" in self.evaluation.splits:
             raise ValueError(
                 "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
             )
@@ -121,12 +140,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which metrics the results' table and the curves' figure show."""
+    """Which metrics the results' table, the curves' figure and the report card show."""
 
     __pydantic_config__ = STRICT
 
     table: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
+    card: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

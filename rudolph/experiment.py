@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rudolph.config import Experiment, Run, plain, to_yaml
-from rudolph.evaluation.report_card import Score
+from rudolph.evaluation.asking import Score
 from rudolph.execution import (
     Execution,
     Folders,
@@ -28,7 +28,8 @@ from rudolph.execution import (
 from rudolph.measuring import measure
 from rudolph.results.journal import exclusive
 from rudolph.results.tracking import Tracker, git_state
-from rudolph.stages import run_stages
+from rudolph.stages.clip import run_clip_stages
+from rudolph.stages.run import run_stages
 
 RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
 
@@ -106,7 +107,9 @@ def _execute_alone(
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
-        tracker.log_metrics(summary["metrics"], step=run.config.decoder_optim.num_steps)
+        config = run.config
+        optim = config.clip_optim if config.model == "clip" else config.decoder_optim
+        tracker.log_metrics(summary["metrics"], step=optim.num_steps)
         _write_environment(execution, commit, digests)
         tracker.log_artifact(folder / "environment.json")
         _write_summary(folder, summary, "finished", execution)
@@ -116,7 +119,9 @@ def _execute_alone(
 
 def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
     """What makes the scores of a run: its stages, or its contestants."""
-    return run_stages if run.config.speed.measure is None else measure
+    if run.config.speed.measure is not None:
+        return measure
+    return run_clip_stages if run.config.model == "clip" else run_stages
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:

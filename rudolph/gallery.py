@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rudolph.data.module import Split
 from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Split, Splits
 from rudolph.execution import Execution, is_main_process, without_note
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.results.figures import mask_picture, reconstructions, sample_grid
+from rudolph.results.drawings import mask_picture, reconstructions, sample_grid
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
@@ -31,17 +31,19 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
     execution.tracker.log_artifact(path)
 
 
-def draw_samples(execution: Execution, pipeline: Pipeline, splits: dict[str, Split]) -> None:
+def draw_samples(execution: Execution, pipeline: Pipeline, splits: Splits) -> None:
     """Reconstructions, and what the decoder learned: captions of each split, fixed prompts."""
-    tasks = execution.config.data.tasks
     folder = execution.folder / "samples"
-    originals = splits["validation"].pictures(_spread(splits["validation"]))
+    seen = splits.with_pictures("validation")
+    originals = torch.cat([split.pictures(_spread(split, len(seen))) for split in seen])
     decoded = pipeline.decode(pipeline.encode(originals))
     reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
-    if tasks.get("image_captioning"):
+    tasks = {(row.dataset, row.task) for row in splits.config.mixture}
+    main = splits.config.dataset
+    if (main, "image_captioning") in tasks:
         for name in execution.config.evaluation.splits:
-            draw_captions(execution, pipeline, splits[name])
-    if tasks.get("text_to_image") and execution.config.evaluation.grid_prompts:
+            draw_captions(execution, pipeline, splits(name))
+    if (main, "text_to_image") in tasks and execution.config.evaluation.grid_prompts:
         draw_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")
@@ -74,9 +76,9 @@ def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
     sample_grid(to_bytes(pictures), labels, path, columns=columns)
 
 
-def _spread(split: Split) -> list[int]:
-    """A few pairs from all over a split, always the same."""
-    number = min(NUM_SHOWN, len(split))
+def _spread(split: Split, num_splits: int = 1) -> list[int]:
+    """A few pairs from all over a split, always the same; fewer where several share a picture."""
+    number = min(NUM_SHOWN // num_splits, len(split))
     return [at * len(split) // number for at in range(number)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rudolph.evaluation.report_card import Score
+from rudolph.evaluation.asking import Score
 from rudolph.execution import Execution
 from rudolph.models.weights import weights_digest
 from rudolph.results.repetitions import write_profile, write_repetitions

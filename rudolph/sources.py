@@ -26,13 +26,15 @@ from rudolph.models.weights import load_exactly
 from rudolph.released import store
 from rudolph.released.table import PICTURES, TOKENIZER
 from rudolph.results.artifacts import fetch_run, local_run
-from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.sampling.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.tokenizer import Tokenizer
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
+# Where a run leaves the CLIP that it trained.
+CLIP_FOLDER = ("checkpoints", "clip")
 RUN_FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
 # How the references draw when nothing else is said.
 RELEASED_SAMPLING = {
@@ -108,6 +110,7 @@ def newest_run(runs: Path) -> Path:
         path
         for path in runs.glob("*/*/summary.json")
         if json.loads(path.read_text())["status"] == "finished"
+        and (path.parent / "checkpoints" / RUN_FILES[0]).is_file()
     ]
     if not finished:
         raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
@@ -215,12 +218,19 @@ def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
 
 
 def open_clip(source: str) -> ClipRanker:
-    """A CLIP with its tokenizer, of a released name or a folder."""
-    folder = store.locate(source)
+    """A CLIP with its tokenizer, of a released name, a folder or the folder of a run."""
+    is_trained_here = is_run(Path(source))
+    folder = Path(source, *CLIP_FOLDER) if is_trained_here else store.locate(source)
+    if is_trained_here and not folder.is_dir():
+        raise ValueError(
+            f"{source}: not a run that trained a CLIP, it lacks {'/'.join(CLIP_FOLDER)}"
+        )
     bpe = folder / store.TOKENIZER_FILE
     if not bpe.is_file():
         raise ValueError(f"{folder}: a CLIP needs its own {store.TOKENIZER_FILE} beside it")
-    return ClipRanker(_checked(store.load(folder), CLIP, source), Tokenizer(bpe))
+    templates = PLAIN_TEMPLATES if is_trained_here else TEMPLATES
+    model = _checked(store.load(folder), CLIP, source)
+    return ClipRanker(model, Tokenizer(bpe), templates=templates)
 
 
 def open_upscaler(source: str) -> Upscaler:

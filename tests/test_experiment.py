@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
 from rudolph.config import load_experiment
-from rudolph.data.module import Split
+from rudolph.data.splits import Splits
 from rudolph.execution import Folders
 from rudolph.experiment import run_folder
 from rudolph.results.journal import exclusive, read_journal
 from rudolph.sources import load_run
-from rudolph.stages import token_examples
+from rudolph.stages.decoder import token_examples
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
 
@@ -172,10 +172,13 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
 def validation_losses(folder: Path) -> dict[str, float]:
     """The losses of a finished run on its whole validation split at once."""
     pipeline, config = load_run(folder)
-    split = Split(config.data, "validation", folder.parent.parent / ".cache")
-    indices = pipeline.encode(split.pictures(range(len(split)))).numpy()
-    examples = token_examples(config, split, indices, pipeline.tokenizer)
-    batch = examples.whole(range(len(split) * len(examples.tasks)))
+    splits = Splits(config.data, folder.parent.parent / ".cache")
+    split = splits("validation")
+    indices = {
+        ("validation", split.dataset_name): pipeline.encode(split.pictures(range(len(split))))
+    }
+    examples = token_examples(config, splits, "validation", indices, pipeline.tokenizer)
+    batch = examples.whole(range(examples.num_whole))
     with torch.no_grad():
         losses = segment_losses(
             pipeline.decoder, batch.tokens, config.decoder_losses, scored=batch.scored

@@ -9,15 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rudolph.results.figures import (
-    FIGURES,
-    codebook_usage,
-    curves,
-    intervals,
-    mask_picture,
-    reconstructions,
-    sample_grid,
-)
+from rudolph.results.drawings import codebook_usage, mask_picture, reconstructions, sample_grid
+from rudolph.results.figures import FIGURES, curves, intervals
 
 LOSS = "val/loss"
 RUNS = pd.DataFrame(
@@ -46,13 +39,22 @@ CURVES = pd.DataFrame(
         for step in range(6)
     ]
 )
+CARD = pd.DataFrame(
+    [
+        {"run": f"{variant}-0", "variant": variant, "score": LOSS, "value": 0.3 + number / 5}
+        | {"low": 0.2, "high": 0.9, "chance": 0.1 if number else np.nan}
+        for number, variant in enumerate(["вся", "row"])
+    ]
+)
+# What each kind is drawn from and along which column, where it is not the runs.
+FRAMES = {"curves": (CURVES, "step"), "card": (CARD, "score")}
 CAUSAL = np.tril(np.ones((9, 9), bool))
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]
 
 
 def draw(kind: str, path: Path) -> bytes:
-    frame, x = (CURVES, "step") if kind == "curves" else (RUNS, "top_k")
+    frame, x = FRAMES.get(kind, (RUNS, "top_k"))
     FIGURES[kind](frame, path, y=(LOSS,), x=x, by="variant")
     return path.read_bytes()
 
@@ -80,7 +82,7 @@ def test_a_figure_names_its_metric_and_every_variant(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_the_order_of_the_rows_is_of_no_matter(kind: str, tmp_path: Path) -> None:
-    frame, x = (CURVES, "step") if kind == "curves" else (RUNS, "top_k")
+    frame, x = FRAMES.get(kind, (RUNS, "top_k"))
     if kind in ("intervals", "ratios"):
         frame = frame[frame["seed"] == 0]
     for name, rows in {"a": frame, "b": frame.iloc[::-1]}.items():
@@ -90,14 +92,9 @@ def test_the_order_of_the_rows_is_of_no_matter(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_missing_column_is_named(kind: str, tmp_path: Path) -> None:
+    frame, x = FRAMES.get(kind, (RUNS, "top_k"))
     with pytest.raises(ValueError, match=r"no column 'flavour'; there are run, variant"):
-        FIGURES[kind](
-            CURVES if kind == "curves" else RUNS,
-            tmp_path / "x.svg",
-            y=(LOSS,),
-            x="step" if kind == "curves" else "top_k",
-            by="flavour",
-        )
+        FIGURES[kind](frame, tmp_path / "x.svg", y=(LOSS,), x=x, by="flavour")
 
 
 def test_a_missing_curve_is_named(tmp_path: Path) -> None:

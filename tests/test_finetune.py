@@ -14,7 +14,7 @@ from rudolph.execution import Execution, Folders, Hardware, Unrecorded
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.tracking import send_pending
 from rudolph.sources import find_folder, find_tokenizer, load_run, open_decoder
-from rudolph.stages import start_from
+from rudolph.stages.decoder import start_from
 
 
 def from_run(finished: Path) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "execution": BELOW_CONFIG | {"config"},
     "gallery": BELOW_CONFIG | {"config", "execution"},
     "fitting": BELOW_CONFIG | {"config", "execution"},
-    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources"},
+    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources", "released"},
     "sources": BELOW_CONFIG | {"config", "execution", "released"},
     "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages", "measuring"},
@@ -48,9 +48,9 @@ MAY_IMPORT = {
 }
 OWNERS = {
     "mlflow": r"results/(tracking|artifacts)",
-    "matplotlib": r"results/figures",
-    "seaborn": r"results/figures",
-    "pytorch_lightning": r"training/\w+|data/module|fitting|stages",
+    "matplotlib": r"results/(figures|drawings)",
+    "seaborn": r"results/(figures|drawings)",
+    "pytorch_lightning": r"training/\w+|data/module|fitting|stages/(run|clip)",
     "yaml": r"settings",
     "youtokentome": r"sequence/tokenizer",
     "pydantic": r"settings",
@@ -168,6 +168,9 @@ def test_conda_and_pip_install_the_same_packages():
     from_pip = {requirement(line) for line in [*lines, f"python{project['requires-python']}"]}
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     from_conda = {requirement(line) for line in conda if isinstance(line, str) and line != "pip"}
+    # What conda-forge may lack it has pip install.
+    [by_pip] = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    from_conda |= {requirement(line) for line in by_pip if line != "-e ."}
     assert from_conda == from_pip
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny_run import write
 
 from rudolph.config import load_experiment
-from rudolph.data.module import ImageBatch
+from rudolph.data.examples import ImageBatch
 from rudolph.execution import Hardware
 from rudolph.fitting import make_trainer
 from rudolph.models.quantizers import QuantizerConfig

@@ -13,12 +13,21 @@ from collections.abc import Sequence
 
 from rudolph.cli.data import add_data
 from rudolph.cli.experiments import add_run, add_show
-from rudolph.cli.results import add_results
+from rudolph.cli.results import add_report_card, add_results
 from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
 from rudolph.console import say, silence_libraries
 
-VERBS = (add_run, add_show, add_results, add_generate, add_caption, add_weights, add_data)
+VERBS = (
+    add_run,
+    add_show,
+    add_results,
+    add_report_card,
+    add_generate,
+    add_caption,
+    add_weights,
+    add_data,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,11 +1,14 @@
 """Verbs of what experiments leave: export, figures, check, sync."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rudolph.console import say
+from rudolph.console import say, stage_progress
 
 RESULTS = Path("results")
+# Quantities of a speed experiment whose contestants stand on one axis.
+ON_ONE_AXIS = ("/times_reference", "/peak_bytes")
 
 
 def add_results(verbs: Any) -> None:
@@ -20,6 +23,16 @@ def add_results(verbs: Any) -> None:
     sync = verbs.add_parser("sync", help="send to MLflow what a server that was away missed")
     sync.add_argument("--again", action="store_true", help="everything, for a store that was lost")
     sync.set_defaults(verb=sync_runs)
+
+
+def add_report_card(verbs: Any) -> None:
+    card = verbs.add_parser(
+        "report-card", help="every score of a run with interval, chance level and count"
+    )
+    card.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    card.add_argument("other", nargs="?", help="another run, to be compared score by score")
+    card.add_argument("--again", action="store_true", help="ask all questions again")
+    card.set_defaults(verb=report_card)
 
 
 def folders_here() -> Any:
@@ -41,9 +54,11 @@ def write_results(loaded: Any, folders: Any) -> Path:
     table, curves = loaded.report.table, loaded.report.curves
     figures = [Figure("curves", curves, by=rows[0])] if curves else []
     if table:
-        has_ratios = all(metric.endswith("/times_reference") for metric in table)
-        kind = "ratios" if has_ratios else "intervals"
+        is_of_one_unit = all(metric.endswith(ON_ONE_AXIS) for metric in table)
+        kind = "ratios" if is_of_one_unit else "intervals"
         figures.append(Figure(kind, table, x="seed", by=rows[0]))
+    if loaded.report.card:
+        figures.append(Figure("card", loaded.report.card, x="score", by="run"))
     report = Report(
         experiment=loaded.name,
         title=loaded.title,
@@ -65,6 +80,58 @@ def export_experiment(given: Any) -> int:
 
     say(f"results: {write_results(load_experiment(given.file), folders_here())}")
     return 0
+
+
+def report_card(given: Any) -> int:
+    cards = [_card(run, again=given.again) for run in (given.run, given.other) if run]
+    for line in _card_lines(*cards):
+        say(line)
+    return 0
+
+
+def _card(run: str, *, again: bool) -> Any:
+    """The card of a run's folder: the one that it has, or its questions asked now."""
+    from rudolph.results.cards import CARD, draw_card, read_card
+    from rudolph.results.tracking import tracking_uri
+    from rudolph.sources import find_folder, is_run
+    from rudolph.stages.evaluation import ask_again
+
+    folders = folders_here()
+    folder = find_folder(run, runs=folders.runs, uri=tracking_uri(folders.checkout))
+    if not is_run(folder):
+        raise ValueError(f"{folder}: must be the folder of a run, with its config.yaml")
+    path = folder / CARD
+    if again or not path.is_file():
+        with stage_progress() as progress:
+            ask_again(folder, folders, progress)
+    say(f"{path}, {draw_card(path)}")
+    return read_card(path)
+
+
+def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
+    """A line a score; of two cards those that both have, if they were measured alike."""
+    from rudolph.evaluation.metrics import Measure, require_comparable
+
+    beside = {} if other is None else {row["score"]: row for row in other.to_dict("records")}
+    for row in card.to_dict("records"):
+        line = f"  {row['score']:52} {_told(row)}"
+        if other is not None:
+            if row["score"] not in beside:
+                continue
+            second = beside[row["score"]]
+            measures = [str(each["measure"]) for each in (row, second)]
+            try:
+                require_comparable(*(Measure.parse(each) for each in measures))
+            except ValueError as error:
+                raise ValueError(f"{row['score']}: {error}") from error
+            line += f"   {_told(second)}"
+        yield line
+
+
+def _told(row: Any) -> str:
+    chance = "" if row["chance"] != row["chance"] else f" chance {row['chance']:.3g}"
+    interval = f"[{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{row['value']:7.4g} {interval}{chance} of {row['count']}"
 
 
 def redraw_figures(given: Any) -> int:

@@ -25,7 +25,9 @@ def add_generate(verbs: Any) -> None:
         default="exp_mean_ce",
         help="of --rank self; mean_exp_ce is the reference's",
     )
-    generate.add_argument("--clip", help=f"a ruCLIP; with --rank clip {DEFAULT_CLIP}")
+    generate.add_argument(
+        "--clip", help=f"a ruCLIP or a run that trained a CLIP; with --rank clip {DEFAULT_CLIP}"
+    )
     generate.add_argument("--upscale", type=int, choices=(2, 4, 8), help="with Real-ESRGAN")
     generate.add_argument("--upscaler", help="weights of the upscaler; RealESRGAN-x<scale>")
     given = generate.add_argument_group("a picture that is partly given")
@@ -220,7 +222,7 @@ def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) ->
     """The grid, each picture with what it was made of, and a line of JSON for each."""
     import numpy as np
 
-    from rudolph.results.figures import sample_grid
+    from rudolph.results.drawings import sample_grid
     from rudolph.sampling.pictures import save_png, to_image
     from rudolph.sampling.transparency import to_rgba
 
@@ -247,7 +249,7 @@ def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) ->
 
 def caption_picture(given: Any) -> int:
     from rudolph.data.seeds import mixed_seed
-    from rudolph.results.figures import sample_grid
+    from rudolph.results.drawings import sample_grid
     from rudolph.sampling.pictures import to_image
 
     check_arguments(given)

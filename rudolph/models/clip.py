@@ -5,9 +5,11 @@ token``; logits are the scaled cosines of both.
 
 Names of modules are OpenAI's, so that ruCLIP's checkpoints' keys are ours.
 
-Source: Radford 2021 (arXiv:2103.00020); ruclip 0.0.2, ``ruclip/model.py``.
+Source: Radford 2021 (arXiv:2103.00020); openai/CLIP, ``clip/model.py``; ruclip 0.0.2,
+``ruclip/model.py``; Zhai 2023 (arXiv:2303.15343) for the bias.
 
-Shapes: B texts, P pictures, L text tokens, N patches and the class token, E embedding dim.
+Shapes: B texts, P pictures, L text tokens, N patches and the class token, E embedding dim,
+H and W pixels.
 """
 
 import math
@@ -20,11 +22,19 @@ from torch.nn import functional as F
 from rudolph.sequence.layout import EOS
 
 VISION_HEAD_SIZE = 64
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+# What cosines are multiplied by, and for the sigmoid loss shifted by, before any training.
+SOFTMAX_SCALE = 1 / 0.07
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Names are those of ruCLIP's ``config.json``; vision heads have 64 channels each."""
+    """Names are those of ruCLIP's ``config.json``; vision heads have 64 channels each.
+
+    ``has_logit_bias`` adds the bias that the sigmoid loss learns, which ruCLIP has not.
+    """
 
     embed_dim: int = 512
     image_resolution: int = 224
@@ -37,6 +47,7 @@ class CLIPConfig:
     transformer_heads: int = 8
     transformer_layers: int = 12
     eos_id: int = EOS
+    has_logit_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.image_resolution % self.vision_patch_size:
@@ -44,11 +55,47 @@ class CLIPConfig:
                 f"image_resolution must be a multiple of vision_patch_size "
                 f"({self.vision_patch_size}), got {self.image_resolution}"
             )
+        if self.vision_width % self.vision_heads:
+            raise ValueError(
+                f"vision_width must be a multiple of its {self.vision_heads} heads, "
+                f"got {self.vision_width}"
+            )
         if self.transformer_width % self.transformer_heads:
             raise ValueError(
                 f"transformer_width must be a multiple of transformer_heads "
                 f"({self.transformer_heads}), got {self.transformer_width}"
             )
+        for name in ("vision_layers", "transformer_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def vision_heads(self) -> int:
+        return max(self.vision_width // VISION_HEAD_SIZE, 1)
+
+
+def pixel_values(
+    images: Tensor,
+    size: int,
+    *,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> Tensor:
+    """What CLIP reads of pictures ``(P, 3, H, W)`` in [0, 1]: ``(P, 3, size, size)`` float32.
+
+    The middle square, resized as Pillow does, minus ``mean`` and divided by ``std`` of a channel.
+
+    Source: ruclip 0.0.2, ``ruclip/processor.py``.
+    """
+    side = min(images.shape[-2:])
+    top, left = ((extent - side) // 2 for extent in images.shape[-2:])
+    pixels = images[..., top : top + side, left : left + side].float()
+    if side != size:
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    shift, scale = (
+        torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std)
+    )
+    return (pixels - shift) / scale
 
 
 class QuickGELU(nn.Module):
@@ -102,8 +149,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(num_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        num_heads = max(width // VISION_HEAD_SIZE, 1)
-        self.transformer = Transformer(width, config.vision_layers, num_heads)
+        self.transformer = Transformer(width, config.vision_layers, config.vision_heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
 
@@ -118,24 +164,36 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """``model(input_ids, pixel_values) -> (logits_per_image, logits_per_text)``."""
 
+    logit_bias: nn.Parameter | None
+
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.transformer_width
+        width, num_layers = config.transformer_width, config.transformer_layers
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, config.transformer_layers, config.transformer_heads)
+        self.transformer = Transformer(width, num_layers, config.transformer_heads)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        scale = SIGMOID_SCALE if config.has_logit_bias else SOFTMAX_SCALE
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if config.has_logit_bias else None
+        # Without one, the state dict has no such key.
+        self.register_parameter("logit_bias", bias)
+        initialize_text_tower(self)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``(P, B)`` and ``(B, P)`` of texts ``(B, L)`` and pictures ``(P, 3, H, W)``."""
         images = F.normalize(self.encode_image(pixel_values), dim=-1)
         texts = F.normalize(self.encode_text(input_ids), dim=-1)
-        logits = self.logit_scale.exp() * images @ texts.t()
+        logits = self.logits(images, texts)
         return logits, logits.t()
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scaled, and with a bias shifted, cosines ``(P, B)`` of normalised features."""
+        logits = self.logit_scale.exp() * images @ texts.t()
+        return logits if self.logit_bias is None else logits + self.logit_bias
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Features ``(P, E)``, not normalised."""
@@ -165,3 +223,22 @@ class CLIP(nn.Module):
         x = self.ln_final(self.transformer(x, mask))
         ends = is_end.int().argmax(1)
         return x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
+
+
+def initialize_text_tower(model: CLIP) -> None:
+    """OpenAI's spread of the text tower's weights: the deeper, the less a layer adds at first.
+
+    As there, the vision transformer's layers keep torch's own.
+    """
+    width, num_layers = model.config.transformer_width, model.config.transformer_layers
+    added = width**-0.5 * (2 * num_layers) ** -0.5
+    spreads = {
+        "attn.in_proj_weight": width**-0.5,
+        "attn.out_proj.weight": added,
+        "mlp.c_fc.weight": (2 * width) ** -0.5,
+        "mlp.c_proj.weight": added,
+    }
+    nn.init.normal_(model.token_embedding.weight, std=0.02)
+    for block in model.transformer.resblocks:
+        for name, std in spreads.items():
+            nn.init.normal_(block.get_parameter(name), std=std)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rudolph.results.cards import CARD, card_table, read_card
 from rudolph.results.markdown import table_row
 from rudolph.results.repetitions import is_speed, speed_tables
 
@@ -98,6 +99,8 @@ def experiment_page(folder: Path) -> str:
         *(speed_tables(folder, runs, report.rows) if is_speed(folder) else _table(report, runs)),
     ]
     for figure in report.figures:
+        if figure.kind == "card":
+            lines += ["", *card_table(read_card(folder / CARD), figure.y)]
         lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
     for sample in _shown_samples(folder, runs):
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]

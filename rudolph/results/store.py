@@ -4,6 +4,7 @@
     results/<experiment>/README.md   the answer, written by hand; tables between two markers
       report.json                    title, question, and what table and figures to make
       runs.csv, curves.csv           one row a finished run; thinned curves
+      report_card.csv                every score of every run, see ``cards``
       repetitions.csv, profiles/*.csv of speed experiments, see ``repetitions``
       configs/<run>.yaml, samples/<run>-*.png, environment.json
       figures/*.svg                  drawn from the CSV files beside them and nothing else
@@ -24,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
 from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
@@ -100,6 +102,7 @@ def _write_experiment(
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     export_repetitions(runs, folder)
+    export_cards(runs, folder)
     _draw(folder, folder / "figures")
     readme = folder / "README.md"
     new = f"# {report.title}\n\n{UNANSWERED}\n"
@@ -217,6 +220,13 @@ def _last_samples(folder: Path) -> list[Path]:
     return [max(pictures)[1] for _, pictures in sorted(series.items())]
 
 
+# What a figure is drawn from, where it is not ``runs.csv``.
+FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "curves": read_curves,
+    "card": lambda folder: read_card(folder / CARD),
+}
+
+
 def _draw(folder: Path, target: Path) -> list[Path]:
     # Drawing needs matplotlib; exporting tables and checking texts does not wait for it.
     from rudolph.results.figures import FIGURES
@@ -225,7 +235,7 @@ def _draw(folder: Path, target: Path) -> list[Path]:
     for figure in read_report(folder).figures:
         if figure.kind not in FIGURES:
             raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
-        frame = read_curves(folder) if figure.kind == "curves" else read_runs(folder)
+        frame = FRAMES.get(figure.kind, read_runs)(folder)
         path = target / figure.file
         FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
         drawn.append(path)

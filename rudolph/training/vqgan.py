@@ -6,7 +6,7 @@ Source: taming-transformers, ``models/vqgan.py``.
 import torch
 from torch import Tensor, nn
 
-from rudolph.data.module import ImageBatch
+from rudolph.data.examples import ImageBatch
 from rudolph.models.fidelity import psnr, ssim
 from rudolph.models.quantizers import codebook_usage
 from rudolph.models.vqgan import VQGAN, Reconstruction

@@ -1,0 +1,73 @@
+"""Report cards: every score of a run with its interval, chance level, count and protocol.
+
+``report_card.csv`` has one row a score; in ``results/`` it holds all runs of an experiment.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rudolph.results.markdown import table_row
+
+CARD = "report_card.csv"
+COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure")
+
+
+def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows with the keys of ``COLUMNS``, as one file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+
+
+def read_card(path: Path) -> pd.DataFrame:
+    """A card, of one run or of several (then with the column ``run``)."""
+    texts = dict.fromkeys(("run", "score", "split", "measure"), "string")
+    return pd.read_csv(path, dtype=texts)
+
+
+def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
+    """The cards of all runs that have one as a single file, or none."""
+    target = folder / CARD
+    target.unlink(missing_ok=True)
+    found = [(name, path / CARD) for name, path in sorted(runs.items())]
+    frames = [read_card(path).assign(run=name) for name, path in found if path.is_file()]
+    if frames:
+        whole = pd.concat(frames)[["run", *COLUMNS]]
+        target.write_text(whole.to_csv(index=False, lineterminator="\n"), "utf-8")
+
+
+def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
+    """Markdown: a row for each score that was asked for, of each run."""
+    has_one = card["run"].nunique() == 1
+    head = [*([] if has_one else ["run"]), "score", "value", "95 % interval", "chance", "count"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    rank = {name: at for at, name in enumerate(scores)}
+    chosen = card[card["score"].isin(rank)].assign(rank=lambda rows: rows["score"].map(rank))
+    for row in chosen.sort_values(["rank", "run"]).to_dict("records"):
+        chance = "" if pd.isna(row["chance"]) else f"{row['chance']:.3g}"
+        cells = [
+            str(row["score"]),
+            f"{row['value']:.3g}",
+            f"{row['low']:.3g} to {row['high']:.3g}",
+            chance,
+            str(row["count"]),
+        ]
+        lines.append(table_row([*([] if has_one else [str(row["run"])]), *cells]))
+    return lines
+
+
+def draw_card(path: Path) -> Path:
+    """The card of a run as a figure beside it: all its scores between 0 and 1."""
+    # Drawing needs matplotlib; reading a card does not wait for it.
+    from rudolph.results.figures import card
+
+    scores = read_card(path).assign(run="")
+    shown = scores[(scores["high"] <= 1) & (scores["low"] >= 0)]
+    target = path.with_suffix(".svg")
+    card(shown, target, y=list(shown["score"]), x="score", by="run")
+    return target

@@ -1,0 +1,186 @@
+"""The decoder of a run: its examples, its training, and what of them is scored."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from rudolph.config import RunConfig
+from rudolph.data.examples import FilledSource, TokenExamples, task_texts
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Source, Split, Splits
+from rudolph.execution import Execution, is_main_process
+from rudolph.fitting import fit
+from rudolph.gallery import draw_masks
+from rudolph.models.adapt import adapt
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.weights import weights_made_of
+from rudolph.sequence.tasks import TASKS, Texts, fill_texts
+from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.sources import open_decoder
+from rudolph.stages.tokenizer import places
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.losses import SEGMENTS
+from rudolph.training.tuning import apply_tuning
+
+# Image indices (N, I) of the pictures of a split, by split and dataset.
+Indices = dict[tuple[str, str], np.ndarray[Any, Any]]
+SCORED_TABLE = "scored.csv"
+
+
+def make_decoder(
+    execution: Execution,
+    splits: Splits,
+    indices: Indices,
+    tokenizer: Tokenizer,
+    *,
+    made_of: str,
+) -> MaskedDecoder:
+    """The decoder of this run, trained on the indices and texts of the training splits.
+
+    ``made_of`` is the digest of all that it learns from: a run that was stopped after its training
+    takes the weights that it left, if they were made of the same.
+    """
+    config = execution.config
+    weights = execution.folder / "checkpoints" / "decoder.safetensors"
+    torch.manual_seed(mixed_seed(config.seed, "decoder"))
+    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    draw_masks(execution, model)
+    if weights.is_file() and weights_made_of(weights) == made_of:
+        model.load_state_dict(load_file(weights))
+        return model.eval().requires_grad_(False)
+    with execution.stage("texts") as advance:
+        examples = {
+            name: token_examples(config, splits, name, indices, tokenizer)
+            for name in ("train", "validation")
+        }
+        sources = examples["train"].sources
+        num_cut = max(each.texts.num_cut for each in sources)
+        num_texts = sum(len(split) for split in splits.all("train"))
+        advance(1, 1, f"{num_cut} of {num_texts} texts are too long and cut")
+    tell_scored(execution, examples["train"])
+    start_from(execution, model)
+    apply_tuning(model, config.decoder_tuning)
+    model.has_checkpointing = execution.hardware.activation_checkpointing
+    model.has_block_masks = execution.hardware.block_masks
+    model.has_compiled_layers = execution.hardware.compile
+    train_decoder(execution, model, examples, weights, made_of=made_of)
+    model.has_compiled_layers = False
+    return model.eval().requires_grad_(False)
+
+
+def start_from(execution: Execution, model: MaskedDecoder) -> None:
+    """Give the decoder the weights that its configuration names, if any; what changed is said."""
+    source = execution.config.decoder.init
+    if source is None:
+        return
+    with execution.stage("init") as advance:
+        notes = adapt(open_decoder(source, **places(execution)), model)
+        advance(1, 1, "; ".join([source, *notes]))
+
+
+def train_decoder(
+    execution: Execution,
+    model: MaskedDecoder,
+    examples: dict[str, TokenExamples],
+    weights: Path,
+    *,
+    made_of: str,
+) -> None:
+    """Train on the examples of the training splits and leave ``weights``."""
+    config = execution.config
+    with execution.stage("decoder") as advance:
+        _, num_accumulated = execution.hardware.batches(config.decoder_optim)
+        module = DecoderTraining(
+            model,
+            config.decoder_losses,
+            config.decoder_optim,
+            num_accumulated=num_accumulated,
+            sources=[each.source.name for each in examples["train"].sources],
+        )
+        validation = examples["validation"]
+        fit(
+            execution,
+            module,
+            config.decoder_optim,
+            examples=(examples["train"].batch, validation.whole, validation.num_whole),
+            stage="decoder",
+            advance=advance,
+            weights=weights,
+            made_of=made_of,
+        )
+
+
+def token_examples(
+    config: RunConfig, splits: Splits, name: str, indices: Indices, tokenizer: Tokenizer
+) -> TokenExamples:
+    """Examples of the mixture from one split of each of its datasets."""
+    sources = [
+        filled_source(
+            config,
+            source,
+            splits(name, source.dataset),
+            tokenizer,
+            indices.get((name, source.dataset)),
+        )
+        for source in config.data.mixture
+    ]
+    return TokenExamples(
+        sources,
+        config.data,
+        layout=config.sequence_layout,
+        vocabulary=config.vocabulary,
+        num_examples=config.decoder_optim.num_steps * config.decoder_optim.global_batch_size,
+        seed=config.seed,
+        task_weights=config.decoder_losses.task_weights,
+    )
+
+
+def filled_source(
+    config: RunConfig,
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    indices: np.ndarray[Any, Any] | None,
+) -> FilledSource:
+    """A row of the mixture, with texts encoded anew where BPE-dropout asks for it."""
+    places: dict[str, Any] = {"layout": config.sequence_layout, "vocabulary": config.vocabulary}
+    task, dropout = TASKS[source.task], config.tokenizer.bpe_dropout
+
+    def redraw(pair: int, generator: torch.Generator) -> Texts:
+        return fill_texts(
+            task,
+            split.captions[pair],
+            tokenizer=tokenizer,
+            beside=split.questions[pair] if task.has_question else "",
+            dropout=dropout,
+            generator=generator,
+            **places,
+        )
+
+    texts = task_texts(split, source.task, tokenizer=tokenizer, **places)
+    return FilledSource(source, texts, indices, redraw if dropout else None)
+
+
+def tell_scored(execution: Execution, examples: TokenExamples) -> None:
+    """What is scored of each row of the mixture, with which weights: said, and kept as a table."""
+    if len(examples.sources) == 1 or not is_main_process():
+        return
+    total = sum(each.source.weight for each in examples.sources)
+    rows = []
+    for each, weights in zip(examples.sources, examples.weights.tolist(), strict=True):
+        share = each.source.weight / total
+        scored = dict(zip(SEGMENTS, weights, strict=True))
+        named = ", ".join(f"{name} {weight:g}" for name, weight in scored.items() if weight)
+        with execution.stage(f"scores {each.source.name}") as advance:
+            advance(1, 1, f"{share:.1%} of examples; {named}")
+        rows.append({"source": each.source.name, "share": share, **scored})
+    path = execution.folder / SCORED_TABLE
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    execution.tracker.log_artifact(path)

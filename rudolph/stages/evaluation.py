@@ -1,0 +1,67 @@
+"""The questions that a run is asked when it is trained, and later again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rudolph.data.splits import Splits
+from rudolph.evaluation.asking import Score
+from rudolph.evaluation.report_card import ask, card_rows
+from rudolph.execution import Execution, Folders, Hardware, Progress
+from rudolph.results.cards import CARD, write_card
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sources import load_run, open_clip
+
+
+def evaluate(execution: Execution, pipeline: Pipeline, splits: Splits) -> list[Score]:
+    """Every question on every split that the configuration names; the report card is kept."""
+    config = execution.config
+    use_clip(pipeline, config.evaluation.clip)
+    scores = ask(
+        pipeline,
+        config.evaluation,
+        splits,
+        samplings=(config.sampling.image, config.sampling.text),
+        seed=config.seed,
+        stage=execution.stage,
+    )
+    keep_card(execution, scores)
+    return scores
+
+
+def use_clip(pipeline: Pipeline, source: str | None) -> None:
+    """Let a CLIP rank pictures too, where one is named."""
+    if source is not None:
+        pipeline.clip = open_clip(source)
+        pipeline.clip.clip.to(pipeline.device)
+
+
+def keep_card(execution: Execution, scores: list[Score]) -> None:
+    """Write the report card of a run, if it was asked anything."""
+    if scores:
+        write_card(execution.folder / CARD, card_rows(scores))
+        execution.tracker.log_artifact(execution.folder / CARD)
+
+
+def ask_again(folder: Path, folders: Folders, progress: Progress) -> None:
+    """Ask a finished run all its questions and write its report card anew."""
+    pipeline, config = load_run(folder)
+    pipeline.to(Hardware().device)
+    use_clip(pipeline, config.evaluation.clip)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Callable[[int, int, str], None]]:
+        yield partial(progress, name)
+
+    scores = ask(
+        pipeline,
+        config.evaluation,
+        Splits(config.data, folders.cache),
+        samplings=(config.sampling.image, config.sampling.text),
+        seed=config.seed,
+        stage=stage,
+    )
+    if not scores:
+        raise ValueError(f"{folder}: its config.yaml names no evaluation.questions")
+    write_card(folder / CARD, card_rows(scores))

@@ -1,0 +1,126 @@
+"""The VQ-GAN of a run: named, from the cache or trained, and the indices that it gives."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from rudolph.config import digest_of, plain
+from rudolph.data.examples import ImageExamples
+from rudolph.data.index_cache import cached_array
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Split, Splits
+from rudolph.execution import Execution, is_main_process
+from rudolph.fitting import CURVES, fit
+from rudolph.models.vqgan import VQGAN
+from rudolph.models.weights import weights_digest
+from rudolph.results.journal import exclusive
+from rudolph.sources import open_vqgan
+from rudolph.stages.tokenizer import places
+from rudolph.training.vqgan import VQGANTraining
+
+DAY = 24 * 3600
+
+
+def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
+    """The VQ-GAN of this configuration: named, from the cache, or trained now."""
+    config = execution.config
+    if config.vqgan.init is not None:
+        return named_vqgan(execution, config.vqgan.init)
+    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
+    names = ("train", "validation")
+    pictures = {name: splits.with_pictures(name) for name in names}
+    if not pictures["train"]:
+        raise ValueError("data.tasks: no dataset of the mixture has pictures")
+    data = [split.digest for name in names for split in pictures[name]]
+    folder = execution.folders.cache / f"vqgan-{digest_of(*decides, data, config.seed)[:16]}"
+    weights = folder / "weights.safetensors"
+    torch.manual_seed(mixed_seed(config.seed, "vqgan"))
+    model = VQGAN(config.vqgan)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The other processes of a multi-device run train with the one that holds the lock.
+    lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
+    with lock:
+        if not weights.is_file():
+            train_vqgan(execution, model, pictures, weights)
+        else:
+            replay_curves(execution, folder / CURVES)
+    model.load_state_dict(load_file(weights))
+    return model.eval().requires_grad_(False)
+
+
+def named_vqgan(execution: Execution, source: str) -> VQGAN:
+    """The VQ-GAN of a source, used as it is; its settings must be those of the file."""
+    model = open_vqgan(source, **places(execution))
+    asked = plain(replace(execution.config.vqgan, init=None))
+    held = plain(replace(model.config, init=None))
+    # What only a training reads may differ.
+    for name in asked.keys() - {"dropout", "quantizer"}:
+        if asked[name] != held[name]:
+            raise ValueError(
+                f"vqgan.{name} must be {held[name]}, as in {source}, got {asked[name]}"
+            )
+    for name in ("kind", "num_codes", "embedding_dim"):
+        if asked["quantizer"][name] != held["quantizer"][name]:
+            raise ValueError(
+                f"vqgan.quantizer.{name} must be {held['quantizer'][name]}, as in {source}, "
+                f"got {asked['quantizer'][name]}"
+            )
+    return model.eval().requires_grad_(False)
+
+
+def train_vqgan(
+    execution: Execution, model: VQGAN, splits: dict[str, list[Split]], weights: Path
+) -> None:
+    """Train on the pictures of the training splits and leave ``weights``."""
+    config = execution.config
+    with execution.stage("vqgan") as advance:
+        _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
+        module = VQGANTraining(
+            model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
+        )
+        train = ImageExamples(*splits["train"], seed=config.seed, flip=config.data.flip)
+        validation = ImageExamples(*splits["validation"], seed=config.seed)
+        fit(
+            execution,
+            module,
+            config.vqgan_optim,
+            examples=(train.batch, validation.whole, validation.num_pairs),
+            stage="vqgan",
+            advance=advance,
+            weights=weights,
+            made_of=weights.parent.name,
+        )
+
+
+def replay_curves(execution: Execution, path: Path) -> None:
+    """Record the curves of a stage that another run trained as this run's own."""
+    for line in path.read_text().splitlines():
+        step, values = json.loads(line)
+        execution.tracker.log_metrics(values, step=step)
+
+
+def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
+    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk."""
+
+    device = execution.hardware.device
+
+    def compute() -> np.ndarray[Any, Any]:
+        vqgan.to(device)
+        parts = []
+        with execution.stage(f"indices of {split.dataset_name} {split.name}") as advance:
+            for first in range(0, len(split), 256):
+                advance(first, len(split), "")
+                pictures = split.pictures(range(first, min(first + 256, len(split))))
+                indices = vqgan.encode_indices(pictures.to(device))
+                parts.append(indices.to("cpu", torch.int32).numpy())
+            advance(len(split), len(split), "")
+        return np.concatenate(parts)
+
+    parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
+    return cached_array(execution.folders.cache, parts=parts, compute=compute)

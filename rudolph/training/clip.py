@@ -1,0 +1,215 @@
+"""CLIP in training: pictures and captions of one batch find each other.
+
+Every pair of a batch is compared with every other, on all devices, so a batch is never parted.
+Several pairs may share a caption, and each picture of it fits: the softmax loss leaves the other
+pairs of a caption out of its sums, the sigmoid loss judges each combination alone and calls them
+matches.
+
+To add a loss, write its function and name it in ``CLIP_LOSSES``.
+
+Source: Radford 2021 (arXiv:2103.00020); open_clip for the bounds of the scale; Zhai 2023, SigLIP
+(arXiv:2303.15343); Zhai 2021, LiT (arXiv:2111.07991).
+
+Shapes: B pairs of a batch, N pairs in all, E embedding dim.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.data.text_image import TextImageBatch
+from rudolph.models.clip import CLIP
+from rudolph.sampling.clip_ranking import retrieval_recalls
+from rudolph.training.callbacks import require_finite
+from rudolph.training.optim import OptimConfig
+from rudolph.training.steps import StepwiseModule
+
+FROZEN = ("none", "image", "text")
+LARGEST_SCALE = 100.0
+
+
+def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
+    """The mean of the cross-entropies of both directions, a scalar in nats.
+
+    Row i asks which caption belongs to picture i, column i which picture to caption i.  Another
+    pair with the same caption is no answer and no mistake: its place is left out of both sums.
+
+    Args:
+        logits: ``(B, B)``, of pictures and captions.
+        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
+    """
+    own = torch.arange(len(logits), device=logits.device)
+    is_other = is_match & (own[:, None] != own)
+    logits = logits.masked_fill(is_other, -torch.inf)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+
+def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
+    """The binary cross-entropies of all combinations, summed, for one picture: a scalar in nats.
+
+    Args:
+        logits: ``(B, B)``, of pictures and captions.
+        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
+    """
+    signed = torch.where(is_match, logits, -logits)
+    return -F.logsigmoid(signed).sum() / len(logits)
+
+
+CLIP_LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+
+
+@dataclass(frozen=True)
+class CLIPLossConfig:
+    """What is learned, and of which tower.
+
+    ``kind: softmax`` is CLIP's loss and keeps the scale of its cosines in [1, 100]; ``sigmoid`` is
+    SigLIP's and needs a model with ``has_logit_bias``.  ``initial_scale`` and ``initial_bias`` are
+    those of the logits before the first step (null: the model's own, 14.3 or with a bias 10 and
+    -10 when it is new).  ``frozen`` locks the ``image`` or the ``text`` tower whole.
+    """
+
+    kind: str = "softmax"
+    initial_scale: float | None = None
+    initial_bias: float | None = None
+    frozen: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind not in CLIP_LOSSES:
+            raise ValueError(f"kind must be one of {', '.join(CLIP_LOSSES)}, got {self.kind!r}")
+        if self.initial_scale is not None and not 0 < self.initial_scale < math.inf:
+            raise ValueError(f"initial_scale must be above 0 or null, got {self.initial_scale}")
+        if self.kind == "softmax" and not 1 <= (self.initial_scale or 1) <= LARGEST_SCALE:
+            raise ValueError(
+                f"initial_scale must be 1 to {LARGEST_SCALE:g} for the softmax loss, "
+                f"got {self.initial_scale}"
+            )
+        if self.kind == "softmax" and self.initial_bias is not None:
+            raise ValueError(
+                f"initial_bias must be null for the softmax loss, got {self.initial_bias}"
+            )
+        if self.frozen not in FROZEN:
+            raise ValueError(f"frozen must be one of {', '.join(FROZEN)}, got {self.frozen!r}")
+
+
+def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
+    """Give a CLIP the first scale and bias of a loss and lock the tower that it freezes.
+
+    Raises:
+        ValueError: when the model has a bias that the loss does not learn, or lacks one.
+    """
+    needs_bias = losses.kind == "sigmoid"
+    if model.config.has_logit_bias != needs_bias:
+        raise ValueError(
+            f"has_logit_bias must be {str(needs_bias).lower()} for the {losses.kind} loss, "
+            f"got {str(model.config.has_logit_bias).lower()}"
+        )
+    with torch.no_grad():
+        if losses.initial_scale is not None:
+            model.logit_scale.fill_(math.log(losses.initial_scale))
+        if losses.initial_bias is not None and model.logit_bias is not None:
+            model.logit_bias.fill_(losses.initial_bias)
+    for name, parameter in model.named_parameters():
+        tower = "image" if name.startswith("visual.") else "text"
+        if tower == losses.frozen and not name.startswith("logit_"):
+            parameter.requires_grad_(False)
+
+
+class CLIPTraining(StepwiseModule):
+    """Trains a ``CLIP`` on ``TextImageBatch``; validates by loss and retrieval.
+
+    Logs ``val/loss`` over groups of ``global_batch_size`` pairs, as in training, and the recalls
+    of ``retrieval_recalls`` among all validation pairs.
+
+    Raises:
+        ValueError: for a batch in parts, or a model that does not fit the loss.
+    """
+
+    def __init__(
+        self, model: CLIP, losses: CLIPLossConfig, optim: OptimConfig, *, num_accumulated: int = 1
+    ) -> None:
+        super().__init__(optim, num_accumulated=num_accumulated)
+        if num_accumulated != 1:
+            raise ValueError(
+                f"global_batch_size must pass at once, since all its pairs are compared: "
+                f"got {num_accumulated} parts of {optim.global_batch_size}"
+            )
+        prepare_for(model, losses)
+        self.model, self.losses = model, losses
+        self.validated: list[tuple[Tensor, ...]] = []
+
+    def networks(self) -> list[nn.Module]:
+        return [self.model]
+
+    def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
+        images, texts = (self.of_all_devices(each) for each in self.features(batch))
+        loss = self.loss(images, texts, self.of_all_devices(batch.captions))
+        losses = {self.losses.kind: loss}
+        require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
+        self.move(loss, batch_index)
+        if self.losses.kind == "softmax":
+            self.model.logit_scale.data.clamp_(0, math.log(LARGEST_SCALE))
+        self.log_dict({"train/loss": loss, "train/logit_scale": self.model.logit_scale.exp()})
+
+    def features(self, batch: TextImageBatch) -> tuple[Tensor, Tensor]:
+        """Normalised features ``(B, E)`` of pictures and of captions, in float32."""
+        images = self.model.encode_image(batch.pixel_values)
+        texts = self.model.encode_text(batch.input_ids)
+        return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+
+    def of_all_devices(self, rows: Tensor) -> Tensor:
+        """The rows of every device, one device after the other; gradients go back to its own."""
+        world = self.trainer.world_size
+        if world == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(world)]
+        # Lightning's own gathers by what torch says is deprecated.
+        torch.distributed.all_gather(gathered, rows.detach())
+        gathered[self.global_rank] = rows
+        if rows.requires_grad:
+            # Every device has the loss of all pairs, and the mean over devices is what is stepped.
+            rows.register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
+        return torch.cat(gathered)
+
+    def loss(self, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
+        """The loss of features ``(B, E)`` of pairs whose captions have the numbers ``(B,)``."""
+        # Mixed precision would round logits near 100 to halves.
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.model.logits(images, texts)
+        return CLIP_LOSSES[self.losses.kind](logits, captions[:, None] == captions)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated = []
+
+    def validation_step(self, batch: TextImageBatch, batch_index: int) -> None:
+        self.validated.append((batch.examples, batch.captions, *self.features(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        captions, images, texts = self.whole_validation()
+        size = self.optim.global_batch_size
+        starts = range(0, max(len(captions) - size, 0) + 1, size)
+        groups = [slice(first, first + size) for first in starts]
+        losses = [self.loss(images[each], texts[each], captions[each]) for each in groups]
+        # Every device has them all; without the flag Lightning warns.
+        self.log("val/loss", torch.stack(losses).mean(), sync_dist=True)
+        recalls = retrieval_recalls(images, texts, captions)
+        values = {f"val/{name}": value for name, value in recalls.items()}
+        self.log_dict(values, sync_dist=True)
+
+    def whole_validation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of captions ``(N,)`` and features ``(N, E)`` of all pairs, in their order."""
+        examples, *found = (torch.cat(part) for part in zip(*self.validated, strict=True))
+        reduce: Any = self.trainer.strategy.reduce
+        num_pairs = int(reduce(examples.max(), reduce_op="max")) + 1
+
+        def placed(rows: Tensor) -> Tensor:
+            # Each device has some of the pairs; the sum with zeros has all.
+            whole = rows.new_zeros(num_pairs, *rows.shape[1:])
+            whole[examples] = rows
+            return reduce(whole, reduce_op="sum")
+
+        captions, images, texts = (placed(rows) for rows in found)
+        return captions, images, texts

@@ -1,0 +1,84 @@
+"""A run that trains a CLIP: its recalls, its files, and what takes it for ranking."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import run_tiny
+
+from rudolph.data.splits import Split
+from rudolph.evaluation.retrieval import different_captions, retrieval
+from rudolph.results.cards import CARD, read_card
+from rudolph.sources import load_run, newest_run, open_clip
+
+CLIP = {
+    "embed_dim": 16,
+    "image_resolution": 24,
+    "vision_layers": 1,
+    "vision_width": 16,
+    "vision_patch_size": 8,
+    "context_length": 24,
+    "vocab_size": 120,
+    "transformer_width": 16,
+    "transformer_heads": 2,
+    "transformer_layers": 1,
+}
+OPTIM = {"num_steps": 6, "global_batch_size": 8, "validate_every": 3, "checkpoint_every": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    overrides = (
+        "model=clip",
+        f"clip={json.dumps(CLIP)}",
+        f"clip_optim={json.dumps(OPTIM)}",
+        "evaluation.questions=[]",
+        "evaluation.splits=[test]",
+        "evaluation.num_examples=6",
+    )
+    return run_tiny(tmp_path_factory.mktemp("clip"), overrides)
+
+
+def test_a_run_trains_a_clip_and_asks_it_to_retrieve(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    card = read_card(trained / CARD).set_index("score")
+    names = [
+        f"{way}/recall_at_{k}/test" for way in ("image_to_text", "text_to_image") for k in (1, 5)
+    ]
+    assert sorted(card.index) == sorted(names)
+    assert card.loc["text_to_image/recall_at_1/test", "chance"] == pytest.approx(1 / 6)
+    assert card.loc["text_to_image/recall_at_5/test", "chance"] == pytest.approx(5 / 6)
+    curves = (trained / "checkpoints" / "curves.jsonl").read_text()
+    assert "clip/val/image_to_text/recall_at_1" in curves
+
+
+def test_a_run_of_a_clip_is_a_source_of_one(trained: Path, finished: Path) -> None:
+    ranker = open_clip(str(trained))
+    _, config = load_run(finished)
+    pictures = torch.rand(3, 3, config.data.image_size, config.data.image_size)
+    found = ranker.similarities(pictures, ["красный круг", "синий крест"])
+    assert found.shape == (3, 2) and ranker.templates == ("{}",)
+    assert ranker.features(pictures).shape == (3, 16)
+    with pytest.raises(ValueError, match="not a run that trained a CLIP"):
+        open_clip(str(finished))
+    # It draws no pictures, so it is not what `generate` takes without being told.
+    with pytest.raises(ValueError, match="no finished run"):
+        newest_run(trained.parent.parent)
+
+
+def test_retrieval_counts_as_a_sorted_list_does(trained: Path, finished: Path) -> None:
+    ranker, (_, config) = open_clip(str(trained)), load_run(finished)
+    split = Split(config.data, "train", finished.parent.parent / ".cache")
+    scores = {each.metric: each for each in retrieval(ranker, split, num_examples=20, seed=0)}
+    indices = different_captions(split, 20, 0)
+    captions = [split.captions[at] for at in indices]
+    assert len(set(captions)) == 20
+    similar = ranker.similarities(split.pictures(indices), captions)
+    for way, table in (("image_to_text", similar), ("text_to_image", similar.t())):
+        places = table.argsort(dim=1, descending=True).tolist()
+        ranks = [row.index(at) for at, row in enumerate(places)]
+        for k in (1, 5):
+            share = sum(rank < k for rank in ranks) / 20
+            assert scores[f"{way}/recall_at_{k}"].value == pytest.approx(share)
