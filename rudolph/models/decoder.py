@@ -277,7 +277,9 @@ class MaskedDecoder(nn.Module):
             looks = cache.steady_looks(self.mask_of_layer)
         else:
             looks = cache.looks(end, self.mask_of_layer)
-        run = compiled(run_layer) if is_compiled else run_layer
+        run: Callable[[nn.Module, Tensor, Any], Tensor] = run_layer
+        if is_compiled:
+            run = compiled(run_layer)
         for layer, look in zip(self.layers, looks, strict=True):
             if self.has_checkpointing and self.training:
                 x = checkpoint(run, layer, x, look, use_reentrant=False)
