@@ -245,11 +245,7 @@ def continue_texts(
 
 
 def ids_of(pipeline: "Pipeline", characters: str) -> Tensor:
-    """The BPE ids that say nothing but some characters and spaces, ``(V,)`` bool.
-
-    >>> ids_of(pipeline, "0123456789")  # doctest: +SKIP
-    tensor([False, False, ...])
-    """
+    """The BPE ids that say nothing but some characters and spaces, ``(V,)`` bool."""
     is_legal = legal_ids(pipeline.decoder, None).cpu()
     for token in range(min(len(is_legal), pipeline.tokenizer.vocab_size)):
         text = pipeline.tokenizer.decode([token])
