@@ -152,8 +152,3 @@ class Execution:
             yield partial(self.progress, name)
         finally:
             self.seconds[name] = round(before + time.monotonic() - started, 3)
-
-
-def without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
-    """Progress of work that has nothing to say but how far it is."""
-    advance(done, total, "")

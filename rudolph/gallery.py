@@ -8,7 +8,8 @@ import torch
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
-from rudolph.execution import Execution, is_main_process, without_note
+from rudolph.evaluation.asking import without_note
+from rudolph.execution import Execution, is_main_process
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.drawings import mask_picture, reconstructions, sample_grid
 from rudolph.sampling.pipeline import Pipeline

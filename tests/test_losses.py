@@ -8,10 +8,9 @@ from torch.nn import functional as F
 
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
-from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.training.losses import (
     AVERAGES,
-    SEGMENTS,
     DecoderLossConfig,
     ReconstructionLossConfig,
     adaptive_weight,

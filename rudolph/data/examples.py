@@ -7,6 +7,7 @@ Shapes: N pairs, B batch, H and W pixels, I image tokens, T sequence, L and R le
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from rudolph.data.index_cache import cached_array
 from rudolph.data.seeds import draws, mixed_seed, shuffled
 from rudolph.data.splits import DataConfig, Source, Split
-from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import (
     NO_IMAGE_CODE,
     TASKS,
@@ -27,7 +28,6 @@ from rudolph.sequence.tasks import (
 )
 from rudolph.sequence.tokenizer import Tokenizer
 
-SEGMENTS = ("left_text", "image", "right_text")
 # Where in a text its task token stands: after BOS.
 TASK_TOKEN_AT = 1
 
@@ -194,14 +194,17 @@ class TokenExamples:
             ]
         )
         self.sizes = [len(each.texts.left) for each in sources]
-        # Pairs in turn, each for every row of the mixture that has as many.
+
+    @cached_property
+    def all(self) -> np.ndarray[Any, Any]:
+        """Pair and row of each: pairs in turn, each for every row that has as many, ``(., 2)``."""
         places = [(pair, row) for row, size in enumerate(self.sizes) for pair in range(size)]
-        self.all = np.array(sorted(places))
+        return np.array(sorted(places))
 
     @property
     def num_whole(self) -> int:
         """Examples that ``whole`` can give: every pair of every row of the mixture."""
-        return len(self.all)
+        return sum(self.sizes)
 
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
         size = self.layout.num_image_tokens

@@ -192,10 +192,6 @@ class Split:
             raise ValueError(f"{self.dataset_name}: its pairs have no pictures")
         return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
 
-    def choices(self, index: int) -> tuple[str, ...]:
-        """The answers that there are to choose from for a pair, or none."""
-        return self.dataset[index].choices
-
 
 class Splits:
     """The splits of all datasets of a configuration, each opened when it is asked for first."""

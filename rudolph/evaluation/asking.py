@@ -141,3 +141,8 @@ def chance_level(score: Callable[[int, int], float], number: int) -> float | Non
     shifts = range(1, min(CHANCE_SHIFTS, number - 1) + 1)
     values = [score(i, (i + shift) % number) for shift in shifts for i in range(number)]
     return float(np.mean(values))
+
+
+def without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
+    """Progress of work that has nothing to say but how far it is."""
+    advance(done, total, "")

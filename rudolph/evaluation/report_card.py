@@ -12,7 +12,7 @@ from typing import Any
 
 from rudolph.data.pairs import SPLITS
 from rudolph.data.splits import Split, Splits, require_place
-from rudolph.evaluation.asking import Score, Subject
+from rudolph.evaluation.asking import Score, Subject, without_note
 from rudolph.evaluation.choice_questions import image_ranking, text_ranking, zero_shot
 from rudolph.evaluation.picture_questions import (
     image_variation,
@@ -125,7 +125,7 @@ def ask(
                     *samplings,
                     num_examples=min(config.num_examples, len(split)),
                     seed=seed,
-                    on_token=partial(_without_note, advance),
+                    on_token=partial(without_note, advance),
                 )
                 found = [score.of(dataset) for score in QUESTIONS[question](subject, split)]
                 advance(1, 1, f"{found[0].value:.3g} [{found[0].low:.3g}, {found[0].high:.3g}]")
@@ -136,7 +136,3 @@ def ask(
 def card_rows(scores: list[Score]) -> list[dict[str, Any]]:
     """Scores as the rows of a report card, see ``rudolph.results.cards``."""
     return [vars(score) | {"score": score.name, "count": score.num_examples} for score in scores]
-
-
-def _without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
-    advance(done, total, "")

@@ -9,6 +9,7 @@ Source: RuDOLPH, ``rudolph/model/model.py``.
 from dataclasses import dataclass
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
+SEGMENTS = ("left_text", "image", "right_text")
 
 # Offsets of the task tokens from the end of the BPE vocabulary: <LT_UNK> is id 16384 in RUDOLPH.
 # Source: ru-dolph rudolph/api.py (the first six) and fbc2_aij2022 (the rest).

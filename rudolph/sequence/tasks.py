@@ -26,7 +26,6 @@ from torch import Tensor
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 
-IMAGES = ("drawn", "given", "none")
 # What stands at every place of the image where a task has none.
 NO_IMAGE_CODE = 0
 UNKNOWN_LEFT, UNKNOWN_RIGHT = "<LT_UNK>", "<RT_UNK>"
@@ -38,9 +37,9 @@ class Task:
 
     ``left`` and ``right`` are ``caption``, ``question`` or, for no words, empty; a question's
     answer is its caption.  ``right`` is None where there is no right text at all.  ``image`` is
-    one of ``IMAGES``.  ``weights`` are those of left text, image and right text.  ``answer`` is
-    what is given back, ``metric`` how it is judged and ``chance`` what a decoder that knows
-    nothing of the prompt would reach.
+    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text.
+    ``answer`` is what is given back, ``metric`` how it is judged and ``chance`` what a decoder
+    that knows nothing of the prompt would reach.
     """
 
     left: str
@@ -61,11 +60,6 @@ class Task:
     @property
     def has_question(self) -> bool:
         return self.left == "question"
-
-    @property
-    def scored_segments(self) -> tuple[str, ...]:
-        segments = ("left_text", "image", "right_text")
-        return tuple(name for name, weight in zip(segments, self.weights, strict=True) if weight)
 
 
 class Texts(NamedTuple):

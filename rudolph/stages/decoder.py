@@ -18,12 +18,12 @@ from rudolph.gallery import draw_masks
 from rudolph.models.adapt import adapt
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.weights import weights_made_of
+from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.sources import open_decoder
 from rudolph.stages.tokenizer import places
 from rudolph.training.decoder import DecoderTraining
-from rudolph.training.losses import SEGMENTS
 from rudolph.training.tuning import apply_tuning
 
 # Image indices (N, I) of the pictures of a split, by split and dataset.

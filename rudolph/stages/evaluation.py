@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from rudolph.config import RunConfig
 from rudolph.data.splits import Splits
 from rudolph.evaluation.asking import Score
-from rudolph.evaluation.report_card import ask, card_rows
+from rudolph.evaluation.report_card import Stage, ask, card_rows
 from rudolph.execution import Execution, Folders, Hardware, Progress
 from rudolph.results.cards import CARD, write_card
 from rudolph.sampling.pipeline import Pipeline
@@ -16,25 +17,24 @@ from rudolph.sources import load_run, open_clip
 
 def evaluate(execution: Execution, pipeline: Pipeline, splits: Splits) -> list[Score]:
     """Every question on every split that the configuration names; the report card is kept."""
-    config = execution.config
-    use_clip(pipeline, config.evaluation.clip)
-    scores = ask(
+    scores = ask_all(execution.config, pipeline, splits, execution.stage)
+    keep_card(execution, scores)
+    return scores
+
+
+def ask_all(config: RunConfig, pipeline: Pipeline, splits: Splits, stage: Stage) -> list[Score]:
+    """The scores of a run's questions; a CLIP ranks pictures too, where one is named."""
+    if config.evaluation.clip is not None:
+        pipeline.clip = open_clip(config.evaluation.clip)
+        pipeline.clip.clip.to(pipeline.device)
+    return ask(
         pipeline,
         config.evaluation,
         splits,
         samplings=(config.sampling.image, config.sampling.text),
         seed=config.seed,
-        stage=execution.stage,
+        stage=stage,
     )
-    keep_card(execution, scores)
-    return scores
-
-
-def use_clip(pipeline: Pipeline, source: str | None) -> None:
-    """Let a CLIP rank pictures too, where one is named."""
-    if source is not None:
-        pipeline.clip = open_clip(source)
-        pipeline.clip.clip.to(pipeline.device)
 
 
 def keep_card(execution: Execution, scores: list[Score]) -> None:
@@ -48,20 +48,12 @@ def ask_again(folder: Path, folders: Folders, progress: Progress) -> None:
     """Ask a finished run all its questions and write its report card anew."""
     pipeline, config = load_run(folder)
     pipeline.to(Hardware().device)
-    use_clip(pipeline, config.evaluation.clip)
 
     @contextmanager
     def stage(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield partial(progress, name)
 
-    scores = ask(
-        pipeline,
-        config.evaluation,
-        Splits(config.data, folders.cache),
-        samplings=(config.sampling.image, config.sampling.text),
-        seed=config.seed,
-        stage=stage,
-    )
+    scores = ask_all(config, pipeline, Splits(config.data, folders.cache), stage)
     if not scores:
         raise ValueError(f"{folder}: its config.yaml names no evaluation.questions")
     write_card(folder / CARD, card_rows(scores))

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.scoring import NOT_SCORED, label_losses, segment_labels
+from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
 
 FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
-SEGMENTS = ("left_text", "image", "right_text")
 AVERAGES = ("batch", "task", "token")
 
 
