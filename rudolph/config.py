@@ -103,6 +103,14 @@ class RunConfig:
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
             )
+        for name, steps, init in (
+            ("vqgan_optim", self.vqgan_optim.num_steps, self.vqgan.init),
+            ("decoder_optim", self.decoder_optim.num_steps, self.decoder.init),
+            ("clip_optim", self.clip_optim.num_steps, None),
+        ):
+            if steps == 0 and init is None:
+                needed = "" if name == "clip_optim" else f" without {name[:-6]}.init"
+                raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
         for place in self.evaluation.questions:
             named, _, question = place.rpartition("/")
             dataset = named or self.data.dataset
@@ -140,13 +148,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which metrics the results' table, the curves' figure and the report card show."""
+    """Which metrics the results' table, the curves' figure and the report card show.
+
+    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``.
+    """
 
     __pydantic_config__ = STRICT
 
     table: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
+    best_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Answers in words: prompts of every task, texts searched, continued and judged."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,10 +9,18 @@ from torch.nn import functional as F
 
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.sampling.answering import answer, continue_texts, ids_of, judge, likeliest, prompts
+from rudolph.sampling.answering import (
+    answer,
+    continue_texts,
+    ids_of,
+    imagined,
+    judge,
+    likeliest,
+    prompts,
+)
 from rudolph.sampling.beams import search_text
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import legal_ids
+from rudolph.sampling.generate import generate_image, legal_ids
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS
@@ -57,12 +66,25 @@ def test_a_prompt_is_the_beginning_of_the_filled_example(pipeline: Pipeline, tas
 def test_prompts_that_do_not_fit_their_task_are_refused(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="pictures must be given"):
         prompts(pipeline, "image_captioning", number=2)
-    with pytest.raises(ValueError, match="pictures must be given"):
-        prompts(pipeline, "text_question_answering", indices=codes(1), questions=["а"])
     with pytest.raises(ValueError, match="questions must be given"):
         prompts(pipeline, "question_answering", indices=codes(1))
     with pytest.raises(ValueError, match="one for each of 3 pictures, got 2"):
         prompts(pipeline, "question_answering", indices=codes(3), questions=["а", "б"])
+
+
+def test_a_question_without_a_picture_can_be_asked_after_a_drawn_one(pipeline: Pipeline) -> None:
+    task, questions, seeds = "text_question_answering", [*TEXTS, *TEXTS][:7], list(range(3, 10))
+    drawn = imagined(pipeline, task, questions, config=replace(PLAIN, guidance=2.0), seeds=seeds)
+    asked = prompts(pipeline, task, indices=drawn, questions=questions)
+    plain = prompts(pipeline, task, questions=questions)
+    image = slice(LAYOUT.image_start, LAYOUT.right_text_start)
+    assert torch.equal(asked[:, image], drawn)
+    asked[:, image] = 0
+    assert torch.equal(asked, plain)
+    for at, seed in enumerate(seeds):
+        left = plain[at : at + 1, : LAYOUT.left_text_length]
+        alone = generate_image(pipeline.decoder, left, config=PLAIN, seeds=[seed])
+        assert torch.equal(drawn[at], alone[0])
 
 
 def test_answers_are_the_same_whatever_the_batch(pipeline: Pipeline) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from rudolph.data.fusion_brain_files import read_tasks
+from rudolph.cli import main
+from rudolph.data.fusion_brain_files import (
+    TaskRecord,
+    read_tasks,
+    write_predictions,
+    write_tasks,
+)
 from rudolph.evaluation.fusion_brain import (
     CHALLENGE,
     PLAIN,
@@ -179,6 +185,26 @@ def test_recognition_is_1_ned_of_texts_as_they_are() -> None:
     assert one(recognition_scores, "котик", ["кот", "кит"]) == pytest.approx(3 / 5)
     assert one(recognition_scores, "", [""]) == 0
     assert one(recognition_scores, "", [""], quirks=without("empty_never_agrees")) == 1
+
+
+def test_the_verb_scores_files_by_the_challenge_s_rules_or_plain_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"1": "шесть", "2": "b", "3": ""}
+    truths = {"1": ["6", "шесть"], "2": ["a"], "3": ["-2"]}
+    records = [TaskRecord(key, ("сколько?",)) for key in texts]
+    write_tasks(records, tmp_path / "q.json")
+    paths = [str(tmp_path / name) for name in ("q.json", "truths.json", "answers.json")]
+    own = [replace(each, answer_texts=tuple(truths[each.id])) for each in records]
+    write_tasks(own, paths[0], paths[1])
+    write_predictions(paths[2], texts)
+    for quirks, flags in ((CHALLENGE, []), (PLAIN, ["--plain"])):
+        assert main(["data", "fusion-brain", "math_qa", *paths, *flags]) == 0
+        expected = math_qa_scores(texts, truths, quirks).mean()
+        said = capsys.readouterr().out
+        assert said.startswith(f"math_qa: {expected:.4f} [") and "of 3; prizes from 0.25" in said
+        assert said.strip().endswith(str(quirks))
+    assert main(["data", "fusion-brain", "math_qa", paths[0], paths[0], paths[2]]) == 2
 
 
 def test_the_integral_is_1_when_all_is_right() -> None:

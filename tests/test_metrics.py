@@ -22,7 +22,12 @@ from rudolph.evaluation.metrics import (
     token_f1,
     vqa_accuracy,
 )
-from rudolph.evaluation.statistics import mean_interval, resampled_interval
+from rudolph.evaluation.statistics import (
+    jackknife_interval,
+    mean_interval,
+    resampled_interval,
+    student_quantile,
+)
 from rudolph.evaluation.text_metrics import (
     ANSWER,
     Normalization,
@@ -236,6 +241,22 @@ def test_calibration_needs_probabilities() -> None:
         calibration_error(np.array([1.5]), np.array([1]))
     with pytest.raises(ValueError, match="got 0 confidences"):
         calibration_error(np.array([]), np.array([]))
+
+
+def test_a_jackknifed_mean_has_the_interval_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=13)
+    found = jackknife_interval(lambda chosen: values[chosen].mean(), 13)
+    half = student_quantile(12) * values.std(ddof=1) / math.sqrt(13)
+    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
+    # In three groups of three the statistic is left out of by group means.
+    means = values[:9].reshape(3, 3).mean(0)
+    found = jackknife_interval(lambda chosen: values[chosen].mean(), 9, groups=3)
+    half = student_quantile(2) * means.std(ddof=1) / math.sqrt(3)
+    assert found.high - found.value == pytest.approx(half)
+    with pytest.raises(ValueError, match="at least two examples, got 1"):
+        jackknife_interval(lambda chosen: 0.0, 1)
+    with pytest.raises(ValueError, match="finite"):
+        jackknife_interval(lambda chosen: math.inf, 3)
 
 
 def test_a_resampled_mean_has_the_interval_of_a_mean() -> None:

@@ -7,15 +7,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_clip import config_for, scenes
 from tiny_run import run_tiny
 
 from rudolph.cli import main
 from rudolph.data.splits import Splits
 from rudolph.evaluation.asking import Subject
+from rudolph.evaluation.metrics import Measure, require_comparable
 from rudolph.evaluation.report_card import QUESTIONS
 from rudolph.evaluation.reranking import first_shares
+from rudolph.models.clip import CLIP
+from rudolph.packing import MODEL_CARD, model_card
 from rudolph.results.cards import CARD, card_table, export_cards, read_card
-from rudolph.sources import load_run
+from rudolph.results.report import generated_part
+from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.sources import RUN_FILES, load_run
 
 TASKS = {
     "text_to_image": 1.0,
@@ -34,14 +42,18 @@ ASKED = (
     "words/recognition",
     "paragraphs/text_answers",
     "arithmetic/math_answers",
+    "arithmetic/multiple_choice",
     "zero_shot",
     "text_ranking",
     "image_ranking",
     "inpainting",
     "image_variation",
     "self_reranking",
+    "caption_metrics",
+    "picture_distance",
     "words/reconstruction",
 )
+NAMES = ("token_f1", "exact", "true")
 SIZES = {"num_train": 20, "num_validation": 4, "num_test": 30}
 WORLDS = ("shapes", "shapes_questions", "words", "paragraphs", "arithmetic")
 
@@ -77,6 +89,94 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
     assert chances["zero_shot_classification/accuracy/test"] == pytest.approx(1 / 35)
     assert chances["text_ranking/accuracy/test"] == chances["image_ranking/accuracy/test"] == 1 / 8
     assert "words/text_recognition/1-ned/test" in chances
+    assert chances["arithmetic/math_question_answering/choice_accuracy/test"] == 1 / 3
+    values = dict(zip(card["score"], card["value"], strict=True))
+    assert values["image_to_text/true/test"] >= values["image_to_text/exact/test"]
+    assert values["text_to_image/fid/test"] > 0 < chances["text_to_image/fid/test"]
+
+
+def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) -> None:
+    pipeline, config = load_run(mixed)
+    split = Splits(config.data, mixed.parent.parent / ".cache")("test")
+    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 4, 0)
+    with pytest.raises(ValueError, match="needs evaluation"):
+        QUESTIONS["clip_scores"](subject, split)
+    [fid, _] = QUESTIONS["picture_distance"](subject, split)
+    _, tokenizer = scenes(tmp_path)
+    torch.manual_seed(0)
+    pipeline.clip = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
+    drawn, real = QUESTIONS["clip_scores"](subject, split)
+    # The oracle: the ranker's own similarities of each caption with its own picture.
+    indices = subject.chosen(split)
+    captions = [split.captions[index] for index in indices]
+    for score, images in (
+        (drawn, subject.pictures(split, indices)),
+        (real, split.pictures(indices)),
+    ):
+        cosines = pipeline.clip.similarities(images, captions).diagonal()
+        assert score.value == pytest.approx(float(2.5 * cosines.clamp(min=0).mean()), rel=1e-5)
+    [by_clip, _] = QUESTIONS["picture_distance"](subject, split)
+    first, second = (Measure.parse(each.measure) for each in (fid, by_clip))
+    with pytest.raises(ValueError, match=r"not comparable: features vqgan-.* and clip-"):
+        require_comparable(first, second)
+
+
+def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((mixed / "config.yaml").read_text())
+    kept = ("data", "layout", "tokenizer", "vqgan", "decoder")
+    overrides = [f"{name}={json.dumps(settings[name])}" for name in kept]
+    overrides += [f"{name}.init={mixed}" for name in ("vqgan", "decoder")]
+    overrides += [
+        f"tokenizer.path={mixed}",
+        "decoder_optim.num_steps=0",
+        "evaluation.questions=[caption_f1]",
+        "evaluation.splits=[test]",
+        "evaluation.grid_prompts=[]",
+    ]
+    again = run_tiny(tmp_path, tuple(overrides))
+    before, after = (read_card(run / CARD).set_index("score")["value"] for run in (mixed, again))
+    assert set(after.index) == {f"image_to_text/{name}/test" for name in NAMES}
+    assert after.to_dict() == before[after.index].to_dict()
+    decoders = [load_run(run)[0].decoder.state_dict() for run in (mixed, again)]
+    assert all((value == decoders[1][name]).all() for name, value in decoders[0].items())
+
+
+def test_a_packed_run_is_small_draws_and_has_its_card(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", str(mixed), "packed"]) == 0
+    packed = Path("packed")
+    (packed / MODEL_CARD).write_text("# Mine\n\nBy hand.\n")
+    assert main(["pack", str(mixed), "packed"]) == 0
+    text = (packed / MODEL_CARD).read_text()
+    assert text.startswith("# Mine\n\nBy hand.\n") and text.count("16 bits") == 1
+    assert generated_part(packed / MODEL_CARD) == model_card(packed)
+    values = read_card(packed / CARD).set_index("score")["value"]
+    score = "image_to_text/token_f1/test"
+    assert f"| {score} | {values[score]:.3g} |" in text
+    for name in RUN_FILES[:2]:
+        half, whole = (run / "checkpoints" / name for run in (packed, mixed))
+        assert half.stat().st_size < 0.7 * whole.stat().st_size
+        tensors, truth = load_file(half), load_file(whole)
+        for key, value in truth.items():
+            torch.testing.assert_close(tensors[key].float(), value, rtol=1e-3, atol=1e-6)
+    argv = ["generate", "круг", "-n", "2", "--model"]
+    assert main([*argv, "packed"]) == 0
+    assert len(Path("generated.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_cannot_be_packed_is_told(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pack", str(tmp_path), str(tmp_path / "packed")]) == 2
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_bytes((mixed / "config.yaml").read_bytes())
+    assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "not a finished run, it lacks summary.json" in errors[-1]
+    assert not (tmp_path / "packed").exists()
 
 
 def test_what_is_scored_is_told_and_what_was_seen_is_logged(mixed: Path) -> None:
@@ -144,10 +244,13 @@ def test_reranking_tells_a_point_for_each_ranking_and_number(
     subject = Subject(pipeline, config.sampling.image, config.sampling.text, 3, 0)
     scores = {score.metric: score for score in QUESTIONS["rerank_curve"](subject, split)}
     rankings = ("likelihood", "inverse_prompting", "truth")
-    assert set(scores) == {f"rerank_{name}/best_of_{n}" for name in rankings for n in (1, 2, 4)}
+    points = [f"best_of_{n}" for n in (1, 2, 4)] + [f"gain_at_{n}" for n in (2, 4)]
+    assert set(scores) == {f"rerank_{name}/{point}" for name in rankings for point in points}
     first = [scores[f"rerank_{name}/best_of_1"].value for name in rankings]
     assert first == pytest.approx([first[0]] * 3) and first[0] == pytest.approx(
         scores["rerank_truth/best_of_1"].chance
     )
     truth = [scores[f"rerank_truth/best_of_{number}"].value for number in (1, 2, 4)]
+    gains = [scores[f"rerank_truth/gain_at_{number}"].value for number in (2, 4)]
+    assert gains == pytest.approx([truth[1] - truth[0], truth[2] - truth[1]])
     assert truth == sorted(truth)

@@ -38,12 +38,13 @@ MAY_IMPORT = {
     "fitting": BELOW_CONFIG | {"config", "execution"},
     "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources", "released"},
     "sources": BELOW_CONFIG | {"config", "execution", "released"},
+    "packing": BELOW_CONFIG | {"config", "execution", "sources", "stages"},
     "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages", "measuring"},
     "console": set(),
     "cli": BELOW_CONFIG
     | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}
-    | {"released", "sources"},
+    | {"released", "sources", "packing"},
     "__main__": {"cli"},
 }
 OWNERS = {

@@ -1,4 +1,4 @@
-"""Verbs of datasets: data emoji, data emoji-names, data manifest."""
+"""Verbs of datasets: data emoji, emoji-names, manifest, fusion-brain."""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ def add_data(verbs: Any) -> None:
     manifest.add_argument("table", type=str)
     manifest.add_argument("--image-size", type=int, default=256)
     manifest.set_defaults(verb=inspect_manifest)
+    brain = kinds.add_parser("fusion-brain", help="score answers as Fusion Brain Challenge 2 does")
+    brain.add_argument("task", choices=("text_qa", "math_qa", "visual_qa", "text_recognition"))
+    for name in ("questions", "truths", "answers"):
+        brain.add_argument(name, type=Path, help="JSON of the challenge")
+    brain.add_argument("--plain", action="store_true", help="its rules without the quirks")
+    brain.set_defaults(verb=score_fusion_brain)
 
 
 def build_emoji(given: Any) -> int:
@@ -59,4 +65,22 @@ def inspect_manifest(given: Any) -> int:
             progress=lambda done, total: progress("pictures", done, total, ""),
         )
     print(manifest.report.summary())
+    return 0
+
+
+def score_fusion_brain(given: Any) -> int:
+    from rudolph.data.fusion_brain_files import read_tasks
+    from rudolph.evaluation import fusion_brain
+    from rudolph.evaluation.statistics import mean_interval
+
+    truths = fusion_brain.variants(read_tasks(given.questions, given.truths))
+    answers = fusion_brain.first_texts(read_tasks(given.questions, given.answers))
+    quirks = fusion_brain.PLAIN if given.plain else fusion_brain.CHALLENGE
+    values = fusion_brain.TEXT_SCORES[given.task](answers, truths, quirks)
+    value, low, high = mean_interval(values, seed=0)
+    threshold = fusion_brain.THRESHOLDS[given.task]
+    print(
+        f"{given.task}: {value:.4f} [{low:.4f}, {high:.4f}] of {len(values)}; "
+        f"prizes from {threshold}; quirks: {quirks}"
+    )
     return 0

@@ -42,6 +42,18 @@ def folders_here() -> Any:
     return Folders(Path.cwd(), Path.cwd() / "runs")
 
 
+def run_folder(run: str) -> Path:
+    """The folder of a run, fetched if it is one of MLflow; ``ValueError`` for other sources."""
+    from rudolph.results.tracking import tracking_uri
+    from rudolph.sources import find_folder, is_run
+
+    folders = folders_here()
+    folder = find_folder(run, runs=folders.runs, uri=tracking_uri(folders.checkout))
+    if not is_run(folder):
+        raise ValueError(f"{folder}: must be the folder of a run, with its config.yaml")
+    return folder
+
+
 def write_results(loaded: Any, folders: Any) -> Path:
     from rudolph.results.report import Figure, Report
     from rudolph.results.store import export, write_index
@@ -59,6 +71,8 @@ def write_results(loaded: Any, folders: Any) -> Path:
         figures.append(Figure(kind, table, x="seed", by=rows[0]))
     if loaded.report.card:
         figures.append(Figure("card", loaded.report.card, x="score", by="run"))
+    if loaded.report.best_of:
+        figures.append(Figure("best_of", loaded.report.best_of, x="score", by="run"))
     report = Report(
         experiment=loaded.name,
         title=loaded.title,
@@ -92,18 +106,13 @@ def report_card(given: Any) -> int:
 def _card(run: str, *, again: bool) -> Any:
     """The card of a run's folder: the one that it has, or its questions asked now."""
     from rudolph.results.cards import CARD, draw_card, read_card
-    from rudolph.results.tracking import tracking_uri
-    from rudolph.sources import find_folder, is_run
     from rudolph.stages.evaluation import ask_again
 
-    folders = folders_here()
-    folder = find_folder(run, runs=folders.runs, uri=tracking_uri(folders.checkout))
-    if not is_run(folder):
-        raise ValueError(f"{folder}: must be the folder of a run, with its config.yaml")
+    folder = run_folder(run)
     path = folder / CARD
     if again or not path.is_file():
         with stage_progress() as progress:
-            ask_again(folder, folders, progress)
+            ask_again(folder, folders_here(), progress)
     say(f"{path}, {draw_card(path)}")
     return read_card(path)
 

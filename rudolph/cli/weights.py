@@ -1,4 +1,4 @@
-"""Verbs of weights: models, pull, convert."""
+"""Verbs of weights: models, pull, convert, pack."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ def add_weights(verbs: Any) -> None:
     convert.add_argument("folder", type=Path)
     convert.add_argument("--pickle", action="store_true", help="pytorch_model.bin as well")
     convert.set_defaults(verb=convert_weights)
+    pack = verbs.add_parser("pack", help="write a run to give away: 16 bits and a model card")
+    pack.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    pack.add_argument("folder", type=Path)
+    pack.set_defaults(verb=pack_run)
 
 
 def list_models(given: Any) -> int:
@@ -77,4 +81,15 @@ def convert_weights(given: Any) -> int:
     folder = find_folder(given.source, runs=folders_here().runs, uri=tracking_uri(Path.cwd()))
     for line in export_reference(folder, given.folder, has_pickle=given.pickle):
         say(line)
+    return 0
+
+
+def pack_run(given: Any) -> int:
+    from rudolph.cli.results import folders_here, run_folder
+    from rudolph.packing import MODEL_CARD, pack
+
+    folders = folders_here()
+    with stage_progress() as progress:
+        pack(run_folder(given.run), given.folder, folders, progress)
+    say(f"{given.folder / MODEL_CARD}: say above its tables what the model is for")
     return 0

@@ -18,7 +18,7 @@ Scene ``index`` of a split depends on the configuration, the split and the index
 ``shapes_rivals`` changes one thing of a scene, and ``shapes_checker`` reads pictures back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import product
@@ -38,10 +38,11 @@ from rudolph.data.shapes_scenes import (
     objects_text,
     placed_phrase,
     split_of,
+    tell,
 )
 from rudolph.data.synthetic import choose, digest_of, draw_until, example_rng, num_examples
 
-__all__ = ["Shapes", "ShapesConfig", "is_sentence"]
+__all__ = ["Shapes", "ShapesConfig", "is_sentence", "true_sentences"]
 
 # Counted up whenever the same configuration would give other pictures or sentences than before.
 WORLD_VERSION = 1
@@ -83,6 +84,10 @@ class Shapes:
             otherwise=f"families, shapes and colours leave no sentence for {self.split}: "
             "allow more of them",
         )
+
+    def sentences(self, index: int) -> list[str]:
+        """Every sentence that is true of the picture at ``index``, its caption among them."""
+        return true_sentences(self.scene(index).objects, self.config)
 
     def rivals(self, index: int, number: int) -> list[Pair]:
         """Pairs that differ from the one at ``index`` in one thing; fewer if there are no more.
@@ -156,6 +161,39 @@ def is_sentence(text: str, config: ShapesConfig) -> bool:
         # In reading order, and never two objects in one cell.
         return is_known and placed[first] < placed[second]
     return text in _short_sentences(config)
+
+
+def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list[str]:
+    """Every sentence of the world that is true of just these objects, in the order of families.
+
+    One picture can have several: of two objects in a row each is beside the other, and both have
+    a place.  Which of them a pair has for its caption cannot be seen in the picture.
+
+    >>> true_sentences([SceneObject("circle", "red", "small", 0, 1)], ShapesConfig())
+    ['маленький красный круг сверху', 'один красный круг']
+    """
+    ordered = sorted(objects, key=lambda each: (each.row, each.column))
+    told = []
+    if len(ordered) in (1, 2):
+        told.append(tell("one" if len(ordered) == 1 else "two", ordered, config))
+    if len(ordered) == 2:
+        for pair in (ordered, ordered[::-1]):
+            relation = _relation(*pair)
+            if relation is not None:
+                told.append(tell("relation", pair, config, relation=relation))
+    looks = {(each.shape, each.colour) for each in ordered}
+    if len(looks) == 1 and len(ordered) <= config.max_count:
+        told.append(tell("count", ordered, config))
+    return [scene.sentence for scene in told if scene.family in config.families]
+
+
+def _relation(first: SceneObject, second: SceneObject) -> str | None:
+    """Where the first is, seen from the second; None for equal looks or no line through both."""
+    if (first.shape, first.colour) == (second.shape, second.colour):
+        return None
+    down, right = first.row - second.row, first.column - second.column
+    way = ((down > 0) - (down < 0), (right > 0) - (right < 0))
+    return {step: relation for relation, step in DIRECTIONS.items()}.get(way)
 
 
 @lru_cache(maxsize=4)

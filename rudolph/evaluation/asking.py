@@ -21,6 +21,8 @@ from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
 
 CHANCE_SHIFTS = 20
+# What a task without a picture is answered after.
+NO_IMAGE = ("zeros", "legacy")
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,19 @@ class Subject:
     text_sampling: TokenSamplingConfig
     num_examples: int
     seed: int
+    no_image: str = "zeros"
     on_token: Callable[[int, int], None] | None = None
 
     def chosen(self, split: Split) -> list[int]:
         """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
         if isinstance(split.dataset, Shapes):
             return split.dataset.distinct(self.num_examples)
-        order = np.random.default_rng(self.seed).permutation(len(split))
-        return order[: self.num_examples].tolist()
+        return self.order(split)[: self.num_examples]
+
+    def order(self, split: Split) -> list[int]:
+        """All pairs as the seed shuffles them."""
+        order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
+        return order
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
         """One seed for each pair, whatever else is asked about."""
@@ -104,7 +111,7 @@ def scored(
 ) -> Score:
     """The mean of one value for each example."""
     estimate = mean_interval(values, seed=subject.seed)
-    return _kept(metric, split, estimate, len(values), chance, measure)
+    return kept(metric, split, estimate, len(values), chance, measure)
 
 
 def scored_together(
@@ -119,10 +126,10 @@ def scored_together(
 ) -> Score:
     """A statistic of all examples, which is no mean: it is given the places of examples."""
     estimate = resampled_interval(statistic, number, seed=subject.seed)
-    return _kept(metric, split, estimate, number, chance, measure)
+    return kept(metric, split, estimate, number, chance, measure)
 
 
-def _kept(
+def kept(
     metric: str,
     split: Split,
     estimate: Estimate,
@@ -130,6 +137,7 @@ def _kept(
     chance: float | None,
     measure: Measure | None,
 ) -> Score:
+    """A number that has its interval already."""
     told = "" if measure is None else str(measure)
     return Score(metric, split.name, *estimate, chance, number, told)
 

@@ -4,6 +4,7 @@ Shapes: N examples, C choices, I image tokens.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -85,6 +86,35 @@ def image_ranking(subject: Subject, split: Split) -> list[Score]:
     )
     likelihoods = judged.log_likelihoods.view(len(groups), -1)
     return [_first_of("image_ranking", split, likelihoods, subject)]
+
+
+def multiple_choice(subject: Subject, split: Split) -> list[Score]:
+    """Which of the answers that a question leaves to choose from is the likeliest?
+
+    Of pairs whose answer is open none is asked about.
+    """
+    found = ((index, split.dataset[index].choices) for index in subject.order(split))
+    asked = list(islice((each for each in found if each[1]), subject.num_examples))
+    if not asked:
+        raise ValueError(f"{split.dataset_name}: no pair of {split.name} has choices")
+    has_pictures = split.images is not None
+    task = "question_answering" if has_pictures else "math_question_answering"
+    hits: list[float] = []
+    for number in sorted({len(choices) for _, choices in asked}):
+        indices, options = zip(*[each for each in asked if len(each[1]) == number], strict=True)
+        tokens = prompts(
+            subject.pipeline,
+            task,
+            indices=subject.codes(split, indices) if has_pictures else None,
+            questions=[split.questions[index] for index in indices],
+        )
+        judged = judge(subject.pipeline, task, tokens, options, on_batch=subject.on_token)
+        own = [each.index(split.captions[at]) for at, each in zip(indices, options, strict=True)]
+        hits += choice_hits(judged.log_likelihoods.numpy(), np.array(own)).tolist()
+    chance = float(np.mean([1 / len(choices) for _, choices in asked]))
+    measure = Measure("accuracy", settings="given-choices")
+    name = f"{'answers' if has_pictures else task}/choice_accuracy"
+    return [scored(name, split, np.array(hits), subject, chance=chance, measure=measure)]
 
 
 def _with_rivals(

@@ -257,6 +257,15 @@ def recognition_scores(
     return _scores(answers, truths, truths, lambda a, t: best_of(score, a, t))
 
 
+# The tasks whose score takes texts alone.
+TEXT_SCORES: dict[str, Callable[[Answers, Variants, Quirks], np.ndarray[Any, Any]]] = {
+    "text_qa": text_qa_scores,
+    "math_qa": math_qa_scores,
+    "visual_qa": visual_qa_scores,
+    "text_recognition": recognition_scores,
+}
+
+
 def integral_score(open_scores: Mapping[str, float], hidden_scores: Sequence[float] = ()) -> float:
     """A fifteenth of each open task's score and a tenth of each hidden one's; at most 1.
 

@@ -4,6 +4,7 @@ To add a question, write a function ``(Subject, Split) -> list[Score]`` and name
 ``QUESTIONS``.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,15 @@ from typing import Any
 
 from rudolph.data.pairs import SPLITS
 from rudolph.data.splits import Split, Splits, require_place
-from rudolph.evaluation.asking import Score, Subject, without_note
-from rudolph.evaluation.choice_questions import image_ranking, text_ranking, zero_shot
+from rudolph.evaluation.asking import NO_IMAGE, Score, Subject, without_note
+from rudolph.evaluation.caption_questions import caption_f1, caption_metrics
+from rudolph.evaluation.choice_questions import (
+    image_ranking,
+    multiple_choice,
+    text_ranking,
+    zero_shot,
+)
+from rudolph.evaluation.distribution_questions import clip_scores, picture_distance
 from rudolph.evaluation.picture_questions import (
     image_variation,
     inpainting,
@@ -25,7 +33,6 @@ from rudolph.evaluation.picture_questions import (
 from rudolph.evaluation.reranking import rerank_curve
 from rudolph.evaluation.text_questions import (
     answer_f1,
-    caption_f1,
     continuation,
     likelihood,
     math_answers,
@@ -45,6 +52,8 @@ class EvaluationConfig:
 
     A question is asked about the pairs of ``data.dataset``, or, as ``words/recognition``, about
     those of the dataset that it names.  ``clip`` is a source of one that ranks pictures, too.
+    ``no_image`` is what a task without a picture is answered after: ``zeros``, as it was trained,
+    or, ``legacy``, a picture that is drawn for the question first (fbc2_aij2022, inference.py).
     ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` pictures each.
     """
 
@@ -52,6 +61,7 @@ class EvaluationConfig:
     splits: tuple[str, ...] = ("train",)
     num_examples: int = 200
     clip: str | None = None
+    no_image: str = "zeros"
     grid_prompts: tuple[str, ...] = ()
     grid_samples: int = 4
 
@@ -64,6 +74,10 @@ class EvaluationConfig:
         for name in self.splits:
             if name not in SPLITS:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
+        if self.no_image not in NO_IMAGE:
+            raise ValueError(
+                f"no_image must be one of {', '.join(NO_IMAGE)}, got {self.no_image!r}"
+            )
         for name in ("num_examples", "grid_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -83,11 +97,15 @@ QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
     "scene_right": scene_right,
     "caption_f1": caption_f1,
+    "caption_metrics": caption_metrics,
+    "picture_distance": picture_distance,
+    "clip_scores": clip_scores,
     "answer_f1": answer_f1,
     "text_answers": text_answers,
     "math_answers": math_answers,
     "recognition": recognition,
     "continuation": continuation,
+    "multiple_choice": multiple_choice,
     "zero_shot": zero_shot,
     "text_ranking": text_ranking,
     "image_ranking": image_ranking,
@@ -125,10 +143,15 @@ def ask(
                     *samplings,
                     num_examples=min(config.num_examples, len(split)),
                     seed=seed,
+                    no_image=config.no_image,
                     on_token=partial(without_note, advance),
                 )
+                started = time.monotonic()
                 found = [score.of(dataset) for score in QUESTIONS[question](subject, split)]
-                advance(1, 1, f"{found[0].value:.3g} [{found[0].low:.3g}, {found[0].high:.3g}]")
+                rate = subject.num_examples / (time.monotonic() - started)
+                first = found[0]
+                told = f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}]"
+                advance(1, 1, f"{told}, {rate:.3g} a second")
             scores += found
     return scores
 

@@ -8,6 +8,7 @@ over all choices and points of one curve share their pictures.
 Shapes: P captions, K candidates of each, I image tokens.
 """
 
+from itertools import pairwise
 from math import comb
 from typing import Any
 
@@ -57,10 +58,14 @@ def rerank_curve(subject: Subject, split: Split) -> list[Score]:
     for name, values in rankings.items():
         order = np.argsort(-values, axis=1, kind="stable")
         best_first = np.take_along_axis(right, order, axis=1)
-        for number in NUMBERS:
-            expected = best_first @ first_shares(most, number)
+        expected = [best_first @ first_shares(most, number) for number in NUMBERS]
+        for number, own in zip(NUMBERS, expected, strict=True):
             place = f"rerank_{name}/best_of_{number}"
-            scores.append(scored(place, split, expected, subject, chance=chance, measure=measure))
+            scores.append(scored(place, split, own, subject, chance=chance, measure=measure))
+        # What the last doubling gave, caption by caption: where it helps no more, 0 is within.
+        for number, (less, more) in zip(NUMBERS[1:], pairwise(expected), strict=True):
+            place = f"rerank_{name}/gain_at_{number}"
+            scores.append(scored(place, split, more - less, subject, chance=0.0, measure=measure))
     return scores
 
 

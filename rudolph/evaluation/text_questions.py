@@ -3,6 +3,8 @@
 Shapes: N examples.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -11,7 +13,7 @@ from rudolph.data.splits import Split
 from rudolph.evaluation.asking import Score, Subject, chance_level, scored, scored_together
 from rudolph.evaluation.metrics import Measure, exact_match, token_f1
 from rudolph.evaluation.text_metrics import ANSWER, TRANSCRIPT, character_edits, edit_similarity
-from rudolph.sampling.answering import answer, continue_texts, ids_of, prompts
+from rudolph.sampling.answering import answer, continue_texts, ids_of, imagined, prompts
 from rudolph.sampling.ranking import perplexities
 from rudolph.sequence.tasks import TASKS
 
@@ -20,32 +22,30 @@ NUM_GIVEN_WORDS = 1
 ARITHMETIC_CHARACTERS = "0123456789-абвгд"
 
 
-def caption_f1(subject: Subject, split: Split) -> list[Score]:
-    """Image to text: token F1 of the caption of the real picture, and how many are exact."""
-    return _compared("image_captioning", subject, split, name="image_to_text")
-
-
 def answer_f1(subject: Subject, split: Split) -> list[Score]:
     """Questions about pictures: token F1 of the answer, and how many are exact."""
     if not all(split.questions):
         raise ValueError("the question answer_f1 needs pairs that have questions")
-    return _compared("question_answering", subject, split, name="answers")
+    asked = answered("question_answering", subject, split)
+    return compared(asked, subject, split, name="answers")
 
 
 def text_answers(subject: Subject, split: Split) -> list[Score]:
     """Questions about a text: token F1 of the answer, and how many are exact."""
-    return _compared("text_question_answering", subject, split)
+    task = "text_question_answering"
+    return compared(answered(task, subject, split), subject, split, name=task)
 
 
 def math_answers(subject: Subject, split: Split) -> list[Score]:
     """Sums, with options and without: how many answers are exact; digits and letters alone."""
-    allowed = "".join(sorted({*ARITHMETIC_CHARACTERS}))
-    return _compared("math_question_answering", subject, split, characters=allowed)
+    task = "math_question_answering"
+    asked = answered(task, subject, split, characters=ARITHMETIC_CHARACTERS)
+    return compared(asked, subject, split, name=task)
 
 
 def recognition(subject: Subject, split: Split) -> list[Score]:
     """Text in a picture: 1-NED, character error rate, and how many are exact."""
-    indices, answers, truths = _answers("text_recognition", subject, split)
+    indices, answers, truths = answered("text_recognition", subject, split)
     near = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
     by_chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
     edits, lengths = character_edits(answers, truths)
@@ -125,17 +125,29 @@ def likelihood(subject: Subject, split: Split) -> list[Score]:
     return scores
 
 
-def _answers(
-    task: str, subject: Subject, split: Split, *, characters: str | None = None
-) -> tuple[list[int], list[str], list[str]]:
-    """The pairs that are asked about, what is answered, and the truths."""
+class Asked(NamedTuple):
+    """The pairs that were asked about, what was answered, and the truths."""
+
+    indices: list[int]
+    answers: list[str]
+    truths: list[str]
+
+
+def answered(task: str, subject: Subject, split: Split, *, characters: str | None = None) -> Asked:
+    """Asks a task of the chosen pairs."""
     indices, row = subject.chosen(split), TASKS[task]
+    questions = [split.questions[index] for index in indices] if row.has_question else None
+    codes = None if row.image == "none" else subject.codes(split, indices)
+    if codes is None and questions is not None and subject.no_image == "legacy":
+        codes = imagined(
+            subject.pipeline,
+            task,
+            questions,
+            config=subject.image_sampling,
+            seeds=subject.seeds(indices),
+        )
     tokens = prompts(
-        subject.pipeline,
-        task,
-        indices=None if row.image == "none" else subject.codes(split, indices),
-        questions=[split.questions[index] for index in indices] if row.has_question else None,
-        number=len(indices),
+        subject.pipeline, task, indices=codes, questions=questions, number=len(indices)
     )
     answers = answer(
         subject.pipeline,
@@ -145,25 +157,18 @@ def _answers(
         allowed=None if characters is None else ids_of(subject.pipeline, characters),
         on_token=subject.on_token,
     )
-    return indices, answers, [split.captions[index] for index in indices]
+    return Asked(indices, answers, [split.captions[index] for index in indices])
 
 
-def _compared(
-    task: str,
-    subject: Subject,
-    split: Split,
-    *,
-    name: str | None = None,
-    characters: str | None = None,
-) -> list[Score]:
+def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list[Score]:
     """Token F1 of what the decoder says, and how many answers are exact."""
-    _, answers, truths = _answers(task, subject, split, characters=characters)
+    _, answers, truths = asked
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
-    place, told = name or task, str(ANSWER)
+    told = str(ANSWER)
     return [
         scored(
-            f"{place}/token_f1",
+            f"{name}/token_f1",
             split,
             values,
             subject,
@@ -171,7 +176,7 @@ def _compared(
             measure=Measure("token-f1", normalization=told),
         ),
         scored(
-            f"{place}/exact",
+            f"{name}/exact",
             split,
             exact,
             subject,

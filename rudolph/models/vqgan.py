@@ -305,6 +305,11 @@ class VQGAN(nn.Module):
         decoded = self.decoder(self.post_quant_conv(quantized.z_q))
         return Reconstruction(decoded, quantized.indices, quantized.loss)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents ``(B, embedding_dim, h, w)`` of pictures ``(B, 3, H, W)`` in [0, 1]."""
+        # Rounded to the weights' precision only now: 8 bits must not lose before.
+        return self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
+
     @torch.no_grad()
     def encode_indices(
         self, images: Tensor, *, generator: torch.Generator | None = None
@@ -320,8 +325,7 @@ class VQGAN(nn.Module):
                 f"height and width must be multiples of {self.config.factor}, "
                 f"got {height} x {width}"
             )
-        # Rounded to the weights' precision only now: 8 bits must not lose before.
-        z = self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
+        z = self.encode(images)
         if generator is None:
             return self.quantize.indices(z).flatten(1)
         if self.config.quantizer.kind != "gumbel":

@@ -6,6 +6,7 @@ variants apart.  To add one, write it with these arguments and name it in ``FIGU
 Series differ in colour, line and marker, so that they are told apart in grey too.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,36 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) 
 
 
 @styled
+def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+    """Best of N: a curve with its interval for each ranking, of the scores ``y/best_of_N/split``.
+
+    Args:
+        frame: a report card of one split, see ``card``.
+        y: names of the rankings; ``by`` tells runs apart.
+    """
+    _require(frame, [x, by, "value", "low", "high"])
+    figure, [axes] = panels_of(1)
+    palette, has_one = seaborn.color_palette("colorblind"), frame[by].nunique() == 1
+    drawn: set[int] = set()
+    for ranking in y:
+        numbers = frame[x].str.extract(rf"^{re.escape(ranking)}/best_of_(\d+)/", expand=False)
+        points = frame.assign(N=numbers)[numbers.notna()].astype({"N": int})
+        if points.empty:
+            raise ValueError(f"figure: no score {ranking}/best_of_N; there are {_names(frame[x])}")
+        for run, own in points.sort_values("N").groupby(by, sort=True):
+            place, name = len(axes.lines), ranking if has_one else f"{ranking}: {run}"
+            axes.fill_between(
+                own["N"], own["low"], own["high"], color=palette[place % len(palette)], alpha=0.13
+            )
+            _line(axes, own["N"].to_numpy(), own[["value"]].to_numpy().T, name=name, number=place)
+            drawn |= set(own["N"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(drawn), [str(number) for number in sorted(drawn)])
+    axes.set(xlabel="pictures to choose from", ylabel="right, 95 % interval")
+    _finish(figure, [axes], path, title="ranked by")
+
+
+@styled
 def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics over two columns of the grid: the mean over the other ones, written in the cell."""
     _require(frame, [x, by, *y])
@@ -268,4 +299,5 @@ FIGURES = {
     "ratios": ratios,
     "heatmap": heatmap,
     "card": card,
+    "best_of": best_of,
 }

@@ -224,6 +224,7 @@ def _last_samples(folder: Path) -> list[Path]:
 FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),
+    "best_of": lambda folder: read_card(folder / CARD),
 }
 
 

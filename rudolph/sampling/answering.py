@@ -8,6 +8,7 @@ Shapes: B prompts, S samples of each, C choices, T tokens, N new tokens, V text 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.sampling.beams import search_text
 from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import FREE, generate_text, legal_ids
+from rudolph.sampling.generate import FREE, generate_image, generate_text, legal_ids
 from rudolph.sequence.layout import EOS, PAD
 from rudolph.sequence.tasks import NO_IMAGE_CODE, TASKS
 
@@ -45,7 +46,8 @@ def prompts(
     """What stands before the answers of a task with a right text, ``(B, T)``.
 
     Args:
-        indices: ``(B, I)``, the pictures; None where the task has none.
+        indices: ``(B, I)``, the pictures; None, for the codes that stand for none, where the task
+            has no pictures.
         questions: one for each prompt, where the task has them.
         number: of prompts, where neither says it.
 
@@ -53,23 +55,49 @@ def prompts(
         ValueError: when pictures or questions are missing, too many, or not as many.
     """
     row = TASKS[task]
-    if (row.image == "none") != (indices is None):
-        raise ValueError(f"{task}: pictures must be given exactly where a task has them")
+    if row.image != "none" and indices is None:
+        raise ValueError(f"{task}: pictures must be given")
     if row.has_question != (questions is not None):
         raise ValueError(f"{task}: questions must be given exactly where a task has them")
     counts = [len(each) for each in (indices, questions) if each is not None] or [number or 1]
     size = counts[0]
     if counts[-1] != size:
         raise ValueError(f"questions must be one for each of {size} pictures, got {counts[-1]}")
-    asked = list(questions or [""] * size)
-    lefts = {text: pipeline.texts(task, "", beside=text).left for text in dict.fromkeys(asked)}
-    left = torch.stack([lefts[text] for text in asked])
+    left = _lefts(pipeline, task, list(questions or [""] * size))
     if indices is None:
         layout = pipeline.decoder.layout
         indices = torch.full((size, layout.num_image_tokens), NO_IMAGE_CODE)
     right = pipeline.texts(task, "").right
     begun = right[: int((right != PAD).sum()) - 1]
     return torch.cat([left, indices.to(left), begun.expand(size, -1)], dim=1)
+
+
+def imagined(
+    pipeline: "Pipeline",
+    task: str,
+    questions: Sequence[str],
+    *,
+    config: TokenSamplingConfig,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Pictures ``(B, I)`` drawn for questions, one each by its seed, without guidance.
+
+    fbc2_aij2022 answers questions that have no picture after such a one.
+    """
+    left = _lefts(pipeline, task, questions).to(pipeline.device)
+    plain = replace(config, guidance=None)
+    batches = pipeline.batches(len(left), len(seeds))
+    parts = [
+        generate_image(pipeline.decoder, left[rows], config=plain, seeds=seeds[own])
+        for rows, own in batches
+    ]
+    return torch.cat(parts).cpu()
+
+
+def _lefts(pipeline: "Pipeline", task: str, questions: Sequence[str]) -> Tensor:
+    """Left texts ``(B, L)`` of a task that is asked."""
+    lefts = {text: pipeline.texts(task, "", beside=text).left for text in dict.fromkeys(questions)}
+    return torch.stack([lefts[text] for text in questions])
 
 
 def answer(

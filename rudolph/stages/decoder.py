@@ -17,7 +17,7 @@ from rudolph.fitting import fit
 from rudolph.gallery import draw_masks
 from rudolph.models.adapt import adapt
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.weights import weights_made_of
+from rudolph.models.weights import save_weights, weights_made_of
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
@@ -41,6 +41,8 @@ def make_decoder(
 ) -> MaskedDecoder:
     """The decoder of this run, trained on the indices and texts of the training splits.
 
+    Of no training at all it is the one that the configuration names.
+
     ``made_of`` is the digest of all that it learns from: a run that was stopped after its training
     takes the weights that it left, if they were made of the same.
     """
@@ -51,6 +53,11 @@ def make_decoder(
     draw_masks(execution, model)
     if weights.is_file() and weights_made_of(weights) == made_of:
         model.load_state_dict(load_file(weights))
+        return model.eval().requires_grad_(False)
+    if config.decoder_optim.num_steps == 0:
+        start_from(execution, model)
+        weights.parent.mkdir(exist_ok=True)
+        save_weights(model, weights, made_of=made_of)
         return model.eval().requires_grad_(False)
     with execution.stage("texts") as advance:
         examples = {

@@ -27,9 +27,10 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     tokenizer = open_data(execution, splits)
     execution.tracker.log_tags(splits.digests)
     vqgan = make_vqgan(execution, splits)
+    names = ("train", "validation") if config.decoder_optim.num_steps else ()
     indices = {
         (split.name, split.dataset_name): image_indices(execution, vqgan, split)
-        for name in ("train", "validation")
+        for name in names
         for split in splits.with_pictures(name)
     }
     digests = {**splits.digests, "tokenizer": tokenizer.digest, "vqgan": weights_digest(vqgan)}

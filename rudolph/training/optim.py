@@ -22,7 +22,8 @@ ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
+    """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples; of none, no
+    training.
 
     ``optimizer: muon`` moves the hidden matrices and convolutions by Muon with
     ``muon_learning_rate`` and all else by AdamW with ``learning_rate``; ``adamw8bit`` keeps the
@@ -48,7 +49,9 @@ class OptimConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "validate_every", "checkpoint_every"):
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps must be at least 0, got {self.num_steps}")
+        for name in ("global_batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:

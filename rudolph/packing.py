@@ -1,0 +1,114 @@
+"""A run as it is given away: weights in 16 bits, its configuration, its scores, a model card.
+
+The folder is a run's folder still: every verb that takes a run takes it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rudolph.config import RunConfig
+from rudolph.execution import Folders, Progress
+from rudolph.results.cards import CARD, card_table, read_card
+from rudolph.results.markdown import table_row
+from rudolph.results.report import replace_generated
+from rudolph.sources import RUN_FILES, load_run
+from rudolph.stages.evaluation import ask_again
+
+MADE = "made.json"
+MODEL_CARD = "README.md"
+NEW_CARD = (
+    "# {name}\n\n_What it is for, what it cannot do, and under which licence it may be used._"
+)
+
+
+def pack(run: Path, target: Path, folders: Folders, progress: Progress) -> None:
+    """Write the folder of a finished run anew, small; its questions are asked of what is written.
+
+    Text above the generated part of a model card that is there stays.
+
+    Raises:
+        ValueError: when the run has not finished, or its configuration names no questions.
+    """
+    summary = json.loads(_needed(run / "summary.json").read_text("utf-8"))
+    environment = json.loads(_needed(run / "environment.json").read_text("utf-8"))
+    pipeline, config = load_run(run)
+    if not config.evaluation.questions:
+        raise ValueError(f"{run}: its config.yaml names no evaluation.questions")
+    checkpoints = target / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for model, name in ((pipeline.decoder, RUN_FILES[0]), (pipeline.vqgan, RUN_FILES[1])):
+        save_file(_halved(model), checkpoints / name)
+    pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
+    shutil.copyfile(run / "config.yaml", target / "config.yaml")
+    kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
+    made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
+    (target / MADE).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    ask_again(target, folders, progress)
+    path = target / MODEL_CARD
+    new = NEW_CARD.format(name=summary["experiment"])
+    by_hand = path.read_text("utf-8") if path.is_file() else new
+    path.write_text(replace_generated(by_hand, model_card(target)), "utf-8")
+
+
+def model_card(folder: Path) -> str:
+    """The generated part of a model card: what it is, what it cost, what it scores."""
+    made = json.loads((folder / MADE).read_text("utf-8"))
+    card = read_card(folder / CARD).assign(run=made["run"])
+    head = [table_row(["", ""]), table_row(["---", "---"])]
+    facts = [table_row(pair) for pair in _facts(folder, made)]
+    return "\n".join([*head, *facts, "", *card_table(card, list(card["score"]))])
+
+
+def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
+    pipeline, config = load_run(folder)
+    seconds, machine = made["seconds"], made["machine"]
+    assert isinstance(seconds, dict) and isinstance(machine, dict)
+    layout, total = config.sequence_layout, sum(row.weight for row in config.data.mixture)
+    side = layout.image_tokens_per_dim
+    tasks = ", ".join(f"{row.name} {row.weight / total:.0%}" for row in config.data.mixture)
+    where = ", ".join([f"{machine['cores']} cores ({machine['processor']})", *machine["gpus"]])
+    size = sum((folder / "checkpoints" / name).stat().st_size for name in RUN_FILES)
+    return [
+        ("decoder", f"{_sizes(config)}, {_millions(pipeline.decoder)}"),
+        (
+            "VQ-GAN",
+            f"{config.data.image_size} pixels in {side} x {side} tokens of "
+            f"{config.vqgan.quantizer.num_codes} codes, {_millions(pipeline.vqgan)}",
+        ),
+        (
+            "text",
+            f"{pipeline.tokenizer.vocab_size} BPE ids; {layout.left_text_length} tokens left, "
+            f"{layout.right_text_length} right",
+        ),
+        ("examples", f"train split of {', '.join(config.data.datasets)}: {tasks}"),
+        ("trained", f"{sum(seconds.values()) / 60:.0f} minutes on {where}"),
+        ("from", f"`{made['experiment']}` {made['run']}, commit `{str(made['commit'])[:10]}`"),
+        ("weights", f"16 bits, {size / 1e6:.1f} MB"),
+    ]
+
+
+def _sizes(config: RunConfig) -> str:
+    return f"{config.decoder.num_layers} layers of {config.decoder.hidden_size}"
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f}M parameters"
+
+
+def _halved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Matrices in 16 bits; vectors are small, and counts among them may be large."""
+    return {
+        name: (value.half() if value.ndim > 1 else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def _needed(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: not a finished run, it lacks {path.name}")
+    return path
