@@ -36,6 +36,8 @@ def pack(run: Path, target: Path, folders: Folders, progress: Progress) -> None:
     """
     summary = json.loads(_needed(run / "summary.json").read_text("utf-8"))
     environment = json.loads(_needed(run / "environment.json").read_text("utf-8"))
+    if summary["status"] != "finished":
+        raise ValueError(f"{run}: not a finished run, its status is {summary['status']}")
     pipeline, config = load_run(run)
     if not config.evaluation.questions:
         raise ValueError(f"{run}: its config.yaml names no evaluation.questions")

@@ -35,9 +35,6 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 # Where a run leaves the CLIP that it trained.
 CLIP_FOLDER = ("checkpoints", "clip")
-# The decoder that comes with the package, and what asks for the newest of one's own.
-SHIPPED = Path(__file__).parent / "shipped" / "emoji"
-NEWEST = "newest"
 RUN_FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
 # How the references draw when nothing else is said.
 RELEASED_SAMPLING = {
@@ -70,11 +67,10 @@ class Source:
 def open_source(
     source: str | None, *, runs: Path, uri: str, precision: Precision | None = None
 ) -> Source:
-    """The pipeline of a source; of None the one that comes with the package.
+    """The pipeline of a source; of None the newest finished run.
 
     Args:
-        source: a run's folder, "newest" for the run that finished last, an MLflow run's id, a
-            released name, or a folder of weights.
+        source: a run's folder, an MLflow run's id, a released name, or a folder of weights.
         runs: the folder of all runs.
         uri: the tracking server that is asked for an MLflow run.
 
@@ -95,8 +91,6 @@ def open_source(
 def find_folder(source: str | None, *, runs: Path, uri: str) -> Path:
     """The folder of a source on this disk; an MLflow run is fetched."""
     if source is None:
-        return SHIPPED
-    if source == NEWEST:
         return newest_run(runs)
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
         here = local_run(source, runs)
@@ -119,7 +113,7 @@ def newest_run(runs: Path) -> Path:
         and (path.parent / "checkpoints" / RUN_FILES[0]).is_file()
     ]
     if not finished:
-        raise ValueError(f"{runs}: no finished run; `make quickstart` trains one")
+        raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
     return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 

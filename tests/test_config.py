@@ -257,6 +257,11 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         ("evaluation.questions", ["scene_right"], "needs data.dataset shapes, got 'emoji'"),
         ("evaluation.splits", ["tran"], "did you mean train?"),
         ("vqgan.z_channels", -1, "z_channels must be at least 1, got -1"),
+        ("decoder_optim.num_steps", 0, "must be at least 1 without decoder.init, got 0"),
+        ("vqgan_optim.num_steps", 0, "must be at least 1 without vqgan.init, got 0"),
+        ("clip_optim.num_steps", 0, "clip_optim.num_steps: must be at least 1, got 0"),
+        ("clip_optim.num_steps", -1, "num_steps must be at least 0, got -1"),
+        ("evaluation.no_image", "zero", "must be one of zeros, legacy, got 'zero'"),
     ],
 )
 def test_a_message_says_what_is_legal_and_the_nearest_name(

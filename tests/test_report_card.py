@@ -1,6 +1,8 @@
 """One run of several tasks: what is scored is told, every question has its row on the card."""
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from rudolph.evaluation.asking import Subject
 from rudolph.evaluation.metrics import Measure, require_comparable
 from rudolph.evaluation.report_card import QUESTIONS
 from rudolph.evaluation.reranking import first_shares
+from rudolph.evaluation.text_questions import answered
 from rudolph.models.clip import CLIP
 from rudolph.packing import MODEL_CARD, model_card
 from rudolph.results.cards import CARD, card_table, export_cards, read_card
 from rudolph.results.report import generated_part
 from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sources import RUN_FILES, load_run
 
 TASKS = {
@@ -121,6 +125,19 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
         require_comparable(first, second)
 
 
+def test_answers_after_a_drawn_picture_are_another_measure(mixed: Path) -> None:
+    pipeline, config = load_run(mixed)
+    split = Splits(config.data, mixed.parent.parent / ".cache")("test", "paragraphs")
+    sampling = TokenSamplingConfig()
+    subject = Subject(pipeline, sampling, sampling, 12, 0)
+    legacy = replace(subject, no_image="legacy")
+    asked = [answered("text_question_answering", each, split) for each in (subject, legacy)]
+    assert asked[0].indices == asked[1].indices and asked[0].answers != asked[1].answers
+    plain, after = (QUESTIONS["text_answers"](each, split)[0] for each in (subject, legacy))
+    with pytest.raises(ValueError, match="settings None and after-a-drawn-picture"):
+        require_comparable(*(Measure.parse(each.measure) for each in (plain, after)))
+
+
 def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load((mixed / "config.yaml").read_text())
     kept = ("data", "layout", "tokenizer", "vqgan", "decoder")
@@ -160,7 +177,7 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
         assert half.stat().st_size < 0.7 * whole.stat().st_size
         tensors, truth = load_file(half), load_file(whole)
         for key, value in truth.items():
-            torch.testing.assert_close(tensors[key].float(), value, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(tensors[key].float(), value.float(), rtol=1e-3, atol=1e-6)
     argv = ["generate", "круг", "-n", "2", "--model"]
     assert main([*argv, "packed"]) == 0
     assert len(Path("generated.jsonl").read_text().splitlines()) == 2
@@ -174,8 +191,11 @@ def test_what_cannot_be_packed_is_told(
     unfinished.mkdir()
     (unfinished / "config.yaml").write_bytes((mixed / "config.yaml").read_bytes())
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert "not a finished run, it lacks summary.json" in errors[-1]
+    assert "not a finished run, it lacks summary.json" in capsys.readouterr().err
+    shutil.copyfile(mixed / "environment.json", unfinished / "environment.json")
+    (unfinished / "summary.json").write_text('{"status": "failed"}')
+    assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
+    assert "not a finished run, its status is failed" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
 
 

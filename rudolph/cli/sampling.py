@@ -57,8 +57,8 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument(
         "--model",
         metavar="SOURCE",
-        help="a run's folder, `newest` for the run that finished last, an MLflow run, a released "
-        "name or a folder of weights; by default the emoji model of this package",
+        help="a run's folder, an MLflow run, a released name or a folder of weights; by default "
+        "the newest finished run",
     )
     verb.add_argument("-n", "--number", type=int, default=8)
     verb.add_argument("--seed", type=int, default=0)

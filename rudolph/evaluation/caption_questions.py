@@ -31,7 +31,7 @@ def caption_f1(subject: Subject, split: Split) -> list[Score]:
     scores = compared(asked, subject, split, name="image_to_text")
     if not isinstance(split.dataset, Shapes):
         return scores
-    indices, said, _ = asked
+    indices, said, *_ = asked
     truths = _references(split, indices)
     true = np.array([best_of(exact_match, *pair) for pair in zip(said, truths, strict=True)])
     chance = chance_level(lambda i, j: best_of(exact_match, said[j], truths[i]), len(said))
@@ -45,7 +45,7 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
 
     The references of a made scene are its true sentences; any other picture has its caption.
     """
-    indices, said, _ = answered("image_captioning", subject, split)
+    indices, said, *_ = answered("image_captioning", subject, split)
     references = _references(split, indices)
 
     def mean_of(

@@ -45,7 +45,7 @@ def math_answers(subject: Subject, split: Split) -> list[Score]:
 
 def recognition(subject: Subject, split: Split) -> list[Score]:
     """Text in a picture: 1-NED, character error rate, and how many are exact."""
-    indices, answers, truths = answered("text_recognition", subject, split)
+    indices, answers, truths, _ = answered("text_recognition", subject, split)
     near = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
     by_chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
     edits, lengths = character_edits(answers, truths)
@@ -126,11 +126,12 @@ def likelihood(subject: Subject, split: Split) -> list[Score]:
 
 
 class Asked(NamedTuple):
-    """The pairs that were asked about, what was answered, and the truths."""
+    """The pairs that were asked about, what was answered, the truths, and how it was asked."""
 
     indices: list[int]
     answers: list[str]
     truths: list[str]
+    settings: str | None = None
 
 
 def answered(task: str, subject: Subject, split: Split, *, characters: str | None = None) -> Asked:
@@ -138,7 +139,8 @@ def answered(task: str, subject: Subject, split: Split, *, characters: str | Non
     indices, row = subject.chosen(split), TASKS[task]
     questions = [split.questions[index] for index in indices] if row.has_question else None
     codes = None if row.image == "none" else subject.codes(split, indices)
-    if codes is None and questions is not None and subject.no_image == "legacy":
+    is_legacy = codes is None and questions is not None and subject.no_image == "legacy"
+    if is_legacy:
         codes = imagined(
             subject.pipeline,
             task,
@@ -157,12 +159,13 @@ def answered(task: str, subject: Subject, split: Split, *, characters: str | Non
         allowed=None if characters is None else ids_of(subject.pipeline, characters),
         on_token=subject.on_token,
     )
-    return Asked(indices, answers, [split.captions[index] for index in indices])
+    truths = [split.captions[index] for index in indices]
+    return Asked(indices, answers, truths, "after-a-drawn-picture" if is_legacy else None)
 
 
 def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list[Score]:
     """Token F1 of what the decoder says, and how many answers are exact."""
-    _, answers, truths = asked
+    _, answers, truths, settings = asked
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
     told = str(ANSWER)
@@ -173,7 +176,7 @@ def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list
             values,
             subject,
             chance=chance_level(lambda i, j: token_f1(answers[j], truths[i]), len(truths)),
-            measure=Measure("token-f1", normalization=told),
+            measure=Measure("token-f1", normalization=told, settings=settings),
         ),
         scored(
             f"{name}/exact",
@@ -181,6 +184,6 @@ def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list
             exact,
             subject,
             chance=chance_level(lambda i, j: exact_match(answers[j], truths[i]), len(truths)),
-            measure=Measure("exact", normalization=told),
+            measure=Measure("exact", normalization=told, settings=settings),
         ),
     ]
