@@ -242,3 +242,27 @@ def test_a_sequence_that_is_too_long_is_told() -> None:
 def test_a_wrong_field_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         replace(SMALL, **{field: value})
+
+
+def test_embeddings_that_start_from_codes_are_as_far_apart_as_the_codes() -> None:
+    layout, codebook_size = SequenceLayout(4, 3, 4), 90
+    vocabulary = Vocabulary(20, 4, layout.left_text_length, codebook_size)
+    torch.manual_seed(0)
+    model = MaskedDecoder(DecoderConfig(1, 48, 3, token_init_std=0.7), layout, vocabulary)
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    # One dimension is a hundred times as wide as another, one has but one value.
+    codes = torch.randn(codebook_size, 6) * torch.tensor([100, 1, 1, 1, 1, 0])
+    model.start_from_codes(codes)
+    found = model.image_embedding.weight.detach()
+    even = codes[:, :5] / codes[:, :5].std(0)
+    near = torch.corrcoef(torch.stack([torch.pdist(even), torch.pdist(found[: len(codes)])]))
+    before = torch.pdist(plain["image_embedding.weight"][: len(codes)])
+    assert (
+        near[0, 1]
+        > 0.7
+        > 0.2
+        > abs(torch.corrcoef(torch.stack([torch.pdist(even), before])))[0, 1]
+    )
+    assert found[: len(codes)].std().item() == pytest.approx(0.7, rel=0.2)
+    changed = {name for name, value in model.state_dict().items() if (value != plain[name]).any()}
+    assert changed == {"image_embedding.weight"}

@@ -204,7 +204,8 @@ def test_the_verb_scores_files_by_the_challenge_s_rules_or_plain_ones(
         said = capsys.readouterr().out
         assert said.startswith(f"math_qa: {expected:.4f} [") and "of 3; prizes from 0.25" in said
         assert said.strip().endswith(str(quirks))
-    assert main(["data", "fusion-brain", "math_qa", paths[0], paths[0], paths[2]]) == 2
+    assert main(["data", "fusion-brain", "math_qa", paths[0], "none.json", paths[2]]) == 2
+    assert "none.json: no such file" in capsys.readouterr().err
 
 
 def test_the_integral_is_1_when_all_is_right() -> None:

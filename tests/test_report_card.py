@@ -73,6 +73,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vqgan={resolution: 48, channels: [4, 8, 8, 8]}",
         "tokenizer.vocab_size=160",
         "layout={left_text_length: 90, right_text_length: 24}",
+        "decoder.image_start=codebook",
         "decoder_losses.average=task",
         "decoder_optim.num_steps=12",
         f"evaluation.questions={json.dumps(ASKED)}",

@@ -103,7 +103,7 @@ def _features(subject: Subject) -> tuple[str, Callable[[Tensor], Features]]:
     def latents(images: Tensor) -> Features:
         parts = [
             pipeline.vqgan.encode(part.to(pipeline.device)).float().mean((2, 3)).cpu()
-            for part in images.split(pipeline.batch_size)
+            for part in torch.split(images, pipeline.batch_size)
         ]
         return torch.cat(parts).double().numpy()
 

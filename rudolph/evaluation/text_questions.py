@@ -139,8 +139,9 @@ def answered(task: str, subject: Subject, split: Split, *, characters: str | Non
     indices, row = subject.chosen(split), TASKS[task]
     questions = [split.questions[index] for index in indices] if row.has_question else None
     codes = None if row.image == "none" else subject.codes(split, indices)
-    is_legacy = codes is None and questions is not None and subject.no_image == "legacy"
-    if is_legacy:
+    settings = None
+    if codes is None and questions is not None and subject.no_image == "legacy":
+        settings = "after-a-drawn-picture"
         codes = imagined(
             subject.pipeline,
             task,
@@ -160,7 +161,7 @@ def answered(task: str, subject: Subject, split: Split, *, characters: str | Non
         on_token=subject.on_token,
     )
     truths = [split.captions[index] for index in indices]
-    return Asked(indices, answers, truths, "after-a-drawn-picture" if is_legacy else None)
+    return Asked(indices, answers, truths, settings)
 
 
 def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list[Score]:

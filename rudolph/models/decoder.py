@@ -31,6 +31,11 @@ from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_wi
 HALF_MAX = 65504.0
 Head = Callable[[Tensor], Tensor]
 
+# What embeddings of image tokens are before any training.
+IMAGE_STARTS = ("random", "codebook")
+# The share of variance that tells codes apart which are near.
+OWN_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -44,6 +49,9 @@ class DecoderConfig:
 
     ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
     at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
+
+    ``image_start`` says what the embeddings of image tokens are at first: ``random``, or
+    ``codebook``, where codes that are near in the VQ-GAN are near here too (``start_from_codes``).
     """
 
     num_layers: int = 24
@@ -62,9 +70,14 @@ class DecoderConfig:
     output_dropout: float = 0.1
     token_init_std: float = 1.0
     position_init_std: float = 0.02
+    image_start: str = "random"
     init: str | None = None
 
     def __post_init__(self) -> None:
+        if self.image_start not in IMAGE_STARTS:
+            raise ValueError(
+                f"image_start must be one of {', '.join(IMAGE_STARTS)}, got {self.image_start!r}"
+            )
         for name in ("num_layers", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -233,6 +246,20 @@ class MaskedDecoder(nn.Module):
                 config = self.config
                 std = config.token_init_std if is_token else config.position_init_std
                 nn.init.normal_(table.weight, std=std)
+
+    @torch.no_grad()
+    def start_from_codes(self, codes: Tensor) -> None:
+        """Let the image embeddings be the codes ``(K, E)``, turned into the hidden size at random.
+
+        Every dimension of the codes is brought to one variance first; of the embeddings' variance
+        a quarter stays each code's own.
+        """
+        weight = self.image_embedding.weight
+        spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
+        turn = torch.randn(codes.shape[1], weight.shape[1]) / codes.shape[1] ** 0.5
+        shared = self.config.token_init_std * spread @ turn
+        weight[: len(codes)] *= OWN_SHARE**0.5
+        weight[: len(codes)] += (1 - OWN_SHARE) ** 0.5 * shared
 
     def new_cache(self, batch_size: int, *, num_positions: int | None = None) -> KeyValueCache:
         """An empty cache, with room for whole sequences unless told otherwise."""

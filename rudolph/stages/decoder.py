@@ -17,6 +17,7 @@ from rudolph.fitting import fit
 from rudolph.gallery import draw_masks
 from rudolph.models.adapt import adapt
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.vqgan import VQGAN
 from rudolph.models.weights import save_weights, weights_made_of
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
@@ -36,6 +37,7 @@ def make_decoder(
     splits: Splits,
     indices: Indices,
     tokenizer: Tokenizer,
+    vqgan: VQGAN,
     *,
     made_of: str,
 ) -> MaskedDecoder:
@@ -50,6 +52,9 @@ def make_decoder(
     weights = execution.folder / "checkpoints" / "decoder.safetensors"
     torch.manual_seed(mixed_seed(config.seed, "decoder"))
     model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    if config.decoder.image_start == "codebook":
+        every = torch.arange(config.vqgan.quantizer.num_codes)
+        model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
     draw_masks(execution, model)
     if weights.is_file() and weights_made_of(weights) == made_of:
         model.load_state_dict(load_file(weights))

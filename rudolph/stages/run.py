@@ -34,7 +34,8 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         for split in splits.with_pictures(name)
     }
     digests = {**splits.digests, "tokenizer": tokenizer.digest, "vqgan": weights_digest(vqgan)}
-    decoder = make_decoder(execution, splits, indices, tokenizer, made_of=digest_of(digests))
+    made_of = digest_of(digests)
+    decoder = make_decoder(execution, splits, indices, tokenizer, vqgan, made_of=made_of)
     if not is_main_process():
         return [], {}
     pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)

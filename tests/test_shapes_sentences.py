@@ -1,0 +1,25 @@
+"""All that can be said of a scene, against the judge that reads pictures."""
+
+import pytest
+
+from rudolph.data.shapes import Shapes, ShapesConfig, is_sentence
+from rudolph.data.shapes_checker import Reading, ReadObject, judge
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_a_sentence_is_true_where_the_judge_says_so_of_the_scene(grid: int) -> None:
+    config = ShapesConfig(
+        grid=grid, shapes=("circle", "star"), colours=("red", "blue"), max_count=3
+    )
+    world = Shapes(config, split="train", image_size=24)
+    scenes = [world.scene(index) for index in range(60)]
+    for place in range(len(scenes)):
+        objects = scenes[place].objects
+        found = [(o.shape, o.colour, o.size, o.row, o.column) for o in objects]
+        reading = Reading(tuple(ReadObject(*each, 1.0) for each in found), 1.0)
+        told = world.sentences(place)
+        assert scenes[place].sentence in told and len(set(told)) == len(told)
+        assert all(is_sentence(each, config) for each in told)
+        # Of all sentences of other scenes just the true ones are right of this one.
+        right = {other.sentence for other in scenes if judge(other, reading).right}
+        assert right == {other.sentence for other in scenes} & set(told)
