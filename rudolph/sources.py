@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -131,7 +132,10 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     vqgan = VQGAN(config.vqgan)
     decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     for part, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
-        tensors = load_file(checkpoints / name)
+        try:
+            tensors = load_file(checkpoints / name)
+        except SafetensorError as error:
+            raise ValueError(f"{checkpoints / name}: not a whole safetensors ({error})") from error
         load_exactly(part, tensors, family=str(checkpoints / name))
         # A run that was packed holds 16 bits.
         part.float()

@@ -197,6 +197,12 @@ def test_what_cannot_be_packed_is_told(
     (unfinished / "summary.json").write_text('{"status": "failed"}')
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
     assert "not a finished run, its status is failed" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(mixed, broken)
+    (broken / "checkpoints" / RUN_FILES[0]).write_bytes(b"cut off")
+    assert main(["pack", str(broken), str(tmp_path / "packed")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{RUN_FILES[0]}: not a whole safetensors" in line
     assert not (tmp_path / "packed").exists()
 
 
