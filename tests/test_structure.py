@@ -53,6 +53,7 @@ OWNERS = {
     "seaborn": r"results/(figures|drawings)",
     "pytorch_lightning": r"training/\w+|data/module|fitting|stages/(run|clip)",
     "yaml": r"settings",
+    "scipy": r"evaluation/statistics",
     "youtokentome": r"sequence/tokenizer",
     "pydantic": r"settings",
     "huggingface_hub": r"released/hub",

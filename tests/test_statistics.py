@@ -1,0 +1,88 @@
+"""Comparisons of pairs: held against scipy, against simulation and against numbers by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from rudolph.evaluation.statistics import (
+    POWER,
+    detectable_effect,
+    holm,
+    paired_bootstrap,
+    paired_t,
+    pairs_needed,
+)
+
+VALUES = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=9)
+
+
+@given(values=VALUES)
+def test_paired_t_is_that_of_scipy(values: list[float]) -> None:
+    sample = np.array(values)
+    if sample.std() < 1e-3:
+        return
+    found, expected = paired_t(values), stats.ttest_1samp(sample, 0.0)
+    bounds = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-9)
+    assert found[:3] == pytest.approx((sample.mean(), bounds.low, bounds.high), abs=1e-6)
+
+
+def test_differences_without_spread_are_sure() -> None:
+    assert paired_t([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0, 0.0)
+    assert paired_t([0.0, 0.0]) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_one_pair_or_broken_ones_cannot_be_compared(values: list[float]) -> None:
+    for compare in (paired_t, lambda sample: paired_bootstrap(sample, seed=0)):
+        with pytest.raises(ValueError, match="at least two finite pairs"):
+            compare(values)
+
+
+@pytest.mark.parametrize(("pairs", "kind"), [(3, "t"), (5, "t"), (60, "bootstrap")])
+def test_where_nothing_differs_at_most_one_in_twenty_is_called_so(pairs: int, kind: str) -> None:
+    rng = np.random.default_rng(pairs)
+    compare: Any = paired_t if kind == "t" else lambda sample: paired_bootstrap(sample, seed=0)
+    found = [compare(rng.normal(size=pairs)) for _ in range(400)]
+    # Of 400 nulls 20 are expected; 33 come once in a thousand times.
+    assert sum(each.p_value < 0.05 for each in found) <= 33
+    assert sum(not each.low <= 0 <= each.high for each in found) <= 33
+
+
+def test_bounds_and_p_of_a_comparison_say_the_same() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        found = paired_t(rng.normal(0.8, size=4))
+        assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+
+
+@given(p_values=st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_refuses_what_its_steps_refuse(p_values: list[float]) -> None:
+    """The rule as published: go up from the least p, and stop at the first that is too great."""
+    order, refused = sorted(range(len(p_values)), key=lambda at: p_values[at]), set()
+    for rank, at in enumerate(order):
+        if p_values[at] * (len(p_values) - rank) > 0.05:
+            break
+        refused.add(at)
+    assert {at for at, p in enumerate(holm(p_values)) if p <= 0.05} == refused
+
+
+@pytest.mark.parametrize(("pairs", "spread"), [(2, 3.0), (3, 1.0), (5, 0.02), (20, 7.0)])
+def test_the_detectable_effect_is_detected_in_four_of_five_tries(
+    pairs: int, spread: float
+) -> None:
+    rng, effect = np.random.default_rng(pairs), detectable_effect(spread, pairs)
+    found = [paired_t(rng.normal(effect, spread, size=pairs)) for _ in range(2000)]
+    # Three standard errors of a share of 80 %.
+    assert sum(each.low > 0 for each in found) / 2000 == pytest.approx(POWER, abs=0.027)
+
+
+@pytest.mark.parametrize("effect", [0.1, 0.5, 1.0, 9.0])
+def test_the_pairs_needed_are_the_fewest(effect: float) -> None:
+    pairs = pairs_needed(1.0, effect)
+    assert detectable_effect(1.0, pairs) <= effect
+    assert pairs == 2 or detectable_effect(1.0, pairs - 1) > effect
