@@ -301,6 +301,7 @@ def test_a_file_that_is_wrong_as_a_whole_gets_one_line(
         (["test.yaml", "decoder.depth=3"], "command line: decoder.depth: unknown key"),
         (["test.yaml", "decoder"], "must be key=value"),
         (["test.yaml", "--index", "99"], "--index must be 0 to 7, got 99"),
+        (["test.yaml", "--index", "0", "decoder.depth=3"], "decoder.depth: unknown key"),
     ],
 )
 def test_the_command_line_exits_with_2_and_one_line(
@@ -311,6 +312,12 @@ def test_the_command_line_exits_with_2_and_one_line(
     assert main(["run", *arguments, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_an_argument_that_no_flag_takes_is_told(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "test.yaml", "--dry-run", "--indx=1"])
+    assert "unrecognized arguments: --indx=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -33,7 +33,12 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code."""
     parser = build_parser()
-    given = parser.parse_args(arguments)
+    given, late = parser.parse_known_args(arguments)
+    # argparse gives positional arguments that follow a flag to nobody.
+    if late and not (hasattr(given, "settings") and all(map(is_setting, late))):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        given.settings += late
     silence_libraries()
     try:
         code: int = given.verb(given)
@@ -54,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("rudolph: interrupted; the same command goes on from where it was")
         return 130
+
+
+def is_setting(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def build_parser() -> argparse.ArgumentParser:
