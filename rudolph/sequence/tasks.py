@@ -37,7 +37,8 @@ class Task:
 
     ``left`` and ``right`` are ``caption``, ``question`` or, for no words, empty; a question's
     answer is its caption.  ``right`` is None where there is no right text at all.  ``image`` is
-    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text.
+    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text:
+    the reference's, and 0 where it scores a segment without words or without a picture.
     ``answer`` is what is given back, ``metric`` how it is judged and ``chance`` what a decoder
     that knows nothing of the prompt would reach.
     """
@@ -124,7 +125,7 @@ _CAPTIONING = Task(
     right="caption",
     left_token="<LT_I2T>",
     right_token="<RT_I2T>",
-    weights=(0.0, 0.0, 1.0),
+    weights=(0.0, 1.0, 7.0),
     answer="a text",
     metric="exact",
 )
@@ -132,13 +133,14 @@ _CAPTIONING = Task(
 
 def _question(image: str, name: str, *, metric: str) -> Task:
     """A question on the left, its answer on the right."""
+    image_weight = 1.0 if image == "given" else 0.0
     return Task(
         left="question",
         image=image,
         right="caption",
         left_token=f"<LT_{name}>",
         right_token=f"<RT_{name}>",
-        weights=(0.0, 0.0, 1.0),
+        weights=(1.0, image_weight, 7.0),
         answer="a text",
         metric=metric,
     )
