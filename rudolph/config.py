@@ -20,6 +20,7 @@ from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
 from rudolph.models.clip import CLIPConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
+from rudolph.results.claims import Claim, group_of
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
@@ -150,7 +151,8 @@ class RunConfig:
 class ReportConfig:
     """Which metrics the results' table, the curves' figure and the report card show.
 
-    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``.
+    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``.  In each of the
+    metrics ``effects`` the variants, or points of the grid, are compared with the one ``against``.
     """
 
     __pydantic_config__ = STRICT
@@ -159,6 +161,12 @@ class ReportConfig:
     curves: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
     best_of: tuple[str, ...] = ()
+    effects: tuple[str, ...] = ()
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.effects) != (self.against is not None):
+            raise ValueError("against and effects belong together: give both or none")
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file, resolved.  ``targets`` say what a metric should at least reach."""
+    """An experiment file, resolved.
+
+    ``targets`` say what a metric should at least reach, ``claim`` what the source claims.
+    """
 
     path: Path
     name: str
@@ -181,6 +192,7 @@ class Experiment:
     question: str
     source: str
     targets: Mapping[str, float]
+    claim: Claim | None
     report: ReportConfig
     runs: tuple[Run, ...]
 
@@ -195,6 +207,7 @@ EXPERIMENT_KEYS = {
     "grid": dict,
     "seeds": list,
     "targets": dict,
+    "claim": dict,
     "report": dict,
 }
 
@@ -250,6 +263,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
     report = typed(path, ReportConfig, content.get("report", {}), "report")
     targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
+    claim = typed(path, Claim, content["claim"], "claim") if "claim" in content else None
+    runs = tuple(_expand(path, content, _overrides(overrides)))
+    _check_compared(path, claim, report, {group_of(run.name, run.config.seed) for run in runs})
     return Experiment(
         path=path,
         name=experiment_name(path),
@@ -257,9 +273,22 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         question=" ".join(content["question"].split()),
         source=" ".join(content.get("source", "").split()),
         targets=targets,
+        claim=claim,
         report=report,
-        runs=tuple(_expand(path, content, _overrides(overrides))),
+        runs=runs,
     )
+
+
+def _check_compared(
+    path: Path, claim: Claim | None, report: ReportConfig, groups: set[str]
+) -> None:
+    """Raise ``ConfigError`` for a comparison with runs that the file does not have."""
+    named = {} if claim is None else {"claim.better": claim.better, "claim.than": claim.than}
+    if report.against is not None:
+        named["report.against"] = report.against
+    for key, name in named.items():
+        if name not in groups:
+            raise mistake(path, key, f"must be one of {', '.join(sorted(groups))}", name)
 
 
 def experiment_name(path: Path) -> str:

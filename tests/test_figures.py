@@ -49,8 +49,14 @@ CARD = pd.DataFrame(
 BEST_OF = pd.concat(
     [CARD.assign(score=f"{LOSS}/best_of_{number}/test", value=number / 9) for number in (1, 2, 8)]
 )
+EFFECTS = CARD.assign(metric=LOSS, than="col", p_value=0.01, at_least=0.1)
 # What each kind is drawn from and along which column, where it is not the runs.
-FRAMES = {"curves": (CURVES, "step"), "card": (CARD, "score"), "best_of": (BEST_OF, "score")}
+FRAMES = {
+    "curves": (CURVES, "step"),
+    "card": (CARD, "score"),
+    "best_of": (BEST_OF, "score"),
+    "forest": (EFFECTS, "metric"),
+}
 CAUSAL = np.tril(np.ones((9, 9), bool))
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]

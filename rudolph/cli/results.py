@@ -55,7 +55,7 @@ def run_folder(run: str) -> Path:
 
 
 def write_results(loaded: Any, folders: Any) -> Path:
-    from rudolph.results.report import Figure, Report
+    from rudolph.results.report import Report
     from rudolph.results.store import export, write_index
 
     source = loaded.path
@@ -63,30 +63,43 @@ def write_results(loaded: Any, folders: Any) -> Path:
         source = source.resolve().relative_to(Path.cwd())
     grid = sorted({key for run in loaded.runs for key in run.grid})
     rows = ("variant", *grid) if any(run.variant for run in loaded.runs) else (*grid, "run")
-    table, curves = loaded.report.table, loaded.report.curves
-    figures = [Figure("curves", curves, by=rows[0])] if curves else []
-    if table:
-        is_of_one_unit = all(metric.endswith(ON_ONE_AXIS) for metric in table)
-        kind = "ratios" if is_of_one_unit else "intervals"
-        figures.append(Figure(kind, table, x="seed", by=rows[0]))
-    if loaded.report.card:
-        figures.append(Figure("card", loaded.report.card, x="score", by="run"))
-    if loaded.report.best_of:
-        figures.append(Figure("best_of", loaded.report.best_of, x="score", by="run"))
     report = Report(
         experiment=loaded.name,
         title=loaded.title,
         question=loaded.question,
         source=source.as_posix(),
         rows=rows,
-        columns=table,
-        figures=tuple(figures),
+        columns=loaded.report.table,
+        figures=tuple(_figures(loaded, by=rows[0])),
+        claim=loaded.claim,
+        effects=loaded.report.effects,
+        against=loaded.report.against,
     )
     folder = export(
         folders.runs, RESULTS, report=report, digests={run.config.digest for run in loaded.runs}
     )
     write_index(RESULTS)
     return folder
+
+
+def _figures(loaded: Any, *, by: str) -> Iterator[Any]:
+    """The figures that a report asks for; ``by`` tells runs apart."""
+    from rudolph.results.report import Figure
+
+    asked = loaded.report
+    claimed = () if loaded.claim is None else (loaded.claim.metric,)
+    compared = tuple(dict.fromkeys((*claimed, *asked.effects)))
+    if compared:
+        yield Figure("forest", compared, x="metric", by="group")
+    if asked.curves:
+        yield Figure("curves", asked.curves, by=by)
+    if asked.table:
+        is_of_one_unit = all(metric.endswith(ON_ONE_AXIS) for metric in asked.table)
+        yield Figure("ratios" if is_of_one_unit else "intervals", asked.table, x="seed", by=by)
+    if asked.card:
+        yield Figure("card", asked.card, x="score", by="run")
+    if asked.best_of:
+        yield Figure("best_of", asked.best_of, x="score", by="run")
 
 
 def export_experiment(given: Any) -> int:

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from rudolph.results.claims import SURE
+
 STYLE = {
     "svg.hashsalt": "rudolph",
     "font.family": "DejaVu Sans",
@@ -129,6 +131,36 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
     figure.legend(
         list(marks.values()), list(marks), loc="outside lower center", ncols=3, frameon=False
     )
+    save(figure, path)
+
+
+@styled
+def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+    """How much better groups of runs are than another, with intervals; right of 0 is better.
+
+    A filled marker is a difference after Holm's correction; a claim's least is a full line.
+
+    Args:
+        frame: one row a comparison, see ``claims.Effect``; ``x`` is ``metric``, ``by`` ``group``.
+    """
+    _require(frame, [x, by, "than", "value", "low", "high", "p_value", "at_least"])
+    rows = max(int((frame[x] == metric).sum()) for metric in y)
+    figure, panels = panels_of(len(y), height=1.1 + 0.3 * rows)
+    for axes, metric in zip(panels, y, strict=True):
+        records = frame[frame[x] == metric].sort_values([by, "than"]).to_dict("records")
+        for row, record in enumerate(records):
+            ends = [record["low"], record["value"], record["high"]]
+            style = INTERVAL_STYLE | {"fillstyle": "full" if record["p_value"] <= SURE else "none"}
+            axes.plot(ends, [row] * 3, markevery=[1], **style)
+            if record["at_least"]:
+                axes.plot(
+                    [record["at_least"]] * 2, [row - 0.4, row + 0.4], **LEVEL_STYLES["target"]
+                )
+        axes.axvline(0, **LEVEL_STYLES["chance"])
+        axes.set(xlabel=f"better in {metric} by, 95 % interval", ylim=(rows - 0.4, -0.6))
+        names = [f"{each[by]}, than {each['than']}" for each in records]
+        axes.set_yticks(range(len(records)), names)
+        axes.grid(axis="y", visible=False)
     save(figure, path)
 
 
@@ -296,6 +328,7 @@ FIGURES = {
     "curves": curves,
     "lines": lines,
     "intervals": intervals,
+    "forest": forest,
     "ratios": ratios,
     "heatmap": heatmap,
     "card": card,

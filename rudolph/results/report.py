@@ -14,6 +14,14 @@ import numpy as np
 import pandas as pd
 
 from rudolph.results.cards import CARD, card_table, read_card
+from rudolph.results.claims import (
+    Claim,
+    Effect,
+    claim_lines,
+    effects,
+    effects_table,
+    interval_text,
+)
 from rudolph.results.markdown import table_row
 from rudolph.results.repetitions import is_speed, speed_tables
 
@@ -50,6 +58,8 @@ class Report:
         source: the experiment file, relative to the checkout.
         rows: columns of ``runs.csv`` whose values make the rows of the table.
         columns: its metrics; none means all of them.
+        claim: what the experiment claims, if anything.
+        effects: metrics in which all other runs are compared with those ``against``.
     """
 
     experiment: str
@@ -59,6 +69,9 @@ class Report:
     rows: tuple[str, ...] = ("variant",)
     columns: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
+    claim: Claim | None = None
+    effects: tuple[str, ...] = ()
+    against: str | None = None
 
 
 def read_report(folder: Path) -> Report:
@@ -68,8 +81,9 @@ def read_report(folder: Path) -> Report:
         Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
         for figure in fields.pop("figures")
     ]
-    fields |= {name: tuple(fields[name]) for name in ("rows", "columns")}
-    return Report(**fields, figures=tuple(figures))
+    fields |= {name: tuple(fields.get(name, ())) for name in ("rows", "columns", "effects")}
+    claim = fields.pop("claim", None)
+    return Report(**fields, figures=tuple(figures), claim=claim and Claim(**claim))
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
@@ -86,6 +100,23 @@ def read_curves(folder: Path) -> pd.DataFrame:
     return curves.merge(beside, on="run", how="left", validate="many_to_one")
 
 
+def read_effects(folder: Path) -> list[Effect]:
+    """The comparisons that an experiment's report asks for, that of its claim first."""
+    report, runs = read_report(folder), read_runs(folder)
+    return effects(runs, metrics=report.effects, against=report.against, claim=report.claim)
+
+
+def core_minutes(folder: Path) -> float:
+    """What the runs of an experiment cost: minutes times the threads that they had."""
+    runs = read_runs(folder).set_index("run")
+    environments = json.loads((folder / "environment.json").read_text("utf-8"))
+    return sum(
+        runs["seconds"][name] / 60 * each["machine"]["threads"]
+        for each in environments
+        for name in each["runs"]
+    )
+
+
 def experiment_page(folder: Path) -> str:
     """The generated part of an experiment's README: question, cost, table, figures, samples."""
     report, runs = read_report(folder), read_runs(folder)
@@ -96,6 +127,7 @@ def experiment_page(folder: Path) -> str:
         "",
         f"`{report.source}`, {count}, {minutes:.3g} minutes, commit {_commits(runs)}.",
         "",
+        *_claimed(folder, report),
         *(speed_tables(folder, runs, report.rows) if is_speed(folder) else _table(report, runs)),
     ]
     for figure in report.figures:
@@ -105,6 +137,15 @@ def experiment_page(folder: Path) -> str:
     for sample in _shown_samples(folder, runs):
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]
     return "\n".join(lines)
+
+
+def _claimed(folder: Path, report: Report) -> list[str]:
+    """The claim with its verdict, and all comparisons, of experiments that have any."""
+    found = read_effects(folder)
+    if not found:
+        return []
+    lines = [] if report.claim is None else [*claim_lines(report.claim, found[0], len(found)), ""]
+    return [*lines, *effects_table(found), ""]
 
 
 def _table(report: Report, runs: pd.DataFrame) -> list[str]:
@@ -151,7 +192,28 @@ def _spread(group: pd.DataFrame, metric: str) -> str:
 
 
 def index_page(results_folder: Path) -> str:
-    """The generated part of ``results/README.md``: a row an experiment."""
+    """The generated part of ``results/README.md``: a row a claim, then a row an experiment."""
+    claims = _claims_table(results_folder)
+    return "\n".join([*claims, *([""] if claims else []), *_experiments_table(results_folder)])
+
+
+def _claims_table(results_folder: Path) -> list[str]:
+    head = ["claim", "verdict", "better by, 95 % interval", "core-minutes", "commit"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for folder in experiment_folders(results_folder):
+        report, runs = read_report(folder), read_runs(folder)
+        if report.claim is None:
+            continue
+        claim, found = report.claim, read_effects(folder)[0]
+        name = folder.relative_to(results_folder).as_posix()
+        said = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
+        cells = [f"[{report.title}]({name}/README.md)<br>{said}", found.verdict]
+        cells += [interval_text(found), f"{core_minutes(folder):.3g}", _commits(runs)]
+        lines.append(table_row(cells))
+    return lines if len(lines) > 2 else []
+
+
+def _experiments_table(results_folder: Path) -> list[str]:
     head = ["experiment", "question", "answer", "runs", "minutes", "commit"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for folder in experiment_folders(results_folder):
@@ -160,7 +222,7 @@ def index_page(results_folder: Path) -> str:
         link = f"[{report.title}]({name}/README.md)<br>`{name}`"
         cells = [link, report.question, answer(folder / "README.md"), str(len(runs))]
         lines.append(table_row([*cells, f"{runs['seconds'].sum() / 60:.3g}", _commits(runs)]))
-    return "\n".join(lines)
+    return lines
 
 
 def experiment_folders(results_folder: Path) -> list[Path]:

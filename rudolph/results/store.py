@@ -39,6 +39,7 @@ from rudolph.results.report import (
     generated_part,
     index_page,
     read_curves,
+    read_effects,
     read_report,
     read_runs,
     replace_generated,
@@ -225,6 +226,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),
     "best_of": lambda folder: read_card(folder / CARD),
+    "forest": lambda folder: pd.DataFrame(read_effects(folder)),
 }
 
 

@@ -1,0 +1,170 @@
+"""A verdict follows from the runs alone: known effects, no effect, and what cannot be told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rudolph.config import ConfigError, load_experiment
+from rudolph.results.claims import (
+    CONTRADICTED,
+    INCONCLUSIVE,
+    REPRODUCED,
+    Claim,
+    effects,
+    group_of,
+)
+from rudolph.results.report import Report, generated_part, read_effects
+from rudolph.results.store import check, export, write_index
+
+LOSS, RIGHT = "decoder/val/loss/image", "answers/exact/test"
+
+
+def table(values: dict[str, list[float]], metric: str = RIGHT) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"run": f"{group}-seed{seed}", "seed": seed, metric: value}
+            for group, own in values.items()
+            for seed, value in enumerate(own)
+        ]
+    )
+
+
+def verdict(one: list[float], other: list[float], metric: str = RIGHT, least: float = 0.0) -> str:
+    claim = Claim(metric, "one", "other", least)
+    runs = table({"one": one, "other": other}, metric)
+    return effects(runs, metrics=(), against=None, claim=claim)[0].verdict
+
+
+def test_a_verdict_is_where_the_interval_lies() -> None:
+    base = [0.1, 0.5, 0.3, 0.9, 0.7]
+    more = [value + 0.2 + 0.01 * k for k, value in enumerate(base)]
+    assert verdict(more, base) == REPRODUCED
+    assert verdict(base, more) == CONTRADICTED
+    # Of a loss less is better.
+    assert verdict(more, base, LOSS) == CONTRADICTED
+    assert verdict(base, more, LOSS) == REPRODUCED
+    # By at least so much: surely more, surely less, neither.
+    assert verdict(more, base, least=0.1) == REPRODUCED
+    assert verdict(more, base, least=0.5) == CONTRADICTED
+    assert verdict(more, base, least=0.22) == INCONCLUSIVE
+    # Worse by no more than so much.
+    assert verdict(base, more, least=-0.5) == REPRODUCED
+    assert verdict(more[:1], base[:1]) == INCONCLUSIVE
+
+
+def test_pairs_are_of_one_seed_whatever_the_order_of_the_runs() -> None:
+    runs = table({"one": [1.0, 2.0, 9.0, 4.0], "other": [0.5, 1.6, 8.4]})
+    claim = Claim(RIGHT, "one", "other")
+    found = effects(runs, metrics=(), against=None, claim=claim)[0]
+    shuffled = effects(runs.sample(frac=1, random_state=1), metrics=(), against=None, claim=claim)[
+        0
+    ]
+    expected = stats.ttest_rel([1.0, 2.0, 9.0], [0.5, 1.6, 8.4])
+    assert found == shuffled and found.pairs == 3
+    assert found.value == pytest.approx(0.5) and found.p_value == pytest.approx(expected.pvalue)
+
+
+def test_all_comparisons_share_one_correction_and_the_claim_is_made_once() -> None:
+    rng = np.random.default_rng(0)
+    runs = table({name: list(rng.normal(size=4)) for name in ("base", "a", "b", "c")})
+    runs[LOSS] = rng.normal(size=len(runs))
+    claim = Claim(RIGHT, "b", "base")
+    found = effects(runs, metrics=(RIGHT, LOSS), against="base", claim=claim)
+    asked = [(RIGHT, "b"), (RIGHT, "a"), (RIGHT, "c"), (LOSS, "a"), (LOSS, "b"), (LOSS, "c")]
+    assert [(each.metric, each.group) for each in found] == asked
+    alone = effects(runs, metrics=(), against=None, claim=claim)[0]
+    assert alone.p_value <= found[0].p_value <= min(1, 6 * alone.p_value)
+
+
+def test_where_nothing_differs_few_experiments_find_anything() -> None:
+    """A/A: of 200 experiments with three comparisons at most one in twenty calls a difference."""
+    rng = np.random.default_rng(7)
+    wrong = 0
+    for _ in range(200):
+        seeds = rng.normal(size=5)
+        values = {name: list(seeds + 0.3 * rng.normal(size=5)) for name in "abcd"}
+        found = effects(table(values), metrics=(RIGHT,), against="a", claim=None)
+        wrong += any(each.verdict != INCONCLUSIVE for each in found)
+    assert wrong <= 10
+
+
+@pytest.mark.parametrize(
+    ("run", "seed", "group"),
+    [("a-seed10", 10, "a"), ("seed0", 0, ""), ("a-top_k=8-seed1", 1, "a-top_k=8")],
+)
+def test_a_group_is_a_run_without_its_seed(run: str, seed: int, group: str) -> None:
+    assert group_of(run, seed) == group
+
+
+def write_runs(folder: Path) -> None:
+    for group, shift in (("row", 0.0), ("causal", 0.4)):
+        for seed, value in enumerate((2.0, 2.3, 2.1)):
+            run = folder / "tried" / f"{group}-seed{seed}"
+            run.mkdir(parents=True)
+            summary = {
+                "run": run.name,
+                "variant": group,
+                "seed": seed,
+                "digest": run.name,
+                "commit": "0123456789abcdef",
+                "dirty": False,
+                "status": "finished",
+                "seconds": {"decoder": 60.0},
+                "metrics": {LOSS: value + shift + 0.01 * seed * shift},
+            }
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "journal.jsonl").touch()
+            (run / "config.yaml").write_text(f"run: {run.name}\n")
+            (run / "environment.json").write_text('{"machine": {"threads": 2}}')
+
+
+def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> None:
+    write_runs(tmp_path / "runs")
+    report = Report(
+        "tried", "Row or causal?", "Which?", "tried.yaml", claim=Claim(LOSS, "row", "causal")
+    )
+    folder = export(tmp_path / "runs", tmp_path / "results", report=report)
+    page = folder / "README.md"
+    page.write_text(page.read_text().replace("_Not answered", "Row. _Not"))
+    index = generated_part(write_index(tmp_path / "results"))
+    found = read_effects(folder)[0]
+    interval = f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    assert f"**Verdict: {REPRODUCED}.**" in generated_part(page)
+    assert f"| {REPRODUCED} | {interval} | 12 |" in index and interval in generated_part(page)
+    assert check(tmp_path / "results") == []
+    page.write_text(page.read_text().replace(REPRODUCED, CONTRADICTED))
+    assert "is not what runs.csv says" in check(tmp_path / "results")[0]
+
+
+CLAIMED = """
+title: A test
+question: Is a claim read?
+settings: {vqgan.resolution: 32}
+variants:
+  row: {decoder.layer_masks: [row]}
+  causal: {decoder.layer_masks: [causal]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("claim: {metric: m, better: rwo, than: causal}", "claim.better: must be one of causal,"),
+        ("claim: {metric: m, better: row, than: row}", "better and than must differ"),
+        ("claim: {metric: m, better: row}", "claim.than"),
+        ("report: {effects: [m]}", "against and effects belong together"),
+        ("report: {effects: [m], against: columns}", "report.against: must be one of"),
+    ],
+)
+def test_a_claim_about_runs_that_are_not_there_is_one_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    path = tmp_path / "test.yaml"
+    path.write_text(CLAIMED + text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
