@@ -42,7 +42,8 @@ def fit(
 ) -> None:
     """Train a module to its last step, from the checkpoint beside ``weights`` if any.
 
-    The weights say that they are ``made_of``; the checkpoint goes once they are safe.
+    Only a checkpoint of a training that was ``made_of`` the same is continued; it goes once the
+    weights are safe.
     """
     hardware, seed = execution.hardware, execution.config.seed
     micro, num_accumulated = hardware.batches(optim)
@@ -78,9 +79,9 @@ def fit(
         num_workers=hardware.num_workers,
     )
     run_trainer(trainer, module, streams, last)
+    merge_low_rank(module.networks()[0])
     if is_main_process():
-        merge_low_rank(module.networks()[0])
-        save_weights(module.networks()[0], weights, made_of=made_of)
+        save_weights(module.networks()[0], weights)
         last.unlink(missing_ok=True)
     trainer.strategy.barrier()
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -58,18 +57,12 @@ def load_exactly(
         module.load_state_dict({name: value}, strict=False, assign=True)
 
 
-def save_weights(model: nn.Module, path: Path, *, made_of: str = "") -> None:
-    """Weights as safetensors, whole or not at all; ``made_of`` says what they were trained on."""
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Weights as safetensors, whole or not at all."""
     new = path.with_suffix(".new")
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, new, metadata={"made_of": made_of})
+    save_file(tensors, new)
     os.replace(new, path)
-
-
-def weights_made_of(path: Path) -> str:
-    """What ``save_weights`` was told of the file; empty where it was told nothing."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("made_of", "")
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """A CLIP of a run: trained on captions and pictures, asked to find each by the other."""
 
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,12 +17,13 @@ from rudolph.execution import Execution, is_main_process
 from rudolph.fitting import fit
 from rudolph.models.clip import CLIP
 from rudolph.models.pretrained import to_reference
-from rudolph.models.weights import weights_digest, weights_made_of
+from rudolph.models.weights import weights_digest
 from rudolph.released import store
 from rudolph.sampling.clip_ranking import PLAIN_TEMPLATES, ClipRanker
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.sources import CLIP_FOLDER
 from rudolph.stages.evaluation import keep_card
+from rudolph.stages.shared import shared_weights
 from rudolph.stages.tokenizer import open_data
 from rudolph.training.clip import CLIPTraining
 
@@ -52,14 +54,29 @@ def run_clip_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
 
 
 def make_clip(execution: Execution, splits: Splits, tokenizer: Tokenizer, *, made_of: str) -> CLIP:
-    """The CLIP of this run, trained on the main dataset, or as an earlier attempt left it."""
+    """The CLIP of this run: from the cache, or trained now on the main dataset.
+
+    Args:
+        made_of: the digest of data and tokenizer.
+    """
     config = execution.config
-    weights = execution.folder / "checkpoints" / "clip.safetensors"
+    decides = (config.clip, config.clip_losses, config.clip_optim, config.seed)
     torch.manual_seed(mixed_seed(config.seed, "clip"))
     model = CLIP(config.clip)
-    if weights.is_file() and weights_made_of(weights) == made_of:
-        model.load_state_dict(load_file(weights))
-        return model.eval().requires_grad_(False)
+    weights = shared_weights(
+        execution,
+        f"clip-{digest_of(*decides, made_of)[:16]}",
+        partial(train_clip, execution, model, splits, tokenizer),
+    )
+    model.load_state_dict(load_file(weights))
+    return model.eval().requires_grad_(False)
+
+
+def train_clip(
+    execution: Execution, model: CLIP, splits: Splits, tokenizer: Tokenizer, weights: Path
+) -> None:
+    """Train on the training split of the main dataset and leave ``weights``."""
+    config = execution.config
     with execution.stage("texts") as advance:
         train, validation = (
             TextImageExamples(splits(name), tokenizer, config.clip, seed=config.seed)
@@ -79,9 +96,8 @@ def make_clip(execution: Execution, splits: Splits, tokenizer: Tokenizer, *, mad
             stage="clip",
             advance=advance,
             weights=weights,
-            made_of=made_of,
+            made_of=weights.parent.name,
         )
-    return model.eval().requires_grad_(False)
 
 
 def save_clip(execution: Execution, model: CLIP, tokenizer: Tokenizer) -> Path:

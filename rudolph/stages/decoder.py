@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from rudolph.config import RunConfig
+from rudolph.config import RunConfig, digest_of
 from rudolph.data.examples import FilledSource, TokenExamples, task_texts
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Source, Split, Splits
@@ -18,11 +18,12 @@ from rudolph.gallery import draw_masks
 from rudolph.models.adapt import adapt
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.vqgan import VQGAN
-from rudolph.models.weights import save_weights, weights_made_of
+from rudolph.models.weights import save_weights, weights_digest
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.sources import open_decoder
+from rudolph.stages.shared import keep_weights, shared_weights
 from rudolph.stages.tokenizer import places
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.tuning import apply_tuning
@@ -41,57 +42,82 @@ def make_decoder(
     *,
     made_of: str,
 ) -> MaskedDecoder:
-    """The decoder of this run, trained on the indices and texts of the training splits.
+    """The decoder of this run: from the cache, or trained now on the training splits.
 
-    Of no training at all it is the one that the configuration names.
+    Of no training at all it is the one that the configuration names.  It lies in the run's folder.
 
-    ``made_of`` is the digest of all that it learns from: a run that was stopped after its training
-    takes the weights that it left, if they were made of the same.
+    Args:
+        made_of: the digest of data, tokenizer and VQ-GAN.
     """
     config = execution.config
-    weights = execution.folder / "checkpoints" / "decoder.safetensors"
+    path = execution.folder / "checkpoints" / "decoder.safetensors"
+    path.parent.mkdir(exist_ok=True)
     torch.manual_seed(mixed_seed(config.seed, "decoder"))
     model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     if config.decoder.image_start == "codebook":
         every = torch.arange(config.vqgan.quantizer.num_codes)
         model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
     draw_masks(execution, model)
-    if weights.is_file() and weights_made_of(weights) == made_of:
-        model.load_state_dict(load_file(weights))
-        return model.eval().requires_grad_(False)
+    start = start_from(execution, model)
     if config.decoder_optim.num_steps == 0:
-        start_from(execution, model)
-        weights.parent.mkdir(exist_ok=True)
-        save_weights(model, weights, made_of=made_of)
+        if is_main_process():
+            save_weights(model, path)
         return model.eval().requires_grad_(False)
+
+    def train(weights: Path) -> None:
+        examples = examples_of(execution, splits, indices, tokenizer)
+        apply_tuning(model, config.decoder_tuning)
+        model.has_checkpointing = execution.hardware.activation_checkpointing
+        model.has_block_masks = execution.hardware.block_masks
+        model.has_compiled_layers = execution.hardware.compile
+        train_decoder(execution, model, examples, weights)
+        model.has_compiled_layers = False
+
+    name = f"decoder-{digest_of(*decides_decoder(config), made_of, start)[:16]}"
+    weights = shared_weights(execution, name, train)
+    if is_main_process():
+        keep_weights(weights, path)
+    model.load_state_dict(load_file(weights))
+    return model.eval().requires_grad_(False)
+
+
+def decides_decoder(config: RunConfig) -> tuple[Any, ...]:
+    """Of a configuration what the weights of its decoder come from."""
+    parts = (config.data, config.tokenizer, config.layout, config.seed)
+    optim = (config.decoder_losses, config.decoder_optim, config.decoder_tuning)
+    return (*parts, config.decoder, *optim)
+
+
+def examples_of(
+    execution: Execution, splits: Splits, indices: Indices, tokenizer: Tokenizer
+) -> dict[str, TokenExamples]:
+    """Examples of both splits of a training; what of them is cut and scored is said."""
+    config = execution.config
     with execution.stage("texts") as advance:
         examples = {
             name: token_examples(config, splits, name, indices, tokenizer)
             for name in ("train", "validation")
         }
-        sources = examples["train"].sources
-        num_cut = max(each.texts.num_cut for each in sources)
+        num_cut = max(each.texts.num_cut for each in examples["train"].sources)
         num_texts = sum(len(split) for split in splits.all("train"))
         advance(1, 1, f"{num_cut} of {num_texts} texts are too long and cut")
     tell_scored(execution, examples["train"])
-    start_from(execution, model)
-    apply_tuning(model, config.decoder_tuning)
-    model.has_checkpointing = execution.hardware.activation_checkpointing
-    model.has_block_masks = execution.hardware.block_masks
-    model.has_compiled_layers = execution.hardware.compile
-    train_decoder(execution, model, examples, weights, made_of=made_of)
-    model.has_compiled_layers = False
-    return model.eval().requires_grad_(False)
+    return examples
 
 
-def start_from(execution: Execution, model: MaskedDecoder) -> None:
-    """Give the decoder the weights that its configuration names, if any; what changed is said."""
+def start_from(execution: Execution, model: MaskedDecoder) -> str:
+    """Give the decoder the weights that its configuration names; what changed is said.
+
+    Returns their digest, empty where none are named.
+    """
     source = execution.config.decoder.init
     if source is None:
-        return
+        return ""
     with execution.stage("init") as advance:
-        notes = adapt(open_decoder(source, **places(execution)), model)
+        start = open_decoder(source, **places(execution))
+        notes = adapt(start, model)
         advance(1, 1, "; ".join([source, *notes]))
+    return weights_digest(start)
 
 
 def train_decoder(
@@ -99,8 +125,6 @@ def train_decoder(
     model: MaskedDecoder,
     examples: dict[str, TokenExamples],
     weights: Path,
-    *,
-    made_of: str,
 ) -> None:
     """Train on the examples of the training splits and leave ``weights``."""
     config = execution.config
@@ -122,7 +146,7 @@ def train_decoder(
             stage="decoder",
             advance=advance,
             weights=weights,
-            made_of=made_of,
+            made_of=weights.parent.name,
         )
 
 

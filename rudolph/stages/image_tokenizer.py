@@ -1,8 +1,7 @@
 """The VQ-GAN of a run: named, from the cache or trained, and the indices that it gives."""
 
-import json
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ from rudolph.data.examples import ImageExamples
 from rudolph.data.index_cache import cached_array
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
-from rudolph.execution import Execution, is_main_process
-from rudolph.fitting import CURVES, fit
+from rudolph.execution import Execution
+from rudolph.fitting import fit
 from rudolph.models.vqgan import VQGAN
 from rudolph.models.weights import weights_digest
-from rudolph.results.journal import exclusive
 from rudolph.sources import open_vqgan
+from rudolph.stages.shared import shared_weights
 from rudolph.stages.tokenizer import places
 from rudolph.training.vqgan import VQGANTraining
-
-DAY = 24 * 3600
 
 
 def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
@@ -32,24 +29,19 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
     config = execution.config
     if config.vqgan.init is not None:
         return named_vqgan(execution, config.vqgan.init)
-    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
     names = ("train", "validation")
     pictures = {name: splits.with_pictures(name) for name in names}
     if not pictures["train"]:
         raise ValueError("data.tasks: no dataset of the mixture has pictures")
     data = [split.digest for name in names for split in pictures[name]]
-    folder = execution.folders.cache / f"vqgan-{digest_of(*decides, data, config.seed)[:16]}"
-    weights = folder / "weights.safetensors"
+    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
     torch.manual_seed(mixed_seed(config.seed, "vqgan"))
     model = VQGAN(config.vqgan)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The other processes of a multi-device run train with the one that holds the lock.
-    lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
-    with lock:
-        if not weights.is_file():
-            train_vqgan(execution, model, pictures, weights)
-        else:
-            replay_curves(execution, folder / CURVES)
+    weights = shared_weights(
+        execution,
+        f"vqgan-{digest_of(*decides, data, config.seed)[:16]}",
+        partial(train_vqgan, execution, model, pictures),
+    )
     model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
@@ -96,13 +88,6 @@ def train_vqgan(
             weights=weights,
             made_of=weights.parent.name,
         )
-
-
-def replay_curves(execution: Execution, path: Path) -> None:
-    """Record the curves of a stage that another run trained as this run's own."""
-    for line in path.read_text().splitlines():
-        step, values = json.loads(line)
-        execution.tracker.log_metrics(values, step=step)
 
 
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
