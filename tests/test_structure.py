@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages", "measuring"},
     "console": set(),
+    "laboratory": {"config", "settings", "execution", "experiment", "training", "console"},
     "cli": BELOW_CONFIG
     | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}
-    | {"released", "sources", "packing"},
+    | {"released", "sources", "packing", "laboratory"},
     "__main__": {"cli"},
 }
 OWNERS = {

@@ -23,9 +23,10 @@ HARDWARE_FLAGS = (
 
 def add_run(verbs: Any) -> None:
     run = verbs.add_parser("run", help="run an experiment file; finished runs are skipped")
-    run.add_argument("file", type=Path)
+    run.add_argument("file", type=Path, help="an experiment, or a folder of them")
     run.add_argument("settings", nargs="*", metavar="key=value", help="settings over the file's")
     run.add_argument("--index", type=int, help="only the run of this number, for a job array")
+    run.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     run.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     run.add_argument("--no-export", action="store_true", help="leave results/ as it is")
     hardware = run.add_argument_group("hardware: recorded, but no part of the question")
@@ -60,58 +61,102 @@ def add_show(verbs: Any) -> None:
 
 def run_experiment(given: Any) -> int:
     from rudolph.config import load_experiment
+    from rudolph.laboratory import Job, experiment_files
 
-    loaded = load_experiment(given.file, given.settings)
-    runs = list(loaded.runs)
+    if given.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
+    files = experiment_files(given.file)
+    loaded = {file: load_experiment(file, given.settings) for file in files}
+    settings = tuple(given.settings)
+    jobs = [
+        Job(file, settings, number)
+        for file, experiment in loaded.items()
+        for number in range(len(experiment.runs))
+    ]
     if given.index is not None:
-        if not 0 <= given.index < len(runs):
-            raise ValueError(f"--index must be 0 to {len(runs) - 1}, got {given.index}")
-        runs = [runs[given.index]]
+        if not 0 <= given.index < len(jobs):
+            raise ValueError(f"--index must be 0 to {len(jobs) - 1}, got {given.index}")
+        jobs = [jobs[given.index]]
+    named = {job: (loaded[job.file], loaded[job.file].runs[job.number]) for job in jobs}
     if given.dry_run:
-        for number, run in enumerate(runs):
-            print(f"{number}  {run.name}  {run.config.digest[:8]}")
+        for number, (experiment, run) in enumerate(named.values()):
+            beside = f"{experiment.name}  " if len(files) > 1 else ""
+            print(f"{number}  {beside}{run.name}  {run.config.digest[:8]}")
         return 0
-    from rudolph.execution import Hardware, is_main_process
+    failed = execute_jobs(named, given)
+    return tell_results(named, failed, given)
+
+
+def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
+    """Execute the runs of jobs; those that failed and why."""
+    from rudolph.execution import Hardware
+    from rudolph.laboratory import Place, run_at_once
+    from rudolph.results.tracking import tracking_uri
 
     hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
-    folders = folders_here()
-    for run in runs:
+    place = Place(folders_here(), hardware, tracking_uri(Path.cwd()))
+    for _, run in named.values():
         hardware.check(run.config)
-    failed = [run.name for run in runs if not execute_run(loaded, run, hardware, folders)]
+    failed: dict[Any, str] = {}
+    if given.jobs == 1:
+        for job, (experiment, run) in named.items():
+            try:
+                why = execute_run(experiment, run, place)
+            except (ValueError, OSError) as error:
+                if len(named) == 1:
+                    raise
+                why = " ".join(str(error).split())
+            failed |= {job: why} if why else {}
+        return failed
+    with stage_progress() as progress:
+        for done, (job, why) in enumerate(run_at_once(list(named), place, number=given.jobs), 1):
+            experiment, run = named[job]
+            failed |= {job: why} if why else {}
+            progress(
+                "runs", done, len(named), f"{experiment.name} / {run.name}{why and ': '}{why}"
+            )
+    return failed
+
+
+def tell_results(named: Any, failed: Any, given: Any) -> int:
+    """Export every experiment that has a finished run, and name the runs that failed."""
+    from rudolph.execution import is_main_process
+
     if not is_main_process():
         return 0
+    experiments = {job.file: experiment for job, (experiment, _) in named.items()}
+    ended = {job.file for job in named if job not in failed}
     if given.settings:
         say("results/ stay as they are: with settings of the command line it is another question")
-    elif not given.no_export and len(failed) < len(runs):
-        say(f"results: {write_results(loaded, folders)}")
-    if failed:
-        say(f"failed: {', '.join(failed)}")
+    elif not given.no_export:
+        for file in experiments.keys() & ended:
+            say(f"results: {write_results(experiments[file], folders_here())}")
+    for job, why in failed.items():
+        experiment, run = named[job]
+        say(f"failed: {experiment.name} / {run.name}: {why}")
     return 1 if failed else 0
 
 
-def execute_run(loaded: Any, run: Any, hardware: Any, folders: Any) -> bool:
-    """Execute one run unless it is finished; whether it is finished now."""
-    from rudolph.experiment import execute, is_finished, run_folder
-    from rudolph.results.tracking import tracking_uri
-    from rudolph.training.callbacks import NonFiniteLossError
+def execute_run(experiment: Any, run: Any, place: Any) -> str:
+    """Execute one run unless it is finished, and tell its scores; why it failed."""
+    from rudolph.execution import is_main_process
+    from rudolph.experiment import is_finished, run_folder
+    from rudolph.laboratory import failure_of
 
-    folder = run_folder(folders, loaded, run)
-    say(f"{loaded.name} / {run.name} ({run.config.digest[:8]})")
+    folder = run_folder(place.folders, experiment, run)
+    say(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
     if is_finished(folder):
         say(f"  finished before: {folder}")
-        return True
-    uri = tracking_uri(Path.cwd())
-    try:
-        with stage_progress() as progress:
-            summary = execute(
-                loaded, run, folders=folders, hardware=hardware, uri=uri, progress=progress
-            )
-    except NonFiniteLossError as error:
-        say(f"  failed: {error}; the last good checkpoint is kept")
-        return False
-    print_scores(summary)
+        return ""
+    with stage_progress() as progress:
+        why = failure_of(experiment, run, place, progress)
+    if why:
+        say(f"  failed: {why}")
+        return why
+    if is_main_process():
+        print_scores(json.loads((folder / "summary.json").read_text("utf-8")))
     say(f"  weights, samples and metrics: {folder}")
-    return True
+    return ""
 
 
 def print_scores(summary: dict[str, Any]) -> None:
