@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 OWNERS = {
-    "mlflow": r"results/(tracking|artifacts)",
+    "mlflow": r"results/(mlflow_store|artifacts)",
     "matplotlib": r"results/(figures|drawings)",
     "seaborn": r"results/(figures|drawings)",
     "pytorch_lightning": r"training/\w+|data/module|fitting|stages/(run|clip)",

@@ -121,6 +121,7 @@ def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
 def tell_results(named: Any, failed: Any, given: Any) -> int:
     """Export every experiment that has a finished run, and name the runs that failed."""
     from rudolph.execution import is_main_process
+    from rudolph.results.tracking import send_results, tracking_uri
 
     if not is_main_process():
         return 0
@@ -129,8 +130,10 @@ def tell_results(named: Any, failed: Any, given: Any) -> int:
     if given.settings:
         say("results/ stay as they are: with settings of the command line it is another question")
     elif not given.no_export:
-        for file in experiments.keys() & ended:
-            say(f"results: {write_results(experiments[file], folders_here())}")
+        for file in sorted(experiments.keys() & ended):
+            folder = write_results(experiments[file], folders_here())
+            say(f"results: {folder}")
+            send_results(experiments[file].name, folder, tracking_uri(Path.cwd()))
     for job, why in failed.items():
         experiment, run = named[job]
         say(f"failed: {experiment.name} / {run.name}: {why}")

@@ -23,6 +23,13 @@ def add_results(verbs: Any) -> None:
     sync = verbs.add_parser("sync", help="send to MLflow what a server that was away missed")
     sync.add_argument("--again", action="store_true", help="everything, for a store that was lost")
     sync.set_defaults(verb=sync_runs)
+    share = verbs.add_parser("share", help="give the runs of an experiment to others")
+    share.add_argument("experiment", help="its name, or a folder that `share` made of it")
+    share.add_argument(
+        "--to", required=True, metavar="FOLDER|URI", help="a folder, or a tracking server"
+    )
+    share.add_argument("--no-weights", action="store_true", help="leave the checkpoints out")
+    share.set_defaults(verb=share_runs)
 
 
 def add_report_card(verbs: Any) -> None:
@@ -178,3 +185,22 @@ def sync_runs(given: Any) -> int:
     sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=given.again)
     say(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs wait")
     return 1 if sent.waiting else 0
+
+
+def share_runs(given: Any) -> int:
+    from rudolph.results import sharing
+
+    runs, results = folders_here().runs / given.experiment, RESULTS / given.experiment
+    if not runs.is_dir():
+        runs = Path(given.experiment)
+        results = runs / sharing.RESULTS
+    if not runs.is_dir():
+        raise ValueError(f"{given.experiment}: neither an experiment in runs/ nor a folder")
+    if "://" in given.to:
+        for name, run_id in sharing.send_runs(runs, results, given.to).items():
+            say(f"{name}: MLflow run {run_id}")
+        return 0
+    target = Path(given.to)
+    packed = sharing.pack_runs(runs, results, target, has_weights=not given.no_weights)
+    say("\n".join(map(str, packed)))
+    return 0
