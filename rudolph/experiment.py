@@ -8,6 +8,7 @@ summary and the record of what it ran on.
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from rudolph.execution import (
 )
 from rudolph.measuring import measure
 from rudolph.results.journal import exclusive
+from rudolph.results.report import OVERHEAD
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages.clip import run_clip_stages
 from rudolph.stages.run import run_stages
@@ -82,7 +84,7 @@ def _execute_alone(
     uri: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    folder = run_folder(folders, experiment, run)
+    folder, started = run_folder(folders, experiment, run), time.monotonic()
     (folder / "config.yaml").write_text(to_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
@@ -98,6 +100,7 @@ def _execute_alone(
         tracker.log_artifact(folder / "config.yaml")
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
         seconds = _earlier_seconds(folder)
+        earlier = dict(seconds)
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
@@ -112,9 +115,16 @@ def _execute_alone(
         tracker.log_metrics(summary["metrics"], step=optim.num_steps)
         _write_environment(execution, commit, digests)
         tracker.log_artifact(folder / "environment.json")
+        _add_overhead(seconds, earlier, time.monotonic() - started)
         _write_summary(folder, summary, "finished", execution)
         tracker.log_artifact(folder / "summary.json")
     return summary
+
+
+def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: float) -> None:
+    """What a run took beside its stages: tracking, pictures, records."""
+    staged = sum(seconds.values()) - sum(earlier.values())
+    seconds[OVERHEAD] = round(earlier.get(OVERHEAD, 0.0) + passed - staged, 3)
 
 
 def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:

@@ -113,7 +113,7 @@ def write_runs(folder: Path) -> None:
                 "commit": "0123456789abcdef",
                 "dirty": False,
                 "status": "finished",
-                "seconds": {"decoder": 60.0},
+                "seconds": {"decoder": 57.0, "overhead": 3.0},
                 "metrics": {LOSS: value + shift + 0.01 * seed * shift},
             }
             (run / "summary.json").write_text(json.dumps(summary))
@@ -134,6 +134,7 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     found = read_effects(folder)[0]
     interval = f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
     assert f"**Verdict: {REPRODUCED}.**" in generated_part(page)
+    assert "6 runs, 6 minutes (5.0% beside their stages)" in generated_part(page)
     assert f"| {REPRODUCED} | {interval} | 12 |" in index and interval in generated_part(page)
     assert check(tmp_path / "results") == []
     page.write_text(page.read_text().replace(REPRODUCED, CONTRADICTED))

@@ -66,6 +66,7 @@ def test_a_run_writes_all_that_the_readme_promises(finished: Path) -> None:
         low, high = summary["intervals"][name]
         assert low <= value <= high
     assert {"data", "vqgan", "decoder", "scene_right on test"} <= set(summary["seconds"])
+    assert 0 < summary["seconds"]["overhead"] < sum(summary["seconds"].values())
     environment = json.loads((finished / "environment.json").read_text())
     assert set(environment["digests"]) == {
         "data.train",

@@ -27,6 +27,8 @@ from rudolph.results.repetitions import is_speed, speed_tables
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
+# Of a run's seconds those that no stage took.
+OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
 
 
@@ -120,12 +122,14 @@ def core_minutes(folder: Path) -> float:
 def experiment_page(folder: Path) -> str:
     """The generated part of an experiment's README: question, cost, table, figures, samples."""
     report, runs = read_report(folder), read_runs(folder)
-    minutes = runs["seconds"].sum() / 60
+    minutes, overhead = runs["seconds"].sum() / 60, ""
+    if OVERHEAD in runs and runs[OVERHEAD].notna().all():
+        overhead = f" ({runs[OVERHEAD].sum() / runs['seconds'].sum():.1%} beside their stages)"
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     lines = [
         f"**Question.** {' '.join(report.question.split())}",
         "",
-        f"`{report.source}`, {count}, {minutes:.3g} minutes, commit {_commits(runs)}.",
+        f"`{report.source}`, {count}, {minutes:.3g} minutes{overhead}, commit {_commits(runs)}.",
         "",
         *_claimed(folder, report),
         *(speed_tables(folder, runs, report.rows) if is_speed(folder) else _table(report, runs)),

@@ -30,6 +30,7 @@ from rudolph.results.journal import JOURNAL, exclusive, read_journal
 from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
     BOUNDS,
+    OVERHEAD,
     UNANSWERED,
     Report,
     answer,
@@ -156,7 +157,9 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     rows = [_run_row(summary) for summary in summaries]
     given = {name for row in rows for name in row}
     values = [f"{metric}{bound}" for metric in metrics for bound in ("", *_BOUND_ENDS)]
-    header = [*FIXED[:2], *grid, *FIXED[2:], *(name for name in values if name in given)]
+    beside = [OVERHEAD] if OVERHEAD in given else []
+    header = [*FIXED[:2], *grid, *FIXED[2:-1], *beside, FIXED[-1]]
+    header += [name for name in values if name in given]
     yield header
     for row in sorted(rows, key=lambda row: str(row["run"])):
         yield [cell(row.get(name)) for name in header]
@@ -165,6 +168,8 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: summary[name] for name in FIXED[:-1]}
     row |= {"seconds": float(sum(summary["seconds"].values()))}
+    if OVERHEAD in summary["seconds"]:
+        row[OVERHEAD] = summary["seconds"][OVERHEAD]
     row |= summary.get("grid", {}) | summary["metrics"]
     for name, (low, high) in summary.get("intervals", {}).items():
         row |= {f"{name}_low": low, f"{name}_high": high}
