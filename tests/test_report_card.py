@@ -244,6 +244,15 @@ def test_a_card_is_asked_again_and_compared_with_another(
     card.to_csv(other / CARD, index=False)
     assert main(["report-card", str(mixed), str(other)]) == 2
     assert "text_ranking/accuracy/test: values are not comparable" in capsys.readouterr().err
+    (other / CARD).write_bytes((mixed / CARD).read_bytes())
+    environment = json.loads((mixed / "environment.json").read_text())
+    environment["digests"]["data.train"] = "learned from something else"
+    (other / "environment.json").write_text(json.dumps(environment))
+    assert main(["report-card", str(mixed), str(other)]) == 0
+    environment["digests"]["data.test.words"] = "asked about something else"
+    (other / "environment.json").write_text(json.dumps(environment))
+    assert main(["report-card", str(mixed), str(other)]) == 2
+    assert "data.test.words differs, the scores are not comparable" in capsys.readouterr().err
 
 
 def test_cards_of_several_runs_are_one_file_and_one_table(mixed: Path, tmp_path: Path) -> None:

@@ -117,18 +117,24 @@ def export_experiment(given: Any) -> int:
 
 
 def report_card(given: Any) -> int:
-    cards = [_card(run, again=given.again) for run in (given.run, given.other) if run]
+    from rudolph.results.cards import require_same_data
+
+    folders = [run_folder(run) for run in (given.run, given.other) if run]
+    cards = [_card(folder, again=given.again) for folder in folders]
+    if given.other:
+        both = set(cards[0]["score"]) & set(cards[1]["score"])
+        asked = cards[0][cards[0]["score"].isin(both)]
+        require_same_data(folders[0], folders[1], set(asked["split"]))
     for line in _card_lines(*cards):
         say(line)
     return 0
 
 
-def _card(run: str, *, again: bool) -> Any:
+def _card(folder: Path, *, again: bool) -> Any:
     """The card of a run's folder: the one that it has, or its questions asked now."""
     from rudolph.results.cards import CARD, draw_card, read_card
     from rudolph.stages.evaluation import ask_again
 
-    folder = run_folder(run)
     path = folder / CARD
     if again or not path.is_file():
         with stage_progress() as progress:

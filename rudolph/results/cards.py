@@ -4,6 +4,7 @@
 """
 
 import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def read_card(path: Path) -> pd.DataFrame:
     """A card, of one run or of several (then with the column ``run``)."""
     texts = dict.fromkeys(("run", "score", "split", "measure"), "string")
     return pd.read_csv(path, dtype=texts)
+
+
+def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
+    """Raise ``ValueError`` when two runs were asked about different data of one of the splits.
+
+    What a run was trained on may differ: that is what may be compared.  A run that was packed
+    does not tell its data.
+    """
+    places = [each / "environment.json" for each in (folder, other)]
+    if not all(place.is_file() for place in places):
+        return
+    mine, theirs = (json.loads(place.read_text("utf-8"))["digests"] for place in places)
+    asked = {f"data.{split}" for split in splits}
+    for key in sorted(mine.keys() & theirs.keys()):
+        if ".".join(key.split(".")[:2]) in asked and mine[key] != theirs[key]:
+            raise ValueError(f"{folder} and {other}: {key} differs, the scores are not comparable")
 
 
 def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
