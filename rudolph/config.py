@@ -303,13 +303,14 @@ def experiment_name(path: Path) -> str:
     return f"{folder}/{path.stem}" if folder in NAMING_FOLDERS else path.stem
 
 
-def read_run(path: Path) -> RunConfig:
-    """A resolved configuration as ``to_yaml`` wrote it.
+def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """A resolved configuration as ``to_yaml`` wrote it, with ``key=value`` settings over it.
 
     Raises:
         ConfigError: when the file is missing or no such configuration.
     """
-    return _resolve(path, flat_settings(path, RunConfig, read_yaml(path)))
+    written = flat_settings(path, RunConfig, read_yaml(path))
+    return _resolve(path, written | _overrides(overrides))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,18 +1,20 @@
 """Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rudolph.config import RunConfig
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
 from rudolph.evaluation.asking import without_note
 from rudolph.execution import Execution, is_main_process
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.drawings import mask_picture, reconstructions, sample_grid
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.sampling.pipeline import OnToken, Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
 GRID_COLUMNS = 8
@@ -61,19 +63,22 @@ def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> Non
 
 def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
     """Pictures of the fixed prompts, so that runs can be compared by eye."""
-    config = execution.config
+    path = execution.folder / "samples" / "grid.png"
+    with execution.stage("samples") as advance:
+        draw_prompts(pipeline, execution.config, path, on_token=partial(without_note, advance))
+
+
+def draw_prompts(
+    pipeline: Pipeline, config: RunConfig, path: Path, *, on_token: OnToken | None = None
+) -> None:
+    """Pictures of the fixed prompts of a configuration, as it draws and seeds them."""
     prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
     seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
-    with execution.stage("samples") as advance:
-        pictures = pipeline.pictures(
-            prompts,
-            config=config.sampling.image,
-            seeds=seeds,
-            on_token=partial(without_note, advance),
-        )
+    pictures = pipeline.pictures(
+        prompts, config=config.sampling.image, seeds=seeds, on_token=on_token
+    )
     labels = [prompt for prompt in prompts for _ in range(number)]
     columns = max(GRID_COLUMNS // number, 1) * number
-    path = execution.folder / "samples" / "grid.png"
     sample_grid(to_bytes(pictures), labels, path, columns=columns)
 
 

@@ -1,18 +1,20 @@
-"""A run as it is given away: weights in 16 bits, its configuration, its scores, a model card.
+"""A run as it is given away: small weights, its configuration, its scores, a model card.
 
 The folder is a run's folder still: every verb that takes a run takes it.
 """
 
 import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rudolph.config import RunConfig
+from rudolph.config import RunConfig, read_run, to_yaml
 from rudolph.execution import Folders, Progress
+from rudolph.gallery import draw_prompts
+from rudolph.models.int8 import pack_int8
 from rudolph.results.cards import CARD, card_table, read_card
 from rudolph.results.markdown import table_row
 from rudolph.results.report import replace_generated
@@ -21,19 +23,36 @@ from rudolph.stages.evaluation import ask_again
 
 MADE = "made.json"
 MODEL_CARD = "README.md"
+DRAWN = "samples.png"
 NEW_CARD = (
     "# {name}\n\n_What it is for, what it cannot do, and under which licence it may be used._"
 )
 
 
-def pack(run: Path, target: Path, folders: Folders, progress: Progress) -> None:
+def pack(
+    run: Path,
+    target: Path,
+    folders: Folders,
+    progress: Progress,
+    *,
+    int8: bool = False,
+    settings: Sequence[str] = (),
+) -> None:
     """Write the folder of a finished run anew, small; its questions are asked of what is written.
 
     Text above the generated part of a model card that is there stays.
 
+    Args:
+        int8: the decoder's matrices in 8 bits with a scale a row; all else has 16.
+        settings: ``sampling.key=value``, how it draws where nothing else is said.
+
     Raises:
-        ValueError: when the run has not finished, or its configuration names no questions.
+        ValueError: when the run has not finished, its configuration names no questions, or a
+            setting is of anything but sampling.
     """
+    for setting in settings:
+        if not setting.startswith("sampling."):
+            raise ValueError(f"settings of a packed run must be sampling.key=value, got {setting}")
     summary = json.loads(_needed(run / "summary.json").read_text("utf-8"))
     environment = json.loads(_needed(run / "environment.json").read_text("utf-8"))
     if summary["status"] != "finished":
@@ -43,18 +62,28 @@ def pack(run: Path, target: Path, folders: Folders, progress: Progress) -> None:
         raise ValueError(f"{run}: its config.yaml names no evaluation.questions")
     checkpoints = target / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for model, name in ((pipeline.decoder, RUN_FILES[0]), (pipeline.vqgan, RUN_FILES[1])):
-        save_file(_halved(model), checkpoints / name)
+    decoder = pipeline.decoder.state_dict()
+    save_file(pack_int8(decoder) if int8 else _halved(decoder), checkpoints / RUN_FILES[0])
+    save_file(_halved(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
     pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
-    shutil.copyfile(run / "config.yaml", target / "config.yaml")
+    (target / "config.yaml").write_text(to_yaml(read_run(run / "config.yaml", settings)), "utf-8")
     kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
     made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
+    made["bits"] = 8 if int8 else 16
     (target / MADE).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
     ask_again(target, folders, progress)
+    draw(target)
     path = target / MODEL_CARD
     new = NEW_CARD.format(name=summary["experiment"])
     by_hand = path.read_text("utf-8") if path.is_file() else new
     path.write_text(replace_generated(by_hand, model_card(target)), "utf-8")
+
+
+def draw(folder: Path) -> None:
+    """Pictures of the fixed prompts by what was written, if there are such prompts."""
+    pipeline, config = load_run(folder)
+    if config.evaluation.grid_prompts:
+        draw_prompts(pipeline, config, folder / DRAWN)
 
 
 def model_card(folder: Path) -> str:
@@ -63,7 +92,8 @@ def model_card(folder: Path) -> str:
     card = read_card(folder / CARD).assign(run=made["run"])
     head = [table_row(["", ""]), table_row(["---", "---"])]
     facts = [table_row(pair) for pair in _facts(folder, made)]
-    return "\n".join([*head, *facts, "", *card_table(card, list(card["score"]))])
+    drawn = [f"![drawn for fixed prompts]({DRAWN})", ""] if (folder / DRAWN).is_file() else []
+    return "\n".join([*head, *facts, "", *drawn, *card_table(card, list(card["score"]))])
 
 
 def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
@@ -90,7 +120,7 @@ def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
         ("examples", f"train split of {', '.join(config.data.datasets)}: {tasks}"),
         ("trained", f"{sum(seconds.values()) / 60:.0f} minutes on {where}"),
         ("from", f"`{made['experiment']}` {made['run']}, commit `{str(made['commit'])[:10]}`"),
-        ("weights", f"16 bits, {size / 1e6:.1f} MB"),
+        ("weights", f"decoder {made['bits']} bits, VQ-GAN 16, {size / 1e6:.1f} MB"),
     ]
 
 
@@ -102,11 +132,11 @@ def _millions(model: nn.Module) -> str:
     return f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f}M parameters"
 
 
-def _halved(model: nn.Module) -> dict[str, torch.Tensor]:
+def _halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Matrices in 16 bits; vectors are small, and counts among them may be large."""
     return {
         name: (value.half() if value.ndim > 1 else value).contiguous()
-        for name, value in model.state_dict().items()
+        for name, value in tensors.items()
     }
 
 

@@ -1,6 +1,6 @@
 """Where weights come from: a run, an MLflow run, a released name or a folder.
 
-Every verb that needs weights takes any of these.
+Every verb that needs weights takes any of these, and ``shipped`` and ``newest``.
 """
 
 import json
@@ -19,7 +19,7 @@ from rudolph.config import RunConfig, SamplingConfig, read_run
 from rudolph.execution import Hardware
 from rudolph.models.clip import CLIP
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.int8 import use_int8
+from rudolph.models.int8 import unpack_int8, use_int8
 from rudolph.models.pretrained import to_reference
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
@@ -34,6 +34,9 @@ from rudolph.sequence.tokenizer import Tokenizer
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
+# The run that comes with the package, as `rudolph pack` wrote it, and the names of two sources.
+SHIPPED_RUN = Path(__file__).parent / "shipped" / "emoji"
+SHIPPED, NEWEST = "shipped", "newest"
 # Where a run leaves the CLIP that it trained.
 CLIP_FOLDER = ("checkpoints", "clip")
 RUN_FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
@@ -66,12 +69,13 @@ class Source:
 
 
 def open_source(
-    source: str | None, *, runs: Path, uri: str, precision: Precision | None = None
+    source: str, *, runs: Path, uri: str, precision: Precision | None = None
 ) -> Source:
-    """The pipeline of a source; of None the newest finished run.
+    """The pipeline of a source.
 
     Args:
-        source: a run's folder, an MLflow run's id, a released name, or a folder of weights.
+        source: a run's folder, an MLflow run's id, a released name, a folder of weights,
+            ``shipped`` or ``newest``.
         runs: the folder of all runs.
         uri: the tracking server that is asked for an MLflow run.
 
@@ -89,9 +93,11 @@ def open_source(
     return found
 
 
-def find_folder(source: str | None, *, runs: Path, uri: str) -> Path:
+def find_folder(source: str, *, runs: Path, uri: str) -> Path:
     """The folder of a source on this disk; an MLflow run is fetched."""
-    if source is None:
+    if source == SHIPPED:
+        return SHIPPED_RUN
+    if source == NEWEST:
         return newest_run(runs)
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
         here = local_run(source, runs)
@@ -136,8 +142,8 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
             tensors = load_file(checkpoints / name)
         except SafetensorError as error:
             raise ValueError(f"{checkpoints / name}: not a whole safetensors ({error})") from error
-        load_exactly(part, tensors, family=str(checkpoints / name))
-        # A run that was packed holds 16 bits.
+        load_exactly(part, unpack_int8(tensors), family=str(checkpoints / name))
+        # A run that was packed holds 16 bits, or 8.
         part.float()
     return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
 
@@ -150,7 +156,8 @@ def _of_run(folder: Path, precision: Precision) -> Source:
         weights = layers.state_dict()
         use_int8(layers)
         layers.load_state_dict(weights)
-    return Source(pipeline, config.sampling, config.data.image_size, str(folder))
+    name = SHIPPED if folder == SHIPPED_RUN else str(folder)
+    return Source(pipeline, config.sampling, config.data.image_size, name)
 
 
 def _of_reference(folder: Path, precision: Precision) -> Source:

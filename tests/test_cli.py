@@ -34,7 +34,7 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "круг"], "no finished run"),
+        (["generate", "круг", "--model", "newest"], "no finished run"),
         (["generate", "круг", "--model", "nowhere"], "no released model has this name"),
         (["generate", "круг", "--model", "moved", "--top-k", "0"], "top_k must be at least 1"),
         (["generate", "круг", "--model", "moved", "-n", "0"], "-n must be at least 1"),

@@ -179,8 +179,21 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
         tensors, truth = load_file(half), load_file(whole)
         for key, value in truth.items():
             torch.testing.assert_close(tensors[key].float(), value.float(), rtol=1e-3, atol=1e-6)
+    assert main(["pack", str(mixed), "small", "--int8", "sampling.image.temperature=0.3"]) == 0
+    assert load_run(Path("small"))[1].sampling.image.temperature == 0.3
+    assert main(["pack", str(mixed), "other", "decoder.num_layers=9"]) == 2
+    assert not Path("other").exists()
+    sizes = [
+        Path(each, "checkpoints", RUN_FILES[0]).stat().st_size for each in ("small", "packed")
+    ]
+    assert sizes[0] < sizes[1] and "decoder 8 bits" in Path("small", MODEL_CARD).read_text()
+    whole, rounded = (load_run(run)[0].decoder.state_dict() for run in (mixed, Path("small")))
+    for key, value in whole.items():
+        # Half a step of a row's 127; what is no matrix is as it was.
+        step = value.abs().amax(-1, keepdim=True) / 127 if value.ndim == 2 else 0 * value
+        assert ((rounded[key] - value).abs() <= 0.5001 * step).all(), key
     argv = ["generate", "круг", "-n", "2", "--model"]
-    assert main([*argv, "packed"]) == 0
+    assert main([*argv, "small"]) == main([*argv, "packed"]) == 0
     assert len(Path("generated.jsonl").read_text().splitlines()) == 2
 
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "fitting": BELOW_CONFIG | {"config", "execution"},
     "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources", "released"},
     "sources": BELOW_CONFIG | {"config", "execution", "released"},
-    "packing": BELOW_CONFIG | {"config", "execution", "sources", "stages"},
+    "packing": BELOW_CONFIG | {"config", "execution", "gallery", "sources", "stages"},
     "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
     "experiment": BELOW_CONFIG | {"config", "execution", "stages", "measuring"},
     "console": set(),

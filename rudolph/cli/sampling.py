@@ -57,8 +57,9 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument(
         "--model",
         metavar="SOURCE",
-        help="a run's folder, an MLflow run, a released name or a folder of weights; by default "
-        "the newest finished run",
+        default="shipped",
+        help="a run's folder, an MLflow run, a released name, a folder of weights, `newest` for "
+        "the run that finished last; by default `shipped`, the emoji model of the package",
     )
     verb.add_argument("-n", "--number", type=int, default=8)
     verb.add_argument("--seed", type=int, default=0)

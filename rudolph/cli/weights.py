@@ -18,9 +18,13 @@ def add_weights(verbs: Any) -> None:
     convert.add_argument("folder", type=Path)
     convert.add_argument("--pickle", action="store_true", help="pytorch_model.bin as well")
     convert.set_defaults(verb=convert_weights)
-    pack = verbs.add_parser("pack", help="write a run to give away: 16 bits and a model card")
+    pack = verbs.add_parser("pack", help="write a run to give away: small, with a model card")
     pack.add_argument("run", help="a run's folder, or the id of an MLflow run")
     pack.add_argument("folder", type=Path)
+    pack.add_argument(
+        "settings", nargs="*", metavar="sampling.key=value", help="how it draws by itself"
+    )
+    pack.add_argument("--int8", action="store_true", help="the decoder in 8 bits instead of 16")
     pack.set_defaults(verb=pack_run)
 
 
@@ -90,6 +94,8 @@ def pack_run(given: Any) -> int:
 
     folders = folders_here()
     with stage_progress() as progress:
-        pack(run_folder(given.run), given.folder, folders, progress)
+        run = run_folder(given.run)
+        settings = {"int8": given.int8, "settings": given.settings}
+        pack(run, given.folder, folders, progress, **settings)
     say(f"{given.folder / MODEL_CARD}: say above its tables what the model is for")
     return 0

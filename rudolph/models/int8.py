@@ -7,11 +7,15 @@ outliers).
 Shapes: M outputs, N inputs of a layer.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# After the name of a matrix, that of its scales.
+SCALES = "#scales"
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,6 +26,27 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     return (wide / scale).round().to(torch.int8), scale
+
+
+def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a small file holds them: matrices in eight bits, each with its scales beside it.
+
+    What is no matrix stays.
+    """
+    packed = dict(tensors)
+    for name, value in tensors.items():
+        if value.ndim == 2:
+            packed[name], packed[name + SCALES] = to_int8(value)
+    return packed
+
+
+def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``pack_int8`` packed, in float32; other tensors stay."""
+    return {
+        name: value * tensors[name + SCALES] if name + SCALES in tensors else value
+        for name, value in tensors.items()
+        if not name.endswith(SCALES)
+    }
 
 
 class Int8Linear(nn.Module):

@@ -1,0 +1,62 @@
+"""The emoji model that comes with the package: small, told as it is, and of use at once."""
+
+import json
+import tomllib
+from glob import glob
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rudolph.cli import main
+from rudolph.config import read_run
+from rudolph.data.emoji import Emoji
+from rudolph.packing import MODEL_CARD, model_card
+from rudolph.results.cards import CARD, read_card
+from rudolph.results.report import generated_part
+from rudolph.sources import SHIPPED_RUN
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_is_packaged_and_at_most_25_megabytes() -> None:
+    files = [path for path in SHIPPED_RUN.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {
+        ROOT / "rudolph" / name
+        for pattern in package["package-data"]["rudolph"]
+        for name in glob(pattern, root_dir=ROOT / "rudolph", recursive=True)
+    }
+    assert set(files) <= packaged
+
+
+def test_its_model_card_is_that_of_its_files_and_holds_its_score_table() -> None:
+    card = SHIPPED_RUN / MODEL_CARD
+    assert generated_part(card) == model_card(SHIPPED_RUN)
+    by_hand = card.read_text().partition("<!--")[0]
+    for word in ("Noto Color Emoji", "OFL-1.1", "CLDR", "Apache-2.0"):
+        assert word in by_hand
+    scores = read_card(SHIPPED_RUN / CARD)
+    assert (scores[["low", "high"]].notna().all(axis=1) & (scores["count"] > 0)).all()
+
+
+def test_a_text_alone_draws_and_a_picture_alone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "олень", "-n", "3"]) == 0
+    lines = Path("generated.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    record = json.loads(lines[0])
+    assert record["model"] == "shipped" and record["prompt"] == "олень"
+    with Image.open(record["file"]) as picture:
+        assert picture.size == (64, 64)
+    data = read_run(SHIPPED_RUN / "config.yaml").data
+    emoji = Emoji(data.emoji, split="train", image_size=data.image_size)
+    pictures = {pair.caption: pair.image for pair in emoji}
+    for name in ("олень", "пицца"):
+        pictures[name].save("picture.png")
+        capsys.readouterr()
+        assert main(["caption", "picture.png", "-n", "4"]) == 0
+        assert name in capsys.readouterr().out
