@@ -224,7 +224,7 @@ def test_what_is_scored_is_told_and_what_was_seen_is_logged(mixed: Path) -> None
     assert list(table.index) == list(TASKS)
     assert table["share"].sum() == pytest.approx(1)
     assert table.loc["text_to_image"].tolist()[1:] == [1, 7, 0]
-    assert table.loc["words/text_recognition"].tolist()[1:] == [0, 1, 7]
+    assert table.loc["words/text_recognition"].tolist()[1:] == [0, 0, 1]
     logged: dict[str, float] = {}
     [path] = mixed.parent.parent.glob(".cache/decoder-*/curves.jsonl")
     for line in path.read_text().splitlines():

@@ -37,8 +37,7 @@ class Task:
 
     ``left`` and ``right`` are ``caption``, ``question`` or, for no words, empty; a question's
     answer is its caption.  ``right`` is None where there is no right text at all.  ``image`` is
-    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text:
-    the reference's, and 0 where it scores a segment without words or without a picture.
+    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text.
     ``answer`` is what is given back, ``metric`` how it is judged and ``chance`` what a decoder
     that knows nothing of the prompt would reach.
     """
@@ -125,7 +124,7 @@ _CAPTIONING = Task(
     right="caption",
     left_token="<LT_I2T>",
     right_token="<RT_I2T>",
-    weights=(0.0, 1.0, 7.0),
+    weights=(0.0, 0.0, 1.0),
     answer="a text",
     metric="exact",
 )
@@ -133,14 +132,13 @@ _CAPTIONING = Task(
 
 def _question(image: str, name: str, *, metric: str) -> Task:
     """A question on the left, its answer on the right."""
-    image_weight = 1.0 if image == "given" else 0.0
     return Task(
         left="question",
         image=image,
         right="caption",
         left_token=f"<LT_{name}>",
         right_token=f"<RT_{name}>",
-        weights=(1.0, image_weight, 7.0),
+        weights=(0.0, 0.0, 1.0),
         answer="a text",
         metric=metric,
     )
