@@ -1,14 +1,7 @@
-"""Experiment file to runs: every run typed, frozen and checked before anything starts.
-
-An experiment file has the keys of ``EXPERIMENT_KEYS``.  ``base`` names one file of settings;
-``settings`` stand over it, a variant over those, a point of the grid over that, and the command
-line over all.  So at most two files tell a run.
-"""
+"""The configuration of a run: typed, frozen, checked before anything starts, named by digest."""
 
 import hashlib
-import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -20,24 +13,20 @@ from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
 from rudolph.models.clip import CLIPConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
-from rudolph.results.claims import Claim, group_of
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
-from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
+from rudolph.settings import STRICT, ConfigError, flat_settings, read_yaml, typed
 from rudolph.speed.config import SpeedConfig
-from rudolph.training.clip import CLIPLossConfig
+from rudolph.training.clip_losses import CLIPLossConfig
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.tuning import TuningConfig
 
 # Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
 CONFIG_VERSION = 1
-# Folders of experiments whose files are named after the folder too.
-NAMING_FOLDERS = ("speed",)
 # What a run can train.
 MODELS = ("decoder", "clip")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -66,12 +55,14 @@ class RunConfig:
     """One resolved run: everything that decides its numbers, and nothing else.
 
     ``model`` is what is trained: a ``decoder``, with the VQ-GAN and the tokenizer that it needs,
-    or a ``clip`` with its tokenizer.
+    or a ``clip`` with its tokenizer.  ``vqgan_seed`` is that of the VQ-GAN alone (null: the same):
+    so runs of all seeds have one.
     """
 
     __pydantic_config__ = STRICT
 
     seed: int = 0
+    vqgan_seed: int | None = None
     model: str = "decoder"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -124,8 +115,14 @@ class RunConfig:
             raise ValueError(
                 "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: must be 0 to 4294967295, got {self.seed}")
+        for name in ("seed", "vqgan_seed"):
+            seed = getattr(self, name)
+            if seed is not None and not 0 <= seed < 2**32:
+                raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
+
+    @property
+    def seed_of_vqgan(self) -> int:
+        return self.seed if self.vqgan_seed is None else self.vqgan_seed
 
     @property
     def sequence_layout(self) -> SequenceLayout:
@@ -145,71 +142,6 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of the whole run; equal digests ask the same question."""
         return digest_of(self)
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Which metrics the results' table, the curves' figure and the report card show.
-
-    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``.  In each of the
-    metrics ``effects`` the variants, or points of the grid, are compared with the one ``against``.
-    """
-
-    __pydantic_config__ = STRICT
-
-    table: tuple[str, ...] = ()
-    curves: tuple[str, ...] = ()
-    card: tuple[str, ...] = ()
-    best_of: tuple[str, ...] = ()
-    effects: tuple[str, ...] = ()
-    against: str | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.effects) != (self.against is not None):
-            raise ValueError("against and effects belong together: give both or none")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of an experiment: its name, how it differs from the others, its configuration."""
-
-    name: str
-    variant: str
-    grid: Mapping[str, Any]
-    config: RunConfig
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment file, resolved.
-
-    ``targets`` say what a metric should at least reach, ``claim`` what the source claims.
-    """
-
-    path: Path
-    name: str
-    title: str
-    question: str
-    source: str
-    targets: Mapping[str, float]
-    claim: Claim | None
-    report: ReportConfig
-    runs: tuple[Run, ...]
-
-
-EXPERIMENT_KEYS = {
-    "title": str,
-    "question": str,
-    "source": str,
-    "base": str,
-    "settings": dict,
-    "variants": dict,
-    "grid": dict,
-    "seeds": list,
-    "targets": dict,
-    "claim": dict,
-    "report": dict,
-}
 
 
 def plain(config: Any) -> Any:
@@ -246,63 +178,6 @@ def _default(each: Field[Any]) -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
-def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-    """Read an experiment file and expand its runs.
-
-    Args:
-        overrides: ``key=value`` settings of the command line, values in YAML.
-
-    Raises:
-        ConfigError: one line for the first mistake.
-    """
-    path = Path(path)
-    content = read_yaml(path)
-    settings.require_keys(path, content, EXPERIMENT_KEYS)
-    for key in ("title", "question"):
-        if not content.get(key, "").strip():
-            raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
-    report = typed(path, ReportConfig, content.get("report", {}), "report")
-    targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
-    claim = typed(path, Claim, content["claim"], "claim") if "claim" in content else None
-    runs = tuple(_expand(path, content, _overrides(overrides)))
-    _check_compared(path, claim, report, {group_of(run.name, run.config.seed) for run in runs})
-    return Experiment(
-        path=path,
-        name=experiment_name(path),
-        title=content["title"].strip(),
-        question=" ".join(content["question"].split()),
-        source=" ".join(content.get("source", "").split()),
-        targets=targets,
-        claim=claim,
-        report=report,
-        runs=runs,
-    )
-
-
-def _check_compared(
-    path: Path, claim: Claim | None, report: ReportConfig, groups: set[str]
-) -> None:
-    """Raise ``ConfigError`` for a comparison with runs that the file does not have."""
-    named = {} if claim is None else {"claim.better": claim.better, "claim.than": claim.than}
-    if report.against is not None:
-        named["report.against"] = report.against
-    for key, name in named.items():
-        if name not in groups:
-            raise mistake(path, key, f"must be one of {', '.join(sorted(groups))}", name)
-
-
-def experiment_name(path: Path) -> str:
-    """The file's name, after its folder's where that belongs to it.
-
-    >>> experiment_name(Path("experiments/speed/decode.yaml"))
-    'speed/decode'
-    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
-    'captions'
-    """
-    folder = path.resolve().parent.name
-    return f"{folder}/{path.stem}" if folder in NAMING_FOLDERS else path.stem
-
-
 def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """A resolved configuration as ``to_yaml`` wrote it, with ``key=value`` settings over it.
 
@@ -310,7 +185,7 @@ def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: when the file is missing or no such configuration.
     """
     written = flat_settings(path, RunConfig, read_yaml(path))
-    return _resolve(path, written | _overrides(overrides))
+    return resolved(path, written | overrides_of(overrides))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -318,60 +193,8 @@ def to_yaml(config: RunConfig) -> str:
     return settings.to_yaml(plain(config))
 
 
-def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
-    """Every combination of variant, point of the grid and seed, in the order of the file."""
-    shared = _shared_settings(path, content)
-    variants = content.get("variants") or {"": {}}
-    grid = _grid(path, content)
-    seeds = content.get("seeds", [0])
-    settings.require_distinct(path, "seeds", seeds)
-    runs = []
-    for variant, changes in variants.items():
-        changed = shared | _variant(path, variant, changes)
-        for point in itertools.product(*grid.values()):
-            place = dict(zip(grid, point, strict=True))
-            for seed in seeds:
-                config = _resolve(path, changed | place | {"seed": seed} | overrides)
-                name = _run_name(variant, place, config.seed)
-                runs.append(Run(name, variant, place, config))
-    return runs
-
-
-def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    shared: dict[str, Any] = {}
-    if "base" in content:
-        base = path.parent / content["base"]
-        shared = _seedless(base, read_yaml(base))
-        _resolve(base, shared)
-    return shared | _seedless(path, content.get("settings", {}), "settings")
-
-
-def _variant(path: Path, variant: str, changes: Any) -> dict[str, Any]:
-    if not variant:
-        return {}
-    if not NAME.fullmatch(variant):
-        raise mistake(path, "variants", "names must be letters, digits, _ . -", variant)
-    if not isinstance(changes, dict):
-        raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
-    return _seedless(path, changes, f"variants.{variant}")
-
-
-def _grid(path: Path, content: Mapping[str, Any]) -> dict[str, list[Any]]:
-    grid = _seedless(path, content.get("grid", {}), "grid")
-    for key, values in grid.items():
-        settings.require_distinct(path, f"grid.{key}", values)
-    return grid
-
-
-def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Flat settings of a file, in which seeds have a key of their own."""
-    if "seed" in content:
-        where = f"{place}.seed" if place else "seed"
-        raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
-    return flat_settings(path, RunConfig, content, place)
-
-
-def _overrides(texts: Iterable[str]) -> dict[str, Any]:
+def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Flat settings from ``key=value``, values in YAML, as the command line has them."""
     source = Path("command line")
     given: dict[str, Any] = {}
     for text in texts:
@@ -382,11 +205,6 @@ def _overrides(texts: Iterable[str]) -> dict[str, Any]:
     return given
 
 
-def _resolve(path: Path, flat: Mapping[str, Any]) -> RunConfig:
+def resolved(path: Path, flat: Mapping[str, Any]) -> RunConfig:
+    """A run of flat settings; ``path`` is named in messages."""
     return typed(path, RunConfig, settings.nested(flat))
-
-
-def _run_name(variant: str, place: Mapping[str, Any], seed: int) -> str:
-    points = [f"{key.rpartition('.')[2]}={value}" for key, value in place.items()]
-    name = "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)

@@ -1,5 +1,6 @@
 """What surrounds a run while it is executed: hardware, folders, tracking, progress, time."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from rudolph.config import Run, RunConfig
+from rudolph.config import RunConfig
+from rudolph.experiment_file import Experiment, Run
 from rudolph.models.compiled import check_compiler
 from rudolph.training.optim import OptimConfig
 
@@ -92,6 +94,17 @@ class Folders:
     @property
     def cache(self) -> Path:
         return self.runs / ".cache"
+
+
+def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
+    """``runs/<experiment>/<run>-<digest>``: a changed file never meets an older run."""
+    return folders.runs / experiment.name / f"{run.name}-{run.config.digest[:8]}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a finished run."""
+    summary = folder / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
 
 
 def is_main_process() -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from rudolph.config import Experiment, Run, plain, to_yaml
+from rudolph.config import plain, to_yaml
 from rudolph.evaluation.asking import Score
+from rudolph.evaluation.numeric_questions import lost
 from rudolph.execution import (
     Execution,
     Folders,
@@ -25,26 +26,18 @@ from rudolph.execution import (
     Progress,
     Unrecorded,
     is_main_process,
+    run_folder,
 )
+from rudolph.experiment_file import Experiment, Run
 from rudolph.measuring import measure
 from rudolph.results.journal import exclusive
 from rudolph.results.report import OVERHEAD
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages.clip import run_clip_stages
 from rudolph.stages.run import run_stages
+from rudolph.training.callbacks import NonFiniteLossError
 
 RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
-
-
-def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
-    """``runs/<experiment>/<run>-<digest>``: a changed file never meets an older run."""
-    return folders.runs / experiment.name / f"{run.name}-{run.config.digest[:8]}"
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a finished run."""
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
 
 
 def execute(
@@ -104,7 +97,7 @@ def _execute_alone(
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
-            scores, digests = work_of(run)(execution)
+            scores, digests = outcome_of(execution)
         except BaseException:
             # A key press as well as a mistake: what the stages took so far is not to be lost.
             _write_summary(folder, summary, "failed", execution)
@@ -119,6 +112,17 @@ def _execute_alone(
         _write_summary(folder, summary, "finished", execution)
         tracker.log_artifact(folder / "summary.json")
     return summary
+
+
+def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+    """The scores of a run; that it was lost is one where the run is asked for it."""
+    run = execution.run
+    try:
+        return work_of(run)(execution)
+    except NonFiniteLossError:
+        if "survival" not in run.config.evaluation.questions:
+            raise
+        return [lost(split) for split in run.config.evaluation.splits], {}
 
 
 def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: float) -> None:

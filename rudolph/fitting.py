@@ -39,13 +39,14 @@ def fit(
     advance: Callable[[int, int, str], None],
     weights: Path,
     made_of: str,
+    seed: int,
 ) -> None:
     """Train a module to its last step, from the checkpoint beside ``weights`` if any.
 
     Only a checkpoint of a training that was ``made_of`` the same is continued; it goes once the
     weights are safe.
     """
-    hardware, seed = execution.hardware, execution.config.seed
+    hardware = execution.hardware
     micro, num_accumulated = hardware.batches(optim)
     num_batches = optim.num_steps * num_accumulated
     folder = weights.parent

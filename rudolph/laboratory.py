@@ -6,20 +6,18 @@ after run, so that libraries are imported once.
 
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from rudolph.config import Experiment, Run, load_experiment
-from rudolph.execution import Folders, Hardware, Progress
-from rudolph.experiment import execute, is_finished, run_folder
+from rudolph.execution import Folders, Hardware, Progress, is_finished, run_folder
+from rudolph.experiment_file import Experiment, Run, load_experiment
+from rudolph.results.store import finished_row
 from rudolph.settings import ConfigError
-from rudolph.training.callbacks import NonFiniteLossError
 
 BASES = "base"
 
@@ -66,6 +64,10 @@ def failure_of(experiment: Experiment, run: Run, place: Place, progress: Progres
     Raises:
         ValueError: for a mistake in the data or the hardware flags.
     """
+    # Only what trains takes the seconds that Lightning and MLflow need to be imported.
+    from rudolph.experiment import execute
+    from rudolph.training.callbacks import NonFiniteLossError
+
     if is_finished(run_folder(place.folders, experiment, run)):
         return ""
     try:
@@ -80,6 +82,28 @@ def failure_of(experiment: Experiment, run: Run, place: Place, progress: Progres
     except NonFiniteLossError as error:
         return f"{error}; the last good checkpoint is kept"
     return ""
+
+
+def search_of(experiment: Experiment, folders: Folders) -> Iterator[Run]:
+    """The runs of an experiment's search: each is to be executed before the next is taken."""
+    if experiment.search is None:
+        return
+    from rudolph.searching import search_runs
+
+    def row_of(run: Run) -> Mapping[str, Any] | None:
+        return finished_row(run_folder(folders, experiment, run))
+
+    yield from search_runs(experiment, row_of)
+
+
+def all_runs(experiment: Experiment, folders: Folders) -> list[Run]:
+    """The runs of an experiment, with those of its search up to the first that is not finished."""
+    runs = list(experiment.runs)
+    for run in search_of(experiment, folders):
+        if finished_row(run_folder(folders, experiment, run)) is None:
+            break
+        runs.append(run)
+    return runs
 
 
 def run_at_once(jobs: Sequence[Job], place: Place, *, number: int) -> Iterator[tuple[Job, str]]:
@@ -98,6 +122,8 @@ def run_at_once(jobs: Sequence[Job], place: Place, *, number: int) -> Iterator[t
 
 
 def _begin(threads: int) -> None:
+    import torch
+
     from rudolph.console import silence_libraries
 
     torch.set_num_threads(threads)

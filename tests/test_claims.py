@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rudolph.config import ConfigError, load_experiment
+from rudolph.config import ConfigError
+from rudolph.experiment_file import load_experiment
 from rudolph.results.claims import (
     CONTRADICTED,
     INCONCLUSIVE,

@@ -14,21 +14,21 @@ from tiny_run import quiet, write
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.config import load_experiment
 from rudolph.data.module import Streams
 from rudolph.data.splits import Split
 from rudolph.data.text_image import TextImageExamples, caption_numbers
 from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.experiment_file import load_experiment
 from rudolph.fitting import averaging, fit, make_trainer
 from rudolph.models.clip import CLIP
 from rudolph.models.pretrained import from_reference, to_reference
 from rudolph.models.weights import load_exactly
 from rudolph.sampling.clip_ranking import PLAIN_TEMPLATES, ClipRanker, retrieval_recalls
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.training.clip import (
+from rudolph.training.clip import CLIPTraining
+from rudolph.training.clip_losses import (
     CLIP_LOSSES,
     CLIPLossConfig,
-    CLIPTraining,
     sigmoid_loss,
     softmax_loss,
 )
@@ -294,6 +294,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
         advance=lambda done, total, note: None,
         weights=weights,
         made_of="these",
+        seed=0,
     )
     curves = (tmp_path / "clip" / "curves.jsonl").read_text()
     assert '"clip/val/image_to_text/recall_at_1": 1.0' in curves

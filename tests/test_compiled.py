@@ -7,6 +7,7 @@ import torch
 
 from rudolph.models import compiled
 from rudolph.models import decoder as decoder_module
+from rudolph.models import layer as layer_module
 from rudolph.models.attention import WholeLook
 from rudolph.models.compiled import check_compiler
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
@@ -160,7 +161,7 @@ def test_a_layer_with_dropout_is_one_graph() -> None:
     torch._dynamo.reset()
     model = decoder("row").train()
     look = WholeLook(model.whole_masks(9)[0], 2)
-    explained = torch._dynamo.explain(decoder_module.run_layer)(
+    explained = torch._dynamo.explain(layer_module.run_layer)(
         model.layers[0], torch.randn(2, 9, 24), look
     )
     assert explained.graph_count == 1 and explained.graph_break_count == 0

@@ -12,24 +12,14 @@ import pytest
 import yaml
 
 from rudolph.cli import main
-from rudolph.config import (
-    CONFIG_VERSION,
-    RunConfig,
-    digest_of,
-    load_experiment,
-    plain,
-    read_run,
-    to_yaml,
-)
+from rudolph.config import CONFIG_VERSION, RunConfig, digest_of, plain, read_run, to_yaml
+from rudolph.experiment_file import load_experiment
 from rudolph.models.pretrained import empty_model
 from rudolph.released.table import RELEASED
 from rudolph.settings import ConfigError, json_schema
 from rudolph.training.optim import OptimConfig
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(
-    path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "base"
-)
 
 GOOD: dict[str, Any] = {
     "title": "A test",
@@ -318,9 +308,3 @@ def test_an_argument_that_no_flag_takes_is_told(capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "test.yaml", "--dry-run", "--indx=1"])
     assert "unrecognized arguments: --indx=1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_experiment_loads(path: Path) -> None:
-    runs = load_experiment(path).runs
-    assert runs and all(run.config.sequence_layout.length > 0 for run in runs)

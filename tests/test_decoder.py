@@ -9,6 +9,7 @@ from rudolph.models.attention import Seen, attention
 from rudolph.models.cache import keys_read
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
+from rudolph.models.scoring import segment_labels
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 
@@ -266,3 +267,50 @@ def test_embeddings_that_start_from_codes_are_as_far_apart_as_the_codes() -> Non
     assert found[: len(codes)].std().item() == pytest.approx(0.7, rel=0.2)
     changed = {name for name, value in model.state_dict().items() if (value != plain[name]).any()}
     assert changed == {"image_embedding.weight"}
+
+
+def test_normed_queries_and_keys_have_no_size_of_their_own() -> None:
+    model, tokens = small_decoder(replace(SMALL, qk_norm=True)), random_tokens(3)
+    expected, cache = model(tokens), model.new_cache(3)
+    with torch.inference_mode():
+        parts = [model.hidden(part, cache) for part in tokens.split([6, 1, 4, 7], dim=1)]
+        torch.testing.assert_close(model.to_logits(torch.cat(parts, dim=1)), expected)
+    for layer in model.layers:
+        for parameter in layer.to_qkv.parameters():
+            parameter.data[:48] *= 300  # queries and keys
+    torch.testing.assert_close(model(tokens), expected, atol=1e-3, rtol=0)
+    model = small_decoder(replace(SMALL, qk_norm=False))
+    assert not any("query_norm" in name for name in model.state_dict())
+
+
+def test_one_padding_id_serves_all_positions_where_none_has_its_own() -> None:
+    tokens = random_tokens(2).clamp(min=1)
+    tokens[:, 3:5] = 0
+    for has_own in (True, False):
+        model = small_decoder(replace(SMALL, positional_padding=has_own))
+        model(tokens).sum().backward()
+        used = model.text_embedding.weight.grad.abs().sum(1) > 0
+        assert used[[26, 27]].tolist() == [has_own] * 2 and used[0] == (not has_own)
+        labels = segment_labels(model, tokens)["left_text"][1]
+        assert labels[:, -2:].tolist() == [[26, 27] if has_own else [0, 0]] * 2
+
+
+def test_decoders_that_differ_in_a_table_begin_alike_in_all_else_where_asked() -> None:
+    def start(is_paired: bool, bpe_size: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        config = replace(SMALL, paired_start=is_paired)
+        model = MaskedDecoder(config, LAYOUT, replace(VOCABULARY, bpe_size=bpe_size))
+        if is_paired:
+            model.start_by_name(lambda name: len(name) + sum(map(ord, name)))
+        return model.state_dict()
+
+    for is_paired in (True, False):
+        first, second = start(is_paired, 20), start(is_paired, 23)
+        is_same = {
+            name: torch.equal(first[name], second[name])
+            for name in ("layers.2.mlp_in.weight", "row_position.weight", "layers.0.to_qkv.bias")
+        }
+        assert set(is_same.values()) == {is_paired}
+    stds = start(True, 400)
+    assert abs(stds["text_embedding.weight"].std().item() - SMALL.token_init_std) < 0.05
+    assert stds["left_position.weight"].std().item() < 2 * SMALL.position_init_std

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
-from rudolph.config import load_experiment
 from rudolph.data.splits import Splits
-from rudolph.execution import Folders
-from rudolph.experiment import run_folder
+from rudolph.execution import Folders, run_folder
+from rudolph.experiment_file import load_experiment
 from rudolph.results.journal import exclusive, read_journal
 from rudolph.sources import load_run
 from rudolph.stages.decoder import token_examples

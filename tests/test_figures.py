@@ -1,5 +1,6 @@
 """Figures are the same bytes at each drawing and show what their numbers say."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from rudolph.evaluation.statistics import mean_of_few
 from rudolph.results.drawings import codebook_usage, mask_picture, reconstructions, sample_grid
-from rudolph.results.figures import FIGURES, curves, intervals
+from rudolph.results.figures import FIGURES, curves, front_of, intervals
 
 LOSS = "val/loss"
 RUNS = pd.DataFrame(
@@ -21,6 +23,7 @@ RUNS = pd.DataFrame(
             "top_k": top_k,
             "seed": seed,
             LOSS: number + seed / 10 + top_k / 100,
+            "rate": number - seed / 7 + top_k / 90,
             f"{LOSS}_low": number - 0.3,
             f"{LOSS}_high": number + 0.4,
             f"{LOSS}_chance": 4.0,
@@ -49,6 +52,7 @@ CARD = pd.DataFrame(
 BEST_OF = pd.concat(
     [CARD.assign(score=f"{LOSS}/best_of_{number}/test", value=number / 9) for number in (1, 2, 8)]
 )
+REGIONS = CARD.assign(setting=LOSS, low=[0.2, 2], high=[0.5, 9], least=0.1, greatest=10, log=True)
 EFFECTS = CARD.assign(metric=LOSS, than="col", p_value=0.01, at_least=0.1)
 # What each kind is drawn from and along which column, where it is not the runs.
 FRAMES = {
@@ -56,7 +60,9 @@ FRAMES = {
     "card": (CARD, "score"),
     "best_of": (BEST_OF, "score"),
     "forest": (EFFECTS, "metric"),
+    "regions": (REGIONS, "setting"),
 }
+METRICS = {"pareto": (LOSS, "rate")}
 CAUSAL = np.tril(np.ones((9, 9), bool))
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]
@@ -64,7 +70,7 @@ PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(
 
 def draw(kind: str, path: Path) -> bytes:
     frame, x = FRAMES.get(kind, (RUNS, "top_k"))
-    FIGURES[kind](frame, path, y=(LOSS,), x=x, by="variant")
+    FIGURES[kind](frame, path, y=METRICS.get(kind, (LOSS,)), x=x, by="variant")
     return path.read_bytes()
 
 
@@ -95,7 +101,8 @@ def test_the_order_of_the_rows_is_of_no_matter(kind: str, tmp_path: Path) -> Non
     if kind in ("intervals", "ratios"):
         frame = frame[frame["seed"] == 0]
     for name, rows in {"a": frame, "b": frame.iloc[::-1]}.items():
-        FIGURES[kind](rows, tmp_path / f"{name}.png", y=(LOSS,), x=x, by="variant")
+        path = tmp_path / f"{name}.png"
+        FIGURES[kind](rows, path, y=METRICS.get(kind, (LOSS,)), x=x, by="variant")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -104,6 +111,29 @@ def test_a_missing_column_is_named(kind: str, tmp_path: Path) -> None:
     frame, x = FRAMES.get(kind, (RUNS, "top_k"))
     with pytest.raises(ValueError, match=r"no column 'flavour'; there are run, variant"):
         FIGURES[kind](frame, tmp_path / "x.svg", y=(LOSS,), x=x, by="flavour")
+
+
+def test_the_front_holds_what_no_other_point_beats_in_both() -> None:
+    places = RANDOM.normal(size=(40, 2)).round(1)
+    for is_less in itertools.product((True, False), repeat=2):
+        sides = np.where(is_less, 1, -1)
+        expected = [
+            point
+            for point in places
+            if not any(
+                all(sides * other <= sides * point) and any(sides * other < sides * point)
+                for other in places
+            )
+        ]
+        found = front_of(places, is_less)
+        assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
+        assert (np.diff(found[:, 0]) >= 0).all()
+
+
+def test_a_cell_of_several_runs_says_how_sure_it_is(tmp_path: Path) -> None:
+    draw("heatmap", tmp_path / "figure.svg")
+    half = mean_of_few(np.array([0.16, 0.26])).high - 0.21
+    assert f"± {half:.1g}" in texts(tmp_path / "figure.svg")
 
 
 def test_a_missing_curve_is_named(tmp_path: Path) -> None:

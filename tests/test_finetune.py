@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
 from rudolph.cli import main
-from rudolph.config import load_experiment
 from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.experiment_file import load_experiment
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.tracking import send_pending
 from rudolph.sources import find_folder, find_tokenizer, load_run, open_decoder

@@ -12,6 +12,7 @@ from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.training.losses import (
     AVERAGES,
     DecoderLossConfig,
+    LearnedWeights,
     ReconstructionLossConfig,
     adaptive_weight,
     found_losses,
@@ -263,10 +264,46 @@ def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
                 torch.testing.assert_close(means[row, at].float(), alone[name])
 
 
+def test_a_joint_softmax_is_over_all_ids_and_validation_over_those_of_the_segment() -> None:
+    model, tokens = tiny()
+    config = DecoderLossConfig(softmax="joint", z_weight=0.01, label_smoothing=0.1)
+    logits = model(tokens)[:, 3:7].flatten(0, 1)
+    labels = tokens[:, 4:8].flatten() + 15
+    cross_entropy = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    expected = (cross_entropy + 0.01 * logits.exp().sum(-1).log() ** 2).mean()
+    torch.testing.assert_close(segment_losses(model, tokens, config)["image"], expected)
+    plain = segment_losses(model, tokens, config.plain)
+    for name, value in segment_losses(model, tokens, DecoderLossConfig()).items():
+        torch.testing.assert_close(plain[name], value)
+    # Text ids take part in the image's softmax, so they get a gradient from it.
+    model.zero_grad()
+    segment_losses(model, tokens, DecoderLossConfig(softmax="joint"))["image"].backward()
+    assert model.to_logits.bias.grad[:15].abs().min() > 0
+
+
+def test_learned_weights_settle_where_every_segment_counts_alike() -> None:
+    losses = {"left_text": torch.tensor(2.0), "right_text": torch.tensor(0.5)}
+    learned = LearnedWeights()
+    torch.testing.assert_close(learned(losses), torch.tensor(2.5))
+    optimizer = torch.optim.Adam(learned.parameters(), lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        learned(losses).backward()
+        optimizer.step()
+    variances = learned.log_variances.exp()
+    # Equation 10 is least where each variance is its loss; what is not scored stays as it was.
+    torch.testing.assert_close(variances, torch.tensor([2.0, 1.0, 0.5]), atol=1e-3, rtol=0)
+    shares = torch.tensor(list(learned.weights.values()))
+    torch.testing.assert_close(shares, (1 / variances) / (1 / variances).sum())
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"average": "mean"}, "average must be one of batch, task, token"),
+        ({"softmax": "both"}, "softmax must be one of segment, joint, got 'both'"),
+        ({"weighing": "learned", "average": "task"}, "average must be batch where"),
+        ({"z_weight": -1}, "z_weight must be at least 0, got -1"),
         ({"task_weights": {"vqa": (1, 1, 1)}}, "task_weights must be of"),
         ({"task_weights": {"text_to_image": (0, 0, 0)}}, "one of them above"),
     ],

@@ -1,6 +1,7 @@
 """Sampling: the reference's filters, honest draws, the same sample in any batch."""
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,14 @@ import torch
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
 from rudolph.sampling.couplings import uniform_numbers
-from rudolph.sampling.filters import TokenSamplingConfig, draw, filter_logits, guided, next_shares
+from rudolph.sampling.filters import (
+    ORDER,
+    TokenSamplingConfig,
+    draw,
+    filter_logits,
+    guided,
+    next_shares,
+)
 from rudolph.sampling.generate import FREE, generate_image, generate_text
 from rudolph.sequence.layout import EOS, PAD, SequenceLayout, Vocabulary
 
@@ -54,6 +62,46 @@ def test_a_smaller_filter_keeps_a_subset_and_ties_keep_no_more_than_k() -> None:
             assert (fewer <= more).all() and fewer.any(1).all()
     tied = filter_logits(torch.zeros(2, 10), TokenSamplingConfig(top_k=4))
     assert torch.isfinite(tied).sum(1).tolist() == [4, 4]
+
+
+def naive_filter(logits: list[float], config: TokenSamplingConfig) -> dict[int, float]:
+    """Shares of what is left of one row, by the words of each filter, one after the other."""
+    kept = dict(enumerate(logits))
+    for name in config.order:
+        shares = {at: math.exp(value) for at, value in kept.items()}
+        total = sum(shares.values())
+        order = sorted(kept, key=lambda at: (-kept[at], at))
+        if name == "temperature":
+            kept = {at: value / config.temperature for at, value in kept.items()}
+        elif name == "top_k":
+            kept = {at: kept[at] for at in order[: config.top_k]}
+        elif name == "min_p":
+            kept = {at: kept[at] for at in order if shares[at] >= config.min_p * shares[order[0]]}
+        else:
+            masses = itertools.accumulate((shares[at] / total for at in order), initial=0)
+            kept = {
+                at: kept[at]
+                for at, mass in zip(order, masses, strict=False)
+                if mass <= config.top_p
+            }
+    total = sum(math.exp(value) for value in kept.values())
+    return {at: math.exp(value) / total for at, value in kept.items()}
+
+
+def test_filters_in_any_order_leave_what_their_words_say() -> None:
+    logits = torch.randn(5, 23, generator=torch.Generator().manual_seed(4)).double() * 2
+    found = set()
+    for order in itertools.permutations(ORDER):
+        config = TokenSamplingConfig(2.5, top_k=7, top_p=0.7, min_p=0.2, order=order)
+        shares = filter_logits(logits, config).softmax(-1)
+        for row, values in zip(shares.tolist(), logits.tolist(), strict=True):
+            expected = naive_filter(values, config)
+            assert {at for at, share in enumerate(row) if share > 0} == set(expected)
+            assert all(abs(row[at] - share) < 1e-9 for at, share in expected.items())
+        found.add(tuple((shares > 0).sum(1).tolist()))
+    assert len(found) > 3  # the order matters
+    with pytest.raises(ValueError, match="order must have each of temperature, top_k"):
+        TokenSamplingConfig(order=("top_k", "top_p"))
 
 
 def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:

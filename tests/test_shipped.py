@@ -62,3 +62,14 @@ def test_a_text_alone_draws_and_a_picture_alone_is_named(
         capsys.readouterr()
         assert main(["caption", "picture.png", "-n", "4"]) == 0
         assert name in capsys.readouterr().out
+
+
+def test_its_report_card_is_drawn_outside_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(SHIPPED_RUN.rglob("*"))
+    assert main(["report-card", "shipped"]) == 0
+    assert "text_to_image/nearest_1_percent/train" in capsys.readouterr().err
+    assert sorted(SHIPPED_RUN.rglob("*")) == before
+    assert [path.suffix for path in (tmp_path / "runs" / ".cache").rglob("report_card.s*")]

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_speed import speed_subject, write_speed
 
-from rudolph.config import load_experiment
-from rudolph.execution import Folders, Hardware
-from rudolph.experiment import execute, run_folder
+from rudolph.execution import Folders, Hardware, run_folder
+from rudolph.experiment import execute
+from rudolph.experiment_file import load_experiment
 from rudolph.measuring import compare
 from rudolph.results.report import Report, experiment_page
 from rudolph.results.store import check, export

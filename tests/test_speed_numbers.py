@@ -10,8 +10,8 @@ import yaml
 from tiny_speed import speed_subject, write_speed
 from torch.utils.flop_counter import FlopCounterMode
 
-from rudolph.config import load_experiment
 from rudolph.evaluation.statistics import ratio_interval, student_quantile
+from rudolph.experiment_file import load_experiment
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.results.repetitions import Repetition, mebibytes_text

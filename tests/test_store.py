@@ -27,7 +27,7 @@ from rudolph.results.report import (
 )
 from rudolph.results.store import POINTS_OF_A_CURVE, check, export, redraw, write_index
 
-LOSS = "val/loss/image"
+LOSS, LATE = "val/loss/image", "decoder/val/late"
 REPORT = Report(
     experiment="masks/patterns",
     title="Which mask | is needed?",
@@ -162,11 +162,13 @@ def test_a_continued_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None
     folder = write_run(tmp_path / "runs", "row", 0)
     run = folder.name
     journal = Journal(folder, experiment=REPORT.experiment, run=run, digest=f"digest-{run}")
-    journal.append("metrics", step=999, metrics={LOSS: 7.0, "late": "nan"})
+    journal.append("metrics", step=999, metrics={LOSS: 7.0, LATE: "nan", "decoder/train/loss": 1})
     journal.close()
     curves = read_curves(export(tmp_path / "runs", tmp_path / "results", report=REPORT))
     by_metric = curves.set_index(["metric", "step"])["value"]
-    assert by_metric[LOSS, 999] == 7.0 and math.isnan(by_metric["late", 999])
+    assert by_metric[LOSS, 999] == 7.0 and math.isnan(by_metric[LATE, 999])
+    # A sweep's training curves would be most of its tables.
+    assert set(curves["metric"]) == {LOSS, LATE}
 
 
 def test_the_table_says_mean_spread_and_chance(exported: tuple[Path, Path]) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import write
 
-from rudolph.config import load_experiment
 from rudolph.data.examples import ImageBatch
 from rudolph.execution import Hardware
+from rudolph.experiment_file import load_experiment
 from rudolph.fitting import make_trainer
 from rudolph.models.quantizers import QuantizerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig

@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models import quantizers
-from rudolph.models.quantizers import (
-    QUANTIZERS,
-    QuantizerConfig,
-    codebook_usage,
-    likeliest,
-    nearest,
-)
+from rudolph.models import codes
+from rudolph.models.codes import codebook_usage, likeliest, nearest
+from rudolph.models.quantizers import QUANTIZERS, QuantizerConfig
 from rudolph.models.vqgan import VQGAN, VQGANConfig
 
 QUANTIZER = QuantizerConfig("vq", 30, 12, levels=(5, 3, 2))
@@ -22,7 +17,9 @@ SMALL = VQGANConfig(16, (8, 12, 16), 1, (4,), 10, quantizer=QUANTIZER)
 
 def small_vqgan(kind: str) -> VQGAN:
     torch.manual_seed(0)
-    return VQGAN(replace(SMALL, quantizer=replace(QUANTIZER, kind=kind)))
+    num_codes = 32 if kind == "lfq" else QUANTIZER.num_codes
+    quantizer = replace(QUANTIZER, kind=kind, num_codes=num_codes)
+    return VQGAN(replace(SMALL, quantizer=quantizer))
 
 
 def test_sber_vqgan_equals_the_reference(parity) -> None:
@@ -68,7 +65,8 @@ def test_gradient_reaches_the_encoder_through_every_quantizer(kind: str) -> None
     result.images.square().mean().backward()
     gradient = model.encoder.conv_in.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
-    assert result.indices.min() >= 0 and result.indices.max() < 30
+    assert result.indices.min() >= 0
+    assert result.indices.max() < model.config.quantizer.num_codes
 
 
 def test_nearest_is_the_nearest_by_plain_distances() -> None:
@@ -79,7 +77,7 @@ def test_nearest_is_the_nearest_by_plain_distances() -> None:
 
 @pytest.mark.parametrize("most", [1, 30, 2**22])
 def test_codes_found_in_parts_are_those_found_at_once(most: int, monkeypatch) -> None:
-    monkeypatch.setattr(quantizers, "MOST_SCORES", most)
+    monkeypatch.setattr(codes, "MOST_SCORES", most)
     torch.manual_seed(0)
     vectors, codebook, bias = torch.randn(41, 5), torch.randn(13, 5), torch.randn(13)
     plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
@@ -104,6 +102,35 @@ def test_gumbel_training_equals_its_one_hot_product_with_its_gradient() -> None:
         torch.autograd.grad((found.z_q * weights).sum(), read),
         torch.autograd.grad((expected * weights).sum(), read),
     )
+
+
+def test_bits_are_drawn_to_be_sure_one_by_one_and_even_together() -> None:
+    config = QuantizerConfig("lfq", 4, 2, beta=0.0, entropy_weight=1.0)
+    quantizer = QUANTIZERS["lfq"](config)
+    quantizer.to_code = torch.nn.Identity()
+    far = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    losses = {
+        "even": quantizer(far[:, :, None, None]).loss,
+        "one code": quantizer(far[:1, :, None, None]).loss,
+        "unsure": quantizer(torch.zeros(4, 2, 1, 1)).loss,
+    }
+    two_bits = 2 * torch.tensor(2.0).log()
+    torch.testing.assert_close(losses["even"], -two_bits)
+    torch.testing.assert_close(losses["one code"], torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses["unsure"], torch.tensor(0.0), atol=1e-5, rtol=0)
+    assert quantizer.indices(far[:, :, None, None]).flatten().tolist() == [3, 1, 2, 0]
+
+
+def test_a_codebook_behind_a_layer_moves_as_a_whole() -> None:
+    quantizer = QUANTIZERS["simvq"](QuantizerConfig("simvq", 30, 12))
+    before = quantizer.turn(quantizer.codebook).detach().clone()
+    result = quantizer(torch.randn(1, 12, 1, 1))  # one latent, so one code is chosen
+    result.loss.backward()
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter -= parameter.grad
+    moved = (quantizer.turn(quantizer.codebook) - before).abs().amax(1) > 0
+    assert moved.all() and not quantizer.codebook.requires_grad
 
 
 def test_beta_weighs_the_commitment_and_not_the_codebook() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rudolph.models import attention as attention_module
-from rudolph.models import decoder as decoder_module
+from rudolph.models import layer as layer_module
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.generate import generate_image
@@ -102,7 +102,7 @@ def test_keys_read_are_tens_and_those_of_the_prompt_are_read_once(
             reads.append((len(shared.key), shared.key.shape[1], own.key.shape[1]))
         return attention_module.attention(query, seen, **rest)
 
-    monkeypatch.setattr(decoder_module, "attention", counted)
+    monkeypatch.setattr(layer_module, "attention", counted)
     torch.manual_seed(0)
     config = DecoderConfig(2, 24, 3, layer_masks=(mask,), last_layer_mask=None)
     model = MaskedDecoder(config, LAYOUT, VOCABULARY).eval()

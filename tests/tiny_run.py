@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from rudolph.config import load_experiment
-from rudolph.execution import Folders, Hardware
-from rudolph.experiment import execute, run_folder
+from rudolph.execution import Folders, Hardware, run_folder
+from rudolph.experiment import execute
+from rudolph.experiment_file import load_experiment
 
 OPTIM = {
     "num_steps": 8,

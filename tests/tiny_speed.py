@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from rudolph.config import load_experiment
 from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.experiment_file import load_experiment
 from rudolph.measuring import subject_of
 from rudolph.speed.subject import Subject
 

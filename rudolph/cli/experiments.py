@@ -60,7 +60,7 @@ def add_show(verbs: Any) -> None:
 
 
 def run_experiment(given: Any) -> int:
-    from rudolph.config import load_experiment
+    from rudolph.experiment_file import load_experiment
     from rudolph.laboratory import Job, experiment_files
 
     if given.jobs < 1:
@@ -82,30 +82,29 @@ def run_experiment(given: Any) -> int:
         for number, (experiment, run) in enumerate(named.values()):
             beside = f"{experiment.name}  " if len(files) > 1 else ""
             print(f"{number}  {beside}{run.name}  {run.config.digest[:8]}")
+        for experiment in loaded.values():
+            if experiment.search is not None:
+                tests = len(experiment.search.domains) * len(experiment.seeds)
+                print(f"and {experiment.search.trials} trials, then {tests} tests of regions")
         return 0
     failed = execute_jobs(named, given)
+    if given.index is None:
+        for file, experiment in loaded.items():
+            failed |= execute_search(file, experiment, named, given)
     return tell_results(named, failed, given)
 
 
 def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
     """Execute the runs of jobs; those that failed and why."""
-    from rudolph.execution import Hardware
-    from rudolph.laboratory import Place, run_at_once
-    from rudolph.results.tracking import tracking_uri
+    from rudolph.laboratory import run_at_once
 
-    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
-    place = Place(folders_here(), hardware, tracking_uri(Path.cwd()))
+    place = place_here(given)
     for _, run in named.values():
-        hardware.check(run.config)
+        place.hardware.check(run.config)
     failed: dict[Any, str] = {}
     if given.jobs == 1:
         for job, (experiment, run) in named.items():
-            try:
-                why = execute_run(experiment, run, place)
-            except (ValueError, OSError) as error:
-                if len(named) == 1:
-                    raise
-                why = " ".join(str(error).split())
+            why = execute_run(experiment, run, place, is_only=len(named) == 1)
             failed |= {job: why} if why else {}
         return failed
     with stage_progress() as progress:
@@ -116,6 +115,30 @@ def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
                 "runs", done, len(named), f"{experiment.name} / {run.name}{why and ': '}{why}"
             )
     return failed
+
+
+def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[Any, str]:
+    """Execute a search run after run, which ``named`` gets too; those that failed and why."""
+    from rudolph.laboratory import Job, search_of
+
+    failed: dict[Any, str] = {}
+    place, first = place_here(given), len(experiment.runs)
+    for number, run in enumerate(search_of(experiment, place.folders), first):
+        job = Job(file, tuple(given.settings), number)
+        named[job] = experiment, run
+        why = execute_run(experiment, run, place)
+        failed |= {job: why} if why else {}
+    return failed
+
+
+def place_here(given: Any) -> Any:
+    """Where and on what the runs of a command are executed."""
+    from rudolph.execution import Hardware
+    from rudolph.laboratory import Place
+    from rudolph.results.tracking import tracking_uri
+
+    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
+    return Place(folders_here(), hardware, tracking_uri(Path.cwd()))
 
 
 def tell_results(named: Any, failed: Any, given: Any) -> int:
@@ -140,10 +163,12 @@ def tell_results(named: Any, failed: Any, given: Any) -> int:
     return 1 if failed else 0
 
 
-def execute_run(experiment: Any, run: Any, place: Any) -> str:
-    """Execute one run unless it is finished, and tell its scores; why it failed."""
-    from rudolph.execution import is_main_process
-    from rudolph.experiment import is_finished, run_folder
+def execute_run(experiment: Any, run: Any, place: Any, *, is_only: bool = False) -> str:
+    """Execute one run unless it is finished, and tell its scores; why it failed.
+
+    A mistake in the only run that was asked for is raised.
+    """
+    from rudolph.execution import is_finished, is_main_process, run_folder
     from rudolph.laboratory import failure_of
 
     folder = run_folder(place.folders, experiment, run)
@@ -151,8 +176,13 @@ def execute_run(experiment: Any, run: Any, place: Any) -> str:
     if is_finished(folder):
         say(f"  finished before: {folder}")
         return ""
-    with stage_progress() as progress:
-        why = failure_of(experiment, run, place, progress)
+    try:
+        with stage_progress() as progress:
+            why = failure_of(experiment, run, place, progress)
+    except (ValueError, OSError) as error:
+        if is_only:
+            raise
+        why = " ".join(str(error).split())
     if why:
         say(f"  failed: {why}")
         return why
@@ -174,7 +204,8 @@ def print_scores(summary: dict[str, Any]) -> None:
 
 
 def show_experiment(given: Any) -> int:
-    from rudolph.config import RunConfig, load_experiment, to_yaml
+    from rudolph.config import RunConfig, to_yaml
+    from rudolph.experiment_file import load_experiment
     from rudolph.settings import json_schema
 
     if given.schema:

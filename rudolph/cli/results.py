@@ -1,5 +1,6 @@
 """Verbs of what experiments leave: export, figures, check, sync."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,17 @@ def run_folder(run: str) -> Path:
 
 
 def write_results(loaded: Any, folders: Any) -> Path:
+    from rudolph.laboratory import all_runs
     from rudolph.results.report import Report
     from rudolph.results.store import export, write_index
 
     source = loaded.path
     if source.resolve().is_relative_to(Path.cwd()):
         source = source.resolve().relative_to(Path.cwd())
+    runs = all_runs(loaded, folders)
     grid = sorted({key for run in loaded.runs for key in run.grid})
-    rows = ("variant", *grid) if any(run.variant for run in loaded.runs) else (*grid, "run")
+    names = ("variant",) if any(run.variant for run in runs) else ()
+    rows = (*names, *grid) or ("run",)
     report = Report(
         experiment=loaded.name,
         title=loaded.title,
@@ -77,20 +81,23 @@ def write_results(loaded: Any, folders: Any) -> Path:
         source=source.as_posix(),
         rows=rows,
         columns=loaded.report.table,
-        figures=tuple(_figures(loaded, by=rows[0])),
+        figures=tuple(_figures(loaded, grid, by=rows[0])),
         claim=loaded.claim,
         effects=loaded.report.effects,
         against=loaded.report.against,
+        search=loaded.search,
     )
-    folder = export(
-        folders.runs, RESULTS, report=report, digests={run.config.digest for run in loaded.runs}
-    )
+    digests = {run.config.digest for run in runs}
+    folder = export(folders.runs, RESULTS, report=report, digests=digests)
     write_index(RESULTS)
     return folder
 
 
-def _figures(loaded: Any, *, by: str) -> Iterator[Any]:
-    """The figures that a report asks for; ``by`` tells runs apart."""
+def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
+    """The figures that a report asks for; ``by`` tells runs apart.
+
+    The table's metrics are lines over a grid of one setting, and heat maps over one of two.
+    """
     from rudolph.results.report import Figure
 
     asked = loaded.report
@@ -98,11 +105,19 @@ def _figures(loaded: Any, *, by: str) -> Iterator[Any]:
     compared = tuple(dict.fromkeys((*claimed, *asked.effects)))
     if compared:
         yield Figure("forest", compared, x="metric", by="group")
+    if loaded.search is not None:
+        yield Figure("regions", tuple(loaded.search.space), x="setting", by="domain")
     if asked.curves:
         yield Figure("curves", asked.curves, by=by)
-    if asked.table:
+    if asked.table and len(grid) == 2:
+        yield Figure("heatmap", asked.table, x=grid[1], by=grid[0])
+    elif asked.table and len(grid) == 1:
+        yield Figure("lines", asked.table, x=grid[0], by="variant")
+    elif asked.table:
         is_of_one_unit = all(metric.endswith(ON_ONE_AXIS) for metric in asked.table)
         yield Figure("ratios" if is_of_one_unit else "intervals", asked.table, x="seed", by=by)
+    if asked.pareto:
+        yield Figure("pareto", asked.pareto, x="seed", by=by)
     if asked.card:
         yield Figure("card", asked.card, x="score", by="run")
     if asked.best_of:
@@ -110,7 +125,7 @@ def _figures(loaded: Any, *, by: str) -> Iterator[Any]:
 
 
 def export_experiment(given: Any) -> int:
-    from rudolph.config import load_experiment
+    from rudolph.experiment_file import load_experiment
 
     say(f"results: {write_results(load_experiment(given.file), folders_here())}")
     return 0
@@ -119,7 +134,7 @@ def export_experiment(given: Any) -> int:
 def report_card(given: Any) -> int:
     from rudolph.results.cards import require_same_data
 
-    folders = [run_folder(run) for run in (given.run, given.other) if run]
+    folders = [writable(run_folder(run)) for run in (given.run, given.other) if run]
     cards = [_card(folder, again=given.again) for folder in folders]
     if given.other:
         both = set(cards[0]["score"]) & set(cards[1]["score"])
@@ -128,6 +143,17 @@ def report_card(given: Any) -> int:
     for line in _card_lines(*cards):
         say(line)
     return 0
+
+
+def writable(folder: Path) -> Path:
+    """A run's folder; of the package's own run a copy, since nothing is written into a package."""
+    from rudolph.sources import SHIPPED_RUN
+
+    if folder != SHIPPED_RUN:
+        return folder
+    copied: Path = folders_here().cache / "shipped"
+    shutil.copytree(folder, copied, dirs_exist_ok=True)
+    return copied
 
 
 def _card(folder: Path, *, again: bool) -> Any:

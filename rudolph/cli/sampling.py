@@ -66,6 +66,7 @@ def add_sampling_arguments(verb: Any) -> None:
     verb.add_argument("--temperature", type=float)
     verb.add_argument("--top-k", type=int, help="filters are the source's where not given")
     verb.add_argument("--top-p", type=float)
+    verb.add_argument("--min-p", type=float, help="of the likeliest token's probability")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights; else as in the file")
     verb.add_argument("--int8", action="store_true", help="the decoder's layers in eight bits")
     verb.add_argument(
@@ -80,7 +81,7 @@ def sampling_of(config: Any, given: Any) -> Any:
     """A source's sampling with what the command line gives over it."""
     from dataclasses import replace
 
-    names = ("temperature", "top_k", "top_p", "guidance", "guidance_kind")
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_kind")
     filters = {name: getattr(given, name, None) for name in names}
     return replace(config, **{name: value for name, value in filters.items() if value is not None})
 

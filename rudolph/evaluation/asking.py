@@ -4,7 +4,7 @@ Shapes: N examples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked: the models, how they sample, how many examples, the seed of it all."""
+    """Who is asked: the models, how they sample, how many examples, the seed of it all.
+
+    ``drawn`` holds the pictures that were drawn, for other questions about the same captions.
+    """
 
     pipeline: Pipeline
     image_sampling: TokenSamplingConfig
@@ -64,6 +67,7 @@ class Subject:
     seed: int
     no_image: str = "zeros"
     on_token: Callable[[int, int], None] | None = None
+    drawn: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def chosen(self, split: Split) -> list[int]:
         """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
@@ -82,12 +86,15 @@ class Subject:
 
     def pictures(self, split: Split, indices: list[int]) -> Tensor:
         """One generated picture for the caption of each pair."""
-        return self.pipeline.pictures(
-            [split.captions[index] for index in indices],
-            config=self.image_sampling,
-            seeds=self.seeds(indices),
-            on_token=self.on_token,
-        )
+        place = (split.digest, self.image_sampling, *indices)
+        if place not in self.drawn:
+            self.drawn[place] = self.pipeline.pictures(
+                [split.captions[index] for index in indices],
+                config=self.image_sampling,
+                seeds=self.seeds(indices),
+                on_token=self.on_token,
+            )
+        return self.drawn[place]
 
     def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
         """Image indices ``(N, I)`` of the real pictures of some pairs."""

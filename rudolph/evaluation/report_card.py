@@ -22,6 +22,7 @@ from rudolph.evaluation.choice_questions import (
     zero_shot,
 )
 from rudolph.evaluation.distribution_questions import clip_scores, picture_distance
+from rudolph.evaluation.numeric_questions import attention_logits, survival
 from rudolph.evaluation.picture_questions import (
     image_variation,
     inpainting,
@@ -114,6 +115,8 @@ QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "self_reranking": self_reranking,
     "rerank_curve": rerank_curve,
     "likelihood": likelihood,
+    "survival": survival,
+    "attention_logits": attention_logits,
     "reconstruction": reconstruction,
 }
 
@@ -134,6 +137,7 @@ def ask(
     """
     scores: list[Score] = []
     for name in config.splits:
+        drawn: dict[tuple[Any, ...], Any] = {}
         for place in config.questions:
             dataset, _, question = place.rpartition("/")
             with stage(f"{place} on {name}") as advance:
@@ -145,6 +149,7 @@ def ask(
                     seed=seed,
                     no_image=config.no_image,
                     on_token=partial(without_note, advance),
+                    drawn=drawn,
                 )
                 started = time.monotonic()
                 found = [score.of(dataset) for score in QUESTIONS[question](subject, split)]

@@ -55,6 +55,22 @@ def share_interval(successes: int, total: int) -> Estimate:
     return Estimate(share, low, high)
 
 
+def mean_of_few(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
+    """The mean of a few values, as of seeds, and Student's interval; of one value no interval.
+
+    Raises:
+        ValueError: when there is no value.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0:
+        raise ValueError("a mean needs at least one value")
+    mean, half = float(sample.mean()), 0.0
+    if sample.size > 1:
+        error = float(sample.std(ddof=1)) / math.sqrt(sample.size)
+        half = student_quantile(sample.size - 1) * error
+    return Estimate(mean, mean - half, mean + half)
+
+
 def repeated_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
     """The geometric mean of a few repetitions of one measurement and Student's interval.
 
@@ -67,12 +83,7 @@ def repeated_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimat
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not (np.isfinite(sample) & (sample > 0)).all():
         raise ValueError(f"an interval needs finite values above 0, got {sample.tolist()}")
-    logs = np.log(sample)
-    mean, half = float(logs.mean()), 0.0
-    if sample.size > 1:
-        error = float(logs.std(ddof=1)) / math.sqrt(sample.size)
-        half = student_quantile(sample.size - 1) * error
-    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+    return Estimate(*map(math.exp, mean_of_few(np.log(sample))))
 
 
 def ratio_interval(
@@ -181,12 +192,11 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> Compared:
     from scipy.stats import t
 
     sample = _differences(differences)
-    mean, error = float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(sample.size)
-    half = student_quantile(sample.size - 1) * error
-    p_value = float(mean == 0)
+    found, error = mean_of_few(sample), float(sample.std(ddof=1)) / math.sqrt(sample.size)
+    p_value = float(found.value == 0)
     if error > 0:
-        p_value = 2 * float(t.sf(abs(mean) / error, sample.size - 1))
-    return Compared(mean, mean - half, mean + half, p_value)
+        p_value = 2 * float(t.sf(abs(found.value) / error, sample.size - 1))
+    return Compared(*found, p_value)
 
 
 def paired_bootstrap(

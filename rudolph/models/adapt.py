@@ -17,6 +17,8 @@ SAME_FIELDS = (
     "hidden_size",
     "num_heads",
     "sandwich_norm",
+    "qk_norm",
+    "positional_padding",
     "double_final_norm",
     "leading_bos",
 )

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rudolph.models.attention import Look, WholeLook, attention, block_mask
+from rudolph.models.attention import Look, WholeLook, block_mask
 from rudolph.models.cache import KeyValueCache, Place, Reads
 from rudolph.models.compiled import compiled
-from rudolph.models.dropout import drop
+from rudolph.models.layer import PRECISIONS, Layer, run_layer
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
 
-HALF_MAX = 65504.0
 Head = Callable[[Tensor], Tensor]
 
 # What embeddings of image tokens are before any training.
@@ -52,6 +51,12 @@ class DecoderConfig:
 
     ``image_start`` says what the embeddings of image tokens are at first: ``random``, or
     ``codebook``, where codes that are near in the VQ-GAN are near here too (``start_from_codes``).
+    With ``paired_start`` each part is drawn by its name, so that decoders which differ in one part
+    begin alike in all others (``start_by_name``).
+
+    ``qk_norm`` normalises queries and keys of each head.  ``attention_precision`` names the type
+    in which attention is computed, whatever the machine's own (null), so that types can be
+    compared anywhere.  Without ``positional_padding`` one id pads the left text everywhere.
     """
 
     num_layers: int = 24
@@ -61,7 +66,9 @@ class DecoderConfig:
     last_layer_mask: str | None = "conv(9)"
     right_sees_left: bool = True
     sandwich_norm: bool = True
+    qk_norm: bool = False
     pb_relax: bool = True
+    attention_precision: str | None = None
     double_final_norm: bool = True
     leading_bos: bool = False
     gelu: str = "tanh"
@@ -71,6 +78,8 @@ class DecoderConfig:
     token_init_std: float = 1.0
     position_init_std: float = 0.02
     image_start: str = "random"
+    paired_start: bool = False
+    positional_padding: bool = True
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +100,11 @@ class DecoderConfig:
         self._check_masks("layer_masks", self.layer_masks)
         if self.last_layer_mask is not None:
             self._check_masks("last_layer_mask", (self.last_layer_mask,))
+        if self.attention_precision not in (None, *PRECISIONS):
+            raise ValueError(
+                f"attention_precision must be one of {', '.join(PRECISIONS)} or null, "
+                f"got {self.attention_precision!r}"
+            )
         if self.gelu not in ("tanh", "none"):
             raise ValueError(f"gelu must be tanh or none (the exact one), got {self.gelu!r}")
         for name in ("embedding_gradient", "attention_dropout", "output_dropout"):
@@ -112,49 +126,6 @@ class DecoderConfig:
     def masks(self) -> tuple[str, ...]:
         """The mask of each layer, first to last."""
         return layer_masks(self.layer_masks, self.last_layer_mask, self.num_layers)
-
-
-class Layer(nn.Module):
-    """One transformer layer: norm, attention, (norm,) add; norm, MLP, (norm,) add."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        size = config.hidden_size
-        self.attention_norm = nn.LayerNorm(size)
-        self.to_qkv = nn.Linear(size, 3 * size)
-        self.to_out = nn.Linear(size, size)
-        self.attention_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
-        self.mlp_norm = nn.LayerNorm(size)
-        self.mlp_in = nn.Linear(size, 4 * size)
-        self.activation = nn.GELU(approximate=config.gelu)
-        self.mlp_out = nn.Linear(4 * size, size)
-        self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
-
-    def forward(self, x: Tensor, look: Look) -> Tensor:
-        """``(B, T, D)``; ``look`` says what each position sees."""
-        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
-        hidden = self.activation(self.mlp_in(self.mlp_norm(x)))
-        return x + self.mlp_out_norm(self.dropped(self.mlp_out(hidden)))
-
-    def attend(self, x: Tensor, look: Look) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
-        share = self.config.attention_dropout if self.training else 0.0
-        query, seen = look.split(qkv)
-        out = attention(query, seen, pb_relax=self.config.pb_relax, dropout=share)
-        out = self.to_out(look.merge(out))
-        # The reference clamps to the range of float16 in every precision.
-        return self.dropped(out.clamp(-HALF_MAX, HALF_MAX))
-
-    def dropped(self, x: Tensor) -> Tensor:
-        return drop(x, self.config.output_dropout) if self.training else x
-
-
-def run_layer(layer: nn.Module, x: Tensor, look: Look) -> Tensor:
-    """A layer as a function, so that all of them share a compilation."""
-    out: Tensor = layer(x, look)
-    return out
 
 
 class SegmentHead(nn.Linear):
@@ -242,10 +213,21 @@ class MaskedDecoder(nn.Module):
     def init_embeddings(self) -> None:
         for name, table in self.named_children():
             if isinstance(table, nn.Embedding):
-                is_token = name.endswith("_embedding")
-                config = self.config
-                std = config.token_init_std if is_token else config.position_init_std
-                nn.init.normal_(table.weight, std=std)
+                nn.init.normal_(table.weight, std=self._init_std(name))
+
+    def _init_std(self, table: str) -> float:
+        is_token = table.endswith("_embedding")
+        return self.config.token_init_std if is_token else self.config.position_init_std
+
+    def start_by_name(self, seed_of: Callable[[str], int]) -> None:
+        """Draw every part anew, from the seed of its name."""
+        for name, part in self.named_modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                torch.manual_seed(seed_of(name))
+                if isinstance(part, nn.Linear):
+                    part.reset_parameters()
+                else:
+                    nn.init.normal_(part.weight, std=self._init_std(name))
 
     @torch.no_grad()
     def start_from_codes(self, codes: Tensor) -> None:
@@ -358,7 +340,9 @@ class MaskedDecoder(nn.Module):
         return F.pad(tokens, (1, 0), value=BOS)[:, : self.layout.length]
 
     def pad_left_text(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Left text with each padding replaced by the padding id of its position."""
+        """Left text with each padding replaced by the padding id of its position, if any."""
+        if not self.config.positional_padding:
+            return tokens
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         return torch.where(tokens == PAD, self.vocabulary.first_left_padding + positions, tokens)
 

@@ -7,7 +7,6 @@ Shapes: B batch, H and W pixels.
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -18,6 +17,9 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity of pictures ``(B, 3, H, W)`` in [0, 1], at most 1, ``(B,)``."""
+    # Its import takes five seconds, which whoever asks for no SSIM need not wait for.
+    from torchmetrics.functional.image.ssim import structural_similarity_index_measure
+
     found = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
     assert isinstance(found, torch.Tensor)
     return found

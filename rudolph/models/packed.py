@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.models.compiled import check_compiler, compiled
-from rudolph.models.decoder import Head, Layer, MaskedDecoder, SegmentHead
+from rudolph.models.decoder import Head, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
+from rudolph.models.layer import Layer
 
 FEW_ROWS = 4
 # What is compiled multiplies a single row with weights as they lie.

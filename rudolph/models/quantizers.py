@@ -10,15 +10,14 @@ Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of c
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Scores of vectors against codes that are in memory at once.
-MOST_SCORES = 2**22
+from rudolph.models.codes import Quantized, channels, likeliest, nearest_map, straight_through
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class QuantizerConfig:
 
     ``beta`` weighs the commitment term.  ``decay`` and ``revive_below`` are of ``ema``: a code is
     replaced by a latent of the batch when its running count falls below that share of the mean.
+    ``entropy_weight`` is of ``lfq``, whose codes are a power of two.
     ``code_dim`` is the dimension of ``cosine``.  ``levels`` are of ``fsq``; their product is its
     number of codes.  ``kl_weight`` and ``temperature`` are of ``gumbel``.
     """
@@ -41,6 +41,7 @@ class QuantizerConfig:
     levels: tuple[int, ...] = (8, 8, 8, 6, 5)
     kl_weight: float = 1e-8
     temperature: float = 1.0
+    entropy_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if self.kind not in QUANTIZERS:
@@ -53,44 +54,16 @@ class QuantizerConfig:
                 f"num_codes must be the product of levels ({math.prod(self.levels)}) for fsq, "
                 f"got {self.num_codes}"
             )
+        if self.kind == "lfq" and self.num_codes & (self.num_codes - 1):
+            raise ValueError(f"num_codes must be a power of two for lfq, got {self.num_codes}")
+        if self.entropy_weight < 0:
+            raise ValueError(f"entropy_weight must be at least 0, got {self.entropy_weight}")
         if min(self.levels, default=0) < 2:
             raise ValueError(f"levels must each be at least 2, got {list(self.levels)}")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {self.decay}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-
-
-class Quantized(NamedTuple):
-    """``z_q`` (B, E, H, W), ``indices`` (B, H, W) int64 and the quantizer's own scalar loss."""
-
-    z_q: Tensor
-    indices: Tensor
-    loss: Tensor
-
-
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each vector by squared distance, ``(M,)``."""
-    # |v|^2 is the same for every code and is left out.
-    squares = codebook.pow(2).sum(1)
-    found = [
-        (squares - 2 * part @ codebook.t()).argmin(1) for part in _parts(vectors, len(codebook))
-    ]
-    return torch.cat(found)
-
-
-def likeliest(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The index of the largest of ``vectors @ weight.T + bias`` for each vector, ``(M,)``."""
-    found = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
-    return torch.cat(found)
-
-
-def _parts(vectors: Tensor, num_codes: int) -> tuple[Tensor, ...]:
-    return torch.split(vectors, max(MOST_SCORES // num_codes, 1))
-
-
-def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    return z + (z_q - z).detach()
 
 
 class VectorQuantizer(nn.Module):
@@ -110,7 +83,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(straight_through(z, z_q), indices, loss)
 
     def indices(self, z: Tensor) -> Tensor:
-        return _nearest_map(z, self.embedding.weight)
+        return nearest_map(z, self.embedding.weight)
 
     def codes(self, indices: Tensor) -> Tensor:
         return self.embedding(indices).movedim(-1, 1)
@@ -179,7 +152,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.sums[codes] *= self.counts[codes, None]
 
     def indices(self, z: Tensor) -> Tensor:
-        return _nearest_map(z, self.codebook)
+        return nearest_map(z, self.codebook)
 
     def codes(self, indices: Tensor) -> Tensor:
         return self.codebook[indices].movedim(-1, 1)
@@ -200,14 +173,14 @@ class CosineQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         direction = F.normalize(self.to_code(z), dim=1)
-        indices = _nearest_map(direction, F.normalize(self.codebook))
+        indices = nearest_map(direction, F.normalize(self.codebook))
         code = self._directions(indices)
         loss = F.mse_loss(code, direction.detach())
         loss = loss + self.config.beta * F.mse_loss(direction, code.detach())
         return Quantized(self.from_code(straight_through(direction, code)), indices, loss)
 
     def indices(self, z: Tensor) -> Tensor:
-        return _nearest_map(F.normalize(self.to_code(z), dim=1), F.normalize(self.codebook))
+        return nearest_map(F.normalize(self.to_code(z), dim=1), F.normalize(self.codebook))
 
     def codes(self, indices: Tensor) -> Tensor:
         return self.from_code(self._directions(indices))
@@ -321,32 +294,94 @@ class FiniteScalarQuantizer(nn.Module):
         half = (self.levels - 1).to(torch.float32) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = (offset / half).atanh()
-        return (z.float() + _channels(shift)).tanh() * _channels(half) - _channels(offset)
+        return (z.float() + channels(shift)).tanh() * channels(half) - channels(offset)
 
     def _expand(self, digits: Tensor) -> Tensor:
-        code = digits / _channels(self.levels // 2)
+        code = digits / channels(self.levels // 2)
         return self.from_code(code.to(self.from_code.weight.dtype))
 
     def _to_indices(self, digits: Tensor) -> Tensor:
-        positive = digits.long() + _channels(self.levels // 2)
-        return (positive * _channels(self.basis)).sum(1)
+        positive = digits.long() + channels(self.levels // 2)
+        return (positive * channels(self.basis)).sum(1)
 
 
-def codebook_usage(counts: Tensor) -> tuple[float, float]:
-    """Share of codes that occur and their perplexity, exp of the entropy, from counts (K,)."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item()
+class LookupFreeQuantizer(nn.Module):
+    """The signs of a few channels are the bits of the index; no codebook.
+
+    Each bit is to be sure for a latent and even over all of them.  Both entropies are those of the
+    bits by themselves, so that 2^18 codes cost no more than a few.
+
+    Source: Yu 2023 (arXiv:2310.05737), section 3.1, with Open-MAGVIT2's softmax at temperature
+    0.01; entropies bit by bit: BSQ (arXiv:2406.07548), section 4.1.
+    """
+
+    SHARPNESS = 4 / 0.01
+    basis: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_bits = config.num_codes.bit_length() - 1
+        self.register_buffer("basis", 2 ** torch.arange(num_bits), persistent=False)
+        self.to_code = nn.Conv2d(config.embedding_dim, num_bits, 1)
+        self.from_code = nn.Conv2d(num_bits, config.embedding_dim, 1)
+
+    def forward(self, z: Tensor) -> Quantized:
+        code = self.to_code(z).float()
+        bits = self._bits(code)
+        loss = self.config.beta * F.mse_loss(code, bits)
+        shares = (self.SHARPNESS * code).sigmoid()
+        unsure = _bit_entropy(shares).sum(1).mean() - _bit_entropy(shares.mean((0, 2, 3))).sum()
+        loss = loss + self.config.entropy_weight * unsure
+        out = self.from_code(straight_through(code, bits).to(self.from_code.weight.dtype))
+        return Quantized(out, self._to_indices(bits), loss)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return self._to_indices(self._bits(self.to_code(z)))
+
+    def codes(self, indices: Tensor) -> Tensor:
+        bits = (indices[..., None] // self.basis % 2 * 2 - 1).movedim(-1, 1)
+        return self.from_code(bits.to(self.from_code.weight.dtype))
+
+    @staticmethod
+    def _bits(code: Tensor) -> Tensor:
+        return torch.where(code > 0, 1.0, -1.0)
+
+    def _to_indices(self, bits: Tensor) -> Tensor:
+        return ((bits > 0).long() * channels(self.basis)).sum(1)
 
 
-def _nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
-    vectors = z.movedim(1, -1)  # (B, H, W, E)
-    found = nearest(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
-    return found.view(vectors.shape[:-1])
+def _bit_entropy(share: Tensor) -> Tensor:
+    """Of bits that are 1 with a probability, in nats."""
+    return torch.special.entr(share) + torch.special.entr(1 - share)
 
 
-def _channels(vector: Tensor) -> Tensor:
-    return vector[None, :, None, None]
+class LinearCodebookQuantizer(nn.Module):
+    """Nearest code of a codebook that never moves but is turned by a layer: all codes learn.
+
+    Source: SimVQ (arXiv:2411.02038), section 4.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.embedding_dim
+        self.register_buffer("codebook", torch.randn(config.num_codes, size) / size**0.5)
+        self.turn = nn.Linear(size, size)
+
+    def forward(self, z: Tensor) -> Quantized:
+        indices = self.indices(z)
+        z_q = self.codes(indices)
+        loss = F.mse_loss(z_q, z.detach()) + self.config.beta * F.mse_loss(z, z_q.detach())
+        return Quantized(straight_through(z, z_q), indices, loss)
+
+    def indices(self, z: Tensor) -> Tensor:
+        return nearest_map(z, self.turn(self.codebook))
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.turn(self.codebook[indices]).movedim(-1, 1)
 
 
 QUANTIZERS = {
@@ -355,4 +390,6 @@ QUANTIZERS = {
     "cosine": CosineQuantizer,
     "gumbel": GumbelQuantizer,
     "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "simvq": LinearCodebookQuantizer,
 }

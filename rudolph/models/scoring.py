@@ -74,6 +74,8 @@ def label_losses(
     heads: Sequence[Head] | None = None,
     num_classes: int | None = None,
     label_smoothing: float = 0.0,
+    is_joint: bool = False,
+    z_weight: float = 0.0,
 ) -> Tensor:
     """Cross-entropy in nats of the labels that are scored, ``(number of them,)``, row by row.
 
@@ -81,6 +83,8 @@ def label_losses(
         hidden: ``(B, T, D)``, what ``model.hidden`` gave for the whole sequence.
         heads: the model's, when they serve several segments.
         num_classes: the first classes of the segment's vocabulary alone; all when None.
+        is_joint: among all ids of text and image, and not among the segment's own.
+        z_weight: of the squared logarithm of the softmax's sum, which is added (Chameleon, 2.3).
     """
     start, target = labels
     keep = target != NOT_SCORED
@@ -88,10 +92,16 @@ def label_losses(
     head = image if segment == "image" else text
     # Only scored positions pass through the head.
     rows, labelled = hidden[:, start : start + target.shape[1]][keep], target[keep]
+    if is_joint:
+        head = model.to_logits
+        labelled = labelled + (model.vocabulary.text_size if segment == "image" else 0)
 
     def losses(rows: Tensor, labelled: Tensor) -> Tensor:
         logits = head(rows).float()[:, :num_classes]
-        return F.cross_entropy(logits, labelled, reduction="none", label_smoothing=label_smoothing)
+        found = F.cross_entropy(
+            logits, labelled, reduction="none", label_smoothing=label_smoothing
+        )
+        return found + z_weight * logits.logsumexp(-1).square() if z_weight else found
 
     if len(rows) <= LABELS_AT_ONCE:
         return losses(rows, labelled)

@@ -18,7 +18,7 @@ from rudolph.results.markdown import table_row
 
 # Parts of the names of metrics that are better when they are less.
 LESS_IS_BETTER = re.compile(
-    r"loss|perplexity|error|seconds|bytes|(^|[/_])(fid|kid|cer|wer)($|[/_])"
+    r"loss|perplexity|error|seconds|bytes|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
 )
 SURE = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"

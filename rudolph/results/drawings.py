@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rudolph.results.figures import panels_of, save, styled
+from rudolph.results.style import panels_of, save, styled
 
 Picture = NDArray[np.uint8]
 

@@ -3,52 +3,33 @@
 The figures of a report are drawn from CSV files alone; ``FIGURES`` names them.  Each takes
 ``(frame, path, *, y, x, by)``: the metrics, the column along the axis, the column that tells the
 variants apart.  To add one, write it with these arguments and name it in ``FIGURES``.
-Series differ in colour, line and marker, so that they are told apart in grey too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from rudolph.results.claims import SURE
-
-STYLE = {
-    "svg.hashsalt": "rudolph",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-}
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INTERVAL_STYLE: dict[str, Any] = {
-    "color": seaborn.color_palette("colorblind")[0],
-    "marker": "o",
-    "markersize": 4.5,
-    "linewidth": 1.6,
-}
-LEVEL_STYLES: dict[str, dict[str, Any]] = {
-    "chance": {"color": "0.3", "linestyle": ":", "linewidth": 1.4},
-    "target": {"color": "0.3", "linestyle": "-", "linewidth": 1.4},
-}
-# A context manager of this kind is also a decorator, entered anew at each call; "default" because
-# a figure must not depend on what a notebook has set.
-styled = matplotlib.style.context(["default", STYLE])
+from rudolph.evaluation.statistics import mean_of_few
+from rudolph.results.claims import LESS_IS_BETTER, SURE
+from rudolph.results.style import (
+    INTERVAL_STYLE,
+    LEVEL_STYLES,
+    MARKERS,
+    finish,
+    interval,
+    line,
+    panels_of,
+    save,
+    styled,
+)
 
 
 @styled
@@ -75,9 +56,9 @@ def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
             steps = np.unique(np.concatenate([r[x].to_numpy() for r in runs]))
             steps = steps[(steps >= first) & (steps <= last)]
             values = np.stack([np.interp(steps, r[x], r["value"]) for r in runs])
-            _line(axes, steps, values, name=str(name), number=number)
+            line(axes, steps, values, name=str(name), number=number)
         axes.set(xlabel=x, ylabel=metric)
-    _finish(figure, panels, path, title=by)
+    finish(figure, panels, path, title=by)
 
 
 @styled
@@ -97,9 +78,9 @@ def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str)
             values = np.full((max(map(len, places)), len(places)), np.nan)
             for column, place in enumerate(places):
                 values[: len(place), column] = place
-            _line(axes, np.sort(group[x].unique()), values, name=str(name), number=number)
+            line(axes, np.sort(group[x].unique()), values, name=str(name), number=number)
         axes.set(xlabel=x, ylabel=metric)
-    _finish(figure, panels, path, title=by)
+    finish(figure, panels, path, title=by)
 
 
 @styled
@@ -118,7 +99,7 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
         for record in frame.sort_values([by, x]).to_dict("records"):
             row, number = rows.index(record[by]), beside.index(record[x])
             offset = (number - (len(beside) - 1) / 2) * 0.7 / len(beside)
-            _interval(axes, record, metric, row=row, height=row + offset)
+            interval(axes, record, metric, row=row, height=row + offset)
         axes.set(xlabel=metric, ylim=(len(rows) - 0.4, -0.6))
         names = [str(row) if axes is panels[0] else "" for row in rows]
         axes.set_yticks(range(len(rows)), names)
@@ -177,7 +158,7 @@ def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     figure = Figure(figsize=(7.2, 0.9 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for row, (record, metric) in enumerate(rows):
-        _interval(axes, record, metric, row=row, height=row)
+        interval(axes, record, metric, row=row, height=row)
     units = {metric.rpartition("/")[2] for metric in y}
     if units == {"times_reference"}:
         axes.axvline(1, **LEVEL_STYLES["chance"])
@@ -207,7 +188,7 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) 
     has_one = frame[by].nunique() == 1
     for row, record in enumerate(records):
         bounds = {f"value_{bound}": record[bound] for bound in ("low", "high", "chance")}
-        _interval(axes, record | bounds, "value", row=row, height=row)
+        interval(axes, record | bounds, "value", row=row, height=row)
     axes.set(xlabel="score, 95 % interval; dotted: chance", ylim=(len(records) - 0.4, -0.6))
     axes.set_xlim(-0.02, 1.02)
     names = [each[x] if has_one else f"{each[x]}: {each[by]}" for each in records]
@@ -238,80 +219,117 @@ def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
             axes.fill_between(
                 own["N"], own["low"], own["high"], color=palette[place % len(palette)], alpha=0.13
             )
-            _line(axes, own["N"].to_numpy(), own[["value"]].to_numpy().T, name=name, number=place)
+            line(axes, own["N"].to_numpy(), own[["value"]].to_numpy().T, name=name, number=place)
             drawn |= set(own["N"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(drawn), [str(number) for number in sorted(drawn)])
     axes.set(xlabel="pictures to choose from", ylabel="right, 95 % interval")
-    _finish(figure, [axes], path, title="ranked by")
+    finish(figure, [axes], path, title="ranked by")
 
 
 @styled
 def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Metrics over two columns of the grid: the mean over the other ones, written in the cell."""
+    """Metrics over two columns of the grid: the mean over the other ones, written in the cell.
+
+    Below it stands the half width of its 95 % interval, where there are several runs.
+    """
     _require(frame, [x, by, *y])
-    figure, panels = panels_of(len(y))
+    rows = frame[by].nunique()
+    figure, panels = panels_of(len(y), height=1.0 + 0.45 * rows)
     for axes, metric in zip(panels, y, strict=True):
         table = frame.pivot_table(index=by, columns=x, values=metric, aggfunc="mean")
+        told = frame.pivot_table(index=by, columns=x, values=metric, aggfunc=_cell_text)
         seaborn.heatmap(
-            table, ax=axes, cmap="cividis", annot=True, fmt=".3g", cbar=False, linewidths=0.5
+            table, ax=axes, cmap="cividis", annot=told, fmt="", cbar=False, linewidths=0.5
         )
         axes.set(title=metric, xlabel=x, ylabel=by)
         axes.tick_params(length=0, rotation=0)
     save(figure, path)
 
 
-def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels side by side, ``height`` inches high."""
-    width = 5.6 if number == 1 else 3.8 * number + 0.8
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, number, squeeze=False).ravel())
+def _cell_text(values: "pd.Series[float]") -> str:
+    """``0.72`` of one run, of several with ``± 0.03`` below it."""
+    mean = f"{values.mean():.3g}"
+    if len(values) < 2:
+        return mean
+    found = mean_of_few(values.to_numpy())
+    return f"{mean}\n± {(found.high - found.low) / 2:.1g}"
 
 
-def _line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) -> None:
+@styled
+def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+    """Two metrics against each other: the mean of each group of runs with 95 % intervals.
+
+    A line joins the groups that no other one beats in both.
+
+    Args:
+        frame: one row a run; ``by`` tells groups apart, whose runs differ in ``x``.
+        y: the two metrics, the first along the axis.
+    """
+    _require(frame, [x, by, *y])
+    if len(y) != 2:
+        raise ValueError(f"figure: pareto takes two metrics, got {len(y)}")
+    figure, [axes] = panels_of(1, height=4.2)
+    palette, places = seaborn.color_palette("colorblind"), []
+    for number, (name, group) in enumerate(frame.groupby(by, sort=True)):
+        found = [mean_of_few(group[metric].dropna().to_numpy()) for metric in y]
+        widths = [[[each.value - each.low], [each.high - each.value]] for each in found]
+        axes.errorbar(
+            found[0].value,
+            found[1].value,
+            xerr=widths[0],
+            yerr=widths[1],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=6,
+            linestyle="none",
+            linewidth=1.2,
+            color=palette[number % len(palette)],
+            label=str(name),
+        )
+        places.append([each.value for each in found])
+    front = front_of(np.array(places), [bool(LESS_IS_BETTER.search(metric)) for metric in y])
+    axes.plot(*front.T, color="0.5", linewidth=1, linestyle=":", zorder=0)
+    better = ["left" if LESS_IS_BETTER.search(y[0]) else "right"]
+    better.append("down" if LESS_IS_BETTER.search(y[1]) else "up")
+    axes.set(xlabel=f"{y[0]} (better: {better[0]})", ylabel=f"{y[1]} (better: {better[1]})")
+    finish(figure, [axes], path, title=by)
+
+
+@styled
+def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+    """The range of each setting that a search found, domain by domain, on the setting's axis.
+
+    Args:
+        frame: ``regions.csv``; the column ``x`` names settings, ``by`` domains.
+        y: the settings, a panel each.
+    """
+    _require(frame, [x, by, "low", "high", "least", "greatest", "log"])
+    domains = list(dict.fromkeys(frame[by].sort_values()))
+    figure, panels = panels_of(len(y), height=1.1 + 0.32 * len(domains))
     palette = seaborn.color_palette("colorblind")
-    colour, marker = palette[number % len(palette)], MARKERS[number % len(MARKERS)]
-    mean, num_runs = np.nanmean(values, axis=0), len(values)
-    # Markers of different series start at different points, else they hide each other.
-    every = max(1, len(x) // 8)
-    axes.plot(
-        x,
-        mean,
-        color=colour,
-        linestyle=LINES[number % len(LINES)],
-        marker=marker,
-        markersize=4,
-        markevery=(number * every // 3 % every, every),
-        linewidth=1.5,
-        label=name if num_runs == 1 else f"{name} ({num_runs} runs)",
-    )
-    if num_runs > 1:
-        least, greatest = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        axes.fill_between(x, least, greatest, color=colour, alpha=0.18, linewidth=0)
-
-
-def _interval(
-    axes: Axes, record: Mapping[Any, Any], metric: str, *, row: int, height: float
-) -> None:
-    for kind, style in LEVEL_STYLES.items():
-        level = record.get(f"{metric}_{kind}", np.nan)
-        axes.plot([level, level], [row - 0.42, row + 0.42], **style)
-    value = record[metric]
-    low, high = record.get(f"{metric}_low", value), record.get(f"{metric}_high", value)
-    axes.plot([low, value, high], [height] * 3, markevery=[1], **INTERVAL_STYLE)
-
-
-def _finish(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> None:
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, title=title)
+    for axes, setting in zip(panels, y, strict=True):
+        own = frame[frame[x] == setting].set_index(by)
+        for row, domain in enumerate(domains):
+            ends = [own["low"][domain], own["high"][domain]]
+            colour = palette[row % len(palette)]
+            axes.plot(ends, [row] * 2, color=colour, linewidth=6, solid_capstyle="butt")
+            axes.plot(ends, [row] * 2, linestyle="none", marker="|", markersize=12, color="0.2")
+        if own["log"].iloc[0]:
+            axes.set_xscale("log")
+        axes.set_xlim(own["least"].iloc[0], own["greatest"].iloc[0])
+        axes.set(xlabel=setting, ylim=(len(domains) - 0.5, -0.5))
+        names = domains if axes is panels[0] else [""] * len(domains)
+        axes.set_yticks(range(len(domains)), names)
+        axes.grid(axis="y", visible=False)
     save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write ``.svg`` or ``.png`` without date, so that a second drawing is equal in every byte."""
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata=metadata)
+def front_of(places: NDArray[Any], is_less_better: Sequence[bool]) -> NDArray[Any]:
+    """Of points ``(N, 2)`` those that none is better than in both, from left to right."""
+    signed = np.where(is_less_better, places, -places)
+    kept = [not ((signed <= point).all(1) & (signed < point).any(1)).any() for point in signed]
+    front = places[kept]
+    return front[np.argsort(front[:, 0])]
 
 
 def _require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -331,6 +349,8 @@ FIGURES = {
     "forest": forest,
     "ratios": ratios,
     "heatmap": heatmap,
+    "pareto": pareto,
+    "regions": regions,
     "card": card,
     "best_of": best_of,
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rudolph.evaluation.regions import Axis
 from rudolph.results.cards import CARD, card_table, read_card
 from rudolph.results.claims import (
     Claim,
@@ -24,6 +25,7 @@ from rudolph.results.claims import (
 )
 from rudolph.results.markdown import table_row
 from rudolph.results.repetitions import is_speed, speed_tables
+from rudolph.results.searches import Search, search_lines
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
@@ -62,6 +64,7 @@ class Report:
         columns: its metrics; none means all of them.
         claim: what the experiment claims, if anything.
         effects: metrics in which all other runs are compared with those ``against``.
+        search: what was searched for, if anything.
     """
 
     experiment: str
@@ -74,6 +77,7 @@ class Report:
     claim: Claim | None = None
     effects: tuple[str, ...] = ()
     against: str | None = None
+    search: Search | None = None
 
 
 def read_report(folder: Path) -> Report:
@@ -84,8 +88,11 @@ def read_report(folder: Path) -> Report:
         for figure in fields.pop("figures")
     ]
     fields |= {name: tuple(fields.get(name, ())) for name in ("rows", "columns", "effects")}
-    claim = fields.pop("claim", None)
-    return Report(**fields, figures=tuple(figures), claim=claim and Claim(**claim))
+    claim, search = fields.pop("claim", None), fields.pop("search", None)
+    if search is not None:
+        space = {name: Axis(**axis) for name, axis in search.pop("space").items()}
+        search = Search(space, **search)
+    return Report(**fields, figures=tuple(figures), claim=claim and Claim(**claim), search=search)
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
@@ -132,7 +139,7 @@ def experiment_page(folder: Path) -> str:
         f"`{report.source}`, {count}, {minutes:.3g} minutes{overhead}, commit {_commits(runs)}.",
         "",
         *_claimed(folder, report),
-        *(speed_tables(folder, runs, report.rows) if is_speed(folder) else _table(report, runs)),
+        *_tables(folder, report, runs),
     ]
     for figure in report.figures:
         if figure.kind == "card":
@@ -150,6 +157,14 @@ def _claimed(folder: Path, report: Report) -> list[str]:
         return []
     lines = [] if report.claim is None else [*claim_lines(report.claim, found[0], len(found)), ""]
     return [*lines, *effects_table(found), ""]
+
+
+def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
+    if report.search is not None:
+        return search_lines(folder, report.search, runs)
+    if is_speed(folder):
+        return list(speed_tables(folder, runs, report.rows))
+    return _table(report, runs)
 
 
 def _table(report: Report, runs: pd.DataFrame) -> list[str]:
@@ -178,7 +193,7 @@ def _only(runs: pd.DataFrame, column: str) -> str:
 
 
 def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
-    """The pictures of the first run of each variant: a page shows few, the folder has all."""
+    """The pictures of the first run of each variant, of which alone an export has some."""
     first = runs.sort_values("run").groupby("variant", sort=True)["run"].first()
     samples = folder / "samples"
     return [path for run in first for path in sorted(samples.glob(f"{glob.escape(run)}-*.png"))]

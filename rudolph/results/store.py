@@ -45,6 +45,7 @@ from rudolph.results.report import (
     read_runs,
     replace_generated,
 )
+from rudolph.results.searches import read_regions, write_regions
 
 INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
 POINTS_OF_A_CURVE = 200
@@ -96,15 +97,23 @@ def _write_experiment(
         (folder / name).mkdir(parents=True)
     _write(folder / "report.json", json.dumps(asdict(report), ensure_ascii=False, indent=1) + "\n")
     _write(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
-    _write(folder / "curves.csv", _csv(_curve_rows(finished)))
+    _write(folder / "curves.csv", _csv(_curve_rows(finished, report)))
     _write(folder / "environment.json", _environments(finished))
+    # Pictures of the first run of each variant, else a sweep's would be most of the repository.
+    shown: dict[str, str] = {}
+    for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
+        shown.setdefault(variant, name)
     for run_folder, summary in finished:
         shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
+        if summary["run"] not in shown.values():
+            continue
         for sample in _last_samples(run_folder / "samples"):
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     export_repetitions(runs, folder)
     export_cards(runs, folder)
+    if report.search is not None:
+        write_regions(folder, report.search, read_runs(folder))
     _draw(folder, folder / "figures")
     readme = folder / "README.md"
     new = f"# {report.title}\n\n{UNANSWERED}\n"
@@ -165,6 +174,18 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         yield [cell(row.get(name)) for name in header]
 
 
+def finished_row(folder: Path) -> dict[str, Any] | None:
+    """What ``runs.csv`` has of a run, as it reads; None where the run has not finished."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if summary.get("status") != "finished":
+        return None
+    return {
+        name: float(cell(value)) if isinstance(value, float) else value
+        for name, value in _run_row(summary).items()
+    }
+
+
 def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: summary[name] for name in FIXED[:-1]}
     row |= {"seconds": float(sum(summary["seconds"].values()))}
@@ -178,7 +199,11 @@ def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _curve_rows(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[list[str]]:
+def _curve_rows(
+    finished: Sequence[tuple[Path, Mapping[str, Any]]], report: Report
+) -> Iterator[list[str]]:
+    """Curves of validations, and those that a figure shows."""
+    shown = {metric for figure in report.figures if figure.kind == "curves" for metric in figure.y}
     yield ["run", "metric", "step", "value"]
     for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
         points: dict[str, dict[int, float]] = {}
@@ -186,7 +211,8 @@ def _curve_rows(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[
             # A run that was continued repeats steps: the later value is the one that counted.
             for name, value in record.get("metrics", {}).items():
                 points.setdefault(name, {})[record["step"]] = value
-        for name, curve in sorted(points.items()):
+        kept = {name for name in points if name in shown or "/val/" in name}
+        for name, curve in sorted((name, points[name]) for name in kept):
             for step, value in _thinned(sorted(curve.items())):
                 yield [summary["run"], name, str(step), cell(value)]
 
@@ -231,6 +257,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),
     "best_of": lambda folder: read_card(folder / CARD),
+    "regions": read_regions,
     "forest": lambda folder: pd.DataFrame(read_effects(folder)),
 }
 

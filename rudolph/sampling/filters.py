@@ -1,22 +1,28 @@
 """Which next tokens may be drawn, and the draw.
 
-The order is fixed: temperature, then top-k, then top-p, as in ru-dolph and LlamaGen.  Other
-repositories filter in other orders, so their top-p numbers are not comparable with these.
+The order is that of ru-dolph and LlamaGen, temperature, then top-k, then top-p, unless another is
+asked for: top-p numbers of two orders are not comparable.
 
 Shapes: B batch, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+ORDER = ("temperature", "top_k", "top_p", "min_p")
 GUIDANCE_KINDS = ("extrapolation", "mixture")
 
 
 @dataclass(frozen=True)
 class TokenSamplingConfig:
     """How a next token is drawn.  ``None`` turns a filter off; 0 is an error, not "off".
+
+    ``top_k`` keeps that many tokens, ``top_p`` the likeliest that together have that share, and
+    ``min_p`` those that have at least that share of the likeliest one's probability (Nguyen 2024,
+    arXiv:2407.01082).  ``order`` is that in which they and the temperature are applied.
 
     ``guidance`` is the number of its kind: for ``extrapolation`` the scale s of classifier-free
     guidance, ``u + s (c - u)`` on logits; for ``mixture`` the weight w of the unconditional
@@ -26,6 +32,8 @@ class TokenSamplingConfig:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    order: tuple[str, ...] = ORDER
     guidance: float | None = None
     guidance_kind: str = "extrapolation"
 
@@ -36,8 +44,12 @@ class TokenSamplingConfig:
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or null, got {self.top_p}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1] or null, got {value}")
+        if sorted(self.order) != sorted(ORDER):
+            raise ValueError(f"order must have each of {', '.join(ORDER)}, got {self.order}")
         if self.guidance is not None and self.guidance < 0:
             raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
         if self.guidance_kind not in GUIDANCE_KINDS:
@@ -51,18 +63,52 @@ class TokenSamplingConfig:
 
 def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
     """Logits ``(B, V)`` over temperature, with what may not be drawn at minus infinity."""
-    logits = logits / config.temperature
-    top_k, top_p = min(config.top_k or logits.shape[-1], logits.shape[-1]), config.top_p or 1.0
-    if top_k == logits.shape[-1] and top_p == 1:
-        return logits
-    # Sorted once, and no more of it than top-k leaves to top-p.
-    values, kept = logits.topk(top_k)
-    if top_p < 1:
-        shares = values.softmax(-1)
-        # The token that crosses top_p is kept: what counts is the mass before it.
-        values = values.masked_fill(shares.cumsum(-1) - shares > top_p, -torch.inf)
+    size = logits.shape[-1]
+    top_k, top_p = min(config.top_k or size, size), config.top_p or 1.0
+    if top_k == size and top_p == 1 and config.min_p is None:
+        return logits / config.temperature
+    # Sorted once, and no more of it than is needed; every filter keeps a part from the first on.
+    is_k_first = config.order.index("top_k") < config.order.index("top_p")
+    values, kept = logits.topk(top_k if is_k_first or top_p == 1 else size)
+    for name in config.order:
+        values = FILTERS[name](values, config)
     # Scatter, not compare with the k-th value: ties would keep more than k.
     return torch.full_like(logits, -torch.inf).scatter_(-1, kept, values)
+
+
+def _temperature(values: Tensor, config: TokenSamplingConfig) -> Tensor:
+    return values / config.temperature
+
+
+def _top_k(values: Tensor, config: TokenSamplingConfig) -> Tensor:
+    if config.top_k is None or config.top_k >= values.shape[-1]:
+        return values
+    places = torch.arange(values.shape[-1], device=values.device)
+    return values.masked_fill(places >= config.top_k, -torch.inf)
+
+
+def _top_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
+    if config.top_p is None or config.top_p == 1:
+        return values
+    shares = values.softmax(-1)
+    # The token that crosses top_p is kept: what counts is the mass before it.
+    return values.masked_fill(shares.cumsum(-1) - shares > config.top_p, -torch.inf)
+
+
+def _min_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
+    if config.min_p is None:
+        return values
+    shares = values.softmax(-1)
+    return values.masked_fill(shares < config.min_p * shares[..., :1], -torch.inf)
+
+
+# Of logits (B, K), the greatest first, those that are left.
+FILTERS: dict[str, Callable[[Tensor, TokenSamplingConfig], Tensor]] = {
+    "temperature": _temperature,
+    "top_k": _top_k,
+    "top_p": _top_p,
+    "min_p": _min_p,
+}
 
 
 def next_shares(

@@ -97,6 +97,7 @@ def train_clip(
             advance=advance,
             weights=weights,
             made_of=weights.parent.name,
+            seed=config.seed,
         )
 
 

@@ -1,6 +1,7 @@
 """The decoder of a run: its examples, its training, and what of them is scored."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def make_decoder(
     path.parent.mkdir(exist_ok=True)
     torch.manual_seed(mixed_seed(config.seed, "decoder"))
     model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    if config.decoder.paired_start:
+        model.start_by_name(partial(mixed_seed, config.seed, "decoder"))
     if config.decoder.image_start == "codebook":
         every = torch.arange(config.vqgan.quantizer.num_codes)
         model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
@@ -147,6 +150,7 @@ def train_decoder(
             advance=advance,
             weights=weights,
             made_of=weights.parent.name,
+            seed=config.seed,
         )
 
 

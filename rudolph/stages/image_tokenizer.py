@@ -35,11 +35,11 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
         raise ValueError("data.tasks: no dataset of the mixture has pictures")
     data = [split.digest for name in names for split in pictures[name]]
     decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
-    torch.manual_seed(mixed_seed(config.seed, "vqgan"))
+    torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
     model = VQGAN(config.vqgan)
     weights = shared_weights(
         execution,
-        f"vqgan-{digest_of(*decides, data, config.seed)[:16]}",
+        f"vqgan-{digest_of(*decides, data, config.seed_of_vqgan)[:16]}",
         partial(train_vqgan, execution, model, pictures),
     )
     model.load_state_dict(load_file(weights))
@@ -76,8 +76,8 @@ def train_vqgan(
         module = VQGANTraining(
             model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
         )
-        train = ImageExamples(*splits["train"], seed=config.seed, flip=config.data.flip)
-        validation = ImageExamples(*splits["validation"], seed=config.seed)
+        train = ImageExamples(*splits["train"], seed=config.seed_of_vqgan, flip=config.data.flip)
+        validation = ImageExamples(*splits["validation"], seed=config.seed_of_vqgan)
         fit(
             execution,
             module,
@@ -87,6 +87,7 @@ def train_vqgan(
             advance=advance,
             weights=weights,
             made_of=weights.parent.name,
+            seed=config.seed_of_vqgan,
         )
 
 

@@ -5,8 +5,6 @@ Several pairs may share a caption, and each picture of it fits: the softmax loss
 pairs of a caption out of its sums, the sigmoid loss judges each combination alone and calls them
 matches.
 
-To add a loss, write its function and name it in ``CLIP_LOSSES``.
-
 Source: Radford 2021 (arXiv:2103.00020); open_clip for the bounds of the scale; Zhai 2023, SigLIP
 (arXiv:2303.15343); Zhai 2021, LiT (arXiv:2111.07991).
 
@@ -14,7 +12,6 @@ Shapes: B pairs of a batch, N pairs in all, E embedding dim.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,74 +22,9 @@ from rudolph.data.text_image import TextImageBatch
 from rudolph.models.clip import CLIP
 from rudolph.sampling.clip_ranking import retrieval_recalls
 from rudolph.training.callbacks import require_finite
+from rudolph.training.clip_losses import CLIP_LOSSES, LARGEST_SCALE, CLIPLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import StepwiseModule
-
-FROZEN = ("none", "image", "text")
-LARGEST_SCALE = 100.0
-
-
-def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """The mean of the cross-entropies of both directions, a scalar in nats.
-
-    Row i asks which caption belongs to picture i, column i which picture to caption i.  Another
-    pair with the same caption is no answer and no mistake: its place is left out of both sums.
-
-    Args:
-        logits: ``(B, B)``, of pictures and captions.
-        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
-    """
-    own = torch.arange(len(logits), device=logits.device)
-    is_other = is_match & (own[:, None] != own)
-    logits = logits.masked_fill(is_other, -torch.inf)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
-
-
-def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """The binary cross-entropies of all combinations, summed, for one picture: a scalar in nats.
-
-    Args:
-        logits: ``(B, B)``, of pictures and captions.
-        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
-    """
-    signed = torch.where(is_match, logits, -logits)
-    return -F.logsigmoid(signed).sum() / len(logits)
-
-
-CLIP_LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
-
-
-@dataclass(frozen=True)
-class CLIPLossConfig:
-    """What is learned, and of which tower.
-
-    ``kind: softmax`` is CLIP's loss and keeps the scale of its cosines in [1, 100]; ``sigmoid`` is
-    SigLIP's and needs a model with ``has_logit_bias``.  ``initial_scale`` and ``initial_bias`` are
-    those of the logits before the first step (null: the model's own, 14.3 or with a bias 10 and
-    -10 when it is new).  ``frozen`` locks the ``image`` or the ``text`` tower whole.
-    """
-
-    kind: str = "softmax"
-    initial_scale: float | None = None
-    initial_bias: float | None = None
-    frozen: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.kind not in CLIP_LOSSES:
-            raise ValueError(f"kind must be one of {', '.join(CLIP_LOSSES)}, got {self.kind!r}")
-        if self.initial_scale is not None and not 0 < self.initial_scale < math.inf:
-            raise ValueError(f"initial_scale must be above 0 or null, got {self.initial_scale}")
-        if self.kind == "softmax" and not 1 <= (self.initial_scale or 1) <= LARGEST_SCALE:
-            raise ValueError(
-                f"initial_scale must be 1 to {LARGEST_SCALE:g} for the softmax loss, "
-                f"got {self.initial_scale}"
-            )
-        if self.kind == "softmax" and self.initial_bias is not None:
-            raise ValueError(
-                f"initial_bias must be null for the softmax loss, got {self.initial_bias}"
-            )
-        if self.frozen not in FROZEN:
-            raise ValueError(f"frozen must be one of {', '.join(FROZEN)}, got {self.frozen!r}")
 
 
 def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:

@@ -12,6 +12,7 @@ from rudolph.sequence.layout import SEGMENTS
 from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
     DecoderLossConfig,
+    LearnedWeights,
     found_losses,
     mixed_loss,
     segment_means,
@@ -41,6 +42,7 @@ class DecoderTraining(StepwiseModule):
     ) -> None:
         super().__init__(optim, num_accumulated=num_accumulated)
         self.model, self.losses, self.sources = model, losses, list(sources)
+        self.learned = LearnedWeights() if losses.weighing == "learned" else None
         self.register_buffer("num_seen", torch.zeros(len(self.sources), dtype=torch.long))
 
     num_seen: Tensor
@@ -48,13 +50,21 @@ class DecoderTraining(StepwiseModule):
     def networks(self) -> list[nn.Module]:
         return [self.model]
 
+    def beside(self) -> list[nn.Parameter]:
+        return [] if self.learned is None else list(self.learned.parameters())
+
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
         found = found_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
         means = segment_means(found)
         require_finite(means, step=self.step_of(batch_index), examples=batch.examples)
-        loss = mixed_loss(found, self.losses, weights=batch.weights, sources=batch.sources)
+        if self.learned is not None:
+            loss = self.learned(means)
+            weights = self.learned.weights
+            self.log_dict({f"train/weight/{name}": weight for name, weight in weights.items()})
+        else:
+            loss = mixed_loss(found, self.losses, weights=batch.weights, sources=batch.sources)
         self.move(loss, batch_index)
         self.log_dict({f"train/loss/{name}": value for name, value in means.items()})
         self.log("train/loss", loss)
@@ -72,7 +82,7 @@ class DecoderTraining(StepwiseModule):
         self.totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
-        found = found_losses(self.model, batch.tokens, self.losses, scored=batch.scored)
+        found = found_losses(self.model, batch.tokens, self.losses.plain, scored=batch.scored)
         means, counts = source_means(found, batch.sources, len(self.sources))
         self.totals += torch.stack([means * counts, counts])
 

@@ -10,11 +10,11 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.models.decoder import MaskedDecoder
@@ -24,6 +24,8 @@ from rudolph.sequence.tasks import TASKS
 
 FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
 AVERAGES = ("batch", "task", "token")
+SOFTMAXES = ("segment", "joint")
+WEIGHINGS = ("fixed", "learned")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class DecoderLossConfig:
     ``first_image_token: legacy`` scores image token 0 as a class of the text vocabulary, as the
     reference does; by default it is scored among image ids.  ``left_padding`` says whether the
     padding ids of the left text are labels, as in the reference.
+
+    ``softmax: joint`` takes it over the ids of text and image, as DALL-E does, and not over those
+    that the segment can have.  ``z_weight`` is that of the z-loss (Chameleon: 1e-5).
+    ``weighing: learned`` starts from weights of one and learns them as the precisions of the
+    segments (Kendall 2018, arXiv:1705.07115), with ``average: batch``.  Losses of validation have
+    none of these, nor smoothed labels, so that they compare.
     """
 
     left_text_weight: float = 1.0
@@ -48,6 +56,9 @@ class DecoderLossConfig:
     first_image_token: str = "image_vocabulary"
     left_padding: bool = True
     label_smoothing: float = 0.0
+    softmax: str = "segment"
+    z_weight: float = 0.0
+    weighing: str = "fixed"
     average: str = "batch"
     task_weights: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
@@ -64,8 +75,20 @@ class DecoderLossConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.average not in AVERAGES:
-            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {self.average!r}")
+        for name, legal in (
+            ("average", AVERAGES),
+            ("softmax", SOFTMAXES),
+            ("weighing", WEIGHINGS),
+        ):
+            if getattr(self, name) not in legal:
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(legal)}, got {given!r}")
+        if self.z_weight < 0:
+            raise ValueError(f"z_weight must be at least 0, got {self.z_weight}")
+        if self.weighing == "learned" and self.average != "batch":
+            raise ValueError(
+                f"average must be batch where weights are learned, got {self.average!r}"
+            )
         for task, weights in self.task_weights.items():
             if task not in TASKS:
                 raise ValueError(f"task_weights must be of {', '.join(TASKS)}, got {task!r}")
@@ -79,6 +102,11 @@ class DecoderLossConfig:
         """The weight of each segment, in the order of ``SEGMENTS``."""
         weights = (self.left_text_weight, self.image_weight, self.right_text_weight)
         return dict(zip(SEGMENTS, weights, strict=True))
+
+    @property
+    def plain(self) -> "DecoderLossConfig":
+        """What validation takes: cross-entropies over a segment's own ids, and nothing beside."""
+        return replace(self, softmax="segment", z_weight=0.0, label_smoothing=0.0)
 
 
 class FoundLosses(NamedTuple):
@@ -127,7 +155,14 @@ def found_losses(
     found, heads = {}, model.to_logits.heads()
     for name, labels in scored_labels(model, tokens, config, scored=scored).items():
         losses = label_losses(
-            model, hidden, name, labels, heads=heads, label_smoothing=config.label_smoothing
+            model,
+            hidden,
+            name,
+            labels,
+            heads=heads,
+            label_smoothing=config.label_smoothing,
+            is_joint=config.softmax == "joint",
+            z_weight=config.z_weight,
         )
         if len(losses):
             found[name] = FoundLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
@@ -166,6 +201,30 @@ def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) ->
         raise ValueError("no segment of weight above 0 has a label in this batch")
     weighted = [loss * weights[name] for name, loss in losses.items()]
     return torch.stack(weighted).sum() / total
+
+
+class LearnedWeights(nn.Module):
+    """The segments' losses, each times its precision, plus the logarithm of its variance.
+
+    So a segment cannot win by being weighed little.
+
+    Source: Kendall 2018 (arXiv:1705.07115), equation 10.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(len(SEGMENTS)))
+
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        at = [SEGMENTS.index(name) for name in losses]
+        variances = self.log_variances[at]
+        return ((-variances).exp() * torch.stack(list(losses.values())) + variances).sum()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each segment is weighed by now, together 1."""
+        shares = (-self.log_variances).softmax(0).tolist()
+        return dict(zip(SEGMENTS, shares, strict=True))
 
 
 def source_means(

@@ -25,6 +25,10 @@ class StepwiseModule(pl.LightningModule):
         """The networks that are trained, in the order of ``move``'s index; the first is kept."""
         raise NotImplementedError
 
+    def beside(self) -> list[nn.Parameter]:
+        """Parameters of the loss itself, which move with the first network and do not decay."""
+        return []
+
     def step_of(self, batch_index: int) -> int:
         return batch_index // self.num_accumulated
 
@@ -49,6 +53,8 @@ class StepwiseModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         found = [optimizers_of(network, self.optim) for network in self.networks()]
+        if self.beside():
+            found[0][-1].add_param_group({"params": self.beside(), "weight_decay": 0.0})
         self.owners = [at for at, group in enumerate(found) for _ in group]
         optimizers = [optimizer for group in found for optimizer in group]
         return optimizers, [warmup_cosine(optimizer, self.optim) for optimizer in optimizers]

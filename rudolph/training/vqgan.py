@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.examples import ImageBatch
+from rudolph.models.codes import codebook_usage
 from rudolph.models.fidelity import psnr, ssim
-from rudolph.models.quantizers import codebook_usage
 from rudolph.models.vqgan import VQGAN, Reconstruction
 from rudolph.training.adversary import PatchDiscriminator, PerceptualDistance
 from rudolph.training.callbacks import require_finite

@@ -243,6 +243,8 @@ def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
 def _shared_config(model: MaskedDecoder, family: str) -> dict[str, Any]:
     config, vocabulary = model.config, model.vocabulary
     require(config.double_final_norm, family, "a decoder without double_final_norm")
+    require(not config.qk_norm, family, "qk_norm")
+    require(config.positional_padding, family, "one padding id for all positions")
     require(config.gelu == "tanh", family, f"gelu {config.gelu}")
     require(family == "rudalle" or not config.leading_bos, family, "leading_bos")
     return {

@@ -1,0 +1,233 @@
+"""Experiment file to runs.
+
+An experiment file has the keys of ``EXPERIMENT_KEYS``.  ``base`` names one file of settings;
+``settings`` stand over it, a variant over those, a point of the grid over that, and the command
+line over all.  So at most two files tell a run.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rudolph import settings
+from rudolph.config import RunConfig, overrides_of, resolved
+from rudolph.results.claims import Claim, group_of
+from rudolph.results.searches import REGION, Search
+from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
+
+# Folders of experiments whose files are named after the folder too.
+NAMING_FOLDERS = ("speed", "masks", "loss_weights", "sampling", "numerics", "text", "tokenizers")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which metrics the results' table, the curves' figure and the report card show.
+
+    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``; ``pareto`` are two
+    metrics that are drawn against each other.  In each of the
+    metrics ``effects`` the variants, or points of the grid, are compared with the one ``against``.
+    """
+
+    __pydantic_config__ = STRICT
+
+    table: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+    card: tuple[str, ...] = ()
+    best_of: tuple[str, ...] = ()
+    pareto: tuple[str, ...] = ()
+    effects: tuple[str, ...] = ()
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.effects) != (self.against is not None):
+            raise ValueError("against and effects belong together: give both or none")
+        if len(self.pareto) not in (0, 2):
+            raise ValueError(f"pareto must name two metrics, got {len(self.pareto)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment: its name, how it differs from the others, its configuration."""
+
+    name: str
+    variant: str
+    grid: Mapping[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file, resolved.
+
+    ``targets`` say what a metric should at least reach, ``claim`` what the source claims.
+    ``settings`` are those that all runs share; a ``search`` makes more runs of them.
+    """
+
+    path: Path
+    name: str
+    title: str
+    question: str
+    source: str
+    targets: Mapping[str, float]
+    claim: Claim | None
+    report: ReportConfig
+    runs: tuple[Run, ...]
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    search: Search | None
+
+
+EXPERIMENT_KEYS = {
+    "title": str,
+    "question": str,
+    "source": str,
+    "base": str,
+    "settings": dict,
+    "variants": dict,
+    "grid": dict,
+    "seeds": list,
+    "search": dict,
+    "targets": dict,
+    "claim": dict,
+    "report": dict,
+}
+
+
+def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment file and expand its runs.
+
+    Args:
+        overrides: ``key=value`` settings of the command line, values in YAML.
+
+    Raises:
+        ConfigError: one line for the first mistake.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    settings.require_keys(path, content, EXPERIMENT_KEYS)
+    for key in ("title", "question"):
+        if not content.get(key, "").strip():
+            raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
+    report = typed(path, ReportConfig, content.get("report", {}), "report")
+    targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
+    claim = typed(path, Claim, content["claim"], "claim") if "claim" in content else None
+    given = overrides_of(overrides)
+    runs, search = tuple(_expand(path, content, given)), _search(path, content)
+    groups = {group_of(run.name, run.config.seed) for run in runs}
+    groups |= set() if search is None else {f"{REGION}{domain}" for domain in search.domains}
+    _check_compared(path, claim, report, groups)
+    return Experiment(
+        path=path,
+        name=experiment_name(path),
+        title=content["title"].strip(),
+        question=" ".join(content["question"].split()),
+        source=" ".join(content.get("source", "").split()),
+        targets=targets,
+        claim=claim,
+        report=report,
+        runs=runs,
+        settings=_shared_settings(path, content) | given,
+        seeds=tuple(content.get("seeds", [0])),
+        search=search,
+    )
+
+
+def _check_compared(
+    path: Path, claim: Claim | None, report: ReportConfig, groups: set[str]
+) -> None:
+    """Raise ``ConfigError`` for a comparison with runs that the file does not have."""
+    named = {} if claim is None else {"claim.better": claim.better, "claim.than": claim.than}
+    if report.against is not None:
+        named["report.against"] = report.against
+    for key, name in named.items():
+        if name not in groups:
+            raise mistake(path, key, f"must be one of {', '.join(sorted(groups))}", name)
+
+
+def experiment_name(path: Path) -> str:
+    """The file's name, after its folder's where that belongs to it.
+
+    >>> experiment_name(Path("experiments/speed/decode.yaml"))
+    'speed/decode'
+    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
+    'captions'
+    """
+    folder = path.resolve().parent.name
+    return f"{folder}/{path.stem}" if folder in NAMING_FOLDERS else path.stem
+
+
+def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
+    """Every combination of variant, point of the grid and seed, in the order of the file."""
+    shared = _shared_settings(path, content)
+    variants = content.get("variants") or {"": {}}
+    grid = _grid(path, content)
+    seeds = content.get("seeds", [0])
+    settings.require_distinct(path, "seeds", seeds)
+    runs = []
+    for variant, changes in variants.items():
+        changed = shared | _variant(path, variant, changes)
+        for point in itertools.product(*grid.values()):
+            place = dict(zip(grid, point, strict=True))
+            for seed in seeds:
+                config = resolved(path, changed | place | {"seed": seed} | overrides)
+                name = _run_name(variant, place, config.seed)
+                runs.append(Run(name, variant, place, config))
+    return runs
+
+
+def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
+    """The search of a file, if it has one, with the names of its settings checked."""
+    if "search" not in content:
+        return None
+    found = typed(path, Search, content["search"], "search")
+    least = {name: axis.low for name, axis in found.space.items()}
+    _seedless(path, least, "search.space")
+    flat = _seedless(path, found.settings, "search.settings")
+    shared = _shared_settings(path, content)
+    for place in (least, {name: axis.high for name, axis in found.space.items()}):
+        resolved(path, shared | flat | place)
+    return replace(found, settings=flat)
+
+
+def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    shared: dict[str, Any] = {}
+    if "base" in content:
+        base = path.parent / content["base"]
+        shared = _seedless(base, read_yaml(base))
+        resolved(base, shared)
+    return shared | _seedless(path, content.get("settings", {}), "settings")
+
+
+def _variant(path: Path, variant: str, changes: Any) -> dict[str, Any]:
+    if not variant:
+        return {}
+    if not NAME.fullmatch(variant):
+        raise mistake(path, "variants", "names must be letters, digits, _ . -", variant)
+    if not isinstance(changes, dict):
+        raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
+    return _seedless(path, changes, f"variants.{variant}")
+
+
+def _grid(path: Path, content: Mapping[str, Any]) -> dict[str, list[Any]]:
+    grid = _seedless(path, content.get("grid", {}), "grid")
+    for key, values in grid.items():
+        settings.require_distinct(path, f"grid.{key}", values)
+    return grid
+
+
+def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Flat settings of a file, in which seeds have a key of their own."""
+    if "seed" in content:
+        where = f"{place}.seed" if place else "seed"
+        raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
+    return flat_settings(path, RunConfig, content, place)
+
+
+def _run_name(variant: str, place: Mapping[str, Any], seed: int) -> str:
+    points = [f"{key.rpartition('.')[2]}={value}" for key, value in place.items()]
+    name = "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)

@@ -1,0 +1,96 @@
+"""A search, run by run: proposals by Optuna, and then tests of the regions that were found.
+
+Each proposal depends on the runs before it and its number alone, so a search that was interrupted
+goes on as if it had not been.
+
+Source: Bergstra 2011 (tree-structured Parzen estimator), by Optuna's ask and tell.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from rudolph.config import resolved
+from rudolph.evaluation.regions import Axis, points_within, settings_at, spread_points
+from rudolph.experiment_file import Experiment, Run
+from rudolph.results.searches import REGION, TRIAL, Search, region_of
+
+# Optuna has no seed of its own for each proposal.
+SEEDS_APART = 1000
+
+# What a finished run scored, as a row of ``runs.csv``; None where it is not finished.
+RowOf = Callable[[Run], Mapping[str, Any] | None]
+
+
+def search_runs(experiment: Experiment, row_of: RowOf) -> Iterator[Run]:
+    """The trials of a search and then the tests of its regions, one after the other.
+
+    Whoever takes a run executes it before the next; what failed is asked nothing and tells
+    nothing.
+    """
+    search = experiment.search
+    if search is None:
+        return
+    rows: list[Mapping[str, Any]] = []
+    domains, seeds = list(search.domains), experiment.seeds
+    evenly = spread_points(search.trials, len(search.space), seed=seeds[0])
+    for number in range(search.trials):
+        if number < search.trials // 2:
+            point = settings_at(search.space, evenly[number].tolist())
+        else:
+            domain = domains[number % len(domains)]
+            point = propose(search, domain, pd.DataFrame(rows), seeds[0] * SEEDS_APART + number)
+        seed = seeds[number % len(seeds)]
+        run = _run(experiment, TRIAL, f"{number:03d}", point, seed, search.settings)
+        yield run
+        row = row_of(run)
+        if row is not None:
+            rows.append(row)
+    trials = pd.DataFrame(rows)
+    for domain in domains:
+        region = region_of(search, domain, trials)
+        places = points_within(region, len(seeds))
+        for place, seed in zip(places.tolist(), seeds, strict=True):
+            point = settings_at(search.space, place)
+            yield _run(experiment, f"{REGION}{domain}", "", point, seed, {})
+
+
+def _run(
+    experiment: Experiment,
+    variant: str,
+    number: str,
+    point: Mapping[str, Any],
+    seed: int,
+    settings: Mapping[str, Any],
+) -> Run:
+    flat = {**experiment.settings, **settings, **point, "seed": seed}
+    config = resolved(experiment.path, flat)
+    return Run(f"{variant}{number}-seed{seed}", variant, dict(point), config)
+
+
+def propose(search: Search, domain: str, trials: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """The settings that Optuna would try next for a domain, after some trials."""
+    import optuna
+    from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+
+    def distribution(axis: Axis) -> BaseDistribution:
+        if axis.is_whole:
+            return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+        return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {name: distribution(axis) for name, axis in search.space.items()}
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    score = search.score(domain, trials)
+    for row in trials.dropna(subset=[score]).to_dict("records"):
+        told = {name: axis.value(axis.unit(row[name])) for name, axis in search.space.items()}
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=told, distributions=distributions, value=float(row[score])
+            )
+        )
+    asked = study.ask(distributions).params
+    # Of few digits, as everywhere: the same settings are then the same run.
+    return {name: axis.value(axis.unit(asked[name])) for name, axis in search.space.items()}

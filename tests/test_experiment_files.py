@@ -1,0 +1,111 @@
+"""The experiment files that come with the repository: each loads, draws and trains two steps."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rudolph.config import RunConfig
+from rudolph.data.examples import TokenBatch
+from rudolph.data.splits import open_dataset
+from rudolph.experiment_file import Experiment, load_experiment
+from rudolph.models.clip import CLIP
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.sampling.filters import next_shares
+from rudolph.sequence.tasks import TASKS
+from rudolph.stages.decoder import decides_decoder
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.losses import found_losses, mixed_loss, segment_means
+from rudolph.training.optim import clip_gradients, optimizers_of
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "base")
+NAMES = [path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES]
+BATCH = 2
+
+
+@pytest.fixture(params=FILES, ids=NAMES)
+def experiment(request: pytest.FixtureRequest) -> Experiment:
+    return load_experiment(request.param)
+
+
+def test_its_runs_ask_different_questions_of_pairs_that_are_there(experiment: Experiment) -> None:
+    digests = {run.config.digest for run in experiment.runs}
+    assert len(digests) == len(experiment.runs) == len({run.name for run in experiment.runs})
+    assert experiment.source, "where does the question come from?"
+    for dataset in {name for run in experiment.runs for name in run.config.data.datasets}:
+        config = experiment.runs[0].config.data
+        if dataset != "manifest":
+            assert open_dataset(config, "train", dataset)[0].caption
+    metrics = {*experiment.report.table, *experiment.report.effects, *experiment.targets}
+    splits = {name for run in experiment.runs for name in run.config.evaluation.splits}
+    if experiment.runs[0].config.speed.measure is None:
+        assert {metric.rpartition("/")[2] for metric in metrics} <= splits
+
+
+def test_filters_of_its_runs_leave_something_to_draw(experiment: Experiment) -> None:
+    logits = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0))
+    for sampling in {run.config.sampling for run in experiment.runs}:
+        for config in (sampling.image, sampling.text):
+            shares = next_shares(logits[0], config, logits[1])
+            torch.testing.assert_close(shares.sum(-1), torch.ones(2))
+
+
+def batch_of(config: RunConfig) -> TokenBatch:
+    """Random tokens, as examples of every row of the mixture."""
+    layout, vocabulary = config.sequence_layout, config.vocabulary
+    generator = torch.Generator().manual_seed(1)
+    rows = range(BATCH * len(config.data.mixture))
+    sources = torch.tensor([row % len(config.data.mixture) for row in rows])
+    own = config.decoder_losses.task_weights
+    tasks = [source.task for source in config.data.mixture]
+    weights = torch.tensor([list(own.get(task, TASKS[task].weights)) for task in tasks])
+    sizes = vocabulary.bpe_size, vocabulary.codebook_size, vocabulary.bpe_size
+    tokens = torch.cat(
+        [
+            torch.randint(1, size, (len(rows), length), generator=generator)
+            for size, length in zip(sizes, layout.segment_lengths, strict=True)
+        ],
+        dim=1,
+    )
+    return TokenBatch(tokens, tokens, weights[sources], sources, torch.tensor(rows))
+
+
+def train_two_steps(config: RunConfig) -> list[float]:
+    torch.manual_seed(0)
+    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    module = DecoderTraining(model, config.decoder_losses, config.decoder_optim)
+    optimizers = optimizers_of(model, config.decoder_optim)
+    batch, losses = batch_of(config), []
+    for _ in range(2):
+        found = found_losses(
+            model, batch.tokens, config.decoder_losses, scored=batch.scored, inputs=batch.inputs
+        )
+        loss = (
+            mixed_loss(found, config.decoder_losses, weights=batch.weights, sources=batch.sources)
+            if module.learned is None
+            else module.learned(segment_means(found))
+        )
+        loss.backward()
+        clip_gradients(optimizers, config.decoder_optim)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment) -> None:
+    different = {}
+    for run in experiment.runs:
+        config = run.config
+        if config.model == "clip":
+            model = CLIP(config.clip)
+            assert sum(parameter.numel() for parameter in model.parameters()) > 0
+        elif config.speed.measure is None and config.decoder_optim.num_steps > 0:
+            decides = str((decides_decoder(config)[4:], config.layout, config.vocabulary))
+            different[decides] = config
+    for config in different.values():
+        first, second = train_two_steps(config)
+        assert math.isfinite(first) and second < first

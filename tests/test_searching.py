@@ -1,0 +1,168 @@
+"""A search: it goes on where it stopped, finds what is there, and its page tells it."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rudolph.execution import Folders, run_folder
+from rudolph.experiment_file import Experiment, Run, load_experiment
+from rudolph.laboratory import all_runs, search_of
+from rudolph.results.report import Figure, Report, generated_part
+from rudolph.results.searches import REGIONS, TRIAL, read_regions
+from rudolph.results.store import check, export, write_index
+from rudolph.searching import search_runs
+from rudolph.settings import ConfigError
+
+SEARCH = """
+title: A search
+question: Is the middle found?
+settings: {vqgan.resolution: 32, evaluation.splits: [test]}
+search:
+  space:
+    sampling.image.temperature: {low: 0.1, high: 10.0, log: true}
+    sampling.image.top_p: {low: 0.1, high: 1.0}
+  domains: {cold: pictures/cold, hot: pictures/hot}
+  trials: 24
+  tolerance: 0.1
+  settings: {evaluation.splits: [validation]}
+variants:
+  plain: {sampling.image.temperature: 1.0}
+seeds: [3, 4]
+claim: {metric: pictures/cold/test, better: region_cold, than: plain}
+"""
+
+
+def load(folder: Path, text: str = SEARCH) -> Experiment:
+    path = folder / "search.yaml"
+    path.write_text(text)
+    return load_experiment(path)
+
+
+def scores(run: Run) -> dict[str, float]:
+    """Cold is best at a temperature of 0.3, hot at 3, both with any top-p above a half."""
+    config = run.config
+    [split] = config.evaluation.splits
+    temperature, top_p = config.sampling.image.temperature, config.sampling.image.top_p or 1.0
+    found = {}
+    for domain, best in (("cold", 0.3), ("hot", 3.0)):
+        away = abs(temperature / best if temperature > best else best / temperature) - 1
+        value = max(0.0, 0.9 - 0.3 * away - max(0.0, 0.5 - top_p))
+        name = f"pictures/{domain}/{split}"
+        found |= {name: value, f"{name}_low": value - 0.04, f"{name}_high": value + 0.04}
+    return found
+
+
+def row_of(run: Run) -> dict[str, Any]:
+    return {"variant": run.variant, **run.grid, **scores(run)}
+
+
+def test_trials_fill_the_space_then_close_in_and_regions_are_tested(tmp_path: Path) -> None:
+    runs = list(search_runs(load(tmp_path), row_of))
+    trials = [run for run in runs if run.variant == TRIAL]
+    assert len(trials) == 24 and len(runs) == 24 + 2 * 2
+    assert len({run.config.digest for run in runs}) == len(runs)
+    assert {run.config.evaluation.splits for run in trials} == {("validation",)}
+    early, late = trials[:12], trials[12:]
+    for domain, at in (("cold", 0), ("hot", 1)):
+        name = f"pictures/{domain}/validation"
+        mean = [sum(scores(run)[name] for run in part) for part in (early, late[at::2] * 2)]
+        assert mean[1] > mean[0], "proposals are no better than even ones"
+    tests = {run.name: run.config for run in runs[24:]}
+    assert set(tests) == {f"region_{d}-seed{s}" for d in ("cold", "hot") for s in (3, 4)}
+    for name, config in tests.items():
+        best = 0.3 if "cold" in name else 3.0
+        assert config.evaluation.splits == ("test",) and config.seed == int(name[-1])
+        assert best / 2 < config.sampling.image.temperature < 2 * best
+
+
+def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    experiment = load(tmp_path)
+    whole = [run.config.digest for run in search_runs(experiment, row_of)]
+    known: dict[str, dict[str, Any]] = {}
+    for stop in (9, 17, 26, 100):
+        for run in itertools.islice(search_runs(experiment, lambda r: known.get(r.name)), stop):
+            known.setdefault(run.name, row_of(run))
+    again = [run.config.digest for run in search_runs(experiment, lambda r: known.get(r.name))]
+    assert again == whole
+
+
+def finish(experiment: Experiment, run: Run, folders: Folders) -> None:
+    folder = run_folder(folders, experiment, run)
+    folder.mkdir(parents=True)
+    found = scores(run)
+    metrics = {name: value for name, value in found.items() if not name.endswith(("low", "high"))}
+    summary = {
+        "run": run.name,
+        "variant": run.variant,
+        "grid": dict(run.grid),
+        "seed": run.config.seed,
+        "digest": run.config.digest,
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "status": "finished",
+        "seconds": {"decoder": 2.0},
+        "metrics": metrics,
+        "intervals": {name: [found[f"{name}_low"], found[f"{name}_high"]] for name in metrics},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "journal.jsonl").touch()
+    (folder / "config.yaml").write_text(f"run: {run.name}\n")
+    (folder / "environment.json").write_text('{"machine": {"threads": 2}}')
+
+
+def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) -> None:
+    experiment, folders = load(tmp_path), Folders(tmp_path, tmp_path / "runs")
+    assert len(all_runs(experiment, folders)) == 2
+    for run in itertools.chain(experiment.runs, search_of(experiment, folders)):
+        finish(experiment, run, folders)
+    runs = all_runs(experiment, folders)
+    assert len(runs) == 2 + 28
+    report = Report(
+        "search",
+        "A search",
+        "Is it found?",
+        "search.yaml",
+        figures=(Figure("regions", tuple(experiment.search.space), x="setting", by="domain"),),
+        claim=experiment.claim,
+        search=experiment.search,
+    )
+    digests = {run.config.digest for run in runs}
+    folder = export(folders.runs, tmp_path / "results", report=report, digests=digests)
+    page = folder / "README.md"
+    page.write_text(page.read_text().replace("_Not answered", "Found. _Not"))
+    write_index(tmp_path / "results")
+    assert check(tmp_path / "results") == []
+    regions = read_regions(folder).set_index(["domain", "setting"])
+    cold = regions.loc[("cold", "sampling.image.temperature")]
+    assert 0.15 < cold["low"] < 0.3 < cold["high"] < 0.6
+    said = generated_part(page)
+    assert f"| {cold['low']:g} to {cold['high']:g} |" in said
+    assert "**Verdict: reproduced.**" in said and "| region_hot |" in said
+    tables = pd.read_csv(folder / "runs.csv")
+    tests = tables[tables["variant"] == "region_hot"]["pictures/hot/test"]
+    assert f"{tests.mean():.3g} [" in said
+    figure = next((folder / "figures").glob("regions-*.svg"))
+    assert figure.stat().st_size > 0
+    (folder / REGIONS).write_text((folder / REGIONS).read_text().replace("cold", "warm"))
+    assert check(tmp_path / "results") != []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("top_p: {low", "top_q: {low", "search.space.sampling.image.top_q: unknown"),
+        ("high: 1.0}", "high: 2.0}", "top_p"),
+        ("trials: 24", "trials: 3", "trials must be at least 8"),
+        ("region_cold", "region_warm", "claim.better: must be one of"),
+        ("low: 0.1, high: 10.0", "low: 0.1, high: 0.05", "high must be above low"),
+    ],
+)
+def test_a_wrong_search_is_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in SEARCH
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, SEARCH.replace(old, new))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
