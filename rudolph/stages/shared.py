@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from rudolph.execution import Execution, is_main_process
@@ -32,7 +32,10 @@ def shared_weights(execution: Execution, name: str, train: Callable[[Path], None
     lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
     taken = execution.folder / TAKEN
     known = taken.read_text().split() if taken.is_file() else []
-    with lock:
+    with ExitStack() as stack:
+        # Another run's training is no overhead of this one.
+        with execution.stage(f"waiting for {name.partition('-')[0]}"):
+            stack.enter_context(lock)
         if not weights.is_file():
             train(weights)
         elif name not in known:
