@@ -103,6 +103,12 @@ class RunConfig:
             if steps == 0 and init is None:
                 needed = "" if name == "clip_optim" else f" without {name[:-6]}.init"
                 raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
+        codes, texts = self.vocabulary.codebook_size, self.vocabulary.text_size
+        if self.decoder_losses.first_image_token == "legacy" and codes > texts:
+            raise ValueError(
+                f"decoder_losses.first_image_token: legacy scores codes as text ids, and of "
+                f"{codes} codes only {texts} are (tokenizer.vocab_size, layout.left_text_length)"
+            )
         for place in self.evaluation.questions:
             named, _, question = place.rpartition("/")
             dataset = named or self.data.dataset

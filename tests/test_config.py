@@ -308,3 +308,14 @@ def test_an_argument_that_no_flag_takes_is_told(capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "test.yaml", "--dry-run", "--indx=1"])
     assert "unrecognized arguments: --indx=1" in capsys.readouterr().err
+
+
+def test_the_references_first_token_needs_as_many_text_ids_as_codes(tmp_path: Path) -> None:
+    legacy = {"decoder_losses.first_image_token": "legacy", "layout.left_text_length": 10}
+    for size, is_legal in ((54, True), (53, False)):
+        path = write(tmp_path, changed({"settings": {**legacy, "tokenizer.vocab_size": size}}))
+        if is_legal:
+            assert load_experiment(path).runs
+        else:
+            with pytest.raises(ConfigError, match="of 64 codes only 63 are"):
+                load_experiment(path)

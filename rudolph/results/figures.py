@@ -138,7 +138,8 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
                     [record["at_least"]] * 2, [row - 0.4, row + 0.4], **LEVEL_STYLES["target"]
                 )
         axes.axvline(0, **LEVEL_STYLES["chance"])
-        axes.set(xlabel=f"better in {metric} by, 95 % interval", ylim=(rows - 0.4, -0.6))
+        axes.set(xlabel=f"{metric}\nbetter by, 95 % interval", ylim=(rows - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=5)
         names = [f"{each[by]}, than {each['than']}" for each in records]
         axes.set_yticks(range(len(records)), names)
         axes.grid(axis="y", visible=False)
