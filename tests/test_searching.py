@@ -141,6 +141,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     assert 0.15 < cold["low"] < 0.3 < cold["high"] < 0.6
     said = generated_part(page)
     assert f"| {cold['low']:g} to {cold['high']:g} |" in said
+    assert "comparisons)" not in said, "trials are no comparisons"
     assert "**Verdict: reproduced.**" in said and "| region_hot |" in said
     tables = pd.read_csv(folder / "runs.csv")
     tests = tables[tables["variant"] == "region_hot"]["pictures/hot/test"]

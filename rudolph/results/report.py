@@ -25,7 +25,7 @@ from rudolph.results.claims import (
 )
 from rudolph.results.markdown import table_row
 from rudolph.results.repetitions import is_speed, speed_tables
-from rudolph.results.searches import Search, search_lines
+from rudolph.results.searches import TRIAL, Search, search_lines
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
@@ -112,6 +112,8 @@ def read_curves(folder: Path) -> pd.DataFrame:
 def read_effects(folder: Path) -> list[Effect]:
     """The comparisons that an experiment's report asks for, that of its claim first."""
     report, runs = read_report(folder), read_runs(folder)
+    # A search's trials are no comparisons, and Holm must not count them.
+    runs = runs[runs["variant"] != TRIAL]
     return effects(runs, metrics=report.effects, against=report.against, claim=report.claim)
 
 
@@ -194,7 +196,12 @@ def _only(runs: pd.DataFrame, column: str) -> str:
 
 def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
     """The pictures of the first run of each variant, of which alone an export has some."""
-    first = runs.sort_values("run").groupby("variant", sort=True)["run"].first()
+    first = (
+        runs.sort_values("run")
+        .groupby("variant", sort=True)["run"]
+        .first()
+        .drop(TRIAL, errors="ignore")
+    )
     samples = folder / "samples"
     return [path for run in first for path in sorted(samples.glob(f"{glob.escape(run)}-*.png"))]
 
