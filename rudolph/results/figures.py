@@ -315,9 +315,14 @@ def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
             colour = palette[row % len(palette)]
             axes.plot(ends, [row] * 2, color=colour, linewidth=6, solid_capstyle="butt")
             axes.plot(ends, [row] * 2, linestyle="none", marker="|", markersize=12, color="0.2")
+        least, greatest = own["least"].iloc[0], own["greatest"].iloc[0]
+        ticks = np.linspace(least, greatest, 4)
         if own["log"].iloc[0]:
             axes.set_xscale("log")
-        axes.set_xlim(own["least"].iloc[0], own["greatest"].iloc[0])
+            ticks = np.geomspace(least, greatest, 4)
+        axes.set_xlim(least, greatest)
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set(xlabel=setting, ylim=(len(domains) - 0.5, -0.5))
         names = domains if axes is panels[0] else [""] * len(domains)
         axes.set_yticks(range(len(domains)), names)

@@ -25,7 +25,7 @@ from rudolph.results.claims import (
 )
 from rudolph.results.markdown import table_row
 from rudolph.results.repetitions import is_speed, speed_tables
-from rudolph.results.searches import TRIAL, Search, search_lines
+from rudolph.results.searches import TRIAL, Search, is_trial, search_lines
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
@@ -113,7 +113,7 @@ def read_effects(folder: Path) -> list[Effect]:
     """The comparisons that an experiment's report asks for, that of its claim first."""
     report, runs = read_report(folder), read_runs(folder)
     # A search's trials are no comparisons, and Holm must not count them.
-    runs = runs[runs["variant"] != TRIAL]
+    runs = runs[~is_trial(runs)]
     return effects(runs, metrics=report.effects, against=report.against, claim=report.claim)
 
 

@@ -71,9 +71,14 @@ def region_of(search: Search, domain: str, trials: pd.DataFrame) -> Region:
     return find_region(smoothed, len(search.space), tolerance=search.tolerance)
 
 
+def is_trial(runs: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of ``runs.csv`` are a search's own; runs without a variant have none there."""
+    return runs["variant"].fillna("").eq(TRIAL).astype(bool)
+
+
 def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
     """``regions.csv`` from the trials among the runs."""
-    trials = runs[runs["variant"] == TRIAL]
+    trials = runs[is_trial(runs)]
     rows: list[dict[str, Any]] = []
     for domain in search.domains:
         found = as_rows(search.space, region_of(search, domain, trials))
@@ -107,7 +112,7 @@ def search_lines(folder: Path, search: Search, runs: pd.DataFrame) -> list[str]:
 
 def _tests_table(search: Search, runs: pd.DataFrame) -> list[str]:
     """Markdown: a row a group of tests, a column a domain, mean over seeds and 95 % interval."""
-    tests = runs[runs["variant"] != TRIAL]
+    tests = runs[~is_trial(runs)]
     head = ["tested on unseen prompts", *search.domains]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for name, group in tests.groupby("variant", sort=True):
