@@ -95,14 +95,7 @@ class RunConfig:
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
             )
-        for name, steps, init in (
-            ("vqgan_optim", self.vqgan_optim.num_steps, self.vqgan.init),
-            ("decoder_optim", self.decoder_optim.num_steps, self.decoder.init),
-            ("clip_optim", self.clip_optim.num_steps, None),
-        ):
-            if steps == 0 and init is None:
-                needed = "" if name == "clip_optim" else f" without {name[:-6]}.init"
-                raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
+        self._check_steps()
         codes, texts = self.vocabulary.codebook_size, self.vocabulary.text_size
         if self.decoder_losses.first_image_token == "legacy" and codes > texts:
             raise ValueError(
@@ -125,6 +118,17 @@ class RunConfig:
             seed = getattr(self, name)
             if seed is not None and not 0 <= seed < 2**32:
                 raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
+
+    def _check_steps(self) -> None:
+        """A model that is trained by no step must be named."""
+        for name, steps, init in (
+            ("vqgan_optim", self.vqgan_optim.num_steps, self.vqgan.init),
+            ("decoder_optim", self.decoder_optim.num_steps, self.decoder.init),
+            ("clip_optim", self.clip_optim.num_steps, None),
+        ):
+            if steps == 0 and init is None:
+                needed = "" if name == "clip_optim" else f" without {name[:-6]}.init"
+                raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
 
     @property
     def seed_of_vqgan(self) -> int:
