@@ -321,7 +321,7 @@ def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
             axes.set_xscale("log")
             ticks = np.geomspace(least, greatest, 4)
         axes.set_xlim(least, greatest)
-        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         axes.set(xlabel=setting, ylim=(len(domains) - 0.5, -0.5))
         names = domains if axes is panels[0] else [""] * len(domains)
