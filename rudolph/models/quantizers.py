@@ -78,15 +78,19 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         indices = self.indices(z)
-        z_q = self.codes(indices)
-        loss = F.mse_loss(z_q, z.detach()) + self.config.beta * F.mse_loss(z, z_q.detach())
-        return Quantized(straight_through(z, z_q), indices, loss)
+        return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
         return nearest_map(z, self.embedding.weight)
 
     def codes(self, indices: Tensor) -> Tensor:
         return self.embedding(indices).movedim(-1, 1)
+
+
+def _with_both_losses(z: Tensor, z_q: Tensor, indices: Tensor, beta: float) -> Quantized:
+    """Codes that move towards their latents, and latents that commit to their codes."""
+    loss = F.mse_loss(z_q, z.detach()) + beta * F.mse_loss(z, z_q.detach())
+    return Quantized(straight_through(z, z_q), indices, loss)
 
 
 class ExponentialMovingAverageQuantizer(nn.Module):
@@ -373,9 +377,7 @@ class LinearCodebookQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         indices = self.indices(z)
-        z_q = self.codes(indices)
-        loss = F.mse_loss(z_q, z.detach()) + self.config.beta * F.mse_loss(z, z_q.detach())
-        return Quantized(straight_through(z, z_q), indices, loss)
+        return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
         return nearest_map(z, self.turn(self.codebook))
