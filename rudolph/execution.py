@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,6 +106,21 @@ def is_finished(folder: Path) -> bool:
     """Whether a run's folder holds a finished run."""
     summary = folder / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
+
+
+def keep_file(source: Path, path: Path) -> None:
+    """Put a file of the cache into a run's folder, which can be moved alone, or the reverse.
+
+    On one disk they stay one file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(source, new)
+    except OSError:
+        shutil.copyfile(source, new)
+    os.replace(new, path)
 
 
 def is_main_process() -> bool:

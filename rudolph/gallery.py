@@ -1,5 +1,9 @@
-"""Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts."""
+"""Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts.
 
+Those that runs have in common are drawn by the first of them.
+"""
+
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rudolph.config import RunConfig
+from rudolph.config import RunConfig, digest_of, plain
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
 from rudolph.evaluation.asking import without_note
-from rudolph.execution import Execution, is_main_process
+from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.drawings import mask_picture, reconstructions, sample_grid
 from rudolph.sampling.pipeline import OnToken, Pipeline
@@ -25,22 +29,37 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
     """The different masks of the decoder as one picture."""
     if not is_main_process():
         return
-    rules = {name: parse_mask(name) for name in dict.fromkeys(model.config.masks)}
-    if not model.config.right_sees_left:
-        rules = {name: right_without_left(rule) for name, rule in rules.items()}
-    tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
+    names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_sees_left
+
+    def draw(path: Path) -> None:
+        rules = {name: parse_mask(name) for name in names}
+        if not sees_left:
+            rules = {name: right_without_left(rule) for name, rule in rules.items()}
+        tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
+        mask_picture(tables, path, segments=model.layout.segment_lengths)
+
     path = execution.folder / "samples" / "masks.png"
-    mask_picture(tables, path, segments=model.layout.segment_lengths)
+    draw_once(execution, path, draw, decided_by=(names, sees_left, plain(model.layout)))
     execution.tracker.log_artifact(path)
 
 
-def draw_samples(execution: Execution, pipeline: Pipeline, splits: Splits) -> None:
-    """Reconstructions, and what the decoder learned: captions of each split, fixed prompts."""
+def draw_samples(
+    execution: Execution, pipeline: Pipeline, splits: Splits, *, made_of: str
+) -> None:
+    """Reconstructions, and what the decoder learned: captions of each split, fixed prompts.
+
+    Args:
+        made_of: the digest of data, tokenizer and VQ-GAN.
+    """
     folder = execution.folder / "samples"
-    seen = splits.with_pictures("validation")
-    originals = torch.cat([split.pictures(_spread(split, len(seen))) for split in seen])
-    decoded = pipeline.decode(pipeline.encode(originals))
-    reconstructions(to_bytes(originals), to_bytes(decoded), folder / "reconstructions.png")
+
+    def draw(path: Path) -> None:
+        seen = splits.with_pictures("validation")
+        originals = torch.cat([split.pictures(_spread(split, len(seen))) for split in seen])
+        decoded = pipeline.decode(pipeline.encode(originals))
+        reconstructions(to_bytes(originals), to_bytes(decoded), path)
+
+    draw_once(execution, folder / "reconstructions.png", draw, decided_by=(made_of,))
     tasks = {(row.dataset, row.task) for row in splits.config.mixture}
     main = splits.config.dataset
     if (main, "image_captioning") in tasks:
@@ -50,6 +69,23 @@ def draw_samples(execution: Execution, pipeline: Pipeline, splits: Splits) -> No
         draw_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")
+
+
+def draw_once(
+    execution: Execution,
+    path: Path,
+    draw: Callable[[Path], None],
+    *,
+    decided_by: tuple[Any, ...],
+) -> None:
+    """A picture in the run's folder; ``draw(path)`` if no run before drew it."""
+    name = f"{path.stem}-{digest_of(*decided_by)[:16]}{path.suffix}"
+    cached = execution.folders.cache / "pictures" / name
+    if cached.is_file():
+        keep_file(cached, path)
+        return
+    draw(path)
+    keep_file(path, cached)
 
 
 def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:

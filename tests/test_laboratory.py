@@ -63,6 +63,10 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     assert (tmp_path / "results" / "one" / "runs.csv").is_file()
     # The same settings and seed: who trains the shared parts is of no matter.
     assert found["one/seed0"]["metrics"] == found["two/good-seed0"]["metrics"]
+    # All have one picture of the masks, and one of reconstructions for each VQ-GAN.
+    for name, number in (("masks", 1), ("reconstructions", 2)):
+        drawn = {path.read_bytes() for path in tmp_path.glob(f"runs/*/*/samples/{name}.png")}
+        assert len(drawn) == len(list(tmp_path.glob(f"runs/.cache/pictures/{name}-*"))) == number
     again = [main(["run", "experiments/one.yaml"]), main(["run", "experiments", "--dry-run"])]
     assert again == [0, 0]
     captured = capsys.readouterr()

@@ -13,7 +13,7 @@ from rudolph.config import RunConfig, digest_of
 from rudolph.data.examples import FilledSource, TokenExamples, task_texts
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Source, Split, Splits
-from rudolph.execution import Execution, is_main_process
+from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.fitting import fit
 from rudolph.gallery import draw_masks
 from rudolph.models.adapt import adapt
@@ -24,7 +24,7 @@ from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.sources import open_decoder
-from rudolph.stages.shared import keep_weights, shared_weights
+from rudolph.stages.shared import shared_weights
 from rudolph.stages.tokenizer import places
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.tuning import apply_tuning
@@ -79,7 +79,7 @@ def make_decoder(
     name = f"decoder-{digest_of(*decides_decoder(config), made_of, start)[:16]}"
     weights = shared_weights(execution, name, train)
     if is_main_process():
-        keep_weights(weights, path)
+        keep_file(weights, path)
     model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 

@@ -41,7 +41,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)
     save_pipeline(execution, pipeline)
     scores = evaluate(execution, pipeline, splits)
-    draw_samples(execution, pipeline, splits)
+    draw_samples(execution, pipeline, splits, made_of=made_of)
     return scores, digests | splits.digests | {"decoder": weights_digest(decoder)}
 
 

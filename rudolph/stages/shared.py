@@ -1,8 +1,6 @@
 """Weights that runs share: trained by the first run that needs them, in the cache."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -50,17 +48,3 @@ def replay_curves(execution: Execution, path: Path) -> None:
     for line in path.read_text().splitlines():
         step, values = json.loads(line)
         execution.tracker.log_metrics(values, step=step)
-
-
-def keep_weights(weights: Path, path: Path) -> None:
-    """Put weights of the cache into a run's folder, which can be moved alone.
-
-    On one disk they stay one file.
-    """
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    try:
-        os.link(weights, new)
-    except OSError:
-        shutil.copyfile(weights, new)
-    os.replace(new, path)
