@@ -77,6 +77,10 @@ def test_all_comparisons_share_one_correction_and_the_claim_is_made_once() -> No
     found = effects(runs, metrics=(RIGHT, LOSS), against="base", claim=claim)
     asked = [(RIGHT, "b"), (RIGHT, "a"), (RIGHT, "c"), (LOSS, "a"), (LOSS, "b"), (LOSS, "c")]
     assert [(each.metric, each.group) for each in found] == asked
+    turned = Claim(RIGHT, "base", "b")
+    found_turned = effects(runs, metrics=(RIGHT, LOSS), against="base", claim=turned)
+    assert [each.p_value for each in found_turned] == [each.p_value for each in found]
+    assert found_turned[0].value == -found[0].value
     alone = effects(runs, metrics=(), against=None, claim=claim)[0]
     assert alone.p_value <= found[0].p_value <= min(1, 6 * alone.p_value)
 

@@ -102,8 +102,9 @@ def effects(
             others = [name for name in dict.fromkeys(groups) if name != against]
             asked += [(metric, name, against, 0.0) for name in others]
     if claim is not None:
-        same = (claim.metric, claim.better, claim.than)
-        asked = [asked[0], *(each for each in asked[1:] if each[:3] != same)]
+        # Neither is it made again the other way round.
+        same = (claim.metric, {claim.better, claim.than})
+        asked = [asked[0], *(each for each in asked[1:] if (each[0], {*each[1:3]}) != same)]
     found = [_effect(runs, groups, *each) for each in asked]
     corrected = holm([each.p_value for each in found])
     return [each._replace(p_value=p) for each, p in zip(found, corrected, strict=True)]
