@@ -25,7 +25,7 @@ from rudolph.results.report import (
     read_runs,
     replace_generated,
 )
-from rudolph.results.store import POINTS_OF_A_CURVE, check, export, redraw, write_index
+from rudolph.results.store import POINTS_OF_A_CURVE, check, draw_pngs, export, redraw, write_index
 
 LOSS, LATE = "val/loss/image", "decoder/val/late"
 REPORT = Report(
@@ -213,9 +213,19 @@ def test_a_redraw_needs_nothing_but_the_csv_files(
     folder.mkdir(parents=True)
     for name in ("report.json", "runs.csv", "curves.csv"):
         (folder / name).write_bytes((original / name).read_bytes())
+    (folder / "environment.json").write_text("[]")
     drawn = redraw(tmp_path)
     assert [path.name for path in drawn] == [figure.file for figure in REPORT.figures]
     assert contents(folder / "figures") == contents(original / "figures")
+    # The page is made anew too, around what was written by hand.
+    answer_by_hand(folder / "README.md", "Ряд теряет 1.0 нат. Проверено дважды.")
+    redraw(tmp_path, experiment=REPORT.experiment)
+    page, whole = (each / "README.md" for each in (folder, original))
+    assert (
+        page.read_text("utf-8").partition("![")[0] == whole.read_text("utf-8").partition("![")[0]
+    )
+    for path in draw_pngs(tmp_path, tmp_path / "slides"):
+        assert path.read_bytes()[1:4] == b"PNG" and path.parent.name == folder.name
 
 
 def test_the_report_is_read_back_as_it_was(exported: tuple[Path, Path]) -> None:

@@ -16,10 +16,11 @@ def add_results(verbs: Any) -> None:
     export = verbs.add_parser("export", help="write results/ from the finished runs")
     export.add_argument("file", type=Path)
     export.set_defaults(verb=export_experiment)
-    figures = verbs.add_parser("figures", help="redraw the figures of results/ from their CSV")
+    figures = verbs.add_parser("figures", help="figures and pages of results/, anew from CSV")
     figures.add_argument("experiment", nargs="?")
+    figures.add_argument("--png", type=Path, metavar="FOLDER", help="as PNG, in another folder")
     figures.set_defaults(verb=redraw_figures)
-    check = verbs.add_parser("check", help="check that results/ is whole and consistent")
+    check = verbs.add_parser("check", help="recompute results/ and every number in its texts")
     check.set_defaults(verb=check_results)
     sync = verbs.add_parser("sync", help="send to MLflow what a server that was away missed")
     sync.add_argument("--again", action="store_true", help="everything, for a store that was lost")
@@ -196,9 +197,13 @@ def _told(row: Any) -> str:
 
 
 def redraw_figures(given: Any) -> int:
-    from rudolph.results.store import redraw
+    from rudolph.results.store import draw_pngs, redraw
 
-    say("\n".join(map(str, redraw(RESULTS, experiment=given.experiment))))
+    if given.png:
+        drawn = draw_pngs(RESULTS, given.png, experiment=given.experiment)
+    else:
+        drawn = redraw(RESULTS, experiment=given.experiment)
+    say("\n".join(map(str, drawn)))
     return 0
 
 

@@ -27,6 +27,7 @@ import pandas as pd
 
 from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
+from rudolph.results.prose import unfounded_of
 from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
     BOUNDS,
@@ -115,16 +116,39 @@ def _write_experiment(
     if report.search is not None:
         write_regions(folder, report.search, read_runs(folder))
     _draw(folder, folder / "figures")
+    _write_page(folder)
+
+
+def _write_page(folder: Path) -> None:
+    """The README of an experiment; the text written by hand stays."""
     readme = folder / "README.md"
-    new = f"# {report.title}\n\n{UNANSWERED}\n"
+    new = f"# {read_report(folder).title}\n\n{UNANSWERED}\n"
     by_hand = readme.read_text("utf-8") if readme.exists() else new
     _write(readme, replace_generated(by_hand, experiment_page(folder)))
 
 
 def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
-    """Draw the figures of one experiment, or of all, from their CSV files; the files drawn."""
+    """Draw the figures and write the pages of one experiment, or of all, from their CSV files.
+
+    Returns the files drawn.
+    """
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
-    return [path for folder in folders for path in _draw(folder, folder / "figures")]
+    drawn = []
+    for folder in folders:
+        drawn += _draw(folder, folder / "figures")
+        _write_page(folder)
+    write_index(results_folder)
+    return drawn
+
+
+def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
+    """The same figures as PNG, for slides, in a folder an experiment below ``target``."""
+    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
+    return [
+        path
+        for folder in folders
+        for path in _draw(folder, target / folder.relative_to(results_folder), ".png")
+    ]
 
 
 def write_index(results_folder: Path) -> Path:
@@ -144,6 +168,11 @@ def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) 
     tables = {path.parent for path in results_folder.rglob("runs.csv")}
     folders = sorted(tables | set(experiment_folders(results_folder)))
     problems = [line for folder in folders for line in _check(folder, digest)]
+    pages = [folder / "README.md" for folder in folders]
+    for page in (*pages, results_folder.parent / "README.md"):
+        if page.is_file():
+            numbers = unfounded_of(page, results_folder)
+            problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
     if not problems:
         index = results_folder / "README.md"
         if not index.exists() or index_page(results_folder) != generated_part(index):
@@ -262,7 +291,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
 }
 
 
-def _draw(folder: Path, target: Path) -> list[Path]:
+def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
     # Drawing needs matplotlib; exporting tables and checking texts does not wait for it.
     from rudolph.results.figures import FIGURES
 
@@ -271,7 +300,7 @@ def _draw(folder: Path, target: Path) -> list[Path]:
         if figure.kind not in FIGURES:
             raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
         frame = FRAMES.get(figure.kind, read_runs)(folder)
-        path = target / figure.file
+        path = (target / figure.file).with_suffix(suffix)
         FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
         drawn.append(path)
     return drawn
