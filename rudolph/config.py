@@ -96,12 +96,7 @@ class RunConfig:
                 f"got {self.vqgan.resolution}"
             )
         self._check_steps()
-        codes, texts = self.vocabulary.codebook_size, self.vocabulary.text_size
-        if self.decoder_losses.first_image_token == "legacy" and codes > texts:
-            raise ValueError(
-                f"decoder_losses.first_image_token: legacy scores codes as text ids, and of "
-                f"{codes} codes only {texts} are (tokenizer.vocab_size, layout.left_text_length)"
-            )
+        self._check_codes()
         for place in self.evaluation.questions:
             named, _, question = place.rpartition("/")
             dataset = named or self.data.dataset
@@ -118,6 +113,20 @@ class RunConfig:
             seed = getattr(self, name)
             if seed is not None and not 0 <= seed < 2**32:
                 raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
+
+    def _check_codes(self) -> None:
+        """What labels and examples are made of must be there."""
+        codes, texts = self.vocabulary.codebook_size, self.vocabulary.text_size
+        if self.decoder_losses.first_image_token == "legacy" and codes > texts:
+            raise ValueError(
+                f"decoder_losses.first_image_token: legacy scores codes as text ids, and of "
+                f"{codes} codes only {texts} are (tokenizer.vocab_size, layout.left_text_length)"
+            )
+        if self.data.code_draws and self.vqgan.quantizer.kind != "gumbel":
+            raise ValueError(
+                "data.code_draws: must be 0 but for vqgan.quantizer.kind gumbel, "
+                f"got {self.data.code_draws} for {self.vqgan.quantizer.kind}"
+            )
 
     def _check_steps(self) -> None:
         """A model that is trained by no step must be named."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rudolph.models.attention import Seen, attention
+from rudolph.models.attention import MAXIMA, PB_RELAX_SCALE, Seen, attention, relaxed
 from rudolph.models.cache import keys_read
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
@@ -186,14 +186,14 @@ def test_segment_logits_are_slices_of_all_logits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pb_relax", [True, False])
+@pytest.mark.parametrize("pb_relax", ["row", "matrix", None])
 def test_half_precision_attention_equals_the_fused_kernel(
-    dtype: torch.dtype, pb_relax: bool
+    dtype: torch.dtype, pb_relax: str | None
 ) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(6, 7, 8) for _ in range(3))
     mask = torch.ones(7, 7).tril().bool()
-    expected = attention(query, [Seen(key, value, mask)], pb_relax=False, dropout=0.0)
+    expected = attention(query, [Seen(key, value, mask)], pb_relax=None, dropout=0.0)
     half = [tensor.to(dtype) for tensor in (query, key, value)]
     seen = [Seen(*half[1:], mask)]
     found = attention(half[0], seen, pb_relax=pb_relax, dropout=0.0)
@@ -206,10 +206,31 @@ def test_pb_relax_survives_scores_that_overflow_float16() -> None:
     key[..., 1, :] = -400.0
     value = torch.eye(2, 4, dtype=torch.float16)[None]
     mask = torch.ones(2, 2).bool()
-    relaxed = attention(query, [Seen(key, value, mask)], pb_relax=True, dropout=0.0)
-    plain = attention(query, [Seen(key, value, mask)], pb_relax=False, dropout=0.0)
-    assert torch.equal(relaxed[0, 0], value[0, 0])
+    plain = attention(query, [Seen(key, value, mask)], pb_relax=None, dropout=0.0)
     assert not torch.isfinite(plain).all()
+    for maximum in MAXIMA:
+        found = attention(query, [Seen(key, value, mask)], pb_relax=maximum, dropout=0.0)
+        assert torch.equal(found[0, 0], value[0, 0])
+
+
+@pytest.mark.parametrize("maximum", MAXIMA)
+@pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
+def test_pb_relax_is_exact_in_float32(maximum: str, scale: float) -> None:
+    """The shares are those of the plain softmax, also of scores that float16 cannot hold."""
+    scores = scale * torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
+    scores[1, 2, 4:] = -torch.inf
+    found = relaxed(scores / PB_RELAX_SCALE, maximum).softmax(-1)
+    torch.testing.assert_close(found, scores.softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+def test_float16_keeps_a_row_far_below_the_greatest_score_by_its_own_maximum() -> None:
+    """By the maximum of the whole matrix its scores are thousands, eight apart in float16."""
+    scores = torch.tensor([[[9000.0, 0.0], [1.0, 3.0]]])
+    small = (scores / PB_RELAX_SCALE).half()
+    expected = scores.softmax(-1)
+    by_row, by_matrix = (relaxed(small, maximum).softmax(-1).float() for maximum in MAXIMA)
+    torch.testing.assert_close(by_row, expected, atol=1e-2, rtol=0)
+    assert (by_matrix - expected).abs().max() > 0.1
 
 
 def test_embedding_gradient_is_the_only_thing_that_its_share_changes() -> None:

@@ -70,6 +70,20 @@ def test_a_split_holds_the_pairs_of_its_dataset_and_reads_them_back(split: Split
             assert np.array_equal(picture, np.asarray(pair.image))
 
 
+def test_an_example_reads_one_of_the_drawn_sets_of_codes(
+    split: Split, tokenizer: Tokenizer, examples: TokenExamples
+) -> None:
+    """Each set is read, always the same one by an example."""
+    sets = np.arange(3)[None, :, None] + np.zeros((13, 3, 4), dtype=int)
+    sources = [each._replace(indices=sets) for each in examples.sources]
+    options = {"layout": LAYOUT, "vocabulary": VOCABULARY, "num_examples": 6000, "seed": 3}
+    drawn = TokenExamples(sources, replace(CONFIG, image_token_noise=0.0), **options)
+    image = slice(LAYOUT.image_start, LAYOUT.right_text_start)
+    whole = drawn.batch(range(60)).tokens[:, image]
+    assert (whole == whole[:, :1]).all() and set(whole[:, 0].tolist()) == {0, 1, 2}
+    assert torch.equal(drawn.batch([7, 31]).tokens[:, image], whole[[7, 31]])
+
+
 def test_every_epoch_is_another_permutation() -> None:
     first, second = (shuffled(range(start, start + 13), 13, seed=0) for start in (0, 13))
     assert sorted(first) == sorted(second) == list(range(13))

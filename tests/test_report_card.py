@@ -1,6 +1,7 @@
 """One run of several tasks: what is scored is told, every question has its row on the card."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from itertools import combinations
@@ -98,6 +99,26 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
     values = dict(zip(card["score"], card["value"], strict=True))
     assert values["image_to_text/true/test"] >= values["image_to_text/exact/test"]
     assert values["text_to_image/fid/test"] > 0 < chances["text_to_image/fid/test"]
+
+
+def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: Path) -> None:
+    pipeline, config = load_run(mixed)
+    split = Splits(config.data, mixed.parent.parent / ".cache")("test")
+    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 5, 0)
+    scores = {
+        score.name: score
+        for name in ("likelihood", "reconstruction")
+        for score in QUESTIONS[name](subject, split)
+    }
+    # The probability of all tokens of a picture, spread over its pixels.
+    bits = scores["text_to_image/nats/test"].value * 36 / math.log(2) / 48**2
+    assert scores["text_to_image/bits_per_pixel/test"].value == pytest.approx(bits)
+    codes = subject.codes(split, subject.chosen(split)).flatten().tolist()
+    shares = [codes.count(code) / len(codes) for code in set(codes)]
+    usage, perplexity = (scores[f"vqgan/codebook_{n}/test"] for n in ("usage", "perplexity"))
+    assert usage.value == pytest.approx(len(shares) / 12)
+    assert perplexity.value == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)))
+    assert perplexity.measure == f"codebook sample_size={len(codes)}"
 
 
 def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) -> None:

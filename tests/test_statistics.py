@@ -15,6 +15,7 @@ from rudolph.evaluation.statistics import (
     paired_bootstrap,
     paired_t,
     pairs_needed,
+    rank_correlation,
 )
 
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=9)
@@ -79,6 +80,16 @@ def test_the_detectable_effect_is_detected_in_four_of_five_tries(
     found = [paired_t(rng.normal(effect, spread, size=pairs)) for _ in range(2000)]
     # Three standard errors of a share of 80 %.
     assert sum(each.low > 0 for each in found) / 2000 == pytest.approx(POWER, abs=0.027)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=9))
+def test_rank_correlation_is_that_of_scipy(pairs: list[tuple[int, int]]) -> None:
+    first, second = zip(*pairs, strict=True)
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        assert np.isnan(rank_correlation(first, second))
+    else:
+        expected = stats.spearmanr(first, second).statistic
+        assert rank_correlation(first, second) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("effect", [0.1, 0.5, 1.0, 9.0])

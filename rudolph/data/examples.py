@@ -155,7 +155,8 @@ class ImageExamples:
 class FilledSource(NamedTuple):
     """A row of the mixture with its texts and, where its pairs have pictures, their indices.
 
-    ``indices`` is ``(N, I)``; ``redraw`` encodes a pair's texts anew, with BPE-dropout.
+    ``indices`` is ``(N, I)``, or of several drawn sets of codes ``(N, S, I)``; ``redraw`` encodes
+    a pair's texts anew, with BPE-dropout.
     """
 
     source: Source
@@ -217,7 +218,9 @@ class TokenExamples:
             self._texts(number, pair, self.sources[row], is_dropped=is_without)
             for number, pair, row, is_without in zip(numbers, pairs, rows, is_dropped, strict=True)
         ]
-        batch = self._with_unknown(self._tokens(texts, pairs, rows), drawn[:, 2 + 2 * size :])
+        batch = self._with_unknown(
+            self._tokens(texts, pairs, rows, numbers), drawn[:, 2 + 2 * size :]
+        )
         return batch._replace(inputs=self._noisy(batch, numbers, drawn[:, 2 : 2 + 2 * size]))
 
     def whole(self, indices: Sequence[int]) -> TokenBatch:
@@ -227,7 +230,7 @@ class TokenExamples:
             (self.sources[row].texts.left[pair], self.sources[row].texts.right[pair])
             for pair, row in zip(pairs, rows, strict=True)
         ]
-        return self._tokens(texts, pairs, rows)
+        return self._tokens(texts, pairs, rows, indices)
 
     def _pairs(self, numbers: Sequence[int], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The pair of each example: in every epoch of a row's pairs its order is another."""
@@ -278,19 +281,28 @@ class TokenExamples:
         return texts.left[pair], texts.right[pair]
 
     def _tokens(
-        self, texts: Sequence[Any], pairs: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]
+        self,
+        texts: Sequence[Any],
+        pairs: np.ndarray[Any, Any],
+        rows: np.ndarray[Any, Any],
+        numbers: Sequence[int],
     ) -> TokenBatch:
         left = np.stack([text[0] for text in texts])
         right = np.stack([text[1] for text in texts])
         image = np.stack(
-            [self._image(self.sources[row], pair) for pair, row in zip(pairs, rows, strict=True)]
+            [
+                self._image(self.sources[row], pair, number)
+                for pair, row, number in zip(pairs, rows, numbers, strict=True)
+            ]
         )
         tokens = torch.from_numpy(np.concatenate([left, image, right], axis=1).astype(np.int64))
         sources, examples = torch.from_numpy(rows.copy()), torch.from_numpy(pairs.copy())
         return TokenBatch(tokens, tokens, self.weights[sources], sources, examples)
 
-    def _image(self, filled: FilledSource, pair: int) -> np.ndarray[Any, Any]:
+    def _image(self, filled: FilledSource, pair: int, number: int) -> np.ndarray[Any, Any]:
         if filled.indices is None or TASKS[filled.source.task].image == "none":
             return np.full(self.layout.num_image_tokens, NO_IMAGE_CODE)
         row: np.ndarray[Any, Any] = filled.indices[pair]
+        if row.ndim == 2:
+            row = row[mixed_seed(self.seed, "codes", int(number)) % len(row)]
         return row

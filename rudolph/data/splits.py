@@ -53,7 +53,9 @@ class DataConfig:
     example of a training to 0 at its last, since pictures are generated without noise.
     ``unknown_task_share`` is the share of texts whose task token is that of an unknown task, left
     and right by themselves (fbc2_aij2022: 0.25).  ``flip`` is the share of pictures that the
-    VQ-GAN sees mirrored.
+    VQ-GAN sees mirrored.  With ``code_draws`` an example's image tokens are one of so many drawn
+    sets of codes, by the weights of a Gumbel quantizer, instead of the best code of each cell
+    (DALL-E, arXiv:2102.12092, section 2.2).
     """
 
     dataset: str = "emoji"
@@ -65,6 +67,7 @@ class DataConfig:
     image_token_noise: float = 0.0
     unknown_task_share: float = 0.0
     flip: float = 0.0
+    code_draws: int = 0
     emoji: EmojiConfig = field(default_factory=EmojiConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
@@ -97,6 +100,8 @@ class DataConfig:
         for name in ("caption_dropout", "image_token_noise", "unknown_task_share", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.code_draws < 0:
+            raise ValueError(f"code_draws must be at least 0, got {self.code_draws}")
 
     @property
     def mixture(self) -> list[Source]:

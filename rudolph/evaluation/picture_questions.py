@@ -5,6 +5,7 @@ Shapes: N examples, S pictures of each, I image tokens, H and W pixels.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from rudolph.data.shapes import Shapes
 from rudolph.data.shapes_checker import Judgement, judge, read_scene
 from rudolph.data.shapes_scenes import Scene
 from rudolph.data.splits import Split
-from rudolph.evaluation.asking import Score, Subject, chance_level, scored
+from rudolph.evaluation.asking import Score, Subject, chance_level, kept, scored
 from rudolph.evaluation.metrics import Measure, nearest_ranks
+from rudolph.evaluation.statistics import jackknife_interval
+from rudolph.models.codes import codebook_usage
 from rudolph.models.fidelity import psnr, ssim
 from rudolph.sampling.generate import FREE
 from rudolph.sampling.ranking import rank_pictures
@@ -132,11 +135,12 @@ def self_reranking(subject: Subject, split: Split) -> list[Score]:
 
 
 def reconstruction(subject: Subject, split: Split) -> list[Score]:
-    """VQ-GAN: PSNR and SSIM of reconstructed pictures."""
+    """VQ-GAN: PSNR and SSIM of reconstructed pictures, and how their codes use the codebook."""
     indices = subject.chosen(split)
     images = split.pictures(indices)
-    decoded = subject.pipeline.decode(subject.pipeline.encode(images))
-    return [
+    codes = subject.pipeline.encode(images)
+    decoded = subject.pipeline.decode(codes)
+    similarities = [
         scored(
             f"vqgan/{name}",
             split,
@@ -146,6 +150,26 @@ def reconstruction(subject: Subject, split: Split) -> list[Score]:
         )
         for name, metric in (("psnr", psnr), ("ssim", ssim))
     ]
+    # Both grow with the number of codes that were counted.
+    measure = Measure("codebook", sample_size=codes.numel())
+    size = subject.pipeline.decoder.vocabulary.codebook_size
+
+    def used(which: int, places: np.ndarray[Any, Any]) -> float:
+        counts = torch.bincount(codes[torch.from_numpy(places)].flatten().cpu(), minlength=size)
+        return codebook_usage(counts)[which]
+
+    uses = [
+        kept(
+            f"vqgan/codebook_{name}",
+            split,
+            jackknife_interval(partial(used, which), len(codes)),
+            len(codes),
+            None,
+            measure,
+        )
+        for which, name in enumerate(("usage", "perplexity"))
+    ]
+    return [*similarities, *uses]
 
 
 def read(images: Tensor, world: Shapes) -> list[Any]:

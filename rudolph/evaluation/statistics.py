@@ -243,6 +243,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks of two columns, NaN where one is constant."""
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(column) for column in (first, second)]
+    if any(np.ptp(own) == 0 for own in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def detectable_effect(spread: float, pairs: int) -> float:
     """The difference that so many pairs show with a power of 80 %, by Student's t.
 

@@ -3,6 +3,7 @@
 Shapes: N examples.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +104,11 @@ def continuation(subject: Subject, split: Split) -> list[Score]:
 
 
 def likelihood(subject: Subject, split: Split) -> list[Score]:
-    """Nats a token of the real picture after its caption, and of the caption after its picture."""
+    """Nats a token of the real picture after its caption, and of the caption after its picture.
+
+    Of the picture also the bits a pixel that all its tokens take: what is compared between image
+    tokenizers, whose tokens differ.
+    """
     indices = subject.chosen(split)
     pipeline = subject.pipeline
     pictures = subject.codes(split, indices)
@@ -122,6 +127,10 @@ def likelihood(subject: Subject, split: Split) -> list[Score]:
         )
         nats = found[segment].log().double().numpy()
         scores.append(scored(metric, split, nats, subject))
+        if segment == "image":
+            # A token stands for a square of so many pixels.
+            bits = nats / (math.log(2) * pipeline.vqgan.config.factor**2)
+            scores.append(scored("text_to_image/bits_per_pixel", split, bits, subject))
     return scores
 
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from rudolph.models.dropout import drop
 
 PB_RELAX_SCALE = 32.0
+# Of what the maximum is that PB-relax subtracts.
+MAXIMA = ("row", "matrix")
 # So many products with single rows are less work than the call of one for all.
 FEW_PRODUCTS = 64
 
@@ -71,12 +73,14 @@ def block_attention(query: Tensor, seen: Seen, *, dropout: float) -> Tensor:
     return out
 
 
-def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: float) -> Tensor:
+def attention(
+    query: Tensor, seen: Sequence[Seen], *, pb_relax: str | None, dropout: float
+) -> Tensor:
     """Softmax attention of queries ``(R, T, H)`` over all keys seen, ``(R, T, H)``.
 
-    PB-relax keeps float16 scores from overflowing: they are computed 32 times smaller, and the
-    row's maximum leaves before they grow back.  In float32 and bfloat16, and in a kernel that
-    keeps its scores in float32, it changes nothing but rounding and is left out.
+    PB-relax keeps float16 scores from overflowing (``relaxed``), by the maximum of each ``row`` or
+    of the whole ``matrix``; None computes them as they are.  In float32 and bfloat16, and in a
+    kernel that keeps its scores in float32, it changes nothing but rounding and is left out.
     """
     if len(seen) == 1 and seen[0].mask is not None and not isinstance(seen[0].mask, Tensor):
         return block_attention(query, seen[0], dropout=dropout)
@@ -89,12 +93,12 @@ def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: f
         return F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, dropout_p=dropout
         )[0]
-    is_relaxed = pb_relax and query.dtype == torch.float16
+    is_relaxed = pb_relax is not None and query.dtype == torch.float16
     query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
     parts = [_scores(query, part) for part in seen]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (R, T, T')
     if is_relaxed:
-        scores = (scores - scores.amax(-1, keepdim=True)) * PB_RELAX_SCALE
+        scores = relaxed(scores, pb_relax)
     shares = scores.softmax(-1)
     if dropout:
         shares = drop(shares, dropout)
@@ -105,6 +109,17 @@ def attention(query: Tensor, seen: Sequence[Seen], *, pb_relax: bool, dropout: f
     out = _product(_together(before, first), first.value).view_as(query)
     # Rows that see keys of their own add what these give.
     return _product(after, second.value, out)
+
+
+def relaxed(scores: Tensor, maximum: str | None) -> Tensor:
+    """Scores ``(R, T, T')`` that were computed ``PB_RELAX_SCALE`` times smaller, at full size.
+
+    The maximum leaves before they grow back, so that the largest is 0: of each ``row``, or, as in
+    CogView and ru-dolph, of the whole ``matrix``, where rows far below it are lost in float16.
+    The softmax is the same.
+    """
+    over = (-2, -1) if maximum == "matrix" else -1
+    return (scores - scores.amax(over, keepdim=True)) * PB_RELAX_SCALE
 
 
 def _together(rows: Tensor, seen: Seen) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rudolph.models.attention import Look, WholeLook, block_mask
+from rudolph.models.attention import MAXIMA, Look, WholeLook, block_mask
 from rudolph.models.cache import KeyValueCache, Place, Reads
 from rudolph.models.compiled import compiled
 from rudolph.models.layer import PRECISIONS, Layer, run_layer
@@ -56,7 +56,9 @@ class DecoderConfig:
 
     ``qk_norm`` normalises queries and keys of each head.  ``attention_precision`` names the type
     in which attention is computed, whatever the machine's own (null), so that types can be
-    compared anywhere.  Without ``positional_padding`` one id pads the left text everywhere.
+    compared anywhere; PB-relax subtracts the maximum of a ``row`` or of the whole ``matrix`` of
+    scores, as the reference does.  Without ``positional_padding`` one id pads the left text
+    everywhere.
     """
 
     num_layers: int = 24
@@ -68,6 +70,7 @@ class DecoderConfig:
     sandwich_norm: bool = True
     qk_norm: bool = False
     pb_relax: bool = True
+    pb_relax_maximum: str = "row"
     attention_precision: str | None = None
     double_final_norm: bool = True
     leading_bos: bool = False
@@ -86,6 +89,11 @@ class DecoderConfig:
         if self.image_start not in IMAGE_STARTS:
             raise ValueError(
                 f"image_start must be one of {', '.join(IMAGE_STARTS)}, got {self.image_start!r}"
+            )
+        if self.pb_relax_maximum not in MAXIMA:
+            raise ValueError(
+                f"pb_relax_maximum must be one of {', '.join(MAXIMA)}, "
+                f"got {self.pb_relax_maximum!r}"
             )
         for name in ("num_layers", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:

@@ -71,7 +71,7 @@ class Layer(nn.Module):
     def attention_of(self, query: Tensor, seen: Sequence[Seen]) -> Tensor:
         """Attention in the machine's precision, or in the one that the configuration names."""
         share = self.config.attention_dropout if self.training else 0.0
-        relaxed = self.config.pb_relax
+        relaxed = self.config.pb_relax_maximum if self.config.pb_relax else None
         if self.config.attention_precision is None:
             return attention(query, seen, pb_relax=relaxed, dropout=share)
         dtype = PRECISIONS[self.config.attention_precision]

@@ -131,7 +131,7 @@ class AttentionBlock(nn.Module):
         seen = [Seen(key, value)]
         # A large map in parts, or the scores would be larger than it.
         parts = [
-            attention(part, seen, pb_relax=False, dropout=0.0)
+            attention(part, seen, pb_relax=None, dropout=0.0)
             for part in query.split(max(STRIP // query.shape[1], 1), dim=1)
         ]
         out = torch.cat(parts, dim=1).transpose(1, 2).view(x.shape)

@@ -189,6 +189,7 @@ def facts_of(folder: Path) -> Facts:
         values += [*_levels(runs)]
         estimates += validated
         values += _of_texts(folder)
+        estimates += _of_page(folder)
     for path in sorted((folder / PROFILES).glob("*.csv")):
         values += pd.read_csv(path)[["milliseconds", "share"]].to_numpy(float).ravel().tolist()
     if (folder / REPETITIONS).is_file():
@@ -204,6 +205,13 @@ def _of_texts(folder: Path) -> Iterator[float]:
     for text in texts:
         for found in NUMBER.finditer(text):
             yield _said(text, *found.span()).value
+
+
+def _of_page(folder: Path) -> Iterator[list[float]]:
+    """Values with their intervals in the page's generated part."""
+    page = generated_part(folder / README)
+    for found in re.finditer(rf"({NUMBER.pattern}) {INTERVAL.pattern}", page):
+        yield [_said(page, *found.span(part)).value for part in (1, 2, 3)]
 
 
 def _finite(values: list[float]) -> NDArray[Any]:

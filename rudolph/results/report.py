@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from rudolph.evaluation.regions import Axis
+from rudolph.evaluation.statistics import mean_of_few, rank_correlation
 from rudolph.results.cards import CARD, card_table, read_card
 from rudolph.results.claims import (
     Claim,
@@ -21,6 +22,7 @@ from rudolph.results.claims import (
     claim_lines,
     effects,
     effects_table,
+    group_of,
     interval_text,
 )
 from rudolph.results.markdown import table_row
@@ -146,6 +148,8 @@ def experiment_page(folder: Path) -> str:
     for figure in report.figures:
         if figure.kind == "card":
             lines += ["", *card_table(read_card(folder / CARD), figure.y)]
+        if figure.kind == "pareto":
+            lines += ["", *_ranked(runs, figure.y)]
         lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
     for sample in _shown_samples(folder, runs):
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]
@@ -159,6 +163,26 @@ def _claimed(folder: Path, report: Report) -> list[str]:
         return []
     lines = [] if report.claim is None else [*claim_lines(report.claim, found[0], len(found)), ""]
     return [*lines, *effects_table(found), ""]
+
+
+def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
+    """Whether groups of runs stand in one order by two metrics: Spearman's, seed by seed."""
+    groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index)
+    first, second = (
+        runs.pivot_table(index="seed", columns=groups, values=name) for name in metrics
+    )
+    found = [
+        rank_correlation(first.loc[seed].to_numpy(), second.loc[seed].to_numpy())
+        for seed in first.index.intersection(second.index)
+    ]
+    known = [each for each in found if not np.isnan(each)]
+    number = groups.nunique()
+    if number < 3 or not known:
+        return []
+    value, low, high = mean_of_few(known)
+    between = f" [{low:.2g}, {high:.2g}]" if len(known) > 1 else ""
+    names = " and ".join(f"`{name}`" for name in metrics)
+    return [f"Rank correlation of {names} over {number} groups of runs: {value:.2g}{between}."]
 
 
 def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:

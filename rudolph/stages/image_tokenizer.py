@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rudolph.config import digest_of, plain
 from rudolph.data.examples import ImageExamples
@@ -92,9 +93,20 @@ def train_vqgan(
 
 
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
-    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk."""
+    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk.
 
-    device = execution.hardware.device
+    Of the training split, where the configuration asks for drawn codes, ``(N, S, I)``.
+    """
+    device, config = execution.hardware.device, execution.config
+    num_draws = config.data.code_draws if split.name == "train" else 0
+    generator = torch.Generator(device)
+
+    def encoded(pictures: Tensor, first: int) -> Tensor:
+        if not num_draws:
+            return vqgan.encode_indices(pictures)
+        generator.manual_seed(mixed_seed(config.seed, "codes", first))
+        drawn = [vqgan.encode_indices(pictures, generator=generator) for _ in range(num_draws)]
+        return torch.stack(drawn, dim=1)
 
     def compute() -> np.ndarray[Any, Any]:
         vqgan.to(device)
@@ -103,10 +115,12 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
             for first in range(0, len(split), 256):
                 advance(first, len(split), "")
                 pictures = split.pictures(range(first, min(first + 256, len(split))))
-                indices = vqgan.encode_indices(pictures.to(device))
+                indices = encoded(pictures.to(device), first)
                 parts.append(indices.to("cpu", torch.int32).numpy())
             advance(len(split), len(split), "")
         return np.concatenate(parts)
 
     parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
+    if num_draws:
+        parts["draws"] = f"{num_draws} by {config.seed}"
     return cached_array(execution.folders.cache, parts=parts, compute=compute)
