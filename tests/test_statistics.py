@@ -1,5 +1,6 @@
 """Comparisons of pairs: held against scipy, against simulation and against numbers by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from rudolph.evaluation.statistics import (
     pairs_needed,
     rank_correlation,
 )
+from rudolph.results.report import read_runs
 
+RESULTS = Path(__file__).parent.parent / "results"
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=9)
 
 
@@ -52,6 +55,21 @@ def test_where_nothing_differs_at_most_one_in_twenty_is_called_so(pairs: int, ki
     # Of 400 nulls 20 are expected; 33 come once in a thousand times.
     assert sum(each.p_value < 0.05 for each in found) <= 33
     assert sum(not each.low <= 0 <= each.high for each in found) <= 33
+
+
+@pytest.mark.parametrize("metric", ["text_to_image/nats/test", "text_to_image/objects_right/test"])
+def test_trained_runs_that_differ_in_nothing_but_their_seed_are_rarely_called_so(
+    metric: str,
+) -> None:
+    """Real runs: five seeds as one variant and five others as another, drawn 200 times."""
+    values = read_runs(RESULTS / "numerics" / "no_difference")[metric].to_numpy()
+    rng = np.random.default_rng(0)
+    p_values = []
+    for _ in range(200):
+        one, other = values[rng.permutation(len(values))[:10]].reshape(2, 5)
+        p_values.append(paired_t(one - other).p_value)
+    # Of 200 nulls 10 are expected; 20 come once in four hundred times.
+    assert sum(p < 0.05 for p in p_values) <= 20
 
 
 def test_bounds_and_p_of_a_comparison_say_the_same() -> None:
