@@ -32,6 +32,10 @@ from rudolph.results.style import (
 )
 
 
+# Numbers of a grid whose last is so many times the first stand on a logarithmic axis.
+SPREAD = 20
+
+
 @styled
 def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics along training: the mean of a variant's runs, and from the least to the greatest.
@@ -79,6 +83,11 @@ def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str)
             for column, place in enumerate(places):
                 values[: len(place), column] = place
             line(axes, np.sort(group[x].unique()), values, name=str(name), number=number)
+        if frame[x].min() > 0 and frame[x].max() >= SPREAD * frame[x].min():
+            places = sorted(frame[x].unique())
+            axes.set_xscale("log")
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
         axes.set(xlabel=x, ylabel=metric)
     finish(figure, panels, path, title=by)
 
@@ -126,7 +135,12 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     """
     _require(frame, [x, by, "than", "value", "low", "high", "p_value", "at_least"])
     rows = max(int((frame[x] == metric).sum()) for metric in y)
-    figure, panels = panels_of(len(y), height=1.1 + 0.3 * rows)
+    # Where all are compared with one, its name stands below the axis, else in a second line.
+    has_one = frame["than"].nunique() == 1
+    lines_of_one = 1 if has_one else 2
+    figure, panels = panels_of(len(y), height=1.1 + (0.15 + 0.15 * lines_of_one) * rows)
+    longest = max(map(len, frame[by])) + 5 * (not has_one)
+    figure.set_figwidth(figure.get_figwidth() + 0.08 * len(y) * max(0, longest - 16))
     for axes, metric in zip(panels, y, strict=True):
         records = frame[frame[x] == metric].sort_values([by, "than"]).to_dict("records")
         for row, record in enumerate(records):
@@ -138,9 +152,10 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
                     [record["at_least"]] * 2, [row - 0.4, row + 0.4], **LEVEL_STYLES["target"]
                 )
         axes.axvline(0, **LEVEL_STYLES["chance"])
-        axes.set(xlabel=f"{metric}\nbetter by, 95 % interval", ylim=(rows - 0.4, -0.6))
+        than = f" than {frame['than'].iloc[0]}" if has_one else ""
+        axes.set(xlabel=f"{metric}\nbetter{than} by, 95 % interval", ylim=(rows - 0.4, -0.6))
         axes.locator_params(axis="x", nbins=5)
-        names = [f"{each[by]}, than {each['than']}" for each in records]
+        names = [each[by] if has_one else f"{each[by]}\nthan {each['than']}" for each in records]
         axes.set_yticks(range(len(records)), names)
         axes.grid(axis="y", visible=False)
     save(figure, path)

@@ -42,7 +42,9 @@ UNREAD = re.compile(
     re.S,
 )
 NAMED = re.compile(r"`([\w./-]+)`|\]\(([^)#]+)")
-NUMBER = re.compile(r"(?<![\w.:/-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w:]|\.\d|,\d|-\w|/\d)")
+NUMBER = re.compile(
+    r"(?<![\w.:/-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w:]|\.\d|,\d|-\w|/\d)"
+)
 INTERVAL = re.compile(rf"\[({NUMBER.pattern}), ({NUMBER.pattern})\]")
 # Between a value and its interval: its unit and a few words, but no other number.
 BETWEEN = re.compile(r"[^\d\[\].;]{0,40}")
