@@ -31,7 +31,6 @@ from rudolph.results.style import (
     styled,
 )
 
-
 # Numbers of a grid whose last is so many times the first stand on a logarithmic axis.
 SPREAD = 20
 
