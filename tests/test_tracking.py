@@ -295,12 +295,17 @@ def test_the_git_state_is_the_commit_and_whether_the_code_differs(tmp_path: Path
     git("init", "-q")
     assert git_state(tmp_path) == ("unknown", True)
     (tmp_path / "code.py").write_text("x = 1\n")
-    git("add", "code.py")
+    shutil.copyfile(Path(__file__).parent.parent / ".gitignore", tmp_path / ".gitignore")
+    git("add", "code.py", ".gitignore")
     git("commit", "-qm", "first")
     commit = git("rev-parse", "HEAD")
     assert git_state(tmp_path) == (commit, False)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "runs.csv").write_text("run\n")
+    assert git_state(tmp_path) == (commit, False)
+    # What a store and its lock leave for moments, while another run asks.
+    for end in ("", "-journal", "-wal", "-shm", ".lock", ".lock-journal"):
+        (tmp_path / f"mlflow.db{end}").touch()
     assert git_state(tmp_path) == (commit, False)
     (tmp_path / "code.py").write_text("x = 2\n")
     assert git_state(tmp_path) == (commit, True)
