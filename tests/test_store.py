@@ -253,6 +253,8 @@ def forge(folder: Path, what: str) -> None:
         (folder / "environment.json").unlink()
     elif what == "report":
         (folder / "report.json").unlink()
+    elif what == "number":
+        answer_by_hand(folder / "README.md", "Ряд теряет 1.3 нат. Проверено дважды.")
     elif what == "answer":
         readme = folder / "README.md"
         text = readme.read_text("utf-8")
@@ -268,6 +270,7 @@ def forge(folder: Path, what: str) -> None:
         ("config", "is missing in configs"),
         ("file", "environment.json missing"),
         ("report", "report.json missing"),
+        ("number", "README.md: 1.3: no file that it names says so"),
         ("answer", "no answer is written"),
     ],
 )

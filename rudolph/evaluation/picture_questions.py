@@ -150,6 +150,8 @@ def reconstruction(subject: Subject, split: Split) -> list[Score]:
         )
         for name, metric in (("psnr", psnr), ("ssim", ssim))
     ]
+    if len(codes) < 2:
+        return similarities
     # Both grow with the number of codes that were counted.
     measure = Measure("codebook", sample_size=codes.numel())
     size = subject.pipeline.decoder.vocabulary.codebook_size

@@ -10,8 +10,7 @@ from no file is said so, ``(not recomputed: 21 % at an earlier commit)``.
 """
 
 import re
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +95,9 @@ class Facts(NamedTuple):
         return Facts(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
-def unfounded_of(readme: Path, results_folder: Path) -> Iterator[str]:
+def unfounded_of(
+    readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], Facts]
+) -> Iterator[str]:
     """The numbers of a page, outside its generated part, that no file founds.
 
     Of a page that is of no experiment, such as the project's, only those with an interval count,
@@ -111,7 +112,7 @@ def unfounded_of(readme: Path, results_folder: Path) -> Iterator[str]:
         folders = _named(readme, by_hand, results_folder)
     facts = Facts.none()
     for folder in sorted(folders):
-        facts += facts_of(folder)
+        facts += facts_of_folder(folder)
     yield from unfounded(by_hand, facts, has_alone=is_of_one)
 
 
@@ -171,7 +172,6 @@ def _is_estimate(value: Said | None, bounds: list[Said], estimates: NDArray[Any]
     return False
 
 
-@cache
 def facts_of(folder: Path) -> Facts:
     """All that the CSV files of a folder, the tables of its page and its settings say."""
     estimates: list[list[float]] = []

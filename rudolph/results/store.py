@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import pandas as pd
 
 from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
-from rudolph.results.prose import unfounded_of
+from rudolph.results.prose import facts_of, unfounded_of
 from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
     BOUNDS,
@@ -168,12 +169,13 @@ def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) 
     tables = {path.parent for path in results_folder.rglob("runs.csv")}
     folders = sorted(tables | set(experiment_folders(results_folder)))
     problems = [line for folder in folders for line in _check(folder, digest)]
-    pages = [folder / "README.md" for folder in folders]
-    for page in (*pages, results_folder.parent / "README.md"):
-        if page.is_file():
-            numbers = unfounded_of(page, results_folder)
-            problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
     if not problems:
+        # Each page may name any experiment.
+        facts = cache(facts_of)
+        pages = [folder / "README.md" for folder in folders]
+        for page in (*pages, results_folder.parent / "README.md"):
+            numbers = unfounded_of(page, results_folder, facts) if page.is_file() else ()
+            problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
         index = results_folder / "README.md"
         if not index.exists() or index_page(results_folder) != generated_part(index):
             problems.append(f"{index}: the index is not what the folders say; write it again")
