@@ -121,6 +121,22 @@ def test_bits_are_drawn_to_be_sure_one_by_one_and_even_together() -> None:
     assert quantizer.indices(far[:, :, None, None]).flatten().tolist() == [3, 1, 2, 0]
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_bits_that_are_sure_have_a_finite_gradient(scale: float) -> None:
+    """The loss is that of the entropies of shares; latents as a first step has them are far out."""
+    quantizer = QUANTIZERS["lfq"](QuantizerConfig("lfq", 8, 3, beta=0.0, entropy_weight=1.0))
+    quantizer.to_code = torch.nn.Identity()
+    z = scale * torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_()
+    loss = quantizer(z).loss
+    loss.backward()
+    assert z.grad is not None and torch.isfinite(z.grad).all()
+    shares = (quantizer.SHARPNESS * z.detach().double()).sigmoid()
+    entropy = torch.distributions.Bernoulli(shares).entropy().sum(1).mean()
+    together = torch.distributions.Bernoulli(shares.mean((0, 2, 3))).entropy().sum()
+    assert loss.item() == pytest.approx(float(entropy - together), abs=1e-4)
+
+
 def test_a_codebook_behind_a_layer_moves_as_a_whole() -> None:
     quantizer = QUANTIZERS["simvq"](QuantizerConfig("simvq", 30, 12))
     before = quantizer.turn(quantizer.codebook).detach().clone()

@@ -334,8 +334,11 @@ class LookupFreeQuantizer(nn.Module):
         code = self.to_code(z).float()
         bits = self._bits(code)
         loss = self.config.beta * F.mse_loss(code, bits)
-        shares = (self.SHARPNESS * code).sigmoid()
-        unsure = _bit_entropy(shares).sum(1).mean() - _bit_entropy(shares.mean((0, 2, 3))).sum()
+        logits = self.SHARPNESS * code
+        # No share rounds to 0 or 1.
+        least = torch.finfo(logits.dtype).eps
+        even = logits.sigmoid().mean((0, 2, 3)).clamp(least, 1 - least).logit()
+        unsure = _bit_entropy(logits).sum(1).mean() - _bit_entropy(even).sum()
         loss = loss + self.config.entropy_weight * unsure
         out = self.from_code(straight_through(code, bits).to(self.from_code.weight.dtype))
         return Quantized(out, self._to_indices(bits), loss)
@@ -355,9 +358,12 @@ class LookupFreeQuantizer(nn.Module):
         return ((bits > 0).long() * channels(self.basis)).sum(1)
 
 
-def _bit_entropy(share: Tensor) -> Tensor:
-    """Of bits that are 1 with a probability, in nats."""
-    return torch.special.entr(share) + torch.special.entr(1 - share)
+def _bit_entropy(logits: Tensor) -> Tensor:
+    """Of bits that are 1 with the sigmoid of a logit, in nats.
+
+    From logits, since a share that rounds to 0 or 1 has no finite gradient.
+    """
+    return F.softplus(logits) - logits * logits.sigmoid()
 
 
 class LinearCodebookQuantizer(nn.Module):
