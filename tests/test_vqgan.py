@@ -123,7 +123,7 @@ def test_bits_are_drawn_to_be_sure_one_by_one_and_even_together() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_bits_that_are_sure_have_a_finite_gradient(scale: float) -> None:
-    """The loss is that of the entropies of shares; latents as a first step has them are far out."""
+    """The loss is that of the entropies of shares, also of latents that are far out."""
     quantizer = QUANTIZERS["lfq"](QuantizerConfig("lfq", 8, 3, beta=0.0, entropy_weight=1.0))
     quantizer.to_code = torch.nn.Identity()
     z = scale * torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -109,6 +109,7 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
             offset = (number - (len(beside) - 1) / 2) * 0.7 / len(beside)
             interval(axes, record, metric, row=row, height=row + offset)
         axes.set(xlabel=metric, ylim=(len(rows) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=5)
         names = [str(row) if axes is panels[0] else "" for row in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.grid(axis="y", visible=False)
