@@ -359,10 +359,7 @@ class LookupFreeQuantizer(nn.Module):
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:
-    """Of bits that are 1 with the sigmoid of a logit, in nats.
-
-    From logits, since a share that rounds to 0 or 1 has no finite gradient.
-    """
+    """Of bits that are 1 with the sigmoid of a logit, in nats; of sure ones with a gradient too."""
     return F.softplus(logits) - logits * logits.sigmoid()
 
 
