@@ -359,7 +359,7 @@ class LookupFreeQuantizer(nn.Module):
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:
-    """Of bits that are 1 with the sigmoid of a logit, in nats; of sure ones with a gradient too."""
+    """Of bits that are 1 with the sigmoid of a logit, in nats; its gradient is finite."""
     return F.softplus(logits) - logits * logits.sigmoid()
 
 
