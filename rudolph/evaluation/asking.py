@@ -21,6 +21,8 @@ from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
 
 CHANCE_SHIFTS = 20
+# What cuts pairs in two halves; the seed of a run does not, so that its other half stays unasked.
+HALVES = 0
 # What a task without a picture is answered after.
 NO_IMAGE = ("zeros", "legacy")
 
@@ -57,7 +59,9 @@ class Score:
 class Subject:
     """Who is asked: the models, how they sample, how many examples, the seed of it all.
 
-    ``drawn`` holds the pictures that were drawn, for other questions about the same captions.
+    Of pairs that are cut in two, the same way for every seed, ``half`` 0 or 1 alone is asked
+    about.  ``drawn`` holds the pictures that were drawn, for other questions about the same
+    captions.
     """
 
     pipeline: Pipeline
@@ -66,19 +70,25 @@ class Subject:
     num_examples: int
     seed: int
     no_image: str = "zeros"
+    half: int | None = None
     on_token: Callable[[int, int], None] | None = None
     drawn: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def chosen(self, split: Split) -> list[int]:
         """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
-        if isinstance(split.dataset, Shapes):
+        if not isinstance(split.dataset, Shapes):
+            return self.order(split)[: self.num_examples]
+        if self.half is None:
             return split.dataset.distinct(self.num_examples)
-        return self.order(split)[: self.num_examples]
+        return split.dataset.distinct(2 * self.num_examples)[self.half :: 2]
 
     def order(self, split: Split) -> list[int]:
-        """All pairs as the seed shuffles them."""
+        """All pairs, or those of the half, as the seed shuffles them."""
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
-        return order
+        if self.half is None:
+            return order
+        own = set(np.random.default_rng(HALVES).permutation(len(split))[self.half :: 2].tolist())
+        return [index for index in order if index in own]
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
         """One seed for each pair, whatever else is asked about."""

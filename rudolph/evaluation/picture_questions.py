@@ -3,7 +3,7 @@
 Shapes: N examples, S pictures of each, I image tokens, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,18 +34,45 @@ CHECKER = "shapes-checker"
 
 def nearest_picture(subject: Subject, split: Split) -> list[Score]:
     """Text to image: is the generated emoji's own picture among the nearest 1 % of all emoji?"""
-    if not isinstance(split.dataset, Emoji):
-        raise ValueError("the question nearest_picture needs the dataset emoji")
-    indices = subject.chosen(split)
-    keys, gallery = emoji_pictures(split.dataset.image_size, split.dataset.folder)
+    emoji = emoji_of(split, "nearest_picture")
+    return _nearest(subject, split, emoji, {"": subject.chosen(split)})
+
+
+def nearest_in_groups(subject: Subject, split: Split) -> list[Score]:
+    """The same about as many names of each group of Unicode, or all that a group has."""
+    emoji = emoji_of(split, "nearest_in_groups")
+    groups: dict[str, list[int]] = {}
+    for index in subject.order(split):
+        # "Animals & Nature" is animals.
+        own = groups.setdefault(f"_{emoji.records[index].group.split()[0].lower()}", [])
+        if len(own) < subject.num_examples:
+            own.append(index)
+    return _nearest(subject, split, emoji, dict(sorted(groups.items())))
+
+
+def _nearest(
+    subject: Subject, split: Split, emoji: Emoji, groups: Mapping[str, list[int]]
+) -> list[Score]:
+    """A score for each group of indices, under the end of its name."""
+    indices = [index for own in groups.values() for index in own]
+    keys, gallery = emoji_pictures(emoji.image_size, emoji.folder)
     own = torch.tensor([keys.index(split.keys[index]) for index in indices])
     pictures = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
     ranks = nearest_ranks(subject.pictures(split, indices), pictures, own)
     limit = int(NEAREST_SHARE * len(keys))
-    hits = (ranks <= limit).double().numpy()
     measure = Measure("nearest-rank", features="pixels", sample_size=len(keys))
-    name = "text_to_image/nearest_1_percent"
-    return [scored(name, split, hits, subject, chance=limit / len(keys), measure=measure)]
+    hits = (ranks <= limit).double().split([len(own) for own in groups.values()])
+    return [
+        scored(
+            f"text_to_image/nearest_1_percent{end}",
+            split,
+            each.numpy(),
+            subject,
+            chance=limit / len(keys),
+            measure=measure,
+        )
+        for end, each in zip(groups, hits, strict=True)
+    ]
 
 
 def scene_right(subject: Subject, split: Split) -> list[Score]:
@@ -205,6 +232,13 @@ def _objects_right(
     chance = chance_level(lambda i, j: judge(scenes[i], readings[j]).objects_right, len(scenes))
     measure = Measure(CHECKER)
     return scored(name, split, np.array(values), subject, chance=chance, measure=measure)
+
+
+def emoji_of(split: Split, question: str) -> Emoji:
+    """The emoji that a split is of; ``ValueError`` for any other pairs."""
+    if not isinstance(split.dataset, Emoji):
+        raise ValueError(f"the question {question} needs the dataset emoji")
+    return split.dataset
 
 
 def shapes_of(split: Split, question: str) -> Shapes:

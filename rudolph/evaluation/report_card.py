@@ -26,6 +26,7 @@ from rudolph.evaluation.numeric_questions import attention_logits, survival
 from rudolph.evaluation.picture_questions import (
     image_variation,
     inpainting,
+    nearest_in_groups,
     nearest_picture,
     reconstruction,
     scene_right,
@@ -55,7 +56,9 @@ class EvaluationConfig:
     those of the dataset that it names.  ``clip`` is a source of one that ranks pictures, too.
     ``no_image`` is what a task without a picture is answered after: ``zeros``, as it was trained,
     or, ``legacy``, a picture that is drawn for the question first (fbc2_aij2022, inference.py).
-    ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` pictures each.
+    With ``half`` 0 or 1 one half of the pairs is asked about: what was chosen on one can be tested
+    on the other.  ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` pictures
+    each.
     """
 
     questions: tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class EvaluationConfig:
     num_examples: int = 200
     clip: str | None = None
     no_image: str = "zeros"
+    half: int | None = None
     grid_prompts: tuple[str, ...] = ()
     grid_samples: int = 4
 
@@ -79,6 +83,8 @@ class EvaluationConfig:
             raise ValueError(
                 f"no_image must be one of {', '.join(NO_IMAGE)}, got {self.no_image!r}"
             )
+        if self.half not in (None, 0, 1):
+            raise ValueError(f"half must be 0, 1 or null, got {self.half}")
         for name in ("num_examples", "grid_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -87,6 +93,7 @@ class EvaluationConfig:
 # Questions that only pairs of one dataset can answer.
 DATASET_OF_QUESTION = {
     "nearest_picture": "emoji",
+    "nearest_in_groups": "emoji",
     "scene_right": "shapes",
     "inpainting": "shapes",
     "image_variation": "shapes",
@@ -96,6 +103,7 @@ DATASET_OF_QUESTION = {
 }
 QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
+    "nearest_in_groups": nearest_in_groups,
     "scene_right": scene_right,
     "caption_f1": caption_f1,
     "caption_metrics": caption_metrics,
@@ -148,6 +156,7 @@ def ask(
                     num_examples=min(config.num_examples, len(split)),
                     seed=seed,
                     no_image=config.no_image,
+                    half=config.half,
                     on_token=partial(without_note, advance),
                     drawn=drawn,
                 )

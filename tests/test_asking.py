@@ -1,0 +1,82 @@
+"""Which pairs are asked about: halves that share none, and as many emoji of each group."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rudolph.config import resolved
+from rudolph.data.emoji import Emoji, emoji_pictures
+from rudolph.data.splits import DataConfig, Split, Splits
+from rudolph.evaluation.asking import Subject
+from rudolph.evaluation.report_card import QUESTIONS
+from rudolph.sampling.filters import TokenSamplingConfig
+
+SAMPLING = TokenSamplingConfig()
+
+
+class Copyist(Subject):
+    """Draws of every second caption the real picture, of the others that of the next."""
+
+    def pictures(self, split: Split, indices: list[int]) -> Tensor:
+        shown = [index if index % 2 else (index + 1) % len(split) for index in indices]
+        return split.pictures(shown)
+
+
+def subject(kind: type[Subject], number: int, *, seed: int, half: int | None = None) -> Subject:
+    return kind(None, SAMPLING, SAMPLING, number, seed, half=half)  # type: ignore[arg-type]
+
+
+def opened(tmp_path: Path, dataset: str, size: int) -> Split:
+    config = DataConfig(dataset=dataset, image_size=size)
+    return Splits(config, tmp_path)("test")
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("emoji", 12), ("shapes", 24)])
+def test_halves_share_no_pair_whatever_the_seed(tmp_path: Path, dataset: str, size: int) -> None:
+    split = opened(tmp_path, dataset, size)
+    asked: list[set[int]] = []
+    for half in (0, 1):
+        found: set[int] = set()
+        for seed, number in ((0, 9), (1, 20), (5, 33)):
+            chosen = subject(Subject, number, seed=seed, half=half).chosen(split)
+            assert len(chosen) == len(set(chosen)) == number
+            found |= set(chosen)
+        asked.append(found)
+    assert not asked[0] & asked[1]
+    if dataset == "emoji":
+        halves = [sorted(subject(Subject, 1, seed=3, half=half).order(split)) for half in (0, 1)]
+        assert sorted(halves[0] + halves[1]) == list(range(len(split)))
+
+
+def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
+    split = opened(tmp_path, "emoji", 12)
+    emoji = split.dataset
+    assert isinstance(emoji, Emoji)
+    scores = QUESTIONS["nearest_in_groups"](subject(Copyist, 5, seed=2), split)
+    names = {record.group for record in emoji.records}
+    found = {score.metric.rpartition("_")[2]: score for score in scores}
+    assert set(found) == {name.lower().split()[0] for name in names}
+    # The oracle: distances by numpy, one emoji after the other.
+    keys, gallery = emoji_pictures(12)
+    flat = gallery.reshape(len(keys), -1).astype(np.float64)
+    order = subject(Subject, 1, seed=2).order(split)
+    for name in names:
+        own = [at for at in order if emoji.records[at].group == name][:5]
+        hits = []
+        for at in own:
+            shown = keys.index(split.keys[at if at % 2 else (at + 1) % len(split)])
+            distances = np.square(flat - flat[shown]).sum(1)
+            rank = 1 + int((distances < distances[keys.index(split.keys[at])]).sum())
+            hits.append(rank <= len(keys) // 100)
+        score = found[name.lower().split()[0]]
+        assert score.num_examples == len(own) == min(5, len(own))
+        assert score.value == pytest.approx(np.mean(hits))
+    assert 0 < torch.tensor([score.value for score in scores]).mean() < 1
+
+
+def test_a_half_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match=r"half must be 0, 1 or null, got 2"):
+        resolved(Path("file.yaml"), {"evaluation.half": 2})
