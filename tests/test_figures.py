@@ -95,6 +95,17 @@ def test_a_figure_names_its_metric_and_every_variant(kind: str, tmp_path: Path) 
     assert all(word in said for word in (LOSS, "вся", "row"))
 
 
+@pytest.mark.parametrize("kind", ["curves", "lines", "pareto"])
+def test_runs_without_a_variant_are_drawn_as_one_group(kind: str, tmp_path: Path) -> None:
+    frame, x = FRAMES.get(kind, (RUNS, "top_k"))
+    for name, variant in {"none": np.nan, "named": "all"}.items():
+        path = tmp_path / f"{name}.svg"
+        rows = frame.assign(variant=variant)
+        FIGURES[kind](rows, path, y=METRICS.get(kind, (LOSS,)), x=x, by="variant")
+    assert (tmp_path / "none.svg").read_bytes() == (tmp_path / "named.svg").read_bytes()
+    assert any("all" in said.split() for said in texts(tmp_path / "none.svg"))
+
+
 @pytest.mark.parametrize("kind", FIGURES)
 def test_the_order_of_the_rows_is_of_no_matter(kind: str, tmp_path: Path) -> None:
     frame, x = FRAMES.get(kind, (RUNS, "top_k"))

@@ -6,7 +6,7 @@ variants apart.  To add one, write it with these arguments and name it in ``FIGU
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
             raise ValueError(
                 f"figure: no curve of {metric!r}; there are {_names(frame['metric'])}"
             )
-        for number, (name, group) in enumerate(points.groupby(by, sort=True)):
+        for number, (name, group) in enumerate(_groups(points, by)):
             runs = [run.sort_values(x) for _, run in group.groupby("run", sort=True)]
             first, last = max(r[x].iloc[0] for r in runs), min(r[x].iloc[-1] for r in runs)
             steps = np.unique(np.concatenate([r[x].to_numpy() for r in runs]))
@@ -75,7 +75,7 @@ def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str)
     _require(frame, [x, by, *y])
     figure, panels = panels_of(len(y))
     for axes, metric in zip(panels, y, strict=True):
-        for number, (name, group) in enumerate(frame.groupby(by, sort=True)):
+        for number, (name, group) in enumerate(_groups(frame, by)):
             places = [place[metric].dropna() for _, place in group.groupby(x, sort=True)]
             # Places may have different numbers of runs; NaN counts in neither mean nor ends.
             values = np.full((max(map(len, places)), len(places)), np.nan)
@@ -287,7 +287,7 @@ def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
         raise ValueError(f"figure: pareto takes two metrics, got {len(y)}")
     figure, [axes] = panels_of(1, height=4.2)
     palette, places = seaborn.color_palette("colorblind"), []
-    for number, (name, group) in enumerate(frame.groupby(by, sort=True)):
+    for number, (name, group) in enumerate(_groups(frame, by)):
         found = [mean_of_few(group[metric].dropna().to_numpy()) for metric in y]
         widths = [[[each.value - each.low], [each.high - each.value]] for each in found]
         axes.errorbar(
@@ -357,6 +357,13 @@ def _require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"figure: no column {missing[0]!r}; there are {', '.join(frame.columns)}")
+
+
+def _groups(frame: pd.DataFrame, by: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Each group and its name; runs that have none, as those of a grid alone, are one group."""
+    if frame[by].hasnans:
+        frame = frame.astype({by: object}).fillna({by: "all"})
+    yield from frame.groupby(by, sort=True)
 
 
 def _names(values: "pd.Series[Any]") -> str:
