@@ -15,6 +15,7 @@ from rudolph.results.claims import (
     INCONCLUSIVE,
     REPRODUCED,
     Claim,
+    by_number,
     effects,
     group_of,
 )
@@ -83,6 +84,18 @@ def test_all_comparisons_share_one_correction_and_the_claim_is_made_once() -> No
     assert found_turned[0].value == -found[0].value
     alone = effects(runs, metrics=(), against=None, claim=claim)[0]
     assert alone.p_value <= found[0].p_value <= min(1, 6 * alone.p_value)
+
+
+def test_groups_stand_as_their_numbers_go() -> None:
+    names = ["a", "k=0.5", "k=3", "k=15", "k=15-p=0.25", "k=15-p=0.8"]
+    assert sorted(names[::-1], key=by_number) == names
+    runs = pd.DataFrame(
+        {"run": f"{name}-seed{seed}", "seed": seed, "score": seed + at}
+        for at, name in enumerate(reversed(names))
+        for seed in (0, 1)
+    )
+    found = effects(runs, metrics=("score",), against="a", claim=None)
+    assert [each.group for each in found] == names[1:]
 
 
 def test_where_nothing_differs_few_experiments_find_anything() -> None:

@@ -83,6 +83,11 @@ def group_of(run: str, seed: int) -> str:
     return run.removesuffix(f"seed{seed}").rstrip("-")
 
 
+def by_number(name: str) -> str:
+    """A key that sorts names as their numbers go, ``k=2`` before ``k=10``."""
+    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
+
+
 def effects(
     runs: pd.DataFrame, *, metrics: Sequence[str], against: str | None, claim: Claim | None
 ) -> list[Effect]:
@@ -99,7 +104,7 @@ def effects(
     asked = [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
     if against is not None:
         for metric in metrics:
-            others = [name for name in dict.fromkeys(groups) if name != against]
+            others = sorted(set(groups) - {against}, key=by_number)
             asked += [(metric, name, against, 0.0) for name in others]
     if claim is not None:
         # Neither is it made again the other way round.

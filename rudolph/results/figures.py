@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from rudolph.evaluation.statistics import mean_of_few
-from rudolph.results.claims import LESS_IS_BETTER, SURE
+from rudolph.results.claims import LESS_IS_BETTER, SURE, by_number
 from rudolph.results.style import (
     INTERVAL_STYLE,
     LEVEL_STYLES,
@@ -142,7 +142,9 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     longest = max(map(len, frame[by])) + 5 * (not has_one)
     figure.set_figwidth(figure.get_figwidth() + 0.08 * len(y) * max(0, longest - 16))
     for axes, metric in zip(panels, y, strict=True):
-        records = frame[frame[x] == metric].sort_values([by, "than"]).to_dict("records")
+        own = frame[frame[x] == metric]
+        records = own.sort_values([by, "than"], key=lambda names: names.map(by_number))
+        records = records.to_dict("records")
         for row, record in enumerate(records):
             ends = [record["low"], record["value"], record["high"]]
             style = INTERVAL_STYLE | {"fillstyle": "full" if record["p_value"] <= SURE else "none"}
