@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of an experiment file, as another process finds it again."""
+    """One run of an experiment file, as another process is given it."""
 
     file: Path
     settings: tuple[str, ...]
-    number: int
+    name: str
+    run: Run = field(compare=False)
 
     def load(self) -> tuple[Experiment, Run]:
-        experiment = load_experiment(self.file, self.settings)
-        return experiment, experiment.runs[self.number]
+        return load_experiment(self.file, self.settings), self.run
 
 
 def experiment_files(path: Path) -> list[Path]:
@@ -84,25 +84,26 @@ def failure_of(experiment: Experiment, run: Run, place: Place, progress: Progres
     return ""
 
 
-def search_of(experiment: Experiment, folders: Folders) -> Iterator[Run]:
-    """The runs of an experiment's search: each is to be executed before the next is taken."""
+def search_of(experiment: Experiment, folders: Folders) -> Iterator[list[Run]]:
+    """The rounds of an experiment's search: each is to be executed before the next is taken."""
     if experiment.search is None:
         return
-    from rudolph.searching import search_runs
+    from rudolph.searching import search_rounds
 
     def row_of(run: Run) -> Mapping[str, Any] | None:
         return finished_row(run_folder(folders, experiment, run))
 
-    yield from search_runs(experiment, row_of)
+    yield from search_rounds(experiment, row_of)
 
 
 def all_runs(experiment: Experiment, folders: Folders) -> list[Run]:
-    """The runs of an experiment, with those of its search up to the first that is not finished."""
+    """The runs of an experiment, with those of its search up to a round that is not finished."""
     runs = list(experiment.runs)
-    for run in search_of(experiment, folders):
-        if finished_row(run_folder(folders, experiment, run)) is None:
+    for found in search_of(experiment, folders):
+        ended = [run for run in found if finished_row(run_folder(folders, experiment, run))]
+        runs += ended
+        if len(ended) < len(found):
             break
-        runs.append(run)
     return runs
 
 

@@ -23,37 +23,44 @@ SEEDS_APART = 1000
 RowOf = Callable[[Run], Mapping[str, Any] | None]
 
 
-def search_runs(experiment: Experiment, row_of: RowOf) -> Iterator[Run]:
-    """The trials of a search and then the tests of its regions, one after the other.
+def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
+    """The even trials of a search, its proposals one by one, and the tests of its regions.
 
-    Whoever takes a run executes it before the next; what failed is asked nothing and tells
-    nothing.
+    Whoever takes a round executes it before the next, its runs in any order or at once; what
+    failed is asked nothing and tells nothing.
     """
     search = experiment.search
     if search is None:
         return
-    rows: list[Mapping[str, Any]] = []
-    domains, seeds = list(search.domains), experiment.seeds
-    evenly = spread_points(search.trials, len(search.space), seed=seeds[0])
-    for number in range(search.trials):
-        if number < search.trials // 2:
-            point = settings_at(search.space, evenly[number].tolist())
-        else:
-            domain = domains[number % len(domains)]
-            point = propose(search, domain, pd.DataFrame(rows), seeds[0] * SEEDS_APART + number)
+    domains, seeds, num_even = list(search.domains), experiment.seeds, search.trials // 2
+
+    def trial(number: int, point: Mapping[str, Any]) -> Run:
         seed = seeds[number % len(seeds)]
-        run = _run(experiment, TRIAL, f"{number:03d}", point, seed, search.settings)
-        yield run
+        return _run(experiment, TRIAL, f"{number:03d}", point, seed, search.settings)
+
+    evenly = spread_points(search.trials, len(search.space), seed=seeds[0])[:num_even]
+    found = [
+        trial(at, settings_at(search.space, place)) for at, place in enumerate(evenly.tolist())
+    ]
+    yield found
+    rows = [row for row in map(row_of, found) if row is not None]
+    for number in range(num_even, search.trials):
+        domain = domains[number % len(domains)]
+        own_seed = seeds[0] * SEEDS_APART + number
+        run = trial(number, propose(search, domain, pd.DataFrame(rows), own_seed))
+        yield [run]
         row = row_of(run)
         if row is not None:
             rows.append(row)
-    trials = pd.DataFrame(rows)
-    for domain in domains:
-        region = region_of(search, domain, trials)
-        places = points_within(region, len(seeds))
-        for place, seed in zip(places.tolist(), seeds, strict=True):
-            point = settings_at(search.space, place)
-            yield _run(experiment, f"{REGION}{domain}", "", point, seed, {})
+    yield [
+        _run(experiment, f"{REGION}{domain}", "", settings_at(search.space, place), seed, {})
+        for domain in domains
+        for place, seed in zip(
+            points_within(region_of(search, domain, pd.DataFrame(rows)), len(seeds)).tolist(),
+            seeds,
+            strict=True,
+        )
+    ]
 
 
 def _run(

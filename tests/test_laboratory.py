@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from tiny_run import OPTIM, TINY
@@ -92,3 +93,25 @@ def test_a_mistake_in_one_of_many_runs_stops_no_other(
     assert summaries(tmp_path)["some/good-seed0"]["status"] == "finished"
     # Alone it is the user's mistake.
     assert main(["run", "some.yaml", "--index", "0"]) == 2
+
+
+def test_a_search_by_two_processes_finds_what_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {
+        "space": {"sampling.image.temperature": {"low": 0.1, "high": 3.0}},
+        "domains": {"all": "text_to_image/objects_right"},
+        "trials": 8,
+        "settings": {"evaluation.splits": ["train"]},
+    }
+    asked = {"questions": ["scene_right"], "splits": ["test"], "num_examples": 4}
+    settings = TINY["settings"] | {"evaluation": asked}
+    found = []
+    for jobs in ("1", "2"):
+        write(tmp_path / jobs, "some", settings=settings, seeds=[0, 1], search=search, report={})
+        monkeypatch.chdir(tmp_path / jobs)
+        assert main(["run", "some.yaml", "--jobs", jobs, "--precision", "32-true"]) == 0
+        table = pd.read_csv(tmp_path / jobs / "results" / "some" / "runs.csv")
+        found.append(table.drop(columns=["seconds", "overhead"]))
+    assert len(found[0]) == 2 + 8 + 2
+    pd.testing.assert_frame_equal(*found)

@@ -14,7 +14,7 @@ from rudolph.laboratory import all_runs, search_of
 from rudolph.results.report import Figure, Report, generated_part
 from rudolph.results.searches import REGIONS, TRIAL, read_regions
 from rudolph.results.store import check, export, write_index
-from rudolph.searching import search_runs
+from rudolph.searching import search_rounds
 from rudolph.settings import ConfigError
 
 SEARCH = """
@@ -61,7 +61,9 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def test_trials_fill_the_space_then_close_in_and_regions_are_tested(tmp_path: Path) -> None:
-    runs = list(search_runs(load(tmp_path), row_of))
+    rounds = list(search_rounds(load(tmp_path), row_of))
+    assert [len(runs) for runs in rounds] == [12, *[1] * 12, 4]
+    runs = list(itertools.chain.from_iterable(rounds))
     trials = [run for run in runs if run.variant == TRIAL]
     assert len(trials) == 24 and len(runs) == 24 + 2 * 2
     assert len({run.config.digest for run in runs}) == len(runs)
@@ -81,12 +83,14 @@ def test_trials_fill_the_space_then_close_in_and_regions_are_tested(tmp_path: Pa
 
 def test_a_search_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     experiment = load(tmp_path)
-    whole = [run.config.digest for run in search_runs(experiment, row_of)]
+    whole = [run.config.digest for runs in search_rounds(experiment, row_of) for run in runs]
     known: dict[str, dict[str, Any]] = {}
     for stop in (9, 17, 26, 100):
-        for run in itertools.islice(search_runs(experiment, lambda r: known.get(r.name)), stop):
+        rounds = search_rounds(experiment, lambda r: known.get(r.name))
+        for run in itertools.islice(itertools.chain.from_iterable(rounds), stop):
             known.setdefault(run.name, row_of(run))
-    again = [run.config.digest for run in search_runs(experiment, lambda r: known.get(r.name))]
+    rounds = search_rounds(experiment, lambda r: known.get(r.name))
+    again = [run.config.digest for runs in rounds for run in runs]
     assert again == whole
 
 
@@ -117,8 +121,9 @@ def finish(experiment: Experiment, run: Run, folders: Folders) -> None:
 def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) -> None:
     experiment, folders = load(tmp_path), Folders(tmp_path, tmp_path / "runs")
     assert len(all_runs(experiment, folders)) == 2
-    for run in itertools.chain(experiment.runs, search_of(experiment, folders)):
-        finish(experiment, run, folders)
+    for runs in itertools.chain([experiment.runs], search_of(experiment, folders)):
+        for run in runs:
+            finish(experiment, run, folders)
     runs = all_runs(experiment, folders)
     assert len(runs) == 2 + 28
     report = Report(

@@ -69,15 +69,15 @@ def run_experiment(given: Any) -> int:
     loaded = {file: load_experiment(file, given.settings) for file in files}
     settings = tuple(given.settings)
     jobs = [
-        Job(file, settings, number)
+        Job(file, settings, run.name, run)
         for file, experiment in loaded.items()
-        for number in range(len(experiment.runs))
+        for run in experiment.runs
     ]
     if given.index is not None:
         if not 0 <= given.index < len(jobs):
             raise ValueError(f"--index must be 0 to {len(jobs) - 1}, got {given.index}")
         jobs = [jobs[given.index]]
-    named = {job: (loaded[job.file], loaded[job.file].runs[job.number]) for job in jobs}
+    named = {job: (loaded[job.file], job.run) for job in jobs}
     if given.dry_run:
         for number, (experiment, run) in enumerate(named.values()):
             beside = f"{experiment.name}  " if len(files) > 1 else ""
@@ -87,24 +87,27 @@ def run_experiment(given: Any) -> int:
                 tests = len(experiment.search.domains) * len(experiment.seeds)
                 print(f"and {experiment.search.trials} trials, then {tests} tests of regions")
         return 0
-    failed = execute_jobs(named, given)
+    failed = execute_jobs(named, given, is_only=len(named) == 1)
     if given.index is None:
         for file, experiment in loaded.items():
             failed |= execute_search(file, experiment, named, given)
     return tell_results(named, failed, given)
 
 
-def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
-    """Execute the runs of jobs; those that failed and why."""
+def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, str]:
+    """Execute the runs of jobs; those that failed and why.
+
+    A mistake in the only run that was asked for is raised.
+    """
     from rudolph.laboratory import run_at_once
 
     place = place_here(given)
     for _, run in named.values():
         place.hardware.check(run.config)
     failed: dict[Any, str] = {}
-    if given.jobs == 1:
+    if min(given.jobs, len(named)) == 1:
         for job, (experiment, run) in named.items():
-            why = execute_run(experiment, run, place, is_only=len(named) == 1)
+            why = execute_run(experiment, run, place, is_only=is_only)
             failed |= {job: why} if why else {}
         return failed
     with stage_progress() as progress:
@@ -118,16 +121,16 @@ def execute_jobs(named: Any, given: Any) -> dict[Any, str]:
 
 
 def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[Any, str]:
-    """Execute a search run after run, which ``named`` gets too; those that failed and why."""
+    """Execute a search round after round, which ``named`` gets too; what failed and why."""
     from rudolph.laboratory import Job, search_of
 
     failed: dict[Any, str] = {}
-    place, first = place_here(given), len(experiment.runs)
-    for number, run in enumerate(search_of(experiment, place.folders), first):
-        job = Job(file, tuple(given.settings), number)
-        named[job] = experiment, run
-        why = execute_run(experiment, run, place)
-        failed |= {job: why} if why else {}
+    for runs in search_of(experiment, folders_here()):
+        found = {
+            Job(file, tuple(given.settings), run.name, run): (experiment, run) for run in runs
+        }
+        named |= found
+        failed |= execute_jobs(found, given)
     return failed
 
 
