@@ -325,3 +325,15 @@ def test_reranking_tells_a_point_for_each_ranking_and_number(
     gains = [scores[f"rerank_truth/gain_at_{number}"].value for number in (2, 4)]
     assert gains == pytest.approx([truth[1] - truth[0], truth[2] - truth[1]])
     assert truth == sorted(truth)
+
+
+def test_the_share_of_different_captions_is_told_where_there_are_two(mixed: Path) -> None:
+    pipeline, config = load_run(mixed)
+    split = Splits(config.data, mixed.parent.parent / ".cache")("test")
+    sampling = TokenSamplingConfig(temperature=2.0)
+    for number in (1, 6):
+        subject = Subject(pipeline, sampling, sampling, number, 0)
+        scores = {score.metric: score for score in QUESTIONS["caption_metrics"](subject, split)}
+        assert ("image_to_text/distinct" in scores) == (number > 1)
+    said = answered("image_captioning", subject, split).answers
+    assert scores["image_to_text/distinct"].value == len(set(said)) / 6

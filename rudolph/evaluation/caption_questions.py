@@ -3,16 +3,24 @@
 Shapes: N examples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from rudolph.data.shapes import Shapes
 from rudolph.data.splits import Split
-from rudolph.evaluation.asking import Score, Subject, chance_level, scored, scored_together
+from rudolph.evaluation.asking import (
+    Score,
+    Subject,
+    chance_level,
+    kept,
+    scored,
+    scored_together,
+)
 from rudolph.evaluation.caption_metrics import bleu_counts, cider_d, meteor, rouge_l
 from rudolph.evaluation.metrics import Measure, best_of, exact_match
+from rudolph.evaluation.statistics import jackknife_interval
 from rudolph.evaluation.text_metrics import ANSWER
 from rudolph.evaluation.text_questions import answered, compared
 
@@ -44,6 +52,7 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
     """Image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all that can be said.
 
     The references of a made scene are its true sentences; any other picture has its caption.
+    Beside them stands which share of the captions are different ones.
     """
     indices, said, *_ = answered("image_captioning", subject, split)
     references = _references(split, indices)
@@ -73,7 +82,16 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
             chance=_by_chance(lambda texts: float(bleu_counts(texts, references).bleu()[3]), said),
             measure=Measure("bleu-4", tokenization=WORDS),
         ),
+        *_distinct(said, split),
     ]
+
+
+def _distinct(said: Sequence[str], split: Split) -> Iterator[Score]:
+    """The share of different captions; of one alone there is none."""
+    if len(said) > 1:
+        share = jackknife_interval(lambda at: len({said[i] for i in at}) / len(at), len(said))
+        measure = Measure("distinct-captions", sample_size=len(said))
+        yield kept("image_to_text/distinct", split, share, len(said), None, measure)
 
 
 def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
