@@ -89,6 +89,7 @@ def test_all_comparisons_share_one_correction_and_the_claim_is_made_once() -> No
 def test_groups_stand_as_their_numbers_go() -> None:
     names = ["a", "k=0.5", "k=3", "k=15", "k=15-p=0.25", "k=15-p=0.8"]
     assert sorted(names[3:] + names[:3], key=by_number) == names
+    assert sorted(["w1_001", "w001_1"], key=by_number) == ["w001_1", "w1_001"]
     runs = pd.DataFrame(
         {"run": f"{name}-seed{seed}", "seed": seed, "score": seed + at}
         for at, name in enumerate(reversed(names))

@@ -85,7 +85,9 @@ def group_of(run: str, seed: int) -> str:
 
 def by_number(name: str) -> str:
     """A key that sorts names as their numbers go, ``k=2`` before ``k=10``."""
-    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
+    numbers = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
+    # Names of equal numbers, 1_001 and 001_1, have an order too.
+    return f"{numbers} {name}"
 
 
 def effects(
