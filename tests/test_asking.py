@@ -72,7 +72,7 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
             rank = 1 + int((distances < distances[keys.index(split.keys[at])]).sum())
             hits.append(rank <= len(keys) // 100)
         score = found[name.lower().split()[0]]
-        assert score.num_examples == len(own) == min(5, len(own))
+        assert score.num_examples == len(own)
         assert score.value == pytest.approx(np.mean(hits))
     assert 0 < torch.tensor([score.value for score in scores]).mean() < 1
 
