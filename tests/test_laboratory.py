@@ -108,10 +108,10 @@ def test_a_search_by_two_processes_finds_what_one_finds(
     settings = TINY["settings"] | {"evaluation": asked}
     found = []
     for jobs in ("1", "2"):
-        write(tmp_path / jobs, "some", settings=settings, seeds=[0, 1], search=search, report={})
+        write(tmp_path / jobs, "some", settings=settings, search=search, report={})
         monkeypatch.chdir(tmp_path / jobs)
         assert main(["run", "some.yaml", "--jobs", jobs, "--precision", "32-true"]) == 0
         table = pd.read_csv(tmp_path / jobs / "results" / "some" / "runs.csv")
         found.append(table.drop(columns=["seconds", "overhead"]))
-    assert len(found[0]) == 2 + 8 + 2
+    assert len(found[0]) == 1 + 8 + 1
     pd.testing.assert_frame_equal(*found)
