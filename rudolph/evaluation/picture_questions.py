@@ -61,12 +61,13 @@ def _nearest(
     ranks = nearest_ranks(subject.pictures(split, indices), pictures, own)
     limit = int(NEAREST_SHARE * len(keys))
     measure = Measure("nearest-rank", features="pixels", sample_size=len(keys))
-    hits = (ranks <= limit).double().split([len(own) for own in groups.values()])
+    ends = np.cumsum([len(own) for own in groups.values()])[:-1]
+    hits = np.split((ranks <= limit).double().numpy(), ends)
     return [
         scored(
             f"text_to_image/nearest_1_percent{end}",
             split,
-            each.numpy(),
+            each,
             subject,
             chance=limit / len(keys),
             measure=measure,

@@ -143,8 +143,8 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     figure.set_figwidth(figure.get_figwidth() + 0.08 * len(y) * max(0, longest - 16))
     for axes, metric in zip(panels, y, strict=True):
         own = frame[frame[x] == metric]
-        records = own.sort_values([by, "than"], key=lambda names: names.map(by_number))
-        records = records.to_dict("records")
+        own = own.sort_values([by, "than"], key=lambda names: names.map(by_number))
+        records = own.to_dict("records")
         for row, record in enumerate(records):
             ends = [record["low"], record["value"], record["high"]]
             style = INTERVAL_STYLE | {"fillstyle": "full" if record["p_value"] <= SURE else "none"}
