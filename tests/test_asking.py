@@ -1,6 +1,7 @@
 """Which pairs are asked about: halves that share none, and as many emoji of each group."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.evaluation.asking import Subject
 from rudolph.evaluation.report_card import QUESTIONS
 from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.pipeline import Pipeline
 
 SAMPLING = TokenSamplingConfig()
 
@@ -26,7 +28,8 @@ class Copyist(Subject):
 
 
 def subject(kind: type[Subject], number: int, *, seed: int, half: int | None = None) -> Subject:
-    return kind(None, SAMPLING, SAMPLING, number, seed, half=half)  # type: ignore[arg-type]
+    """One without models: which pairs are chosen needs none."""
+    return kind(cast(Pipeline, None), SAMPLING, SAMPLING, number, seed, half=half)
 
 
 def opened(tmp_path: Path, dataset: str, size: int) -> Split:
