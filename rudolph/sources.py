@@ -20,6 +20,7 @@ from rudolph.execution import Hardware
 from rudolph.models.clip import CLIP
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.int8 import unpack_int8, use_int8
+from rudolph.models.native_types import has_native_bfloat16
 from rudolph.models.pretrained import to_reference
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
@@ -86,9 +87,10 @@ def open_source(
     folder = find_folder(source, runs=runs, uri=uri)
     found = (_of_run if is_run(folder) else _of_reference)(folder, precision)
     device = Hardware().device
-    is_half = precision.dtype not in (None, torch.float32)
-    # Processors convolve in bfloat16 where they have any 16 bits.
-    pictures = torch.bfloat16 if is_half and device.type == "cpu" else None
+    pictures = None
+    if precision.dtype not in (None, torch.float32) and device.type == "cpu":
+        # Processors convolve in bfloat16 where they have any 16 bits.
+        pictures = torch.bfloat16 if has_native_bfloat16() else torch.float32
     found.pipeline.to(device, picture_dtype=pictures)
     return found
 

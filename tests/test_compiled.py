@@ -26,8 +26,8 @@ GUIDED = TokenSamplingConfig(top_k=7, guidance=1.5)
 PLAIN = TokenSamplingConfig(top_k=7)
 
 
-def decoder(*masks: str, **changes: object) -> MaskedDecoder:
-    torch.manual_seed(3)
+def decoder(*masks: str, seed: int = 3, **changes: object) -> MaskedDecoder:
+    torch.manual_seed(seed)
     config = DecoderConfig(len(masks), 24, 3, layer_masks=masks, last_layer_mask=None, **changes)
     return MaskedDecoder(config, LAYOUT, VOCABULARY).eval()
 
@@ -112,7 +112,8 @@ def test_compiled_and_plain_steps_draw_the_same_pictures_and_texts(
     is_same = samples > 1 or weights == "float32"
     config = GUIDED if samples > 1 else PLAIN if is_same else GREEDY
     for is_compiled in (False, True):
-        model = decoder("row")
+        # Seed 277 has the widest gap between the two largest logits of 300 seeds.
+        model = decoder("row", seed=277)
         with torch.no_grad():
             # A model that is sure of what it says.
             model.to_logits.weight.mul_(20)

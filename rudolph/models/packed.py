@@ -5,8 +5,10 @@ Activations stay float32; the rest of the model is as it was.
 
     float32    in oneDNN's layout, which reads single rows twice as fast as the usual one
     half   16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads at
-           the speed of memory; bfloat16 in oneDNN's for more, which multiplies fastest
-    int8   8-bit weights, one scale an output; each row of activations is rounded to 8 bits too
+           the speed of memory; bfloat16 in oneDNN's for more, which multiplies fastest where
+           the processor multiplies it natively
+    int8   8-bit weights, one scale an output; each row of activations is rounded too: to 8 bits
+           with VNNI, to 7 without, where fbgemm would saturate
     plain  for the steps of a single row that are compiled: weights row after row as they are, in
            float32, bfloat16 (half) or 8 bits, activations not rounded
 
@@ -33,6 +35,7 @@ from rudolph.models.compiled import check_compiler, compiled
 from rudolph.models.decoder import Head, MaskedDecoder, SegmentHead
 from rudolph.models.int8 import Int8Linear
 from rudolph.models.layer import Layer
+from rudolph.models.native_types import has_exact_int8_products, has_native_bfloat16
 
 FEW_ROWS = 4
 # What is compiled multiplies a single row with weights as they lie.
@@ -155,9 +158,11 @@ def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
         out: Tensor = multiply(plain.weight, x)
     elif plain.weight.dtype == torch.float32:
         out = F.linear(x, plain.weight)
-    else:
+    elif has_native_bfloat16():
         # Eight bits are exact in bfloat16.
         out = F.linear(x.bfloat16(), plain.weight.bfloat16()).float()
+    else:
+        out = F.linear(x, plain.weight.float())
     return (out if plain.scale is None else out * plain.scale) + plain.bias
 
 
@@ -188,7 +193,7 @@ def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(rounded, None)
         sums = (rounded.int_repr().sum(1) * scales).float()
-    multiply = torch.ops.quantized.linear_dynamic
+    multiply = partial(torch.ops.quantized.linear_dynamic, reduce_range=largest_level() < 255)
     kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
     return Int8Product(kernel, sums, bias.float())
 
@@ -197,30 +202,41 @@ def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
     """Each row rounded on its own: a sample's tokens must not depend on its neighbours.
 
     The kernel takes one scale for all rows.  It finds that of a single row; to several it gives 1,
-    when what they have become by their own scales is whole numbers from 0 to 255, both of which
-    are there.
+    when what they have become by their own scales is whole numbers from 0 to the largest level,
+    both of which are there.
     """
     if x.numel() == x.shape[-1]:
         return product.kernel(x) + product.bias
     levels, scale, zero = row_levels(x.flatten(0, -2))
-    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * 255.0
+    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * float(largest_level())
     out = product.kernel(torch.cat([levels, ends]))[:-1]
     out = (out - zero * product.sums) * scale + product.bias
     return out.view(*x.shape[:-1], -1)
 
 
+def largest_level() -> int:
+    """Return the largest whole number that an activation may become: of 8 bits, or of 7.
+
+    Source: fbgemm, ``reduce_range``; two products of 8 bits overflow the 16 in which it adds them.
+    """
+    return 255 if has_exact_int8_products() else 127
+
+
 def row_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers from 0 to 255 for each row of ``(R, I)``, their scale and zero, ``(R, 1)``.
+    """Return each row of ``(R, I)`` as whole numbers from 0 to ``largest_level``, scale and zero.
+
+    Scale and zero are ``(R, 1)``.
 
     The range is from the row's least to its largest number or 0.
 
     Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded as one row is.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
+    largest = largest_level()
+    scale = (high - low) / largest
     zero = (-low / scale.clamp(min=1e-30)).round()
     scale = scale.clamp(min=LEAST_SCALE)
-    return ((x * scale.reciprocal()).round() + zero).clamp(0, 255), scale, zero
+    return ((x * scale.reciprocal()).round() + zero).clamp(0, largest), scale, zero
 
 
 LAYOUTS = {
@@ -262,6 +278,8 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
     if is_compiled and num_rows <= SINGLE_ROWS:
         return f"plain {weights}"
     order = ["float16", "bfloat16"] if num_rows <= FEW_ROWS else ["bfloat16", "float16"]
+    if not has_native_bfloat16():
+        order.remove("bfloat16")
     if weights != "half":
         order = [weights] if weights == "float32" else [weights, *order]
     return next((layout for layout in order if works(layout)), None)

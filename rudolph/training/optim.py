@@ -15,6 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rudolph.models.native_types import has_native_bfloat16
+
 OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 # Bytes of state for a number: two moments, one momentum.
 ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
@@ -114,9 +116,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the nearest orthogonal matrix, in bfloat16, by five steps of Newton and Schulz."""
+    """Approximate the nearest orthogonal matrix by five Newton-Schulz steps.
+
+    The steps need no more precision than bfloat16, which is used where the device multiplies it
+    natively; elsewhere they are done in float32.
+    """
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16().T if is_tall else matrix.bfloat16()
+    x = matrix.to(torch.bfloat16 if has_native_bfloat16(matrix.device) else torch.float32)
+    x = x.T if is_tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -218,8 +225,6 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Lamb
 
 
 def machine_precision() -> str:
-    """``bf16-mixed`` where the machine multiplies bfloat16 natively, else ``32-true``."""
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if has_bf16 else "32-true"
+    """Return ``bf16-mixed`` where the device multiplies bfloat16 natively, else ``32-true``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bf16-mixed" if has_native_bfloat16(device) else "32-true"
