@@ -161,7 +161,7 @@ def test_files_and_functions_fit_their_bounds():
     long = []
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        if len(text.splitlines()) > 400:
+        if len(text.splitlines()) > 600:
             long.append(f"{path.relative_to(ROOT)}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_length(node) > 40:
