@@ -30,6 +30,7 @@ from rudolph.execution import (
 )
 from rudolph.experiment_file import Experiment, Run
 from rudolph.measuring import measure
+from rudolph.models.native_types import native_product_names
 from rudolph.results.journal import exclusive
 from rudolph.results.report import OVERHEAD
 from rudolph.results.tracking import Tracker, git_state
@@ -188,6 +189,8 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "native_products": native_product_names(),
             "gpus": [
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],

@@ -4,6 +4,8 @@ It stands where ``stages`` stand for a run that trains.
 """
 
 import shutil
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rudolph.evaluation.asking import Score
 from rudolph.execution import Execution
 from rudolph.models.weights import weights_digest
 from rudolph.results.repetitions import write_profile, write_repetitions
+from rudolph.speed.config import LIMIT, REFERENCE
 from rudolph.speed.contest import Found, Worker, hold, hold_memory, require_contestants
 from rudolph.speed.metrics import metrics_of
 from rudolph.speed.subject import Subject, prepare
@@ -29,7 +32,7 @@ def measure(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         ValueError: in one line, when a contestant is missing or fails, or when the reference says
             something else of the same weights.
     """
-    subject = subject_of(execution)
+    subject = measurable(subject_of(execution))
     if execution.hardware.devices * execution.hardware.num_nodes > 1:
         raise ValueError("speed.measure: needs --devices 1 and --num-nodes 1")
     require_contestants(subject.speed.contestants)
@@ -54,6 +57,23 @@ def measure(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     execution.versions |= found.versions
     record(execution, found)
     return scores_of(subject, found, differences), digests
+
+
+def measurable(subject: Subject) -> Subject:
+    """Return the subject without contestants that would measure an emulation of bfloat16.
+
+    Raises:
+        ValueError: when no contestant is left.
+    """
+    kept = subject.speed.measurable
+    left_out = [name for name in subject.speed.contestants if name not in kept]
+    if not left_out:
+        return subject
+    reason = f"{', '.join(left_out)}: this processor emulates bfloat16 products"
+    if not set(kept) - {LIMIT, REFERENCE}:
+        raise ValueError(f"speed.contestants: nothing is left to measure; {reason}")
+    warnings.warn(f"speed.contestants: left out {reason}", stacklevel=2)
+    return replace(subject, speed=replace(subject.speed, contestants=kept))
 
 
 def subject_of(execution: Execution) -> Subject:

@@ -15,9 +15,11 @@ from tiny_speed import speed_subject, write_speed
 from rudolph.execution import Folders, Hardware, run_folder
 from rudolph.experiment import execute
 from rudolph.experiment_file import load_experiment
-from rudolph.measuring import compare
+from rudolph.measuring import compare, measurable
+from rudolph.models.native_types import has_native_bfloat16
 from rudolph.results.report import Report, experiment_page
 from rudolph.results.store import check, export
+from rudolph.speed import config as speed_config
 from rudolph.speed import contest
 from rudolph.speed.config import LIMIT, MEASURES, REFERENCE
 from rudolph.speed.contest import (
@@ -64,9 +66,16 @@ def no_process_is_left() -> Iterator[set[int]]:
     assert children() <= before
 
 
+def limit_parts() -> list[str]:
+    """What the machine's limit measures: bfloat16 only where the processor multiplies it."""
+    return (
+        ["read", "bfloat16", "packed", "float32"] if has_native_bfloat16() else ["read", "float32"]
+    )
+
+
 def test_contestants_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
     turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", LIMIT, "bfloat16")))
-    limits = [(LIMIT, part) for part in MEASURES["vqgan"].units_of(LIMIT)]
+    limits = [(LIMIT, part) for part in limit_parts()]
     parts = [(name, p) for p in ("encode", "decode", "train") for name in ("float32", "bfloat16")]
     assert turns == [(k, name, part) for k in range(2) for name, part in [*limits, *parts]]
 
@@ -93,7 +102,7 @@ def test_a_run_measures_in_turns_and_leaves_repetitions_and_profiles(
 ) -> None:
     folder, summary, told = measured
     table = pd.read_csv(folder / "speed" / "repetitions.csv", keep_default_na=False)
-    limits = [(LIMIT, part) for part in ("read", "bfloat16", "packed", "float32")]
+    limits = [(LIMIT, part) for part in limit_parts()]
     order = [*limits, ("half", "")]
     assert list(zip(table["contestant"], table["part"], strict=True)) == order * 2
     assert (table["seconds"] > 0).all() and (table["peak_bytes"] > 2**20).all()
@@ -131,6 +140,33 @@ def test_results_of_speed_are_exported_and_redrawn(
     table.write_text(table.read_text().replace(",half,,token,0,", ",half,,token,0,9"))
     assert any("generated part" in line for line in check(results))
     assert experiment_page(exported) != page
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_contestant_in_emulated_bfloat16_is_left_out_and_said(
+    tmp_path: Path, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed_config, "has_native_bfloat16", lambda: is_native)
+    subject = speed_subject(tmp_path, "train", LIMIT, "float32", "bfloat16")
+    if is_native:
+        assert measurable(subject) == subject
+    else:
+        with pytest.warns(UserWarning, match="left out bfloat16: this processor emulates"):
+            assert measurable(subject).speed.contestants == (LIMIT, "float32")
+        with pytest.raises(ValueError, match="nothing is left to measure"):
+            measurable(speed_subject(tmp_path, "train", LIMIT, "bfloat16"))
+
+
+def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
+    """Its contestants run with older instructions, and none of them in bfloat16."""
+    subject = speed_subject(tmp_path, "decode", LIMIT, "half", instructions="avx2")
+    assert {part for _, name, part in turns_of(subject) if name == LIMIT} == {"read", "float32"}
+    weights = prepared(tmp_path, subject)
+    with contest.started("half", subject, weights) as (worker, _):
+        variables = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
+    assert b"ATEN_CPU_CAPABILITY=avx2" in variables and b"ONEDNN_MAX_CPU_ISA=AVX2" in variables
+    with pytest.raises(ValueError, match="instructions must be one of avx2 or null, got 'sse'"):
+        speed_subject(tmp_path, "decode", "half", instructions="sse")
 
 
 def prepared(folder: Path, asked: Subject) -> Path:

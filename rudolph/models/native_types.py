@@ -72,6 +72,15 @@ def _of_cpu() -> NativeTypes:
     return NativeTypes(frozenset(products), frozenset(storage))
 
 
+def native_product_names(device: torch.device | str = "cpu") -> list[str]:
+    """Return the names of the types that a device multiplies natively, sorted: as JSON keeps them.
+
+    >>> "float32" in native_product_names()
+    True
+    """
+    return sorted(str(dtype).removeprefix("torch.") for dtype in native_types(device).products)
+
+
 def has_native_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Return whether a device multiplies bfloat16 matrices natively."""
     return torch.bfloat16 in native_types(device).products

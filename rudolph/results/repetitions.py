@@ -9,6 +9,7 @@ The tables of the page are made from these and ``runs.csv`` alone.
 """
 
 import csv
+import json
 import re
 import shutil
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -136,10 +137,27 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
         yield table_row([cells[column] for column in shown])
     yield ""
     yield f"{repetitions['repetition'].max() + 1} repetitions in turn; the mean is geometric."
+    yield from _machines(folder)
     if head.index(SHARE) in shown:
         yield SHARE_MEANS
     for path in sorted((folder / PROFILES).glob("*.csv")):
         yield from _profile(path)
+
+
+def _machines(folder: Path) -> Iterator[str]:
+    """One line per machine that the runs were measured on: processor, threads, instructions.
+
+    Runs that did not record their instructions have none.
+    """
+    path = folder / "environment.json"
+    records = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    machines = [record["machine"] for record in records if "instructions" in record["machine"]]
+    lines = {
+        f"Measured on {machine['processor']}, {machine['threads']} threads, instructions "
+        f"{machine['instructions']}, native products in {', '.join(machine['native_products'])}."
+        for machine in machines
+    }
+    yield from sorted(lines)
 
 
 def _times(group: pd.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan import VQGAN
 from rudolph.sequence.masks import mask_table, parse_mask
+from rudolph.speed.config import TRANSFORMERS
 from rudolph.speed.subject import Subject
 
 # Bytes of a weight and of a key's or value's number.
@@ -36,6 +37,8 @@ def decode_bytes(subject: Subject, contestant: str) -> float:
     once for the whole batch; those that the masks let an image token see of the image, the mean
     over its positions.
     """
+    if contestant == TRANSFORMERS and not subject.speed.has_bfloat16:
+        contestant = "float32"
     of_weight, of_key = WIDTHS[contestant.removeprefix("compiled_")]
     head = subject.vocabulary.codebook_size * subject.decoder.hidden_size
     weights = (layer_weights(subject) + head) * of_weight / subject.speed.batch_size

@@ -20,7 +20,14 @@ import torch
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.results.repetitions import Repetition
-from rudolph.speed.config import LIMIT, MEASURES, OURS, REFERENCE, TRANSFORMERS
+from rudolph.speed.config import (
+    INSTRUCTIONS,
+    LIMIT,
+    MEASURES,
+    OURS,
+    REFERENCE,
+    TRANSFORMERS,
+)
 from rudolph.speed.subject import CAPTION, Subject
 
 REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
@@ -53,9 +60,16 @@ class Worker:
 
     Args:
         log: where its standard error goes; its last line is told when it fails.
+        variables: added to the environment of the process.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.log = name, log
         with log.open("wb") as errors:
             # A group of its own: a key press reaches the parent alone, which then ends it.
@@ -66,6 +80,7 @@ class Worker:
                 stderr=errors,
                 bufsize=0,
                 process_group=0,
+                env={**os.environ, **(variables or {})},
             )
 
     def ask(self, request: Mapping[str, Any], timeout: float = SECONDS_TO_ANSWER) -> Any:
@@ -137,7 +152,8 @@ def command_of(name: str) -> list[str]:
 def started(name: str, subject: Subject, folder: Path) -> Iterator[tuple[Worker, Any]]:
     """A contestant that is ready, and what it said then; ended when the block is left."""
     # Beside the folder, which is deleted in the end: a failure can still be read there.
-    worker = Worker(name, command_of(name), folder.parent / f"{name}.log")
+    variables = INSTRUCTIONS.get(subject.speed.instructions or "")
+    worker = Worker(name, command_of(name), folder.parent / f"{name}.log", variables)
     try:
         ready = worker.ask(
             {
@@ -218,8 +234,14 @@ def parts_of(subject: Subject) -> Iterator[tuple[str, str]]:
     measure = MEASURES[subject.speed.measure or ""]
     names = [name for name in subject.speed.contestants if name != LIMIT]
     if LIMIT in subject.speed.contestants:
-        yield from ((LIMIT, part) for part in measure.units_of(LIMIT))
+        yield from ((LIMIT, part) for part in units_of(subject, LIMIT))
     yield from ((name, part) for part in measure.units for name in names)
+
+
+def units_of(subject: Subject, contestant: str) -> Mapping[str, str]:
+    """Return the parts of a contestant's repetition and their units."""
+    measure = MEASURES[subject.speed.measure or ""]
+    return measure.units_of(contestant, has_bfloat16=subject.speed.has_bfloat16)
 
 
 def turns_of(subject: Subject) -> Iterator[tuple[int, str, str]]:
@@ -229,7 +251,7 @@ def turns_of(subject: Subject) -> Iterator[tuple[int, str, str]]:
 
 
 def turn_note(subject: Subject, repetition: int, name: str, part: str) -> str:
-    units = MEASURES[subject.speed.measure or ""].units_of(name)
+    units = units_of(subject, name)
     what = f"{name} {part}" if len(units) > 1 else name
     return f"{what}, repetition {repetition + 1} of {subject.speed.repetitions}"
 
@@ -243,7 +265,7 @@ def note_answer(
     found: Found, subject: Subject, answer: Mapping[str, Any], turn: tuple[int, str, str]
 ) -> None:
     repetition, name, part = turn
-    units = MEASURES[subject.speed.measure or ""].units_of(name)
+    units = units_of(subject, name)
     found.repetitions.append(
         Repetition(
             contestant=name,

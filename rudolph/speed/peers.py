@@ -1,7 +1,8 @@
 """Contestants of other packages that this project can import: Hugging Face's GPT-2.
 
-A GPT-2 of the decoder's depth, width and heads, dense attention, its own loop, a static cache and
-bfloat16; its vocabulary is the image's, so that its head does the work that ours does.
+A GPT-2 of the decoder's depth, width and heads, with dense attention, its own loop and a static
+cache.  It computes in bfloat16 where the processor multiplies it natively, else in float32.  Its
+vocabulary is the image's, so that its head does the work that ours does.
 """
 
 from pathlib import Path
@@ -34,7 +35,8 @@ class Transformers:
             pad_token_id=0,
         )
         make = transformers.AutoModelForCausalLM.from_config
-        self.model: Any = make(shape, dtype=torch.bfloat16).eval()
+        dtype = torch.bfloat16 if subject.speed.has_bfloat16 else torch.float32
+        self.model: Any = make(shape, dtype=dtype).eval()
         size = subject.speed.batch_size, subject.layout.left_text_length
         generator = torch.Generator().manual_seed(subject.seed)
         self.prompt = torch.randint(1, shape.vocab_size, size, generator=generator)
