@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from rudolph.models.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.pretrained import from_reference
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
+from rudolph.training import losses as losses_module
 from rudolph.training.losses import (
     AVERAGES,
     DecoderLossConfig,
@@ -247,6 +248,45 @@ def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> Non
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(each.grad is not None for each in model.to_logits.parameters())
+
+
+@pytest.mark.parametrize("leading_bos", [False, True])
+@pytest.mark.parametrize("whole", [(), (1, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_skipped_right_texts_change_no_loss_and_no_gradient(
+    whole: tuple[int, ...], leading_bos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples without a right text pass through the layers without its positions."""
+    torch.manual_seed(5)
+    model = MaskedDecoder(
+        DecoderConfig(2, 24, 3, leading_bos=leading_bos),
+        SequenceLayout(5, 2, 6),
+        Vocabulary(20, 3, 5, 9),
+    ).eval()
+    tokens = torch.randint(4, 9, (5, 15))
+    tokens[[row for row in range(5) if row not in whole], 9:] = 0
+    lengths, gradients = [], []
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        found = segment_losses(model, tokens, DecoderLossConfig(softmax="segment"))
+        torch.stack(list(found.values())).sum().backward()
+        gradients.append(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        )
+        return found
+
+    run_layers = model.run_layers
+    monkeypatch.setattr(
+        model, "run_layers", lambda t, cache=None: (lengths.append(t.shape), run_layers(t))[1]
+    )
+    skipped = run()
+    shapes = [torch.Size([5 - len(whole), 9]), torch.Size([len(whole), 15])]
+    assert lengths == [shape for shape in shapes if shape[0]]
+    monkeypatch.setattr(
+        losses_module, "scored_hidden", lambda model, inputs, labels: model.hidden(inputs)
+    )
+    torch.testing.assert_close(run(), skipped)
+    torch.testing.assert_close(*gradients)
 
 
 def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:

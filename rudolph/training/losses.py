@@ -151,9 +151,10 @@ def found_losses(
     Raises:
         ValueError: when tokens end inside a segment.
     """
-    hidden = model.hidden(tokens if inputs is None else inputs)
+    segments = scored_labels(model, tokens, config, scored=scored)
+    hidden = scored_hidden(model, tokens if inputs is None else inputs, segments)
     found, heads = {}, model.to_logits.heads()
-    for name, labels in scored_labels(model, tokens, config, scored=scored).items():
+    for name, labels in segments.items():
         losses = label_losses(
             model,
             hidden,
@@ -167,6 +168,38 @@ def found_losses(
         if len(losses):
             found[name] = FoundLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
     return found
+
+
+def scored_hidden(
+    model: MaskedDecoder, inputs: Tensor, segments: Mapping[str, tuple[int, Tensor]]
+) -> Tensor:
+    """Return what the head reads, ``(B, T, D)``, and zeros in right texts without a label.
+
+    Every mask is causal, so positions after the last label of an example change no loss.  The
+    layers skip them: in a mixture of text-to-image and captioning most examples have no right
+    text.
+
+    Args:
+        inputs: ``(B, T)``, what the model reads.
+        segments: first position and labels of each segment, as ``scored_labels`` gives them.
+    """
+    end = model.layout.right_text_start
+    # A compiled layer is compiled for one batch size; ranks must run their layers equally often.
+    is_fixed = model.has_compiled_layers or torch.distributed.is_initialized()
+    if inputs.shape[1] <= end or is_fixed:
+        return model.hidden(inputs)
+    is_whole = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    if "right_text" in segments:
+        is_whole = (segments["right_text"][1] != NOT_SCORED).any(1)
+    if bool(is_whole.all()):
+        return model.hidden(inputs)
+    short = model.hidden(inputs[~is_whole, :end])
+    parts = [F.pad(short, (0, 0, 0, inputs.shape[1] - short.shape[1]))]
+    if bool(is_whole.any()):
+        parts.append(model.hidden(inputs[is_whole]))
+    # Back to the order of the batch: examples without a right text came first.
+    order = is_whole.int().argsort(stable=True).argsort()
+    return torch.cat(parts)[order]
 
 
 def scored_labels(
