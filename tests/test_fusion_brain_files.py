@@ -188,7 +188,7 @@ def test_what_is_not_of_the_format_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "not JSON"),
+        (b"", "expected data, got an empty file"),
         (b"{", "not JSON"),
         ("{'0': []}".encode("cp1251"), "not JSON"),
         ('{"0": [{"type": "text", "content": "ёж"}]}'.encode("cp1251"), "byte 0xb8"),

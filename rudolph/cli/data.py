@@ -1,9 +1,14 @@
 """Verbs of datasets: data emoji, emoji-names, manifest, fusion-brain."""
 
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rudolph.console import stage_progress
+
+# A report of a table with a larger fraction of bad rows is a failure, if no other is accepted.
+MAX_BAD_SHARE = 0.5
 
 
 def add_data(verbs: Any) -> None:
@@ -20,6 +25,15 @@ def add_data(verbs: Any) -> None:
     manifest = kinds.add_parser("manifest", help="report what a table of pairs holds")
     manifest.add_argument("table", type=str)
     manifest.add_argument("--image-size", type=int, default=256)
+    for name in ("image", "caption", "question"):
+        manifest.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}s")
+    manifest.add_argument("--answers", metavar="FILE", help="answers to the questions of a .json")
+    manifest.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="FRACTION",
+        help="accept open quotes, and this fraction of bad rows (default: 0.5, no open quotes)",
+    )
     manifest.set_defaults(verb=inspect_manifest)
     brain = kinds.add_parser("fusion-brain", help="score answers as Fusion Brain Challenge 2 does")
     brain.add_argument("task", choices=("text_qa", "math_qa", "visual_qa", "text_recognition"))
@@ -53,18 +67,28 @@ def name_emoji(given: Any) -> int:
 
 
 def inspect_manifest(given: Any) -> int:
-    from rudolph.data.manifests import Manifest
+    from rudolph.data.manifests import examine_table, split_of
     from rudolph.data.tables import ManifestConfig
 
-    config = ManifestConfig(path=given.table, max_bad_share=1.0)
+    keys = ("image_column", "caption_column", "question_column", "answers")
+    named = {name: getattr(given, name) for name in keys if getattr(given, name) is not None}
+    is_strict = given.max_bad_share is None
+    max_bad_share = MAX_BAD_SHARE if is_strict else given.max_bad_share
+    config = ManifestConfig(path=given.table, max_bad_share=max_bad_share, **named)
     with stage_progress() as progress:
-        manifest = Manifest(
+        table, entries, report = examine_table(
             config,
-            split="train",
             image_size=given.image_size,
             progress=lambda done, total: progress("pictures", done, total, ""),
         )
-    print(manifest.report.summary())
+    print(report.summary())
+    splits = Counter(split_of(entry.sha256) for entry in entries)
+    print(", ".join(f"{name}: {splits[name]}" for name in ("train", "validation", "test")))
+    # The report stands above the reason why it is not good enough.
+    sys.stdout.flush()
+    if is_strict:
+        report.require_closed_quotes(str(table))
+    report.require_usable(str(table), max_bad_share=max_bad_share)
     return 0
 
 

@@ -20,6 +20,8 @@ from PIL import Image
 MAX_PIXELS = 1024**3 // 4 // 3
 MIN_SIDE = 8
 NAMES_PER_REASON = 20
+# The reason for leaving out the line of a table in which a quote is opened.
+OPEN_QUOTE = "quote that is never closed"
 
 # EPS would start Ghostscript, and TGA takes other files for its own, so not all that Pillow opens.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -231,18 +233,37 @@ class FunnelReport:
         """The share of rows left out, 0 to 1; 0 where there are no rows."""
         return self.bad / self.rows if self.rows else 0.0
 
-    def require_few_bad(self, source: str, *, max_bad_share: float) -> None:
-        """Raise ``ValueError``, in one line, when more than ``max_bad_share`` was left out."""
-        if self.bad_share <= max_bad_share:
+    def require_usable(self, source: str, *, max_bad_share: float) -> None:
+        """Raise ``ValueError``, in one line, if more than ``max_bad_share`` or all is left out."""
+        if self.kept and self.bad_share <= max_bad_share:
             return
+        self.require_closed_quotes(source)
+        if not self.kept:
+            reasons = "; ".join(
+                f"{reason}, {tally.count} of {self.rows} rows left out ({_first(tally, 3)})"
+                for reason, tally in _commonest(self.skipped)
+            )
+            raise ValueError(f"{source}: expected usable rows, got none: {reasons}")
         reasons = "; ".join(
             f"{tally.count} {reason} ({_first(tally, 3)})"
             for reason, tally in _commonest(self.skipped)
         )
         raise ValueError(
             f"{source}: {self.bad} of {self.rows} rows are bad ({self.bad_share:.1%}), "
-            f"legal is at most max_bad_share = {max_bad_share:.1%}: {reasons}"
+            f"legal is at most max_bad_share = {max_bad_share:.1%}: {reasons}. "
+            "Correct them, or raise max_bad_share to go on without them"
         )
+
+    def require_closed_quotes(self, source: str) -> None:
+        """Raise ``ValueError``, in one line, if a quote of a table is never closed."""
+        tally = self.skipped.get(OPEN_QUOTE)
+        if tally is not None:
+            line = " ".join(tally.names[0].split()[:2])
+            raise ValueError(
+                f"{source}: expected closed quotes, got one that is opened in {line} and never "
+                f"closed; {self.bad} of {self.rows} rows cannot be used. "
+                'Close it, or write "" for a quote inside a quoted text'
+            )
 
     def summary(self) -> str:
         """A line of totals, then a line for each reason, the commonest first."""

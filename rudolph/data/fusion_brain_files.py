@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rudolph.data.table_text import read_text
+
 PART = '{"type": "text" or "image", "content": ...}'
 TYPES = ("text", "image")
 NO_IMAGES: Mapping[str, str] = MappingProxyType({})
@@ -123,11 +125,12 @@ def write_predictions(
 
 
 def read_parts(path: str | Path) -> dict[str, Any]:
-    """The parts of each id, as yet unchecked; ``ValueError`` where a file maps no ids."""
+    """Return the parts of each id, as yet unchecked; ``ValueError`` where a file maps no ids."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    text, _ = read_text(path)
     try:
-        content = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_repeats)
+        content = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not JSON in UTF-8 with every key once ({reason})") from error

@@ -9,12 +9,27 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shlex
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rudolph.data.funnel import OPEN_QUOTE
 from rudolph.data.fusion_brain_files import parse_answer, parse_question, read_parts
+from rudolph.data.table_parquet import parquet_cells, parquet_columns
+from rudolph.data.table_text import TableWarning, read_text, require_table
+
+NAMES_LISTED = 20
+# Characters in which a header must end for its separator to be found.
+HEADER_LENGTH = 100_000
+# Excel writes this line above the header, and reads it.
+SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?(?:\r\n|\r|\n|$)', re.IGNORECASE)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Row(NamedTuple):
 
 
 def find_table(path: str) -> Path:
-    """The table at ``path``, or the only one in the folder ``path``; else ``ValueError``."""
+    """Return the table at ``path``, or the only one in that folder; else ``ValueError``."""
     legal = ", ".join(READERS)
     table = Path(path)
     if not path:
@@ -85,13 +100,81 @@ def find_table(path: str) -> Path:
     if not table.is_file():
         raise ValueError(f"{table}: no such file or folder")
     if table.suffix.lower() not in READERS:
+        with table.open("rb") as file:
+            require_table(table, file.read(64))
         raise ValueError(f"{table}: a manifest must end in one of {legal}")
     return table
 
 
 def read_rows(table: Path, config: ManifestConfig) -> list[Row]:
-    """Every row of a table, a malformed one with its fault; ``ValueError`` if none can be read."""
+    """Return every row of a table, a malformed one with its fault.
+
+    A ``TableWarning`` says where the table differs from what the configuration or its name says:
+    in the letters of a column name, the separator or the encoding.
+
+    Raises:
+        ValueError: in one line, if the table cannot be read or lacks a column.
+    """
     return READERS[table.suffix.lower()](table, config)
+
+
+def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -> list[int]:
+    """Return the index of each column of the configuration among those of a table.
+
+    A name that is there exactly is taken; if it is not, the only one that differs in case, blanks
+    or invisible characters is taken with a ``TableWarning``.
+
+    Raises:
+        ValueError: in one line, if a column is missing or several could be meant.
+    """
+    indices = [_match_column(table, columns, wanted) for wanted in config.columns]
+    if len(set(indices)) < len(indices):
+        twice = next(columns[index] for index in indices if indices.count(index) > 1)
+        raise ValueError(
+            f"{table}: expected a column for each of {_listed(config.columns)}, got {twice!r} for "
+            "two of them. Name the columns exactly"
+        )
+    taken = zip(config.columns, (columns[index] for index in indices), strict=True)
+    _warn_of_names(table, [(wanted, name) for wanted, name in taken if wanted != name])
+    return indices
+
+
+def _match_column(table: Path, columns: Sequence[str], wanted: str) -> int:
+    for names, name in (columns, wanted), (list(map(_folded, columns)), _folded(wanted)):
+        if names.count(name) == 1:
+            return names.index(name)
+        if name in names:
+            alike = [column for column, own in zip(columns, names, strict=True) if own == name]
+            raise ValueError(
+                f"{table}: more than one column {wanted!r} ({_listed(alike)}); "
+                f"columns found: {_listed(columns)}. Rename all but one"
+            )
+    nearest = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{table}: no column {wanted!r}; columns found: {_listed(columns)}{hint}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > NAMES_LISTED else ""
+    return ", ".join(f"{name[:60]!r}" for name in names[:NAMES_LISTED]) + more
+
+
+def _folded(name: str) -> str:
+    """Return a column name without what a reader of the table would not notice."""
+    text = unicodedata.normalize("NFKC", name)
+    return (
+        "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        .strip()
+        .casefold()
+    )
+
+
+def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
+    if taken:
+        names = " and ".join(repr(name) for _, name in taken)
+        wanted = " and ".join(name for name, _ in taken)
+        verb = "was" if len(taken) == 1 else "were"
+        warnings.warn(f"{table}: {names} {verb} taken for {wanted}", TableWarning, stacklevel=2)
 
 
 def _read_csv(table: Path, config: ManifestConfig) -> list[Row]:
@@ -103,14 +186,22 @@ def _read_tsv(table: Path, config: ManifestConfig) -> list[Row]:
 
 
 def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[Row]:
-    """Quotes as in RFC 4180, with either delimiter; the first row names the columns."""
-    records = _records(_decoded(table), delimiter)
+    """Read rows with quotes as in RFC 4180; the first row names the columns."""
+    text = _decoded(table)
+    lines = io.StringIO(text, newline="")
+    first_line, stated = 1, SEPARATOR_LINE.match(text)
+    if stated:
+        lines.readline()
+        first_line = 2
+    start = stated.end() if stated else 0
+    head = text[start : start + HEADER_LENGTH]
+    delimiter = _delimiter(table, head, config, delimiter, stated)
+    records = _records(lines, delimiter, first_line)
     header = next(records, None)
     if header is None or header.fields is None:
         raise ValueError(f"{table}: the first line must name the columns, it cannot be read")
     columns = header.fields
-    _require_columns(table, columns, config=config)
-    wanted = [columns.index(name) for name in config.columns]
+    wanted = match_columns(table, columns, config)
     rows = []
     for record in records:
         if record.fields is not None and len(record.fields) == len(columns):
@@ -119,80 +210,203 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
             continue
         # A quote that never closes swallows the lines below it, so each of them counts as bad.
         for line in range(record.first_line, record.last_line + 1):
-            rows.append(Row(f"line {line}", fault="malformed row"))
+            rows.append(Row(f"line {line}", fault=record.fault_of(line)))
     return rows
 
 
+def _delimiter(
+    table: Path,
+    text: str,
+    config: ManifestConfig,
+    usual: str,
+    stated: re.Match[str] | None,
+) -> str:
+    """Return what separates the columns: stated by Excel's first line, usual, or found.
+
+    Another separator than the usual one is taken only if the header has all columns with it.
+    """
+    found = stated[1] if stated else usual
+    if not _has_columns(text, found, config):
+        found = next((other for other in SEPARATORS if _has_columns(text, other, config)), found)
+    if found != usual:
+        name = SEPARATORS.get(found, repr(found))
+        warnings.warn(
+            f"{table}: columns are separated by {name}, and read so", TableWarning, stacklevel=2
+        )
+    return found
+
+
+def _has_columns(text: str, delimiter: str, config: ManifestConfig) -> bool:
+    header = next(_records(io.StringIO(text, newline=""), delimiter), None)
+    if header is None or header.fields is None:
+        return False
+    return set(map(_folded, config.columns)) <= set(map(_folded, header.fields))
+
+
 class _Record(NamedTuple):
+    """A record of a delimited table; ``fields`` is None where it is malformed.
+
+    ``open_line`` is the line of a quote that is never closed, 0 if there is none.
+    """
+
     first_line: int
     last_line: int
     fields: list[str] | None
+    open_line: int = 0
+
+    def fault_of(self, line: int) -> str:
+        """Return why a line of a malformed record is left out."""
+        if not self.open_line or line < self.open_line:
+            return "malformed row"
+        return OPEN_QUOTE if line == self.open_line else "swallowed by an open quote"
 
 
-def _records(text: str, delimiter: str) -> Iterator[_Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _records(lines: Iterable[str], delimiter: str, first_line: int = 1) -> Iterator[_Record]:
+    taken: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=delimiter, strict=True)
     while True:
-        first_line = reader.line_num + 1
+        taken.clear()
         fields: list[str] | None
+        open_line = 0
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error:
             fields = None
+            opened = _open_quote(taken, delimiter)
+            open_line = 0 if opened is None else first_line + opened
         if fields != []:
-            yield _Record(first_line, max(first_line, reader.line_num), fields)
+            last_line = first_line + max(len(taken), 1) - 1
+            yield _Record(first_line, last_line, fields, open_line)
+        first_line += len(taken)
+
+
+def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
+    """Return the index of the line whose quote is open at the end of a malformed record.
+
+    None if the record is malformed within one line.
+    """
+    opened: int | None = None
+    at_start = True
+    for number, line in enumerate(lines):
+        position = 0
+        while position < len(line):
+            letter = line[position]
+            following = line[position + 1 : position + 2]
+            if opened is not None:
+                if letter == '"' and following == '"':
+                    position += 1
+                elif letter == '"' and following in ("", delimiter, "\r", "\n"):
+                    opened = None
+                elif letter == '"':
+                    return opened if opened < number else None
+            elif letter == '"' and at_start:
+                opened = number
+            at_start = opened is None and letter in (delimiter, "\r", "\n")
+            position += 1
+    return opened
 
 
 def _read_jsonl(table: Path, config: ManifestConfig) -> list[Row]:
+    text = _decoded(table)
+    _require_lines(table, text)
     rows = []
     columns: dict[str, None] = {}
+    taken: dict[tuple[str, str], None] = {}
     # Not splitlines: JSON strings may hold U+2028 and its kin as they are.
-    for number, line in enumerate(_decoded(table).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         place = f"line {number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            columns.update(dict.fromkeys(value))
-            image, caption, *asked = (value.get(name) for name in config.columns)
-            # A question that a row lacks is an empty one, not a table without questions.
-            rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
-        else:
-            rows.append(Row(place, fault="malformed row"))
+            rows.append(Row(place, fault="row is not JSON"))
+            continue
+        if not isinstance(value, dict):
+            needed = _listed(config.columns)
+            fault = f"rows are {kind_of(value)}, not objects with {needed}"
+            rows.append(Row(place, fault=fault))
+            continue
+        columns.update(dict.fromkeys(value))
+        names = [_key(value, wanted) for wanted in config.columns]
+        taken.update(dict.fromkeys(zip(config.columns, names, strict=True)))
+        image, caption, *asked = (value.get(name) for name in names)
+        # A question that a row lacks is an empty one, not a table without questions.
+        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
     if columns:
-        _require_columns(table, list(columns), config=config)
+        known = [wanted for wanted, name in taken if name in columns]
+        lacking = [wanted for wanted in config.columns if wanted not in known]
+        if lacking:
+            _match_column(table, list(columns), lacking[0])
+        _warn_of_names(table, [pair for pair in taken if pair[0] != pair[1]])
     return rows
 
 
+def _key(value: Mapping[str, Any], wanted: str) -> str:
+    """Return the key of an object that is a column's name, if need be in other letters."""
+    if wanted in value:
+        return wanted
+    alike = [name for name in value if _folded(name) == _folded(wanted)]
+    return alike[0] if len(alike) == 1 else wanted
+
+
+def _require_lines(table: Path, text: str) -> None:
+    """Raise ``ValueError`` if a table of JSON is one array instead of a line per object."""
+    if not text.lstrip().startswith("["):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, list) and any(isinstance(row, dict) for row in value):
+        source = shlex.quote(str(table))
+        target = table.with_name(f"{table.stem}-lines.jsonl")
+        raise ValueError(
+            f"{table}: expected an object per line (JSONL), got one JSON array. "
+            f"Convert it: jq -c '.[]' {source} > {shlex.quote(str(target))}"
+        )
+
+
+def kind_of(value: object) -> str:
+    """Return what JSON or Parquet calls values of this type, in the plural.
+
+    >>> kind_of(3.5), kind_of([]), kind_of(None)
+    ('numbers', 'arrays', 'null')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "booleans"
+    kinds = {Number: "numbers", str: "texts", bytes: "bytes", dict: "objects", list: "arrays"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "not texts")
+
+
 def _read_parquet(table: Path, config: ManifestConfig) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        _require_columns(table, pyarrow.parquet.read_schema(table).names, config=config)
-        columns = pyarrow.parquet.read_table(table, columns=config.columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{table}: not a readable Parquet file: {reason}") from error
-    rows = zip(*(columns.column(name) for name in config.columns), strict=True)
-    return [_parquet_row(f"row {number}", cells) for number, cells in enumerate(rows, start=1)]
-
-
-def _parquet_row(place: str, cells: Sequence[Any]) -> Row:
-    try:
-        return Row(place, *(cell.as_py() for cell in cells))
-    except UnicodeDecodeError:
-        return Row(place, fault="malformed row")
+    columns = parquet_columns(table)
+    names = [columns[index] for index in match_columns(table, columns, config)]
+    rows = []
+    for number, values in enumerate(parquet_cells(table, names), start=1):
+        place = f"row {number}"
+        rows.append(Row(place, fault="malformed row") if values is None else Row(place, *values))
+    return rows
 
 
 def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
     """Questions and answers of the Fusion Brain Challenge 2, of the variants the first."""
     if config.answers is None:
-        raise ValueError(f"{table}: questions in JSON need answers, the path of the second file")
+        _require_lines(table, _decoded(table))
+        raise ValueError(
+            f"{table}: questions in JSON need answers, the path of the second file. "
+            "A table of pairs must be JSONL, an object per line"
+        )
     asked, told = read_parts(table), read_parts(config.answers)
     rows = []
     for name, parts in asked.items():
@@ -211,31 +425,10 @@ def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
 
 
 def _decoded(table: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
-    data = table.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{table}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            f"(line {line}); save the table as UTF-8"
-        ) from error
-
-
-def _require_columns(table: Path, columns: Sequence[str], *, config: ManifestConfig) -> None:
-    for wanted in config.columns:
-        if columns.count(wanted) == 1:
-            continue
-        found = ", ".join(map(repr, columns))
-        if wanted in columns:
-            raise ValueError(f"{table}: more than one column {wanted!r}; columns found: {found}")
-        nearest = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        for delimiter, name in (";", "semicolons"), ("\t", "tabs"), (",", "commas"):
-            if len(columns) == 1 and delimiter in columns[0]:
-                hint = f"; its header is separated by {name}: .csv needs commas, .tsv tabs"
-        raise ValueError(f"{table}: no column {wanted!r}; columns found: {found}{hint}")
+    text, encoding = read_text(table)
+    if encoding != "UTF-8":
+        warnings.warn(f"{table}: read as {encoding}", TableWarning, stacklevel=2)
+    return text
 
 
 READERS: dict[str, Callable[[Path, ManifestConfig], list[Row]]] = {
