@@ -1,7 +1,8 @@
 """Parquet tables: columns of text, and images whose bytes are in the table itself.
 
 Text columns are read in batches.  Bytes of images are never read with them: a ``StoredImage``
-names its row, and rows that are asked for in order are read once, a batch at a time.  An image is
+names its row, and rows that are asked for in order are read once.  Memory holds a page of the
+file, some 1,000 rows where its writer did not choose smaller pages or row groups.  An image is
 text (a path), bytes, or a struct of bytes and path, which is how Hugging Face datasets store it.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from rudolph.data.table_text import require_table
 
 TEXT_ROWS = 4096
-IMAGE_ROWS = 64
+IMAGE_ROWS = 16
 
 
 class StoredImage(NamedTuple):

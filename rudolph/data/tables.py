@@ -195,13 +195,18 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
         first_line = 2
     start = stated.end() if stated else 0
     head = text[start : start + HEADER_LENGTH]
-    delimiter = _delimiter(table, head, config, delimiter, stated)
-    records = _records(lines, delimiter, first_line)
+    found = _delimiter(head, config, stated[1] if stated else delimiter)
+    records = _records(lines, found, first_line)
     header = next(records, None)
     if header is None or header.fields is None:
         raise ValueError(f"{table}: the first line must name the columns, it cannot be read")
     columns = header.fields
     wanted = match_columns(table, columns, config)
+    if found != delimiter:
+        name = SEPARATORS.get(found, repr(found))
+        warnings.warn(
+            f"{table}: columns are separated by {name}, and read so", TableWarning, stacklevel=2
+        )
     rows = []
     for record in records:
         if record.fields is not None and len(record.fields) == len(columns):
@@ -214,33 +219,28 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
     return rows
 
 
-def _delimiter(
-    table: Path,
-    text: str,
-    config: ManifestConfig,
-    usual: str,
-    stated: re.Match[str] | None,
-) -> str:
-    """Return what separates the columns: stated by Excel's first line, usual, or found.
+def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
+    """Return what separates the columns: ``usual``, unless another separator fits the header.
 
-    Another separator than the usual one is taken only if the header has all columns with it.
+    Another one fits if the header has all columns with it, or is one column without it.
     """
-    found = stated[1] if stated else usual
-    if not _has_columns(text, found, config):
-        found = next((other for other in SEPARATORS if _has_columns(text, other, config)), found)
-    if found != usual:
-        name = SEPARATORS.get(found, repr(found))
-        warnings.warn(
-            f"{table}: columns are separated by {name}, and read so", TableWarning, stacklevel=2
-        )
-    return found
+    names = {
+        separator: _header(head, separator) for separator in dict.fromkeys([usual, *SEPARATORS])
+    }
+    wanted = set(map(_folded, config.columns))
+    for separator, found in names.items():
+        if wanted <= set(map(_folded, found)):
+            return separator
+    # None has all: the message about the missing column names the columns that a reader sees.
+    if len(names[usual]) > 1:
+        return usual
+    return max(names, key=lambda separator: len(names[separator]))
 
 
-def _has_columns(text: str, delimiter: str, config: ManifestConfig) -> bool:
-    header = next(_records(io.StringIO(text, newline=""), delimiter), None)
-    if header is None or header.fields is None:
-        return False
-    return set(map(_folded, config.columns)) <= set(map(_folded, header.fields))
+def _header(head: str, delimiter: str) -> list[str]:
+    """Return the names of the columns with this delimiter; none if the line is malformed."""
+    record = next(_records(io.StringIO(head, newline=""), delimiter), None)
+    return [] if record is None or record.fields is None else record.fields
 
 
 class _Record(NamedTuple):
