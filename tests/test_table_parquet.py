@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from test_manifests import encoded, noise, said, train
+from test_manifests import config, encoded, noise, said, train
 
 from rudolph.data.funnel import centre_square
-from rudolph.data.manifests import split_of
+from rudolph.data.manifests import examine_table, split_of
 from rudolph.data.table_parquet import StoredBytes, parquet_cells
 
 CAPTIONS = [f"картинка {number}" for number in range(12)]
@@ -100,6 +100,15 @@ def test_encoded_strings_and_nulls_are_texts_and_missing_texts(tmp_path: Path) -
     assert list(parquet_cells(table, ["image", "caption"])) == [
         ("a.png", caption) for caption in [*CAPTIONS[:11], None]
     ]
+
+
+def test_a_row_that_lacks_its_question_is_left_out(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    columns = {"image": ["a.png"] * 2, "caption": ["да", "нет"], "question": ["это кот?", None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    table = config(tmp_path / "a.parquet", question_column="question")
+    report = examine_table(table, image_size=8).report
+    assert report.kept == 1 and report.skipped["empty question"].names == ["row 2 a.png"]
 
 
 @pytest.mark.parametrize("numbers", [list(range(12)), [float(number) for number in range(12)]])

@@ -395,7 +395,12 @@ def _read_parquet(table: Path, config: ManifestConfig) -> list[Row]:
     rows = []
     for number, values in enumerate(parquet_cells(table, names), start=1):
         place = f"row {number}"
-        rows.append(Row(place, fault="malformed row") if values is None else Row(place, *values))
+        if values is None:
+            rows.append(Row(place, fault="malformed row"))
+            continue
+        image, caption, *asked = values
+        # A question that a row lacks is an empty one, not a table without questions.
+        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
     return rows
 
 
