@@ -333,6 +333,27 @@ def fuzzed(folder: Path, generator: random.Random) -> Path:
     return table
 
 
+def fuzzed_questions(folder: Path, generator: random.Random) -> tuple[Path, Path]:
+    """Questions and answers in JSON, with strange values or bytes in one of the two files."""
+    (folder / "a.png").write_bytes(encoded(noise()))
+    text, image = {"type": "text", "content": "кто?"}, {"type": "image", "content": "a.png"}
+    files: list[dict[str, Any]] = [{}, {}]
+    for number in range(6):
+        for file, parts in zip(files, ([text, image], [text]), strict=True):
+            file[str(number)] = [dict(part) for part in parts]
+    damaged_file, value = generator.randrange(2), generator.choice(STRANGE)
+    if not isinstance(value, bytes) and generator.random() < 0.5:
+        part = files[damaged_file]["3"][0]
+        part[generator.choice(("type", "content"))] = value
+    paths = folder / "asked.json", folder / "told.json"
+    for path, file in zip(paths, files, strict=True):
+        path.write_text(json.dumps(file, ensure_ascii=False))
+    if generator.random() < 0.6:
+        data = paths[damaged_file].read_bytes()
+        paths[damaged_file].write_bytes(damaged(data, generator))
+    return paths
+
+
 def test_any_damage_is_read_or_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,11 +362,17 @@ def test_any_damage_is_read_or_told_in_one_line(
     for case in range(FUZZ_CASES):
         folder = tmp_path / str(case)
         folder.mkdir()
-        table = fuzzed(folder, generator)
-        settings = ManifestConfig(path=str(table), max_bad_share=1.0)
+        answers: list[str] = []
+        if generator.random() < 0.15:
+            table, told = fuzzed_questions(folder, generator)
+            answers = [str(told)]
+        else:
+            table = fuzzed(folder, generator)
+        settings = ManifestConfig(str(table), answers=next(iter(answers), None), max_bad_share=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TableWarning)
-            code = main(["data", "manifest", str(table), "--image-size", "8"])
+            flags = [f"--answers={path}" for path in answers]
+            code = main(["data", "manifest", str(table), "--image-size", "8", *flags])
             error = capsys.readouterr().err
             assert code in (0, 2) and "Traceback" not in error
             assert error.count("rudolph: ") == (code == 2)
@@ -353,7 +380,8 @@ def test_any_damage_is_read_or_told_in_one_line(
             try:
                 manifest = Manifest(settings, split="train", image_size=8)
             except ValueError as refusal:
-                assert "\n" not in str(refusal) and str(refusal).startswith(str(table))
+                assert "\n" not in str(refusal)
+                assert str(refusal).startswith((str(table), *answers))
                 outcomes["not opened"] += 1
             else:
                 for index in range(len(manifest)):
