@@ -244,7 +244,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_carriage_returns(tmp_path: P
     ("image", "reason"),
     [
         ("https://example.org/a.png", "images are URLs in column image"),
-        ("data:image/png;base64,iVBORw0KGgo=", "images are URLs in column image"),
+        ("data:image/png;base64," + "iVBORw0KGgo" * 900, "images are URLs in column image"),
         ("img\\a.png", "missing file (write its path with / instead of \\)"),
         ("/no/such/a.png", "missing file"),
         ({"url": "a.png"}, "image paths are objects in column image"),

@@ -208,16 +208,17 @@ def _examine_file(path: str, name: str, config: ManifestConfig) -> Examined:
             raise Rejected("missing file")
         signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return _examine_picture(path, signature)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        # The path of a data URI is too long rather than missing.
         if URL.match(name):
             raise Rejected(
                 f"images are URLs in column {config.image_column} (download them, write paths)"
             ) from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise Rejected("unreadable file") from error
         if "\\" in name:
             raise Rejected("missing file (write its path with / instead of \\)") from error
         raise Rejected("missing file") from error
-    except OSError as error:
-        raise Rejected("unreadable file") from error
 
 
 # Kept in memory, so that the three splits of a table decode its pictures once; the signature
