@@ -1,6 +1,5 @@
 """What surrounds a run while it is executed: hardware, folders, tracking, progress, time."""
 
-import json
 import os
 import shutil
 import time
@@ -14,8 +13,11 @@ from typing import Protocol
 import torch
 
 from rudolph.config import RunConfig
+from rudolph.disk import say_once, write_whole
 from rudolph.experiment_file import Experiment, Run
 from rudolph.models.compiled import check_compiler
+from rudolph.models.weights import weights_fault
+from rudolph.results.run_files import AGAIN, finished_summary
 from rudolph.training.optim import OptimConfig
 
 Progress = Callable[[str, int, int, str], None]
@@ -103,9 +105,18 @@ def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a finished run."""
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
+    """Return whether a run's folder holds a finished run, whole as far as can be seen quickly.
+
+    A damaged file is named in a warning.  Weights that are not there were removed on purpose.
+    """
+    if finished_summary(folder) is None:
+        return False
+    for path in sorted((folder / "checkpoints").rglob("*.safetensors")):
+        fault = weights_fault(path)
+        if fault:
+            say_once(f"{path}: damaged ({fault}); the run counts as unfinished, {AGAIN}")
+            return False
+    return True
 
 
 def keep_file(source: Path, path: Path) -> None:
@@ -113,14 +124,15 @@ def keep_file(source: Path, path: Path) -> None:
 
     On one disk they stay one file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.unlink(missing_ok=True)
-    try:
-        os.link(source, new)
-    except OSError:
-        shutil.copyfile(source, new)
-    os.replace(new, path)
+
+    def put(new: Path) -> None:
+        new.unlink(missing_ok=True)
+        try:
+            os.link(source, new)
+        except OSError:
+            shutil.copyfile(source, new)
+
+    write_whole(path, put)
 
 
 def is_main_process() -> bool:

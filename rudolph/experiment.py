@@ -5,7 +5,6 @@ it gets its folder, its tracking, its
 summary and the record of what it ran on.
 """
 
-import json
 import os
 import platform
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from rudolph.config import plain, to_yaml
+from rudolph.disk import DamagedFileError, say_once, write_json, write_text
 from rudolph.evaluation.asking import Score
 from rudolph.evaluation.numeric_questions import lost
 from rudolph.execution import (
@@ -33,9 +33,11 @@ from rudolph.measuring import measure
 from rudolph.models.native_types import native_product_names
 from rudolph.results.journal import exclusive
 from rudolph.results.report import OVERHEAD
+from rudolph.results.run_files import CONFIG, ENVIRONMENT, SUMMARY, read_summary
 from rudolph.results.tracking import Tracker, git_state
 from rudolph.stages.clip import run_clip_stages
 from rudolph.stages.run import run_stages
+from rudolph.stages.shared import TAKEN
 from rudolph.training.callbacks import NonFiniteLossError
 
 RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
@@ -79,7 +81,7 @@ def _execute_alone(
     progress: Progress,
 ) -> dict[str, Any]:
     folder, started = run_folder(folders, experiment, run), time.monotonic()
-    (folder / "config.yaml").write_text(to_yaml(run.config))
+    write_text(folder / CONFIG, to_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
@@ -91,7 +93,10 @@ def _execute_alone(
         runs_folder=folders.runs,
     ) as tracker:
         tracker.log_params(plain(run.config))
-        tracker.log_artifact(folder / "config.yaml")
+        if not tracker.is_continued:
+            # Curves of stages that other runs trained are missing too; they are recorded again.
+            (folder / TAKEN).unlink(missing_ok=True)
+        tracker.log_artifact(folder / CONFIG)
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
         seconds = _earlier_seconds(folder)
         earlier = dict(seconds)
@@ -108,10 +113,10 @@ def _execute_alone(
         optim = config.clip_optim if config.model == "clip" else config.decoder_optim
         tracker.log_metrics(summary["metrics"], step=optim.num_steps)
         _write_environment(execution, commit, digests)
-        tracker.log_artifact(folder / "environment.json")
+        tracker.log_artifact(folder / ENVIRONMENT)
         _add_overhead(seconds, earlier, time.monotonic() - started)
         _write_summary(folder, summary, "finished", execution)
-        tracker.log_artifact(folder / "summary.json")
+        tracker.log_artifact(folder / SUMMARY)
     return summary
 
 
@@ -164,9 +169,14 @@ def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
 
 
 def _earlier_seconds(folder: Path) -> dict[str, float]:
-    """What the stages of earlier attempts at this run took."""
-    path = folder / "summary.json"
-    seconds: dict[str, float] = json.loads(path.read_text())["seconds"] if path.is_file() else {}
+    """Return what the stages of earlier attempts at this run took; nothing if that was lost."""
+    if not (folder / SUMMARY).exists():
+        return {}
+    try:
+        seconds: dict[str, float] = read_summary(folder)["seconds"]
+    except (DamagedFileError, OSError) as error:
+        say_once(f"{error}; the seconds of earlier attempts are lost")
+        return {}
     return seconds
 
 
@@ -174,9 +184,7 @@ def _write_summary(
     folder: Path, summary: dict[str, Any], status: str, execution: Execution
 ) -> None:
     content = summary | {"status": status, "seconds": execution.seconds}
-    new = folder / "summary.new"
-    new.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    os.replace(new, folder / "summary.json")
+    write_json(folder / SUMMARY, content)
 
 
 def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
@@ -198,8 +206,7 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
         "hardware": plain(execution.hardware),
         "digests": digests,
     }
-    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    (execution.folder / "environment.json").write_text(text)
+    write_json(execution.folder / ENVIRONMENT, content)
 
 
 def _processor() -> str:

@@ -22,6 +22,7 @@ from rudolph.training.callbacks import (
     StepSeed,
     quiet_lightning,
 )
+from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
 from rudolph.training.optim import OptimConfig, machine_precision
 from rudolph.training.steps import StepwiseModule
 
@@ -41,16 +42,19 @@ def fit(
     made_of: str,
     seed: int,
 ) -> None:
-    """Train a module to its last step, from the checkpoint beside ``weights`` if any.
+    """Train a module to its last step, from the newest whole checkpoint beside ``weights``.
 
-    Only a checkpoint of a training that was ``made_of`` the same is continued; it goes once the
-    weights are safe.
+    Only a checkpoint of a training that was ``made_of`` the same is continued.  Checkpoints are
+    removed once the weights are safe.
     """
     hardware = execution.hardware
     micro, num_accumulated = hardware.batches(optim)
     num_batches = optim.num_steps * num_accumulated
     folder = weights.parent
     last = folder / CHECKPOINT
+    start = find_checkpoint(
+        last, num_batches=num_batches, made_of=made_of, is_main=is_main_process()
+    )
     checkpoint = ResumeCheckpoint(
         last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, made_of=made_of
     )
@@ -79,20 +83,20 @@ def fit(
         num_validation=num_validation,
         num_workers=hardware.num_workers,
     )
-    run_trainer(trainer, module, streams, last)
+    run_trainer(trainer, module, streams, start)
     merge_low_rank(module.networks()[0])
     if is_main_process():
         save_weights(module.networks()[0], weights)
-        last.unlink(missing_ok=True)
+        remove_checkpoints(last)
     trainer.strategy.barrier()
 
 
 def run_trainer(
-    trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, last: Path
+    trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, start: Path | None
 ) -> None:
-    """Fit from the checkpoint ``last`` if it is there; a key press is a ``KeyboardInterrupt``."""
+    """Fit from the checkpoint ``start``, if any; a key press is a ``KeyboardInterrupt``."""
     try:
-        trainer.fit(module, streams, ckpt_path=last if last.is_file() else None)
+        trainer.fit(module, streams, ckpt_path=start)
     except SystemExit as stopped:
         # Lightning would leave the process, and with it unsaid how to go on.
         raise KeyboardInterrupt from stopped

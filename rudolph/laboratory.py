@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from rudolph.disk import explain
 from rudolph.execution import Folders, Hardware, Progress, is_finished, run_folder
 from rudolph.experiment_file import Experiment, Run, load_experiment
 from rudolph.results.store import finished_row
@@ -134,7 +135,9 @@ def _begin(threads: int) -> None:
 def _execute_job(job: Job, place: Place) -> str:
     try:
         return failure_of(*job.load(), place, _unseen)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return explain(error)
+    except ValueError as error:
         return " ".join(str(error).split())
     except Exception as error:
         # What is no mistake of the user is shown whole, and the other runs go on.

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from rudolph.config import RunConfig, read_run, to_yaml
+from rudolph.disk import read_mapping, write_text
 from rudolph.execution import Folders, Progress
 from rudolph.gallery import draw_prompts
 from rudolph.models.int8 import pack_int8
+from rudolph.models.weights import save_tensors
 from rudolph.results.cards import CARD, card_table, read_card
 from rudolph.results.markdown import table_row
 from rudolph.results.report import replace_generated
+from rudolph.results.run_files import ENVIRONMENT, SUMMARY, read_environment, read_summary
 from rudolph.sources import RUN_FILES, load_run
 from rudolph.stages.evaluation import ask_again
 
@@ -53,8 +55,8 @@ def pack(
     for setting in settings:
         if not setting.startswith("sampling."):
             raise ValueError(f"settings of a packed run must be sampling.key=value, got {setting}")
-    summary = json.loads(_needed(run / "summary.json").read_text("utf-8"))
-    environment = json.loads(_needed(run / "environment.json").read_text("utf-8"))
+    _needed(run / SUMMARY), _needed(run / ENVIRONMENT)
+    summary, environment = read_summary(run), read_environment(run)
     if summary["status"] != "finished":
         raise ValueError(f"{run}: not a finished run, its status is {summary['status']}")
     pipeline, config = load_run(run)
@@ -63,20 +65,20 @@ def pack(
     checkpoints = target / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     decoder = pipeline.decoder.state_dict()
-    save_file(pack_int8(decoder) if int8 else _halved(decoder), checkpoints / RUN_FILES[0])
-    save_file(_halved(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
+    save_tensors(pack_int8(decoder) if int8 else _halved(decoder), checkpoints / RUN_FILES[0])
+    save_tensors(_halved(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
     pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
-    (target / "config.yaml").write_text(to_yaml(read_run(run / "config.yaml", settings)), "utf-8")
+    write_text(target / "config.yaml", to_yaml(read_run(run / "config.yaml", settings)))
     kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
     made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
     made["bits"] = 8 if int8 else 16
-    (target / MADE).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    write_text(target / MADE, json.dumps(made, indent=1) + "\n")
     ask_again(target, folders, progress)
     draw(target)
     path = target / MODEL_CARD
     new = NEW_CARD.format(name=summary["experiment"])
     by_hand = path.read_text("utf-8") if path.is_file() else new
-    path.write_text(replace_generated(by_hand, model_card(target)), "utf-8")
+    write_text(path, replace_generated(by_hand, model_card(target)))
 
 
 def draw(folder: Path) -> None:
@@ -88,7 +90,7 @@ def draw(folder: Path) -> None:
 
 def model_card(folder: Path) -> str:
     """The generated part of a model card: what it is, what it cost, what it scores."""
-    made = json.loads((folder / MADE).read_text("utf-8"))
+    made = read_mapping(folder / MADE, run=str, seconds=dict, machine=dict)
     card = read_card(folder / CARD).assign(run=made["run"])
     head = [table_row(["", ""]), table_row(["---", "---"])]
     facts = [table_row(pair) for pair in _facts(folder, made)]

@@ -3,20 +3,19 @@
 Every verb that needs weights takes any of these, and ``shipped`` and ``newest``.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from rudolph.config import RunConfig, SamplingConfig, read_run
-from rudolph.execution import Hardware
+from rudolph.disk import say_once, set_aside, write_whole
+from rudolph.execution import Hardware, is_finished
 from rudolph.models.clip import CLIP
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.models.int8 import unpack_int8, use_int8
@@ -24,7 +23,7 @@ from rudolph.models.native_types import has_native_bfloat16
 from rudolph.models.pretrained import to_reference
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan import VQGAN
-from rudolph.models.weights import load_exactly
+from rudolph.models.weights import load_exactly, read_weights, weights_fault
 from rudolph.released import store
 from rudolph.released.table import PICTURES, TOKENIZER
 from rudolph.results.artifacts import fetch_run, local_run
@@ -103,10 +102,25 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
         return newest_run(runs)
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
         here = local_run(source, runs)
-        return here or fetch_run(source, uri, runs / ".cache" / f"mlflow-{source}")
+        return here or fetched_run(source, uri, runs / ".cache" / f"mlflow-{source}")
     if not Path(source).exists() and not store.is_released(source) and "/" in source:
         raise ValueError(f"{source}: no such folder")
     return store.locate(source)
+
+
+def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
+    """Return the folder of an MLflow run in the cache; a damaged one is fetched again."""
+    paths = sorted((folder / "checkpoints").rglob("*.safetensors"))
+    faults = [f"{path}: damaged ({fault})" for path in paths if (fault := weights_fault(path))]
+    if (folder / "config.yaml").is_file():
+        try:
+            read_run(folder / "config.yaml")
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        aside = set_aside(folder)
+        say_once(f"{faults[0]}; renamed {aside.name}, the run is fetched again")
+    return fetch_run(run_id, uri, folder)
 
 
 def is_run(folder: Path) -> bool:
@@ -115,15 +129,12 @@ def is_run(folder: Path) -> bool:
 
 def newest_run(runs: Path) -> Path:
     """The run that finished last."""
-    finished = [
-        path
-        for path in runs.glob("*/*/summary.json")
-        if json.loads(path.read_text())["status"] == "finished"
-        and (path.parent / "checkpoints" / RUN_FILES[0]).is_file()
-    ]
-    if not finished:
-        raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+    summaries = sorted(runs.glob("*/*/summary.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(summaries):
+        folder = path.parent
+        if (folder / "checkpoints" / RUN_FILES[0]).is_file() and is_finished(folder):
+            return folder
+    raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
 
 
 def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
@@ -140,10 +151,7 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     vqgan = VQGAN(config.vqgan)
     decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     for part, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
-        try:
-            tensors = load_file(checkpoints / name)
-        except SafetensorError as error:
-            raise ValueError(f"{checkpoints / name}: not a whole safetensors ({error})") from error
+        tensors = read_weights(checkpoints / name)
         load_exactly(part, unpack_int8(tensors), family=str(checkpoints / name))
         # A run that was packed holds 16 bits, or 8.
         part.float()
@@ -204,7 +212,7 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
             continue
         store.write(place, tensors, family=family, config=config, origin={"from": str(folder)})
         if has_pickle:
-            torch.save(tensors, place / "pytorch_model.bin")
+            write_whole(place / "pytorch_model.bin", partial(torch.save, tensors))
         yield f"{place}: {family}, {len(tensors)} tensors"
 
 

@@ -19,6 +19,7 @@ from rudolph.results.claims import (
     effects,
     group_of,
 )
+from rudolph.results.journal import Journal
 from rudolph.results.report import Report, generated_part, read_effects
 from rudolph.results.store import check, export, write_index
 
@@ -136,7 +137,7 @@ def write_runs(folder: Path) -> None:
                 "metrics": {LOSS: value + shift + 0.01 * seed * shift},
             }
             (run / "summary.json").write_text(json.dumps(summary))
-            (run / "journal.jsonl").touch()
+            Journal(run, experiment="tried", run=run.name, digest=run.name).close()
             (run / "config.yaml").write_text(f"run: {run.name}\n")
             (run / "environment.json").write_text('{"machine": {"threads": 2}}')
 

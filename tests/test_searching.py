@@ -11,6 +11,7 @@ import pytest
 from rudolph.execution import Folders, run_folder
 from rudolph.experiment_file import Experiment, Run, load_experiment
 from rudolph.laboratory import all_runs, search_of
+from rudolph.results.journal import Journal
 from rudolph.results.report import Figure, Report, generated_part
 from rudolph.results.searches import REGIONS, TRIAL, read_regions
 from rudolph.results.store import check, export, write_index
@@ -113,7 +114,8 @@ def finish(experiment: Experiment, run: Run, folders: Folders) -> None:
         "intervals": {name: [found[f"{name}_low"], found[f"{name}_high"]] for name in metrics},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "journal.jsonl").touch()
+    digest = run.config.digest
+    Journal(folder, experiment=experiment.name, run=run.name, digest=digest).close()
     (folder / "config.yaml").write_text(f"run: {run.name}\n")
     (folder / "environment.json").write_text('{"machine": {"threads": 2}}')
 

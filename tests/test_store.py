@@ -73,7 +73,7 @@ def write_run(runs: Path, variant: str, seed: int, **changes: Any) -> Path:
     } | changes
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     (folder / "config.yaml").write_text(f"run: {run}\n", "utf-8")
-    (folder / "environment.json").write_text('{"torch": "2.13.0"}', "utf-8")
+    (folder / "environment.json").write_text('{"machine": {"threads": 2}}', "utf-8")
     (folder / "samples").mkdir()
     for name in ("grid-000100", "grid-000900", "masks"):
         Image.new("RGB", (4, 4), "red").save(folder / "samples" / f"{name}.png")

@@ -16,20 +16,21 @@ PACKAGE = sorted((ROOT / "rudolph").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), ROOT / ".ci" / "bootstrap.py"]
 
 # What a room stands on; a room is a folder or a module right under rudolph/.
-BELOW_DATA = {"sequence", "models"}
+BELOW_DATA = {"disk", "sequence", "models"}
 BELOW_SAMPLING = BELOW_DATA | {"data"}
 BELOW_TRAINING = BELOW_SAMPLING | {"sampling"}
 BELOW_CONFIG = BELOW_TRAINING | {"training", "evaluation", "results"}
 MAY_IMPORT = {
     "__init__": set(),
-    "sequence": set(),
-    "models": {"sequence"},
-    "released": {"sequence", "models"},
+    "disk": set(),
+    "sequence": {"disk"},
+    "models": {"disk", "sequence"},
+    "released": {"disk", "sequence", "models"},
     "data": BELOW_DATA,
     "sampling": BELOW_SAMPLING,
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING,
-    "results": {"evaluation"},
+    "results": {"disk", "evaluation"},
     "settings": set(),
     "speed": BELOW_CONFIG | {"settings"},
     "config": BELOW_CONFIG | {"settings", "speed"},
@@ -45,6 +46,7 @@ MAY_IMPORT = {
     "searching": BELOW_CONFIG | {"config", "experiment_file"},
     "console": set(),
     "laboratory": {
+        "disk",
         "searching",
         "experiment_file",
         "results",
@@ -61,7 +63,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 OWNERS = {
-    "mlflow": r"results/(mlflow_store|artifacts)",
+    "mlflow": r"results/(mlflow_store|mlflow_database|artifacts)",
     "matplotlib": r"results/(figures|drawings|style)",
     "seaborn": r"results/(figures|drawings|style)",
     "pytorch_lightning": r"training/\w+|data/module|fitting|stages/(run|clip)",

@@ -17,6 +17,7 @@ from rudolph.cli.results import add_report_card, add_results
 from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
 from rudolph.console import say, silence_libraries
+from rudolph.disk import explain
 
 VERBS = (
     add_run,
@@ -49,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
-            raise
-        say(f"rudolph: {error.filename}: {str(error.strerror).lower()}")
+        say(f"rudolph: {explain(error)}")
         return 2
     except ValueError as error:
         say(f"rudolph: {error}")

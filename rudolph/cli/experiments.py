@@ -6,6 +6,7 @@ from typing import Any
 
 from rudolph.cli.results import folders_here, write_results
 from rudolph.console import say, stage_progress
+from rudolph.disk import explain
 
 HARDWARE_FLAGS = (
     "accelerator",
@@ -173,6 +174,7 @@ def execute_run(experiment: Any, run: Any, place: Any, *, is_only: bool = False)
     """
     from rudolph.execution import is_finished, is_main_process, run_folder
     from rudolph.laboratory import failure_of
+    from rudolph.results.run_files import read_summary
 
     folder = run_folder(place.folders, experiment, run)
     say(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
@@ -185,12 +187,12 @@ def execute_run(experiment: Any, run: Any, place: Any, *, is_only: bool = False)
     except (ValueError, OSError) as error:
         if is_only:
             raise
-        why = " ".join(str(error).split())
+        why = explain(error) if isinstance(error, OSError) else " ".join(str(error).split())
     if why:
         say(f"  failed: {why}")
         return why
     if is_main_process():
-        print_scores(json.loads((folder / "summary.json").read_text("utf-8")))
+        print_scores(read_summary(folder))
     say(f"  weights, samples and metrics: {folder}")
     return ""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rudolph.cli.results import folders_here
 from rudolph.console import say, stage_progress
+from rudolph.disk import write_json, write_text
 
 DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -245,7 +246,7 @@ def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) ->
     ]
     sample_grid(images, labels, path, columns=min(4, len(images)))
     beside = path.with_suffix(".jsonl")
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(beside, "\n".join(lines) + "\n")
     say(f"{path}, {beside} and {len(lines)} pictures in {folder}")
 
 
@@ -280,6 +281,6 @@ def caption_picture(given: Any) -> int:
     record |= {} if given.question is None else {"question": given.question}
     beside = path.with_suffix(".json")
     content = record | {"sampling": vars(sampling), "captions": counts}
-    beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_json(beside, content)
     say(f"{path} and {beside}")
     return 0

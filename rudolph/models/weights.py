@@ -5,13 +5,15 @@ no memory but the file's own.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from rudolph.disk import DamagedFileError, naming, write_whole
 
 
 def load_exactly(
@@ -58,11 +60,57 @@ def load_exactly(
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Weights as safetensors, whole or not at all."""
-    new = path.with_suffix(".new")
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, new)
-    os.replace(new, path)
+    """Write weights as safetensors, whole or not at all."""
+    save_tensors(dict(model.state_dict()), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        OSError: naming the file, when the disk is full, say.
+    """
+    # Large files that a killed process left; nobody else writes these weights now.
+    for leftover in path.parent.glob(f"{path.name}.*.new"):
+        leftover.unlink(missing_ok=True)
+    dense = {name: value.contiguous() for name, value in tensors.items()}
+    write_whole(path, lambda new: save_file(dense, new))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        DamagedFileError: when it is cut off, empty or no safetensors file.
+        OSError: naming the file, when it cannot be read.
+    """
+    try:
+        # Opened first: Rust reports a folder as a device that does not exist.
+        with naming(path), path.open("rb"):
+            return load_file(path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(path, f"not a whole safetensors file: {_words(error)}") from error
+
+
+def weights_fault(path: Path, model: nn.Module | None = None) -> str:
+    """Return what is wrong with a safetensors file, empty if nothing; its numbers are not read.
+
+    Args:
+        model: whose tensors it must hold, by name and shape.
+    """
+    try:
+        with naming(path), path.open("rb"), safe_open(path, "pt") as file:
+            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        return f"not a whole safetensors file: {_words(error)}"
+    if model is None:
+        return ""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            return f"{name}: expected {expected.get(name)}, got {shapes.get(name)}"
+    return ""
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -72,3 +120,7 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

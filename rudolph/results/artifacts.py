@@ -1,10 +1,10 @@
 """What a run left in MLflow, fetched back: its configuration and weights."""
 
-import json
 import os
 from pathlib import Path
 
-from rudolph.results.journal import SENT
+from rudolph.disk import DamagedFileError, say_once
+from rudolph.results.journal import SENT, read_marks
 
 NEEDED = ("config.yaml", "checkpoints")
 
@@ -12,7 +12,12 @@ NEEDED = ("config.yaml", "checkpoints")
 def local_run(run_id: str, runs: Path) -> Path | None:
     """The folder of an MLflow run that was executed here."""
     for path in runs.rglob(SENT):
-        if any(mark["run_id"] == run_id for mark in json.loads(path.read_text()).values()):
+        try:
+            marks = read_marks(path)
+        except (DamagedFileError, OSError) as error:
+            say_once(f"{path}: left out ({error})")
+            continue
+        if any(mark["run_id"] == run_id for mark in marks.values()):
             return path.parent
     return None
 

@@ -4,13 +4,14 @@
 """
 
 import csv
-import json
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from rudolph.disk import DamagedFileError, read_mapping, write_text
 from rudolph.results.markdown import table_row
 
 CARD = "report_card.csv"
@@ -19,16 +20,32 @@ COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows with the keys of ``COLUMNS``, as one file."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+    write_text(path, text.getvalue())
 
 
 def read_card(path: Path) -> pd.DataFrame:
-    """A card, of one run or of several (then with the column ``run``)."""
+    """Return a card, of one run or of several (then with the column ``run``).
+
+    Raises:
+        DamagedFileError: when it is no such table.
+    """
     texts = dict.fromkeys(("run", "score", "split", "measure"), "string")
-    return pd.read_csv(path, dtype=texts)
+    again = "rudolph report-card --again asks the run anew"
+    try:
+        card = pd.read_csv(path, dtype=texts)
+    except ValueError as error:
+        reason = f"no such table: {' '.join(str(error).split())[:80]}"
+        raise DamagedFileError(path, reason, again) from error
+    if not set(COLUMNS) <= set(card):
+        raise DamagedFileError(path, f"expected the columns {', '.join(COLUMNS)}", again)
+    for name in ("value", "low", "high", "chance", "count"):
+        if not pd.api.types.is_numeric_dtype(card[name]):
+            raise DamagedFileError(path, f"{name} must hold numbers", again)
+    return card
 
 
 def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
@@ -40,7 +57,7 @@ def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
     places = [each / "environment.json" for each in (folder, other)]
     if not all(place.is_file() for place in places):
         return
-    mine, theirs = (json.loads(place.read_text("utf-8"))["digests"] for place in places)
+    mine, theirs = (read_mapping(place, digests=dict)["digests"] for place in places)
     asked = {f"data.{split}" for split in splits}
     for key in sorted(mine.keys() & theirs.keys()):
         if ".".join(key.split(".")[:2]) in asked and mine[key] != theirs[key]:
@@ -55,7 +72,7 @@ def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
     frames = [read_card(path).assign(run=name) for name, path in found if path.is_file()]
     if frames:
         whole = pd.concat(frames)[["run", *COLUMNS]]
-        target.write_text(whole.to_csv(index=False, lineterminator="\n"), "utf-8")
+        write_text(target, whole.to_csv(index=False, lineterminator="\n"))
 
 
 def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:

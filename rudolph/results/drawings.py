@@ -7,6 +7,7 @@ Shapes: T is the length of the sequence, H and W are the sides of a picture.
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from rudolph.disk import write_whole
 from rudolph.results.style import panels_of, save, styled
 
 Picture = NDArray[np.uint8]
@@ -92,8 +94,7 @@ def sample_grid(
         )
         for line, words in enumerate(text):
             pen.text((left, top + height + 3 + line * line_height), words, "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
+    write_whole(path, partial(sheet.save, format="PNG"))
 
 
 def reconstructions(originals: Sequence[Picture], decoded: Sequence[Picture], path: Path) -> None:

@@ -8,21 +8,25 @@ themselves.  Runs of one experiment have a parent, which holds what was exported
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rudolph.disk import DamagedFileError
 from rudolph.results.journal import (
     JOURNAL,
     VALUE_KINDS,
     SentMark,
     exclusive,
     read_batches,
-    read_journal,
+    read_header,
     without_user,
 )
+from rudolph.results.mlflow_database import SlowStoreError, prepare
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -44,6 +48,9 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
+
+# The words of a store that works but did not answer in time.
+SLOW = re.compile(r"database is locked|Read timed out|read timeout", re.IGNORECASE)
 
 _logger = logging.getLogger(__name__)
 
@@ -80,11 +87,25 @@ class Store:
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             # The first client makes the tables, and MLflow does not keep two from doing so.
             lock = self._database and self._database.with_name(f"{self._database.name}.lock")
-            with exclusive(lock, 60.0) if lock else nullcontext():
+            with exclusive(lock, 60.0) if lock else nullcontext(True) as is_held:
+                if not is_held:
+                    raise SlowStoreError("another process makes its tables")
+                if self._database:
+                    prepare(self._database)
                 self._client = MlflowClient(tracking_uri=uri)
 
-    def send(self, folder: Path, *, again: bool = False) -> Sent:
-        """Send what one run has unsent; nothing while another process sends it."""
+    def send(
+        self, folder: Path, *, again: bool = False, on_progress: Callable[[], None] | None = None
+    ) -> Sent:
+        """Send what one run has unsent; nothing while another process sends it.
+
+        Args:
+            on_progress: called after every part that the server has taken.
+
+        Raises:
+            OSError: when the server cannot be used now; ``SlowStoreError`` when it is slow.
+            DamagedFileError: at a record that cannot be read; those before it are sent.
+        """
         mark = SentMark(folder, self.uri)
         if not (again or mark.is_pending()):
             return Sent()
@@ -100,13 +121,15 @@ class Store:
                 rejected += len(self._log(run_id, records, folder))
                 mark.write(run_id, end)
                 sent += len(records)
+                if on_progress is not None:
+                    on_progress()
         return Sent(runs=1, records=sent, rejected=rejected)
 
     def _open_run(self, folder: Path, known_id: str) -> str:
         """The id of the MLflow run of a journal, made if there is none; a deleted one is back."""
         from mlflow.entities import ViewType
 
-        _, header = next(read_journal(folder / JOURNAL))
+        header = read_header(folder / JOURNAL)
         experiment_id = self._experiment_id(header["experiment"])
         found = self._client.search_runs(
             [experiment_id], f"tags.`{RUN_KEY}` = '{header['key']}'", ViewType.ALL
@@ -219,10 +242,22 @@ def _away() -> Iterator[None]:
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ConnectionError(f"MLflow cannot be imported: {_one_line(error)}") from error
+    kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (SlowStoreError, DamagedFileError):
+        raise
+    except kinds as error:
+        kind = SlowStoreError if SLOW.search(str(error)) else ConnectionError
+        raise kind(_one_line(error)) from error
+    except _migration_errors() as error:
         raise ConnectionError(_one_line(error)) from error
+
+
+def _migration_errors() -> tuple[type[Exception], ...]:
+    """Return what MLflow's migrations raise, if this process has loaded them."""
+    loaded = sys.modules.get("alembic.util")
+    return (loaded.CommandError,) if loaded else ()
 
 
 def _one_line(error: Exception) -> str:

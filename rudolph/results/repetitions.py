@@ -9,6 +9,7 @@ The tables of the page are made from these and ``runs.csv`` alone.
 """
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rudolph.disk import write_text
 from rudolph.results.markdown import table_row
 
 FOLDER, FILE, PROFILES = "speed", "repetitions.csv", "profiles"
@@ -55,6 +57,9 @@ class Repetition:
         return subject_of(self.contestant, self.part)
 
 
+REPETITION_COLUMNS = tuple(field.name for field in fields(Repetition))
+
+
 def subject_of(contestant: str, part: str) -> str:
     return f"{contestant}/{part}" if part else contestant
 
@@ -63,7 +68,7 @@ def write_repetitions(run_folder: Path, repetitions: Sequence[Repetition]) -> Pa
     """The CSV of one run."""
     path = run_folder / FOLDER / FILE
     rows = [list(asdict(repetition).values()) for repetition in repetitions]
-    return _write(path, [field.name for field in fields(Repetition)], rows)
+    return _write(path, REPETITION_COLUMNS, rows)
 
 
 def write_profile(
@@ -76,9 +81,9 @@ def write_profile(
 
 
 def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(path, text.getvalue())
     return path
 
 
@@ -98,7 +103,8 @@ def export_repetitions(run_folders: dict[str, Path], folder: Path) -> None:
             (folder / PROFILES).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / PROFILES / name)
     if tables:
-        pd.concat(tables).to_csv(folder / FILE, index=False, lineterminator="\n")
+        whole = pd.concat(tables).to_csv(index=False, lineterminator="\n")
+        write_text(folder / FILE, whole)
 
 
 def is_speed(folder: Path) -> bool:

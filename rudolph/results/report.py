@@ -9,10 +9,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from rudolph.disk import DamagedFileError, read_json, read_mapping
 from rudolph.evaluation.regions import Axis
 from rudolph.evaluation.statistics import mean_of_few, rank_correlation
 from rudolph.results.cards import CARD, card_table, read_card
@@ -83,8 +85,20 @@ class Report:
 
 
 def read_report(folder: Path) -> Report:
-    """The report that an experiment's folder was exported with."""
-    fields = json.loads((folder / "report.json").read_text("utf-8"))
+    """Return the report that an experiment's folder was exported with.
+
+    Raises:
+        DamagedFileError: when ``report.json`` is no report.
+    """
+    path = folder / "report.json"
+    fields = read_mapping(path, figures=list)
+    try:
+        return _report_of(fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedFileError(path, f"no report: {error}") from error
+
+
+def _report_of(fields: dict[str, Any]) -> Report:
     figures = [
         Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
         for figure in fields.pop("figures")
@@ -122,7 +136,7 @@ def read_effects(folder: Path) -> list[Effect]:
 def core_minutes(folder: Path) -> float:
     """What the runs of an experiment cost: minutes times the threads that they had."""
     runs = read_runs(folder).set_index("run")
-    environments = json.loads((folder / "environment.json").read_text("utf-8"))
+    environments = read_json(folder / "environment.json")
     return sum(
         runs["seconds"][name] / 60 * each["machine"]["threads"]
         for each in environments

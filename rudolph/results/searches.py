@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rudolph.disk import write_text
 from rudolph.evaluation.regions import Axis, Region, as_rows, find_region, places_of, surface
 from rudolph.evaluation.statistics import NORMAL_QUANTILE, mean_of_few
 from rudolph.results.markdown import table_row
@@ -83,7 +84,7 @@ def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
     for domain in search.domains:
         found = as_rows(search.space, region_of(search, domain, trials))
         rows += [{"domain": domain} | row for row in found]
-    pd.DataFrame(rows).to_csv(folder / REGIONS, index=False, lineterminator="\n")
+    write_text(folder / REGIONS, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
 def read_regions(folder: Path) -> pd.DataFrame:

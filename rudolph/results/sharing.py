@@ -12,13 +12,16 @@ import os
 import shutil
 from pathlib import Path
 
-from rudolph.results.journal import JOURNAL, SENT, SentMark, pending_folders, read_journal
+from rudolph.disk import DAMAGED, write_text
+from rudolph.results.journal import JOURNAL, SENT, SentMark, pending_folders, read_header
+from rudolph.results.run_files import AGAIN, finished_runs
 from rudolph.results.tracking import send_pending, send_results
 
 RESULTS = "results"
 WEIGHTS = "checkpoints"
 # What belongs to the machine that executed a run.
-LEFT = (SENT, "*.lock", "*.lock-journal", "*.new", "*.part", "last.ckpt")
+PARTIAL = ("*.new", "*.part", f"*{DAMAGED}*")
+LEFT = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
 
 
 def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> list[Path]:
@@ -29,14 +32,11 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
     Raises:
         ValueError: when no run has finished.
     """
-    finished = [
-        path.parent
-        for path in sorted(runs.glob("*/summary.json"))
-        if json.loads(path.read_text("utf-8"))["status"] == "finished"
-    ]
+    advice = f"it is left out; {AGAIN}"
+    finished = [folder for folder, _ in finished_runs(runs, advice=advice)]
     if not finished:
         raise ValueError(f"{runs}: no finished run to share")
-    _, header = next(read_journal(finished[0] / JOURNAL))
+    header = read_header(finished[0] / JOURNAL)
     folder = target / header["experiment"]
     left = LEFT if has_weights else (*LEFT, WEIGHTS)
     for run in finished:
@@ -63,7 +63,7 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
     waiting = send_pending(runs, uri).waiting
     if waiting:
         raise ValueError(f"{uri}: {waiting} of {len(folders)} runs were not taken")
-    _, header = next(read_journal(folders[0] / JOURNAL))
+    header = read_header(folders[0] / JOURNAL)
     if results.is_dir() and not send_results(header["experiment"], results, uri):
         raise ValueError(f"{uri}: {results} was not taken")
     return {folder.name: SentMark(folder, uri).read()[0] for folder in folders}
@@ -83,7 +83,7 @@ def _forget_weights(journal: Path) -> None:
     """Leave out what a server would be told of files that were not copied."""
     lines = journal.read_text("utf-8").splitlines(keepends=True)
     kept = [line for line in lines if not _is_of_weights(json.loads(line))]
-    journal.write_text("".join(kept), "utf-8")
+    write_text(journal, "".join(kept))
 
 
 def _is_of_weights(record: dict[str, str]) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 
 import pandas as pd
 
+from rudolph.disk import write_json, write_text
 from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
 from rudolph.results.prose import facts_of, unfounded_of
@@ -47,6 +48,7 @@ from rudolph.results.report import (
     read_runs,
     replace_generated,
 )
+from rudolph.results.run_files import AGAIN, finished_runs, finished_summary, read_environment
 from rudolph.results.searches import read_regions, write_regions
 
 INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
@@ -97,10 +99,10 @@ def _write_experiment(
     for name in ("configs", "samples", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    _write(folder / "report.json", json.dumps(asdict(report), ensure_ascii=False, indent=1) + "\n")
-    _write(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
-    _write(folder / "curves.csv", _csv(_curve_rows(finished, report)))
-    _write(folder / "environment.json", _environments(finished))
+    write_json(folder / "report.json", asdict(report))
+    write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
+    write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
+    write_text(folder / "environment.json", _environments(finished))
     # Pictures of the first run of each variant, else a sweep's would be most of the repository.
     shown: dict[str, str] = {}
     for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
@@ -125,7 +127,7 @@ def _write_page(folder: Path) -> None:
     readme = folder / "README.md"
     new = f"# {read_report(folder).title}\n\n{UNANSWERED}\n"
     by_hand = readme.read_text("utf-8") if readme.exists() else new
-    _write(readme, replace_generated(by_hand, experiment_page(folder)))
+    write_text(readme, replace_generated(by_hand, experiment_page(folder)))
 
 
 def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
@@ -156,7 +158,7 @@ def write_index(results_folder: Path) -> Path:
     """Write the table of ``results/README.md``; text around its markers stays."""
     path = results_folder / "README.md"
     by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
-    _write(path, replace_generated(by_hand, index_page(results_folder)))
+    write_text(path, replace_generated(by_hand, index_page(results_folder)))
     return path
 
 
@@ -183,12 +185,13 @@ def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) 
 
 
 def _finished(folder: Path, digests: Collection[str] | None) -> list[tuple[Path, dict[str, Any]]]:
-    found = []
-    for path in sorted(folder.glob("*/summary.json")):
-        summary = json.loads(path.read_text("utf-8"))
-        if summary["status"] == "finished" and (digests is None or summary["digest"] in digests):
-            found.append((path.parent, summary))
-    return found
+    """Return folder and summary of each finished run; damaged ones are named and left out."""
+    found = finished_runs(folder, advice=f"it is left out; {AGAIN}")
+    return [
+        (path, summary)
+        for path, summary in found
+        if digests is None or summary["digest"] in digests
+    ]
 
 
 def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
@@ -207,9 +210,8 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
     """What ``runs.csv`` has of a run, as it reads; None where the run has not finished."""
-    path = folder / "summary.json"
-    summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if summary.get("status") != "finished":
+    summary = finished_summary(folder)
+    if summary is None:
         return None
     return {
         name: float(cell(value)) if isinstance(value, float) else value
@@ -266,7 +268,7 @@ def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """Each environment once, with the runs that were made in it."""
     runs_of: dict[str, list[str]] = {}
     for folder, summary in finished:
-        environment = json.loads((folder / "environment.json").read_text("utf-8"))
+        environment = read_environment(folder)
         key = json.dumps(environment, sort_keys=True, ensure_ascii=False)
         runs_of.setdefault(key, []).append(summary["run"])
     entries = [{"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of.items()]
@@ -351,8 +353,3 @@ def _check_figures(folder: Path) -> Iterator[str]:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             yield f"{folder}/figures/{name}: is not what the CSV files draw; redraw it"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8", newline="\n")

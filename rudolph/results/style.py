@@ -4,6 +4,7 @@ Series differ in colour, line and marker, so that they are told apart in grey to
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from rudolph.disk import write_whole
 
 STYLE = {
     "svg.hashsalt": "rudolph",
@@ -92,5 +95,5 @@ def finish(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> Non
 def save(figure: Figure, path: Path) -> None:
     """Write ``.svg`` or ``.png`` without date, so that a second drawing is equal in every byte."""
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata=metadata)
+    kind = path.suffix.removeprefix(".")
+    write_whole(path, partial(figure.savefig, format=kind, dpi=120, metadata=metadata))

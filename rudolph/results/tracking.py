@@ -9,10 +9,12 @@ import logging
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from rudolph.disk import DamagedFileError, say_once
 from rudolph.results.journal import (
     Journal,
     SentMark,
@@ -21,10 +23,13 @@ from rudolph.results.journal import (
     pending_folders,
     without_user,
 )
+from rudolph.results.mlflow_database import SlowStoreError
 from rudolph.results.mlflow_store import Sent, Store
 
 SECONDS_BETWEEN_SENDS = 1.0
 LONGEST_BACK_OFF = 60.0
+# How long the end of a run waits for a server that takes what it is sent, but slowly.
+LONGEST_WAIT, LONGEST_WAIT_AFTER_ERROR = 60.0, 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +84,10 @@ class Tracker:
         self._folder, self._uri, self._runs_folder = folder, uri, runs_folder
         self._journal = Journal(folder, experiment=experiment, run=run, digest=digest)
         self._journal.append("status", status="running")
+        self.is_continued = self._journal.is_continued
         self._is_finished = self._has_warned = False
+        # Opening imports MLflow and may make its tables: work of this machine, not of a server.
+        self._is_opening, self._last_progress = True, time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
         self._thread.start()
@@ -113,14 +121,30 @@ class Tracker:
         self._is_finished = True
         self._journal.append("status", status=status)
 
-    def close(self, timeout: float = 5.0) -> bool:
-        """Wait at most ``timeout`` seconds for the sending; True when all of it was sent."""
+    def close(self, timeout: float = 5.0, *, longest: float = LONGEST_WAIT) -> bool:
+        """Wait for the sending; True when all of it was sent.
+
+        Of a slow server the rest is sent in the background while the process lives.
+
+        Args:
+            timeout: seconds to wait for any progress.
+            longest: seconds to wait in all.
+        """
         self._stopping.set()
-        self._thread.join(timeout)
+        end = time.monotonic() + (longest if timeout else 0.0)
+        while self._thread.is_alive() and time.monotonic() < end:
+            is_idle = time.monotonic() - self._last_progress > timeout
+            if is_idle and not self._is_opening:
+                break
+            self._thread.join(0.05)
         self._journal.close()
         is_sent = not SentMark(self._folder, self._uri).is_pending()
-        if not is_sent:
-            self._warn(f"the rest of {self._folder.name} was not taken in {timeout:g} s")
+        if not is_sent and not self._has_warned:
+            _logger.warning(
+                "%s is slow: the rest of %s is sent in the background, or later by `rudolph sync`",
+                without_user(self._uri),
+                self._folder.name,
+            )
         return is_sent
 
     def __enter__(self) -> Self:
@@ -129,7 +153,10 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if not self._is_finished:
             self.finish("finished" if kind is None else "failed")
-        self.close()
+        self.close(longest=LONGEST_WAIT if kind is None else LONGEST_WAIT_AFTER_ERROR)
+
+    def _progress(self) -> None:
+        self._last_progress = time.monotonic()
 
     def _send_until_closed(self) -> None:
         store: Store | None = None
@@ -138,26 +165,31 @@ class Tracker:
             is_last = self._stopping.is_set()
             try:
                 store = store or Store(self._uri)
-                store.send(self._folder)
+                self._is_opening = False
+                self._progress()
+                store.send(self._folder, on_progress=self._progress)
                 pause, self._has_warned = SECONDS_BETWEEN_SENDS, False
                 self._send_others(store)
             except OSError as error:
+                self._is_opening = False
                 store, pause = None, min(2 * pause, LONGEST_BACK_OFF)
-                self._warn(str(error))
+                self._warn(error)
+            except DamagedFileError as error:
+                say_once(f"{error}; what follows is not sent")
             if is_last:
                 return
             self._stopping.wait(pause)
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, error: OSError) -> None:
         if not self._has_warned:
-            _warn_away(self._uri, reason)
+            _warn_away(self._uri, error)
         self._has_warned = True
 
     def _send_others(self, store: "Store") -> None:
         runs_folder, self._runs_folder = self._runs_folder, None
         for folder in pending_folders(runs_folder, self._uri) if runs_folder else []:
             if not self._stopping.is_set():
-                store.send(folder)
+                _send_one(store, folder)
 
 
 def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> Sent:
@@ -176,9 +208,9 @@ def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> Sent:
     try:
         store = Store(uri)
         for folder in folders:
-            total += store.send(folder, again=again)
+            total += _send_one(store, folder, again=again)
     except OSError as error:
-        _warn_away(uri, str(error))
+        _warn_away(uri, error)
     return total + Sent(waiting=len(folders) - total.runs)
 
 
@@ -187,11 +219,20 @@ def send_results(experiment: str, folder: Path, uri: str) -> bool:
     try:
         Store(uri).send_results(experiment, folder)
     except OSError as error:
-        _warn_away(uri, str(error))
+        _warn_away(uri, error)
         return False
     return True
 
 
-def _warn_away(uri: str, reason: str) -> None:
-    server = without_user(uri)
-    _logger.warning("%s cannot be used now (%s); all is kept and sent later", server, reason)
+def _send_one(store: Store, folder: Path, *, again: bool = False) -> Sent:
+    """Send what one run has unsent; a run whose journal is damaged is named and left out."""
+    try:
+        return store.send(folder, again=again)
+    except DamagedFileError as error:
+        say_once(f"{error}; what follows is not sent, run its experiment again to mend it")
+        return Sent()
+
+
+def _warn_away(uri: str, error: OSError) -> None:
+    state = "is slow" if isinstance(error, SlowStoreError) else "cannot be used now"
+    _logger.warning("%s %s (%s); all is kept and sent later", without_user(uri), state, error)

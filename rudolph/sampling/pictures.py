@@ -5,6 +5,7 @@ Shapes: H and W pixels.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from rudolph.disk import write_whole
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -26,8 +29,7 @@ def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
     for key, value in told.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(key, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    write_whole(path, partial(image.save, format="PNG", pnginfo=info))
 
 
 def read_told(path: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ segment; a text that is too long loses its end, never its ``EOS``.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import youtokentome
 from torch import Tensor
 
+from rudolph.disk import write_text, write_whole
 from rudolph.sequence.bpe import WORD, WORD_START, read_model, train
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 
@@ -85,10 +85,7 @@ class Tokenizer:
             ValueError: when the texts hold no word, or more characters than ``vocab_size``.
         """
         model = train((normalize(text) for text in texts), vocab_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_text(model.text())
-        os.replace(new, path)
+        write_text(path, model.text())
         return cls(path)
 
     @property
@@ -101,7 +98,8 @@ class Tokenizer:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        path.write_bytes(self.path.read_bytes())
+        """Write the model file to ``path``, whole or not at all."""
+        write_whole(path, lambda new: new.write_bytes(self.path.read_bytes()))
 
     def encode(
         self, text: str, *, dropout: float = 0.0, generator: torch.Generator | None = None

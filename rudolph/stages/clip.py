@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 
 from rudolph.config import digest_of
 from rudolph.data.seeds import mixed_seed
@@ -63,12 +62,12 @@ def make_clip(execution: Execution, splits: Splits, tokenizer: Tokenizer, *, mad
     decides = (config.clip, config.clip_losses, config.clip_optim, config.seed)
     torch.manual_seed(mixed_seed(config.seed, "clip"))
     model = CLIP(config.clip)
-    weights = shared_weights(
+    shared_weights(
         execution,
         f"clip-{digest_of(*decides, made_of)[:16]}",
+        model,
         partial(train_clip, execution, model, splits, tokenizer),
     )
-    model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
 

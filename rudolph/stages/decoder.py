@@ -1,18 +1,19 @@
 """The decoder of a run: its examples, its training, and what of them is scored."""
 
 import csv
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from rudolph.config import RunConfig, digest_of
 from rudolph.data.examples import FilledSource, TokenExamples, task_texts
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Source, Split, Splits
+from rudolph.disk import write_text
 from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.fitting import fit
 from rudolph.gallery import draw_masks
@@ -77,10 +78,9 @@ def make_decoder(
         model.has_compiled_layers = False
 
     name = f"decoder-{digest_of(*decides_decoder(config), made_of, start)[:16]}"
-    weights = shared_weights(execution, name, train)
+    weights = shared_weights(execution, name, model, train)
     if is_main_process():
         keep_file(weights, path)
-    model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
 
@@ -219,8 +219,9 @@ def tell_scored(execution: Execution, examples: TokenExamples) -> None:
             advance(1, 1, f"{share:.1%} of examples; {named}")
         rows.append({"source": each.source.name, "share": share, **scored})
     path = execution.folder / SCORED_TABLE
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
     execution.tracker.log_artifact(path)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rudolph.config import digest_of, plain
@@ -38,12 +37,12 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
     decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
     torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
     model = VQGAN(config.vqgan)
-    weights = shared_weights(
+    shared_weights(
         execution,
         f"vqgan-{digest_of(*decides, data, config.seed_of_vqgan)[:16]}",
+        model,
         partial(train_vqgan, execution, model, pictures),
     )
-    model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
 

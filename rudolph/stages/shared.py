@@ -1,12 +1,17 @@
 """Weights that runs share: trained by the first run that needs them, in the cache."""
 
 import json
+import os
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
+from torch import nn
+
+from rudolph.disk import say_once, set_aside, write_text
 from rudolph.execution import Execution, is_main_process
 from rudolph.fitting import CURVES
+from rudolph.models.weights import read_weights, weights_fault
 from rudolph.results.journal import exclusive
 
 WEIGHTS = "weights.safetensors"
@@ -15,10 +20,13 @@ TAKEN = "shared.txt"
 DAY = 24 * 3600
 
 
-def shared_weights(execution: Execution, name: str, train: Callable[[Path], None]) -> Path:
-    """The weights in the folder ``name`` of the cache; where they are not yet, ``train(weights)``.
+def shared_weights(
+    execution: Execution, name: str, model: nn.Module, train: Callable[[Path], None]
+) -> Path:
+    """Give ``model`` the weights in the folder ``name`` of the cache; return their path.
 
-    Runs that need them at once wait for the one that trains.  Its curves are those of all of them.
+    Where they are not yet, or damaged, ``train(weights)`` makes them.  Runs that need them at once
+    wait for the one that trains.  Its curves are those of all of them.
 
     Args:
         name: of what is trained and the digest of all that decides it.
@@ -29,22 +37,53 @@ def shared_weights(execution: Execution, name: str, train: Callable[[Path], None
     # The other processes of a multi-device run train with the one that holds the lock.
     lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
     taken = execution.folder / TAKEN
-    known = taken.read_text().split() if taken.is_file() else []
+    known = taken.read_text(errors="replace").split() if taken.is_file() else []
     with ExitStack() as stack:
         # Another run's training is no overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
-        if not weights.is_file():
+        if not are_whole(weights, model):
             train(weights)
         elif name not in known:
             replay_curves(execution, folder / CURVES)
     if is_main_process() and name not in known:
-        taken.write_text("\n".join([*known, name]) + "\n")
+        write_text(taken, "\n".join([*known, name]) + "\n")
+    model.load_state_dict(read_weights(weights))
     return weights
 
 
+def are_whole(weights: Path, model: nn.Module) -> bool:
+    """Return whether weights in the cache are there and whole; damaged ones are set aside."""
+    if not os.path.lexists(weights):
+        return False
+    fault = weights_fault(weights, model)
+    if fault and is_main_process():
+        with suppress(FileNotFoundError):
+            aside = set_aside(weights)
+            say_once(f"{weights}: damaged ({fault}), renamed {aside.name}; it is trained again")
+    return not fault
+
+
 def replay_curves(execution: Execution, path: Path) -> None:
-    """Record the curves of a stage that another run trained as this run's own."""
-    for line in path.read_text().splitlines():
-        step, values = json.loads(line)
-        execution.tracker.log_metrics(values, step=step)
+    """Record the curves of a stage that another run trained as this run's own.
+
+    Lines that cannot be read are left out, which is said.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        say_once(f"{path}: {str(error.strerror).lower()}; the curves of its training are left out")
+        return
+    num_damaged = 0
+    for line in lines:
+        try:
+            step, values = json.loads(line)
+            values = {str(name): float(value) for name, value in values.items()}
+            execution.tracker.log_metrics(values, step=int(step))
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            num_damaged += 1
+    if num_damaged or not lines:
+        say_once(
+            f"{path}: damaged, {num_damaged} of {len(lines)} lines are left out; to have whole "
+            f"curves delete {path.parent} and run its experiments again"
+        )

@@ -1,10 +1,12 @@
 """The data of a run, and the tokenizer of its texts: named, from the cache or trained."""
 
+import os
 from typing import Any
 
 from rudolph.config import digest_of
 from rudolph.data.manifests import Manifest
 from rudolph.data.splits import Split, Splits
+from rudolph.disk import say_once, set_aside
 from rudolph.execution import Execution
 from rudolph.results.tracking import tracking_uri
 from rudolph.sequence.tokenizer import Tokenizer
@@ -46,8 +48,12 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
     is_simple = len(train) == 1 and not any(train[0].questions)
     made_of = train[0].digest if is_simple else ["texts", *(split.digest for split in train)]
     path = cache / f"tokenizer-{digest_of([size, made_of])[:16]}.model"
-    if path.is_file():
-        return Tokenizer(path)
+    if os.path.lexists(path):
+        try:
+            return Tokenizer(path)
+        except (ValueError, OSError) as error:
+            aside = set_aside(path)
+            say_once(f"{error}; renamed {aside.name}, the tokenizer is trained again")
     return Tokenizer.train(texts, vocab_size=size, path=path)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +15,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
+from rudolph.disk import append_line, naming
+from rudolph.training.checkpoints import put_checkpoint, require_same_training
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -46,9 +47,10 @@ class StepSeed(pl.Callback):
 class ResumeCheckpoint(pl.Callback):
     """Writes ``last.ckpt`` every so many batches, whole or not at all, with finite weights only.
 
-    It is written as the next batch starts: only then have the loops counted the last one.  It says
-    how many batches its training has and what it learns from; another training refuses it with
-    ``ValueError``, since it would go on from a step that is not its own.
+    The one before it is kept as ``previous.ckpt``, for when the last is damaged.  It is written as
+    the next batch starts: only then have the loops counted the last one.  It says how many batches
+    its training has and what it learns from; another training refuses it with ``ValueError``,
+    since it would go on from a step that is not its own.
     """
 
     def __init__(
@@ -61,17 +63,9 @@ class ResumeCheckpoint(pl.Callback):
         return {"num_batches": self.num_batches, "made_of": self.made_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["num_batches"] != self.num_batches:
-            raise ValueError(
-                f"{self.path}: was written by a training of {state_dict['num_batches']} batches, "
-                f"this one has {self.num_batches}; give the same --micro-batch-size, --devices "
-                f"and --num-nodes, or delete it to start anew"
-            )
-        if state_dict["made_of"] != self.made_of:
-            raise ValueError(
-                f"{self.path}: was written with other data, tokenizer or VQ-GAN; delete it to "
-                f"start anew"
-            )
+        require_same_training(
+            self.path, state_dict, num_batches=self.num_batches, made_of=self.made_of
+        )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
@@ -81,9 +75,14 @@ class ResumeCheckpoint(pl.Callback):
                 raise NonFiniteLossError(f"batch {batch_index}: the weights are not finite")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".new")
-            trainer.save_checkpoint(new)
-            if trainer.is_global_zero:
-                os.replace(new, self.path)
+            try:
+                with naming(self.path, written=new):
+                    trainer.save_checkpoint(new)
+                    if trainer.is_global_zero:
+                        put_checkpoint(new, self.path)
+            finally:
+                if trainer.is_global_zero:
+                    new.unlink(missing_ok=True)
 
 
 class ReportProgress(pl.Callback):
@@ -166,9 +165,7 @@ class MetricLogger(Logger):
             # Lightning's step counts micro-batches, and one too many once a run was resumed.
             number = self.num_steps_done()
             self._log_metrics(values, step=number)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as curves:
-                curves.write(json.dumps([number, values]) + "\n")
+            append_line(self.path, json.dumps([number, values]))
 
 
 def quiet_lightning() -> None:

@@ -1,0 +1,223 @@
+"""Files that are whole or absent, errors that name their file, and damaged files set aside.
+
+A file is written beside its place and renamed, so a killed process or a full disk leaves the old
+file or the new one.  Libraries report failed writes in many ways, often without a file name;
+``naming`` turns all of them into one ``OSError`` with the path, which ``explain`` puts in a line.
+"""
+
+import errno
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+DAMAGED = ".damaged"
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "the file system is read-only; use a folder that can be written",
+    errno.EACCES: "check its permissions and those of its folder",
+    errno.EPERM: "check its permissions and those of its folder",
+    errno.EIO: "check the disk",
+}
+# What torch's zip writer says when the system takes no more bytes.
+TORCH_WRITE_ERROR = re.compile(
+    r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE
+)
+
+_logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+class DamagedFileError(ValueError):
+    """A file does not hold what was written there; the message is one line with its path."""
+
+    def __init__(self, path: Path, reason: str, advice: str = "") -> None:
+        super().__init__(f"{path}: damaged ({reason}){advice and '. '}{advice}")
+        self.path, self.reason = path, reason
+
+
+def explain(error: OSError) -> str:
+    """Return one line: the file, what failed and what to do."""
+    number: int | None = error.errno
+    reason, name = error.strerror, error.filename
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        # ``copytree`` collects (source, target, words) of every file that failed.
+        name, reason = error.args[0][0][1], _plain(str(error.args[0][0][2]))
+        found = re.search(r"\[Errno (\d+)\]", str(error.args[0][0][2]))
+        number = int(found[1]) if found else None
+    elif number in ADVICE and error.filename2 is not None:
+        # A copy names its source first, but it is the target that cannot be written.
+        name = error.filename2
+    place = "a file that has no name here" if name is None else os.fsdecode(name)
+    advice = f". {ADVICE[number].capitalize()}" if number in ADVICE else ""
+    return f"{place}: {(reason or _plain(str(error)) or 'cannot be used').lower()}{advice}"
+
+
+@contextmanager
+def naming(path: Path, *, written: Path | None = None) -> Iterator[None]:
+    """Give every failed read or write inside the name of the file.
+
+    Args:
+        written: the file that is written in its place, whose name means nothing to a reader.
+
+    Raises:
+        OSError: with ``filename`` set.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(written)):
+            raise
+        number = error.errno or _number_in(str(error)) or errno.EIO
+        raise OSError(number, error.strerror or _plain(str(error)), str(path)) from error
+    except SafetensorError as error:
+        found = _number_in(str(error))
+        if found is None:
+            raise
+        raise OSError(found, os.strerror(found), str(path)) from error
+    except RuntimeError as error:
+        if not TORCH_WRITE_ERROR.search(str(error)):
+            raise
+        number = _likely_number(path)
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file with ``write(new)`` beside its place, then rename it.
+
+    Raises:
+        OSError: naming ``path``; what stood there stays.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with naming(path, written=new):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(new)
+            # Renamed before its bytes are on the disk, a power cut would leave an empty file.
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all."""
+    write_whole(path, lambda new: new.write_bytes(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with one space of indentation, whole or not at all."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, whole or not at all; a last line that was cut off is dropped.
+
+    Raises:
+        OSError: naming the file.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            write_all(file, f"{line}\n".encode())
+
+
+def write_all(file: io.FileIO, content: bytes) -> None:
+    """Append bytes to a file without a buffer; of a write that fails half-way nothing stays."""
+    end = os.fstat(file.fileno()).st_size
+    written = 0
+    try:
+        while written < len(content):
+            # On a full disk the system takes a part first and fails at the next call.
+            written += file.write(content[written:])
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        DamagedFileError: when it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        reason = "empty" if not error.doc.strip() else f"not JSON at line {error.lineno}"
+        raise DamagedFileError(path, reason) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"not JSON: {str(error)[:80]}") from error
+
+
+def read_mapping(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """Return the mapping in a JSON file, which must have these keys with values of these kinds.
+
+    Raises:
+        DamagedFileError: naming the key that is missing or of another kind.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, f"expected a mapping, got {type(content).__name__}")
+    for key, kind in kinds.items():
+        if key not in content:
+            raise DamagedFileError(path, f"it lacks {key}")
+        if not isinstance(content[key], kind):
+            raise DamagedFileError(path, f"{key} is a {type(content[key]).__name__}")
+    return content
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to ``<name>.damaged``; return its new path."""
+    aside, count = path.with_name(f"{path.name}{DAMAGED}"), 1
+    while os.path.lexists(aside):
+        count += 1
+        aside = path.with_name(f"{path.name}{DAMAGED}-{count}")
+    os.rename(path, aside)
+    return aside
+
+
+def say_once(line: str) -> None:
+    """Warn with a line that this process has not said before."""
+    if line not in _said:
+        _said.add(line)
+        _logger.warning("%s", line)
+
+
+def _plain(words: str) -> str:
+    return re.sub(r"^\[Errno \d+\] ", "", " ".join(words.split()))
+
+
+def _number_in(words: str) -> int | None:
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", words)
+    return int(found[1] or found[2]) if found else None
+
+
+def _likely_number(path: Path) -> int:
+    """Return why torch could not write, which it does not tell."""
+    if shutil.disk_usage(path.parent).free < 1 << 20:
+        return errno.ENOSPC
+    try:
+        import resource
+    except ImportError:  # Windows
+        return errno.EIO
+    is_limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if is_limited else errno.EIO
