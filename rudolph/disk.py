@@ -52,9 +52,9 @@ def explain(error: OSError) -> str:
     reason, name = error.strerror, error.filename
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         # ``copytree`` collects (source, target, words) of every file that failed.
-        name, reason = error.args[0][0][1], _plain(str(error.args[0][0][2]))
-        found = re.search(r"\[Errno (\d+)\]", str(error.args[0][0][2]))
-        number = int(found[1]) if found else None
+        _, name, words = error.args[0][0]
+        number = _number_in(str(words))
+        reason = os.strerror(number) if number else _plain(str(words))
     elif number in ADVICE and error.filename2 is not None:
         # A copy names its source first, but it is the target that cannot be written.
         name = error.filename2
@@ -95,18 +95,24 @@ def naming(path: Path, *, written: Path | None = None) -> Iterator[None]:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file with ``write(new)`` beside its place, then rename it.
 
+    A link stays, and so does a device such as ``/dev/stdout``, which is written directly.
+
     Raises:
         OSError: naming ``path``; what stood there stays.
     """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    place = Path(os.path.realpath(path))
+    new = place.with_name(f"{place.name}.{os.getpid()}.new")
     with naming(path, written=new):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            write(place)
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(new)
             # Renamed before its bytes are on the disk, a power cut would leave an empty file.
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(new, path)
+            os.replace(new, place)
         finally:
             new.unlink(missing_ok=True)
 
@@ -158,7 +164,7 @@ def read_json(path: Path) -> Any:
         DamagedFileError: when it holds no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DamagedFileError(path, f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
