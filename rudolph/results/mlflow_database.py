@@ -69,7 +69,7 @@ def holds_nothing(database: Path) -> bool:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             raise SlowStoreError(f"{database}: another program uses it") from error
         raise ConnectionError(f"{database}: {error}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise ConnectionError(f"{database}: {error}; {advice}") from error
 
 

@@ -242,7 +242,8 @@ def _away() -> Iterator[None]:
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ConnectionError(f"MLflow cannot be imported: {_one_line(error)}") from error
-    kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
+    # Texts of a damaged database may be no UTF-8.
+    kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, UnicodeError)
     try:
         yield
     except (SlowStoreError, DamagedFileError):
