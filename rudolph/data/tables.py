@@ -232,7 +232,7 @@ def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
         if wanted <= set(map(_folded, found)):
             return separator
     # None has all: the message about the missing column names the columns that a reader sees.
-    if len(names[usual]) > 1:
+    if len(names[usual]) != 1:
         return usual
     return max(names, key=lambda separator: len(names[separator]))
 
