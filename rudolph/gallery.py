@@ -1,6 +1,7 @@
 """Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts.
 
-Those that runs have in common are drawn by the first of them.
+Those that runs have in common are drawn by the first of them.  Matplotlib is imported only where
+a picture is drawn.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from rudolph.data.splits import Split, Splits
 from rudolph.evaluation.asking import without_note
 from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.models.decoder import MaskedDecoder
-from rudolph.results.drawings import mask_picture, reconstructions, sample_grid
 from rudolph.sampling.pipeline import OnToken, Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
@@ -32,11 +32,13 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
     names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_sees_left
 
     def draw(path: Path) -> None:
+        from rudolph.results import drawings
+
         rules = {name: parse_mask(name) for name in names}
         if not sees_left:
             rules = {name: right_without_left(rule) for name, rule in rules.items()}
         tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
-        mask_picture(tables, path, segments=model.layout.segment_lengths)
+        drawings.mask_picture(tables, path, segments=model.layout.segment_lengths)
 
     path = execution.folder / "samples" / "masks.png"
     draw_once(execution, path, draw, decided_by=(names, sees_left, plain(model.layout)))
@@ -54,10 +56,12 @@ def draw_samples(
     folder = execution.folder / "samples"
 
     def draw(path: Path) -> None:
+        from rudolph.results import drawings
+
         seen = splits.with_pictures("validation")
         originals = torch.cat([split.pictures(_spread(split, len(seen))) for split in seen])
         decoded = pipeline.decode(pipeline.encode(originals))
-        reconstructions(to_bytes(originals), to_bytes(decoded), path)
+        drawings.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
     draw_once(execution, folder / "reconstructions.png", draw, decided_by=(made_of,))
     tasks = {(row.dataset, row.task) for row in splits.config.mixture}
@@ -90,11 +94,13 @@ def draw_once(
 
 def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
     """Pictures of a split with what the decoder says of them."""
+    from rudolph.results import drawings
+
     pictures = split.pictures(_spread(split))
     sampling = execution.config.sampling.text
     captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
     path = execution.folder / "samples" / f"captions-{split.name}.png"
-    sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+    drawings.sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
 
 
 def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
@@ -108,6 +114,8 @@ def draw_prompts(
     pipeline: Pipeline, config: RunConfig, path: Path, *, on_token: OnToken | None = None
 ) -> None:
     """Pictures of the fixed prompts of a configuration, as it draws and seeds them."""
+    from rudolph.results import drawings
+
     prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
     seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
     pictures = pipeline.pictures(
@@ -115,7 +123,7 @@ def draw_prompts(
     )
     labels = [prompt for prompt in prompts for _ in range(number)]
     columns = max(GRID_COLUMNS // number, 1) * number
-    sample_grid(to_bytes(pictures), labels, path, columns=columns)
+    drawings.sample_grid(to_bytes(pictures), labels, path, columns=columns)
 
 
 def _spread(split: Split, num_splits: int = 1) -> list[int]:

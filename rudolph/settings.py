@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
 
 # Nothing is coerced and nothing unknown is ignored; dataclasses inside take it over.
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+STRICT: "ConfigDict" = {"extra": "forbid", "allow_inf_nan": False, "strict": True}
 KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
 
 
@@ -103,6 +105,9 @@ def flat_settings(
 
 def typed(path: Path, kind: Any, content: Any, place: str = "") -> Any:
     """``content`` as ``kind``; ``ConfigError`` for its first mistake."""
+    # Needed only to read files, not to build a configuration in code.
+    from pydantic import ValidationError
+
     try:
         # Through JSON, so that lists become tuples while "5" does not become 5.
         return _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
@@ -214,7 +219,9 @@ def _known_keys(kind: Any) -> dict[str, bool]:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -185,3 +186,19 @@ def test_task_tokens_have_the_references_ids() -> None:
     assert Vocabulary(16384, 0, 64).task_token("<LT_T2I>") is None
     with pytest.raises(ValueError, match="at least 17, got 6"):
         Vocabulary(16384, 6, 64).task_token("<RT_REC>")
+
+
+def test_without_youtokentome_ids_and_texts_are_the_same(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An entry of None makes ``import youtokentome`` fail as if it were not installed.
+    monkeypatch.setitem(sys.modules, "youtokentome", None)
+    bare = Tokenizer(tokenizer.path)
+    assert bare.fast is None and tokenizer.fast is not None
+    assert bare.vocab_size == tokenizer.fast.vocab_size()
+    for text in [*TEXTS, *random_texts(300)]:
+        assert bare.encode(text) == tokenizer.encode(text)
+    rng = random.Random(2)
+    for _ in range(300):
+        ids = rng.choices(range(bare.vocab_size), k=rng.randrange(12))
+        assert bare.decode(ids) == tokenizer.decode(ids)

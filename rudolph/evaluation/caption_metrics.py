@@ -20,7 +20,6 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from rapidfuzz.distance import LCSseq
 
 Tokenize = Callable[[str], list[str]]
 Ngram = tuple[str, ...]
@@ -56,6 +55,8 @@ def rouge_l(caption: str, references: Sequence[str], *, tokenize: Tokenize = wor
     Raises:
         ValueError: when there is no reference.
     """
+    from rapidfuzz.distance import LCSseq
+
     _require_references([references])
     said = tokenize(caption)
     others = [tokenize(reference) for reference in references]

@@ -16,7 +16,6 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
 # What each setting of ``Normalization.punctuation`` removes.
 PUNCTUATION = {
@@ -192,6 +191,8 @@ def _edit_counts(
     truths: Sequence[str],
     symbols: Callable[[str], Sequence[Hashable]],
 ) -> EditCounts:
+    from rapidfuzz.distance import Levenshtein
+
     if len(predictions) != len(truths):
         raise ValueError(f"got {len(predictions)} predictions for {len(truths)} truths")
     pairs = [(symbols(a), symbols(b)) for a, b in zip(predictions, truths, strict=True)]
@@ -207,5 +208,7 @@ def edit_similarity(
 
     Not 1 - CER, whose denominator is the length of the truth.
     """
+    from rapidfuzz.distance import Levenshtein
+
     predicted, expected = (normalize(text, normalization) for text in (prediction, truth))
     return Levenshtein.normalized_similarity(predicted, expected)

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,7 +36,9 @@ class BPEModel:
     characters: dict[int, int]
     merges: dict[Pair, tuple[int, int]]
 
-    def encode_word(self, word: str, dropout: float, generator: torch.Generator) -> list[int]:
+    def encode_word(
+        self, word: str, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> list[int]:
         """Ids of a word that starts with ``WORD_START``; a run of unknown characters is one."""
         tokens: list[int] = []
         for character in word:
@@ -45,12 +48,41 @@ class BPEModel:
         while True:
             pairs = enumerate(pairwise(tokens))
             found = [(self.merges[pair], at) for at, pair in pairs if pair in self.merges]
-            kept = torch.rand(len(found), generator=generator) >= dropout
-            found = [merge for merge, keep in zip(found, kept.tolist(), strict=True) if keep]
+            if dropout:
+                kept = torch.rand(len(found), generator=generator) >= dropout
+                found = [merge for merge, keep in zip(found, kept.tolist(), strict=True) if keep]
             if not found:
                 return tokens
             (_, merged), at = min(found)
             tokens[at : at + 2] = [merged]
+
+    def encode(
+        self, text: str, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> list[int]:
+        """Return the ids of the words of a text."""
+        return [
+            token
+            for word in WORD.findall(text)
+            for token in self.encode_word(WORD_START + word, dropout, generator)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; an unknown character reads ``<UNK>``."""
+        text = "".join(self.pieces[token] for token in ids)
+        return text.replace(WORD_START, " ").removeprefix(" ")
+
+    @property
+    def vocab_size(self) -> int:
+        return NUM_SPECIALS + len(self.characters) + len(self.merges)
+
+    @cached_property
+    def pieces(self) -> dict[int, str]:
+        """The text of each id."""
+        pieces = {PAD: "<PAD>", UNK: "<UNK>", BOS: "<BOS>", EOS: "<EOS>"}
+        pieces |= {token: chr(code) for code, token in self.characters.items()}
+        for (left, right), (_, new) in self.merges.items():
+            pieces[new] = pieces[left] + pieces[right]
+        return pieces
 
     def text(self) -> str:
         """The model file."""

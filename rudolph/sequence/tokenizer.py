@@ -1,7 +1,8 @@
 """Text to BPE ids and back: YouTokenToMe behind a small class.
 
 YouTokenToMe encodes and decodes.  Its BPE-dropout draws from one unseeded stream of the process
-and its training is not repeatable, so both are done by ``rudolph.sequence.bpe``.
+and its training is not repeatable, so both are done by ``rudolph.sequence.bpe``.  Where
+YouTokenToMe is not installed, that module encodes and decodes too: the same ids, more slowly.
 
 Text is lower-cased and stripped as RuDOLPH does (``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a
 segment; a text that is too long loses its end, never its ``EOS``.
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import youtokentome
 from torch import Tensor
 
 from rudolph.disk import write_text, write_whole
@@ -55,6 +55,15 @@ class Segment(NamedTuple):
     num_cut: int
 
 
+def open_youtokentome(path: Path) -> Any:
+    """Return YouTokenToMe's model of a file, or None where the package is not installed."""
+    try:
+        import youtokentome
+    except ModuleNotFoundError:
+        return None
+    return youtokentome.BPE(str(path), n_threads=1)
+
+
 def normalize(text: str) -> str:
     """Lower case, no space around; what cannot be written as UTF-8 becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8").lower().strip()
@@ -75,7 +84,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such tokenizer file")
         self.model = read_model(self.path)
-        self.bpe = youtokentome.BPE(str(self.path), n_threads=1)
+        self.fast = open_youtokentome(self.path)
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, path: Path) -> "Tokenizer":
@@ -90,7 +99,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self.bpe.vocab_size()
+        return self.model.vocab_size
 
     @property
     def digest(self) -> str:
@@ -112,14 +121,10 @@ class Tokenizer:
         """
         text = normalize(text)
         if dropout == 0:
-            return self.bpe.encode([text], output_type=youtokentome.OutputType.ID)[0]
+            return self.model.encode(text) if self.fast is None else self.fast.encode([text])[0]
         if generator is None:
             raise ValueError("BPE-dropout draws at random and needs a generator")
-        return [
-            token
-            for word in WORD.findall(text)
-            for token in self.model.encode_word(WORD_START + word, dropout, generator)
-        ]
+        return self.model.encode(text, dropout, generator)
 
     def encode_segment(
         self,
@@ -156,7 +161,9 @@ class Tokenizer:
                 break
             if token not in (PAD, BOS) and token < self.vocab_size:
                 kept.append(token)
-        return self.bpe.decode([kept])[0] if kept else ""
+        if not kept:
+            return ""
+        return self.model.decode(kept) if self.fast is None else self.fast.decode([kept])[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

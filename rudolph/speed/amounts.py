@@ -22,6 +22,9 @@ WIDTHS = {
     "half": (2, 4),
     "int8": (1, 4),
     "transformers": (2, 2),
+    # On a GPU weights and cache are held in the same type.
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
 }
 
 

@@ -54,13 +54,7 @@ def make_decoder(
     config = execution.config
     path = execution.folder / "checkpoints" / "decoder.safetensors"
     path.parent.mkdir(exist_ok=True)
-    torch.manual_seed(mixed_seed(config.seed, "decoder"))
-    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
-    if config.decoder.paired_start:
-        model.start_by_name(partial(mixed_seed, config.seed, "decoder"))
-    if config.decoder.image_start == "codebook":
-        every = torch.arange(config.vqgan.quantizer.num_codes)
-        model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
+    model = new_decoder(config, vqgan)
     draw_masks(execution, model)
     start = start_from(execution, model)
     if config.decoder_optim.num_steps == 0:
@@ -82,6 +76,18 @@ def make_decoder(
     if is_main_process():
         keep_file(weights, path)
     return model.eval().requires_grad_(False)
+
+
+def new_decoder(config: RunConfig, vqgan: VQGAN) -> MaskedDecoder:
+    """Return the decoder of a run before any training, as the run's seed initialises it."""
+    torch.manual_seed(mixed_seed(config.seed, "decoder"))
+    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    if config.decoder.paired_start:
+        model.start_by_name(partial(mixed_seed, config.seed, "decoder"))
+    if config.decoder.image_start == "codebook":
+        every = torch.arange(config.vqgan.quantizer.num_codes)
+        model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
+    return model
 
 
 def decides_decoder(config: RunConfig) -> tuple[Any, ...]:
