@@ -8,10 +8,12 @@ export PYTHON VENV TORCH EXTRAS NO_UV
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test notebook mlflow reference
+.PHONY: help setup quickstart test notebook mlflow reference gpu-check
+# A machine lent for minutes has torch and Lightning, and no time for a set-up.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 
 help: ## what can be made
-	@sed -n 's/^\([a-z]*\): [a-z]*[ ]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\): [a-z]*[ ]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## the environment; free when it is there already
 	@$(PYTHON) .ci/bootstrap.py
@@ -32,3 +34,6 @@ mlflow: setup ## the tracking server, light: one worker, no job queue
 reference: setup ## the published packages that experiments/speed compare with
 	$(VENV)/bin/python -m pip install --no-deps --target data/reference \
 		rudolph==0.0.1rc10 rudalle==1.1.3 taming-transformers==0.0.1
+
+gpu-check: ## check and measure on one GPU; GPU_FLAGS="--minutes 5" or --smoke
+	$(GPU_PYTHON) -m rudolph.gpu_check $(GPU_FLAGS)

@@ -60,6 +60,8 @@ MAY_IMPORT = {
     | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}
     | {"experiment_file", "searching"}
     | {"released", "sources", "packing", "laboratory"},
+    "gpu_check": BELOW_CONFIG
+    | {"settings", "config", "experiment_file", "execution", "fitting", "stages", "speed"},
     "__main__": {"cli"},
 }
 OWNERS = {

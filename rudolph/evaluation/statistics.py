@@ -5,6 +5,7 @@ Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 192
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,11 +104,30 @@ def ratio_interval(
     return repeated_interval(above / below)
 
 
+@cache
 def student_quantile(freedom: int) -> float:
-    """The t between whose negative and itself ``LEVEL`` of Student's distribution lies."""
-    from scipy.stats import t
+    """Return the t between whose negative and itself ``LEVEL`` of Student's distribution lies.
 
-    return float(t.ppf((1 + LEVEL) / 2, freedom))
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, solved for the angle by bisection.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        is_below = _student_inside(angle, freedom) < LEVEL
+        low, high = (angle, high) if is_below else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_inside(angle: float, freedom: int) -> float:
+    """Return the probability of a t nearer to 0 than ``sqrt(freedom) * tan(angle)``."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = freedom % 2
+    term = cosine if is_odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for power in range(2 + is_odd, freedom - 1, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
 
 
 def resampled_interval(

@@ -1,0 +1,78 @@
+"""The command: ``python -m rudolph.gpu_check``, or ``make gpu-check``.
+
+It needs torch, Lightning, torchmetrics, NumPy, pandas, PyYAML, Pillow and safetensors, and nothing
+else of what the package depends on.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rudolph.gpu_check.plan import PLAN
+from rudolph.gpu_check.runner import ROOT, Check, worker_command
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rudolph.gpu_check",
+        description="Check and measure the package on one GPU; finished parts are skipped.",
+    )
+    parser.add_argument("--out", type=Path, help="results go here [$OUT or results/speed/gpu]")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts [8]")
+    parser.add_argument("--parts", help=f"some of {','.join(PLAN)} [all]")
+    parser.add_argument("--again", action="store_true", help="repeat finished parts")
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, on the CPU")
+    parser.add_argument("--commit", help="recorded with the results [git rev-parse HEAD]")
+    return parser
+
+
+def commit_here() -> str:
+    """Return the commit of the checkout, or "unknown" where there is no git."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> int:
+    given = arguments().parse_args()
+    names = given.parts.split(",") if given.parts else list(PLAN)
+    unknown = [name for name in names if name not in PLAN]
+    if unknown:
+        known = ", ".join(PLAN)
+        raise ValueError(f"--parts: expected some of {known}, got {unknown[0]!r}. Change the name")
+    if not given.minutes > 0:
+        raise ValueError(
+            f"--minutes: expected a number above 0, got {given.minutes:g}. Give more time"
+        )
+    sizes = "smoke" if given.smoke else "full"
+    folder = given.out or Path(os.environ.get("OUT") or "results/speed/gpu")
+    if given.smoke and given.out is None:
+        raise ValueError("--out: expected a folder with --smoke, got none. Name one")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {folder}. Name another")
+    # Budgets are for a GPU; a slow core may take its time.
+    plan = {name: replace(part, seconds=1800.0) for name, part in PLAN.items()}
+    check = Check(
+        worker_command(sizes),
+        folder,
+        sizes,
+        given.minutes,
+        is_again=given.again,
+        commit=given.commit or commit_here(),
+        plan=plan if given.smoke else PLAN,
+    )
+    return check.run([name for name in PLAN if name in names])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

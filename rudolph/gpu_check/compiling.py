@@ -1,0 +1,163 @@
+"""Compiled code and CUDA graphs against plain calls: training steps and steps of a decoding."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rudolph.gpu_check.equalities import gradient_of, relative_error
+from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.sizes import Geometry, Sizes
+from rudolph.models.cache import KeyValueCache
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.layer import run_layer
+from rudolph.models.steady import SteadyLook, SteadyReads
+
+NUM_STEPS = 6
+
+
+def compile_cases(sizes: Sizes) -> Iterator[Case]:
+    """Give each way to compile a decoder against the same decoder uncompiled."""
+    yield Case("CUDA graph of a decoding step", partial(compare_graph, sizes))
+    yield Case("compiled decoding steps", partial(compare_decoding, sizes))
+    for has_checkpointing in (False, True):
+        name = "compiled training step" + (", checkpointing" if has_checkpointing else "")
+        yield Case(name, partial(compare_training, sizes, has_checkpointing))
+    yield Case("reduce-overhead training step", partial(compare_reduced_overhead, sizes))
+
+
+def compare_training(sizes: Sizes, has_checkpointing: bool) -> Iterator[Row]:
+    torch._dynamo.reset()
+    tokens, gradients = sizes.checked.tokens(4, sizes.device), []
+    for is_compiled in (False, True):
+        model = sizes.checked.model(sizes.device).train()
+        model.has_compiled_layers, model.has_checkpointing = is_compiled, has_checkpointing
+        gradients.append(gradient_of(model, tokens))
+    yield Row("gradient", relative_error(*reversed(gradients)), "relative error", 1e-4)
+
+
+def compare_reduced_overhead(sizes: Sizes) -> Iterator[Row]:
+    """Compare the gradient of a model compiled whole, whose kernels are replayed as a graph."""
+    torch._dynamo.reset()
+    tokens = sizes.checked.tokens(4, sizes.device)
+    plain = gradient_of(sizes.checked.model(sizes.device).train(), tokens)
+    model = sizes.checked.model(sizes.device).train()
+    reduced = torch.compile(model.hidden, mode="reduce-overhead", dynamic=False)
+    # The first calls warm up and record; the last one is a replay.
+    for _ in range(1 if sizes.is_smoke else 4):
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        found = gradient_of(model, tokens, reduced).clone()
+    yield Row("gradient", relative_error(found, plain), "relative error", 1e-4)
+
+
+@torch.inference_mode()
+def compare_decoding(sizes: Sizes) -> Iterator[Row]:
+    """Compare the hidden states of some compiled steps, at several batch sizes."""
+    for batch in (1, 8):
+        torch._dynamo.reset()
+        hidden = []
+        for is_compiled in (False, True):
+            model = sizes.checked.model(sizes.device).eval()
+            model.has_compiled_layers = is_compiled
+            cache, steps = started_decoding(model, sizes.checked, batch)
+            hidden.append(torch.cat([model.hidden(step, cache) for step in steps], dim=1))
+        error = relative_error(*reversed(hidden))
+        yield Row(f"batch {batch}, hidden states", error, "relative error", 1e-4)
+        if sizes.is_smoke:
+            return
+
+
+@torch.inference_mode()
+def compare_graph(sizes: Sizes) -> Iterator[Row]:
+    if sizes.device.type != "cuda":
+        raise UnavailableError("needs CUDA")
+    model = sizes.checked.model(sizes.device).eval()
+    for batch in (1, 8):
+        cache, steps = started_decoding(model, sizes.checked, batch)
+        plain = torch.cat([model.image_logits(model.hidden(step, cache)) for step in steps], dim=1)
+        cache, steps = started_decoding(model, sizes.checked, batch)
+        graph = GraphedStep(model, cache, run_layer)
+        replayed = torch.cat([graph(step).clone() for step in steps], dim=1)
+        error = relative_error(replayed, plain)
+        yield Row(f"batch {batch}, logits", error, "relative error", 1e-5)
+
+
+def started_decoding(
+    model: MaskedDecoder, geometry: Geometry, batch: int, num_steps: int = NUM_STEPS
+) -> tuple[KeyValueCache, tuple[Tensor, ...]]:
+    """Return a cache that holds one text, and random image tokens ``(batch, 1)`` for each step."""
+    device = model.final_norm.weight.device
+    left = geometry.tokens(1, device)[:, : geometry.layout.left_text_length]
+    cache = model.new_cache(1, num_positions=left.shape[1])
+    model.hidden(left, cache)
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, num_steps)
+    tokens = torch.randint(geometry.vocabulary.codebook_size, shape, generator=generator)
+    cache = cache.repeat(batch, num_positions=num_steps)
+    return cache, torch.split(tokens.to(device), 1, dim=1)
+
+
+class GraphedStep:
+    """One decoding step, all layers and the head, recorded once and replayed at every position.
+
+    A graph reads and writes fixed memory, so what changes from step to step is copied there before
+    a replay: the embedded tokens, where the new keys and values go, and which keys are read.
+    """
+
+    def __init__(
+        self, model: MaskedDecoder, cache: KeyValueCache, run: Callable[..., Tensor]
+    ) -> None:
+        self.model, self.cache, self.run_layer = model, cache, run
+        looks = cache.steady_looks(model.mask_of_layer)
+        weight = model.final_norm.weight
+        batch = cache.own.shape[2] * cache.own.shape[4]
+        self.x = weight.new_zeros(batch, 1, len(weight))
+        self.place = looks[0].place.clone()
+        # One copy for each mask, which its layers share.
+        self.reads: dict[int, Any] = {
+            mask: tuple(read and SteadyReads(*map(_copy, read)) for read in look.reads)
+            for mask, look in zip(model.mask_of_layer, looks, strict=True)
+        }
+        self.looks = [
+            SteadyLook(look.shared, look.own, self.place, self.reads[mask])
+            for mask, look in zip(model.mask_of_layer, looks, strict=True)
+        ]
+        self._record()
+
+    def _record(self) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+    def _step(self) -> Tensor:
+        x = self.x
+        for layer, look in zip(self.model.layers, self.looks, strict=True):
+            x = self.run_layer(layer, x, look)
+        return self.model.image_logits(self.model.logits_norm(self.model.final_norm(x)))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits after tokens ``(B, 1)``; the next call overwrites them."""
+        self.x.copy_(self.model.embed(tokens, self.cache.length))
+        looks = self.cache.steady_looks(self.model.mask_of_layer)
+        self.place.copy_(looks[0].place)
+        for mask, look in dict(zip(self.model.mask_of_layer, looks, strict=True)).items():
+            for own, read in zip(self.reads[mask], look.reads, strict=True):
+                for target, source in zip(own or (), read or (), strict=True):
+                    if source is not None:
+                        target.copy_(source)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

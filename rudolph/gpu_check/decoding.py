@@ -1,0 +1,109 @@
+"""Image tokens of RUDOLPH's sizes: the whole sampling loop, and single steps as a CUDA graph."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+from rudolph.gpu_check.compiling import GraphedStep, started_decoding
+from rudolph.gpu_check.equalities import short
+from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.sizes import SAMPLING, Geometry, Sizes
+from rudolph.gpu_check.timing import copy_limit, synchronize
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.layer import run_layer
+from rudolph.sampling.generate import generate_image
+from rudolph.speed.amounts import decode_bytes
+from rudolph.speed.decoding import EnoughError
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def decoding_cases(name: str, sizes: Sizes) -> Iterator[Case]:
+    """Give one decoder by batch size, precision and way of calling, the most telling first."""
+    geometry, batches = sizes.decoders[name], sizes.decode_batches
+    ways = [(BF16, "plain", batches), (BF16, "graph", batches)]
+    # A compilation takes seconds for each batch size.
+    ways += [(BF16, "compiled", (batches[0], batches[-1])), (FP16, "plain", batches)]
+    for dtype, way, own in ways:
+        for batch in own:
+            case = f"{short(dtype)}, {way}, batch {batch}"
+            yield Case(case, partial(MEASURES[way], sizes, geometry, dtype, batch, way))
+
+
+def measure_loop(
+    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
+) -> Iterator[Row]:
+    """Time the tokens of ``generate_image``, sampling included."""
+    torch._dynamo.reset()
+    model = geometry.model(sizes.device).eval().to(dtype)
+    model.has_compiled_layers = way == "compiled"
+    left = geometry.tokens(1, sizes.device)[:, : geometry.layout.left_text_length]
+    times: list[float] = []
+
+    def on_token(done: int) -> None:
+        synchronize(sizes.device)
+        times.append(time.perf_counter())
+        if len(times) > geometry.num_tokens:
+            raise EnoughError
+
+    started = time.perf_counter()
+    with suppress(EnoughError):
+        generate_image(model, left, config=SAMPLING, seeds=range(batch), on_token=on_token)
+    yield Row("first token", times[0] - started, "s")
+    seconds = median(later - earlier for earlier, later in pairwise(times))
+    yield from token_rows(sizes, geometry, dtype, batch, seconds, note="with sampling")
+
+
+def measure_graph(
+    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
+) -> Iterator[Row]:
+    """Time steps that are replayed as a CUDA graph, without sampling."""
+    if sizes.device.type != "cuda":
+        raise UnavailableError("needs CUDA")
+    model = geometry.model(sizes.device).eval().to(dtype)
+    yield from graph_rows(sizes, geometry, model, batch)
+
+
+@torch.inference_mode()
+def graph_rows(
+    sizes: Sizes, geometry: Geometry, model: MaskedDecoder, batch: int
+) -> Iterator[Row]:
+    dtype = model.final_norm.weight.dtype
+    cache, steps = started_decoding(model, geometry, batch, geometry.num_tokens)
+    graph = GraphedStep(model, cache, run_layer)
+    seconds = []
+    for step in steps:
+        started = time.perf_counter()
+        graph(step)
+        synchronize(sizes.device)
+        seconds.append(time.perf_counter() - started)
+    yield from token_rows(sizes, geometry, dtype, batch, median(seconds), note="without sampling")
+
+
+def token_rows(
+    sizes: Sizes,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    batch: int,
+    seconds: float,
+    *,
+    note: str,
+) -> Iterator[Row]:
+    """Give the rows of a step that takes some seconds for one token of each image."""
+    yield Row("token", 1e3 * seconds, "ms", note=note)
+    yield Row("tokens", batch / seconds, "tokens/s")
+    rate = decode_bytes(sizes.subject(geometry, batch), short(dtype)) * batch / seconds
+    yield Row("needed bytes", rate / 1e9, "GB/s")
+    yield Row("fraction of measured copy", rate / copy_limit(sizes.limit_bytes, sizes.device))
+
+
+MEASURES: dict[str, Callable[..., Iterator[Row]]] = {
+    "plain": measure_loop,
+    "compiled": measure_loop,
+    "graph": measure_graph,
+}

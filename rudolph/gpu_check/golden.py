@@ -1,0 +1,119 @@
+"""Golden outputs of the reference packages against this device, in float32 without TF32."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.sizes import Sizes
+from rudolph.models.pretrained import from_reference
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.generate import generate_image
+from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
+
+PARITY = Path(__file__).resolve().parents[2] / "tests" / "parity"
+FAMILIES = {
+    "rudolph_350m_like": "rudolph",
+    "rudolph_plain_norms": "rudolph",
+    "rudolph_v1_no_specials": "rudolph",
+    "rudalle_v2": "rudalle",
+    "rudalle_v3": "rudalle",
+    "sber_vqgan": "vqgan",
+    "sber_vqgan_dwt": "vqgan",
+    "ruclip": "ruclip",
+    "realesrgan_x2": "realesrgan",
+    "realesrgan_x4": "realesrgan",
+    "realesrgan_x8": "realesrgan",
+}
+# On the CPU, where the golden data was made, and elsewhere: sums in another order.
+LIMITS = {"cpu": 1e-5, "cuda": 1e-4}
+
+Io = Mapping[str, Tensor]
+
+
+def golden(sizes: Sizes) -> Iterator[Case]:
+    """Give one case for each model of the golden data."""
+    for name in FAMILIES:
+        yield Case(name, partial(compare, name, sizes.device))
+
+
+@torch.no_grad()
+def compare(name: str, device: torch.device) -> Iterator[Row]:
+    """Yield the largest error of each output of a case."""
+    folder = PARITY / name
+    if not folder.is_dir():
+        raise UnavailableError("needs tests/parity of the repository")
+    config = json.loads((folder / "config.json").read_text())
+    weights, io = (load_file(folder / f"{part}.safetensors") for part in ("weights", "io"))
+    # Everything that is uint8 in these files was boolean.
+    weights = {
+        key: value.bool() if value.dtype == torch.uint8 else value
+        for key, value in weights.items()
+    }
+    model = from_reference(FAMILIES[name], config, weights).eval().to(device)
+    io = {key: value.to(device) for key, value in io.items()}
+    for output, found in OUTPUTS[FAMILIES[name]](model, io):
+        expected = io[output]
+        if found.dtype == torch.int64:
+            differing = (found != expected).sum().item()
+            yield Row(output, differing, "differing tokens", limit=0)
+        else:
+            error = (found - expected).abs().max().item()
+            yield Row(output, error, "largest error", limit=LIMITS[device.type])
+
+
+def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    tokens, left = io["tokens"], model.layout.left_text_length
+    yield "logits", model(tokens)
+    yield "logits_left", model(tokens[:, :left])
+    yield "logits_left_image", model(tokens[:, : model.layout.right_text_start])
+    config = DecoderLossConfig(first_image_token="legacy")
+    losses = segment_losses(model, tokens, config)
+    yield "loss_w_1_7_1", weighted_mean(losses, config.weights)
+    if "grad_qkv_0" in io:
+        with torch.enable_grad():
+            weighted_mean(segment_losses(model, tokens, config), config.weights).backward()  # type: ignore[no-untyped-call]
+        yield "grad_qkv_0", model.layers[0].to_qkv.weight.grad
+    if "greedy_image" in io:
+        greedy, seeds = TokenSamplingConfig(top_k=1), range(len(tokens))
+        drawn = generate_image(model, tokens[:, :left], config=greedy, seeds=seeds)
+        yield "greedy_image", drawn
+
+
+def rudalle_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    tokens = io["tokens"]
+    yield "logits", model(tokens)
+    yield "logits_text", model(tokens[:, : model.layout.left_text_length])
+    config = DecoderLossConfig(1, 7, 0, first_image_token="legacy")
+    yield "loss", weighted_mean(segment_losses(model, tokens, config), config.weights)
+
+
+def vqgan_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    yield "indices", model.encode_indices(io["images"])
+    # Of the golden indices, so that a code at a tie does not count twice.
+    yield "decoded", model.decode_indices(io["indices"])
+
+
+def ruclip_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    yield "logits_per_image", model(io["input_ids"], io["pixel_values"])[0]
+    yield "text_features", model.encode_text(io["input_ids"])
+    yield "image_features", model.encode_image(io["pixel_values"])
+
+
+def realesrgan_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    yield "upscaled", model(io["images"])
+
+
+OUTPUTS = {
+    "rudolph": rudolph_outputs,
+    "rudalle": rudalle_outputs,
+    "vqgan": vqgan_outputs,
+    "ruclip": ruclip_outputs,
+    "realesrgan": realesrgan_outputs,
+}

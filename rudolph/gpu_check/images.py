@@ -1,0 +1,118 @@
+"""The VQ-GAN's encoder and decoder and the upscaler: images per second by precision and layout."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from rudolph.gpu_check.equalities import relative_error
+from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.sizes import Sizes
+from rudolph.gpu_check.timing import median_seconds
+from rudolph.gpu_check.training import operation_rows
+from rudolph.models import strips
+from rudolph.models.upscaler import Upscaler
+from rudolph.models.vqgan import VQGAN
+from rudolph.speed.amounts import upscaler_operations, vqgan_operations
+
+# Type of weights and images, whether float32 may be rounded to TF32, channels last in memory.
+SETTINGS = {
+    "float32": (torch.float32, False, False),
+    "float32 with TF32": (torch.float32, True, False),
+    "bfloat16": (torch.bfloat16, False, False),
+    "bfloat16, channels last": (torch.bfloat16, False, True),
+}
+LARGEST_ERROR = 0.1
+
+
+def image_cases(sizes: Sizes) -> Iterator[Case]:
+    """Give both networks in each setting."""
+    subject = sizes.subject(sizes.checked)
+    measures = {
+        "VQ-GAN": partial(measure_vqgan, vqgan_operations(subject)),
+        "upscaler": partial(measure_upscaler, upscaler_operations(subject)),
+    }
+    for name, measure in measures.items():
+        for setting in SETTINGS:
+            yield Case(f"{name}, {setting}", partial(in_setting, measure, sizes, setting))
+
+
+def in_setting(
+    measure: Callable[[Sizes, torch.dtype, torch.memory_format], Iterator[Row]],
+    sizes: Sizes,
+    setting: str,
+) -> Iterator[Row]:
+    """Measure with TF32 and the memory layout of a setting, and put both back."""
+    dtype, has_tf32, is_last = SETTINGS[setting]
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = has_tf32
+    try:
+        # The networks choose the layout by the device; here both are tried on it.
+        with patch.object(strips, "layout_of", lambda x: layout), torch.no_grad():
+            yield from measure(sizes, dtype, layout)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def random_images(sizes: Sizes) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    side = sizes.vqgan.resolution
+    images = torch.rand(sizes.image_batch, 3, side, side, generator=generator)
+    return images.to(sizes.device)
+
+
+def measure_vqgan(
+    operations: Mapping[str, float],
+    sizes: Sizes,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> Iterator[Row]:
+    torch.manual_seed(0)
+    with sizes.device:
+        model = VQGAN(sizes.vqgan).eval()
+    images = random_images(sizes)
+    indices = model.encode_indices(images)
+    exact = model.decode_indices(indices)
+    model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    works = {
+        "encode": lambda: model.encode_indices(images),
+        "decode": lambda: model.decode_indices(indices),
+    }
+    for part, work in works.items():
+        yield from image_rows(sizes, part, work, operations[part])
+    error = relative_error(model.decode_indices(indices), exact)
+    yield Row("decode", error, "relative error", LARGEST_ERROR)
+
+
+def measure_upscaler(
+    operations: float, sizes: Sizes, dtype: torch.dtype, layout: torch.memory_format
+) -> Iterator[Row]:
+    torch.manual_seed(0)
+    with sizes.device:
+        model = Upscaler(sizes.upscaler).eval()
+    # A quarter of the batch: what comes out is sixteen times as large.
+    images = random_images(sizes)[: max(sizes.image_batch // 4, 1)]
+    exact = model(images)
+    model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    given = images.to(dtype)
+    yield from image_rows(sizes, "upscale", lambda: model(given), operations, len(given))
+    yield Row("upscale", relative_error(model(given), exact), "relative error", LARGEST_ERROR)
+
+
+def image_rows(
+    sizes: Sizes,
+    part: str,
+    work: Callable[[], Tensor],
+    operations: float,
+    batch: int | None = None,
+) -> Iterator[Row]:
+    """Time a batch and give images and operations per second."""
+    batch = batch or sizes.image_batch
+    seconds = median_seconds(work, sizes.device, repetitions=sizes.repetitions)
+    note = f"batch {batch}, {sizes.vqgan.resolution} px"
+    yield Row(part, batch / seconds, "images/s", note=note)
+    for row in operation_rows(operations * batch / seconds, sizes):
+        yield Row(f"{part}, {row.quantity}", row.value, row.unit, note=row.note)

@@ -1,0 +1,206 @@
+"""The quickstart from its data to its scores, stage by stage, on this device.
+
+The configuration is that of ``experiments/quickstart.yaml``, written out because a bare machine
+cannot read configuration files; a test holds both equal.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from rudolph.config import RunConfig, SamplingConfig, TextLengths, digest_of
+from rudolph.data.splits import DataConfig, Splits
+from rudolph.evaluation.report_card import EvaluationConfig
+from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.experiment_file import Run
+from rudolph.gpu_check.resuming import quiet
+from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.sizes import Sizes
+from rudolph.models.decoder import DecoderConfig
+from rudolph.models.quantizers import QuantizerConfig
+from rudolph.models.vqgan import VQGANConfig
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sequence.tokenizer import TokenizerConfig
+from rudolph.stages.decoder import examples_of, new_decoder, train_decoder
+from rudolph.stages.evaluation import ask_all
+from rudolph.stages.image_tokenizer import image_indices, make_vqgan
+from rudolph.stages.tokenizer import open_data
+from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
+from rudolph.training.optim import OptimConfig
+
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
+
+
+def quickstart_config() -> RunConfig:
+    """Return the quickstart's configuration, without the prompts of its sample grid."""
+    muon = OptimConfig(optimizer="muon")
+    return RunConfig(
+        data=DataConfig(
+            dataset="emoji",
+            image_token_noise=1.0,
+            tasks={"text_to_image": 0.7, "image_captioning": 0.3},
+        ),
+        tokenizer=TokenizerConfig(vocab_size=2048),
+        layout=TextLengths(16, 16),
+        vqgan=VQGANConfig(
+            resolution=32,
+            channels=(16, 32, 64),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            z_channels=32,
+            norm_groups=4,
+            quantizer=QuantizerConfig("ema", 2048, 8),
+        ),
+        vqgan_losses=ReconstructionLossConfig(l1_weight=0.0, l2_weight=2.0),
+        vqgan_optim=replace(
+            muon,
+            num_steps=1000,
+            global_batch_size=32,
+            learning_rate=0.003,
+            muon_learning_rate=0.008,
+            warmup_steps=20,
+            final_learning_rate_share=0.01,
+            weight_decay=0.01,
+            validate_every=250,
+            checkpoint_every=500,
+        ),
+        decoder=quickstart_decoder(),
+        decoder_losses=DecoderLossConfig(0.1, 1.0, 0.5),
+        decoder_optim=replace(
+            muon,
+            num_steps=500,
+            learning_rate=0.006,
+            muon_learning_rate=0.01,
+            warmup_steps=30,
+            final_learning_rate_share=0.02,
+            weight_decay=0.05,
+            validate_every=125,
+            checkpoint_every=150,
+        ),
+        sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
+        evaluation=EvaluationConfig(
+            ("reconstruction", "nearest_picture", "caption_f1"),
+            ("validation", "train", "compositional"),
+            grid_samples=1,
+        ),
+    )
+
+
+def quickstart_decoder() -> DecoderConfig:
+    return DecoderConfig(
+        num_layers=4,
+        hidden_size=256,
+        num_heads=4,
+        layer_masks=("row", "column", "row", "conv(5)"),
+        last_layer_mask="conv(7)",
+        embedding_gradient=1.0,
+        attention_dropout=0.0,
+        output_dropout=0.0,
+        position_init_std=0.5,
+    )
+
+
+def smallest(config: RunConfig) -> RunConfig:
+    """Return the quickstart with two steps of each training and few images to score."""
+    steps: dict[str, Any] = {"num_steps": 2, "global_batch_size": 2, "validate_every": 2}
+    return replace(
+        config,
+        tokenizer=replace(config.tokenizer, vocab_size=300),
+        vqgan=replace(config.vqgan, channels=(4, 4, 8), z_channels=8, attention_resolutions=()),
+        vqgan_optim=replace(config.vqgan_optim, **steps),
+        decoder=replace(config.decoder, num_layers=1, hidden_size=32, num_heads=2),
+        decoder_optim=replace(config.decoder_optim, **steps),
+        evaluation=replace(config.evaluation, splits=("compositional",), num_examples=2),
+    )
+
+
+def quickstart_cases(sizes: Sizes) -> Iterator[Case]:
+    """Give the stages one after the other; each needs those before it."""
+    config = quickstart_config()
+    config = smallest(config) if sizes.is_smoke else config
+    with TemporaryDirectory() as folder:
+        quickstart = Quickstart(config, sizes, Path(folder))
+        for name, run in quickstart.stages().items():
+            yield Case(name, partial(timed, run))
+
+
+def timed(run: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """Yield the rows of a stage, then its time."""
+    started = perf_counter()
+    yield from run()
+    yield Row("stage", perf_counter() - started, "s")
+
+
+class Quickstart:
+    """A run of the quickstart and what its stages made so far."""
+
+    def __init__(self, config: RunConfig, sizes: Sizes, folder: Path) -> None:
+        hardware = Hardware(accelerator="cpu" if sizes.is_smoke else "auto")
+        self.config, run = config, Run("seed0", "", {}, config)
+        folders = Folders(folder, folder / "runs")
+        self.execution = Execution(run, folder / "run", folders, hardware, Unrecorded(), quiet)
+        self.execution.folder.mkdir()
+        self.splits = Splits(config.data, folders.cache)
+
+    def stages(self) -> dict[str, Callable[[], Iterator[Row]]]:
+        return {
+            "data and tokenizer": self.open_data,
+            "VQ-GAN training": self.train_vqgan,
+            "image tokens": self.encode_images,
+            "decoder training": self.train_decoder,
+            "sampling and scores": self.score,
+        }
+
+    def open_data(self) -> Iterator[Row]:
+        torch.manual_seed(self.config.seed)
+        self.tokenizer = open_data(self.execution, self.splits)
+        yield Row("BPE ids", self.tokenizer.vocab_size)
+
+    def train_vqgan(self) -> Iterator[Row]:
+        self.vqgan = make_vqgan(self.execution, self.splits)
+        seconds = self.execution.seconds["vqgan"]
+        yield Row("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
+
+    def encode_images(self) -> Iterator[Row]:
+        self.indices = {
+            (split.name, split.dataset_name): image_indices(self.execution, self.vqgan, split)
+            for name in ("train", "validation")
+            for split in self.splits.with_pictures(name)
+        }
+        yield Row("images", sum(map(len, self.indices.values())))
+
+    def train_decoder(self) -> Iterator[Row]:
+        self.decoder = new_decoder(self.config, self.vqgan)
+        examples = examples_of(self.execution, self.splits, self.indices, self.tokenizer)
+        # A folder of its own: a stage names its training after the folder of the weights.
+        weights = self.execution.folder / f"decoder-{digest_of(self.config)[:16]}" / "weights"
+        weights.parent.mkdir()
+        train_decoder(self.execution, self.decoder, examples, weights)
+        seconds = self.execution.seconds["decoder"]
+        yield Row("steps", self.config.decoder_optim.num_steps / seconds, "steps/s")
+
+    def score(self) -> Iterator[Row]:
+        """Score images and captions; notes have the value that two CPU cores reached."""
+        parts = self.vqgan, self.decoder.requires_grad_(False)
+        pipeline = Pipeline(self.tokenizer, *parts).to(self.execution.hardware.device)
+        on_cpu = scores_on_cpu()
+        for score in ask_all(self.config, pipeline, self.splits, self.execution.stage):
+            known = on_cpu.get(score.name)
+            note = f"[{score.low:.4g}, {score.high:.4g}]"
+            yield Row(score.name, score.value, note=f"{note}; CPU {known}" if known else note)
+
+
+def scores_on_cpu() -> dict[str, str]:
+    """Return the committed scores of the quickstart by name."""
+    if not RESULTS.is_file():
+        return {}
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return next(csv.DictReader(file))

@@ -1,0 +1,102 @@
+"""A training that is interrupted and resumed, through the project's own trainer and checkpoint."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+
+from rudolph.config import RunConfig
+from rudolph.data.examples import TokenBatch
+from rudolph.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.experiment_file import Run
+from rudolph.fitting import fit
+from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.sizes import Sizes
+from rudolph.models.vqgan import VQGANConfig
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.losses import DecoderLossConfig
+from rudolph.training.optim import OptimConfig
+
+NUM_STEPS, STOPPED_AT, CHECKPOINT_EVERY = 8, 6, 2
+DROPOUT = {"attention_dropout": 0.1, "output_dropout": 0.1}
+
+
+def resume_cases(sizes: Sizes) -> Iterator[Case]:
+    """Give each optimizer in each precision of training."""
+    for optimizer in ("adamw", "muon"):
+        for precision in ("32-true", "bf16-mixed"):
+            run = partial(compare_resumed, sizes, optimizer, precision)
+            yield Case(f"{optimizer}, {precision}", run)
+
+
+def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[Row]:
+    """Compare the weights of two trainings, one of which was interrupted, bit by bit."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with TemporaryDirectory() as folder:
+            whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+            train(sizes, optimizer, precision, whole, stop_at=None)
+            try:
+                train(sizes, optimizer, precision, broken, stop_at=STOPPED_AT)
+            except KeyboardInterrupt:
+                train(sizes, optimizer, precision, broken, stop_at=None)
+            tensors = [load_file(path / "weights.safetensors") for path in (whole, broken)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    differing = [
+        name for name, value in tensors[0].items() if not torch.equal(value, tensors[1][name])
+    ]
+    note = f"of {len(tensors[0])}; {NUM_STEPS} steps, interrupted after {STOPPED_AT}"
+    yield Row("weights", len(differing), "differing tensors", limit=0, note=note)
+
+
+def train(
+    sizes: Sizes, optimizer: str, precision: str, folder: Path, *, stop_at: int | None
+) -> None:
+    """Train the checked decoder, from the checkpoint in the folder if there is one."""
+    geometry = sizes.checked
+    config = OptimConfig(
+        NUM_STEPS,
+        4,
+        optimizer,
+        warmup_steps=2,
+        validate_every=NUM_STEPS,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )
+    accelerator = "cpu" if sizes.is_smoke else "auto"
+    hardware = Hardware(accelerator=accelerator, precision=precision)
+    run = Run("resume", "", {}, RunConfig(vqgan=VQGANConfig(resolution=32)))
+    execution = Execution(run, folder, Folders(folder, folder), hardware, Unrecorded(), quiet)
+    model = geometry.model(torch.device("cpu"), **DROPOUT)
+    module = DecoderTraining(model, DecoderLossConfig(), config)
+
+    def batch(numbers: Sequence[int]) -> TokenBatch:
+        cpu, size = torch.device("cpu"), len(numbers)
+        tokens = torch.cat([geometry.tokens(1, cpu, seed=number) for number in numbers])
+        weights, sources = torch.ones(size, 3), torch.zeros(size, dtype=torch.long)
+        return TokenBatch(tokens, tokens, weights, sources, torch.tensor(numbers))
+
+    def advance(done: int, total: int, note: str) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    folder.mkdir(exist_ok=True)
+    fit(
+        execution,
+        module,
+        config,
+        examples=(batch, batch, 4),
+        stage="decoder",
+        advance=advance,
+        weights=folder / "weights.safetensors",
+        made_of="random tokens",
+        seed=0,
+    )
+
+
+def quiet(stage: str, done: int, total: int, note: str) -> None:
+    """Report no progress."""

@@ -1,0 +1,268 @@
+"""The supervisor of the check: starts the worker, keeps the time, writes the tables.
+
+A part that hangs or takes its process with it costs itself alone: the worker is started anew for
+the next part.  Every row is on disk before the next one is measured.  A part is skipped when it
+was finished with the same code, sizes, device and torch.
+
+Files: ``checks.csv``, ``speed.csv``, ``parts.csv`` (one line per part), ``environment.json`` and
+``log.txt`` (warnings and tracebacks).
+"""
+
+import csv
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rudolph.gpu_check.plan import CHECKS, PLAN, SPEED, Part
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW_COLUMNS = ("part", "case", "quantity", "value", "unit", "limit", "status", "note")
+KEY_COLUMNS = ("code", "sizes", "device", "torch")
+PART_COLUMNS = ("part", "status", "seconds", "rows", "commit", *KEY_COLUMNS)
+PARTS = "parts.csv"
+# What a part may take longer than its budget, in its last case, before it is ended.
+GRACE_SECONDS = 20.0
+# What a cold disk may take to import torch.
+START_SECONDS = 300.0
+# A part is not begun with less time than this.
+LEAST_SECONDS = 5.0
+FINISHED = "ok"
+
+
+@dataclass
+class Worker:
+    """The process that runs parts, see ``serving``."""
+
+    command: Sequence[str]
+    log: IO[bytes]
+    environment: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # cuBLAS is deterministic only with a workspace of a fixed size.
+        variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            bufsize=0,
+            process_group=0,
+        )
+        self.buffer = b""
+        message = next(self.messages(time.monotonic() + START_SECONDS), {})
+        if "environment" not in message:
+            self.close()
+            lines = Path(self.log.name).read_text("utf-8", errors="replace").splitlines()
+            raise ValueError(f"the worker did not start: {lines[-1] if lines else 'no reason'}")
+        self.environment = message["environment"]
+
+    def run(self, part: str, seconds: float) -> Iterator[dict[str, Any]]:
+        """Yield the messages of a part; they stop without an ``end`` if the process is lost."""
+        assert self.process.stdin is not None
+        request = json.dumps({"part": part, "seconds": seconds}) + "\n"
+        self.process.stdin.write(request.encode())
+        for message in self.messages(time.monotonic() + seconds + GRACE_SECONDS):
+            yield message
+            if "end" in message:
+                return
+
+    def messages(self, deadline: float) -> Iterator[dict[str, Any]]:
+        """Yield what the process says until the deadline or its end."""
+        assert self.process.stdout is not None
+        while True:
+            line, newline, rest = self.buffer.partition(b"\n")
+            if newline:
+                self.buffer = rest
+                yield json.loads(line)
+                continue
+            left = max(deadline - time.monotonic(), 0.0)
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                return
+            read = self.process.stdout.read(65536)
+            if not read:
+                return
+            self.buffer += read
+
+    def close(self) -> None:
+        # With the compilers that it started.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@dataclass
+class Check:
+    """One call of the check: which parts, where to, and how long.
+
+    Args:
+        command: starts the worker.
+        sizes: "full" or "smoke", a part of what decides whether a part must run again.
+    """
+
+    command: Sequence[str]
+    folder: Path
+    sizes: str
+    minutes: float
+    is_again: bool = False
+    commit: str = "unknown"
+    plan: Mapping[str, Part] = field(default_factory=lambda: PLAN)
+
+    def run(self, names: Sequence[str]) -> int:
+        """Run the parts, write and print their results, and return the exit code."""
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.txt").open("ab") as log:
+            self.log = log
+            self.worker: Worker | None = Worker(self.command, log)
+            self.key = self._key(self.worker.environment)
+            self._write_environment(self.worker.environment)
+            try:
+                for name in names:
+                    left = 60 * self.minutes - (time.monotonic() - started)
+                    self._run_or_skip(name, left)
+            finally:
+                if self.worker is not None:
+                    self.worker.close()
+        print(table(self.folder, names))
+        return int(any(self._lines()[name]["status"] == "failed" for name in names))
+
+    def _run_or_skip(self, name: str, left: float) -> None:
+        before = self._lines().get(name, {})
+        is_same = all(before.get(column) == self.key[column] for column in KEY_COLUMNS)
+        if is_same and before.get("status") == FINISHED and not self.is_again:
+            print(f"{name}: skipped, finished before", flush=True)
+            return
+        self._forget(name)
+        started, num_rows, status = time.monotonic(), 0, "no time left"
+        if left >= LEAST_SECONDS:
+            status, num_rows = self._run_part(name, min(self.plan[name].seconds, left))
+        seconds = round(time.monotonic() - started, 1)
+        line = {"part": name, "status": status, "seconds": seconds, "rows": num_rows}
+        append(self.folder / PARTS, PART_COLUMNS, {**line, "commit": self.commit, **self.key})
+        print(f"{name}: {status}, {num_rows} rows in {seconds} s", flush=True)
+
+    def _run_part(self, name: str, seconds: float) -> tuple[str, int]:
+        """Run one part in the worker; return its status and the number of its rows."""
+        if self.worker is None:
+            self.worker = Worker(self.command, self.log)
+        started, num_rows, status = time.monotonic(), 0, ""
+        path = self.folder / self.plan[name].table
+        for message in self.worker.run(name, seconds):
+            if "row" in message:
+                append(path, ROW_COLUMNS, {"part": name, **message["row"]})
+                num_rows += 1
+            else:
+                status = message["end"]
+        if status in ("", "lost"):
+            # Killed, crashed or hanging: whatever follows needs a new process.
+            is_late = time.monotonic() - started >= seconds
+            self.worker.close()
+            code = self.worker.process.returncode
+            self.worker = None
+            note = "killed after its time" if is_late else f"the process ended ({code})"
+            error = {"case": "", "quantity": "error", "status": "failed", "note": note}
+            append(path, ROW_COLUMNS, {"part": name, **error})
+            return "failed", num_rows + 1
+        return status, num_rows
+
+    def _key(self, environment: Mapping[str, Any]) -> dict[str, str]:
+        names = {"device": environment["device"], "torch": environment["torch"]}
+        return {"code": code_digest(), "sizes": self.sizes, **names}
+
+    def _write_environment(self, environment: Mapping[str, Any]) -> None:
+        content = {"commit": self.commit, **self.key, **environment}
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+
+    def _lines(self) -> dict[str, dict[str, str]]:
+        return {line["part"]: line for line in read(self.folder / PARTS)}
+
+    def _forget(self, name: str) -> None:
+        """Drop what an earlier call wrote of a part."""
+        tables = dict.fromkeys((CHECKS, SPEED), ROW_COLUMNS) | {PARTS: PART_COLUMNS}
+        for file, columns in tables.items():
+            lines = [line for line in read(self.folder / file) if line["part"] != name]
+            with (self.folder / file).open("w", encoding="utf-8", newline="") as out:
+                writer = csv.DictWriter(out, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a table; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, columns: Sequence[str], line: Mapping[str, Any]) -> None:
+    """Add a line to a table and bring it to the disk."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, columns, lineterminator="\n").writerow(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def code_digest() -> str:
+    """Return the first digits of a SHA-256 of all that the parts run and compare with."""
+    sha = hashlib.sha256()
+    golden = (ROOT / "tests" / "parity").rglob("*.*")
+    for path in sorted([*(ROOT / "rudolph").rglob("*.py"), *golden]):
+        sha.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def table(folder: Path, names: Sequence[str]) -> str:
+    """Return all rows of some parts as one aligned table, and a line for each part."""
+    rows = [line for file in (CHECKS, SPEED) for line in read(folder / file)]
+    rows.sort(key=lambda line: list(PLAN).index(line["part"]) if line["part"] in PLAN else 0)
+    columns = [name for name in ROW_COLUMNS if name != "limit"]
+    cells = [columns, *([shown(line, name) for name in columns] for line in rows)]
+    cells = [line for line in cells if line is cells[0] or line[0] in names]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    lines += [
+        "",
+        *(
+            f"{row['part']}, {row['case']}: failed, {row['quantity']} {row['note']}"
+            for row in rows
+            if row["part"] in names and row["status"] == "failed"
+        ),
+    ]
+    parts = [line for line in read(folder / PARTS) if line["part"] in names]
+    lines += [f"{line['part']}: {line['status']}" for line in parts]
+    return "\n".join(lines)
+
+
+def shown(line: Mapping[str, str], column: str) -> str:
+    """Return a cell of the printed table: numbers with four digits, notes cut."""
+    text = line[column]
+    if column == "value" and text:
+        text = f"{float(text):.4g}"
+        if line["limit"]:
+            text += f" (limit {float(line['limit']):.2g})"
+    return text if len(text) <= 70 else f"{text[:67]}..."
+
+
+def worker_command(sizes: str) -> list[str]:
+    """Return the command of the worker of the real parts."""
+    return [sys.executable, "-m", "rudolph.gpu_check.worker", sizes]

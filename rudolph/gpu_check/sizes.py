@@ -1,0 +1,207 @@
+"""What is checked and measured, in full and at the smallest size.
+
+The geometries are those of ``rudolph_350m.yaml`` and ``rudolph_1.3b.yaml`` in
+``experiments/base``, written out because a bare machine cannot read configuration files; a test
+holds them equal.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rudolph.models.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.quantizers import QuantizerConfig
+from rudolph.models.upscaler import UpscalerConfig
+from rudolph.models.vqgan import VQGANConfig
+from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.sequence.layout import EOS, SequenceLayout, Vocabulary
+from rudolph.speed.config import SpeedConfig
+from rudolph.speed.subject import Subject
+from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
+from rudolph.training.optim import OptimConfig
+
+SAMPLING = TokenSamplingConfig(top_k=768, top_p=0.99)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder's sizes; the batch of a training step, and the tokens timed of each decoding."""
+
+    decoder: DecoderConfig
+    layout: SequenceLayout
+    vocabulary: Vocabulary
+    train_batch: int
+    num_tokens: int
+
+    def model(self, device: torch.device, **changes: object) -> MaskedDecoder:
+        """Return a decoder with random weights, the same at every call."""
+        torch.manual_seed(0)
+        config = replace(self.decoder, **changes)  # type: ignore[arg-type]
+        with torch.device(device):
+            return MaskedDecoder(config, self.layout, self.vocabulary)
+
+    def tokens(self, batch: int, device: torch.device, *, seed: int = 0) -> torch.Tensor:
+        """Return random sequences ``(B, T)`` without padding."""
+        generator = torch.Generator().manual_seed(seed)
+        first, last = EOS + 1, self.vocabulary.bpe_size
+        parts = [
+            torch.randint(low, high, (batch, length), generator=generator)
+            for length, low, high in zip(
+                self.layout.segment_lengths,
+                (first, 0, first),
+                (last, self.vocabulary.codebook_size, last),
+                strict=True,
+            )
+        ]
+        return torch.cat(parts, dim=1).to(device)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All sizes of a check.
+
+    ``checked`` is the decoder whose results are compared, with masks of every kind on an uneven
+    layout.  ``limit_side`` is that of the square matrices whose product is the machine's limit,
+    and ``limit_bytes`` what is copied.
+    """
+
+    is_smoke: bool
+    device: torch.device
+    checked: Geometry
+    decoders: dict[str, Geometry]
+    decode_batches: tuple[int, ...]
+    mask_layouts: tuple[SequenceLayout, ...]
+    head_size: int
+    vqgan: VQGANConfig
+    upscaler: UpscalerConfig
+    image_batch: int
+    repetitions: int
+    limit_side: int
+    limit_bytes: int
+
+    def subject(self, geometry: Geometry, batch: int = 1) -> Subject:
+        """Return what operations and bytes are counted from, see ``speed.amounts``."""
+        return Subject(
+            seed=0,
+            speed=SpeedConfig("decode", ("float32",), batch, geometry.num_tokens),
+            decoder=geometry.decoder,
+            layout=geometry.layout,
+            vocabulary=geometry.vocabulary,
+            vqgan=self.vqgan,
+            losses=DecoderLossConfig(),
+            vqgan_losses=ReconstructionLossConfig(),
+            optim=OptimConfig(),
+            vqgan_optim=OptimConfig(),
+            sampling=SAMPLING,
+        )
+
+
+def rudolph(
+    hidden_size: int,
+    kernel: int,
+    *,
+    text_length: int,
+    side: int,
+    num_specials: int,
+    train_batch: int,
+    num_tokens: int,
+) -> Geometry:
+    """Return a published RUDOLPH of 24 layers, without dropout, which block masks lack."""
+    decoder = DecoderConfig(
+        num_layers=24,
+        hidden_size=hidden_size,
+        num_heads=16,
+        layer_masks=("row", "column", "row", f"conv({kernel})"),
+        last_layer_mask=f"conv({kernel + 2})",
+        attention_dropout=0.0,
+        output_dropout=0.0,
+    )
+    vocabulary = Vocabulary(num_text_specials=num_specials, num_left_paddings=text_length)
+    layout = SequenceLayout(text_length, side, text_length)
+    return Geometry(decoder, layout, vocabulary, train_batch, num_tokens)
+
+
+def small(
+    masks: tuple[str, ...], hidden_size: int, num_heads: int, layout: SequenceLayout
+) -> Geometry:
+    """Return a decoder with a small vocabulary and one layer for each mask."""
+    decoder = DecoderConfig(
+        num_layers=len(masks),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        layer_masks=masks,
+        last_layer_mask=None,
+        attention_dropout=0.0,
+        output_dropout=0.0,
+        position_init_std=0.5,
+    )
+    vocabulary = Vocabulary(40, 8, layout.left_text_length, 32)
+    return Geometry(decoder, layout, vocabulary, train_batch=4, num_tokens=8)
+
+
+def full_sizes(device: torch.device) -> Sizes:
+    """Return the sizes for a GPU with 80 GB."""
+    masks = ("causal", "row", "row_block", "column", "conv(3)", "conv_torus(5)")
+    return Sizes(
+        is_smoke=False,
+        device=device,
+        checked=small(masks, 256, 4, SequenceLayout(13, 9, 22)),
+        decoders={
+            "350m": rudolph(
+                1024,
+                7,
+                text_length=64,
+                side=16,
+                num_specials=384,
+                train_batch=32,
+                num_tokens=40,
+            ),
+            "1.3b": rudolph(
+                2048,
+                9,
+                text_length=128,
+                side=32,
+                num_specials=2048,
+                train_batch=8,
+                num_tokens=40,
+            ),
+        },
+        decode_batches=(1, 8, 64),
+        mask_layouts=(SequenceLayout(64, 16, 64), SequenceLayout(13, 9, 22)),
+        head_size=64,
+        vqgan=VQGANConfig(),
+        upscaler=UpscalerConfig(),
+        image_batch=16,
+        repetitions=5,
+        limit_side=8192,
+        limit_bytes=2**32,
+    )
+
+
+def smoke_sizes() -> Sizes:
+    """Return sizes that take seconds on one core."""
+    layout = SequenceLayout(3, 3, 4)
+    checked = small(("row", "column"), 32, 2, layout)
+    return Sizes(
+        is_smoke=True,
+        device=torch.device("cpu"),
+        checked=checked,
+        decoders={"350m": checked, "1.3b": replace(checked, train_batch=2)},
+        decode_batches=(1, 2),
+        mask_layouts=(layout,),
+        head_size=16,
+        vqgan=VQGANConfig(
+            resolution=16,
+            channels=(16, 32),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            z_channels=16,
+            norm_groups=4,
+            quantizer=QuantizerConfig(num_codes=32, embedding_dim=8),
+        ),
+        upscaler=UpscalerConfig(num_channels=8, num_blocks=1, growth=4),
+        image_batch=2,
+        repetitions=2,
+        limit_side=64,
+        limit_bytes=2**16,
+    )

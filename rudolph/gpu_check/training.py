@@ -1,0 +1,114 @@
+"""Training steps of RUDOLPH's sizes on random tokens: speed, use of the device, memory.
+
+A step is the project's: bfloat16 by autocast, all segments scored, gradients clipped, AdamW.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.sizes import Geometry, Sizes
+from rudolph.gpu_check.timing import median_seconds, peak_bfloat16, product_limit, synchronize
+from rudolph.models.decoder import MaskedDecoder
+from rudolph.speed.amounts import train_operations
+from rudolph.speed.training import Stepping
+from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
+from rudolph.training.optim import OptimConfig, optimizers_of
+
+# Names of the switches of ``MaskedDecoder`` that are on; a batch of another size.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "compiled": ("has_compiled_layers",),
+    "block masks": ("has_block_masks",),
+    "checkpointing": ("has_checkpointing",),
+    "compiled, block masks": ("has_compiled_layers", "has_block_masks"),
+    "compiled, checkpointing": ("has_compiled_layers", "has_checkpointing"),
+}
+
+
+def training_cases(name: str, sizes: Sizes) -> Iterator[Case]:
+    """Give each variant of a training step of one decoder."""
+    for variant in VARIANTS:
+        yield Case(variant, partial(measure_training, sizes, sizes.decoders[name], variant))
+
+
+def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator[Row]:
+    device, switches = sizes.device, VARIANTS[variant]
+    if device.type != "cuda" and "has_block_masks" in switches:
+        raise UnavailableError("needs CUDA")
+    torch._dynamo.reset()
+    model = geometry.model(device).train()
+    for switch in switches:
+        setattr(model, switch, True)
+    step = training_step(model, geometry.tokens(geometry.train_batch, device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    yield Row("first step", time.perf_counter() - started, "s", note="with compilation")
+    seconds = median_seconds(step, device, repetitions=sizes.repetitions, warm_up=1)
+    num_tokens = geometry.train_batch * geometry.layout.length
+    note = f"batch {geometry.train_batch}, {geometry.layout.length} tokens, bf16 autocast, AdamW"
+    yield Row("step", 1e3 * seconds, "ms", note=note)
+    yield Row("tokens", num_tokens / seconds, "tokens/s")
+    rate = train_operations(sizes.subject(geometry)) * num_tokens / seconds
+    yield from operation_rows(rate, sizes)
+    if device.type == "cuda":
+        yield Row("peak memory", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
+
+
+def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], None]:
+    """Return a function that makes one step on the same batch."""
+    stepping, losses = Stepping(model, OptimConfig()), DecoderLossConfig()
+
+    def step() -> None:
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            found = segment_losses(model, tokens, losses)
+            loss = weighted_mean(found, losses.weights)
+        stepping.step(loss)
+
+    return step
+
+
+def operation_rows(rate: float, sizes: Sizes) -> Iterator[Row]:
+    """Give operations per second, and their fraction of what the device can do in bfloat16."""
+    yield Row("operations", rate / 1e12, "TFLOP/s")
+    limit = product_limit(sizes.limit_side, sizes.device, torch.bfloat16)
+    yield Row("fraction of measured product", rate / limit)
+    if sizes.device.type == "cuda":
+        peak = peak_bfloat16(torch.cuda.get_device_name(sizes.device))
+        if peak is not None:
+            yield Row("model FLOPs utilisation", rate / peak, note=f"peak {peak / 1e12:g} TFLOP/s")
+
+
+def adam8bit_cases(sizes: Sizes) -> Iterator[Case]:
+    """Give AdamW with moments in eight bits against AdamW."""
+    yield Case("some steps", partial(compare_adam8bit, sizes))
+
+
+def compare_adam8bit(sizes: Sizes) -> Iterator[Row]:
+    """Compare the loss after some steps on one batch, and the memory of the moments."""
+    if sizes.device.type != "cuda":
+        raise UnavailableError("needs CUDA")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UnavailableError("bitsandbytes is not installed") from None
+    tokens, config = sizes.checked.tokens(8, sizes.device), DecoderLossConfig()
+    last = []
+    for name in ("adamw", "adamw8bit"):
+        model = sizes.checked.model(sizes.device).train()
+        [optimizer] = optimizers_of(model, OptimConfig(optimizer=name))
+        for _ in range(20):
+            loss = weighted_mean(segment_losses(model, tokens, config), config.weights)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        last.append(loss.item())
+    difference = abs(last[1] - last[0]) / last[0]
+    note = f"bitsandbytes {bitsandbytes.__version__}"
+    yield Row("loss after 20 steps", difference, "relative difference", 0.02, note)

@@ -1,0 +1,87 @@
+"""The process that runs the parts: ``python -m rudolph.gpu_check.worker full|smoke``."""
+
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from rudolph.gpu_check.serving import Cases, serve
+
+PACKAGES = ("numpy", "pytorch-lightning", "torchmetrics", "triton", "bitsandbytes", "safetensors")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a number may depend on beside the code."""
+    found: dict[str, Any] = {
+        "device": f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "versions": {name: held for name in PACKAGES if (held := version_of(name))},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "driver": driver(),
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def driver() -> str:
+    """Return the version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip().splitlines()[0]
+
+
+def open_parts(device: torch.device) -> Mapping[str, Cases]:
+    """Return the parts at full size on CUDA, at the smallest size elsewhere."""
+    # Only when a part must run: all that the parts use takes seconds to import.
+    from rudolph.gpu_check.parts import PARTS
+    from rudolph.gpu_check.sizes import full_sizes, smoke_sizes
+
+    sizes = full_sizes(device) if device.type == "cuda" else smoke_sizes()
+    return {part: partial(cases, sizes) for part, cases in PARTS.items()}
+
+
+def main(name: str) -> None:
+    """Serve the parts at the sizes of that name."""
+    if name == "full" and not torch.cuda.is_available():
+        sys.exit("expected a CUDA GPU, got none. Add --smoke to try the check on the CPU")
+    device = torch.device("cuda", 0) if name == "full" else torch.device("cpu")
+    # Float32 means float32: where TF32 is measured, it is turned on there.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        # C++ takes a minute to compile; what is called the compiled way still runs, uncompiled.
+        torch.compiler.set_stance("force_eager")
+    warnings.simplefilter("ignore", FutureWarning)
+    serve(partial(open_parts, device), environment(device))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
