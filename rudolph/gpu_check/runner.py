@@ -175,6 +175,7 @@ class Check:
             code = self.worker.process.returncode
             self.worker = None
             note = "killed after its time" if is_late else f"the process ended ({code})"
+            note = "the device was lost" if status else note
             error = {"case": "", "quantity": "error", "status": "failed", "note": note}
             append(path, ROW_COLUMNS, {"part": name, **error})
             return "failed", num_rows + 1

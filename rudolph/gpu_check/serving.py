@@ -5,30 +5,87 @@ are measured, and at last ``{"end": status}``.  A case that fails is a row with 
 traceback goes to standard error, and the next case follows.
 """
 
-import gc
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
-
-import torch
 
 from rudolph.gpu_check.rows import FAILED, OK, Case, UnavailableError
 
 Cases = Callable[[], Iterator[Case]]
-Say = Callable[[Mapping[str, Any]], None]
 OUT_OF_TIME, OUT_OF_MEMORY, LOST = "out of time", "out of memory", "lost"
 
 
-def serve(open_parts: Callable[[], Mapping[str, Cases]], environment: Mapping[str, Any]) -> None:
+def nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Runs the cases of parts and says what they give.
+
+    Args:
+        say: takes each message.
+        memory_errors: exceptions that mean a result, not a mistake.
+        release: called after each case; ``RuntimeError`` means that the device is lost.
+    """
+
+    say: Callable[[Mapping[str, Any]], None]
+    memory_errors: tuple[type[Exception], ...] = (MemoryError,)
+    release: Callable[[], None] = nothing
+
+    def run_part(self, cases: Cases, seconds: float) -> str:
+        """Run the cases of a part until its time is over and return its status."""
+        started, statuses = time.monotonic(), [OK]
+        for case in cases():
+            if time.monotonic() - started > seconds:
+                return FAILED if FAILED in statuses else OUT_OF_TIME
+            statuses += self.run_case(case)
+            try:
+                self.release()
+            except RuntimeError:
+                traceback.print_exc()
+                return LOST
+        return FAILED if FAILED in statuses else OK
+
+    def run_case(self, case: Case) -> list[str]:
+        """Run one case, say its rows, and return their statuses."""
+        statuses = []
+
+        def tell(quantity: str, value: float | None, status: str, **rest: Any) -> None:
+            row = {"case": case.name, "quantity": quantity, "value": value, "status": status}
+            self.say({"row": {**row, **rest}})
+            statuses.append(status)
+
+        try:
+            for row in case.run():
+                rest = {"unit": row.unit, "limit": row.limit, "note": row.note}
+                tell(row.quantity, row.value, row.status, **rest)
+        except UnavailableError as missing:
+            tell("unavailable", None, str(missing))
+        except self.memory_errors as error:
+            tell("error", None, OUT_OF_MEMORY, note=_one_line(error))
+        except Exception as error:
+            # Whatever goes wrong in a case is what the check was made to find.
+            print(f"--- {case.name}", file=sys.stderr)
+            traceback.print_exc()
+            tell("error", None, FAILED, note=f"{type(error).__name__}: {_one_line(error)}")
+        return statuses
+
+
+def serve(
+    open_parts: Callable[[], Mapping[str, Cases]], environment: Mapping[str, Any], **settings: Any
+) -> None:
     """Say what the machine is, then run the parts that are asked for until stdin ends.
 
     Args:
         open_parts: called with the first request.
+        settings: the fields of ``Server`` but the first.
     """
     # What libraries print must not mix with the messages.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
@@ -38,61 +95,14 @@ def serve(open_parts: Callable[[], Mapping[str, Cases]], environment: Mapping[st
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-        parts = cache(open_parts)
+        server, parts = Server(say, **settings), cache(open_parts)
         say({"environment": dict(environment)})
         for request in map(json.loads, sys.stdin):
-            cases = parts()[request["part"]]
-            say({"end": run_part(cases, request["seconds"], say)})
-
-
-def run_part(cases: Cases, seconds: float, say: Say) -> str:
-    """Run the cases of a part until its time is over and return its status."""
-    started, statuses = time.monotonic(), [OK]
-    for case in cases():
-        if time.monotonic() - started > seconds:
-            return FAILED if FAILED in statuses else OUT_OF_TIME
-        statuses += run_case(case, say)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return FAILED if FAILED in statuses else OK
-
-
-def run_case(case: Case, say: Say) -> list[str]:
-    """Run one case, say its rows, and return their statuses."""
-    statuses = []
-
-    def tell(quantity: str, value: float | None, status: str, **rest: Any) -> None:
-        row = {"case": case.name, "quantity": quantity, "value": value, "status": status}
-        say({"row": {**row, **rest}})
-        statuses.append(status)
-
-    try:
-        for row in case.run():
-            note = {"unit": row.unit, "limit": row.limit, "note": row.note}
-            tell(row.quantity, row.value, row.status, **note)
-    except UnavailableError as missing:
-        tell("unavailable", None, str(missing))
-    except torch.OutOfMemoryError as error:
-        tell("error", None, OUT_OF_MEMORY, note=_one_line(error))
-    except Exception as error:
-        # Whatever goes wrong in a case is what the check was made to find.
-        print(f"--- {case.name}", file=sys.stderr)
-        traceback.print_exc()
-        tell("error", None, FAILED, note=f"{type(error).__name__}: {_one_line(error)}")
-        _require_device(say)
-    return statuses
-
-
-def _require_device(say: Say) -> None:
-    """End this process when the device is lost: after some errors CUDA answers nothing more."""
-    if not torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        say({"end": LOST})
-        sys.exit(1)
+            status = server.run_part(parts()[request["part"]], request["seconds"])
+            say({"end": status})
+            if status == LOST:
+                # After some errors CUDA answers nothing more in this process.
+                return
 
 
 def _one_line(error: BaseException) -> str:

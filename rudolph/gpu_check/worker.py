@@ -1,5 +1,6 @@
 """The process that runs the parts: ``python -m rudolph.gpu_check.worker full|smoke``."""
 
+import gc
 import os
 import platform
 import subprocess
@@ -67,6 +68,14 @@ def open_parts(device: torch.device) -> Mapping[str, Cases]:
     return {part: partial(cases, sizes) for part, cases in PARTS.items()}
 
 
+def release(device: torch.device) -> None:
+    """Wait for the device, which raises what is still wrong there, and free what a case held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def main(name: str) -> None:
     """Serve the parts at the sizes of that name."""
     if name == "full" and not torch.cuda.is_available():
@@ -80,7 +89,12 @@ def main(name: str) -> None:
         # C++ takes a minute to compile; what is called the compiled way still runs, uncompiled.
         torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore", FutureWarning)
-    serve(partial(open_parts, device), environment(device))
+    serve(
+        partial(open_parts, device),
+        environment(device),
+        memory_errors=(MemoryError, torch.OutOfMemoryError),
+        release=partial(release, device),
+    )
 
 
 if __name__ == "__main__":
