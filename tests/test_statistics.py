@@ -17,6 +17,7 @@ from rudolph.evaluation.statistics import (
     paired_t,
     pairs_needed,
     rank_correlation,
+    student_quantile,
 )
 from rudolph.results.report import read_runs
 
@@ -115,3 +116,9 @@ def test_the_pairs_needed_are_the_fewest(effect: float) -> None:
     pairs = pairs_needed(1.0, effect)
     assert detectable_effect(1.0, pairs) <= effect
     assert pairs == 2 or detectable_effect(1.0, pairs - 1) > effect
+
+
+def test_students_quantile_is_that_of_scipy() -> None:
+    for freedom in (*range(1, 60), 199, 200, 999):
+        expected = stats.t.ppf(0.975, freedom)
+        assert student_quantile(freedom) == pytest.approx(expected, rel=1e-12)

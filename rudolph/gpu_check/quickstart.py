@@ -37,6 +37,8 @@ from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
+QUESTIONS = ("reconstruction", "nearest_picture", "caption_f1")
+SPLITS = ("validation", "train", "compositional")
 
 
 def quickstart_config() -> RunConfig:
@@ -50,15 +52,7 @@ def quickstart_config() -> RunConfig:
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         layout=TextLengths(16, 16),
-        vqgan=VQGANConfig(
-            resolution=32,
-            channels=(16, 32, 64),
-            num_res_blocks=1,
-            attention_resolutions=(8,),
-            z_channels=32,
-            norm_groups=4,
-            quantizer=QuantizerConfig("ema", 2048, 8),
-        ),
+        vqgan=quickstart_vqgan(),
         vqgan_losses=ReconstructionLossConfig(l1_weight=0.0, l2_weight=2.0),
         vqgan_optim=replace(
             muon,
@@ -86,11 +80,19 @@ def quickstart_config() -> RunConfig:
             checkpoint_every=150,
         ),
         sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
-        evaluation=EvaluationConfig(
-            ("reconstruction", "nearest_picture", "caption_f1"),
-            ("validation", "train", "compositional"),
-            grid_samples=1,
-        ),
+        evaluation=EvaluationConfig(QUESTIONS, SPLITS, grid_samples=1),
+    )
+
+
+def quickstart_vqgan() -> VQGANConfig:
+    return VQGANConfig(
+        resolution=32,
+        channels=(16, 32, 64),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        z_channels=32,
+        norm_groups=4,
+        quantizer=QuantizerConfig("ema", 2048, 8),
     )
 
 
