@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rudolph.data.fusion_brain_files import TaskRecord, read_tasks, write_predictions, write_tasks
 from rudolph.data.tables import ManifestConfig, read_rows
+from rudolph.sequence.texts import clean_text
 
 # The examples of the challenge's README, shortened.
 ASKED = {
@@ -86,8 +87,10 @@ def test_only_the_first_part_of_each_type_answers(tmp_path: Path) -> None:
     assert (record.answer_texts, record.answer_images) == (("первый",), ("1.png",))
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=8)
-paths = texts.filter(str.strip)
+names = st.text(st.characters(codec="utf-8"), max_size=8)
+paths = names.filter(str.strip)
+# Texts are cleaned when they are read.
+texts = names.map(clean_text)
 answers = st.tuples(
     st.lists(texts, max_size=3).map(tuple), st.lists(paths, max_size=3).map(tuple)
 ).filter(any)
@@ -96,7 +99,7 @@ answers = st.tuples(
 @settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
-        texts, st.tuples(st.lists(texts, max_size=3).map(tuple), st.none() | paths, answers)
+        names, st.tuples(st.lists(texts, max_size=3).map(tuple), st.none() | paths, answers)
     )
 )
 def test_what_is_written_is_read_again(

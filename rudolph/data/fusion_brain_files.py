@@ -1,10 +1,11 @@
 """The files of the Fusion Brain Challenge 2: questions, answers and predictions.
 
 A file maps ids to lists of parts, ``{"0": [{"type": "text", "content": "..."}, ...]}``; a part is
-a text or an image, whose content is a path.  The texts of a question are an instruction, a
-context, the question proper and options, whichever there are, and belong together; its first
-image counts.  Of an answer the first text and the first image count; in a file of truths a content
-may be a list of *variants*, all of them right.  No file says which task an id is of.
+a text or an image, whose content is a path.  Texts are cleaned (``texts.clean_text``), paths are
+not.  The texts of a question are an instruction, a context, the question proper and options,
+whichever there are, and belong together; its first image counts.  Of an answer the first text and
+the first image count; in a file of truths a content may be a list of *variants*, all of them
+right.  No file says which task an id is of.
 
 Source: fbc2_aij2022, README ("Data structure", "General rules for metric calculation") and
 ``src/train/utils.py``.
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rudolph.data.table_text import read_text
+from rudolph.sequence.texts import clean_text
 
 PART = '{"type": "text" or "image", "content": ...}'
 TYPES = ("text", "image")
@@ -187,7 +189,9 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
             _require_text(variant, "content")
             if part_type == "image" and not variant.strip():
                 raise ValueError("content of an image must be a path, got an empty text")
-        found[part_type].append(tuple(variants))
+        # A path stays as it is on disk, where another normal form is another file.
+        cleaned = map(clean_text, variants) if part_type == "text" else variants
+        found[part_type].append(tuple(cleaned))
     return found
 
 

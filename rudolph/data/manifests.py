@@ -19,6 +19,7 @@ from rudolph.data.funnel import FunnelReport, Rejected, centre_square, open_pict
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 from rudolph.data.table_parquet import StoredImage
 from rudolph.data.tables import ManifestConfig, Row, find_table, kind_of, read_rows
+from rudolph.sequence.texts import clean_text
 
 # Part of every digest: raise it when the same files would give other pairs.
 PAIRS_VERSION = 2
@@ -179,10 +180,10 @@ def _examine_row(row: Row, folder: Path, config: ManifestConfig) -> tuple[Entry,
     data = None if stored is None else stored.data()
     path_given = row.image if stored is None else stored.path
     name = "" if data else _text(path_given, "image path", config.image_column)
-    caption = _text(row.caption, "caption", config.caption_column).strip()
+    caption = _clean(row.caption, "caption", config.caption_column).strip()
     question = ""
     if row.question is not None:
-        question = _text(row.question, "question", str(config.question_column))
+        question = _clean(row.question, "question", str(config.question_column))
     if stored is not None and data is not None:
         examined = _examine_data(data)
         # Paths of other machines may repeat; the hash tells the images apart.
@@ -240,6 +241,14 @@ def _examine_data(data: bytes) -> Examined:
         picture = open_picture(data)
         _EXAMINED_DATA[sha256] = Examined(sha256, picture.changes, min(picture.image.size))
     return _EXAMINED_DATA[sha256]
+
+
+def _clean(value: object, what: str, column: str) -> str:
+    """Return a caption or question as it enters the package; a path stays as it is on disk."""
+    text = clean_text(_text(value, what, column))
+    if not text.strip():
+        raise Rejected(f"empty {what}")
+    return text
 
 
 def _text(value: object, what: str, column: str) -> str:

@@ -12,7 +12,6 @@ Shapes: N captions, R references of one caption, D features.
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from rudolph.sequence.texts import clean_text
 
 Tokenize = Callable[[str], list[str]]
 Ngram = tuple[str, ...]
@@ -44,7 +45,7 @@ def words(text: str) -> list[str]:
     >>> words("Тёмно-красный олень, 2 лисы!")
     ['тёмно-красный', 'олень', '2', 'лисы']
     """
-    return re.findall(r"\w+(?:-\w+)*", unicodedata.normalize("NFC", text).lower())
+    return re.findall(r"\w+(?:-\w+)*", clean_text(text).lower())
 
 
 def rouge_l(caption: str, references: Sequence[str], *, tokenize: Tokenize = words) -> float:

@@ -10,6 +10,7 @@ Provilkov 2020 (arXiv:1910.13267).
 
 import heapq
 import re
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rudolph.sequence.layout import BOS, EOS, PAD, UNK
 
@@ -39,22 +42,30 @@ class BPEModel:
     def encode_word(
         self, word: str, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> list[int]:
-        """Ids of a word that starts with ``WORD_START``; a run of unknown characters is one."""
+        """Return the ids of a word that starts with ``WORD_START``.
+
+        A run of unknown characters is one id.  Before each merge every pair that could be merged
+        is dropped with probability ``dropout``, for this merge alone.
+        """
+        merging = _Merging(self._known(word), self.merges)
+        while merging.places:
+            kept = None
+            if dropout:
+                kept = (torch.rand(len(merging.places), generator=generator) >= dropout).numpy()
+            at = merging.best(kept)
+            if at is None:
+                break
+            merging.merge(at)
+        return merging.ids()
+
+    def _known(self, word: str) -> list[int]:
+        """Return the ids of a word's characters; a run of unknown ones is one ``UNK``."""
         tokens: list[int] = []
         for character in word:
             token = self.characters.get(ord(character), UNK)
             if token != UNK or tokens[-1:] != [UNK]:
                 tokens.append(token)
-        while True:
-            pairs = enumerate(pairwise(tokens))
-            found = [(self.merges[pair], at) for at, pair in pairs if pair in self.merges]
-            if dropout:
-                kept = torch.rand(len(found), generator=generator) >= dropout
-                found = [merge for merge, keep in zip(found, kept.tolist(), strict=True) if keep]
-            if not found:
-                return tokens
-            (_, merged), at = min(found)
-            tokens[at : at + 2] = [merged]
+        return tokens
 
     def encode(
         self, text: str, dropout: float = 0.0, generator: torch.Generator | None = None
@@ -90,6 +101,81 @@ class BPEModel:
         lines += [f"{code} {token}" for code, token in self.characters.items()]
         lines += [f"{left} {right} {new}" for (left, right), (_, new) in self.merges.items()]
         return "\n".join([*lines, f"{UNK} {PAD} {BOS} {EOS}"]) + "\n"
+
+
+class _Merging:
+    """A word while its pairs are merged: a linked list of ids and a heap of possible merges.
+
+    ``places`` are the positions of the left ids of all pairs that can be merged, in order.  A word
+    of n ids takes O(n log n) steps of the heap, and the memory moves of a sorted list.
+    """
+
+    def __init__(self, tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> None:
+        self.tokens, self.merges = tokens, merges
+        self.after = list(range(1, len(tokens) + 1))
+        self.before = list(range(-1, len(tokens) - 1))
+        found = {at: merges[pair] for at, pair in enumerate(pairwise(tokens)) if pair in merges}
+        self.merge_at, self.places = found, list(found)
+        self.heap = [(merge, at) for at, merge in found.items()]
+        heapq.heapify(self.heap)
+
+    def best(self, is_kept: NDArray[np.bool_] | None) -> int | None:
+        """Return the place of the best merge among those kept, the leftmost of equal ones.
+
+        Args:
+            is_kept: one for each of ``places``; None keeps all.
+        """
+        passed, best = [], None
+        while self.heap:
+            merge, at = self.heap[0]
+            # Entries are never removed from the middle: one that is no longer true is dropped.
+            if self.merge_at.get(at) == merge:
+                if is_kept is None or is_kept[bisect_left(self.places, at)]:
+                    best = at
+                    break
+                passed.append((merge, at))
+            heapq.heappop(self.heap)
+        for entry in passed:
+            heapq.heappush(self.heap, entry)
+        return best
+
+    def merge(self, at: int) -> None:
+        """Merge the pair whose left id is at ``at``."""
+        self.tokens[at] = self.merge_at[at][1]
+        right = self.after[at]
+        self._forget(right)
+        self.after[at] = self.after[right]
+        if self.after[at] < len(self.tokens):
+            self.before[self.after[at]] = at
+        for place in (self.before[at], at):
+            self._look(place)
+
+    def ids(self) -> list[int]:
+        """Return the ids from left to right."""
+        found, at = [], 0
+        while at < len(self.tokens):
+            found.append(self.tokens[at])
+            at = self.after[at]
+        return found
+
+    def _look(self, at: int) -> None:
+        """Bring the merge at a place up to date with the ids that are there now."""
+        if at < 0:
+            return
+        right = self.after[at]
+        pair = (self.tokens[at], self.tokens[right]) if right < len(self.tokens) else None
+        merge = None if pair is None else self.merges.get(pair)
+        if merge is None:
+            self._forget(at)
+            return
+        if at not in self.merge_at:
+            insort(self.places, at)
+        self.merge_at[at] = merge
+        heapq.heappush(self.heap, (merge, at))
+
+    def _forget(self, at: int) -> None:
+        if self.merge_at.pop(at, None) is not None:
+            del self.places[bisect_left(self.places, at)]
 
 
 def read_model(path: Path) -> BPEModel:

@@ -4,7 +4,8 @@ YouTokenToMe encodes and decodes.  Its BPE-dropout draws from one unseeded strea
 and its training is not repeatable, so both are done by ``rudolph.sequence.bpe``.  Where
 YouTokenToMe is not installed, that module encodes and decodes too: the same ids, more slowly.
 
-Text is lower-cased and stripped as RuDOLPH does (``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a
+Text is cleaned (``texts.clean_text``), then lower-cased and stripped as RuDOLPH does
+(``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a
 segment; a text that is too long loses its end, never its ``EOS``.
 """
 
@@ -20,6 +21,10 @@ from torch import Tensor
 from rudolph.disk import write_text, write_whole
 from rudolph.sequence.bpe import read_model, train
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
+from rudolph.sequence.texts import clean_text, shortened
+
+# Words of a text, and characters of them, that a note on unknown ones names.
+NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def open_youtokentome(path: Path) -> Any:
 
 
 def normalize(text: str) -> str:
-    """Lower case, no space around; what cannot be written as UTF-8 becomes a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8").lower().strip()
+    """Return a cleaned text in lower case without space around it."""
+    return clean_text(text).lower().strip()
 
 
 class Tokenizer:
@@ -125,6 +130,31 @@ class Tokenizer:
         if generator is None:
             raise ValueError("BPE-dropout draws at random and needs a generator")
         return self.model.encode(text, dropout, generator)
+
+    def unknown_words(self, text: str) -> dict[str, str]:
+        """Return the words that hold characters the tokenizer has never seen, and these."""
+        known = self.model.characters
+        found = {
+            word: "".join(dict.fromkeys(each for each in word if ord(each) not in known))
+            for word in dict.fromkeys(WORD.findall(normalize(text)))
+        }
+        return {word: characters for word, characters in found.items() if characters}
+
+    def unknown_note(self, text: str, name: str) -> str:
+        """Return one line on what of a text is unknown, or nothing; ``name`` is its flag or key.
+
+        Unknown characters all have the same id, so a model cannot tell them apart.
+        """
+        found = self.unknown_words(text)
+        if not found:
+            return ""
+        more = ", ..." if len(found) > NUM_NAMED else ""
+        words = ", ".join(repr(shortened(word, 24)) for word in list(found)[:NUM_NAMED]) + more
+        characters = repr(shortened("".join(dict.fromkeys("".join(found.values()))), 12))
+        return (
+            f"{name}: the tokenizer has never seen the characters {characters} of {words}; "
+            "they are read as unknown and may have no effect"
+        )
 
     def encode_segment(
         self,
