@@ -1,9 +1,10 @@
 """Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts.
 
-Those that runs have in common are drawn by the first of them.  Matplotlib is imported only where
-a picture is drawn.
+Those that runs have in common are drawn by the first of them.  One that cannot be drawn is a
+warning and fails no run.  Matplotlib is imported only where a picture is drawn.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.sampling.pipeline import OnToken, Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+from rudolph.sequence.texts import UnknownTextWarning
+from rudolph.sequence.tokenizer import Tokenizer
 
 GRID_COLUMNS = 8
 NUM_SHOWN = 10
@@ -42,7 +45,8 @@ def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
 
     path = execution.folder / "samples" / "masks.png"
     draw_once(execution, path, draw, decided_by=(names, sees_left, plain(model.layout)))
-    execution.tracker.log_artifact(path)
+    if path.is_file():
+        execution.tracker.log_artifact(path)
 
 
 def draw_samples(
@@ -69,7 +73,7 @@ def draw_samples(
     if (main, "image_captioning") in tasks:
         for name in execution.config.evaluation.splits:
             draw_captions(execution, pipeline, splits(name))
-    if (main, "text_to_image") in tasks and execution.config.evaluation.grid_prompts:
+    if shown_prompts(execution.config):
         draw_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")
@@ -82,25 +86,48 @@ def draw_once(
     *,
     decided_by: tuple[Any, ...],
 ) -> None:
-    """A picture in the run's folder; ``draw(path)`` if no run before drew it."""
+    """A picture in the run's folder; ``draw(path)`` if no run before drew it.
+
+    It is missing, with a warning, where it cannot be drawn.
+    """
     name = f"{path.stem}-{digest_of(*decided_by)[:16]}{path.suffix}"
     cached = execution.folders.cache / "pictures" / name
     if cached.is_file():
         keep_file(cached, path)
         return
-    draw(path)
-    keep_file(path, cached)
+    from rudolph.results.style import warned_drawing
+
+    with warned_drawing():
+        draw(path)
+        keep_file(path, cached)
 
 
 def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
     """Pictures of a split with what the decoder says of them."""
     from rudolph.results import drawings
+    from rudolph.results.style import warned_drawing
 
     pictures = split.pictures(_spread(split))
     sampling = execution.config.sampling.text
     captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
     path = execution.folder / "samples" / f"captions-{split.name}.png"
-    drawings.sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+    with warned_drawing():
+        drawings.sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+
+
+def shown_prompts(config: RunConfig) -> tuple[str, ...]:
+    """Return the fixed prompts of a run that learns to draw what they say, or none."""
+    tasks = {(row.dataset, row.task) for row in config.data.mixture}
+    is_drawing = (config.data.dataset, "text_to_image") in tasks
+    return config.evaluation.grid_prompts if is_drawing else ()
+
+
+def warn_of_unknown(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Warn, before any training, of fixed prompts that the tokenizer of a run cannot read."""
+    for at, prompt in enumerate(shown_prompts(config)):
+        note = tokenizer.unknown_note(prompt, f"evaluation.grid_prompts[{at}]")
+        if note:
+            warnings.warn(note, UnknownTextWarning, stacklevel=2)
 
 
 def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
@@ -115,6 +142,7 @@ def draw_prompts(
 ) -> None:
     """Pictures of the fixed prompts of a configuration, as it draws and seeds them."""
     from rudolph.results import drawings
+    from rudolph.results.style import warned_drawing
 
     prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
     seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
@@ -123,7 +151,8 @@ def draw_prompts(
     )
     labels = [prompt for prompt in prompts for _ in range(number)]
     columns = max(GRID_COLUMNS // number, 1) * number
-    drawings.sample_grid(to_bytes(pictures), labels, path, columns=columns)
+    with warned_drawing():
+        drawings.sample_grid(to_bytes(pictures), labels, path, columns=columns)
 
 
 def _spread(split: Split, num_splits: int = 1) -> list[int]:

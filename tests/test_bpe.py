@@ -10,8 +10,9 @@ import torch
 from rudolph.sequence.bpe import WORD_START, BPEModel, train
 from rudolph.sequence.layout import UNK
 
-WORDS = "красный круг слева от зелёного квадрата пожарный темный тон кожи флаг".split()
-MODEL = train([" ".join(WORDS)] * 3, 90)
+TEXT = "красный круг слева от зелёного квадрата пожарный темный тон кожи флаг"
+WORDS = TEXT.split()
+MODEL = train([TEXT] * 3, 90)
 
 
 def merged_one_by_one(

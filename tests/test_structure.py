@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "sampling": BELOW_SAMPLING,
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING,
-    "results": {"disk", "evaluation"},
+    "results": {"disk", "sequence", "evaluation"},
     "settings": set(),
     "speed": BELOW_CONFIG | {"settings"},
     "config": BELOW_CONFIG | {"settings", "speed"},

@@ -43,6 +43,7 @@ from rudolph.evaluation.text_questions import (
 )
 from rudolph.sampling.filters import TokenSamplingConfig
 from rudolph.sampling.pipeline import Pipeline
+from rudolph.sequence.texts import require_text
 
 # Times what is done under a name, and gives ``advance(done, total, note)``.
 Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
@@ -85,6 +86,8 @@ class EvaluationConfig:
             )
         if self.half not in (None, 0, 1):
             raise ValueError(f"half must be 0, 1 or null, got {self.half}")
+        for at, prompt in enumerate(self.grid_prompts):
+            require_text(prompt, f"grid_prompts[{at}]")
         for name in ("num_examples", "grid_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -99,9 +99,11 @@ def draw_card(path: Path) -> Path:
     """The card of a run as a figure beside it: all its scores between 0 and 1."""
     # Drawing needs matplotlib; reading a card does not wait for it.
     from rudolph.results.figures import card
+    from rudolph.results.style import warned_drawing
 
     scores = read_card(path).assign(run="")
     shown = scores[(scores["high"] <= 1) & (scores["low"] >= 0)]
     target = path.with_suffix(".svg")
-    card(shown, target, y=list(shown["score"]), x="score", by="run")
+    with warned_drawing():
+        card(shown, target, y=list(shown["score"]), x="score", by="run")
     return target

@@ -7,7 +7,6 @@ Shapes: T is the length of the sequence, H and W are the sides of a picture.
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -20,12 +19,13 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rudolph.disk import write_whole
-from rudolph.results.style import panels_of, save, styled
+from rudolph.results.style import drawing, panels_of, save, styled
+from rudolph.sequence.texts import clean_text, shortened
 
 Picture = NDArray[np.uint8]
 
 SMALLEST_CELL = 128  # pixels
+LONGEST_CAPTION = 400  # characters
 
 
 @styled
@@ -65,7 +65,11 @@ def sample_grid(
     """Pictures in rows with their captions below, enlarged by a whole number to keep pixels.
 
     Args:
-        images: ``(H, W, 3)`` uint8, all of one size; captions: one a picture, wrapped.
+        images: ``(H, W, 3)`` uint8, all of one size.
+        captions: one per image; they are cleaned, wrapped, and cut where they are very long.
+
+    Raises:
+        DrawingError: for what cannot be drawn or written.
     """
     if not images or len(captions) != len(images) or len({image.shape for image in images}) > 1:
         raise ValueError(
@@ -73,10 +77,16 @@ def sample_grid(
             f"{sorted({image.shape for image in images})} and {len(captions)} captions; "
             "pictures must be of one shape, each with its caption"
         )
+    with drawing(path) as new:
+        _sheet(images, captions, columns=columns).save(new, "PNG")
+
+
+def _sheet(images: Sequence[Picture], captions: Sequence[str], *, columns: int) -> Image.Image:
     scale = -(-SMALLEST_CELL // min(images[0].shape[:2]))
     height, width = (side * scale for side in images[0].shape[:2])
     font = _font(12)
-    wrapped = [_wrap(caption, font, width) for caption in captions]
+    lines = {caption: _wrap(caption, font, width) for caption in dict.fromkeys(captions)}
+    wrapped = [lines[caption] for caption in captions]
     line_height, gap = 16, 8
     text_height = line_height * max(len(text) for text in wrapped)
     columns = min(columns, len(images))
@@ -94,7 +104,7 @@ def sample_grid(
         )
         for line, words in enumerate(text):
             pen.text((left, top + height + 3 + line * line_height), words, "black", font)
-    write_whole(path, partial(sheet.save, format="PNG"))
+    return sheet
 
 
 def reconstructions(originals: Sequence[Picture], decoded: Sequence[Picture], path: Path) -> None:
@@ -167,8 +177,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than ``width`` pixels; a word that is too long is broken."""
-    most = len(text)
+    """Return lines no wider than ``width`` pixels; a word that is too long is broken."""
+    text = shortened(clean_text(text), LONGEST_CAPTION)
+    narrowest = min(
+        (font.getlength(character) for character in set(text) - set("\t\n\r")), default=0
+    )
+    # No line that fits has more characters, so wrapping at more of them gives the same lines.
+    most = min(len(text), int(width / narrowest) + 2) if narrowest else len(text)
     while True:
         found = textwrap.wrap(text, max(1, most)) or [""]
         if most <= 1 or max(font.getlength(line) for line in found) <= width:

@@ -2,11 +2,13 @@
 
 The figures of a report are drawn from CSV files alone; ``FIGURES`` names them.  Each takes
 ``(frame, path, *, y, x, by)``: the metrics, the column along the axis, the column that tells the
-variants apart.  To add one, write it with these arguments and name it in ``FIGURES``.
+variants apart.  To add one, write it with these arguments and ``report_figure``, and name it in
+``FIGURES``.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rudolph.results.style import (
     INTERVAL_STYLE,
     LEVEL_STYLES,
     MARKERS,
+    drawn_text,
     finish,
     interval,
     line,
@@ -34,8 +37,33 @@ from rudolph.results.style import (
 # Numbers of a grid whose last is so many times the first stand on a logarithmic axis.
 SPREAD = 20
 
+Draw = Callable[..., None]
 
-@styled
+
+def report_figure(draw: Draw) -> Draw:
+    """Give a figure the common style and names that matplotlib draws as they stand."""
+
+    @styled
+    @wraps(draw)
+    def drawn(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+        metrics = [drawn_text(metric) for metric in y]
+        draw(_with_drawn_texts(frame), path, y=metrics, x=drawn_text(x), by=drawn_text(by))
+
+    return drawn
+
+
+def _with_drawn_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with every text in it, and every name of a column, as it is drawn."""
+    frame = frame.rename(columns=drawn_text)
+    for name in frame.select_dtypes(include=["object", "string"]).columns:
+        texts = frame[name].map(lambda cell: drawn_text(cell) if isinstance(cell, str) else cell)
+        # An ordinary column keeps its type.
+        if not texts.equals(frame[name]):
+            frame = frame.assign(**{name: texts})
+    return frame
+
+
+@report_figure
 def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics along training: the mean of a variant's runs, and from the least to the greatest.
 
@@ -64,7 +92,7 @@ def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     finish(figure, panels, path, title=by)
 
 
-@styled
+@report_figure
 def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics of finished runs against a number of the grid; the spread is over the seeds.
 
@@ -91,7 +119,7 @@ def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str)
     finish(figure, panels, path, title=by)
 
 
-@styled
+@report_figure
 def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """A forest plot: each run's value with its interval, variants in rows, chance level dotted.
 
@@ -124,7 +152,7 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
     save(figure, path)
 
 
-@styled
+@report_figure
 def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """How much better groups of runs are than another, with intervals; right of 0 is better.
 
@@ -163,7 +191,7 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     save(figure, path)
 
 
-@styled
+@report_figure
 def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Intervals of metrics of one unit on one axis, a row for each variant and metric.
 
@@ -189,7 +217,7 @@ def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     save(figure, path)
 
 
-@styled
+@report_figure
 def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """A report card: a row for each score that was asked for, on an axis from 0 to 1.
 
@@ -215,7 +243,7 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) 
     save(figure, path)
 
 
-@styled
+@report_figure
 def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Best of N: a curve with its interval for each ranking, of the scores ``y/best_of_N/split``.
 
@@ -245,7 +273,7 @@ def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
     finish(figure, [axes], path, title="ranked by")
 
 
-@styled
+@report_figure
 def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Metrics over two columns of the grid: the mean over the other ones, written in the cell.
 
@@ -274,7 +302,7 @@ def _cell_text(values: "pd.Series[float]") -> str:
     return f"{mean}\n± {(found.high - found.low) / 2:.1g}"
 
 
-@styled
+@report_figure
 def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Two metrics against each other: the mean of each group of runs with 95 % intervals.
 
@@ -313,7 +341,7 @@ def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     finish(figure, [axes], path, title=by)
 
 
-@styled
+@report_figure
 def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """The range of each setting that a search found, domain by domain, on the setting's axis.
 

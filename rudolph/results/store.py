@@ -298,6 +298,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
 def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
     # Drawing needs matplotlib; exporting tables and checking texts does not wait for it.
     from rudolph.results.figures import FIGURES
+    from rudolph.results.style import warned_drawing
 
     drawn = []
     for figure in read_report(folder).figures:
@@ -305,8 +306,9 @@ def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
             raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
         frame = FRAMES.get(figure.kind, read_runs)(folder)
         path = (target / figure.file).with_suffix(suffix)
-        FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
-        drawn.append(path)
+        with warned_drawing():
+            FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
+            drawn.append(path)
     return drawn
 
 

@@ -3,8 +3,10 @@
 Series differ in colour, line and marker, so that they are told apart in grey too.
 """
 
-from collections.abc import Mapping
-from functools import partial
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from rudolph.disk import write_whole
+from rudolph.sequence.texts import clean_text, shortened
+
+# Longer names are cut: a figure grows with its names, and no renderer takes any size.
+LONGEST_NAME = 200
 
 STYLE = {
     "svg.hashsalt": "rudolph",
@@ -44,6 +49,53 @@ LEVEL_STYLES: dict[str, dict[str, Any]] = {
 # A context manager of this kind is also a decorator, entered anew at each call; "default" because
 # a figure must not depend on what a notebook has set.
 styled = matplotlib.style.context(["default", STYLE])
+
+
+class DrawingError(ValueError):
+    """A figure that matplotlib or Pillow could not draw or write; one line with its path."""
+
+
+@contextmanager
+def drawing(path: Path) -> Iterator[Path]:
+    """Yield where to write a figure; it takes its place at ``path`` when it is whole.
+
+    Raises:
+        DrawingError: for what matplotlib, Pillow and the file system raise inside.
+    """
+    new = path.with_name(f".{path.stem[:100]}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
+    except (ValueError, RuntimeError, OverflowError, MemoryError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = shortened(" ".join(reason.split()) or type(error).__name__, LONGEST_NAME)
+        raise DrawingError(f"{path}: cannot be drawn ({reason})") from error
+    finally:
+        if new.is_file():
+            new.unlink()
+
+
+class DrawingWarning(UserWarning):
+    """A figure is missing from what a command leaves; all else is there."""
+
+
+@contextmanager
+def warned_drawing() -> Iterator[None]:
+    """Turn a ``DrawingError`` into a warning: no run fails for a figure of it."""
+    try:
+        yield
+    except DrawingError as error:
+        warnings.warn(str(error), DrawingWarning, stacklevel=3)
+
+
+def drawn_text(text: str) -> str:
+    r"""Return a text that matplotlib draws as it stands: cleaned, not too long, "$" no formula.
+
+    >>> print(drawn_text("top_k $5$"))
+    top_k \$5\$
+    """
+    return shortened(clean_text(text), LONGEST_NAME).replace("$", r"\$")
 
 
 def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -93,7 +145,13 @@ def finish(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> Non
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``.svg`` or ``.png`` without date, so that a second drawing is equal in every byte."""
+    """Write ``.svg`` or ``.png`` without date, so that a second drawing is equal in every byte.
+
+    Raises:
+        DrawingError: for what cannot be drawn or written.
+    """
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    kind = path.suffix.removeprefix(".")
-    write_whole(path, partial(figure.savefig, format=kind, dpi=120, metadata=metadata))
+    with drawing(path) as new, warnings.catch_warnings():
+        # Of letters that the font lacks, and of names that leave no room for the axes.
+        warnings.filterwarnings("ignore", message="Glyph |constrained_layout not applied")
+        figure.savefig(new, dpi=120, metadata=metadata)

@@ -14,6 +14,10 @@ UNPRINTABLE = re.compile(
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+class UnknownTextWarning(UserWarning):
+    """A text holds characters that the tokenizer which reads it has never seen."""
+
+
 def clean_text(text: str) -> str:
     r"""Return a text in NFC with spaces for control characters and "?" for lone surrogates.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rudolph.disk import write_text, write_whole
-from rudolph.sequence.bpe import read_model, train
+from rudolph.sequence.bpe import WORD, read_model, train
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 from rudolph.sequence.texts import clean_text, shortened
 

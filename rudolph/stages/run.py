@@ -10,7 +10,7 @@ from rudolph.config import digest_of
 from rudolph.data.splits import Splits
 from rudolph.evaluation.asking import Score
 from rudolph.execution import Execution, is_main_process
-from rudolph.gallery import draw_samples
+from rudolph.gallery import draw_samples, warn_of_unknown
 from rudolph.models.weights import save_weights, weights_digest
 from rudolph.sampling.pipeline import Pipeline
 from rudolph.stages.decoder import make_decoder
@@ -25,6 +25,8 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     pl.seed_everything(config.seed, verbose=False)
     splits = Splits(config.data, execution.folders.cache)
     tokenizer = open_data(execution, splits)
+    if is_main_process():
+        warn_of_unknown(config, tokenizer)
     execution.tracker.log_tags(splits.digests)
     vqgan = make_vqgan(execution, splits)
     names = ("train", "validation") if config.decoder_optim.num_steps else ()
