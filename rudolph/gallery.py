@@ -112,7 +112,8 @@ def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> Non
     captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
     path = execution.folder / "samples" / f"captions-{split.name}.png"
     with warned_drawing():
-        drawings.sample_grid(to_bytes(pictures), [text or "-" for text in captions], path, columns=5)
+        labels = [text or "-" for text in captions]
+        drawings.sample_grid(to_bytes(pictures), labels, path, columns=5)
 
 
 def shown_prompts(config: RunConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ To add a verb, write its parser and its function in the module of its kind, and 
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if late:
         given.settings += late
     silence_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal cannot show, such as an answer in Cyrillic, must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = given.verb(given)
         sys.stdout.flush()

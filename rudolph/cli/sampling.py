@@ -1,15 +1,25 @@
 """Verbs that use weights: generate, caption."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rudolph.cli.outputs import (
+    check_output,
+    kept_codes,
+    write_images,
+    write_lines,
+    write_or_rescue,
+)
 from rudolph.cli.results import folders_here
 from rudolph.console import say, stage_progress
-from rudolph.disk import write_json, write_text
+from rudolph.disk import write_json
+from rudolph.sequence.texts import clean_text, require_text
 
 DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
 DTYPES = ("float32", "bfloat16", "float16")
+# More would not fit into memory, where all of them are ranked and drawn.
+MOST_IMAGES = 10_000
+POSITIONAL = ("text", "picture")
 
 
 def add_generate(verbs: Any) -> None:
@@ -43,7 +53,7 @@ def add_generate(verbs: Any) -> None:
         help="tokens guessed at once; fewer calls for few pictures",
     )
     generate.add_argument("--transparent", action="store_true", help="the ground of an emoji")
-    generate.set_defaults(verb=generate_pictures)
+    generate.set_defaults(verb=generate_pictures, output=Path("generated.png"))
 
 
 def add_caption(verbs: Any) -> None:
@@ -51,7 +61,7 @@ def add_caption(verbs: Any) -> None:
     caption.add_argument("picture", type=Path)
     caption.add_argument("--question", help="answered instead of a description")
     add_sampling_arguments(caption)
-    caption.set_defaults(verb=caption_picture)
+    caption.set_defaults(verb=caption_picture, output=Path("captioned.png"))
 
 
 def add_sampling_arguments(verb: Any) -> None:
@@ -87,12 +97,27 @@ def sampling_of(config: Any, given: Any) -> Any:
     return replace(config, **{name: value for name, value in filters.items() if value is not None})
 
 
-def check_arguments(given: Any) -> None:
-    """Raise ``ValueError`` for mistakes that can be told before any weights are read."""
+def check_arguments(given: Any, *, suffix: str, has_folder: bool = False) -> None:
+    """Raise ``ValueError`` for mistakes that can be told before any weights are read.
+
+    Args:
+        suffix: of the text file beside the output.
+        has_folder: whether single images are written as well.
+    """
+    from rudolph.sampling.filters import TokenSamplingConfig
+
+    for name, value in vars(given).items():
+        if isinstance(value, str | Path):
+            flag = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+            require_text(str(value), flag)
+            if name not in ("text", "question") and "\0" in str(value):
+                raise ValueError(f"{flag}: expected text without NUL, got {str(value)[:40]!r}")
     if given.number < 1:
         raise ValueError(f"-n must be at least 1, got {given.number}")
-    if given.output is not None and given.output.suffix.lower() != ".png":
-        raise ValueError(f"--output must end with .png, got {given.output}")
+    if given.number > MOST_IMAGES:
+        raise ValueError(f"-n must be at most {MOST_IMAGES}, got {given.number}")
+    sampling_of(TokenSamplingConfig(), given)
+    check_output(given.output, suffix=suffix, has_folder=has_folder)
 
 
 def opened(given: Any) -> Any:
@@ -114,12 +139,12 @@ def opened(given: Any) -> Any:
 def generate_pictures(given: Any) -> int:
     from dataclasses import replace
 
-    from rudolph.sampling.pipeline import Request
+    from rudolph.sampling.pipeline import Request, StageError
 
-    check_arguments(given)
+    check_arguments(given, suffix=".jsonl", has_folder=True)
     if given.compile and given.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
-    check_image_prompt(given)
+    pictures = read_image_prompt(given)
     request = Request(
         given.number,
         given.keep,
@@ -135,22 +160,50 @@ def generate_pictures(given: Any) -> int:
         raise ValueError("--guidance-kind needs the number of --guidance")
     add_stages(pipeline, given)
     pipeline.pack(given.number, sampling, window=given.window, is_compiled=given.compile)
-    if given.image_prompt is not None:
-        request = replace(request, known=given_tokens(given, source))
-    text = pipeline.texts("text_to_image", given.text)
-    if text.num_cut:
-        say(f"the text is too long: its last {text.num_cut} BPE ids are cut")
-    with stage_progress() as progress:
-        candidates = pipeline.generate(
-            given.text,
-            request,
-            config=sampling,
-            on_stage=lambda stage, done, total: progress(stage, done, total, ""),
-        )
-    parameters = asked_for(given) | vars(sampling)
-    told = {"prompt": given.text, "model": source.name, "parameters": parameters}
+    if pictures:
+        request = replace(request, known=given_tokens(given, pictures, source))
+    text = clean_text(given.text)
+    tell_reading(pipeline, "text", text, pipeline.texts("text_to_image", text).num_cut)
+    told = {"prompt": text, "model": source.name, "parameters": asked_for(given) | vars(sampling)}
+    try:
+        with stage_progress() as progress:
+            candidates = pipeline.generate(
+                text,
+                request,
+                config=sampling,
+                on_stage=lambda stage, done, total: progress(stage, done, total, ""),
+            )
+    except StageError as failure:
+        raise ValueError(f"{failure}. {keep_sampled(failure, told, given)}") from failure
     write_candidates(candidates, told, given)
     return 0
+
+
+def tell_reading(pipeline: Any, name: str, text: str, num_cut: int) -> None:
+    """Say, before anything is sampled, what of a text the model cannot read."""
+    note = pipeline.tokenizer.unknown_note(text, name)
+    if note:
+        say(note)
+    if num_cut:
+        say(f"the {name} is too long: its last {num_cut} BPE ids are cut")
+
+
+def keep_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
+    """Write what was sampled before a stage failed and return where it is.
+
+    These are the images as they were sampled or, where none could be decoded, their codes.
+    """
+    path = given.output
+    try:
+        if failure.candidates:
+            write_candidates(failure.candidates, told, given)
+            return f"All {len(failure.candidates)} images are kept as sampled in {path}"
+        path = path.with_suffix(".jsonl")
+        records = list(kept_codes(failure, told))
+        write_or_rescue(path, lambda file: write_lines(file, records))
+        return f"The image codes of all {len(records)} samples are kept in {path}"
+    except ValueError as error:
+        return str(error)
 
 
 def add_stages(pipeline: Any, given: Any) -> None:
@@ -176,16 +229,30 @@ def asked_for(given: Any) -> dict[str, Any]:
     }
 
 
-def check_image_prompt(given: Any) -> None:
-    """Raise ``ValueError`` unless a picture comes with one way to say what of it stays."""
+def read_image_prompt(given: Any) -> dict[str, Any]:
+    """Return the images that generation starts from, by their flag.
+
+    Raises:
+        ValueError: unless an image comes with one way to say what of it stays.
+    """
+    from rudolph.sampling import image_prompts
+
     told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
     if given.image_prompt is None and told:
         raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt PICTURE")
-    if given.image_prompt is not None and len(told) != 1:
+    if given.image_prompt is None:
+        return {}
+    if len(told) != 1:
         raise ValueError("--image-prompt takes one of --borders, --mask and --vary")
+    if given.borders is not None:
+        image_prompts.parse_borders(given.borders)
+    if given.vary is not None:
+        image_prompts.require_share(given.vary)
+    paths = {"image_prompt": given.image_prompt, "mask": given.mask}
+    return {name: read_picture(path) for name, path in paths.items() if path is not None}
 
 
-def given_tokens(given: Any, source: Any) -> Any:
+def given_tokens(given: Any, pictures: dict[str, Any], source: Any) -> Any:
     """Indices of the image prompt where it stays."""
     import torch
 
@@ -197,74 +264,60 @@ def given_tokens(given: Any, source: Any) -> Any:
     if given.borders is not None:
         stays = image_prompts.border_mask(image_prompts.parse_borders(given.borders), side)
     elif given.mask is not None:
-        white = read_picture(given.mask, source.image_size).mean(0) > 0.5
+        white = pixels_of(pictures["mask"], source.image_size).mean(0) > 0.5
         stays = image_prompts.mask_of_picture(~white, side)
     else:
         generator = torch.Generator().manual_seed(mixed_seed(given.seed, "vary"))
         stays = image_prompts.variation_mask(given.vary, side, generator)
-    picture = read_picture(given.image_prompt, source.image_size)
+    picture = pixels_of(pictures["image_prompt"], source.image_size)
     return image_prompts.known_indices(pipeline.vqgan, picture.to(pipeline.device), stays).cpu()
 
 
-def read_picture(path: Path, size: int) -> Any:
-    """The centre square of a picture, ``(3, size, size)`` in [0, 1]."""
+def read_picture(path: Path) -> Any:
+    """Return the image in a file, upright and in RGB."""
+    from rudolph.data.funnel import Rejected, open_picture
+
+    if path.is_char_device() or path.is_block_device():
+        raise ValueError(f"{path}: expected an image file, got a device")
+    try:
+        return open_picture(path.read_bytes()).image
+    except Rejected as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def pixels_of(image: Any, size: int) -> Any:
+    """Return the centre square of an image, ``(3, size, size)`` in [0, 1]."""
     import numpy as np
     import torch
 
-    from rudolph.data.funnel import Rejected, centre_square, open_picture
+    from rudolph.data.funnel import centre_square
 
-    try:
-        picture = open_picture(path.read_bytes()).image
-    except Rejected as error:
-        raise ValueError(f"{path}: {error}") from error
-    pixels = np.asarray(centre_square(picture, size)).copy()
+    pixels = np.asarray(centre_square(image, size)).copy()
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) -> None:
-    """The grid, each picture with what it was made of, and a line of JSON for each."""
-    import numpy as np
+    """Write images, their JSON and the grid, or all of it elsewhere where the disk fails."""
 
-    from rudolph.results.drawings import sample_grid
-    from rudolph.sampling.pictures import save_png, to_image
-    from rudolph.sampling.transparency import to_rgba
+    def write(path: Path) -> None:
+        write_images(path, candidates, told, alpha=given.transparent)
 
-    path = given.output or Path("generated.png")
-    folder, lines, images = path.with_suffix(""), [], []
-    for place, candidate in enumerate(candidates):
-        image = to_image(candidate.image)
-        images.append(np.asarray(image))
-        image = to_rgba(image) if given.transparent else image
-        file = folder / f"{place:03}.png"
-        record = told | {"seed": candidate.seed, "scores": candidate.scores}
-        save_png(image, file, record)
-        lines.append(json.dumps(record | {"file": str(file)}, ensure_ascii=False))
-    labels = [
-        ", ".join(f"{name} {value:.3g}" for name, value in candidate.scores.items())
-        or told["prompt"]
-        for candidate in candidates
-    ]
-    sample_grid(images, labels, path, columns=min(4, len(images)))
-    beside = path.with_suffix(".jsonl")
-    write_text(beside, "\n".join(lines) + "\n")
-    say(f"{path}, {beside} and {len(lines)} pictures in {folder}")
+    write_or_rescue(given.output, write)
 
 
 def caption_picture(given: Any) -> int:
     from rudolph.data.seeds import mixed_seed
-    from rudolph.results.drawings import sample_grid
-    from rudolph.sampling.pictures import to_image
 
-    check_arguments(given)
+    check_arguments(given, suffix=".json")
+    image = read_picture(given.picture)
     source = opened(given)
-    picture = read_picture(given.picture, source.image_size)
+    picture = pixels_of(image, source.image_size)
     sampling = sampling_of(source.sampling.text, given)
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
-    asked = None if given.question is None else [given.question]
-    if given.question is not None:
-        texts = source.pipeline.texts("question_answering", "", beside=given.question)
-        if texts.num_cut:
-            say(f"the question is too long: its last {texts.num_cut} BPE ids are cut")
+    asked = None if given.question is None else [clean_text(given.question)]
+    if asked is not None:
+        texts = source.pipeline.texts("question_answering", "", beside=asked[0])
+        tell_reading(source.pipeline, "question", asked[0], texts.num_cut)
     source.pipeline.pack(given.number, sampling, is_compiled=given.compile)
     captions = source.pipeline.caption(
         picture[None], config=sampling, seeds=seeds, questions=asked
@@ -272,15 +325,21 @@ def caption_picture(given: Any) -> int:
     counts = {text: captions.count(text) for text in captions}
     for text, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:4}  {text}")
+    record = {"picture": str(given.picture), "model": source.name, "seed": given.seed}
+    record |= {} if asked is None else {"question": asked[0]}
+    content = record | {"sampling": vars(sampling), "captions": counts}
+    write_or_rescue(given.output, lambda path: write_captions(path, picture, content))
+    return 0
+
+
+def write_captions(path: Path, picture: Any, content: dict[str, Any]) -> None:
+    """Write the JSON of captions, and then the picture with each of them below it."""
     import numpy as np
 
-    path = given.output or Path("captioned.png")
-    image = np.asarray(to_image(picture))
-    sample_grid([image] * len(counts), list(counts), path, columns=4)
-    record = {"picture": str(given.picture), "model": source.name, "seed": given.seed}
-    record |= {} if given.question is None else {"question": given.question}
-    beside = path.with_suffix(".json")
-    content = record | {"sampling": vars(sampling), "captions": counts}
+    from rudolph.results.drawings import sample_grid
+    from rudolph.sampling.pictures import to_image
+
+    beside, counts = path.with_suffix(".json"), content["captions"]
     write_json(beside, content)
+    sample_grid([np.asarray(to_image(picture))] * len(counts), list(counts), path, columns=4)
     say(f"{path} and {beside}")
-    return 0

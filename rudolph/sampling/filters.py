@@ -14,6 +14,8 @@ from torch import Tensor
 
 ORDER = ("temperature", "top_k", "top_p", "min_p")
 GUIDANCE_KINDS = ("extrapolation", "mixture")
+# Beyond these, logits over a temperature leave the range of float32.
+LEAST_TEMPERATURE, GREATEST_GUIDANCE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,15 @@ class TokenSamplingConfig:
     guidance_kind: str = "extrapolation"
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        # Not "<=": NaN is no temperature either.
+        if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0 (greedy is top_k 1), got {self.temperature}"
+            )
+        if not LEAST_TEMPERATURE <= self.temperature <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}, "
+                f"got {self.temperature:g}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, got {self.top_k}")
@@ -50,8 +58,12 @@ class TokenSamplingConfig:
                 raise ValueError(f"{name} must be in (0, 1] or null, got {value}")
         if sorted(self.order) != sorted(ORDER):
             raise ValueError(f"order must have each of {', '.join(ORDER)}, got {self.order}")
-        if self.guidance is not None and self.guidance < 0:
+        if self.guidance is not None and not self.guidance >= 0:
             raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
+        if self.guidance is not None and self.guidance > GREATEST_GUIDANCE:
+            raise ValueError(
+                f"guidance must be at most {GREATEST_GUIDANCE:g}, got {self.guidance:g}"
+            )
         if self.guidance_kind not in GUIDANCE_KINDS:
             raise ValueError(
                 f"guidance_kind must be one of {', '.join(GUIDANCE_KINDS)}, "

@@ -99,6 +99,11 @@ def known_indices(
 
 def variation_mask(share: float, side: int, generator: torch.Generator) -> Tensor:
     """Tokens of a ``(side, side)`` grid that stay when a share of them is drawn anew at random."""
+    require_share(share)
+    return torch.rand(side, side, generator=generator) >= share
+
+
+def require_share(share: float) -> None:
+    """Raise ``ValueError`` unless a fraction of an image can be sampled again."""
     if not 0 < share <= 1:
         raise ValueError(f"the share to draw anew must be in (0, 1], got {share}")
-    return torch.rand(side, side, generator=generator) >= share

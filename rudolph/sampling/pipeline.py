@@ -4,7 +4,7 @@ Shapes: B texts or pictures, S samples of each, I image tokens, H and W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -70,6 +70,19 @@ class Candidate:
     indices: Tensor
     seed: int
     scores: dict[str, float]
+
+
+class StageError(ValueError):
+    """A stage after sampling failed.  What was sampled is in ``candidates``, unranked.
+
+    Where decoding failed ``candidates`` is empty and there are only ``indices`` (S, I).
+    """
+
+    def __init__(
+        self, message: str, *, indices: Tensor, seeds: list[int], candidates: list[Candidate]
+    ) -> None:
+        super().__init__(message)
+        self.indices, self.seeds, self.candidates = indices, seeds, candidates
 
 
 @dataclass
@@ -155,14 +168,15 @@ class Pipeline:
         config: TokenSamplingConfig,
         on_stage: OnStage | None = None,
     ) -> list[Candidate]:
-        """Pictures for one text, best first: drawn, ranked, decoded, ranked by CLIP, enlarged.
+        """Return images of one text, best first: sampled, decoded, ranked, enlarged.
 
         Every stage leaves its scores: ``perplexity_text``, ``perplexity_image`` and ``self``, of
-        which less is better, and ``clip``, of which more is.  Picture k has the seed
-        ``mixed_seed(seed, k)``, in whatever number and batch it is drawn.
+        which less is better, and ``clip``, of which more is.  Image k has the seed
+        ``mixed_seed(seed, k)``, in whatever number and batch it is sampled.
 
         Raises:
             ValueError: when it is asked to rank by a CLIP that it has not.
+            StageError: when a stage fails after sampling; it holds what there is by then.
         """
         if request.rank == "clip" and self.clip is None:
             raise ValueError("ranking by clip needs a CLIP")
@@ -177,32 +191,60 @@ class Pipeline:
             window=request.window,
             on_token=partial(told, "draw"),
         )
-        scores: list[dict[str, float]] = [{} for _ in seeds]
-        order = list(range(len(seeds)))
+        candidates: list[Candidate] = []
+        stage = "decode"
+
+        def begin(name: str) -> Callable[[int, int], None]:
+            nonlocal stage
+            stage = name
+            return partial(told, name)
+
+        try:
+            images = self.decode(indices, on_batch=begin("decode"))
+            candidates += [
+                Candidate(*each, {}) for each in zip(images, indices, seeds, strict=True)
+            ]
+            kept = self._ranked(candidates, text, request, begin)[: request.keep]
+            if self.upscaler is None:
+                return kept
+            finished = self.enlarge(
+                torch.stack([each.image for each in kept]), on_tile=begin("enlarge")
+            )
+        # What torch, the file system and our own checks raise.
+        except (RuntimeError, ValueError, MemoryError, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StageError(
+                f"{stage}: {reason}", indices=indices, seeds=seeds, candidates=candidates
+            ) from error
+        return [replace(each, image=image) for each, image in zip(kept, finished, strict=True)]
+
+    def _ranked(
+        self,
+        candidates: list[Candidate],
+        text: str,
+        request: Request,
+        begin: Callable[[str], Callable[[int, int], None]],
+    ) -> list[Candidate]:
+        """Return the candidates best first, and leave the scores of each in it."""
+        order = list(range(len(candidates)))
         if request.rank == "self":
+            indices = torch.stack([each.indices for each in candidates])
             ranking = rank_pictures(
-                self, indices, text, kind=request.perplexity, on_batch=partial(told, "rank")
+                self, indices, text, kind=request.perplexity, on_batch=begin("rank")
             )
             order = ranking.order()
-            for at, score in enumerate(scores):
-                score["perplexity_text"] = ranking.text[at].item()
-                score["perplexity_image"] = ranking.image[at].item()
-                score["self"] = ranking.score[at].item()
-        images = self.decode(indices, on_batch=partial(told, "decode"))
+            for at, candidate in enumerate(candidates):
+                candidate.scores["perplexity_text"] = ranking.text[at].item()
+                candidate.scores["perplexity_image"] = ranking.image[at].item()
+                candidate.scores["self"] = ranking.score[at].item()
         if self.clip is not None:
-            similar = self.clip.similarities(images, [text], on_batch=partial(told, "clip"))[:, 0]
-            for at, score in enumerate(scores):
-                score["clip"] = similar[at].item()
+            images = torch.stack([each.image for each in candidates])
+            similar = self.clip.similarities(images, [text], on_batch=begin("clip"))[:, 0]
+            for at, candidate in enumerate(candidates):
+                candidate.scores["clip"] = similar[at].item()
             if request.rank == "clip":
                 order = torch.sort(similar, descending=True, stable=True).indices.tolist()
-        kept = order[: request.keep]
-        finished = images[kept]
-        if self.upscaler is not None:
-            finished = self.enlarge(finished, on_tile=partial(told, "enlarge"))
-        return [
-            Candidate(image, indices[at], seeds[at], scores[at])
-            for at, image in zip(kept, finished, strict=True)
-        ]
+        return [candidates[at] for at in order]
 
     def enlarge(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
         """Pictures ``(B, 3, H, W)`` in [0, 1], enlarged tile by tile."""

@@ -1,0 +1,121 @@
+"""Files of generate and caption: checked before anything is sampled, and kept if a disk fails."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rudolph.console import say
+from rudolph.disk import write_text
+
+# Written where an output is checked: a full disk still takes an empty file.
+PROBE = b"0" * 4096
+
+
+def check_output(path: Path, *, suffix: str, has_folder: bool = False) -> None:
+    """Raise ``ValueError`` unless a PNG, its text beside it and single images can be written.
+
+    Args:
+        path: of the PNG.
+        suffix: of the text file beside it.
+        has_folder: whether single images go into a folder of the PNG's name.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output must end with .png, got {path}")
+    for file in (path, path.with_suffix(suffix)):
+        if file.is_dir():
+            raise ValueError(
+                f"--output: expected a file, got the folder {file}. Give another name"
+            )
+    folders = [path.parent, path.with_suffix("")] if has_folder else [path.parent]
+    for folder in folders:
+        nearest = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not nearest.is_dir():
+            raise ValueError(
+                f"--output: expected {folder} to be a folder or free, and {nearest} is a file. "
+                "Give another name"
+            )
+        try:
+            with tempfile.TemporaryFile(dir=nearest) as probe:
+                probe.write(PROBE)
+        except OSError as error:
+            raise ValueError(
+                f"--output: expected a folder that can be written, got {nearest} "
+                f"({_reason(error)}). Give another path"
+            ) from error
+
+
+def write_or_rescue(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(path)``; where the file system fails, write into a temporary folder instead.
+
+    Raises:
+        ValueError: in one line that says where the files are.
+    """
+    try:
+        write(path)
+    except OSError as error:
+        reason = f"{path}: cannot be written ({_reason(error)})"
+        try:
+            rescued = Path(tempfile.mkdtemp(prefix="rudolph-")) / f"rescued{path.suffix}"
+            write(rescued)
+        except OSError as second:
+            raise ValueError(f"{reason}, nor can a temporary file ({_reason(second)})") from error
+        raise ValueError(f"{reason}. All is in {rescued.parent} instead") from error
+
+
+def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alpha: bool) -> None:
+    """Write each image with what it was made of, a line of JSON for each, and then the grid.
+
+    Args:
+        path: of the grid, whose name the others take.
+        told: prompt, model and parameters.
+        alpha: whether single images lose their ground.
+
+    Raises:
+        OSError: where the file system fails.
+        ValueError: where only the grid cannot be drawn or written.
+    """
+    import numpy as np
+
+    from rudolph.results.drawings import sample_grid
+    from rudolph.results.style import DrawingError
+    from rudolph.sampling.pictures import save_png, to_image
+    from rudolph.sampling.transparency import to_rgba
+
+    folder, images, lines = path.with_suffix(""), [], []
+    for place, candidate in enumerate(candidates):
+        image = to_image(candidate.image)
+        images.append(np.asarray(image))
+        file = folder / f"{place:03}.png"
+        record = told | {"seed": candidate.seed, "scores": candidate.scores}
+        save_png(to_rgba(image) if alpha else image, file, record)
+        lines.append(record | {"file": str(file)})
+    write_lines(path.with_suffix(".jsonl"), lines)
+    labels = [
+        ", ".join(f"{name} {value:.3g}" for name, value in candidate.scores.items())
+        or told["prompt"]
+        for candidate in candidates
+    ]
+    try:
+        sample_grid(images, labels, path, columns=min(4, len(images)))
+    except DrawingError as error:
+        raise ValueError(f"{error}. The single images are in {folder}") from error
+    say(f"{path}, {path.with_suffix('.jsonl')} and {len(lines)} pictures in {folder}")
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a line of JSON for each record."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
+
+
+def kept_codes(failure: Any, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each sample of a failed generation: its seed and its image codes."""
+    for seed, indices in zip(failure.seeds, failure.indices.tolist(), strict=True):
+        yield told | {"seed": seed, "indices": indices}
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or " ".join(str(error).split())).lower()

@@ -1,0 +1,353 @@
+"""Outputs of generate and caption: checked first, and kept when a disk or a stage fails."""
+
+import errno
+import json
+import random
+import tempfile
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import num_cases, random_text
+from PIL import Image
+from torch import Tensor
+
+from rudolph.cli import main, sampling
+from rudolph.cli.outputs import check_output, write_or_rescue
+from rudolph.sampling.pictures import read_told
+from rudolph.sampling.pipeline import Pipeline
+from rudolph.sources import Source, open_source
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Source:
+    return open_source("shipped", runs=Path("runs"), uri="")
+
+
+@pytest.fixture
+def sampled(
+    shipped: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Sequence[str]]:
+    """The shipped model, opened once, whose sampling takes no time; the prompts that it had."""
+    prompts: list[Sequence[str]] = []
+    real = sampling.opened
+
+    def opened(given: Any) -> Source:
+        return (
+            replace(shipped, pipeline=replace(shipped.pipeline))
+            if given.model == "shipped"
+            else real(given)
+        )
+
+    def indices(self: Pipeline, captions: Sequence[str], **settings: Any) -> Tensor:
+        prompts.append(captions)
+        for caption in captions:
+            self.texts("text_to_image", caption)
+        drawn = [
+            torch.full((self.decoder.layout.num_image_tokens,), seed % 90)
+            for seed in settings["seeds"]
+        ]
+        return torch.stack(drawn)
+
+    def caption(
+        self: Pipeline, images: Tensor, *, seeds: Sequence[int], questions: Any, **_: Any
+    ) -> list[str]:
+        prompts.append(questions or [""])
+        return [f"ответ\x85{seed % 3}" for seed in seeds]
+
+    monkeypatch.setattr(sampling, "opened", opened)
+    monkeypatch.setattr(Pipeline, "generate_indices", indices)
+    monkeypatch.setattr(Pipeline, "caption", caption)
+    monkeypatch.setattr(Pipeline, "pack", lambda self, *_, **__: None)
+    monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "home"))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return prompts
+
+
+def failing(*names: str) -> Callable[[Path], None]:
+    """A writer that fails for paths with any of some words in them, as on a full disk."""
+
+    def write(path: Path) -> None:
+        if any(name in str(path) for name in names):
+            raise FULL
+        path.write_text("written")
+
+    return write
+
+
+def said(action: Callable[[], object]) -> str:
+    """The one line of a ``ValueError``."""
+    with pytest.raises(ValueError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a.png", None),
+        ("new/folder/a.PNG", None),
+        ("folder/../a.png", None),
+        ("a.jpg", "must end with .png"),
+        ("file.png", "expected file to be a folder or free, and file is a file"),
+        ("file/a.png", "expected file to be a folder or free, and file is a file"),
+        ("file/deep/a.png", "and file is a file"),
+        ("folder.png", "expected a file, got the folder folder.png"),
+        ("b.png", "expected a file, got the folder b.jsonl"),
+        ("dangling/a.png", "and dangling is a file"),
+        ("/proc/self/a.png", "a folder that can be written, got /proc/self"),
+    ],
+)
+def test_an_output_is_checked_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    for name in ("folder.png", "b.jsonl", "folder"):
+        Path(name).mkdir()
+    Path("dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    if words is None:
+        check_output(Path(path), suffix=".jsonl", has_folder=True)
+    else:
+        message = said(lambda: check_output(Path(path), suffix=".jsonl", has_folder=True))
+        assert message.startswith("--output") and words in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_written_goes_into_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write_or_rescue(tmp_path / "a.png", failing())
+    assert (tmp_path / "a.png").read_text() == "written"
+    message = said(lambda: write_or_rescue(tmp_path / "b.png", failing("b.png")))
+    [folder] = tmp_path.glob("rudolph-*")
+    assert message == (
+        f"{tmp_path / 'b.png'}: cannot be written (no space left on device). "
+        f"All is in {folder} instead"
+    )
+    assert (folder / "rescued.png").read_text() == "written"
+    message = said(lambda: write_or_rescue(tmp_path / "c.png", failing("c.png", "rescued")))
+    assert message.endswith("nor can a temporary file (no space left on device)")
+
+
+def test_a_full_disk_loses_no_image(
+    sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = Image.Image.save
+
+    def save(self: Image.Image, path: Path, *arguments: Any, **settings: Any) -> None:
+        if not Path(path).is_absolute():
+            raise FULL
+        real(self, path, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert main(["generate", "олень", "-n", "3", "--output", "a.png"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    [folder] = Path(tempfile.gettempdir()).iterdir()
+    assert line.startswith("rudolph: a.png: cannot be written (no space") and str(folder) in line
+    records = [json.loads(each) for each in (folder / "rescued.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    assert all(read_told(Path(record["file"]))["prompt"] == "олень" for record in records)
+
+
+@pytest.mark.parametrize("stage", ["decode", "rank", "clip", "enlarge"])
+def test_what_was_sampled_is_kept_when_a_later_stage_fails(
+    sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any, stage: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    def add_stages(pipeline: Pipeline, given: Any) -> None:
+        pipeline.clip = type("Clip", (), {"similarities": fail})() if stage == "clip" else None
+        pipeline.upscaler = object() if stage == "enlarge" else None
+
+    monkeypatch.setattr(sampling, "add_stages", add_stages)
+    if stage == "rank":
+        monkeypatch.setattr("rudolph.sampling.pipeline.rank_pictures", fail)
+    elif stage != "clip":
+        monkeypatch.setattr(Pipeline, stage, fail)
+    assert main(["generate", "олень", "-n", "3", "--rank", "self", "--keep", "1"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"rudolph: {stage}: CUDA out of memory. Tried to allocate. ")
+    records = [json.loads(each) for each in Path("generated.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    if stage == "decode":
+        assert "The image codes of all 3 samples are kept in generated.jsonl" in line
+        assert all(len(record["indices"]) == 64 for record in records)
+    else:
+        assert "All 3 images are kept as sampled in generated.png" in line
+        assert all(Path(record["file"]).is_file() for record in records)
+
+
+def test_a_grid_that_cannot_be_drawn_leaves_the_single_images(
+    sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("raqm_layout() failed.")
+
+    monkeypatch.setattr("rudolph.results.drawings._sheet", fail)
+    assert main(["generate", "олень", "-n", "2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "generated.png: cannot be drawn (raqm_layout() failed.)" in line
+    assert line.endswith("The single images are in generated")
+    assert len(list(Path("generated").glob("*.png"))) == 2
+
+
+def test_a_composed_and_a_decomposed_prompt_are_one(sampled: list[Sequence[str]]) -> None:
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, "зелёный чай")
+        assert main(["generate", text, "-n", "1", "--output", f"{form}.png"]) == 0
+    assert sampled == [["зелёный чай"]] * 2
+    records = [json.loads(Path(f"{form}.jsonl").read_text()) for form in ("NFC", "NFD")]
+    assert records[0]["prompt"] == records[1]["prompt"] == "зелёный чай"
+
+
+@pytest.mark.parametrize("verb", ["generate", "caption"])
+def test_an_unknown_part_of_a_text_is_said_once_and_no_known_one(
+    sampled: list[Sequence[str]], capsys: Any, verb: str
+) -> None:
+    Image.new("RGB", (16, 16), "red").save("a.png")
+    words = ["generate"] if verb == "generate" else ["caption", "a.png", "--question"]
+    for text in ("красный кот", "a red cat"):
+        assert main([*words, text, "-n", "1"]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        notes = [line for line in lines if "has never seen" in line]
+        assert len(notes) == (text == "a red cat")
+        assert all("'red'" in note for note in notes)
+
+
+def test_captions_are_written_even_where_the_terminal_cannot_show_them(
+    sampled: list[Sequence[str]], capsys: Any
+) -> None:
+    Image.new("RGB", (16, 16), "red").save("a.png")
+    assert main(["caption", "a.png", "-n", "2"]) == 0
+    assert "ответ" in capsys.readouterr().out
+    assert sum(json.loads(Path("captioned.json").read_text("utf-8"))["captions"].values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["кот \udcd0"], "text: expected text in UTF-8"),
+        (["кот", "--output", "a\udcd0.png"], "--output: expected text in UTF-8"),
+        (["кот", "--output", "file.png"], "--output: expected file to be a folder or free"),
+        (["кот", "--temperature", "nan"], "temperature must be above 0"),
+        (["кот", "--temperature", "inf"], "temperature must be 1e-06 to 1e+06, got inf"),
+        (["кот", "--guidance", "nan"], "guidance must be at least 0"),
+        (["кот", "--guidance", "inf"], "guidance must be at most 1e+06, got inf"),
+        (["кот", "--top-p", "nan"], "top_p must be in (0, 1]"),
+        (["кот", "-n", "99999999999"], "-n must be at most 10000"),
+        (["кот", "--image-prompt", "/dev/zero", "--vary", "1"], "expected an image file, got a"),
+        (["кот", "--image-prompt", "file", "--vary", "nan"], "share to draw anew must be in"),
+        (["кот", "--image-prompt", "file", "--vary", "1"], "file: corrupt picture"),
+    ],
+)
+def test_a_mistake_is_told_before_a_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampling, "opened", lambda given: pytest.fail("opened"))
+    Path("file").write_text("text")
+    assert main(["generate", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+NUMBERS = (
+    "0",
+    "1",
+    "2",
+    "3",
+    "-1",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-300",
+    "0.5",
+    "1.0",
+    "x",
+    "",
+)
+NUMBERS += ("9" * 30, "2147483648", " 2", "1_0", "٣", "0x10", "1e-6")
+PATHS = ("picture.png", "text.png", "empty.png", "missing.png", "folder", "folder.png", ".", "")
+PATHS += ("/dev/null", "text.png/a.png", "new/a.png", "n" * 300 + ".png", "a\udcff.png", "й.png")
+PATHS += ("shipped", "newest", "0" * 32, "/proc/self/a.png", "b.PNG", "..", "~", "~/a.png")
+FLAGS: dict[str, Sequence[str | None]] = {
+    **dict.fromkeys(("-n", "--seed", "--top-k"), NUMBERS),
+    **dict.fromkeys(("--temperature", "--top-p", "--min-p"), NUMBERS),
+    **dict.fromkeys(("--model", "--output"), PATHS),
+    "--dtype": ("float32", "bfloat16", "x"),
+    "--int8": (None,),
+}
+GENERATE: dict[str, Sequence[str | None]] = {
+    **FLAGS,
+    **dict.fromkeys(("--guidance", "--keep", "--vary", "--window", "--upscale"), NUMBERS),
+    **dict.fromkeys(("--clip", "--upscaler", "--image-prompt", "--mask"), PATHS),
+    "--guidance-kind": ("extrapolation", "mixture", "x"),
+    "--rank": ("self", "clip", "none", "x"),
+    "--perplexity": ("exp_mean_ce", "mean_exp_ce"),
+    "--borders": ("up=1", "up=1,left=9", "up=", "=", "", "up=99999999999999999999", "лево=1"),
+    "--transparent": (None,),
+}
+
+
+def random_arguments(rng: random.Random) -> list[str]:
+    """A call of generate or caption with a few flags, each with any value."""
+    text = random_text(rng, longest=rng.choice([0, 5, 40, 2000]))
+    if rng.random() < 0.6:
+        words, flags = ["generate", f"--output={rng.choice(PATHS)}", "--", text], GENERATE
+    else:
+        words = ["caption", "--", rng.choice(PATHS)]
+        words[1:1] = [f"--question={text}"] if rng.random() < 0.6 else []
+        flags = FLAGS
+    if rng.random() < 0.5:
+        words[1:2] = ["--output=out.png"] if words[0] == "generate" else words[1:2]
+    for flag in rng.sample(sorted(flags), rng.randint(0, 3)):
+        value = rng.choice(flags[flag])
+        joined = flag if value is None else f"{flag}={value}" if len(flag) > 2 else flag + value
+        words.insert(1, joined)
+    return words
+
+
+def test_any_arguments_are_taken_or_refused_in_one_line(
+    sampled: list[Sequence[str]], capsys: Any
+) -> None:
+    rng = random.Random(5)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("picture.png")
+    Path("text.png").write_text("no image")
+    Path("empty.png").write_text("")
+    for name in ("folder", "folder.png"):
+        Path(name).mkdir()
+    counts = {0: 0, 2: 0}
+    for _ in range(num_cases(15)):
+        arguments = random_arguments(rng)
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            # argparse refuses with its usage.
+            code = int(str(stop.code))
+            assert "usage: " in capsys.readouterr().err
+        assert code in counts, arguments
+        counts[code] += 1
+        lines = capsys.readouterr().err.splitlines()
+        assert sum(line.startswith("rudolph: ") for line in lines) <= 1, (arguments, lines)
+        assert not any("Traceback" in line for line in lines), (arguments, lines)
+    print(f"fuzz of generate and caption: {counts[0]} accepted, {counts[2]} refused")
+    assert min(counts.values()) > 0
