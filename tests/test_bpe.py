@@ -50,8 +50,8 @@ def test_a_word_has_the_ids_and_takes_the_draws_of_the_plain_rule(dropout: float
 
 def test_a_word_of_20000_letters_is_encoded_with_dropout_in_seconds() -> None:
     word = WORD_START + "".join(random.Random(0).choices(WORDS, k=3000))[:20_000]
-    started = time.monotonic()
+    started = time.process_time()
     ids = MODEL.encode_word(word, 0.1, torch.Generator().manual_seed(0))
     # 0.8 s here; looking at all pairs before each merge takes minutes.
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert len(ids) < 15_000

@@ -62,10 +62,10 @@ def test_captions_are_wrapped_at_the_most_characters_that_fit(width: int) -> Non
 
 @pytest.mark.parametrize("text", ["красное сердце " * 1400, "а" * 20_000])
 def test_a_very_long_caption_is_cut_and_drawn_at_once(tmp_path: Path, text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     sample_grid([BLACK] * 8, [text] * 8, tmp_path / "a.png", columns=4)
     # Wrapping took minutes when every number of characters was tried for every image.
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     sample_grid([BLACK] * 8, [text[:500]] * 8, tmp_path / "b.png", columns=4)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     sample_grid([BLACK] * 8, [text[: LONGEST_CAPTION // 4]] * 8, tmp_path / "c.png", columns=4)

@@ -154,10 +154,10 @@ def test_the_unknown_part_of_a_text_is_named(shipped: Tokenizer) -> None:
 def test_a_prompt_of_20000_letters_fills_its_segment_at_once(shipped: Tokenizer) -> None:
     rng = random.Random(0)
     for text in ("".join(rng.choices("абвгдежз", k=20_000)), "красное сердце и рука " * 1000):
-        started = time.monotonic()
+        started = time.process_time()
         segment = shipped.encode_segment(text, 64)
         shipped.unknown_note(text, "text")
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
         assert len(segment.ids) == 64 and segment.num_cut > 0
 
 
