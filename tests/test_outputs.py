@@ -287,7 +287,7 @@ NUMBERS = (
 NUMBERS += ("9" * 30, "2147483648", " 2", "1_0", "٣", "0x10", "1e-6")
 PATHS = ("picture.png", "text.png", "empty.png", "missing.png", "folder", "folder.png", ".", "")
 PATHS += ("/dev/null", "text.png/a.png", "new/a.png", "n" * 300 + ".png", "a\udcff.png", "й.png")
-PATHS += ("shipped", "newest", "0" * 32, "/proc/self/a.png", "b.PNG", "..", "~", "~/a.png")
+PATHS += ("shipped", "newest", "/proc/self/a.png", "b.PNG", "..", "~", "~/a.png")
 FLAGS: dict[str, Sequence[str | None]] = {
     **dict.fromkeys(("-n", "--seed", "--top-k"), NUMBERS),
     **dict.fromkeys(("--temperature", "--top-p", "--min-p"), NUMBERS),
