@@ -4,6 +4,7 @@ Those that runs have in common are drawn by the first of them.  One that cannot 
 warning and fails no run.  Matplotlib is imported only where a picture is drawn.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +17,11 @@ import torch
 from rudolph.config import RunConfig, digest_of, plain
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
+from rudolph.disk import say_once, set_aside
 from rudolph.evaluation.asking import without_note
 from rudolph.execution import Execution, is_main_process, keep_file
 from rudolph.models.decoder import MaskedDecoder
+from rudolph.sampling.pictures import is_whole_png
 from rudolph.sampling.pipeline import OnToken, Pipeline
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.texts import UnknownTextWarning
@@ -92,9 +95,12 @@ def draw_once(
     """
     name = f"{path.stem}-{digest_of(*decided_by)[:16]}{path.suffix}"
     cached = execution.folders.cache / "pictures" / name
-    if cached.is_file():
+    if is_whole_png(cached):
         keep_file(cached, path)
         return
+    if os.path.lexists(cached):
+        aside = set_aside(cached)
+        say_once(f"{cached}: damaged, renamed {aside.name}; it is drawn again")
     from rudolph.results.style import warned_drawing
 
     with warned_drawing():

@@ -1,5 +1,6 @@
 """A journal keeps what was written to it, through crashes and from many threads."""
 
+import logging
 import math
 import threading
 import time
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_disk import file_limit
 
+from rudolph.disk import DamagedFileError
 from rudolph.results.journal import (
     JOURNAL,
     VALUES_IN_BATCH,
@@ -57,6 +60,69 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_the_run_goes_on(tmp_path: Path
     journal.append("tags", tags={"a": "2"})
     journal.close()
     assert records(tmp_path)[:-1] == whole and records(tmp_path)[-1]["tags"] == {"a": "2"}
+
+
+@pytest.mark.parametrize("place", ["header", "middle"])
+def test_a_damaged_journal_keeps_its_whole_records_and_is_sent_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    journal = open_journal(tmp_path)
+    for name in "abc":
+        journal.append("tags", tags={"name": name})
+    journal.close()
+    path = tmp_path / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[0 if place == "header" else 2] = b"\x00\x00 garbage\n"
+    path.write_bytes(b"".join(lines))
+    damaged = path.read_bytes()
+    SentMark(tmp_path, "http://host").write("id", len(damaged))
+    with pytest.raises(DamagedFileError, match=r"journal.jsonl: damaged \(no record at byte \d+"):
+        records(tmp_path)
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        journal = open_journal(tmp_path)
+    journal.append("tags", tags={"name": "d"})
+    journal.close()
+    assert not journal.is_continued and len(caplog.messages) == 1
+    kept = records(tmp_path)
+    assert [record["kind"] for record in kept[:2]] == ["run", "tags"]
+    names = [record["tags"]["name"] for record in kept[1:]]
+    assert names == (["a", "b", "c", "d"] if place == "header" else ["a", "c", "d"])
+    assert (tmp_path / f"{JOURNAL}.damaged").read_bytes() == damaged
+    assert SentMark(tmp_path, "http://host").read() == ("", 0)
+    again = open_journal(tmp_path)
+    again.close()
+    assert again.is_continued
+
+
+def test_a_mark_of_another_journal_counts_for_nothing(tmp_path: Path) -> None:
+    open_journal(tmp_path).close()
+    size = (tmp_path / JOURNAL).stat().st_size
+    mark = SentMark(tmp_path, "http://host")
+    for offset in (size + 1, size - 3):
+        mark.write("id", offset)
+        assert mark.read() == ("id", 0) and mark.is_pending()
+    mark.write("id", size)
+    assert not mark.is_pending()
+
+
+def test_a_failed_write_leaves_no_half_record(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    before = journal.path.read_bytes()
+    with file_limit(len(before) + 20), pytest.raises(OSError, match=r"journal\.jsonl"):
+        journal.append("tags", tags={"name": "x" * 100})
+    assert journal.path.read_bytes() == before
+    journal.append("tags", tags={"name": "y"})
+    journal.close()
+    assert [record.get("tags") for record in records(tmp_path)] == [None, {"name": "y"}]
+
+
+def test_a_lock_that_cannot_be_made_is_told_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "x.lock").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"x\.lock"), exclusive(tmp_path / "x.lock", 0.0):
+        pass
+    (tmp_path / "y.lock").write_bytes(b"garbage" * 100)
+    with exclusive(tmp_path / "y.lock", 0.0) as is_held:
+        assert is_held
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:

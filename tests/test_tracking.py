@@ -6,18 +6,23 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from rudolph.results.journal import JOURNAL, SENT, read_journal
+from rudolph.results import tracking
+from rudolph.results.journal import JOURNAL, SENT, SentMark, read_journal
+from rudolph.results.mlflow_database import SlowStoreError
 from rudolph.results.tracking import Sent, Tracker, git_state, send_pending, tracking_uri
 
 
@@ -323,3 +328,101 @@ def test_importing_the_module_does_not_import_mlflow_or_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert json.loads(output) == []
+
+
+class SlowStore:
+    """Takes one record each 0.2 s; nothing is wrong with it."""
+
+    def __init__(self, uri: str, *, opening: float = 0.0, parts: int = 4) -> None:
+        self.uri, self.parts = uri, parts
+        time.sleep(opening)
+
+    def send(self, folder: Path, *, again: bool = False, on_progress: Any = None) -> Sent:
+        for _ in range(self.parts):
+            time.sleep(0.2)
+            if on_progress is not None:
+                on_progress()
+        SentMark(folder, self.uri).write("id", (folder / JOURNAL).stat().st_size)
+        return Sent(runs=1)
+
+
+def test_a_slow_server_is_waited_for_while_it_makes_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "Store", partial(SlowStore, opening=0.6))
+    tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
+    tracker.finish()
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        # Neither opening the store nor all parts together fit into the seconds without progress.
+        assert tracker.close(0.4)
+    assert caplog.messages == []
+
+
+def test_a_server_that_is_too_slow_is_called_slow_and_gets_the_rest_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "Store", partial(SlowStore, parts=3))
+    uri = "http://anna:secret@slow"
+    tracker = Tracker(tmp_path / "run", uri, experiment="e", run="r", digest="d")
+    tracker.finish()
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        assert not tracker.close(0.05)
+    assert caplog.messages == [
+        "http://slow is slow: the rest of run is sent in the background, or later by `rudolph sync`"
+    ]
+    tracker._thread.join(20)
+    assert not SentMark(tmp_path / "run", uri).is_pending()
+
+
+def test_an_error_after_a_slow_answer_is_told_once_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refusing(SlowStore):
+        def send(self, folder: Path, **rest: Any) -> Sent:
+            raise SlowStoreError("Read timed out")
+
+    monkeypatch.setattr(tracking, "Store", Refusing)
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
+        assert not tracker.close(5.0)
+    assert caplog.messages == ["http://slow is slow (Read timed out); all is kept and sent later"]
+
+
+def test_a_full_disk_of_the_store_does_not_end_a_run(
+    tmp_path: Path,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*arguments: Any, **keywords: Any) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        raise OperationalError("INSERT", {}, error)
+
+    from mlflow import MlflowClient
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rudolph"):
+        patch.setattr(MlflowClient, "log_batch", full)
+        assert not track(tmp_path / "runs" / "r", database, run="full")
+    [line] = caplog.messages
+    assert "disk is full" in line and line.endswith("all is kept and sent later")
+    assert send_pending(tmp_path / "runs", database).waiting == 0
+    assert_run_is_complete(database, "full")
+
+
+def test_a_damaged_journal_stops_no_other_run(
+    tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("damaged", "headless", "whole"):
+        track(runs / name, "http://127.0.0.1:9", run=f"journal-{name}", timeout=0.0)
+    journals = {name: runs / name / JOURNAL for name in ("damaged", "headless")}
+    content = journals["damaged"].read_bytes()
+    journals["damaged"].write_bytes(content.replace(b'{"kind": "tags"', b"\xff\xfe", 1))
+    journals["headless"].write_bytes(content.partition(b"\n")[2])
+    (runs / "whole" / SENT).write_bytes(b"[]")
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        sent = send_pending(runs, database)
+    assert (sent.runs, sent.waiting) == (1, 1)
+    assert_run_is_complete(database, "journal-whole")
+    for name in ("damaged/journal.jsonl", "headless/journal.jsonl", "whole/journal.sent"):
+        assert any(name in line and "damaged (" in line for line in caplog.messages), name

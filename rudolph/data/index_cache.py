@@ -19,6 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from rudolph.disk import set_aside
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -69,6 +71,9 @@ def cached_array(
         if array_path.exists() or record_path.exists():
             log.warning("%s: %s; computing it again", array_path, fault)
         array = compute()
+        for path in (array_path, record_path):
+            if path.is_dir():
+                set_aside(path)
         if is_locked:
             _remove_leftovers(folder, name)
         _write(array_path, lambda file: np.save(file, array, allow_pickle=False))
@@ -102,7 +107,9 @@ def _fault(array_path: Path, record_path: Path, *, parts: Mapping[str, str]) -> 
             return "its content differs from its record"
     except FileNotFoundError as error:
         return f"{Path(error.filename).suffix} file is missing"
-    except ValueError:
+    except IsADirectoryError as error:
+        return f"{Path(error.filename).suffix} file is a folder"
+    except (ValueError, RecursionError):
         return "its record cannot be read"
     return None
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rudolph.disk import write_whole
 
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
 
 def to_image(picture: Tensor) -> Image.Image:
     """A picture ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
@@ -30,6 +32,14 @@ def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(key, text)
     write_whole(path, partial(image.save, format="PNG", pnginfo=info))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Return whether a file begins and ends as a PNG does."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content.startswith(PNG_START) and content.endswith(PNG_END)
 
 
 def read_told(path: Path) -> dict[str, str]:

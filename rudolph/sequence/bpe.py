@@ -192,11 +192,34 @@ def read_model(path: Path) -> BPEModel:
         rules = lines[1 + num_characters : last]
         merges = {(left, right): (rank, new) for rank, (left, right, new) in enumerate(rules)}
         unk, pad, bos, eos = lines[last]
-    except (ValueError, IndexError) as error:
+        _require_consistent(characters, merges, num_characters, num_merges)
+    except (ValueError, IndexError, OSError) as error:
         raise ValueError(f"{path}: not a YouTokenToMe model file ({error})") from error
     if (pad, unk, bos, eos) != (PAD, UNK, BOS, EOS):
         raise ValueError(f"{path}: special ids must be pad 0, unk 1, bos 2, eos 3")
     return BPEModel(characters, merges)
+
+
+def _require_consistent(
+    characters: dict[int, int],
+    merges: dict[Pair, tuple[int, int]],
+    num_characters: int,
+    num_merges: int,
+) -> None:
+    """Raise ``ValueError`` unless every id is given once and merges join ids that exist.
+
+    YouTokenToMe would read memory that is not its own.
+    """
+    # Compared first: a damaged number may be larger than memory.
+    if (len(characters), len(merges)) != (num_characters, num_merges):
+        raise ValueError(f"expected {num_characters} characters and {num_merges} merges")
+    ids = {*characters.values(), *(new for _, new in merges.values())}
+    if ids != set(range(NUM_SPECIALS, NUM_SPECIALS + num_characters + num_merges)):
+        raise ValueError("expected every id once")
+    if not all(0 <= code < 0x110000 for code in characters):
+        raise ValueError("expected code points of Unicode")
+    if not {each for pair in merges for each in pair} <= ids:
+        raise ValueError("a merge joins an id that is not there")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> BPEModel:
