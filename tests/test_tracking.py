@@ -53,7 +53,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        for _ in range(300):
+        for _ in range(900):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
                 return
@@ -222,7 +222,7 @@ def test_two_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from rudolph.results.tracking import Tracker;"
         "t = Tracker(Path(sys.argv[1]), sys.argv[2], experiment='both', run='r', digest='d');"
-        "t.log_metrics({'loss': 1.0}, step=0); t.finish(); sys.exit(not t.close(60.0))"
+        "t.log_metrics({'loss': 1.0}, step=0); t.finish(); sys.exit(not t.close(180.0))"
     )
     uri = tracking_uri_of(tmp_path)
     processes = [
@@ -367,9 +367,8 @@ def test_a_server_that_is_too_slow_is_called_slow_and_gets_the_rest_in_the_backg
     tracker.finish()
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert not tracker.close(0.05)
-    assert caplog.messages == [
-        "http://slow is slow: the rest of run is sent in the background, or later by `rudolph sync`"
-    ]
+    [line] = caplog.messages
+    assert line.startswith("http://slow is slow: the rest of run is sent in the background")
     tracker._thread.join(20)
     assert not SentMark(tmp_path / "run", uri).is_pending()
 

@@ -128,10 +128,10 @@ class Tracker:
 
         Args:
             timeout: seconds to wait for any progress.
-            longest: seconds to wait in all.
+            longest: seconds to wait in all, where that is more.
         """
         self._stopping.set()
-        end = time.monotonic() + (longest if timeout else 0.0)
+        end = time.monotonic() + (max(timeout, longest) if timeout else 0.0)
         while self._thread.is_alive() and time.monotonic() < end:
             is_idle = time.monotonic() - self._last_progress > timeout
             if is_idle and not self._is_opening:

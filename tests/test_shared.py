@@ -1,0 +1,73 @@
+"""Weights that runs share are trained again when they are damaged, and their curves survive."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rudolph.models.weights import save_weights
+from rudolph.stages.shared import are_whole, replay_curves
+
+
+class Recorder:
+    """Stands for an execution; keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.tracker = self
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, values: dict[str, float], *, step: int) -> None:
+        self.logged.append((step, values))
+
+
+def test_whole_weights_are_used_and_missing_ones_trained(tmp_path: Path) -> None:
+    weights, model = tmp_path / "weights.safetensors", nn.Linear(3, 2)
+    assert not are_whole(weights, model)
+    save_weights(model, weights)
+    assert are_whole(weights, nn.Linear(3, 2)) and weights.is_file()
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "another", "folder"])
+def test_damaged_weights_are_set_aside_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_weights(nn.Linear(3, 4) if kind == "another" else nn.Linear(3, 2), weights)
+    if kind == "folder":
+        weights.unlink()
+        weights.mkdir()
+    elif kind != "another":
+        weights.write_bytes(b"" if kind == "empty" else weights.read_bytes()[:-8])
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        assert not are_whole(weights, nn.Linear(3, 2))
+    [line] = caplog.messages
+    assert line.startswith(f"{weights}: damaged (") and "it is trained again" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors.damaged"]
+
+
+def test_curves_are_replayed_without_the_lines_that_are_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, recorder = tmp_path / "curves.jsonl", Recorder()
+    execution: Any = recorder
+    path.write_text('[4, {"loss": 2.0}]\n[5, {"lo\n[6]\n\n[8, {"loss": 1.0}]\n')
+    with caplog.at_level(logging.WARNING, "rudolph"):
+        replay_curves(execution, path)
+        assert recorder.logged == [(4, {"loss": 2.0}), (8, {"loss": 1.0})]
+        path.write_bytes(b"")
+        replay_curves(execution, path)
+        path.unlink()
+        replay_curves(execution, path)
+    assert len(recorder.logged) == 2
+    assert "3 of 5 lines are left out" in caplog.messages[0]
+    assert len(caplog.messages) == 3 and all(str(path) in line for line in caplog.messages)
+
+
+def test_weights_of_a_shape_are_checked_without_their_numbers(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_weights(nn.Linear(3, 2), weights)
+    with torch.device("meta"):
+        assert are_whole(weights, nn.Linear(3, 2))
