@@ -140,6 +140,18 @@ class RunConfig:
                 raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
 
     @property
+    def trainings(self) -> dict[str, OptimConfig]:
+        """The settings of every training of this run, by their key."""
+        if self.speed.measure is not None:
+            return {}
+        if self.model == "clip":
+            return {"clip_optim": self.clip_optim}
+        found = {} if self.vqgan.init is not None else {"vqgan_optim": self.vqgan_optim}
+        if self.decoder_optim.num_steps > 0:
+            found["decoder_optim"] = self.decoder_optim
+        return found
+
+    @property
     def seed_of_vqgan(self) -> int:
         return self.seed if self.vqgan_seed is None else self.vqgan_seed
 

@@ -203,7 +203,7 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
         },
-        "hardware": plain(execution.hardware),
+        "hardware": plain(execution.hardware) | {"precision": execution.hardware.used_precision},
         "digests": digests,
     }
     write_json(execution.folder / ENVIRONMENT, content)

@@ -23,7 +23,7 @@ from rudolph.training.callbacks import (
     quiet_lightning,
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
-from rudolph.training.optim import OptimConfig, machine_precision
+from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import StepwiseModule
 
 CURVES = "curves.jsonl"
@@ -69,6 +69,7 @@ def fit(
     quiet_lightning()
     trainer = make_trainer(
         hardware,
+        num_networks=len(module.networks()),
         logger=logger,
         callbacks=callbacks,
         val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
@@ -84,9 +85,11 @@ def fit(
         num_workers=hardware.num_workers,
     )
     run_trainer(trainer, module, streams, start)
-    merge_low_rank(module.networks()[0])
+    # Weights are kept in float32 whatever they were trained in, as runs that share them read them.
+    network = module.networks()[0].float()
+    merge_low_rank(network)
     if is_main_process():
-        save_weights(module.networks()[0], weights)
+        save_weights(network, weights)
         remove_checkpoints(last)
     trainer.strategy.barrier()
 
@@ -102,7 +105,7 @@ def run_trainer(
         raise KeyboardInterrupt from stopped
 
 
-def make_trainer(hardware: Hardware, **settings: Any) -> pl.Trainer:
+def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) -> pl.Trainer:
     """Lightning's trainer on this hardware, without what is done elsewhere.
 
     Raises:
@@ -112,10 +115,10 @@ def make_trainer(hardware: Hardware, **settings: Any) -> pl.Trainer:
         return pl.Trainer(
             max_epochs=1,
             accelerator=hardware.accelerator,
-            devices=hardware.devices,
+            devices=list(hardware.device_indices or ()) or hardware.num_devices,
             num_nodes=hardware.num_nodes,
-            strategy=hardware.strategy,
-            precision=hardware.precision or machine_precision(),  # type: ignore[arg-type]
+            strategy=hardware.strategy_for(num_networks),
+            precision=hardware.used_precision,  # type: ignore[arg-type]
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

@@ -33,8 +33,7 @@ def measure(execution: Execution) -> tuple[list[Score], dict[str, str]]:
             something else of the same weights.
     """
     subject = measurable(subject_of(execution))
-    if execution.hardware.devices * execution.hardware.num_nodes > 1:
-        raise ValueError("speed.measure: needs --devices 1 and --num-nodes 1")
+    execution.hardware.check(execution.config)
     require_contestants(subject.speed.contestants)
     folder = execution.folder / "speed" / "weights"
     shutil.rmtree(folder, ignore_errors=True)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "speed": BELOW_CONFIG | {"settings"},
     "config": BELOW_CONFIG | {"settings", "speed"},
     "experiment_file": BELOW_CONFIG | {"config", "settings"},
-    "execution": BELOW_CONFIG | {"config", "experiment_file"},
+    "execution": BELOW_CONFIG | {"config", "experiment_file", "settings"},
     "gallery": BELOW_CONFIG | {"config", "execution"},
     "fitting": BELOW_CONFIG | {"config", "execution"},
     "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources", "released"},

@@ -32,9 +32,11 @@ def add_run(verbs: Any) -> None:
     run.add_argument("--no-export", action="store_true", help="leave results/ as it is")
     hardware = run.add_argument_group("hardware: recorded, but no part of the question")
     hardware.add_argument("--accelerator", default="auto")
-    hardware.add_argument("--devices", type=int, default=1)
+    hardware.add_argument(
+        "--devices", default="1", help="a number, auto, -1 for all, or indices such as 0,1"
+    )
     hardware.add_argument("--num-nodes", type=int, default=1)
-    hardware.add_argument("--strategy", default="auto", help="Lightning's: ddp, fsdp, ...")
+    hardware.add_argument("--strategy", default="auto", help="Lightning's: auto, ddp, ddp_fork")
     hardware.add_argument("--precision", help="32-true, bf16-mixed, ...; the machine's by default")
     hardware.add_argument("--micro-batch-size", type=int, help="examples a device takes at once")
     hardware.add_argument("--num-workers", type=int, default=0)
@@ -79,6 +81,11 @@ def run_experiment(given: Any) -> int:
             raise ValueError(f"--index must be 0 to {len(jobs) - 1}, got {given.index}")
         jobs = [jobs[given.index]]
     named = {job: (loaded[job.file], job.run) for job in jobs}
+    hardware = hardware_of(given)
+    for _, run in named.values():
+        hardware.check(run.config)
+    if hardware.warning:
+        say(hardware.warning)
     if given.dry_run:
         for number, (experiment, run) in enumerate(named.values()):
             beside = f"{experiment.name}  " if len(files) > 1 else ""
@@ -103,8 +110,6 @@ def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, 
     from rudolph.laboratory import run_at_once
 
     place = place_here(given)
-    for _, run in named.values():
-        place.hardware.check(run.config)
     failed: dict[Any, str] = {}
     if min(given.jobs, len(named)) == 1:
         for job, (experiment, run) in named.items():
@@ -127,6 +132,8 @@ def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[
 
     failed: dict[Any, str] = {}
     for runs in search_of(experiment, folders_here()):
+        for run in runs:
+            hardware_of(given).check(run.config)
         found = {
             Job(file, tuple(given.settings), run.name, run): (experiment, run) for run in runs
         }
@@ -135,14 +142,25 @@ def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[
     return failed
 
 
+def hardware_of(given: Any) -> Any:
+    """Return the hardware that a command asks for; ``ValueError`` for what is not there."""
+    from rudolph.execution import Hardware
+
+    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
+    if given.jobs > 1 and hardware.world > 1:
+        raise ValueError(
+            f"--jobs: expected 1 with {hardware.world} devices, got {given.jobs}. "
+            "Each run takes all of them"
+        )
+    return hardware
+
+
 def place_here(given: Any) -> Any:
     """Where and on what the runs of a command are executed."""
-    from rudolph.execution import Hardware
     from rudolph.laboratory import Place
     from rudolph.results.tracking import tracking_uri
 
-    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
-    return Place(folders_here(), hardware, tracking_uri(Path.cwd()))
+    return Place(folders_here(), hardware_of(given), tracking_uri(Path.cwd()))
 
 
 def tell_results(named: Any, failed: Any, given: Any) -> int:
@@ -216,8 +234,10 @@ def show_experiment(given: Any) -> int:
     if given.schema:
         print(json.dumps(json_schema(RunConfig), indent=1, ensure_ascii=False))
         return 0
-    loaded = load_experiment(given.file, given.settings)
     micro = given.micro_batch_size
+    if micro is not None and micro < 1:
+        raise ValueError(f"--micro-batch-size must be at least 1, got {micro}")
+    loaded = load_experiment(given.file, given.settings)
     for number, run in enumerate(loaded.runs):
         print(f"# {number}: {run.name}, digest {run.config.digest}")
         for line in memory_lines(run.config, micro, has_checkpointing=given.checkpointing):

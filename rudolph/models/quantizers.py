@@ -9,8 +9,9 @@ Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of c
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,9 @@ def _with_both_losses(z: Tensor, z_q: Tensor, indices: Tensor, beta: float) -> Q
 class ExponentialMovingAverageQuantizer(nn.Module):
     """The codebook follows the mean of its latents; codes that die are revived from the batch.
 
+    Codebook and statistics stay in float32 where the model is converted to half precision: steps
+    of 1 - decay would round to nothing there.
+
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
 
@@ -103,6 +107,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     counts: Tensor
     sums: Tensor
     is_started: Tensor
+    AVERAGES = ("codebook", "counts", "sums")
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -113,8 +118,17 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.register_buffer("sums", codebook.clone())
         self.register_buffer("is_started", torch.tensor(False))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        held = {name: getattr(self, name) for name in self.AVERAGES}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in held.items():
+            after = getattr(self, name)
+            if torch.finfo(after.dtype).bits < 32:
+                setattr(self, name, before.to(after.device))
+        return self
+
     def forward(self, z: Tensor) -> Quantized:
-        vectors = z.detach().movedim(1, -1).flatten(0, -2).float()
+        vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.codebook.dtype)
         if self.training and not self.is_started:
             every = torch.arange(self.config.num_codes, device=z.device)
             self._replace(every, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))

@@ -345,5 +345,5 @@ class VQGAN(nn.Module):
         if indices.shape[1] % rows or (height is None and rows * rows != indices.shape[1]):
             raise ValueError(f"{indices.shape[1]} indices do not fill {rows} rows")
         codes = self.quantize.codes(indices.view(indices.shape[0], rows, -1))
-        decoded = self.decoder(self.post_quant_conv(codes))
+        decoded = self.decoder(self.post_quant_conv(codes.to(self.post_quant_conv.weight.dtype)))
         return ((decoded.to(accurate(decoded.dtype)) + 1) / 2).clamp(0, 1)

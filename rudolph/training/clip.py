@@ -144,4 +144,6 @@ class CLIPTraining(StepwiseModule):
             return reduce(whole, reduce_op="sum")
 
         captions, images, texts = (placed(rows) for rows in found)
-        return captions, images, texts
+        # Of fewer pairs than devices some devices have the same.
+        times = placed(torch.ones_like(examples))
+        return captions // times, images / times[:, None], texts / times[:, None]

@@ -192,9 +192,9 @@ def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Opt
     return optimizers
 
 
-def eight_bit_adamw() -> Any:
-    """bitsandbytes' AdamW, whose moments have eight bits."""
-    if not torch.cuda.is_available():
+def eight_bit_adamw(kind: str = "cuda") -> Any:
+    """Return bitsandbytes' AdamW, whose moments have eight bits, for a kind of device."""
+    if kind != "cuda" or not torch.cuda.is_available():
         raise ValueError("optimizer adamw8bit needs a CUDA GPU; adamw does the same in 32 bits")
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -212,19 +212,29 @@ def optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
     return MUON_BYTES * by_muon + each * rest
 
 
-def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], config: OptimConfig) -> None:
-    """Scale all gradients of a network down to the norm ``gradient_clip``, if one is set."""
+def clip_gradients(
+    optimizers: Sequence[torch.optim.Optimizer], config: OptimConfig, *, scale: float = 1.0
+) -> None:
+    """Scale all gradients of a network down to the norm ``gradient_clip``, if one is set.
+
+    Args:
+        scale: how many times too large the gradients are, as those of scaled losses.
+    """
     if config.gradient_clip is not None:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
-        clip_grad_norm_(parameters, config.gradient_clip)
+        clip_grad_norm_(parameters, scale * config.gradient_clip)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimConfig) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: learning_rate_share(step, config))
 
 
-def machine_precision() -> str:
-    """Return ``bf16-mixed`` where the device multiplies bfloat16 natively, else ``32-true``."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def machine_precision(kind: str | None = None) -> str:
+    """Return ``bf16-mixed`` where a device multiplies bfloat16 natively, else ``32-true``.
+
+    Args:
+        kind: ``cpu``, ``cuda`` or ``mps``; None means CUDA where there is one, else the CPU.
+    """
+    device = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     return "bf16-mixed" if has_native_bfloat16(device) else "32-true"

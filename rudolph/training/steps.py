@@ -33,18 +33,21 @@ class StepwiseModule(pl.LightningModule):
         return batch_index // self.num_accumulated
 
     def move(self, loss: Tensor, batch_index: int, *, network: int = 0) -> None:
-        """Add a loss to the gradient of one network; at the end of a global batch, step it."""
+        """Add a loss to the gradient of one network; at the end of a global batch, step it.
+
+        Parameters of another network that takes part in the loss must not require a gradient.
+        """
         optimizers: Any = self.optimizers()
         schedulers: Any = self.lr_schedulers()
         if not isinstance(optimizers, list):
             optimizers, schedulers = [optimizers], [schedulers]
         own = [at for at, owner in enumerate(self.owners) if owner == network]
-        groups = [group for at in own for group in optimizers[at].param_groups]
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        # Another network may take part in the loss and must not learn from it.
-        self.manual_backward(loss / self.num_accumulated, inputs=parameters)
+        self.manual_backward(loss / self.num_accumulated)
         if (batch_index + 1) % self.num_accumulated == 0:
-            clip_gradients([optimizers[at] for at in own], self.optim)
+            # Gradients of 16-mixed are scaled until Lightning's step divides them.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            clip_gradients([optimizers[at] for at in own], self.optim, scale=scale)
             for at in own:
                 optimizers[at].step()
                 optimizers[at].zero_grad()

@@ -49,10 +49,15 @@ class VQGANTraining(StepwiseModule):
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
 
     def training_step(self, batch: ImageBatch, batch_index: int) -> None:
+        if self.discriminator is not None:
+            # It takes part in the generator's loss and must not learn from it.
+            self.discriminator.requires_grad_(False)
         result = self.model(batch.images)
         losses = self.generator_losses(result, batch.images, batch_index)
         require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
         self.move(torch.stack(list(losses.values())).sum(), batch_index)
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(True)
         if self.discriminator is not None and self.is_judged(batch_index):
             real, fake = batch.images, result.images.detach()
             judged = hinge_adversary_loss(self.discriminator(real), self.discriminator(fake))
