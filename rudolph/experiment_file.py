@@ -7,16 +7,26 @@ line over all.  So at most two files tell a run.
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rudolph import settings
 from rudolph.config import RunConfig, overrides_of, resolved
+from rudolph.metric_names import COST, all_names, metric_names
 from rudolph.results.claims import Claim, group_of
 from rudolph.results.searches import REGION, Search
-from rudolph.settings import STRICT, ConfigError, flat_settings, mistake, read_yaml, typed
+from rudolph.settings import (
+    STRICT,
+    ConfigError,
+    did_you_mean,
+    flat_settings,
+    mistake,
+    read_yaml,
+    short,
+    typed,
+)
 
 # Folders of experiments whose files are named after the folder too.
 NAMING_FOLDERS = ("speed", "masks", "loss_weights", "sampling", "numerics", "text", "tokenizers")
@@ -120,6 +130,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     groups = {group_of(run.name, run.config.seed) for run in runs}
     groups |= set() if search is None else {f"{REGION}{domain}" for domain in search.domains}
     _check_compared(path, claim, report, groups)
+    if not given:
+        # With other questions on the command line nothing of the report is made.
+        _check_metrics(path, runs, report, targets, claim)
+    if search is not None:
+        _check_domains(path, content, search, runs)
     return Experiment(
         path=path,
         name=experiment_name(path),
@@ -145,7 +160,61 @@ def _check_compared(
         named["report.against"] = report.against
     for key, name in named.items():
         if name not in groups:
-            raise mistake(path, key, f"must be one of {', '.join(sorted(groups))}", name)
+            rule = f"must be one of {', '.join(sorted(groups))}"
+            hint = did_you_mean(name, groups)
+            raise ConfigError(f"{path}: {key}: {rule}, got {short(name)}{hint}")
+
+
+def _check_metrics(
+    path: Path,
+    runs: Sequence[Run],
+    report: ReportConfig,
+    targets: Mapping[str, float],
+    claim: Claim | None,
+) -> None:
+    """Raise ``ConfigError`` for a metric that no run of the file reports."""
+    metrics, curves = all_names(run.config for run in runs)
+    rankings = [name.partition("/best_of_")[0] for name in metrics if "/best_of_" in name]
+    columns = [*metrics, *COST]
+    for key, names, legal in (
+        ("report.table", report.table, columns),
+        ("report.curves", report.curves, [*curves, *metrics]),
+        ("report.card", report.card, metrics),
+        ("report.best_of", report.best_of, list(dict.fromkeys(rankings))),
+        ("report.pareto", report.pareto, columns),
+        ("report.effects", report.effects, columns),
+        ("targets", tuple(targets), metrics),
+        ("claim.metric", () if claim is None else (claim.metric,), columns),
+    ):
+        for name in names:
+            if name not in legal:
+                raise _no_metric(path, key, name, legal)
+
+
+def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
+    others = "; ..." if len(legal) > 8 else ""
+    hint = did_you_mean(name, legal) or f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
+    return ConfigError(f"{path}: {key}: no run of this file reports {short(name)}{hint}")
+
+
+def _check_domains(
+    path: Path, content: Mapping[str, Any], search: Search, runs: Sequence[Run]
+) -> None:
+    """Raise ``ConfigError`` for a domain that is not one metric of trials and of their tests."""
+    flat = _shared_settings(path, content) | search.settings
+    trial = resolved(path, flat | {name: axis.low for name, axis in search.space.items()})
+    tested = resolved(path, _shared_settings(path, content))
+    for config in (trial, tested, *(run.config for run in runs)):
+        metrics = metric_names(config)
+        for domain, metric in search.domains.items():
+            splits = [name for name in metrics if name.startswith(f"{metric}/")]
+            key = f"search.domains.{domain}"
+            if not splits:
+                without = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+                raise _no_metric(path, key, metric, without)
+            if len(splits) > 1:
+                rule = "must be a metric without its split, asked on one split"
+                raise mistake(path, key, rule, ", ".join(splits))
 
 
 def experiment_name(path: Path) -> str:
