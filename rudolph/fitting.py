@@ -85,13 +85,21 @@ def fit(
         num_workers=hardware.num_workers,
     )
     run_trainer(trainer, module, streams, start)
-    # Weights are kept in float32 whatever they were trained in, as runs that share them read them.
+    keep_weights(module, weights)
+    if is_main_process():
+        remove_checkpoints(last)
+    trainer.strategy.barrier()
+
+
+def keep_weights(module: StepwiseModule, weights: Path) -> None:
+    """Write the trained network of a module, from the main process alone.
+
+    Weights are kept in float32 whatever they were trained in, as runs that share them read them.
+    """
     network = module.networks()[0].float()
     merge_low_rank(network)
     if is_main_process():
         save_weights(network, weights)
-        remove_checkpoints(last)
-    trainer.strategy.barrier()
 
 
 def run_trainer(
