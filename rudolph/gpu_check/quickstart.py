@@ -70,14 +70,15 @@ def quickstart_config() -> RunConfig:
         decoder_losses=DecoderLossConfig(0.1, 1.0, 0.5),
         decoder_optim=replace(
             muon,
-            num_steps=500,
+            num_steps=2200,
+            global_batch_size=32,
             learning_rate=0.006,
             muon_learning_rate=0.01,
             warmup_steps=30,
             final_learning_rate_share=0.02,
             weight_decay=0.05,
-            validate_every=125,
-            checkpoint_every=150,
+            validate_every=550,
+            checkpoint_every=550,
         ),
         sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
         evaluation=EvaluationConfig(QUESTIONS, SPLITS, grid_samples=1),
@@ -98,8 +99,8 @@ def quickstart_vqgan() -> VQGANConfig:
 
 def quickstart_decoder() -> DecoderConfig:
     return DecoderConfig(
-        num_layers=4,
-        hidden_size=256,
+        num_layers=2,
+        hidden_size=128,
         num_heads=4,
         layer_masks=("row", "column", "row", "conv(5)"),
         last_layer_mask="conv(7)",
