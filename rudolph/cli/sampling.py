@@ -104,8 +104,6 @@ def check_arguments(given: Any, *, suffix: str, has_folder: bool = False) -> Non
         suffix: of the text file beside the output.
         has_folder: whether single images are written as well.
     """
-    from rudolph.sampling.filters import TokenSamplingConfig
-
     for name, value in vars(given).items():
         if isinstance(value, str | Path):
             flag = name if name in POSITIONAL else f"--{name.replace('_', '-')}"
@@ -116,8 +114,11 @@ def check_arguments(given: Any, *, suffix: str, has_folder: bool = False) -> Non
         raise ValueError(f"-n must be at least 1, got {given.number}")
     if given.number > MOST_IMAGES:
         raise ValueError(f"-n must be at most {MOST_IMAGES}, got {given.number}")
-    sampling_of(TokenSamplingConfig(), given)
     check_output(given.output, suffix=suffix, has_folder=has_folder)
+    # This one takes the seconds that torch needs to be imported.
+    from rudolph.sampling.filters import TokenSamplingConfig
+
+    sampling_of(TokenSamplingConfig(), given)
 
 
 def opened(given: Any) -> Any:
@@ -139,9 +140,9 @@ def opened(given: Any) -> Any:
 def generate_pictures(given: Any) -> int:
     from dataclasses import replace
 
+    check_arguments(given, suffix=".jsonl", has_folder=True)
     from rudolph.sampling.pipeline import Request, StageError
 
-    check_arguments(given, suffix=".jsonl", has_folder=True)
     if given.compile and given.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
     pictures = read_image_prompt(given)
