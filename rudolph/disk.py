@@ -58,7 +58,7 @@ def explain(error: OSError) -> str:
     elif number in ADVICE and error.filename2 is not None:
         # A copy names its source first, but it is the target that cannot be written.
         name = error.filename2
-    place = "a file that has no name here" if name is None else os.fsdecode(name)
+    place = "a file cannot be read or written" if name is None else os.fsdecode(name)
     advice = f". {ADVICE[number].capitalize()}" if number in ADVICE else ""
     return f"{place}: {(reason or _plain(str(error)) or 'cannot be used').lower()}{advice}"
 

@@ -125,7 +125,7 @@ def test_a_copy_that_fails_names_its_target(tmp_path: Path) -> None:
             shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert explain(caught.value).startswith(f"{tmp_path / 'b' / 'x.bin'}: file too large. Raise")
     assert explain(OSError(errno.ENOSPC, "No space left on device")) == (
-        "a file that has no name here: no space left on device. Free some space"
+        "a file cannot be read or written: no space left on device. Free some space"
     )
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from rudolph.disk import write_text
 from rudolph.models.weights import save_weights
-from rudolph.stages.shared import are_whole, replay_curves
+from rudolph.stages.shared import are_whole, checksum_of, replay_curves, sha256_of
 
 
 class Recorder:
@@ -30,7 +31,7 @@ def test_whole_weights_are_used_and_missing_ones_trained(tmp_path: Path) -> None
     assert are_whole(weights, nn.Linear(3, 2)) and weights.is_file()
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "another", "folder"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "another", "folder", "flipped"])
 def test_damaged_weights_are_set_aside_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
@@ -39,13 +40,17 @@ def test_damaged_weights_are_set_aside_and_named(
     if kind == "folder":
         weights.unlink()
         weights.mkdir()
+    elif kind == "flipped":
+        write_text(checksum_of(weights), sha256_of(weights) + "\n")
+        assert are_whole(weights, nn.Linear(3, 2))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     elif kind != "another":
         weights.write_bytes(b"" if kind == "empty" else weights.read_bytes()[:-8])
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert not are_whole(weights, nn.Linear(3, 2))
     [line] = caplog.messages
     assert line.startswith(f"{weights}: damaged (") and "it is trained again" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors.damaged"]
+    assert not weights.exists() and (tmp_path / "weights.safetensors.damaged").exists()
 
 
 def test_curves_are_replayed_without_the_lines_that_are_damaged(

@@ -8,7 +8,8 @@ as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolp
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rudolph.disk import read_json
 from rudolph.models.int8 import use_int8
 from rudolph.models.pretrained import FAMILIES, empty_model, load_reference, unwrapped
 from rudolph.released.files import Converted, one_line, read_tensors
@@ -217,7 +219,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{folder}: no folder of weights, it lacks {CONFIG}")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         family, config = content["family"], content["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: must have family and config, got none") from error
@@ -246,20 +248,35 @@ def load(
         ValueError: one line with the name, file or tensor.
     """
     folder = locate(str(source))
-    family, config = read_config(folder)
-    try:
-        model = empty_model(family, config)
-    except (AttributeError, ArithmeticError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG}: no {family} model ({one_line(error)})") from error
+    with _naming_folder(folder):
+        family, config = read_config(folder)
+        try:
+            model = empty_model(family, config)
+        except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+            words = f"{folder / CONFIG}: no {family} model ({one_line(error)})"
+            raise ValueError(words) from error
     if int8:
         layers = getattr(model, "layers", None)
         if layers is None:
             raise ValueError(f"{source}: a {family} model has no decoder layers for int8")
         use_int8_on_meta(layers)
-    tensors = Converted(read_tensors(folder / WEIGHTS), dtype=dtype, device=device)
-    load_reference(model, family, tensors)
+    with _naming_folder(folder):
+        tensors = Converted(read_tensors(folder / WEIGHTS), dtype=dtype, device=device)
+        load_reference(model, family, tensors)
     # Buffers that are in no file, such as masks, are made on the CPU.
     return model.to(device).eval()
+
+
+@contextmanager
+def _naming_folder(folder: Path) -> Iterator[None]:
+    """Name the folder in every ``ValueError``, and for a release how to get it again."""
+    try:
+        yield
+    except ValueError as error:
+        place = "" if str(folder) in str(error) else f"{folder}: "
+        is_pulled = folder.parent == weights_home() and is_released(folder.name)
+        advice = f"; `rudolph pull {folder.name}` gets it again" if is_pulled else ""
+        raise ValueError(f"{place}{error}{advice}") from error
 
 
 def use_int8_on_meta(layers: nn.Module) -> None:

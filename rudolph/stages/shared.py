@@ -1,14 +1,16 @@
 """Weights that runs share: trained by the first run that needs them, in the cache."""
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from torch import nn
 
-from rudolph.disk import say_once, set_aside, write_text
+from rudolph.disk import naming, say_once, set_aside, write_text
 from rudolph.execution import Execution, is_main_process
 from rudolph.fitting import CURVES
 from rudolph.models.weights import read_weights, weights_fault
@@ -44,6 +46,8 @@ def shared_weights(
             stack.enter_context(lock)
         if not are_whole(weights, model):
             train(weights)
+            if is_main_process():
+                write_text(checksum_of(weights), sha256_of(weights) + "\n")
         elif name not in known:
             replay_curves(execution, folder / CURVES)
     if is_main_process() and name not in known:
@@ -56,12 +60,31 @@ def are_whole(weights: Path, model: nn.Module) -> bool:
     """Return whether weights in the cache are there and whole; damaged ones are set aside."""
     if not os.path.lexists(weights):
         return False
-    fault = weights_fault(weights, model)
+    fault = weights_fault(weights, model) or checksum_fault(weights)
     if fault and is_main_process():
         with suppress(FileNotFoundError):
             aside = set_aside(weights)
             say_once(f"{weights}: damaged ({fault}), renamed {aside.name}; it is trained again")
     return not fault
+
+
+def checksum_of(weights: Path) -> Path:
+    """Return where the SHA-256 of weights in the cache is noted."""
+    return weights.with_suffix(".sha256")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with naming(path), path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def checksum_fault(weights: Path) -> str:
+    """Return that weights differ from their checksum, empty if not or if none is noted."""
+    noted = checksum_of(weights)
+    text = noted.read_text(errors="replace").strip() if noted.is_file() else ""
+    is_known = re.fullmatch(r"[0-9a-f]{64}", text) is not None
+    return "its SHA-256 is another" if is_known and sha256_of(weights) != text else ""
 
 
 def replay_curves(execution: Execution, path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Weights from damaged folders are refused in one line that names the file and what to do."""
+
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+from damage import NUM_CASES, damage, files_of
+from tiny_weights import write_all
+
+from rudolph.disk import explain
+from rudolph.released import store
+from rudolph.sources import fetched_run, open_clip, open_source, open_upscaler
+
+OPENED = {
+    "rudolph": open_source,
+    "rudalle_v2": open_source,
+    "clip": open_clip,
+    "x2": open_upscaler,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("home"))
+
+
+def open_folder(name: str, folder: Path) -> object:
+    if OPENED[name] is open_source:
+        return open_source(str(folder), runs=folder, uri="")
+    return OPENED[name](str(folder))
+
+
+def test_any_damage_to_a_folder_of_weights_is_refused_in_one_line_or_harmless(
+    home: Path, tmp_path: Path
+) -> None:
+    for case in range(NUM_CASES or 12):
+        rng = Random(case)
+        name = rng.choice(sorted(OPENED))
+        folder = tmp_path / str(case)
+        shutil.copytree(home / name, folder)
+        what = damage(rng.choice(files_of(folder)), rng, others=files_of(home))
+        try:
+            open_folder(name, folder)
+        except (ValueError, OSError) as error:
+            line = explain(error) if isinstance(error, OSError) else str(error)
+            # A tokenizer or VQ-GAN that is gone is looked for among the released ones.
+            is_elsewhere = "is not on this disk; `rudolph pull" in line
+            assert "\n" not in line and (str(folder) in line or is_elsewhere), (what, line)
+        shutil.rmtree(folder)
+
+
+def test_a_damaged_release_says_how_to_get_it_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path))
+    folder = tmp_path / "RealESRGAN-x2"
+    shutil.copytree(home / "x2", folder)
+    assert open_upscaler("realesrgan-X2")
+    weights = folder / store.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"weights\.safetensors: .*`rudolph pull RealESRGAN-x2`"):
+        open_upscaler("RealESRGAN-x2")
+    (folder / store.CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: .*`rudolph pull RealESRGAN-x2`"):
+        open_upscaler("RealESRGAN-x2")
+
+
+def test_a_damaged_run_in_the_cache_is_fetched_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "mlflow-0"
+    calls = []
+
+    def fetch(run_id: str, uri: str, folder: Path) -> Path:
+        if not folder.is_dir():
+            calls.append(run_id)
+            shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+            shutil.copyfile(finished / "config.yaml", folder / "config.yaml")
+        return folder
+
+    monkeypatch.setattr("rudolph.sources.fetch_run", fetch)
+    assert fetched_run("0", "uri", cached) == fetched_run("0", "uri", cached) == cached
+    assert calls == ["0"]
+    (cached / "checkpoints" / "vqgan.safetensors").write_bytes(b"")
+    fetched_run("0", "uri", cached)
+    (cached / "config.yaml").write_text("seed: [")
+    fetched_run("0", "uri", cached)
+    assert calls == ["0"] * 3
+    aside = {"mlflow-0", "mlflow-0.damaged", "mlflow-0.damaged-2"}
+    assert {path.name for path in tmp_path.iterdir()} == aside
