@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rudolph import settings
-from rudolph.data.splits import DataConfig
-from rudolph.evaluation.report_card import DATASET_OF_QUESTION, EvaluationConfig
+from rudolph.data.splits import DATASETS, DataConfig
+from rudolph.evaluation.report_card import (
+    DATASET_OF_QUESTION,
+    MEMBER_OF_QUESTION,
+    EvaluationConfig,
+)
 from rudolph.models.clip import CLIPConfig
 from rudolph.models.decoder import DecoderConfig
 from rudolph.models.vqgan import VQGANConfig
@@ -18,13 +22,16 @@ from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.settings import STRICT, ConfigError, flat_settings, read_yaml, typed
 from rudolph.speed.config import SpeedConfig
-from rudolph.training.clip_losses import CLIPLossConfig
+from rudolph.training.adversary import least_side
+from rudolph.training.clip_losses import CLIPLossConfig, require_bias
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 from rudolph.training.tuning import TuningConfig
 
 # Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
 CONFIG_VERSION = 1
+# The window of SSIM is mirrored at the edges of an image, which must be larger than half of it.
+SSIM_SIDE = 6
 # What a run can train.
 MODELS = ("decoder", "clip")
 
@@ -97,14 +104,13 @@ class RunConfig:
             )
         self._check_steps()
         self._check_codes()
-        for place in self.evaluation.questions:
-            named, _, question = place.rpartition("/")
-            dataset = named or self.data.dataset
-            if DATASET_OF_QUESTION.get(question, dataset) != dataset:
-                raise ValueError(
-                    f"evaluation.questions: {question} needs data.dataset "
-                    f"{DATASET_OF_QUESTION[question]}, got {dataset!r}"
-                )
+        self._check_side()
+        if self.model == "clip":
+            try:
+                require_bias(self.clip_losses, has_bias=self.clip.has_logit_bias)
+            except ValueError as error:
+                raise ValueError(f"clip.{error}") from error
+        self._check_questions()
         if self.data.dataset == "manifest" and "compositional" in self.evaluation.splits:
             raise ValueError(
                 "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
@@ -113,6 +119,40 @@ class RunConfig:
             seed = getattr(self, name)
             if seed is not None and not 0 <= seed < 2**32:
                 raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
+
+    def _check_questions(self) -> None:
+        """Raise ``ValueError`` for a question that its dataset, or this run, cannot answer."""
+        for place in self.evaluation.questions:
+            named, _, question = place.rpartition("/")
+            dataset = named or self.data.dataset
+            if DATASET_OF_QUESTION.get(question, dataset) != dataset:
+                raise ValueError(
+                    f"evaluation.questions: {question} needs data.dataset "
+                    f"{DATASET_OF_QUESTION[question]}, got {dataset!r}"
+                )
+            member = MEMBER_OF_QUESTION.get(question)
+            if member is not None and not hasattr(DATASETS[dataset], member):
+                able = ", ".join(name for name, kind in DATASETS.items() if hasattr(kind, member))
+                raise ValueError(
+                    f"evaluation.questions: {question} needs a dataset of {able}, got {dataset!r}"
+                )
+            if question == "clip_scores" and self.evaluation.clip is None:
+                raise ValueError("evaluation.clip: expected a CLIP for clip_scores, got null")
+
+    def _check_side(self) -> None:
+        """Raise ``ValueError`` for images that are too small for what judges a VQ-GAN."""
+        if "vqgan_optim" not in self.trainings:
+            return
+        start, side = self.vqgan_losses.adversary_start, self.data.image_size
+        if side < SSIM_SIDE:
+            raise ValueError(
+                f"data.image_size: expected at least {SSIM_SIDE} for SSIM, got {side}"
+            )
+        if start is not None and start < self.vqgan_optim.num_steps and side < least_side():
+            raise ValueError(
+                f"data.image_size: expected at least {least_side()} for the discriminator of "
+                f"vqgan_losses.adversary_start, got {side}"
+            )
 
     def _check_codes(self) -> None:
         """What labels and examples are made of must be there."""

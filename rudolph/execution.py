@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from rudolph.config import RunConfig
+from rudolph.config import RunConfig, plain
 from rudolph.disk import say_once, write_whole
 from rudolph.experiment_file import Experiment, Run
 from rudolph.models.compiled import check_compiler
 from rudolph.models.native_types import native_types
 from rudolph.models.weights import weights_fault
 from rudolph.results.run_files import AGAIN, finished_summary
-from rudolph.settings import did_you_mean
+from rudolph.settings import did_you_mean, short
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
 
 Progress = Callable[[str, int, int, str], None]
@@ -51,7 +51,7 @@ class Hardware:
     """How a run is executed, not what it asks: recorded, but outside its digest.
 
     ``devices`` is given as in Lightning: a number, ``auto``, ``-1`` (all) or indices of GPUs such
-    as ``0,1``; what is kept is their number, and the indices in ``device_indices``.
+    as ``0,1``; what is kept is their number, or the indices.
     ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
     ``precision`` is Lightning's name of one (None: the machine's own).  With
     ``activation_checkpointing`` the decoder's layers are computed again in the backward pass.
@@ -72,7 +72,6 @@ class Hardware:
     activation_checkpointing: bool = False
     block_masks: bool = False
     compile: bool = False
-    device_indices: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         _require_one_of("accelerator", self.accelerator, ACCELERATORS)
@@ -80,8 +79,9 @@ class Hardware:
         self._check_accelerator()
         number, indices = chosen_devices(self.devices, self.kind)
         # The class is frozen for its users.
-        object.__setattr__(self, "devices", number)
-        object.__setattr__(self, "device_indices", indices)
+        object.__setattr__(
+            self, "devices", ",".join(map(str, indices)) + "," if indices else number
+        )
         if self.precision is not None:
             name = PRECISION_ALIASES.get(self.precision, self.precision)
             _require_one_of("precision", name, legal_precisions(self.kind))
@@ -123,7 +123,12 @@ class Hardware:
     @property
     def num_devices(self) -> int:
         """The number of devices of one node."""
-        return int(self.devices)
+        return len(self.device_indices) or int(self.devices)
+
+    @property
+    def device_indices(self) -> tuple[int, ...]:
+        """The GPUs that were named, or nothing."""
+        return tuple(map(int, str(self.devices).split(",")[:-1]))
 
     @property
     def world(self) -> int:
@@ -134,6 +139,12 @@ class Hardware:
     def used_precision(self) -> str:
         """The precision of trainings, Lightning's name of it."""
         return self.precision or machine_precision(self.kind)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All flags as the environment of a run keeps them: what was used, not what was given."""
+        used = {"devices": self.num_devices, "precision": self.used_precision}
+        return {**plain(self), **used}
 
     @property
     def warning(self) -> str:
@@ -211,7 +222,7 @@ def legal_precisions(kind: str) -> tuple[str, ...]:
     return tuple(name for name in PRECISIONS if name not in NOT_ON[kind])
 
 
-def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...] | None]:
+def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
     """Return the number of devices that ``--devices`` asks for, and the indices that it names.
 
     Raises:
@@ -221,7 +232,7 @@ def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...] | 
     # A CPU takes any number of processes.
     there = {"cuda": torch.cuda.device_count, "mps": lambda: 1}.get(kind, lambda: None)()
     if text in ("auto", "-1"):
-        return there or 1, None
+        return there or 1, ()
     if re.fullmatch(r"(\d{1,4},)+(\d{1,4})?", text, re.ASCII):
         indices = tuple(int(part) for part in text.split(",") if part)
         if kind != "cuda":
@@ -231,7 +242,8 @@ def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...] | 
         return len(indices), indices
     if not re.fullmatch(r"-?\d{1,6}", text, re.ASCII):
         raise ValueError(
-            f"--devices: expected auto, -1 (all), a number or indices such as 0,1, got {text!r}"
+            "--devices: expected auto, -1 (all), a number or indices such as 0,1, "
+            f"got {short(text)}"
         )
     number = int(text)
     if number < 1:
@@ -240,13 +252,13 @@ def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...] | 
     is_own = torch.distributed.is_torchelastic_launched() and there == 1
     if there is not None and number > there and not is_own:
         raise ValueError(f"--devices: expected at most {there} on this machine, got {number}")
-    return number, None
+    return number, ()
 
 
 def _require_one_of(flag: str, given: str, legal: Sequence[str]) -> None:
     if given not in legal:
         hint = did_you_mean(given, legal)
-        raise ValueError(f"--{flag}: expected one of {', '.join(legal)}, got {given!r}{hint}")
+        raise ValueError(f"--{flag}: expected one of {', '.join(legal)}, got {short(given)}{hint}")
 
 
 @dataclass(frozen=True)

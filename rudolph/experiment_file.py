@@ -14,7 +14,7 @@ from typing import Any
 
 from rudolph import settings
 from rudolph.config import RunConfig, overrides_of, resolved
-from rudolph.metric_names import COST, all_names, metric_names
+from rudolph.metric_names import COST, QUESTION_METRICS, all_names, metric_names
 from rudolph.results.claims import Claim, group_of
 from rudolph.results.searches import REGION, Search
 from rudolph.settings import (
@@ -192,8 +192,15 @@ def _check_metrics(
 
 
 def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
-    others = "; ..." if len(legal) > 8 else ""
-    hint = did_you_mean(name, legal) or f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
+    metric = name.rpartition("/")[0]
+    is_asked = any(each.startswith(f"{metric}/") for each in legal)
+    asks = [question for question, own in QUESTION_METRICS.items() if metric in own]
+    if asks and not is_asked:
+        hint = f"; {asks[0]} is not among evaluation.questions"
+    else:
+        others = ", ..." if len(legal) > 8 else ""
+        known = f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
+        hint = did_you_mean(name, legal) or known
     return ConfigError(f"{path}: {key}: no run of this file reports {short(name)}{hint}")
 
 

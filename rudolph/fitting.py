@@ -123,7 +123,7 @@ def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) 
         return pl.Trainer(
             max_epochs=1,
             accelerator=hardware.accelerator,
-            devices=list(hardware.device_indices or ()) or hardware.num_devices,
+            devices=list(hardware.device_indices) or hardware.num_devices,
             num_nodes=hardware.num_nodes,
             strategy=hardware.strategy_for(num_networks),
             precision=hardware.used_precision,  # type: ignore[arg-type]

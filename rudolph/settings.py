@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # Nothing is coerced and nothing unknown is ignored; dataclasses inside take it over.
 STRICT: "ConfigDict" = {"extra": "forbid", "allow_inf_nan": False, "strict": True}
+# What PyYAML raises beside its own errors: for a date that is none, thousands of digits, !!int x.
+YAML_ERRORS = (RecursionError, ValueError, AttributeError, KeyError)
+# No file of settings has as many values; aliases of aliases soon have.
+MOST_VALUES = 100_000
 KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
 
 
@@ -39,6 +43,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}") from error
+    except YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not YAML ({_reason(error)})") from error
+    _require_tree(path, content)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys, got {short(content)}")
     return content
@@ -47,9 +54,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """The value of a text in YAML; ``ConfigError`` when it is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML, got {text!r}") from error
+        raise ConfigError(f"not YAML, got {short(text)}") from error
+    except YAML_ERRORS as error:
+        raise ConfigError(f"not YAML ({_reason(error)}), got {short(text)}") from error
+    _require_tree(Path("command line"), content)
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error of the YAML reader that is none of its own kind."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, AttributeError | KeyError):
+        return "a value does not fit its tag"
+    return short(str(error)).strip("'\"")
+
+
+def _require_tree(path: Path, content: Any) -> None:
+    """Raise ``ConfigError`` for aliases that hold themselves or stand for millions of values."""
+    sizes: dict[int, int] = {}
+
+    def size_of(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            # An alias that is met before its own value is known lies within it.
+            sizes[id(value)] = MOST_VALUES + 1
+            inner = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size_of, inner))
+        return sizes[id(value)]
+
+    if size_of(content) > MOST_VALUES:
+        raise ConfigError(
+            f"{path}: expected at most {MOST_VALUES} values, got more. An alias (*name) holds "
+            "itself or others many times"
+        )
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:
@@ -231,7 +272,7 @@ def _line(found: Any, kind: Any, place: str) -> str:
     parts += [str(part) for part in found["loc"] if part != "[key]"]
     key = ".".join(parts)
     if found["type"] == "value_error":
-        message = str(found["ctx"]["error"])
+        message = re.sub(r"'([^']{80})[^']*'", r"'\1...'", str(found["ctx"]["error"]))
         return f"{key}.{message}{_nearest_value(message)}" if key else message
     if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [each.name for each in fields(kind)]

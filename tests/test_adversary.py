@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_run import write
 
-from rudolph.training.adversary import VGG16, PatchDiscriminator, PerceptualDistance
+from rudolph.experiment_file import load_experiment
+from rudolph.settings import ConfigError
+from rudolph.training.adversary import VGG16, PatchDiscriminator, PerceptualDistance, least_side
 
 
 def lpips_weights() -> dict[str, torch.Tensor]:
@@ -40,6 +43,29 @@ def test_the_discriminator_is_tamings() -> None:
     with torch.device("meta"):
         logits = PatchDiscriminator()(torch.empty(1, 3, 256, 256))
     assert logits.shape == (1, 1, 30, 30)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
+def test_the_smallest_image_of_a_discriminator_gives_one_patch(num_layers: int) -> None:
+    side = least_side(num_layers)
+    assert num_layers != 3 or side == 24
+    model = PatchDiscriminator(4, num_layers).eval()
+    assert model(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        model(torch.zeros(1, 3, side - 1, side - 1))
+
+
+@pytest.mark.parametrize("side", [8, 16, 20])
+def test_images_too_small_for_the_adversary_are_refused_with_the_file(
+    tmp_path: Path, side: int
+) -> None:
+    small = f"data.image_size={side}", f"vqgan.resolution={side}"
+    load_experiment(write(tmp_path), small)
+    load_experiment(write(tmp_path), ("vqgan_losses.adversary_start=0",))
+    # An adversary that starts after the last step is never asked.
+    load_experiment(write(tmp_path), (*small, "vqgan_losses.adversary_start=8"))
+    with pytest.raises(ConfigError, match=rf"image_size: expected at least 24 .* got {side}$"):
+        load_experiment(write(tmp_path), (*small, "vqgan_losses.adversary_start=7"))
 
 
 def test_the_perceptual_distance_is_none_for_equal_pictures_and_grows(weights: Path) -> None:

@@ -30,6 +30,7 @@ GOOD: dict[str, Any] = {
         "decoder.layer_masks": ["row", "conv(3)"],
         "decoder_optim": {"learning_rate": 0.001, "num_steps": 5},
         "sampling": {"image": {"top_k": 5}},
+        "evaluation.questions": ["reconstruction"],
     },
     "variants": {"small": {"decoder.num_layers": 2}, "large": {"decoder": {"num_layers": 4}}},
     "grid": {"sampling.image.temperature": [0.5, 1.0]},
@@ -245,6 +246,10 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         ("data.tasks", {"vqa": 1.0}, "data.tasks must be of text_to_image"),
         ("evaluation.questions", ["caption"], "did you mean caption_f1?"),
         ("evaluation.questions", ["scene_right"], "needs data.dataset shapes, got 'emoji'"),
+        ("evaluation.questions", ["words/zero_shot"], "needs a dataset of emoji, shapes, got 'w"),
+        ("evaluation.questions", ["words/text_ranking"], "text_ranking needs a dataset of emoji"),
+        ("evaluation.questions", ["clip_scores"], "expected a CLIP for clip_scores, got null"),
+        ("data.dataset", "x" * 3000, f"got '{'x' * 80}...'"),
         ("evaluation.splits", ["tran"], "did you mean train?"),
         ("vqgan.z_channels", -1, "z_channels must be at least 1, got -1"),
         ("decoder_optim.num_steps", 0, "must be at least 1 without decoder.init, got 0"),
@@ -273,6 +278,18 @@ def test_a_message_says_what_is_legal_and_the_nearest_name(
         ("title: a\nquestion: b\nbase: nowhere.yaml", "nowhere.yaml: no such file"),
         ("title: a\nquestion: b\nseeds: [1, 1]", "must not hold a value twice"),
         ("title: a\nquestion: b\nvariants: {a b: {}}", "names must be"),
+        (f"title: {'[' * 5000}", "not YAML (nested too deeply)"),
+        ("title: 2026-99-99", "not YAML (month must be in 1..12)"),
+        (f"title: {'9' * 5000}", "not YAML (Exceeds the limit"),
+        ("title: !!timestamp x", "not YAML (a value does not fit its tag)"),
+        ("title: a\nquestion: &a [*a]", "An alias (*name) holds itself"),
+        (
+            "title: a\na: &a [1, 1]\n"
+            + "".join(
+                f"{chr(98 + n)}: &{chr(98 + n)} [{f'*{chr(97 + n)}, ' * 9}]\n" for n in range(9)
+            ),
+            "expected at most 100000 values",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_as_a_whole_gets_one_line(
@@ -312,6 +329,7 @@ def test_an_argument_that_no_flag_takes_is_told(capsys: Any) -> None:
 
 def test_the_references_first_token_needs_as_many_text_ids_as_codes(tmp_path: Path) -> None:
     legacy = {"decoder_losses.first_image_token": "legacy", "layout.left_text_length": 10}
+    legacy |= {"evaluation.questions": ["reconstruction"]}
     legacy |= {"vqgan.quantizer.num_codes": 64}
     for size, is_legal in ((37, True), (36, False)):
         path = write(tmp_path, changed({"settings": {**legacy, "tokenizer.vocab_size": size}}))

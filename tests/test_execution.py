@@ -47,23 +47,24 @@ def told(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("given", "number", "indices"),
     [
-        (2, 2, None),
-        ("3", 3, None),
-        ("auto", 4, None),
-        ("-1", 4, None),
-        (-1, 4, None),
+        (2, 2, ()),
+        ("3", 3, ()),
+        ("auto", 4, ()),
+        ("-1", 4, ()),
+        (-1, 4, ()),
         ("1,3", 2, (1, 3)),
         ("2,", 1, (2,)),
     ],
 )
 def test_devices_are_counted_as_lightning_counts_them(
-    four_gpus: None, given: int | str, number: int, indices: tuple[int, ...] | None
+    four_gpus: None, given: int | str, number: int, indices: tuple[int, ...]
 ) -> None:
-    hardware = Hardware(devices=given, num_nodes=2)
+    # A copy with another flag keeps them.
+    hardware = dataclasses.replace(Hardware(devices=given), num_nodes=2)
     assert (hardware.num_devices, hardware.world) == (number, 2 * number)
     assert hardware.device_indices == indices
-    assert hardware.device == torch.device("cuda", 0 if indices is None else indices[0])
-    assert dataclasses.replace(hardware, num_nodes=1).device_indices == indices or indices
+    assert hardware.device == torch.device("cuda", indices[0] if indices else 0)
+    assert dataclasses.replace(hardware, precision="32").record["devices"] == number
 
 
 @pytest.mark.parametrize(("given", "number"), [("auto", 1), ("-1", 1), (1, 1), ("64", 64)])

@@ -76,6 +76,10 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         ),
         ({"report": {"curves": ["clip/val/loss"]}}, "did you mean decoder/val/loss?"),
         ({"report": {"card": ["seconds"]}}, "report.card: no run of this file reports 'seconds'"),
+        (
+            {"report": {"table": ["zero_shot_classification/accuracy/test"]}},
+            "; zero_shot is not among evaluation.questions",
+        ),
         ({"report": {"best_of": ["rerank_clip"]}}, "report.best_of: no run"),
         ({"report": {"pareto": ["seconds", "vqgan/ssim"]}}, "did you mean vqgan/ssim/t"),
         (

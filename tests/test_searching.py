@@ -21,20 +21,25 @@ from rudolph.settings import ConfigError
 SEARCH = """
 title: A search
 question: Is the middle found?
-settings: {vqgan.resolution: 32, evaluation.splits: [test]}
+settings:
+  data.dataset: shapes
+  vqgan.resolution: 32
+  evaluation: {questions: [scene_right], splits: [test]}
 search:
   space:
     sampling.image.temperature: {low: 0.1, high: 10.0, log: true}
     sampling.image.top_p: {low: 0.1, high: 1.0}
-  domains: {cold: pictures/cold, hot: pictures/hot}
+  domains: {cold: text_to_image/scene_right, hot: text_to_image/objects_right}
   trials: 24
   tolerance: 0.1
   settings: {evaluation.splits: [validation]}
 variants:
   plain: {sampling.image.temperature: 1.0}
 seeds: [3, 4]
-claim: {metric: pictures/cold/test, better: region_cold, than: plain}
+claim: {metric: text_to_image/scene_right/test, better: region_cold, than: plain}
 """
+
+METRICS = {"cold": "text_to_image/scene_right", "hot": "text_to_image/objects_right"}
 
 
 def load(folder: Path, text: str = SEARCH) -> Experiment:
@@ -52,7 +57,7 @@ def scores(run: Run) -> dict[str, float]:
     for domain, best in (("cold", 0.3), ("hot", 3.0)):
         away = abs(temperature / best if temperature > best else best / temperature) - 1
         value = max(0.0, 0.9 - 0.3 * away - max(0.0, 0.5 - top_p))
-        name = f"pictures/{domain}/{split}"
+        name = f"{METRICS[domain]}/{split}"
         found |= {name: value, f"{name}_low": value - 0.04, f"{name}_high": value + 0.04}
     return found
 
@@ -71,7 +76,7 @@ def test_trials_fill_the_space_then_close_in_and_regions_are_tested(tmp_path: Pa
     assert {run.config.evaluation.splits for run in trials} == {("validation",)}
     early, late = trials[:12], trials[12:]
     for domain, at in (("cold", 0), ("hot", 1)):
-        name = f"pictures/{domain}/validation"
+        name = f"{METRICS[domain]}/validation"
         mean = [sum(scores(run)[name] for run in part) for part in (early, late[at::2] * 2)]
         assert mean[1] > mean[0], "proposals are no better than even ones"
     tests = {run.name: run.config for run in runs[24:]}
@@ -151,7 +156,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     assert "comparisons)" not in said, "trials are no comparisons"
     assert "**Verdict: reproduced.**" in said and "| region_hot |" in said
     tables = pd.read_csv(folder / "runs.csv")
-    tests = tables[tables["variant"] == "region_hot"]["pictures/hot/test"]
+    tests = tables[tables["variant"] == "region_hot"][f"{METRICS['hot']}/test"]
     assert f"{tests.mean():.3g} [" in said
     figure = next((folder / "figures").glob("regions-*.svg"))
     assert figure.stat().st_size > 0

@@ -84,6 +84,8 @@ class Kept(VQGANTraining):
     """Keeps the weights of each process after the last step."""
 
     path: Path
+    before: dict[str, torch.Tensor]
+    found: dict[str, float]
 
     def on_train_end(self) -> None:
         found = {name: each.detach().clone() for name, each in self.named_parameters()}
@@ -93,16 +95,14 @@ class Kept(VQGANTraining):
 def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) -> Kept:
     """Train a VQ-GAN six steps, the adversary from the third on."""
     torch.manual_seed(0)
-    quantizer = QuantizerConfig("ema", 12, 4, revive_below=0.0)
-    config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=quantizer)
+    config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=QuantizerConfig("vq", 12, 4))
     optim = OptimConfig(num_steps=6, global_batch_size=4, warmup_steps=0, validate_every=6)
     on = Hardware(accelerator="cpu", precision="32-true", **hardware)
     micro, parts = on.batches(optim)
     module = Kept(
         VQGAN(config), ReconstructionLossConfig(adversary_start=2), optim, num_accumulated=parts
     )
-    # The first latents are codes on no device, so that all devices begin alike.
-    module.model.quantize.is_started.fill_(True)
+    module.before = {name: each.detach().clone() for name, each in module.named_parameters()}
     module.path = folder / f"of_{on.devices}"
     pictures = torch.rand(24, 3, 24, 24) * 2 - 1
 
@@ -129,11 +129,16 @@ def test_a_discriminator_trains_on_two_devices_as_on_one(tmp_path: Path) -> None
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
         assert torch.isfinite(weight).all()
-    moved = [name for name in alone if name.startswith("discriminator") and "main.0" in name]
-    torch.manual_seed(0)
-    assert moved and all(alone[name].std() > 0 for name in moved)
+        # Six steps of AdamW, whose length does not depend on the gradient's.
+        torch.testing.assert_close(weight, alone[name], atol=2e-3, rtol=0)
+    for network in ("model", "discriminator"):
+        assert any(
+            not torch.equal(weight, one.before[name])
+            for name, weight in alone.items()
+            if name.startswith(network)
+        )
     # One pair for two devices: both validate it.
-    assert two.found["val/psnr"] == pytest.approx(one.found["val/psnr"], abs=0.2)
+    assert two.found["val/psnr"] == pytest.approx(one.found["val/psnr"], abs=1e-3)
 
 
 def test_progress_tells_the_share_of_time_that_data_took(monkeypatch: pytest.MonkeyPatch) -> None:

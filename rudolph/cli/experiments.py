@@ -66,6 +66,10 @@ def run_experiment(given: Any) -> int:
     from rudolph.experiment_file import load_experiment
     from rudolph.laboratory import Job, experiment_files
 
+    for flag in (*HARDWARE_FLAGS, "index", "jobs"):
+        # Argparse makes an empty list of a value that is two dashes.
+        if getattr(given, flag) == []:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected a value, got '--'")
     if given.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
     files = experiment_files(given.file)
@@ -87,19 +91,24 @@ def run_experiment(given: Any) -> int:
     if hardware.warning:
         say(hardware.warning)
     if given.dry_run:
-        for number, (experiment, run) in enumerate(named.values()):
-            beside = f"{experiment.name}  " if len(files) > 1 else ""
-            print(f"{number}  {beside}{run.name}  {run.config.digest[:8]}")
-        for experiment in loaded.values():
-            if experiment.search is not None:
-                tests = len(experiment.search.domains) * len(experiment.seeds)
-                print(f"and {experiment.search.trials} trials, then {tests} tests of regions")
+        print_runs(list(named.values()), list(loaded.values()))
         return 0
     failed = execute_jobs(named, given, is_only=len(named) == 1)
     if given.index is None:
         for file, experiment in loaded.items():
             failed |= execute_search(file, experiment, named, given)
     return tell_results(named, failed, given)
+
+
+def print_runs(runs: list[Any], experiments: list[Any]) -> None:
+    """Print a line for each run, and the number of trials of each search."""
+    for number, (experiment, run) in enumerate(runs):
+        beside = f"{experiment.name}  " if len(experiments) > 1 else ""
+        print(f"{number}  {beside}{run.name}  {run.config.digest[:8]}")
+    for experiment in experiments:
+        if experiment.search is not None:
+            tests = len(experiment.search.domains) * len(experiment.seeds)
+            print(f"and {experiment.search.trials} trials, then {tests} tests of regions")
 
 
 def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, str]:

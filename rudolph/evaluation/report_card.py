@@ -104,6 +104,12 @@ DATASET_OF_QUESTION = {
     "rerank_curve": "shapes",
     "continuation": "shapes",
 }
+# What a dataset must have for a question: classes, or pairs that are easily mistaken.
+MEMBER_OF_QUESTION = {
+    "zero_shot": "class_of",
+    "text_ranking": "rivals",
+    "image_ranking": "rivals",
+}
 QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "nearest_picture": nearest_picture,
     "nearest_in_groups": nearest_in_groups,

@@ -19,10 +19,21 @@ LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
 
 
+NUM_LAYERS = 3
+
+
+def least_side(num_layers: int = NUM_LAYERS) -> int:
+    """Return the smallest side of images that a patch discriminator can judge, in pixels.
+
+    It halves them ``num_layers`` times, and two convolutions of size 4 take one pixel each.
+    """
+    return 3 * int(2**num_layers)
+
+
 class PatchDiscriminator(nn.Module):
     """``(B, 3, H, W)`` pictures in [-1, 1] to a map of logits: each patch is real or not."""
 
-    def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, channels: int = 64, num_layers: int = NUM_LAYERS) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels

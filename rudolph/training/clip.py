@@ -22,7 +22,12 @@ from rudolph.data.text_image import TextImageBatch
 from rudolph.models.clip import CLIP
 from rudolph.sampling.clip_ranking import retrieval_recalls
 from rudolph.training.callbacks import require_finite
-from rudolph.training.clip_losses import CLIP_LOSSES, LARGEST_SCALE, CLIPLossConfig
+from rudolph.training.clip_losses import (
+    CLIP_LOSSES,
+    LARGEST_SCALE,
+    CLIPLossConfig,
+    require_bias,
+)
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import StepwiseModule
 
@@ -33,12 +38,7 @@ def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
     Raises:
         ValueError: when the model has a bias that the loss does not learn, or lacks one.
     """
-    needs_bias = losses.kind == "sigmoid"
-    if model.config.has_logit_bias != needs_bias:
-        raise ValueError(
-            f"has_logit_bias must be {str(needs_bias).lower()} for the {losses.kind} loss, "
-            f"got {str(model.config.has_logit_bias).lower()}"
-        )
+    require_bias(losses, has_bias=model.config.has_logit_bias)
     with torch.no_grad():
         if losses.initial_scale is not None:
             model.logit_scale.fill_(math.log(losses.initial_scale))

@@ -80,3 +80,13 @@ class CLIPLossConfig:
             )
         if self.frozen not in FROZEN:
             raise ValueError(f"frozen must be one of {', '.join(FROZEN)}, got {self.frozen!r}")
+
+
+def require_bias(losses: CLIPLossConfig, *, has_bias: bool) -> None:
+    """Raise ``ValueError`` for a model whose bias the loss does not learn, or that lacks one."""
+    needs_bias = losses.kind == "sigmoid"
+    if has_bias != needs_bias:
+        raise ValueError(
+            f"has_logit_bias must be {str(needs_bias).lower()} for the {losses.kind} loss, "
+            f"got {str(has_bias).lower()}"
+        )

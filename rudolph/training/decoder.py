@@ -94,14 +94,16 @@ class DecoderTraining(StepwiseModule):
             for name, total, count in zip(SEGMENTS, sums, counts, strict=True)
             if count > 0
         }
-        self.log_dict({f"val/loss/{name}": value for name, value in means.items()})
+        # Every device has the same; without the flag Lightning warns.
+        self.log_dict({f"val/loss/{name}": value for name, value in means.items()}, sync_dist=True)
         weights = (
             self.losses.weights if self.losses.average == "batch" else dict.fromkeys(means, 1)
         )
-        self.log("val/loss", weighted_mean(means, weights))
+        self.log("val/loss", weighted_mean(means, weights), sync_dist=True)
         if len(self.sources) > 1:
             sums, counts = totals
-            self.log_dict(self._of_sources("val", sums / counts.clamp(min=1), counts))
+            own = self._of_sources("val", sums / counts.clamp(min=1), counts)
+            self.log_dict(own, sync_dist=True)
 
     def _of_sources(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """The losses of each row of the mixture and segment that had labels, by their names."""

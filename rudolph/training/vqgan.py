@@ -104,6 +104,7 @@ class VQGANTraining(StepwiseModule):
     def on_validation_epoch_end(self) -> None:
         counts = self.trainer.strategy.reduce(self.code_counts.to(self.device), reduce_op="sum")
         usage, perplexity = codebook_usage(counts)
-        self.log("val/codebook_usage", usage)
-        self.log("val/codebook_perplexity", perplexity)
+        # Every device has the same; without the flag Lightning warns.
+        values = {"val/codebook_usage": usage, "val/codebook_perplexity": perplexity}
+        self.log_dict(values, sync_dist=True)
         self.code_counts.zero_()
