@@ -13,7 +13,7 @@ H and W pixels.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class CLIPConfig:
     has_logit_bias: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("eos_id", "has_logit_bias") and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.image_resolution % self.vision_patch_size:
             raise ValueError(
                 f"image_resolution must be a multiple of vision_patch_size "
@@ -65,9 +69,6 @@ class CLIPConfig:
                 f"transformer_width must be a multiple of transformer_heads "
                 f"({self.transformer_heads}), got {self.transformer_width}"
             )
-        for name in ("vision_layers", "transformer_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def vision_heads(self) -> int:
