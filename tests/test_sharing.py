@@ -19,7 +19,11 @@ def write_run(runs: Path, name: str, *, status: str = "finished") -> Path:
     folder = runs / EXPERIMENT / name
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "decoder.safetensors").write_bytes(b"weights")
-    (folder / "summary.json").write_text(json.dumps({"status": status}))
+    summary = {"run": name, "variant": "", "digest": f"digest-{name}", "commit": "0123456789ab"}
+    summary |= {"seed": 0, "dirty": False, "metrics": {}, "seconds": {}, "status": status}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(f"run: {name}\n")
+    (folder / "environment.json").write_text('{"machine": {"threads": 2}}')
     away = "http://127.0.0.1:9"
     tracker = Tracker(folder, away, experiment=EXPERIMENT, run=name, digest=f"digest-{name}")
     tracker.log_params({"seed": 3})

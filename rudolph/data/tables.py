@@ -23,6 +23,7 @@ from rudolph.data.funnel import OPEN_QUOTE
 from rudolph.data.fusion_brain_files import parse_answer, parse_question, read_parts
 from rudolph.data.table_parquet import parquet_cells, parquet_columns
 from rudolph.data.table_text import TableWarning, read_text, require_table
+from rudolph.sequence.texts import clean_text
 
 NAMES_LISTED = 20
 # Characters in which a header must end for its separator to be found.
@@ -170,6 +171,8 @@ def _folded(name: str) -> str:
 
 
 def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
+    """Warn of names that were taken for others, unless both are one text in two normal forms."""
+    taken = [pair for pair in taken if clean_text(pair[0]) != clean_text(pair[1])]
     if taken:
         names = " and ".join(repr(name) for _, name in taken)
         wanted = " and ".join(name for name, _ in taken)
