@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
+# Each test computes on one thread.
+TEST_PROCESSES ?= 2
 export PYTHON VENV TORCH EXTRAS NO_UV
 export MLFLOW_DISABLE_TELEMETRY = true
 
@@ -21,8 +23,8 @@ setup: ## the environment; free when it is there already
 quickstart: setup ## train a small decoder, sample, score and report
 	$(VENV)/bin/rudolph run experiments/quickstart.yaml
 
-test: setup ## all tests; PYTEST="-k masks" chooses
-	$(VENV)/bin/python -m pytest $(PYTEST)
+test: setup ## all tests, a file per process; PYTEST="-k masks" chooses
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
 
 notebook: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab notebooks
