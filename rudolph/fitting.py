@@ -58,8 +58,7 @@ def fit(
     checkpoint = ResumeCheckpoint(
         last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, made_of=made_of
     )
-    callbacks = [StepSeed(mixed_seed(seed, stage)), checkpoint, *averaging(optim)]
-    callbacks.append(ReportProgress(advance, num_batches))
+    seeds, progress = StepSeed(mixed_seed(seed, stage)), ReportProgress(advance, num_batches)
     logger = MetricLogger(
         execution.tracker.log_metrics,
         stage=stage,
@@ -71,17 +70,15 @@ def fit(
         hardware,
         num_networks=len(module.networks()),
         logger=logger,
-        callbacks=callbacks,
+        callbacks=[seeds, checkpoint, *averaging(optim), progress],
         val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
         default_root_dir=folder,
     )
-    train, validation, num_validation = examples
     streams = Streams(
-        train,
-        validation,
+        *examples[:2],
         batch_size=micro,
         num_batches=num_batches,
-        num_validation=num_validation,
+        num_validation=examples[2],
         num_workers=hardware.num_workers,
     )
     run_trainer(trainer, module, streams, start)

@@ -228,7 +228,8 @@ def test_what_cannot_be_packed_is_told(
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
     assert "not a finished run, it lacks summary.json" in capsys.readouterr().err
     shutil.copyfile(mixed / "environment.json", unfinished / "environment.json")
-    (unfinished / "summary.json").write_text('{"status": "failed"}')
+    summary = json.loads((mixed / "summary.json").read_text()) | {"status": "failed"}
+    (unfinished / "summary.json").write_text(json.dumps(summary))
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
     assert "not a finished run, its status is failed" in capsys.readouterr().err
     broken = tmp_path / "broken"

@@ -18,6 +18,7 @@ from rudolph.evaluation.statistics import (
     pairs_needed,
     rank_correlation,
     student_quantile,
+    student_quantile_by_bisection,
 )
 from rudolph.results.report import read_runs
 
@@ -121,4 +122,5 @@ def test_the_pairs_needed_are_the_fewest(effect: float) -> None:
 def test_students_quantile_is_that_of_scipy() -> None:
     for freedom in (*range(1, 60), 199, 200, 999):
         expected = stats.t.ppf(0.975, freedom)
-        assert student_quantile(freedom) == pytest.approx(expected, rel=1e-12)
+        assert student_quantile(freedom) == expected
+        assert student_quantile_by_bisection(freedom) == pytest.approx(expected, rel=1e-12)

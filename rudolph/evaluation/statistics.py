@@ -106,7 +106,16 @@ def ratio_interval(
 
 @cache
 def student_quantile(freedom: int) -> float:
-    """Return the t between whose negative and itself ``LEVEL`` of Student's distribution lies.
+    """Return the t between whose negative and itself ``LEVEL`` of Student's distribution lies."""
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError:
+        return student_quantile_by_bisection(freedom)
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
+
+
+def student_quantile_by_bisection(freedom: int) -> float:
+    """Return ``student_quantile`` where scipy is not installed, as on a machine lent for minutes.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, solved for the angle by bisection.
     """
