@@ -45,6 +45,8 @@ def shared_weights(
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
         if not are_whole(weights, model):
+            if is_main_process():
+                checksum_of(weights).unlink(missing_ok=True)
             train(weights)
             if is_main_process():
                 write_text(checksum_of(weights), sha256_of(weights) + "\n")
