@@ -88,6 +88,7 @@ def test_a_figure_has_any_name_of_a_variant(tmp_path: Path, name: str, suffix: s
         frame = named(frame, NASTY[name])
         path = tmp_path / f"{kind}{suffix}"
         FIGURES[kind](frame, path, y=METRICS.get(kind, (LOSS,)), x=x, by="variant")
+        assert path.stat().st_size > 0
         if suffix == ".svg":
             xml.dom.minidom.parse(str(path))
 

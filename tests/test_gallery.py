@@ -46,6 +46,7 @@ def test_any_prompt_is_drawn(run: tuple[Pipeline, RunConfig], tmp_path: Path) ->
         draw_prompts(pipeline, with_prompts(config, *prompts), path)
         with Image.open(path) as image:
             image.load()
+            assert image.width > 0 and image.height > 0
 
 
 def test_a_grid_that_cannot_be_written_is_a_warning_and_leaves_no_file(
