@@ -56,6 +56,29 @@ def test_muon_moves_a_kernel_as_the_matrix_of_its_rows() -> None:
     assert torch.equal(kernel.flatten(1), matrix)
 
 
+@pytest.mark.parametrize("most", [1, 2 * 5 * 9, optim.STACK])
+def test_muon_moves_stacked_matrices_as_each_alone(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr(optim, "STACK", most)
+    shapes = [(5, 9), (9, 5), (5, 9), (5, 3, 3), (5, 9), (9, 5)]
+    together = [nn.Parameter(randoms(*shape, seed=at)) for at, shape in enumerate(shapes)]
+    alone = copy.deepcopy(together)
+    optimizers = [Muon(together, lr=0.02, weight_decay=0.1)]
+    optimizers += [Muon([parameter], lr=0.02, weight_decay=0.1) for parameter in alone]
+    for step in range(3):
+        for at, pair in enumerate(zip(together, alone, strict=True)):
+            for parameter in pair:
+                # One has no gradient at first, and stays where it is.
+                is_used = step or at != 2
+                gradient = randoms(*shapes[at], seed=10 * step + at)
+                parameter.grad = gradient if is_used else None
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_the_orthogonal_matrix_has_the_directions_of_the_svd() -> None:
     matrix = randoms(7, 4, seed=3)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)

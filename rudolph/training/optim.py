@@ -5,7 +5,7 @@ Source: Loshchilov and Hutter (arXiv:1711.05101); nanoGPT for which tensors deca
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from rudolph.models.native_types import has_native_bfloat16
 OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 # Bytes of state for a number: two moments, one momentum.
 ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
+# Numbers in the matrices that Muon multiplies at once; larger ones fill the cores alone.
+STACK = 2**20
 
 
 @dataclass(frozen=True)
@@ -103,34 +105,53 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                average = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - self.momentum)
-                step = orthogonal(parameter.grad.lerp(average, self.momentum).flatten(1))
-                length = 0.2 * max(step.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(step.view_as(parameter), alpha=-group["lr"] * length)
+            for parameters in _stacks([each for each in group["params"] if each.grad is not None]):
+                steps = orthogonal(torch.stack([self.direction(each) for each in parameters]))
+                length = 0.2 * max(steps.shape[1:]) ** 0.5
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(step.view_as(parameter), alpha=-group["lr"] * length)
+
+    def direction(self, parameter: Tensor) -> Tensor:
+        """Add the gradient to its running average; return Nesterov's momentum, ``(O, I)``."""
+        average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        assert parameter.grad is not None
+        average.lerp_(parameter.grad, 1 - self.momentum)
+        return parameter.grad.lerp(average, self.momentum).flatten(1)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Approximate the nearest orthogonal matrix by five Newton-Schulz steps.
+def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield parameters of one matrix shape together, at most ``STACK`` numbers or one alone.
 
-    The steps need no more precision than bfloat16, which is used where the device multiplies it
-    natively; elsewhere they are done in float32.
+    A batched product of small matrices uses all cores; one after the other, they do not.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16 if has_native_bfloat16(matrix.device) else torch.float32)
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    waiting: dict[tuple[Any, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        key = (parameter.flatten(1).shape, parameter.dtype, parameter.device)
+        stack = waiting.setdefault(key, [])
+        if stack and (len(stack) + 1) * parameter.numel() > STACK:
+            yield waiting.pop(key)
+            stack = waiting.setdefault(key, [])
+        stack.append(parameter)
+    yield from waiting.values()
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Approximate the nearest orthogonal matrix of each, ``(..., M, N)``, by Newton-Schulz.
+
+    The five steps need no more precision than bfloat16, which is used where the device multiplies
+    it natively; elsewhere they are done in float32.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.to(torch.bfloat16 if has_native_bfloat16(matrices.device) else torch.float32)
+    x = (x.mT if is_tall else x).reshape(-1, *sorted(x.shape[-2:]))
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(
-            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        gram = x @ x.mT
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
         )
-    return x.T if is_tall else x
+    return (x.mT if is_tall else x).reshape(matrices.shape)
 
 
 @dataclass(frozen=True)
