@@ -198,7 +198,8 @@ def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.Monke
     draw = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 9))
     answers = [*CAPTIONS, 1, 2]
-    found = retrieval_ranks(queries, gallery, torch.tensor(CAPTIONS), torch.tensor(answers))
+    right = (torch.tensor(CAPTIONS)[:, None] == torch.tensor(answers)).nonzero()
+    found = retrieval_ranks(queries, gallery, right)
     assert found.tolist() == ranks_by_hand((queries @ gallery.t()).numpy(), CAPTIONS, answers)
     assert 1 in found.tolist() and max(found.tolist()) > 3
 
@@ -207,7 +208,9 @@ def test_a_shared_caption_is_one_text_and_any_of_its_pictures_answers_it() -> No
     texts = torch.eye(3)[[0, 1, 0, 2]]
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.5, 0.4]])
     # The third picture goes to the second text, the fourth too; each text finds one of its own.
-    recalls = retrieval_recalls(images, texts, torch.tensor([5, 7, 5, 8]), at=(1, 2, 3))
+    recalls = retrieval_recalls(
+        images, texts, torch.arange(4), torch.tensor([5, 7, 5, 8]), at=(1, 2, 3)
+    )
     assert recalls == {
         "image_to_text/recall_at_1": 0.5,
         "image_to_text/recall_at_2": 0.75,
@@ -218,8 +221,23 @@ def test_a_shared_caption_is_one_text_and_any_of_its_pictures_answers_it() -> No
     }
 
 
+def test_a_shared_image_is_one_image_and_any_of_its_captions_answers_it() -> None:
+    images = torch.eye(3)[[0, 0, 1, 2]]
+    texts = torch.tensor([[0.0, 1, 0], [0.9, 0, 0.1], [0, 0.8, 0], [0, 0.6, 0.7]])
+    # The first image finds its second caption; the first text finds another image before its own.
+    recalls = retrieval_recalls(
+        images, texts, torch.tensor([4, 4, 1, 9]), torch.arange(4), at=(1, 2)
+    )
+    assert recalls == {
+        "image_to_text/recall_at_1": 2 / 3,
+        "image_to_text/recall_at_2": 1.0,
+        "text_to_image/recall_at_1": 0.75,
+        "text_to_image/recall_at_2": 0.75,
+    }
+
+
 @pytest.mark.parametrize("value", [0.5, math.nan])
 def test_features_that_are_all_alike_find_nothing(value: float) -> None:
     same = torch.full((6, 4), value)
-    recalls = retrieval_recalls(same, same, torch.arange(6), at=(1, 5, 6))
+    recalls = retrieval_recalls(same, same, torch.arange(6), torch.arange(6), at=(1, 5, 6))
     assert [recalls[f"image_to_text/recall_at_{k}"] for k in (1, 5, 6)] == [0, 0, 1]

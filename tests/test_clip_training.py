@@ -241,7 +241,7 @@ def test_a_frozen_tower_stays_bit_equal_and_the_gradient_reaches_the_other(
     model, module = training(tokenizer, optim, frozen=frozen)
     examples = TextImageExamples(split, tokenizer, model.config, seed=0)
     batch = examples.batch(range(6))
-    module.loss(*module.features(batch), batch.captions).backward()
+    module.loss(*module.features(batch), batch.image_numbers, batch.captions).backward()
     for name, parameter in model.named_parameters():
         is_frozen = frozen == tower_of(name) != "none"
         assert (parameter.grad is None) == is_frozen, name
@@ -306,6 +306,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
     recalls = retrieval_recalls(
         ranker.image_features(split.pictures(chosen)),
         ranker.text_features(captions),
+        torch.from_numpy(split.clusters(chosen)),
         torch.from_numpy(caption_numbers(captions)),
     )
     assert set(recalls.values()) == {1.0}
@@ -347,9 +348,12 @@ def test_validation_is_of_all_pairs_whatever_the_batches(split, tokenizer) -> No
         batch = examples.whole(range(NUM_PAIRS))
         images, texts = module.features(batch)
         groups = [slice(first, first + 6) for first in range(0, 66, 6)]
-        losses = [module.loss(images[at], texts[at], batch.captions[at]) for at in groups]
+        numbers = batch.image_numbers, batch.captions
+        losses = [
+            module.loss(images[at], texts[at], *(each[at] for each in numbers)) for at in groups
+        ]
     assert found["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    expected = retrieval_recalls(images, texts, batch.captions)
+    expected = retrieval_recalls(images, texts, *numbers)
     assert {name: found[f"val/{name}"] for name in expected} == pytest.approx(expected)
 
 

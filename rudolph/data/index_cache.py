@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,16 @@ NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 log = logging.getLogger(__name__)
 
 
+class Parts(NamedTuple):
+    """An array that is too large for the memory: it is written one row after the other."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: Iterable[np.ndarray[Any, Any]]
+
+
 def cached_array(
-    folder: Path, *, parts: Mapping[str, str], compute: Callable[[], np.ndarray[Any, Any]]
+    folder: Path, *, parts: Mapping[str, str], compute: Callable[[], np.ndarray[Any, Any] | Parts]
 ) -> np.ndarray[Any, Any]:
     """The array named by ``parts``, memory-mapped and read-only; computed only if not on disk.
 
@@ -47,10 +55,11 @@ def cached_array(
         folder: made if missing.
         parts: all that decides the array, e.g. ``{"kind": "image_indices", "data": digest,
             "vqgan": digest}``.
-        compute: gives the array, of any shape and any dtype but object.
+        compute: gives the array, of any shape and any dtype but object, or the rows of one.
 
     Raises:
-        ValueError: a part is empty, or the array holds Python objects.
+        ValueError: a part is empty, the array holds Python objects, or its rows are not those
+            that its shape says.
         OSError: the folder cannot be written; the message names the file.
     """
     for name, value in parts.items():
@@ -76,9 +85,32 @@ def cached_array(
                 set_aside(path)
         if is_locked:
             _remove_leftovers(folder, name)
-        _write(array_path, lambda file: np.save(file, array, allow_pickle=False))
+        _write(array_path, lambda file: _save(file, array))
         _write_record(record_path, array_path, parts=parts)
         return _mapped(array_path)
+
+
+def _save(file: IO[bytes], array: np.ndarray[Any, Any] | Parts) -> None:
+    if isinstance(array, np.ndarray):
+        np.save(file, array, allow_pickle=False)
+        return
+    header = {
+        "descr": np.lib.format.dtype_to_descr(array.dtype),
+        "fortran_order": False,
+        "shape": array.shape,
+    }
+    np.lib.format.write_array_header_2_0(file, header)
+    number = 0
+    for row in array.rows:
+        if row.shape != array.shape[1:] or row.dtype != array.dtype:
+            raise ValueError(
+                f"row {number} of a cached array must be {array.dtype} {array.shape[1:]}, "
+                f"got {row.dtype} {row.shape}"
+            )
+        file.write(row.tobytes())
+        number += 1
+    if number != array.shape[0]:
+        raise ValueError(f"a cached array must have {array.shape[0]} rows, got {number}")
 
 
 def _name(parts: Mapping[str, str]) -> str:

@@ -6,7 +6,9 @@ its config, in ``DataConfig``.
 Shapes: N pairs, H and W pixels.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from rudolph.data.arithmetic import Arithmetic, ArithmeticConfig
 from rudolph.data.emoji import Emoji, EmojiConfig
 from rudolph.data.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
 from rudolph.data.fusion_brain import FusionBrain, FusionBrainConfig
-from rudolph.data.index_cache import cached_array
+from rudolph.data.index_cache import Parts, cached_array
 from rudolph.data.manifests import Manifest
 from rudolph.data.pairs import PairDataset
 from rudolph.data.paragraphs import Paragraphs, ParagraphsConfig
@@ -158,38 +160,72 @@ class Split:
         self.dataset_name = dataset or config.dataset
         self.dataset = open_dataset(config, split, self.dataset_name)
         self.name, self.cache = split, cache
+        # What the decoding of the images read beside them.
+        self.texts_read: list[tuple[str, str, str]] = []
         self.digest = self.dataset.digest
-        self.images: np.ndarray[Any, Any] | None = None
-        if self.dataset[0].image is not None:
-            self.images = self._cached("images", self._images)
-        texts = self._cached("texts and questions", self._texts)
-        self.keys: list[str] = texts[:, 0].tolist()
-        self.captions: list[str] = texts[:, 1].tolist()
-        self.questions: list[str] = texts[:, 2].tolist()
-        # Decoded pairs are large, and from here on the arrays serve.
-        self.__dict__.pop("_pairs", None)
+        has_images = self.dataset[0].image is not None
+        self.images = self._cached("images", self._images) if has_images else None
+        texts = json.loads(self._cached("texts as JSON", self._texts).tobytes())
+        self.keys, self.captions, self.questions = (list(column) for column in texts)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def _cached(
-        self, kind: str, compute: Callable[[], np.ndarray[Any, Any]]
+        self, kind: str, compute: Callable[[], np.ndarray[Any, Any] | Parts]
     ) -> np.ndarray[Any, Any]:
         parts = {"dataset": self.dataset_name, "data": self.digest, "kind": kind}
         return cached_array(self.cache, parts=parts, compute=compute)
 
-    @cached_property
-    def _pairs(self) -> list[Any]:
-        pairs = [self.dataset[index] for index in range(len(self.dataset))]
-        return [
-            ((pair.key, pair.caption, pair.question), np.asarray(pair.image)) for pair in pairs
-        ]
+    def _images(self) -> Parts:
+        """Each image once, and at the same time the texts, so that no pair is read twice."""
+        first = np.asarray(self.dataset[0].image)
+        texts: list[tuple[str, str, str]] = []
 
-    def _images(self) -> np.ndarray[Any, Any]:
-        return np.stack([image for _, image in self._pairs]).transpose(0, 3, 1, 2)
+        def images() -> Iterator[np.ndarray[Any, Any]]:
+            for index in range(len(self.dataset)):
+                pair = self.dataset[index]
+                texts.append((pair.key, pair.caption, pair.question))
+                yield np.asarray(pair.image).transpose(2, 0, 1)
+            self.texts_read = texts
+
+        shape = (len(self.dataset), first.shape[2], *first.shape[:2])
+        return Parts(shape, first.dtype, images())
 
     def _texts(self) -> np.ndarray[Any, Any]:
-        return np.array([texts for texts, _ in self._pairs])
+        """Keys, captions and questions as bytes of JSON: as large as the texts, no more."""
+        pairs = (self.dataset[index] for index in range(len(self.dataset)))
+        rows = self.texts_read or [(pair.key, pair.caption, pair.question) for pair in pairs]
+        self.texts_read = []
+        return np.frombuffer(json.dumps(list(zip(*rows, strict=True))).encode(), dtype=np.uint8)
+
+    @cached_property
+    def image_numbers(self) -> np.ndarray[Any, Any]:
+        """A number for the image of every pair, ``(N,)``, equal where images are equal.
+
+        Pairs without an image have a number of their own each.
+        """
+        images = self.images
+        if images is None:
+            return np.arange(len(self))
+
+        def compute() -> np.ndarray[Any, Any]:
+            digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+            return np.unique(digests, return_inverse=True)[1]
+
+        return self._cached("image numbers", compute)
+
+    def clusters(self, indices: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Return the image's number of each pair, ``(len(indices),)``."""
+        return np.asarray(self.image_numbers[np.asarray(indices)])
+
+    def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """Return all captions that the split has of the image of each pair, its own first."""
+        clusters = self.clusters(range(len(self))).tolist()
+        members: dict[int, list[str]] = {}
+        for cluster, caption in zip(clusters, self.captions, strict=True):
+            members.setdefault(cluster, []).append(caption)
+        return [list(dict.fromkeys([self.captions[at], *members[clusters[at]]])) for at in indices]
 
     def pictures(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Pictures ``(len(indices), 3, H, W)`` in [0, 1]."""

@@ -23,13 +23,14 @@ from rudolph.sequence.tokenizer import Tokenizer, normalize
 class TextImageBatch(NamedTuple):
     """``input_ids`` (B, L) and ``pixel_values`` (B, 3, H, W) of pairs, as CLIP reads them.
 
-    ``captions`` (B,) are equal where captions are equal texts, whatever the batch; ``examples``
-    (B,) are the numbers of the pairs.
+    ``captions`` (B,) are equal where captions are equal texts, whatever the batch, and
+    ``image_numbers`` (B,) where images are equal; ``examples`` (B,) are the numbers of the pairs.
     """
 
     input_ids: Tensor
     pixel_values: Tensor
     captions: Tensor
+    image_numbers: Tensor
     examples: Tensor
 
 
@@ -66,7 +67,8 @@ class TextImageExamples:
         pictures = pixel_values(self.split.pictures(indices), self.image_resolution)
         ids = torch.from_numpy(self.input_ids[indices].astype(np.int64))
         captions = torch.from_numpy(self.captions[indices])
-        return TextImageBatch(ids, pictures, captions, torch.from_numpy(indices))
+        images = torch.from_numpy(self.split.clusters(indices))
+        return TextImageBatch(ids, pictures, captions, images, torch.from_numpy(indices))
 
 
 def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.ndarray[Any, Any]:

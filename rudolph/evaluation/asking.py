@@ -87,8 +87,8 @@ class Subject:
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
         if self.half is None:
             return order
-        own = set(np.random.default_rng(HALVES).permutation(len(split))[self.half :: 2].tolist())
-        return [index for index in order if index in own]
+        halves = halves_of(split)
+        return [index for index in order if halves[index] == self.half]
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
         """One seed for each pair, whatever else is asked about."""
@@ -117,32 +117,44 @@ class Subject:
         return self.pipeline.encode(pictures)
 
 
+def halves_of(split: Split) -> np.ndarray[Any, Any]:
+    """Return the half, 0 or 1, of every pair of a split, ``(N,)``; an image is in one alone."""
+    halves = np.empty(len(split), dtype=np.int64)
+    halves[np.random.default_rng(HALVES).permutation(len(split))] = np.arange(len(split)) % 2
+    clusters = split.clusters(range(len(split)))
+    _, first, place = np.unique(clusters, return_index=True, return_inverse=True)
+    return halves[first][place]
+
+
 def scored(
     metric: str,
     split: Split,
+    indices: Sequence[int],
     values: np.ndarray[Any, Any],
     subject: Subject,
     *,
     chance: float | None = None,
     measure: Measure | None = None,
 ) -> Score:
-    """The mean of one value for each example."""
-    estimate = mean_interval(values, seed=subject.seed)
+    """The mean of one value for each pair of ``indices``; those of one image count together."""
+    clusters = split.clusters(indices)
+    estimate = mean_interval(values, seed=subject.seed, clusters=clusters)
     return kept(metric, split, estimate, len(values), chance, measure)
 
 
 def scored_together(
     metric: str,
     split: Split,
+    indices: Sequence[int],
     statistic: Callable[[np.ndarray[Any, Any]], float],
-    number: int,
     subject: Subject,
     *,
     chance: float | None = None,
     measure: Measure | None = None,
 ) -> Score:
-    """A statistic of all examples, which is no mean: it is given the places of examples."""
-    estimate = resampled_interval(statistic, number, seed=subject.seed)
+    """A statistic of all pairs of ``indices``, which is no mean: it is given places in them."""
+    number, clusters = len(indices), split.clusters(indices)
+    estimate = resampled_interval(statistic, number, seed=subject.seed, clusters=clusters)
     return kept(metric, split, estimate, number, chance, measure)
 
 

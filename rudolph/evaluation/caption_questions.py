@@ -45,13 +45,14 @@ def caption_f1(subject: Subject, split: Split) -> list[Score]:
     chance = chance_level(lambda i, j: best_of(exact_match, said[j], truths[i]), len(said))
     measure = Measure("true-sentence", normalization=str(ANSWER))
     place = "image_to_text/true"
-    return [*scores, scored(place, split, true, subject, chance=chance, measure=measure)]
+    return [*scores, scored(place, split, indices, true, subject, chance=chance, measure=measure)]
 
 
 def caption_metrics(subject: Subject, split: Split) -> list[Score]:
     """Image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all that can be said.
 
-    The references of a made scene are its true sentences; any other picture has its caption.
+    The references of a made scene are its true sentences; any other image has all captions that
+    the split gives it.
     Beside them stands which share of the captions are different ones.
     """
     indices, said, *_ = answered("image_captioning", subject, split)
@@ -63,7 +64,7 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
         measure = Measure(name, tokenization=WORDS, settings=settings)
         chance = _by_chance(lambda texts: float(metric(texts).mean()), said)
         place = f"image_to_text/{name}"
-        return scored(place, split, metric(said), subject, chance=chance, measure=measure)
+        return scored(place, split, indices, metric(said), subject, chance=chance, measure=measure)
 
     def each(score: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str]], Any]:
         return lambda texts: np.array([score(*p) for p in zip(texts, references, strict=True)])
@@ -76,20 +77,26 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
         scored_together(
             "image_to_text/bleu-4",
             split,
+            indices,
             lambda at: float(counts.bleu(at)[3]),
-            len(said),
             subject,
             chance=_by_chance(lambda texts: float(bleu_counts(texts, references).bleu()[3]), said),
             measure=Measure("bleu-4", tokenization=WORDS),
         ),
-        *_distinct(said, split),
+        *_distinct(said, split, indices),
     ]
 
 
-def _distinct(said: Sequence[str], split: Split) -> Iterator[Score]:
-    """The share of different captions; of one alone there is none."""
-    if len(said) > 1:
-        share = jackknife_interval(lambda at: len({said[i] for i in at}) / len(at), len(said))
+def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iterator[Score]:
+    """The share of different captions; of one image alone there is none."""
+    clusters = split.clusters(indices)
+    if len(set(clusters.tolist())) > 1:
+        share = jackknife_interval(
+            lambda at: len({said[i] for i in at}) / len(at),
+            len(said),
+            limits=(0.0, 1.0),
+            clusters=clusters,
+        )
         measure = Measure("distinct-captions", sample_size=len(said))
         yield kept("image_to_text/distinct", split, share, len(said), None, measure)
 
@@ -98,7 +105,7 @@ def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
     """What can be said of each picture."""
     if isinstance(split.dataset, Shapes):
         return [split.dataset.sentences(index) for index in indices]
-    return [[split.captions[index]] for index in indices]
+    return split.all_captions(indices)
 
 
 def _by_chance(metric: Callable[[Sequence[str]], float], said: Sequence[str]) -> float | None:

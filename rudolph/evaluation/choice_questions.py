@@ -48,6 +48,7 @@ def zero_shot(subject: Subject, split: Split) -> list[Score]:
         scored(
             "zero_shot_classification/accuracy",
             split,
+            indices,
             hits,
             subject,
             chance=1 / len(classes),
@@ -56,8 +57,8 @@ def zero_shot(subject: Subject, split: Split) -> list[Score]:
         scored_together(
             "zero_shot_classification/calibration_error",
             split,
+            indices,
             lambda at: calibration_error(surest[at], hits[at]),
-            len(hits),
             subject,
             measure=Measure("calibration-error", settings=f"classes:{len(classes)}"),
         ),
@@ -72,12 +73,12 @@ def text_ranking(subject: Subject, split: Split) -> list[Score]:
     judged = judge(
         subject.pipeline, "image_captioning", tokens, captions, on_batch=subject.on_token
     )
-    return [_first_of("text_ranking", split, judged.log_likelihoods, subject)]
+    return [_first_of("text_ranking", split, indices, judged.log_likelihoods, subject)]
 
 
 def image_ranking(subject: Subject, split: Split) -> list[Score]:
     """Which of some pictures that differ in one thing makes the caption likeliest?"""
-    _, groups = _with_rivals(subject, split, "image_ranking")
+    indices, groups = _with_rivals(subject, split, "image_ranking")
     codes = subject.codes_of([pair for group in groups for pair in group])
     tokens = prompts(subject.pipeline, "image_captioning", indices=codes)
     captions = [[group[0].caption] for group in groups for _ in group]
@@ -85,7 +86,7 @@ def image_ranking(subject: Subject, split: Split) -> list[Score]:
         subject.pipeline, "image_captioning", tokens, captions, on_batch=subject.on_token
     )
     likelihoods = judged.log_likelihoods.view(len(groups), -1)
-    return [_first_of("image_ranking", split, likelihoods, subject)]
+    return [_first_of("image_ranking", split, indices, likelihoods, subject)]
 
 
 def multiple_choice(subject: Subject, split: Split) -> list[Score]:
@@ -99,6 +100,7 @@ def multiple_choice(subject: Subject, split: Split) -> list[Score]:
         raise ValueError(f"{split.dataset_name}: no pair of {split.name} has choices")
     has_pictures = split.images is not None
     task = "question_answering" if has_pictures else "math_question_answering"
+    judged_pairs: list[int] = []
     hits: list[float] = []
     for number in sorted({len(choices) for _, choices in asked}):
         indices, options = zip(*[each for each in asked if len(each[1]) == number], strict=True)
@@ -110,11 +112,13 @@ def multiple_choice(subject: Subject, split: Split) -> list[Score]:
         )
         judged = judge(subject.pipeline, task, tokens, options, on_batch=subject.on_token)
         own = [each.index(split.captions[at]) for at, each in zip(indices, options, strict=True)]
+        judged_pairs += indices
         hits += choice_hits(judged.log_likelihoods.numpy(), np.array(own)).tolist()
     chance = float(np.mean([1 / len(choices) for _, choices in asked]))
     measure = Measure("accuracy", settings="given-choices")
     name = f"{'answers' if has_pictures else task}/choice_accuracy"
-    return [scored(name, split, np.array(hits), subject, chance=chance, measure=measure)]
+    values = np.array(hits)
+    return [scored(name, split, judged_pairs, values, subject, chance=chance, measure=measure)]
 
 
 def _with_rivals(
@@ -134,8 +138,11 @@ def _with_rivals(
     return [index for index, _ in whole], [group for _, group in whole]
 
 
-def _first_of(task: str, split: Split, likelihoods: Tensor, subject: Subject) -> Score:
+def _first_of(
+    task: str, split: Split, indices: Sequence[int], likelihoods: Tensor, subject: Subject
+) -> Score:
     hits = choice_hits(likelihoods.numpy(), np.zeros(len(likelihoods), dtype=np.int64))
     number = likelihoods.shape[1]
     measure = Measure("accuracy", settings=f"choices:{number}")
-    return scored(f"{task}/accuracy", split, hits, subject, chance=1 / number, measure=measure)
+    name, chance = f"{task}/accuracy", 1 / number
+    return scored(name, split, indices, hits, subject, chance=chance, measure=measure)

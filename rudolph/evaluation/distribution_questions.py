@@ -6,6 +6,7 @@ evaluation names, else the VQ-GAN's latents, averaged over the picture.
 Shapes: N pictures, D features, I image tokens, H and W pixels.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,7 +54,13 @@ def picture_distance(subject: Subject, split: Split) -> list[Score]:
         kept(
             f"text_to_image/{metric}",
             split,
-            jackknife_interval(partial(_of_chosen, distance, drawn, truth), len(indices)),
+            jackknife_interval(
+                partial(_of_chosen, distance, drawn, truth),
+                len(indices),
+                # KID's estimate is unbiased, so that it may be below 0.
+                limits=(0.0 if metric == "fid" else -math.inf, math.inf),
+                clusters=split.clusters(indices),
+            ),
             len(indices),
             distance(noise, truth),
             Measure(metric, features=name, sample_size=len(indices)),
@@ -79,7 +86,9 @@ def clip_scores(subject: Subject, split: Split) -> list[Score]:
         values = clip_score(texts, features)
         # The picture of another caption.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
-        scores.append(scored(place, split, values, subject, chance=chance, measure=measure))
+        scores.append(
+            scored(place, split, indices, values, subject, chance=chance, measure=measure)
+        )
     return scores
 
 

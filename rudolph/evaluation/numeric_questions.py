@@ -3,7 +3,7 @@
 Shapes: N examples, T tokens, H head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ def survival(subject: Subject, split: Split) -> list[Score]:
 
     Of a run whose loss was not finite the answer is no, see ``lost``.
     """
-    pipeline, tokens = subject.pipeline, _sequences(subject, split)
+    pipeline, tokens = subject.pipeline, _sequences(subject, split, subject.chosen(split))
     found = perplexities(
         pipeline.decoder, tokens, segments=("image",), batch_size=pipeline.batch_size
     )["image"]
@@ -48,14 +48,15 @@ def attention_logits(subject: Subject, split: Split) -> list[Score]:
     And the share of examples that have one which float16 cannot hold.
     """
     largest: list[Tensor] = []
-    tokens, decoder = _sequences(subject, split), subject.pipeline.decoder
+    indices, decoder = subject.chosen(split), subject.pipeline.decoder
+    tokens = _sequences(subject, split, indices)
     with watched(decoder, largest), torch.inference_mode():
         decoder.hidden(tokens.to(subject.pipeline.device))
     values = torch.stack(largest).amax(0).double().cpu().numpy()
     over = (values > HALF_MAX).astype(np.float64)
     return [
-        scored("decoder/max_attention_logit", split, values, subject),
-        scored("decoder/attention_overflows", split, over, subject),
+        scored("decoder/max_attention_logit", split, indices, values, subject),
+        scored("decoder/attention_overflows", split, indices, over, subject),
     ]
 
 
@@ -80,9 +81,8 @@ def watched(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _sequences(subject: Subject, split: Split) -> Tensor:
+def _sequences(subject: Subject, split: Split, indices: Sequence[int]) -> Tensor:
     """Captions with their real pictures, ``(N, T)``."""
-    indices = subject.chosen(split)
     texts = [subject.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
     left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
     return torch.cat([left, subject.codes(split, indices), right], dim=1)

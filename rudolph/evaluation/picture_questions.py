@@ -63,16 +63,18 @@ def _nearest(
     measure = Measure("nearest-rank", features="pixels", sample_size=len(keys))
     ends = np.cumsum([len(own) for own in groups.values()])[:-1]
     hits = np.split((ranks <= limit).double().numpy(), ends)
+    pairs = zip(groups.items(), hits, strict=True)
     return [
         scored(
             f"text_to_image/nearest_1_percent{end}",
             split,
+            own_pairs,
             each,
             subject,
             chance=limit / len(keys),
             measure=measure,
         )
-        for end, each in zip(groups, hits, strict=True)
+        for (end, own_pairs), each in pairs
     ]
 
 
@@ -86,24 +88,20 @@ def scene_right(subject: Subject, split: Split) -> list[Score]:
     right = np.array([verdict.right for verdict in verdicts], dtype=float)
     chance = chance_level(lambda i, j: float(judge(scenes[i], readings[j]).right), len(scenes))
     measure = Measure(CHECKER)
+
+    def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float | None) -> Score:
+        return scored(name, split, indices, values, subject, chance=chance, measure=measure)
+
     name = "text_to_image/scene_right"
-    scores = [scored(name, split, right, subject, chance=chance, measure=measure)]
+    scores = [of_each(name, right, chance=chance)]
     for family in sorted({scene.family for scene in scenes}):
         own = np.array([scene.family == family for scene in scenes])
-        scores.append(scored(f"{name}_{family}", split, right[own], subject, measure=measure))
+        its_pairs = np.array(indices)[own].tolist()
+        score = scored(f"{name}_{family}", split, its_pairs, right[own], subject, measure=measure)
+        scores.append(score)
     objects = np.array([verdict.objects_right for verdict in verdicts])
     by_chance = chance_level(lambda i, j: judge(scenes[i], readings[j]).objects_right, len(scenes))
-    return [
-        *scores,
-        scored(
-            "text_to_image/objects_right",
-            split,
-            objects,
-            subject,
-            chance=by_chance,
-            measure=measure,
-        ),
-    ]
+    return [*scores, of_each("text_to_image/objects_right", objects, chance=by_chance)]
 
 
 def inpainting(subject: Subject, split: Split) -> list[Score]:
@@ -172,13 +170,15 @@ def reconstruction(subject: Subject, split: Split) -> list[Score]:
         scored(
             f"vqgan/{name}",
             split,
+            indices,
             metric(decoded, images).double().numpy(),
             subject,
             measure=Measure(name, settings=f"range-1:{images.shape[-1]}px"),
         )
         for name, metric in (("psnr", psnr), ("ssim", ssim))
     ]
-    if len(codes) < 2:
+    clusters = split.clusters(indices)
+    if len(set(clusters.tolist())) < 2:
         return similarities
     # Both grow with the number of codes that were counted.
     measure = Measure("codebook", sample_size=codes.numel())
@@ -192,12 +192,14 @@ def reconstruction(subject: Subject, split: Split) -> list[Score]:
         kept(
             f"vqgan/codebook_{name}",
             split,
-            jackknife_interval(partial(used, which), len(codes)),
+            jackknife_interval(
+                partial(used, which), len(codes), limits=(0.0, most), clusters=clusters
+            ),
             len(codes),
             None,
             measure,
         )
-        for which, name in enumerate(("usage", "perplexity"))
+        for which, (name, most) in enumerate((("usage", 1.0), ("perplexity", float(size))))
     ]
     return [*similarities, *uses]
 
@@ -232,7 +234,7 @@ def _objects_right(
     ]
     chance = chance_level(lambda i, j: judge(scenes[i], readings[j]).objects_right, len(scenes))
     measure = Measure(CHECKER)
-    return scored(name, split, np.array(values), subject, chance=chance, measure=measure)
+    return scored(name, split, indices, np.array(values), subject, chance=chance, measure=measure)
 
 
 def emoji_of(split: Split, question: str) -> Emoji:

@@ -54,6 +54,10 @@ def rerank_curve(subject: Subject, split: Split) -> list[Score]:
     rankings["truth"] = right + objects
     chance = float(right.mean())
     measure = Measure(CHECKER, settings=f"best-of:{most}-candidates")
+
+    def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float) -> Score:
+        return scored(name, split, indices, values, subject, chance=chance, measure=measure)
+
     scores = []
     for name, values in rankings.items():
         order = np.argsort(-values, axis=1, kind="stable")
@@ -61,11 +65,11 @@ def rerank_curve(subject: Subject, split: Split) -> list[Score]:
         expected = [best_first @ first_shares(most, number) for number in NUMBERS]
         for number, own in zip(NUMBERS, expected, strict=True):
             place = f"rerank_{name}/best_of_{number}"
-            scores.append(scored(place, split, own, subject, chance=chance, measure=measure))
+            scores.append(of_each(place, own, chance=chance))
         # What the last doubling gave, caption by caption: where it helps no more, 0 is within.
         for number, (less, more) in zip(NUMBERS[1:], pairwise(expected), strict=True):
             place = f"rerank_{name}/gain_at_{number}"
-            scores.append(scored(place, split, more - less, subject, chance=0.0, measure=measure))
+            scores.append(of_each(place, more - less, chance=0.0))
     return scores
 
 

@@ -1,6 +1,5 @@
 """Retrieval: a picture among captions, and a caption among pictures."""
 
-import numpy as np
 import torch
 
 from rudolph.data.splits import Split
@@ -8,7 +7,7 @@ from rudolph.data.text_image import caption_numbers
 from rudolph.evaluation.asking import Score
 from rudolph.evaluation.metrics import Measure
 from rudolph.evaluation.statistics import mean_interval
-from rudolph.sampling.clip_ranking import ClipRanker, retrieval_ranks
+from rudolph.sampling.clip_ranking import ClipRanker, Gallery
 
 RECALLS_AT = (1, 5)
 
@@ -16,28 +15,24 @@ RECALLS_AT = (1, 5)
 def retrieval(ranker: ClipRanker, split: Split, *, num_examples: int, seed: int) -> list[Score]:
     """Recall at 1 and at 5, both ways, among the first pairs of a split.
 
-    Pairs may share a caption: it is asked for and stands among the texts once, and each of its
-    pictures answers it.
+    Pairs may share a caption or an image: each is asked for and stands in its gallery once, and
+    all that some pair puts beside it are right answers.
 
     Raises:
-        ValueError: when the pairs have fewer than two different captions.
+        ValueError: when the pairs have fewer than two different captions or images.
     """
     indices = range(min(num_examples, len(split)))
     captions = [split.captions[index] for index in indices]
-    numbers = torch.from_numpy(caption_numbers(captions))
-    _, first = np.unique(numbers.numpy(), return_index=True)
-    if len(first) < 2:
-        raise ValueError(f"retrieval needs two different captions, {split.name} has fewer")
-    pictures = ranker.image_features(split.pictures(indices))
-    texts = ranker.text_features([captions[at] for at in first])
-    own = numbers[torch.from_numpy(first)]
-    ways = {
-        "image_to_text": retrieval_ranks(pictures, texts, numbers, own),
-        "text_to_image": retrieval_ranks(texts, pictures, own, numbers),
-    }
+    numbers = split.clusters(indices), caption_numbers(captions)
+    gallery = Gallery.of(*(torch.from_numpy(each) for each in numbers))
+    for name, places in (("images", gallery.images), ("captions", gallery.texts)):
+        if len(places) < 2:
+            raise ValueError(f"retrieval needs two different {name}, {split.name} has fewer")
+    pictures = ranker.image_features(split.pictures(gallery.images.numpy()))
+    texts = ranker.text_features([captions[at] for at in gallery.texts])
     galleries = {"image_to_text": len(texts), "text_to_image": len(pictures)}
     scores = []
-    for way, ranks in ways.items():
+    for way, ranks in gallery.ranks(pictures, texts).items():
         for k in RECALLS_AT:
             size, hits = galleries[way], (ranks <= k).double().numpy()
             measure = Measure("recall", sample_size=size, settings=f"at:{k}")

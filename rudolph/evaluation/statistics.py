@@ -1,6 +1,11 @@
 """Numbers with intervals.
 
-Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 1927.
+Examples that share an image are one cluster: they are resampled together, since they are no
+independent evidence.
+
+Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 1927; Field and Welsh
+2007, Journal of the Royal Statistical Society B 69(3) (cluster bootstrap); Korn and Graubard 1998,
+Survey Methodology 24(2) (effective size of clustered proportions).
 """
 
 import math
@@ -24,8 +29,16 @@ class Estimate(NamedTuple):
     high: float
 
 
-def mean_interval(values: Sequence[float] | np.ndarray[Any, Any], *, seed: int) -> Estimate:
+def mean_interval(
+    values: Sequence[float] | np.ndarray[Any, Any],
+    *,
+    seed: int,
+    clusters: np.ndarray[Any, Any] | None = None,
+) -> Estimate:
     """The mean and its percentile bootstrap interval; shares of 0 and 1 take Wilson's.
+
+    Args:
+        clusters: ``(N,)``, equal where values belong together; None where each is its own.
 
     Raises:
         ValueError: when there is no value, or one that is not finite.
@@ -35,17 +48,72 @@ def mean_interval(values: Sequence[float] | np.ndarray[Any, Any], *, seed: int) 
         raise ValueError("an interval needs at least one value")
     if not np.isfinite(sample).all():
         raise ValueError("an interval needs finite values")
-    if np.isin(sample, (0.0, 1.0)).all():
+    members = cluster_members(clusters, sample.size)
+    is_share = bool(np.isin(sample, (0.0, 1.0)).all())
+    if is_share and members is None:
         return share_interval(int(sample.sum()), sample.size)
+    if is_share:
+        assert members is not None
+        share, size = float(sample.mean()), effective_size(sample, members)
+        return share_interval(share * size, size)._replace(value=share)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(sample.size, size=(RESAMPLES, sample.size))
-    means = sample[drawn].mean(1)
+    if members is None:
+        means = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(1)
+    else:
+        sums = np.array([sample[each].sum() for each in members])
+        counts = np.array([len(each) for each in members])
+        drawn = rng.integers(len(members), size=(RESAMPLES, len(members)))
+        means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(sample.mean()), float(low), float(high))
 
 
-def share_interval(successes: int, total: int) -> Estimate:
-    """A share and Wilson's interval, which holds at 0 and at 1 too."""
+def cluster_members(
+    clusters: np.ndarray[Any, Any] | None, number: int
+) -> list[np.ndarray[Any, Any]] | None:
+    """Return the places of each cluster's examples, in the order of their first ones.
+
+    None where every example is a cluster of its own, for which the plain formulas hold.
+
+    >>> [places.tolist() for places in cluster_members(np.array([7, 3, 7]), 3)]
+    [[0, 2], [1]]
+
+    Raises:
+        ValueError: when clusters are not those of ``number`` examples.
+    """
+    if clusters is None:
+        return None
+    if len(clusters) != number:
+        raise ValueError(f"clusters must be those of {number} examples, got {len(clusters)}")
+    places: dict[Any, list[int]] = {}
+    for place, cluster in enumerate(clusters.tolist()):
+        places.setdefault(cluster, []).append(place)
+    if len(places) == number:
+        return None
+    return [np.array(each) for each in places.values()]
+
+
+def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, Any]]) -> float:
+    """Return how many independent examples a share of clustered ones is as certain as.
+
+    It is the size over the design effect, at most the size.  Where all are 0 or all are 1, the
+    clusters count: nothing is known of the spread within them.
+    """
+    number, share = sample.size, float(sample.mean())
+    if share in (0.0, 1.0) or len(members) == 1:
+        return float(len(members))
+    sums = np.array([(sample[each] - share).sum() for each in members])
+    clustered = len(members) / (len(members) - 1) * float((sums**2).sum()) / number**2
+    independent = share * (1 - share) / number
+    return float(number * min(1.0, independent / clustered)) if clustered > 0 else float(number)
+
+
+def share_interval(successes: float, total: float) -> Estimate:
+    """A share and Wilson's interval, which holds at 0 and at 1 too.
+
+    Args:
+        total: how many examples there are; a fraction where that is an effective size.
+    """
     share, square = successes / total, NORMAL_QUANTILE**2
     middle = (share + square / (2 * total)) / (1 + square / total)
     spread = share * (1 - share) / total + square / (4 * total**2)
@@ -145,6 +213,7 @@ def resampled_interval(
     *,
     seed: int,
     resamples: int = RESAMPLES,
+    clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
     """A statistic of all examples and its percentile bootstrap interval.
 
@@ -156,6 +225,7 @@ def resampled_interval(
         statistic: takes the places of the examples drawn, ``(number,)``.
         number: how many examples there are.
         resamples: fewer than the default where a statistic takes seconds, as FID does.
+        clusters: ``(number,)``, equal where examples belong together: they are drawn together.
 
     Raises:
         ValueError: when there is no example or resample, or a statistic that is not finite.
@@ -164,8 +234,17 @@ def resampled_interval(
         raise ValueError("an interval needs at least one example and one resample")
     rng = np.random.default_rng(seed)
     value = float(statistic(np.arange(number)))
+    members = cluster_members(clusters, number)
+
+    def resample() -> np.ndarray[Any, Any]:
+        if members is None:
+            return rng.integers(number, size=number)
+        return np.concatenate(
+            [members[at] for at in rng.integers(len(members), size=len(members))]
+        )
+
     # One resample at a time: all places at once are gigabytes for a large corpus.
-    values = [float(statistic(rng.integers(number, size=number))) for _ in range(resamples)]
+    values = [float(statistic(resample())) for _ in range(resamples)]
     if not np.isfinite([value, *values]).all():
         raise ValueError("an interval needs finite values")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -173,31 +252,44 @@ def resampled_interval(
 
 
 def jackknife_interval(
-    statistic: Callable[[np.ndarray[Any, Any]], float], number: int, *, groups: int = 20
+    statistic: Callable[[np.ndarray[Any, Any]], float],
+    number: int,
+    *,
+    groups: int = 20,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+    clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
     """A statistic of all examples and the interval of its grouped jackknife.
 
     For what is biased where examples repeat or are few, as FID is: each value leaves one group
     out, so all have the same bias, and their spread (Efron and Tibshirani 1993, chapter 11) times
-    Student's t gives the bounds.  Examples are grouped in turn.
+    Student's t gives the bounds.  Examples are grouped in turn, those of a cluster together.
 
     Args:
         statistic: takes the places of examples, at most ``number``.
+        limits: what the statistic cannot leave, nor its interval: a share has 0 and 1.
+        clusters: ``(number,)``, equal where examples belong together.
 
     Raises:
         ValueError: when there are fewer examples than two, or a statistic that is not finite.
     """
-    groups = min(groups, number)
+    members = cluster_members(clusters, number)
+    turns = np.arange(number)
+    for turn, each in enumerate(members or ()):
+        turns[each] = turn
+    num_clusters = number if members is None else len(members)
+    groups = min(groups, num_clusters)
     if groups < 2:
-        raise ValueError(f"a jackknife needs at least two examples, got {number}")
+        raise ValueError(f"a jackknife needs at least two examples, got {num_clusters}")
     places = np.arange(number)
-    left_out = np.array([statistic(places[places % groups != each]) for each in range(groups)])
+    left_out = np.array([statistic(places[turns % groups != each]) for each in range(groups)])
     value = float(statistic(places))
     if not np.isfinite([value, *left_out]).all():
         raise ValueError("an interval needs finite values")
     variance = (groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum())
     half = student_quantile(groups - 1) * math.sqrt(variance)
-    return Estimate(value, value - half, value + half)
+    least, most = limits
+    return Estimate(value, max(value - half, least), min(value + half, most))
 
 
 class Compared(NamedTuple):

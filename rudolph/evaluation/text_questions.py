@@ -56,6 +56,7 @@ def recognition(subject: Subject, split: Split) -> list[Score]:
         scored(
             "text_recognition/1-ned",
             split,
+            indices,
             np.array(near),
             subject,
             chance=by_chance,
@@ -64,14 +65,15 @@ def recognition(subject: Subject, split: Split) -> list[Score]:
         scored_together(
             "text_recognition/cer",
             split,
+            indices,
             lambda at: float(edits[at].sum() / lengths[at].sum()),
-            len(indices),
             subject,
             measure=Measure("cer", normalization=told),
         ),
         scored(
             "text_recognition/exact",
             split,
+            indices,
             np.array(exact),
             subject,
             measure=Measure("exact", normalization=told),
@@ -100,7 +102,7 @@ def continuation(subject: Subject, split: Split) -> list[Score]:
     chance = float(np.mean([is_sentence(text, world) for text in mixed]))
     measure = Measure("sentence-of-the-world", settings=f"given:{NUM_GIVEN_WORDS}")
     name = "text_to_text/is_sentence"
-    return [scored(name, split, values, subject, chance=chance, measure=measure)]
+    return [scored(name, split, indices, values, subject, chance=chance, measure=measure)]
 
 
 def likelihood(subject: Subject, split: Split) -> list[Score]:
@@ -126,11 +128,12 @@ def likelihood(subject: Subject, split: Split) -> list[Score]:
             batch_size=pipeline.batch_size,
         )
         nats = found[segment].log().double().numpy()
-        scores.append(scored(metric, split, nats, subject))
+        scores.append(scored(metric, split, indices, nats, subject))
         if segment == "image":
             # A token stands for a square of so many pixels.
             bits = nats / (math.log(2) * pipeline.vqgan.config.factor**2)
-            scores.append(scored("text_to_image/bits_per_pixel", split, bits, subject))
+            name = "text_to_image/bits_per_pixel"
+            scores.append(scored(name, split, indices, bits, subject))
     return scores
 
 
@@ -175,7 +178,7 @@ def answered(task: str, subject: Subject, split: Split, *, characters: str | Non
 
 def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list[Score]:
     """Token F1 of what the decoder says, and how many answers are exact."""
-    _, answers, truths, settings = asked
+    indices, answers, truths, settings = asked
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
     told = str(ANSWER)
@@ -183,6 +186,7 @@ def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list
         scored(
             f"{name}/token_f1",
             split,
+            indices,
             values,
             subject,
             chance=chance_level(lambda i, j: token_f1(answers[j], truths[i]), len(truths)),
@@ -191,6 +195,7 @@ def compared(asked: Asked, subject: Subject, split: Split, *, name: str) -> list
         scored(
             f"{name}/exact",
             split,
+            indices,
             exact,
             subject,
             chance=chance_level(lambda i, j: exact_match(answers[j], truths[i]), len(truths)),

@@ -8,6 +8,7 @@ Shapes: B texts, P pictures, C classes, N pairs, L text tokens, E embedding dim,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -118,28 +119,30 @@ class ClipRanker:
 
 
 def retrieval_recalls(
-    images: Tensor, texts: Tensor, captions: Tensor, *, at: Sequence[int] = (1, 5)
+    images: Tensor,
+    texts: Tensor,
+    image_numbers: Tensor,
+    captions: Tensor,
+    *,
+    at: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
     """Recall at k both ways: the share of queries with a right answer among the first k.
 
-    Pairs may share a caption.  Each different caption then stands once among the texts: a picture
-    asks for its caption, and a caption is answered by any of its pictures.  What is as similar as
-    the right answer counts as before it, so that features that are all alike find nothing.
+    Pairs may share a caption or an image.  Each then asks and is found once, and any of its own
+    answers is right.  What is as similar as the right answer counts as before it, so that features
+    that are all alike find nothing.
 
     Args:
         images: ``(N, E)``, normalised features of the pictures.
         texts: ``(N, E)``, those of their captions.
+        image_numbers: ``(N,)`` int64, equal where images are equal.
         captions: ``(N,)`` int64, equal where captions are equal texts.
 
     Returns:
         ``image_to_text/recall_at_1`` and so on, each in [0, 1].
     """
-    _, found = np.unique(captions.cpu().numpy(), return_index=True)
-    first = torch.from_numpy(found).to(captions.device)
-    ranks = {
-        "image_to_text": retrieval_ranks(images, texts[first], captions, captions[first]),
-        "text_to_image": retrieval_ranks(texts[first], images, captions[first], captions),
-    }
+    gallery = Gallery.of(image_numbers, captions)
+    ranks = gallery.ranks(images[gallery.images], texts[gallery.texts])
     return {
         f"{way}/recall_at_{k}": (rank <= k).double().mean().item()
         for way, rank in ranks.items()
@@ -147,22 +150,55 @@ def retrieval_recalls(
     }
 
 
-def retrieval_ranks(
-    queries: Tensor, gallery: Tensor, query_captions: Tensor, gallery_captions: Tensor
-) -> Tensor:
+class Gallery(NamedTuple):
+    """The different images and texts of pairs, and which of them belong together.
+
+    ``images`` (P,) and ``texts`` (B,) are the pairs in which each stands first; ``right`` (R, 2)
+    are the places of an image and of a text that some pair puts together.
+    """
+
+    images: Tensor
+    texts: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, image_numbers: Tensor, captions: Tensor) -> "Gallery":
+        """The gallery of pairs whose images and captions have these numbers, ``(N,)`` each."""
+        sides = [
+            np.unique(numbers.cpu().numpy(), return_index=True, return_inverse=True)[1:]
+            for numbers in (image_numbers, captions)
+        ]
+        (images, image_places), (texts, text_places) = sides
+        right = np.unique(np.stack([image_places, text_places], axis=1), axis=0)
+        device = captions.device
+        images, texts, right = (
+            torch.from_numpy(each).to(device) for each in (images, texts, right)
+        )
+        return cls(images, texts, right)
+
+    def ranks(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """Ranks both ways by normalised features of ``images`` (P, E) and ``texts`` (B, E)."""
+        return {
+            "image_to_text": retrieval_ranks(images, texts, self.right),
+            "text_to_image": retrieval_ranks(texts, images, self.right.flip(1)),
+        }
+
+
+def retrieval_ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
     """The rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
 
-    An answer is right when its caption is the query's; other right answers are not counted.
+    Other right answers are not counted.
 
     Args:
         queries: ``(Q, E)``, normalised; ``gallery``: ``(G, E)``, what they are answered from.
-        query_captions: ``(Q,)``; ``gallery_captions``: ``(G,)``; equal where captions are.
+        right: ``(R, 2)``, the places of a query and of an answer that is right.
     """
     ranks = []
     for first in range(0, len(queries), QUERIES_AT_ONCE):
-        rows = slice(first, first + QUERIES_AT_ONCE)
-        similarities = queries[rows] @ gallery.t()
-        is_right = query_captions[rows, None] == gallery_captions
+        similarities = queries[first : first + QUERIES_AT_ONCE] @ gallery.t()
+        own = right[(right[:, 0] >= first) & (right[:, 0] < first + QUERIES_AT_ONCE)]
+        is_right = torch.zeros_like(similarities, dtype=torch.bool)
+        is_right[own[:, 0] - first, own[:, 1]] = True
         best = similarities.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
         # Not ">=": what is not a number is no answer either.
         ranks.append(1 + (~(similarities < best) & ~is_right).sum(1))

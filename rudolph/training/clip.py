@@ -78,7 +78,8 @@ class CLIPTraining(StepwiseModule):
 
     def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
         images, texts = (self.of_all_devices(each) for each in self.features(batch))
-        loss = self.loss(images, texts, self.of_all_devices(batch.captions))
+        numbers = (self.of_all_devices(each) for each in (batch.image_numbers, batch.captions))
+        loss = self.loss(images, texts, *numbers)
         losses = {self.losses.kind: loss}
         require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
         self.move(loss, batch_index)
@@ -106,33 +107,40 @@ class CLIPTraining(StepwiseModule):
             rows.register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
         return torch.cat(gathered)
 
-    def loss(self, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
-        """The loss of features ``(B, E)`` of pairs whose captions have the numbers ``(B,)``."""
+    def loss(
+        self, images: Tensor, texts: Tensor, image_numbers: Tensor, captions: Tensor
+    ) -> Tensor:
+        """The loss of features ``(B, E)`` of pairs with these numbers of images and captions."""
         # Mixed precision would round logits near 100 to halves.
         with torch.autocast(images.device.type, enabled=False):
             logits = self.model.logits(images, texts)
-        return CLIP_LOSSES[self.losses.kind](logits, captions[:, None] == captions)
+        is_match = (captions[:, None] == captions) | (image_numbers[:, None] == image_numbers)
+        return CLIP_LOSSES[self.losses.kind](logits, is_match)
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
 
     def validation_step(self, batch: TextImageBatch, batch_index: int) -> None:
-        self.validated.append((batch.examples, batch.captions, *self.features(batch)))
+        numbers = batch.image_numbers, batch.captions
+        self.validated.append((batch.examples, *numbers, *self.features(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        captions, images, texts = self.whole_validation()
+        numbers, captions, images, texts = self.whole_validation()
         size = self.optim.global_batch_size
         starts = range(0, max(len(captions) - size, 0) + 1, size)
         groups = [slice(first, first + size) for first in starts]
-        losses = [self.loss(images[each], texts[each], captions[each]) for each in groups]
+        parts = [
+            [all_of[each] for all_of in (images, texts, numbers, captions)] for each in groups
+        ]
+        losses = [self.loss(*each) for each in parts]
         # Every device has them all; without the flag Lightning warns.
         self.log("val/loss", torch.stack(losses).mean(), sync_dist=True)
-        recalls = retrieval_recalls(images, texts, captions)
+        recalls = retrieval_recalls(images, texts, numbers, captions)
         values = {f"val/{name}": value for name, value in recalls.items()}
         self.log_dict(values, sync_dist=True)
 
-    def whole_validation(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers of captions ``(N,)`` and features ``(N, E)`` of all pairs, in their order."""
+    def whole_validation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Numbers of images and captions ``(N,)`` and features ``(N, E)`` of all pairs."""
         examples, *found = (torch.cat(part) for part in zip(*self.validated, strict=True))
         reduce: Any = self.trainer.strategy.reduce
         num_pairs = int(reduce(examples.max(), reduce_op="max")) + 1
@@ -143,7 +151,8 @@ class CLIPTraining(StepwiseModule):
             whole[examples] = rows
             return reduce(whole, reduce_op="sum")
 
-        captions, images, texts = (placed(rows) for rows in found)
+        numbers, captions, images, texts = (placed(rows) for rows in found)
         # Of fewer pairs than devices some devices have the same.
         times = placed(torch.ones_like(examples))
-        return captions // times, images / times[:, None], texts / times[:, None]
+        features = images / times[:, None], texts / times[:, None]
+        return numbers // times, captions // times, *features

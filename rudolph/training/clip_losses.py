@@ -23,11 +23,13 @@ def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
     """The mean of the cross-entropies of both directions, a scalar in nats.
 
     Row i asks which caption belongs to picture i, column i which picture to caption i.  Another
-    pair with the same caption is no answer and no mistake: its place is left out of both sums.
+    pair with the same caption or the same picture is no answer and no mistake: its place is left
+    out of both sums.
 
     Args:
         logits: ``(B, B)``, of pictures and captions.
-        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
+        is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
+            image of the row.
     """
     own = torch.arange(len(logits), device=logits.device)
     is_other = is_match & (own[:, None] != own)
@@ -40,7 +42,8 @@ def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
 
     Args:
         logits: ``(B, B)``, of pictures and captions.
-        is_match: ``(B, B)`` bool, true where the caption of the column is that of the row.
+        is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
+            image of the row.
     """
     signed = torch.where(is_match, logits, -logits)
     return -F.logsigmoid(signed).sum() / len(logits)
