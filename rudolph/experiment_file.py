@@ -6,7 +6,6 @@ line over all.  So at most two files tell a run.
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,14 @@ from typing import Any
 from rudolph import settings
 from rudolph.config import RunConfig, overrides_of, resolved
 from rudolph.metric_names import COST, QUESTION_METRICS, all_names, metric_names
+from rudolph.names import (
+    experiment_name,
+    require_domains,
+    require_own_names,
+    require_variant,
+    run_name,
+    value_labels,
+)
 from rudolph.results.claims import Claim, group_of
 from rudolph.results.searches import REGION, Search
 from rudolph.settings import (
@@ -27,10 +34,6 @@ from rudolph.settings import (
     short,
     typed,
 )
-
-# Folders of experiments whose files are named after the folder too.
-NAMING_FOLDERS = ("speed", "masks", "loss_weights", "sampling", "numerics", "text", "tokenizers")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -224,35 +227,28 @@ def _check_domains(
                 raise mistake(path, key, rule, ", ".join(splits))
 
 
-def experiment_name(path: Path) -> str:
-    """The file's name, after its folder's where that belongs to it.
-
-    >>> experiment_name(Path("experiments/speed/decode.yaml"))
-    'speed/decode'
-    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
-    'captions'
-    """
-    folder = path.resolve().parent.name
-    return f"{folder}/{path.stem}" if folder in NAMING_FOLDERS else path.stem
-
-
 def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
     """Every combination of variant, point of the grid and seed, in the order of the file."""
     shared = _shared_settings(path, content)
     variants = content.get("variants") or {"": {}}
-    grid = _grid(path, content)
+    grid = _grid(path, content, overrides)
     seeds = content.get("seeds", [0])
     settings.require_distinct(path, "seeds", seeds)
-    runs = []
+    labels = [value_labels(path, key, values) for key, values in grid.items()]
+    found: dict[tuple[str, str], Run] = {}
     for variant, changes in variants.items():
-        changed = shared | _variant(path, variant, changes)
-        for point in itertools.product(*grid.values()):
+        changed = shared | _variant(path, variant, changes, is_searched="search" in content)
+        points = zip(itertools.product(*grid.values()), itertools.product(*labels), strict=True)
+        for point, label in points:
             place = dict(zip(grid, point, strict=True))
+            named = dict(zip(grid, label, strict=True))
             for seed in seeds:
                 config = resolved(path, changed | place | {"seed": seed} | overrides)
-                name = _run_name(variant, place, config.seed)
-                runs.append(Run(name, variant, place, config))
-    return runs
+                run = Run(run_name(variant, named, config.seed), variant, place, config)
+                # With a seed on the command line all seeds of the file are one.
+                found.setdefault((run.name, config.digest), run)
+    require_own_names(path, [(run.name, run.config.seed) for run in found.values()])
+    return list(found.values())
 
 
 def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
@@ -263,6 +259,7 @@ def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
     least = {name: axis.low for name, axis in found.space.items()}
     _seedless(path, least, "search.space")
     flat = _seedless(path, found.settings, "search.settings")
+    require_domains(path, found.domains)
     shared = _shared_settings(path, content)
     for place in (least, {name: axis.high for name, axis in found.space.items()}):
         resolved(path, shared | flat | place)
@@ -278,21 +275,23 @@ def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return shared | _seedless(path, content.get("settings", {}), "settings")
 
 
-def _variant(path: Path, variant: str, changes: Any) -> dict[str, Any]:
-    if not variant:
+def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> dict[str, Any]:
+    if not variant and not changes:
         return {}
-    if not NAME.fullmatch(variant):
-        raise mistake(path, "variants", "names must be letters, digits, _ . -", variant)
+    require_variant(path, variant, is_searched=is_searched)
     if not isinstance(changes, dict):
         raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
     return _seedless(path, changes, f"variants.{variant}")
 
 
-def _grid(path: Path, content: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _grid(
+    path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """The values of each setting of the grid; of one on the command line that alone."""
     grid = _seedless(path, content.get("grid", {}), "grid")
     for key, values in grid.items():
         settings.require_distinct(path, f"grid.{key}", values)
-    return grid
+    return {key: [overrides[key]] if key in overrides else grid[key] for key in grid}
 
 
 def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
@@ -301,9 +300,3 @@ def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[s
         where = f"{place}.seed" if place else "seed"
         raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
     return flat_settings(path, RunConfig, content, place)
-
-
-def _run_name(variant: str, place: Mapping[str, Any], seed: int) -> str:
-    points = [f"{key.rpartition('.')[2]}={value}" for key, value in place.items()]
-    name = "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)

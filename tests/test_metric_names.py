@@ -10,8 +10,9 @@ from test_experiment_files import FILES, NAMES
 from tiny_run import TINY, write
 
 from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.experiment_file import experiment_name, load_experiment
+from rudolph.experiment_file import load_experiment
 from rudolph.metric_names import COST, QUESTION_METRICS, all_names, curve_names, metric_names
+from rudolph.names import experiment_name
 from rudolph.results.store import FIXED
 from rudolph.searching import search_rounds
 from rudolph.settings import ConfigError
