@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ class RunConfig:
     """One resolved run: everything that decides its numbers, and nothing else.
 
     ``model`` is what is trained: a ``decoder``, with the VQ-GAN and the tokenizer that it needs,
-    or a ``clip`` with its tokenizer.  ``vqgan_seed`` is that of the VQ-GAN alone (null: the same):
-    so runs of all seeds have one.
+    or a ``clip`` with its tokenizer.  With ``decoder.init`` both are those of that source, unless
+    ``tokenizer.path`` and ``vqgan.init`` name others.  ``vqgan_seed`` is that of the VQ-GAN alone
+    (null: the same): so runs of all seeds have one.
     """
 
     __pydantic_config__ = STRICT
@@ -89,6 +90,7 @@ class RunConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        self._take_parts_of_init()
         if self.model not in MODELS:
             raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {self.model!r}")
         # A VQ-GAN that is taken as it is reads pictures of any size that its factor divides.
@@ -119,6 +121,20 @@ class RunConfig:
             seed = getattr(self, name)
             if seed is not None and not 0 <= seed < 2**32:
                 raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
+
+    def _take_parts_of_init(self) -> None:
+        """Take tokenizer and VQ-GAN from where the decoder starts, unless others are named.
+
+        Its embeddings fit the ids of its own tokenizer and the codes of its own VQ-GAN.
+        """
+        source = self.decoder.init
+        if source is None or self.model != "decoder" or self.speed.measure is not None:
+            return
+        # The class is frozen for its users.
+        if self.tokenizer.path is None:
+            object.__setattr__(self, "tokenizer", replace(self.tokenizer, path=source))
+        if self.vqgan.init is None:
+            object.__setattr__(self, "vqgan", replace(self.vqgan, init=source))
 
     def _check_questions(self) -> None:
         """Raise ``ValueError`` for a question that its dataset, or this run, cannot answer."""

@@ -129,7 +129,12 @@ def is_run(folder: Path) -> bool:
 
 def newest_run(runs: Path) -> Path:
     """The run that finished last."""
-    summaries = sorted(runs.glob("*/*/summary.json"), key=lambda path: path.stat().st_mtime)
+    found = (
+        path
+        for path in runs.rglob("summary.json")
+        if not any(part.startswith(".") for part in path.relative_to(runs).parts)
+    )
+    summaries = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in reversed(summaries):
         folder = path.parent
         if (folder / "checkpoints" / RUN_FILES[0]).is_file() and is_finished(folder):
@@ -177,8 +182,7 @@ def _of_reference(folder: Path, precision: Precision) -> Source:
         raise ValueError(f"{folder}: holds a {family} model, which draws no pictures")
     beside = folder / store.TOKENIZER_FILE
     bpe = beside if beside.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
-    own = folder / "vqgan"
-    vqgan = store.load(own if own.is_dir() else PICTURES, dtype=precision.dtype)
+    vqgan = store.load(_vqgan_beside(folder), dtype=precision.dtype)
     decoder = store.load(folder, dtype=precision.dtype, int8=precision.int8)
     assert isinstance(vqgan, VQGAN) and isinstance(decoder, MaskedDecoder)
     pipeline = Pipeline(Tokenizer(bpe), vqgan, decoder)
@@ -224,10 +228,18 @@ def open_decoder(source: str, *, runs: Path, uri: str) -> MaskedDecoder:
 
 
 def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
-    """The VQ-GAN of a source, on the CPU."""
+    """The VQ-GAN of a source, on the CPU; of a released decoder the one that it is used with."""
     folder = find_folder(source, runs=runs, uri=uri)
-    model = load_run(folder)[0].vqgan if is_run(folder) else store.load(folder)
-    return _checked(model, VQGAN, source)
+    if is_run(folder):
+        return _checked(load_run(folder)[0].vqgan, VQGAN, source)
+    is_decoder = store.read_config(folder)[0] in RELEASED_SAMPLING
+    return _checked(store.load(_vqgan_beside(folder) if is_decoder else folder), VQGAN, source)
+
+
+def _vqgan_beside(folder: Path) -> Path | str:
+    """Return where the VQ-GAN of a decoder in the reference's format is."""
+    own = folder / "vqgan"
+    return own if own.is_dir() else PICTURES
 
 
 def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:

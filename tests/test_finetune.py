@@ -1,20 +1,23 @@
 """A run that starts from weights: another run's, an MLflow run's, a folder's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_run import run_tiny, write
+from safetensors.torch import load_file, save_file
+from tiny_run import quiet, run_tiny, write
 
 from rudolph.cli import main
 from rudolph.execution import Execution, Folders, Hardware, Unrecorded
 from rudolph.experiment_file import load_experiment
 from rudolph.models.decoder import MaskedDecoder
 from rudolph.results.tracking import send_pending
+from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.sources import find_folder, find_tokenizer, load_run, open_decoder
 from rudolph.stages.decoder import start_from
+from rudolph.stages.origins import warn_of_other_parts
 
 
 def from_run(finished: Path) -> tuple[str, ...]:
@@ -104,6 +107,62 @@ def test_weights_that_do_not_fit_are_told_in_one_line(
     assert main(["run", "tiny.yaml", *from_run(finished), setting]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
+
+
+def parts_of(folder: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
+    checkpoints = folder / "checkpoints"
+    return (checkpoints / "bpe.model").read_bytes(), load_file(checkpoints / "vqgan.safetensors")
+
+
+def test_tokenizer_and_vqgan_are_those_of_the_weights(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other data would give other ones, had they been trained."""
+    settings = ("decoder_optim.ema_decay=null", "data.shapes.seed=5", "seed=5")
+    folder = run_tiny(tmp_path, (f"decoder.init={finished}", *settings))
+    (bpe, vqgan), (own_bpe, own_vqgan) = parts_of(finished), parts_of(folder)
+    assert bpe == own_bpe and all(value.equal(own_vqgan[name]) for name, value in vqgan.items())
+    assert not list(tmp_path.glob("runs/.cache/vqgan-*"))
+    assert not list(tmp_path.glob("runs/.cache/tokenizer-*"))
+    assert "differs from" not in caplog.text
+    # All three named is the same run.
+    path = write(tmp_path)
+    first, second = (
+        load_experiment(path, given).runs[0].config
+        for given in ((f"decoder.init={finished}", settings[0]), from_run(finished))
+    )
+    assert first == second and first.digest == second.digest
+    assert first.trainings.keys() == {"decoder_optim"}
+
+
+def execution_of(folder: Path, settings: tuple[str, ...]) -> Execution:
+    run = load_experiment(write(folder), settings).runs[0]
+    folders = Folders(folder, folder / "runs")
+    return Execution(run, folder, folders, Hardware(), Unrecorded(), quiet)
+
+
+def test_a_named_tokenizer_or_vqgan_that_differs_is_warned_of(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, _ = load_run(finished)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    vqgan = copy / "checkpoints" / "vqgan.safetensors"
+    packed = {name: value.half() for name, value in load_file(vqgan).items()}
+    save_file(packed, vqgan)
+    named = (f"decoder.init={finished}", f"tokenizer.path={copy}", f"vqgan.init={copy}")
+    warn_of_other_parts(execution_of(tmp_path, named), pipeline.tokenizer, load_run(copy)[0].vqgan)
+    assert caplog.text == "", "a packed copy has the same parts"
+    words = [f"слово{number}" for number in range(40)]
+    other = Tokenizer.train(words, vocab_size=60, path=tmp_path / "other.model")
+    for parameter in pipeline.vqgan.parameters():
+        parameter.data.add_(0.1)
+    warn_of_other_parts(execution_of(tmp_path, named), other, pipeline.vqgan)
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        f"tokenizer.path: {copy} differs from the tokenizer of decoder.init {finished}",
+        f"vqgan.init: {copy} differs from the VQ-GAN of decoder.init {finished}",
+    ]
 
 
 def test_show_tells_what_is_trained_and_the_memory(

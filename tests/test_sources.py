@@ -10,7 +10,7 @@ from tiny_weights import write_all
 
 from rudolph.disk import explain
 from rudolph.released import store
-from rudolph.sources import fetched_run, open_clip, open_source, open_upscaler
+from rudolph.sources import fetched_run, open_clip, open_source, open_upscaler, open_vqgan
 
 OPENED = {
     "rudolph": open_source,
@@ -48,6 +48,19 @@ def test_any_damage_to_a_folder_of_weights_is_refused_in_one_line_or_harmless(
             is_elsewhere = "is not on this disk; `rudolph pull" in line
             assert "\n" not in line and (str(folder) in line or is_elsewhere), (what, line)
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["rudolph", "rudalle_v2"])
+def test_a_decoder_brings_the_vqgan_that_it_is_used_with(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "released"))
+    found = open_vqgan(str(home / name), runs=tmp_path, uri="").state_dict()
+    own = store.load(home / name / "vqgan").state_dict()
+    assert all(value.equal(found[key]) for key, value in own.items())
+    shutil.copytree(home / name, tmp_path / name, ignore=shutil.ignore_patterns("vqgan"))
+    with pytest.raises(ValueError, match="`rudolph pull Sber-VQGAN` gets it"):
+        open_vqgan(str(tmp_path / name), runs=tmp_path, uri="")
 
 
 def test_a_damaged_release_says_how_to_get_it_again(

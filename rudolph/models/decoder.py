@@ -44,7 +44,7 @@ class DecoderConfig:
     mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
 
     ``init`` names the weights that a training starts from: a run's folder, a released name or a
-    folder of weights.
+    folder of weights.  The tokenizer and the VQ-GAN are then those of the same source.
 
     ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
     at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).

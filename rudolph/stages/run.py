@@ -16,6 +16,7 @@ from rudolph.sampling.pipeline import Pipeline
 from rudolph.stages.decoder import make_decoder
 from rudolph.stages.evaluation import evaluate
 from rudolph.stages.image_tokenizer import image_indices, make_vqgan
+from rudolph.stages.origins import warn_of_other_parts
 from rudolph.stages.tokenizer import open_data
 
 
@@ -29,6 +30,8 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         warn_of_unknown(config, tokenizer)
     execution.tracker.log_tags(splits.digests)
     vqgan = make_vqgan(execution, splits)
+    if is_main_process():
+        warn_of_other_parts(execution, tokenizer, vqgan)
     names = ("train", "validation") if config.decoder_optim.num_steps else ()
     indices = {
         (split.name, split.dataset_name): image_indices(execution, vqgan, split)
