@@ -44,6 +44,9 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
     ]
     yield found
     rows = [row for row in map(row_of, found) if row is not None]
+    if not rows:
+        # Nothing can be proposed after trials of which none has a score.
+        return
     for number in range(num_even, search.trials):
         domain = domains[number % len(domains)]
         own_seed = seeds[0] * SEEDS_APART + number

@@ -1,6 +1,10 @@
 """Many runs of many files: some at a time, and one that fails stops no other."""
 
 import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,18 @@ import pytest
 import yaml
 from tiny_run import OPTIM, TINY
 
+from rudolph import laboratory
 from rudolph.cli import main
+from rudolph.evaluation.asking import Score
+from rudolph.execution import Execution
+from rudolph.experiment_file import Run
 from rudolph.laboratory import experiment_files
+from rudolph.results.report import UNANSWERED, answer
 from rudolph.settings import ConfigError
+from rudolph.stages.run import run_stages
+
+ASKED = {"questions": ["scene_right"], "splits": ["test"], "num_examples": 4}
+METRIC = "text_to_image/objects_right"
 
 
 def write(folder: Path, name: str, **changes: Any) -> None:
@@ -42,6 +55,13 @@ def test_a_folder_is_its_experiments_without_bases(tmp_path: Path) -> None:
         experiment_files(tmp_path / "base")
 
 
+def require_shared_pictures(folder: Path) -> None:
+    """All runs have one picture of the masks, and one of reconstructions for each VQ-GAN."""
+    for name, number in (("masks", 1), ("reconstructions", 2)):
+        drawn = {path.read_bytes() for path in folder.glob(f"runs/*/*/samples/{name}.png")}
+        assert len(drawn) == len(list(folder.glob(f"runs/.cache/pictures/{name}-*"))) == number
+
+
 def test_runs_at_once_are_those_of_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,25 +69,30 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     folder = tmp_path / "experiments"
     write(folder, "one", seeds=[0, 1])
     broken = {"decoder_optim": {**OPTIM, "learning_rate": 1e30, "gradient_clip": None}}
-    write(folder, "two", variants={"good": {}, "broken": broken})
+    # More bytes than any machine can address.
+    huge = {"decoder": {"hidden_size": 10**13, "num_heads": 1}}
+    write(folder, "two", variants={"good": {}, "broken": broken, "huge": huge})
     monkeypatch.chdir(tmp_path)
     assert main(["run", "experiments", "--jobs", "2", "--precision", "32-true"]) == 1
     error = capsys.readouterr().err
-    assert "failed: two / broken-seed0: " in error and error.count("failed: ") == 1
+    assert "failed: two / broken-seed0: " in error and error.count("\nfailed: ") == 2
+    assert "failed: two / huge-seed0: RuntimeError: " in error and "Traceback" not in error
+    [kept] = tmp_path.glob("runs/two/huge-seed0-*/traceback.txt")
+    assert f"its traceback is in {kept}" in error and "MaskedDecoder(" in kept.read_text()
+    page = (tmp_path / "results" / "two" / "README.md").read_text()
+    assert "**Not finished:** `broken-seed0`, `huge-seed0`." in page
     found = summaries(tmp_path)
     assert {name: each["status"] for name, each in found.items()} == {
         "one/seed0": "finished",
         "one/seed1": "finished",
         "two/good-seed0": "finished",
         "two/broken-seed0": "failed",
+        "two/huge-seed0": "failed",
     }
     assert (tmp_path / "results" / "one" / "runs.csv").is_file()
     # The same settings and seed: who trains the shared parts is of no matter.
     assert found["one/seed0"]["metrics"] == found["two/good-seed0"]["metrics"]
-    # All have one picture of the masks, and one of reconstructions for each VQ-GAN.
-    for name, number in (("masks", 1), ("reconstructions", 2)):
-        drawn = {path.read_bytes() for path in tmp_path.glob(f"runs/*/*/samples/{name}.png")}
-        assert len(drawn) == len(list(tmp_path.glob(f"runs/.cache/pictures/{name}-*"))) == number
+    require_shared_pictures(tmp_path)
     again = [main(["run", "experiments/one.yaml"]), main(["run", "experiments", "--dry-run"])]
     assert again == [0, 0]
     captured = capsys.readouterr()
@@ -77,6 +102,7 @@ def test_runs_at_once_are_those_of_one_after_the_other(
         ["1", "one", "seed1"],
         ["2", "two", "good-seed0"],
         ["3", "two", "broken-seed0"],
+        ["4", "two", "huge-seed0"],
     ]
 
 
@@ -115,3 +141,224 @@ def test_a_search_by_two_processes_finds_what_one_finds(
         found.append(table.drop(columns=["seconds", "overhead"]))
     assert len(found[0]) == 1 + 8 + 1
     pd.testing.assert_frame_equal(*found)
+
+
+def work_without_training(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
+    """Score a run by its settings; of a temperature above 2 raise what no user can do wrong."""
+
+    def work(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+        temperature = run.config.sampling.image.temperature
+        if temperature > 2:
+            raise RuntimeError(f"boom\nat {temperature}")
+        split = run.config.evaluation.splits[0]
+        value = 0.5 + 0.1 * temperature
+        return [Score(METRIC, split, value, value - 0.1, value + 0.1, None, 4)], {}
+
+    return work
+
+
+@pytest.fixture
+def untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without MLflow, which takes longer than all else here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rudolph.results.tracking.Tracker._send_until_closed", lambda own: None)
+    monkeypatch.setattr("rudolph.results.tracking.send_results", lambda *given: True)
+    return tmp_path
+
+
+@pytest.fixture
+def worked(untracked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("rudolph.experiment.work_of", work_without_training)
+    return untracked
+
+
+def ask(folder: Path, name: str = "some", **changes: Any) -> None:
+    settings = TINY["settings"] | {"evaluation": ASKED}
+    write(folder, name, **{"settings": settings, "report": {}} | changes)
+
+
+def test_an_error_in_one_run_is_named_and_the_others_are_exported(
+    worked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {
+        name: {"sampling.image.temperature": value}
+        for name, value in (("bad", 3.0), ("cold", 0.5), ("warm", 1.0))
+    }
+    metric = f"{METRIC}/test"
+    ask(
+        worked,
+        variants=variants,
+        seeds=[0, 1],
+        claim={"metric": metric, "better": "warm", "than": "bad"},
+        report={"table": [metric], "effects": [metric], "against": "cold"},
+    )
+    assert main(["run", "some.yaml"]) == 1
+    error = capsys.readouterr().err
+    for seed in (0, 1):
+        [kept] = worked.glob(f"runs/some/bad-seed{seed}-*/traceback.txt")
+        line = (
+            f"failed: some / bad-seed{seed}: RuntimeError: boom at 3.0; its traceback is in {kept}"
+        )
+        assert line in error.splitlines()
+        assert "Traceback (most recent call last)" in kept.read_text()
+    assert "Traceback" not in error and error.count("\nfailed: ") == 2
+    page = (worked / "results" / "some" / "README.md").read_text()
+    assert "**Not finished:** `bad-seed0`, `bad-seed1`." in page
+    assert "**Verdict" not in page and "| warm | 2 |" in page and f"| `{metric}` | warm |" in page
+    # Mended, everything is there again.
+    variants["bad"] = {"sampling.image.temperature": 1.5}
+    ask(worked, variants=variants, seeds=[0, 1])
+    assert main(["run", "some.yaml"]) == 0
+    assert "Not finished" not in (worked / "results" / "some" / "README.md").read_text()
+    report = json.loads((worked / "results" / "some" / "report.json").read_text())
+    assert "missing" not in report
+
+
+def test_an_error_in_the_only_run_is_one_line_too(
+    worked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(worked, variants={"bad": {"sampling.image.temperature": 3.0}})
+    assert main(["run", "some.yaml"]) == 1
+    assert "failed: some / bad-seed0: RuntimeError: boom at 3.0;" in capsys.readouterr().err
+    assert not (worked / "results").exists()
+
+
+def test_a_mistake_that_all_runs_share_stops_at_the_first(
+    untracked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"data": {"dataset": "manifest", "image_size": 24, "manifest": {"path": "no.csv"}}}
+    settings = TINY["settings"] | lost | {"evaluation": {}}
+    del settings["data.shapes"]
+    ask(untracked, settings=settings, seeds=[0, 1], variants={"a": {}, "b": {}})
+    assert main(["run", "some.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("rudolph: no.csv: no such file")
+    assert len(list(untracked.glob("runs/some/*/summary.json"))) == 1
+    own = {"data.manifest.path": "other.csv"}
+    ask(untracked, settings=settings, variants={"a": {}, "b": own})
+    assert main(["run", "some.yaml"]) == 1
+    assert capsys.readouterr().err.count("\nfailed: ") == 2
+
+
+def test_an_error_in_a_shared_stage_is_that_of_the_runs_that_need_it(
+    untracked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(execution: Execution, *given: Any, **named: Any) -> None:
+        raise RuntimeError(f"no VQ-GAN of {execution.config.vqgan.z_channels} channels")
+
+    def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
+        needs = run.config.vqgan.z_channels == 6
+        return run_stages if needs else work_without_training(run)
+
+    monkeypatch.setattr("rudolph.stages.image_tokenizer.fit", failing)
+    monkeypatch.setattr("rudolph.experiment.work_of", work_of)
+    variants = {"shared": {"vqgan.z_channels": 6}, "own": {}}
+    ask(untracked, variants=variants, seeds=[0, 1])
+    assert main(["run", "some.yaml"]) == 1
+    error = capsys.readouterr().err
+    for seed in (0, 1):
+        assert f"failed: some / shared-seed{seed}: RuntimeError: no VQ-GAN of 6 channels" in error
+    table = pd.read_csv(untracked / "results" / "some" / "runs.csv")
+    assert list(table["run"]) == ["own-seed0", "own-seed1"]
+
+
+@pytest.mark.parametrize(("low", "high", "left"), [(0.1, 3.0, 0), (500.0, 900.0, 5)])
+def test_errors_in_trials_stop_no_search(
+    worked: Path, capsys: pytest.CaptureFixture[str], low: float, high: float, left: int
+) -> None:
+    """Eight trials, a test and the run of the file: after no good trial nothing is proposed."""
+    search = {
+        "space": {"sampling.image.temperature": {"low": low, "high": high}},
+        "domains": {"all": METRIC},
+        "trials": 8,
+        "settings": {"evaluation.splits": ["train"]},
+    }
+    ask(worked, search=search)
+    assert main(["run", "some.yaml"]) == 1
+    failed = capsys.readouterr().err.count("\nfailed: some / trial")
+    table = pd.read_csv(worked / "results" / "some" / "runs.csv")
+    assert failed >= 1 and len(table) + failed + left == 10
+    assert "region_all-seed0" in set(table["run"]) or left
+    page = (worked / "results" / "some" / "README.md").read_text()
+    assert "**Not finished:** `trial" in page
+    assert (f"`{left} more of its search`." in page) == (left > 0)
+
+
+def test_a_mistake_of_memory_says_what_helps() -> None:
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
+        assert "--micro-batch-size" in laboratory.error_line(error)
+    assert laboratory.error_line(RuntimeError("boom\nbang")) == "RuntimeError: boom bang"
+
+
+def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(laboratory, "SECONDS_TO_END", 0.2)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), laboratory._ended(pool):
+        futures = [pool.submit(time.sleep, 60) for _ in range(3)]
+        raise KeyboardInterrupt
+    while not all(future.done() for future in futures) or multiprocessing.active_children():
+        assert time.monotonic() - started < 20
+        time.sleep(0.05)
+
+
+def test_a_name_of_another_file_is_refused_before_any_work(
+    worked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One name for two files: outside of the working directory there is only the file's own."""
+    here = worked / "here"
+    here.mkdir()
+    other = {"question": "Is it another?", "seeds": [0, 1]}
+    ask(worked / "a", "x")
+    ask(worked / "b", "x", title="Another", **other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert main(["run", "../a/x.yaml"]) == 0
+        capsys.readouterr()
+        before = sorted(here.rglob("*"))
+        for verb in (["run"], ["run", "--dry-run"], ["export"]):
+            assert main([*verb, "../b/x.yaml"]) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert "../b/x.yaml: expected a name of its own, got 'x'" in line
+            assert str(worked / "a" / "x.yaml") in line
+        assert sorted(here.rglob("*")) == before
+        # Runs that were removed leave the results, which tell whose they are.
+        (here / "runs" / "x" / "experiment.txt").unlink()
+        assert main(["run", "../b/x.yaml"]) == 2
+        assert "in results/x" in capsys.readouterr().err
+        # A copy that asks the same shares the runs; a file that was moved keeps its name.
+        ask(worked / "c", "x")
+        assert main(["run", "../c/x.yaml"]) == 0
+        assert "finished before" in capsys.readouterr().err
+        (worked / "c" / "x.yaml").rename(worked / "b" / "x.yaml")
+        assert main(["run", "../b/x.yaml"]) == 0
+    # Below the working directory they have names of their own.
+    ask(worked / "c", "x", title="Another", **other)
+    assert main(["run", "a/x.yaml"]) == main(["run", "c/x.yaml"]) == 0
+    assert (worked / "results" / "c" / "x" / "README.md").read_text().startswith("# Another\n")
+    assert (worked / "results" / "a" / "x" / "README.md").read_text().startswith("# x\n")
+    (worked / "c" / "y.yml").write_bytes((worked / "c" / "x.yaml").read_bytes())
+    ask(worked / "c", "y")
+    assert main(["run", "c/y.yml"]) == 0
+    assert main(["run", "c/y.yaml"]) == 2
+
+
+def test_an_edited_file_has_results_of_its_own_question(worked: Path) -> None:
+    warm = {"sampling.image.temperature": 1.0}
+    ask(worked, variants={"warm": warm, "cold": {"sampling.image.temperature": 0.5}})
+    assert main(["run", "some.yaml"]) == 0
+    readme = worked / "results" / "some" / "README.md"
+    readme.write_text(readme.read_text().replace(UNANSWERED, "Warm is better. By far."))
+    # A variant that is called otherwise is the same run: it is not told twice.
+    ask(worked, variants={"hot": warm})
+    assert main(["run", "some.yaml"]) == 0
+    table = pd.read_csv(worked / "results" / "some" / "runs.csv")
+    assert list(table["run"]) == ["hot-seed0"]
+    assert answer(readme) == "Warm is better."
+    changed = {"sampling.image.temperature": 0.7}
+    ask(worked, variants={"hot": changed}, title="New", question="Is it new?")
+    assert main(["run", "some.yaml"]) == 0
+    page = readme.read_text()
+    assert page.startswith(f"# New\n\n{UNANSWERED}\n\nWarm is better. By far.\n")
+    assert answer(readme) == "" and "**Question.** Is it new?" in page
+    assert main(["export", "some.yaml"]) == 0
+    assert readme.read_text() == page

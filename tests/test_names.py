@@ -7,7 +7,6 @@ import pytest
 import yaml
 from tiny_run import TINY
 
-from rudolph.cli import main
 from rudolph.experiment_file import load_experiment
 from rudolph.names import LONGEST, experiment_name
 from rudolph.settings import ConfigError
@@ -107,9 +106,7 @@ def test_names_of_a_search_are_its_own(
     asked = {"questions": ["scene_right"], "splits": ["test"]}
     settings = TINY["settings"] | {"evaluation": asked}
     with pytest.raises(ConfigError, match=words):
-        load_experiment(
-            write(tmp_path / "x.yaml", settings=settings, search=search, **changes)
-        )
+        load_experiment(write(tmp_path / "x.yaml", settings=settings, search=search, **changes))
 
 
 def test_names_mirror_the_paths_of_experiments(

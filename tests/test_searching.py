@@ -142,8 +142,8 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
         claim=experiment.claim,
         search=experiment.search,
     )
-    digests = {run.config.digest for run in runs}
-    folder = export(folders.runs, tmp_path / "results", report=report, digests=digests)
+    belonging = {(run.name, run.config.digest) for run in runs}
+    folder = export(folders.runs, tmp_path / "results", report=report, runs=belonging)
     page = folder / "README.md"
     page.write_text(page.read_text().replace("_Not answered", "Found. _Not"))
     write_index(tmp_path / "results")

@@ -1,10 +1,11 @@
 """Verbs of experiments: run, show."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rudolph.cli.results import folders_here, write_results
+from rudolph.cli.results import RESULTS, folders_here, write_results
 from rudolph.console import say, stage_progress
 from rudolph.disk import explain
 
@@ -64,7 +65,7 @@ def add_show(verbs: Any) -> None:
 
 def run_experiment(given: Any) -> int:
     from rudolph.experiment_file import load_experiment
-    from rudolph.laboratory import Job, experiment_files
+    from rudolph.laboratory import Job, experiment_files, keep_owner, require_own_experiments
 
     for flag in (*HARDWARE_FLAGS, "index", "jobs"):
         # Argparse makes an empty list of a value that is two dashes.
@@ -74,6 +75,7 @@ def run_experiment(given: Any) -> int:
         raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
     files = experiment_files(given.file)
     loaded = {file: load_experiment(file, given.settings) for file in files}
+    require_own_experiments(list(loaded.values()), folders_here(), RESULTS)
     settings = tuple(given.settings)
     jobs = [
         Job(file, settings, run.name, run)
@@ -93,6 +95,8 @@ def run_experiment(given: Any) -> int:
     if given.dry_run:
         print_runs(list(named.values()), list(loaded.values()))
         return 0
+    for file in dict.fromkeys(job.file for job in named):
+        keep_owner(loaded[file], folders_here())
     failed = execute_jobs(named, given, is_only=len(named) == 1)
     if given.index is None:
         for file, experiment in loaded.items():
@@ -114,16 +118,18 @@ def print_runs(runs: list[Any], experiments: list[Any]) -> None:
 def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, str]:
     """Execute the runs of jobs; those that failed and why.
 
-    A mistake in the only run that was asked for is raised.
+    A mistake in the only run that was asked for is raised, and one in the first that all share.
     """
     from rudolph.laboratory import run_at_once
 
     place = place_here(given)
     failed: dict[Any, str] = {}
     if min(given.jobs, len(named)) == 1:
+        others = () if is_only else [run for _, run in named.values()]
         for job, (experiment, run) in named.items():
-            why = execute_run(experiment, run, place, is_only=is_only)
+            why = execute_run(experiment, run, place, is_only=is_only, others=others)
             failed |= {job: why} if why else {}
+            others = ()
         return failed
     with stage_progress() as progress:
         for done, (job, why) in enumerate(run_at_once(list(named), place, number=given.jobs), 1):
@@ -181,26 +187,41 @@ def tell_results(named: Any, failed: Any, given: Any) -> int:
         return 0
     experiments = {job.file: experiment for job, (experiment, _) in named.items()}
     ended = {job.file for job in named if job not in failed}
+    faults = {}
     if given.settings:
         say("results/ stay as they are: with settings of the command line it is another question")
     elif not given.no_export:
         for file in sorted(experiments.keys() & ended):
-            folder = write_results(experiments[file], folders_here())
+            try:
+                folder = write_results(experiments[file], folders_here())
+            except (ValueError, OSError) as error:
+                # The other experiments have results too.
+                faults[file] = mistake_line(error)
+                continue
             say(f"results: {folder}")
             send_results(experiments[file].name, folder, tracking_uri(Path.cwd()))
     for job, why in failed.items():
         experiment, run = named[job]
         say(f"failed: {experiment.name} / {run.name}: {why}")
-    return 1 if failed else 0
+    for file, fault in faults.items():
+        say(f"no results: {experiments[file].name}: {fault}")
+    return 1 if failed or faults else 0
 
 
-def execute_run(experiment: Any, run: Any, place: Any, *, is_only: bool = False) -> str:
+def mistake_line(error: ValueError | OSError) -> str:
+    """Return a mistake of the user, or of the system, in one line."""
+    return explain(error) if isinstance(error, OSError) else " ".join(str(error).split())
+
+
+def execute_run(
+    experiment: Any, run: Any, place: Any, *, is_only: bool = False, others: Sequence[Any] = ()
+) -> str:
     """Execute one run unless it is finished, and tell its scores; why it failed.
 
-    A mistake in the only run that was asked for is raised.
+    A mistake in the only run that was asked for is raised, and one that ``others`` share.
     """
     from rudolph.execution import is_finished, is_main_process, run_folder
-    from rudolph.laboratory import failure_of
+    from rudolph.laboratory import failure_of, is_shared_mistake
     from rudolph.results.run_files import read_summary
 
     folder = run_folder(place.folders, experiment, run)
@@ -212,9 +233,9 @@ def execute_run(experiment: Any, run: Any, place: Any, *, is_only: bool = False)
         with stage_progress() as progress:
             why = failure_of(experiment, run, place, progress)
     except (ValueError, OSError) as error:
-        if is_only:
+        if is_only or (others and is_shared_mistake(folder, run, others)):
             raise
-        why = explain(error) if isinstance(error, OSError) else " ".join(str(error).split())
+        why = mistake_line(error)
     if why:
         say(f"  failed: {why}")
         return why

@@ -64,10 +64,11 @@ def run_folder(run: str) -> Path:
 
 
 def write_results(loaded: Any, folders: Any) -> Path:
-    from rudolph.laboratory import all_runs
+    from rudolph.laboratory import all_runs, missing_runs, require_own_experiments
     from rudolph.results.report import Report
     from rudolph.results.store import export, write_index
 
+    require_own_experiments([loaded], folders, RESULTS)
     source = loaded.path
     if source.resolve().is_relative_to(Path.cwd()):
         source = source.resolve().relative_to(Path.cwd())
@@ -87,9 +88,10 @@ def write_results(loaded: Any, folders: Any) -> Path:
         effects=loaded.report.effects,
         against=loaded.report.against,
         search=loaded.search,
+        missing=missing_runs(loaded, folders),
     )
-    digests = {run.config.digest for run in runs}
-    folder = export(folders.runs, RESULTS, report=report, digests=digests)
+    belonging = {(run.name, run.config.digest) for run in runs}
+    folder = export(folders.runs, RESULTS, report=report, runs=belonging)
     write_index(RESULTS)
     return folder
 

@@ -36,6 +36,10 @@ UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it doe
 # Of a run's seconds those that no stage took.
 OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
+# Fields of a report that JSON has as lists.
+TUPLES = ("rows", "columns", "effects", "missing")
+# Of more missing runs than these the page names the first.
+MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Report:
         claim: what the experiment claims, if anything.
         effects: metrics in which all other runs are compared with those ``against``.
         search: what was searched for, if anything.
+        missing: the runs that have not finished.
     """
 
     experiment: str
@@ -82,6 +87,7 @@ class Report:
     effects: tuple[str, ...] = ()
     against: str | None = None
     search: Search | None = None
+    missing: tuple[str, ...] = ()
 
 
 def read_report(folder: Path) -> Report:
@@ -103,7 +109,7 @@ def _report_of(fields: dict[str, Any]) -> Report:
         Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
         for figure in fields.pop("figures")
     ]
-    fields |= {name: tuple(fields.get(name, ())) for name in ("rows", "columns", "effects")}
+    fields |= {name: tuple(fields.get(name, ())) for name in TUPLES}
     claim, search = fields.pop("claim", None), fields.pop("search", None)
     if search is not None:
         space = {name: Axis(**axis) for name, axis in search.pop("space").items()}
@@ -156,6 +162,7 @@ def experiment_page(folder: Path) -> str:
         "",
         f"`{report.source}`, {count}, {minutes:.3g} minutes{overhead}, commit {_commits(runs)}.",
         "",
+        *_missing(report),
         *_claimed(folder, report),
         *_tables(folder, report, runs),
     ]
@@ -168,6 +175,15 @@ def experiment_page(folder: Path) -> str:
     for sample in _shown_samples(folder, runs):
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]
     return "\n".join(lines)
+
+
+def _missing(report: Report) -> list[str]:
+    """Which runs have not finished, where there are any."""
+    if not report.missing:
+        return []
+    named = ", ".join(f"`{name}`" for name in report.missing[:MOST_NAMED])
+    more = len(report.missing) - MOST_NAMED
+    return [f"**Not finished:** {named}{f' and {more} others' if more > 0 else ''}.", ""]
 
 
 def _claimed(folder: Path, report: Report) -> list[str]:

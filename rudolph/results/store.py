@@ -26,9 +26,10 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.disk import write_json, write_text
+from rudolph.disk import say_once, write_json, write_text
 from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
+from rudolph.results.partial import of_what_is_there
 from rudolph.results.prose import facts_of, unfounded_of
 from rudolph.results.repetitions import export_repetitions
 from rudolph.results.report import (
@@ -64,16 +65,16 @@ def export(
     results_folder: Path,
     *,
     report: Report,
-    digests: Collection[str] | None = None,
+    runs: Collection[tuple[str, str]] | None = None,
 ) -> Path:
     """Write ``results/<experiment>`` from the finished runs; the text written by hand stays.
 
     Args:
-        digests: of the runs that belong to the experiment as it is now; None means all.
+        runs: name and digest of those of the experiment as it is now; None means all.
 
     Returns the folder.  ``ValueError`` when no run has finished.
     """
-    finished = _finished(runs_folder / report.experiment, digests)
+    finished = _finished(runs_folder / report.experiment, runs)
     if not finished:
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
@@ -99,7 +100,7 @@ def _write_experiment(
     for name in ("configs", "samples", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    write_json(folder / "report.json", asdict(report))
+    before = _written_before(folder)
     write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
     write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
     write_text(folder / "environment.json", _environments(finished))
@@ -116,10 +117,46 @@ def _write_experiment(
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     export_repetitions(runs, folder)
     export_cards(runs, folder)
+    report = of_what_is_there(report, folder)
+    content = asdict(report)
+    if not report.missing:
+        del content["missing"]
+    write_json(folder / "report.json", content)
     if report.search is not None:
         write_regions(folder, report.search, read_runs(folder))
     _draw(folder, folder / "figures")
+    if before is not None:
+        digests = set(read_runs(folder)["digest"])
+        _keep_answer_apart(folder / "README.md", before, report, digests)
     _write_page(folder)
+
+
+def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
+    """The report and the digests of an earlier export, if they can be read."""
+    try:
+        return read_report(folder), set(read_runs(folder)["digest"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _keep_answer_apart(
+    readme: Path, before: tuple[Report, set[str]], report: Report, digests: set[str]
+) -> None:
+    """Give a page the present title; an answer to another question stays below a note."""
+    if not readme.is_file():
+        return
+    old, old_digests = before
+    page = readme.read_text("utf-8")
+    heading = f"# {old.title}\n"
+    if page.startswith(heading):
+        page = f"# {report.title}\n{page.removeprefix(heading)}"
+    is_other = old.question != report.question and not digests & old_digests
+    if is_other and answer(readme):
+        title, _, rest = page.partition("\n")
+        title, rest = (title, rest) if title.startswith("# ") else (f"# {report.title}", page)
+        page = f"{title}\n\n{UNANSWERED}\n\n{rest.lstrip()}"
+        say_once(f"{report.experiment}: its answer was written for another question; renew it")
+    write_text(readme, page)
 
 
 def _write_page(folder: Path) -> None:
@@ -184,13 +221,15 @@ def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) 
     return problems
 
 
-def _finished(folder: Path, digests: Collection[str] | None) -> list[tuple[Path, dict[str, Any]]]:
+def _finished(
+    folder: Path, runs: Collection[tuple[str, str]] | None
+) -> list[tuple[Path, dict[str, Any]]]:
     """Return folder and summary of each finished run; damaged ones are named and left out."""
     found = finished_runs(folder, advice=f"it is left out; {AGAIN}")
     return [
         (path, summary)
         for path, summary in found
-        if digests is None or summary["digest"] in digests
+        if runs is None or (summary["run"], summary["digest"]) in runs
     ]
 
 
