@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.config import resolved
+from rudolph.config import RunConfig, resolved
 from rudolph.evaluation.regions import Axis, points_within, settings_at, spread_points
 from rudolph.experiment_file import Experiment, Run
 from rudolph.results.searches import REGION, TRIAL, Search, region_of
@@ -77,6 +77,30 @@ def _run(
     flat = {**experiment.settings, **settings, **point, "seed": seed}
     config = resolved(experiment.path, flat)
     return Run(f"{variant}{number}-seed{seed}", variant, dict(point), config)
+
+
+def groups_of_the_same_pairs(experiment: Experiment) -> tuple[str, ...]:
+    """Return the groups of tests that may be asked about pairs that trials were asked about.
+
+    Pairs are others where the data are the same and the splits, or the halves of one, are not.
+    """
+    search = experiment.search
+    if search is None:
+        return ()
+    least = {name: axis.low for name, axis in search.space.items()}
+    trial = resolved(experiment.path, {**experiment.settings, **search.settings, **least})
+    tested = resolved(experiment.path, {**experiment.settings, **least})
+    groups = {f"{REGION}{domain}": tested for domain in search.domains}
+    groups |= {run.variant: run.config for run in experiment.runs if run.variant}
+    return tuple(name for name, config in groups.items() if _may_share_pairs(config, trial))
+
+
+def _may_share_pairs(config: RunConfig, other: RunConfig) -> bool:
+    if config.data != other.data:
+        return True
+    first, second = config.evaluation, other.evaluation
+    are_halves = {first.half, second.half} == {0, 1}
+    return bool(set(first.splits) & set(second.splits)) and not are_halves
 
 
 def propose(search: Search, domain: str, trials: pd.DataFrame, seed: int) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from rudolph.experiment_file import Experiment, Run, load_experiment
 from rudolph.laboratory import all_runs, search_of
 from rudolph.results.journal import Journal
 from rudolph.results.report import Figure, Report, generated_part
-from rudolph.results.searches import REGIONS, TRIAL, read_regions
+from rudolph.results.searches import REGIONS, TRIAL, _tests_table, read_regions
 from rudolph.results.store import check, export, write_index
-from rudolph.searching import search_rounds
+from rudolph.searching import groups_of_the_same_pairs, search_rounds
 from rudolph.settings import ConfigError
 
 SEARCH = """
@@ -141,6 +141,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
         figures=(Figure("regions", tuple(experiment.search.space), x="setting", by="domain"),),
         claim=experiment.claim,
         search=experiment.search,
+        same_pairs=groups_of_the_same_pairs(experiment),
     )
     belonging = {(run.name, run.config.digest) for run in runs}
     folder = export(folders.runs, tmp_path / "results", report=report, runs=belonging)
@@ -154,6 +155,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     said = generated_part(page)
     assert f"| {cold['low']:g} to {cold['high']:g} |" in said
     assert "comparisons)" not in said, "trials are no comparisons"
+    assert "| tested on pairs that no trial had |" in said
     assert "**Verdict: reproduced.**" in said and "| region_hot |" in said
     tables = pd.read_csv(folder / "runs.csv")
     tests = tables[tables["variant"] == "region_hot"][f"{METRICS['hot']}/test"]
@@ -162,6 +164,55 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     assert figure.stat().st_size > 0
     (folder / REGIONS).write_text((folder / REGIONS).read_text().replace("cold", "warm"))
     assert check(tmp_path / "results") != []
+
+
+@pytest.mark.parametrize(
+    ("test", "trial", "variant", "shared"),
+    [
+        ("splits: [test]", "evaluation.splits: [validation]", "", ()),
+        (
+            "splits: [test]",
+            "evaluation.splits: [test]",
+            "",
+            ("region_cold", "region_hot", "plain"),
+        ),
+        ("splits: [test]", "evaluation.half: 0", "", ("region_cold", "region_hot", "plain")),
+        ("splits: [test], half: 1", "evaluation.half: 0", "", ()),
+        (
+            "splits: [test], half: 0",
+            "evaluation.half: 0",
+            "",
+            ("region_cold", "region_hot", "plain"),
+        ),
+        ("splits: [test], half: 1", "evaluation.half: 0", ", evaluation.half: 0", ("plain",)),
+        (
+            "splits: [test]",
+            "{evaluation.splits: [validation], data.shapes.seed: 3}",
+            "",
+            ("region_cold", "region_hot", "plain"),
+        ),
+    ],
+)
+def test_the_page_says_whether_trials_had_the_pairs_of_tests(
+    tmp_path: Path, test: str, trial: str, variant: str, shared: tuple[str, ...]
+) -> None:
+    text = SEARCH.replace("splits: [test]", test).replace(
+        "temperature: 1.0", f"temperature: 1.0{variant}"
+    )
+    trial = trial if trial.startswith("{") else f"{{{trial}}}"
+    experiment = load(tmp_path, text.replace("{evaluation.splits: [validation]}", trial))
+    assert groups_of_the_same_pairs(experiment) == shared
+    rows = [
+        {"variant": name, f"{METRICS[domain]}/test": 0.5}
+        for name in ("region_cold", "region_hot", "plain")
+        for domain in METRICS
+    ]
+    table = "\n".join(_tests_table(experiment.search, pd.DataFrame(rows), shared))
+    assert ("| tested on pairs that no trial had |" in table) == (not shared)
+    assert all(f"`{name}`" in table.partition("Trials had the same pairs")[2] for name in shared)
+    assert "no trial had" not in "\n".join(
+        _tests_table(experiment.search, pd.DataFrame(rows), None)
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def write_results(loaded: Any, folders: Any) -> Path:
     from rudolph.laboratory import all_runs, missing_runs, require_own_experiments
     from rudolph.results.report import Report
     from rudolph.results.store import export, write_index
+    from rudolph.searching import groups_of_the_same_pairs
 
     require_own_experiments([loaded], folders, RESULTS)
     source = loaded.path
@@ -89,6 +90,7 @@ def write_results(loaded: Any, folders: Any) -> Path:
         against=loaded.report.against,
         search=loaded.search,
         missing=missing_runs(loaded, folders),
+        same_pairs=groups_of_the_same_pairs(loaded),
     )
     belonging = {(run.name, run.config.digest) for run in runs}
     folder = export(folders.runs, RESULTS, report=report, runs=belonging)

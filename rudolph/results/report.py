@@ -74,6 +74,8 @@ class Report:
         effects: metrics in which all other runs are compared with those ``against``.
         search: what was searched for, if anything.
         missing: the runs that have not finished.
+        same_pairs: groups of a search's tests that its trials may have been asked the same pairs;
+            None where that is not known.
     """
 
     experiment: str
@@ -88,6 +90,7 @@ class Report:
     against: str | None = None
     search: Search | None = None
     missing: tuple[str, ...] = ()
+    same_pairs: tuple[str, ...] | None = None
 
 
 def read_report(folder: Path) -> Report:
@@ -110,6 +113,8 @@ def _report_of(fields: dict[str, Any]) -> Report:
         for figure in fields.pop("figures")
     ]
     fields |= {name: tuple(fields.get(name, ())) for name in TUPLES}
+    if fields.get("same_pairs") is not None:
+        fields["same_pairs"] = tuple(fields["same_pairs"])
     claim, search = fields.pop("claim", None), fields.pop("search", None)
     if search is not None:
         space = {name: Axis(**axis) for name, axis in search.pop("space").items()}
@@ -217,7 +222,7 @@ def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
 
 def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
     if report.search is not None:
-        return search_lines(folder, report.search, runs)
+        return search_lines(folder, report.search, runs, same_pairs=report.same_pairs)
     if is_speed(folder):
         return list(speed_tables(folder, runs, report.rows))
     return _table(report, runs)

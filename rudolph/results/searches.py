@@ -3,6 +3,7 @@
 ``regions.csv`` has one row a domain and setting; page and figure are made from it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,14 @@ def read_regions(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / REGIONS)
 
 
-def search_lines(folder: Path, search: Search, runs: pd.DataFrame) -> list[str]:
-    """Markdown: the region of each domain, and what each group of tests reached in each."""
+def search_lines(
+    folder: Path, search: Search, runs: pd.DataFrame, *, same_pairs: Sequence[str] | None
+) -> list[str]:
+    """Markdown: the region of each domain, and what each group of tests reached in each.
+
+    Args:
+        same_pairs: groups of tests that may share pairs with the trials; None is not known.
+    """
     regions = read_regions(folder)
     settings = list(search.space)
     head = ["region of", *(f"`{name}`" for name in settings)]
@@ -108,13 +115,16 @@ def search_lines(folder: Path, search: Search, runs: pd.DataFrame) -> list[str]:
         shares = [f"{first[name]:.1%}" for name in ("share", "volume")]
         lines.append(table_row([domain, *ranges, f"{first['best']:.3g}", *shares]))
     said = f"As good: within {search.tolerance:g} of the best; so are nearly all of a box."
-    return [*lines, "", said, "", *_tests_table(search, runs)]
+    return [*lines, "", said, "", *_tests_table(search, runs, same_pairs)]
 
 
-def _tests_table(search: Search, runs: pd.DataFrame) -> list[str]:
+def _tests_table(
+    search: Search, runs: pd.DataFrame, same_pairs: Sequence[str] | None
+) -> list[str]:
     """Markdown: a row a group of tests, a column a domain, mean over seeds and 95 % interval."""
     tests = runs[~is_trial(runs)]
-    head = ["tested on unseen prompts", *search.domains]
+    are_others = same_pairs is not None and not same_pairs
+    head = ["tested on pairs that no trial had" if are_others else "tested", *search.domains]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for name, group in tests.groupby("variant", sort=True):
         cells = [str(name)]
@@ -123,4 +133,8 @@ def _tests_table(search: Search, runs: pd.DataFrame) -> list[str]:
             value, low, high = mean_of_few(values)
             cells.append(f"{value:.3g} [{low:.3g}, {high:.3g}]")
         lines.append(table_row(cells))
+    biased = sorted(set(same_pairs or ()) & set(tests["variant"].dropna()))
+    if biased:
+        named = ", ".join(f"`{name}`" for name in biased)
+        lines += ["", f"Trials had the same pairs as {named}, so this is no independent test."]
     return lines

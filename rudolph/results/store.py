@@ -121,6 +121,8 @@ def _write_experiment(
     content = asdict(report)
     if not report.missing:
         del content["missing"]
+    if report.search is None:
+        del content["same_pairs"]
     write_json(folder / "report.json", content)
     if report.search is not None:
         write_regions(folder, report.search, read_runs(folder))
