@@ -27,6 +27,8 @@ NAMED_BY_FILE = frozenset(
 # Folders inside ``results/<experiment>`` that every export makes anew.
 RESERVED = frozenset({"configs", "samples", "profiles", "figures"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Cells that pandas reads as missing.
+READ_AS_NOTHING = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
 # The name of a run is followed by a digest, or by the name of a sample and its suffix.
 LONGEST = 160
 LONGEST_VALUE = 60
@@ -91,7 +93,7 @@ def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
     """
     cells: dict[str, Any] = {}
     for value in values:
-        text = cell(json.loads(json.dumps(value, default=str)))
+        text = _read_back(cell(json.loads(json.dumps(value, default=str))))
         if text in cells:
             rule = "values must differ in their first six digits, as in tables"
             raise mistake(path, f"grid.{key}", rule, [cells[text], value])
@@ -104,6 +106,15 @@ def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
         else label
         for label, value in zip(labels, values, strict=True)
     ]
+
+
+def _read_back(text: str) -> str:
+    """Return the text of a cell as a table that is read has it: nothing, a number or the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return "" if text in READ_AS_NOTHING else text
+    return "" if number != number else f"{number:.6g}"
 
 
 def _with_digits(label: str, value: Any) -> str:
@@ -123,6 +134,9 @@ def require_variant(path: Path, variant: str, *, is_searched: bool) -> None:
     if not NAME.fullmatch(variant) or re.search(r"-seed\d+(-|$)", variant):
         rule = "names must be letters, digits, _ . - and no -seed0"
         raise mistake(path, "variants", rule, variant)
+    if variant in READ_AS_NOTHING:
+        rule = f"names must not be {', '.join(sorted(READ_AS_NOTHING))}, empty cells of tables"
+        raise mistake(path, "variants", rule, variant)
     is_own = variant.casefold().startswith((TRIAL, REGION))
     if is_searched and is_own:
         rule = f"names must not start with {TRIAL} or {REGION} beside a search"
@@ -133,8 +147,8 @@ def require_domains(path: Path, domains: Iterable[str]) -> None:
     """Raise ``ConfigError`` for a domain of a search whose name cannot be part of a run's."""
     known: dict[str, str] = {}
     for domain in domains:
-        if not NAME.fullmatch(domain):
-            rule = "names must be letters, digits, _ . -"
+        if not NAME.fullmatch(domain) or domain in READ_AS_NOTHING:
+            rule = "names must be letters, digits, _ . -, and no word for an empty cell"
             raise mistake(path, "search.domains", rule, domain)
         if known.setdefault(domain.casefold(), domain) != domain:
             rule = "names must differ in more than case"

@@ -49,7 +49,9 @@ def test_points_of_a_grid_have_names_of_their_own(tmp_path: Path, values: list[s
     [
         ({"grid": {"sampling.image.temperature": [0.1, 0.10000001]}}, "first six digits"),
         ({"grid": {"sampling.image.temperature": [1, 1.0]}}, "first six digits"),
-        ({"variants": {"Same": {}, "same": {"seed_": 1}}}, "seed_"),
+        ({"grid": {"tokenizer.path": [None, "null"]}}, "first six digits"),
+        ({"grid": {"tokenizer.path": ["1", "01"]}}, "first six digits"),
+        ({"variants": {"null": {}}}, "empty cells"),
         ({"variants": {"Same": {}, "same": {"decoder.num_layers": 1}}}, "'Same-seed0' and 'same-"),
         ({"variants": {"a-seed1": {}}}, "no -seed0"),
         ({"variants": {"a/b": {}}}, "names must be letters"),
