@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -287,6 +288,23 @@ def test_a_mistake_of_memory_says_what_helps() -> None:
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
         assert "--micro-batch-size" in laboratory.error_line(error)
     assert laboratory.error_line(RuntimeError("boom\nbang")) == "RuntimeError: boom bang"
+
+
+def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_processes(jobs: Any, place: Any, number: int) -> Any:
+        """A pool whose second job is killed, which breaks it for all that follow."""
+        names = [job.name for job in jobs]
+        kept = names.index("killer") if "killer" in names else len(names)
+        for job in jobs[:kept]:
+            yield job, ""
+        return jobs[kept:]
+
+    monkeypatch.setattr(laboratory, "_in_processes", in_processes)
+    names = ["first", "killer", "third", "fourth"]
+    jobs: Any = [SimpleNamespace(name=name) for name in names]
+    place: Any = None
+    ended = {job.name: why for job, why in laboratory.run_at_once(jobs, place, number=2)}
+    assert ended == dict.fromkeys(names, "") | {"killer": laboratory.KILLED}
 
 
 def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
