@@ -59,7 +59,7 @@ def version_of(python: object) -> str:
 def fingerprint() -> str:
     """Everything that decides what the environment holds, as one hash."""
     files = ["pyproject.toml", ".ci/constraints.txt", ".ci/bootstrap.py", VENV / "pyvenv.cfg"]
-    texts = [(ROOT / name).read_text() for name in files if (ROOT / name).exists()]
+    texts = [(ROOT / name).read_text("utf-8") for name in files if (ROOT / name).exists()]
     return hashlib.sha256(repr([texts, str(ROOT), str(VENV), EXTRAS, TORCH]).encode()).hexdigest()
 
 
@@ -110,7 +110,7 @@ def install() -> None:
     command, environment = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"], {}
     # uv does not see packages of the base interpreter and would install a second torch.
     settings = VENV / "pyvenv.cfg"
-    shared = settings.exists() and "site-packages = true" in settings.read_text()
+    shared = settings.exists() and "site-packages = true" in settings.read_text("utf-8")
     if not shared and os.environ.get("NO_UV", "0") in ("", "0"):
         answer(*command, "uv")
         if answer(PYTHON, "-m", "uv", "--version"):

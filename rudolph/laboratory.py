@@ -105,7 +105,7 @@ def _owners(experiment: Experiment, folders: Folders, results: Path) -> Iterator
     """Yield each folder of an experiment's name with the file that it was made from."""
     runs = folders.runs / experiment.name
     if (runs / OWNER).is_file():
-        yield runs, (runs / OWNER).read_text(errors="replace").strip()
+        yield runs, (runs / OWNER).read_text("utf-8", errors="replace").strip()
     if (results / experiment.name / "report.json").is_file():
         try:
             yield results / experiment.name, read_report(results / experiment.name).source

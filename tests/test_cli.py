@@ -25,7 +25,7 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
     first = [main([*call, "--output", name]) for name in ("a.png", "b.png")]
     assert first == [0, 0]
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    record = json.loads(Path("a.jsonl").read_text().splitlines()[0])
+    record = json.loads(Path("a.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert record["parameters"]["guidance"] == 2.0 and record["prompt"] == "Синий крест"
     assert main(["caption", "a.png", "-n", "2", "--model", "moved"]) == 0
     assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == 2
@@ -119,7 +119,9 @@ def test_sync_sends_what_is_waiting(finished: Path, tmp_path: Path, monkeypatch,
 def test_data_manifest_reports_a_table(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (30, 20), "red").save("red.png")
-    Path("pairs.csv").write_text("image,caption\nred.png,красный\nblue.png,синий\n")
+    Path("pairs.csv").write_text(
+        "image,caption\nred.png,красный\nblue.png,синий\n", encoding="utf-8"
+    )
     assert main(["data", "manifest", "pairs.csv"]) == 0
     printed = capsys.readouterr().out
     assert "1 skipped" in printed and "blue.png" in printed

@@ -176,7 +176,7 @@ def read_with_another(folder: Path, runs: Path, barrier: Any, results: Any) -> N
     """What each of two processes does: start together, and note in ``runs`` that it computes."""
 
     def compute() -> np.ndarray[Any, Any]:
-        with runs.open("a") as file:
+        with runs.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.5)
         return np.arange(6)

@@ -50,7 +50,9 @@ def bomb(side: int) -> bytes:
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     frame = pd.DataFrame(rows)
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     elif path.suffix == ".parquet":
         frame.to_parquet(path)
     else:

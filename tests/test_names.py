@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def write(path: Path, **changes: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = TINY | {"targets": {}, "report": {}} | changes
-    path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
+    path.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return path
 
 

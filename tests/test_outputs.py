@@ -81,7 +81,7 @@ def failing(*names: str) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         if any(name in str(path) for name in names):
             raise FULL
-        path.write_text("written")
+        path.write_text("written", encoding="utf-8")
 
     return write
 
@@ -114,7 +114,7 @@ def test_an_output_is_checked_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("")
+    Path("file").write_text("", encoding="utf-8")
     for name in ("folder.png", "b.jsonl", "folder"):
         Path(name).mkdir()
     Path("dangling").symlink_to("nowhere")
@@ -183,7 +183,10 @@ def test_what_was_sampled_is_kept_when_a_later_stage_fails(
     assert main(["generate", "олень", "-n", "3", "--rank", "self", "--keep", "1"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"rudolph: {stage}: CUDA out of memory. Tried to allocate. ")
-    records = [json.loads(each) for each in Path("generated.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(each)
+        for each in Path("generated.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(records) == 3
     if stage == "decode":
         assert "The image codes of all 3 samples are kept in generated.jsonl" in line
@@ -212,7 +215,9 @@ def test_a_composed_and_a_decomposed_prompt_are_one(sampled: list[Sequence[str]]
         text = unicodedata.normalize(form, "зелёный чай")
         assert main(["generate", text, "-n", "1", "--output", f"{form}.png"]) == 0
     assert sampled == [["зелёный чай"]] * 2
-    records = [json.loads(Path(f"{form}.jsonl").read_text()) for form in ("NFC", "NFD")]
+    records = [
+        json.loads(Path(f"{form}.jsonl").read_text(encoding="utf-8")) for form in ("NFC", "NFD")
+    ]
     assert records[0]["prompt"] == records[1]["prompt"] == "зелёный чай"
 
 
@@ -261,7 +266,7 @@ def test_a_mistake_is_told_before_a_model_is_opened(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampling, "opened", lambda given: pytest.fail("opened"))
-    Path("file").write_text("text")
+    Path("file").write_text("text", encoding="utf-8")
     assert main(["generate", *arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert words in line
@@ -331,8 +336,8 @@ def test_any_arguments_are_taken_or_refused_in_one_line(
     rng = random.Random(5)
     noise = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
     Image.fromarray(noise).save("picture.png")
-    Path("text.png").write_text("no image")
-    Path("empty.png").write_text("")
+    Path("text.png").write_text("no image", encoding="utf-8")
+    Path("empty.png").write_text("", encoding="utf-8")
     for name in ("folder", "folder.png"):
         Path(name).mkdir()
     counts = {0: 0, 2: 0}

@@ -238,7 +238,10 @@ def verb(weights: Path, tmp_path: Path, monkeypatch) -> Verb:
     def call(*arguments: str, model: str = "rudolph") -> list[dict[str, Any]]:
         source = model if "/" in model else str(weights / model)
         assert main(["generate", TEXT, "--model", source, *arguments]) == 0
-        return [json.loads(line) for line in Path("generated.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in Path("generated.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
 
     return call
 
@@ -393,7 +396,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     weights: Path, verb: Verb, capsys, arguments: list[str], words: str
 ) -> None:
     Path("W").symlink_to(weights)
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no picture", encoding="utf-8")
     assert main(["generate", TEXT, "--model", "W/rudolph", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rudolph: ") and words in line

@@ -122,12 +122,14 @@ def test_a_question_that_cannot_be_used_is_skipped_and_named(
     tmp_path: Path, asked: Any, told: Any, fault: str
 ) -> None:
     config = write_table(tmp_path, write_questions(tmp_path), "json")
-    questions, answers = (json.loads(Path(p).read_text()) for p in (config.path, config.answers))
+    questions, answers = (
+        json.loads(Path(p).read_text(encoding="utf-8")) for p in (config.path, config.answers)
+    )
     questions["bad"] = asked
     if told is not None:
         answers["bad"] = told
-    Path(config.path).write_text(json.dumps(questions))
-    Path(str(config.answers)).write_text(json.dumps(answers))
+    Path(config.path).write_text(json.dumps(questions), encoding="utf-8")
+    Path(str(config.answers)).write_text(json.dumps(answers), encoding="utf-8")
     manifest = Manifest(config, split="train", image_size=8)
     assert manifest.report.kept == 60 and manifest.report.rows == 61
     assert fault in manifest.report.summary() and "question bad" in manifest.report.summary()

@@ -207,7 +207,9 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
     sizes = [
         Path(each, "checkpoints", RUN_FILES[0]).stat().st_size for each in ("small", "packed")
     ]
-    assert sizes[0] < sizes[1] and "decoder 8 bits" in Path("small", MODEL_CARD).read_text()
+    assert sizes[0] < sizes[1] and "decoder 8 bits" in Path("small", MODEL_CARD).read_text(
+        encoding="utf-8"
+    )
     whole, rounded = (load_run(run)[0].decoder.state_dict() for run in (mixed, Path("small")))
     for key, value in whole.items():
         # Half a step of a row's 127; what is no matrix is as it was.
@@ -215,7 +217,7 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
         assert ((rounded[key] - value).abs() <= 0.5001 * step).all(), key
     argv = ["generate", "круг", "-n", "2", "--model"]
     assert main([*argv, "small"]) == main([*argv, "packed"]) == 0
-    assert len(Path("generated.jsonl").read_text().splitlines()) == 2
+    assert len(Path("generated.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_what_cannot_be_packed_is_told(

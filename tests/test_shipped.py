@@ -48,7 +48,7 @@ def test_a_text_alone_draws_and_a_picture_alone_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "олень", "-n", "3"]) == 0
-    lines = Path("generated.jsonl").read_text().splitlines()
+    lines = Path("generated.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3
     record = json.loads(lines[0])
     assert record["model"] == "shipped" and record["prompt"] == "олень"

@@ -258,7 +258,9 @@ def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: 
         asked, tmp_path / "weights", told=quiet, check=lambda worker: checked.append(worker.name)
     )
     names = [
-        line.split()[0] for line in talk.read_text().splitlines() if "'is_short': False" in line
+        line.split()[0]
+        for line in talk.read_text(encoding="utf-8").splitlines()
+        if "'is_short': False" in line
     ]
     assert names == ["float32", REFERENCE, "int8"] * 3
     assert [each.contestant for each in found.repetitions] == names and checked == [REFERENCE]
@@ -271,7 +273,7 @@ def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) ->
     turns = [(each.contestant, each.part) for each in found.repetitions]
     assert turns == [(n, part) for n in (REFERENCE, "float32") for part in ("load", "decode")] * 2
     assert {each.units for each in found.repetitions} == {1, 5}
-    assert "True" not in talk.read_text()
+    assert "True" not in talk.read_text(encoding="utf-8")
 
 
 def test_a_contestant_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow
-import pyarrow.parquet
 import pytest
 from test_manifests import captions, config, encoded, make_pairs, noise, said, train, write_table
 

@@ -19,6 +19,7 @@ from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
 from rudolph.console import say, silence_libraries
 from rudolph.disk import explain
+from rudolph.sequence.texts import read_argument
 
 VERBS = (
     add_run,
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
         given.settings += late
+    for name in ("text", "question"):
+        if isinstance(value := getattr(given, name, None), str):
+            setattr(given, name, read_argument(value))
     silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal cannot show, such as an answer in Cyrillic, must not end a command.

@@ -49,7 +49,7 @@ def compare(name: str, device: torch.device) -> Iterator[Row]:
     folder = PARITY / name
     if not folder.is_dir():
         raise UnavailableError("needs tests/parity of the repository")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     weights, io = (load_file(folder / f"{part}.safetensors") for part in ("weights", "io"))
     # Everything that is uint8 in these files was boolean.
     weights = {

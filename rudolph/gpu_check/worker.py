@@ -52,7 +52,9 @@ def driver() -> str:
     """Return the version of NVIDIA's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        found = subprocess.run(
+            command, capture_output=True, encoding="utf-8", check=True, timeout=20
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return found.stdout.strip().splitlines()[0]

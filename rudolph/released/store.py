@@ -183,7 +183,7 @@ def write(
     weights, words = folder / f"{WEIGHTS}.new", folder / f"{CONFIG}.new"
     try:
         save_file(apart(tensors), weights)
-        words.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        words.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
         # An old config must not stand beside new weights, not for a moment.
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(weights, folder / WEIGHTS)

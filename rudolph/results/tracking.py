@@ -50,7 +50,7 @@ def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *everything]):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+            answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         except (OSError, subprocess.CalledProcessError):
             return "unknown", True
         answers.append(answer.stdout.strip())

@@ -185,7 +185,9 @@ def read_model(path: Path) -> BPEModel:
         ValueError: when it is no such file.
     """
     try:
-        lines = [[int(word) for word in line.split()] for line in path.read_text().splitlines()]
+        lines = [
+            [int(word) for word in line.split()] for line in path.read_text("utf-8").splitlines()
+        ]
         num_characters, num_merges = lines[0]
         last = 1 + num_characters + num_merges
         characters = {code: token for code, token in lines[1 : 1 + num_characters]}  # noqa: C416

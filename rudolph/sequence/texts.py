@@ -4,6 +4,7 @@ Every text from outside goes through ``clean_text`` once, so that texts that loo
 """
 
 import re
+import sys
 import unicodedata
 
 # Control characters but tab and line ends, line and paragraph separators, and noncharacters.  The
@@ -27,6 +28,19 @@ def clean_text(text: str) -> str:
     ('зеленый кот', 'кот пёс', 'кот ?')
     """
     return unicodedata.normalize("NFC", UNPRINTABLE.sub(" ", SURROGATE.sub("?", text)))
+
+
+def read_argument(text: str) -> str:
+    """Return an argument of the command line as UTF-8 where the locale could not read its bytes.
+
+    Python passes such bytes on as lone surrogates (PEP 383).
+    """
+    if SURROGATE.search(text) is None:
+        return text
+    try:
+        return text.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def require_text(text: str, name: str) -> None:

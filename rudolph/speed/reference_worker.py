@@ -163,7 +163,7 @@ class Reference:
         return self.folder / f"reference_{name}.safetensors"
 
     def arguments(self, name: str) -> Any:
-        return json.loads(self.path(name).with_suffix(".json").read_text())
+        return json.loads(self.path(name).with_suffix(".json").read_text("utf-8"))
 
     def load_decoder(self) -> Any:
         package = importlib.import_module("rudolph.model.model")

@@ -51,7 +51,7 @@ def serve(make: Callable[[Mapping[str, Any]], Contestant]) -> None:
     Requests are ``run`` (``part``, ``is_short``), ``check`` (``path``) and ``profile``
     (``part``).
     """
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # What libraries print goes to the log and never into an answer.
     os.dup2(2, 1)
     asked = json.loads(sys.stdin.readline())
@@ -115,7 +115,7 @@ def peak_bytes() -> int:
     """The most memory that this process has held since its start, or since ``restart_peak``."""
     status = Path("/proc/self/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in status.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import resource
@@ -127,7 +127,7 @@ def peak_bytes() -> int:
 def restart_peak() -> None:
     """Count the peak from now on, where the system can."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
     except OSError:
         return
 

@@ -110,7 +110,7 @@ def save_reference(model: nn.Module, path: Path) -> None:
     """Weights and constructor arguments as the reference's package loads them."""
     found = to_reference(model)
     save_file({name: value.contiguous() for name, value in found.state_dict.items()}, path)
-    path.with_suffix(".json").write_text(json.dumps(found.config))
+    path.with_suffix(".json").write_text(json.dumps(found.config), "utf-8")
 
 
 def make_inputs(subject: Subject) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def shared_weights(
     # The other processes of a multi-device run train with the one that holds the lock.
     lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
     taken = execution.folder / TAKEN
-    known = taken.read_text(errors="replace").split() if taken.is_file() else []
+    known = taken.read_text("utf-8", errors="replace").split() if taken.is_file() else []
     with ExitStack() as stack:
         # Another run's training is no overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
@@ -84,7 +84,7 @@ def sha256_of(path: Path) -> str:
 def checksum_fault(weights: Path) -> str:
     """Return that weights differ from their checksum, empty if not or if none is noted."""
     noted = checksum_of(weights)
-    text = noted.read_text(errors="replace").strip() if noted.is_file() else ""
+    text = noted.read_text("utf-8", errors="replace").strip() if noted.is_file() else ""
     is_known = re.fullmatch(r"[0-9a-f]{64}", text) is not None
     return "its SHA-256 is another" if is_known and sha256_of(weights) != text else ""
 
