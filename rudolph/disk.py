@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -124,7 +125,68 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with one space of indentation, whole or not at all."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json_text(content, indent=1) + "\n")
+
+
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """Return JSON that any reader takes: NaN and infinities are strings in it.
+
+    >>> json_text({"loss": [1.5, float("nan")]})
+    '{"loss": [1.5, "nan"]}'
+    """
+    return json.dumps(_spelled(content), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def json_number(value: float) -> float | str:
+    """JSON has no word for infinities and NaN: they become strings that ``float`` reads back."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _spelled(content: Any) -> Any:
+    if isinstance(content, float):
+        return json_number(content)
+    if isinstance(content, dict):
+        return {key: _spelled(value) for key, value in content.items()}
+    return [_spelled(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def require_apart(target: Path, source: Path, name: str) -> None:
+    """Raise ``ValueError`` where writing a target could change what it is made from.
+
+    That is, where one of them is the other or lies in it.  The file system resolves links, ``..``
+    and letters of another case.
+
+    Args:
+        target: a file or a folder, there or not.
+        name: the argument that gave the target.
+    """
+    inner, outer = _lineage(target), _lineage(source)
+    if inner[0] == outer[0]:
+        how = "is the same"
+    elif outer[0] in inner:
+        how = "lies in it"
+    elif inner[0] in outer:
+        how = "contains it"
+    else:
+        return
+    raise ValueError(
+        f"{name}: expected a path apart from {source}, got {target}, which {how}. "
+        "Give another path"
+    )
+
+
+def _lineage(path: Path) -> list[tuple[int, int] | str]:
+    """Return what a path and each folder above it are on the disk, or would be called."""
+    real = Path(os.path.realpath(path))
+    found: list[tuple[int, int] | str] = []
+    for each in (real, *real.parents):
+        try:
+            status = each.stat()
+        except OSError:
+            found.append(str(each))
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

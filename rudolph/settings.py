@@ -6,8 +6,9 @@ A setting is written ``decoder.num_layers: 8`` or as nested mappings.  Every mis
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -151,10 +152,24 @@ def typed(path: Path, kind: Any, content: Any, place: str = "") -> Any:
 
     try:
         # Through JSON, so that lists become tuples while "5" does not become 5.
-        return _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        found = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {_line(first, kind, place)}") from error
+    for where, value in _leaves(content, place):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise mistake(path, where, "must be a finite number", value)
+    return found
+
+
+def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings and lists, each with its dotted key."""
+    if isinstance(content, dict | list):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in pairs:
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, content
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,6 +180,8 @@ def test_a_length_penalty_orders_by_likelihood_a_token(pipeline: Pipeline) -> No
     assert torch.equal(scores, scores.sort(1, descending=True).values)
     with pytest.raises(ValueError, match="num_beams must be at least 1"):
         search_text(pipeline.decoder, tokens, num_beams=0)
+    with pytest.raises(ValueError, match="length_penalty must be finite, got nan"):
+        search_text(pipeline.decoder, tokens, num_beams=1, length_penalty=float("nan"))
 
 
 def test_answers_hold_nothing_but_the_characters_allowed(pipeline: Pipeline) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import string
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -241,6 +242,11 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         ("sampling.image.top_k", 0, "sampling.image.top_k must be at least 1 or null, got 0"),
         ("decoder_optim.learning_rate", "fast", "must be a valid number, got 'fast'"),
         ("decoder_optim.learning_rate", float("nan"), "finite number, got nan"),
+        ("data.tasks", {"text_to_image": float("nan")}, "data.tasks.text_to_image"),
+        ("sampling.text.temperature", 1e-40, "temperature must be 1e-06 to 1e+06, got 1e-40"),
+        ("sampling.text.guidance", float("inf"), "finite number, got inf"),
+        ("sampling.image.top_p", -0.5, "top_p must be in (0, 1] or null, got -0.5"),
+        ("sampling.image.min_p", float("nan"), "finite number, got nan"),
         ("decoder.pb_relax", "yes", "must be a valid boolean"),
         ("vqgan.resolution", 64, "must equal data.image_size (32), got 64"),
         ("data.tasks", {"vqa": 1.0}, "data.tasks must be of text_to_image"),
@@ -338,3 +344,10 @@ def test_the_references_first_token_needs_as_many_text_ids_as_codes(tmp_path: Pa
         else:
             with pytest.raises(ConfigError, match="of 64 codes only 63 are"):
                 load_experiment(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_target_is_a_finite_number(tmp_path: Path, value: float) -> None:
+    path = write(tmp_path, GOOD | {"targets": {"vqgan/psnr/test": value}})
+    with pytest.raises(ConfigError, match=r"targets\.vqgan/psnr/test: must be a finite number"):
+        load_experiment(path)

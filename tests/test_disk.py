@@ -1,7 +1,9 @@
 """A file is whole or absent, and every failed read or write names it in one line."""
 
 import errno
+import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -18,9 +20,11 @@ from rudolph.disk import (
     DamagedFileError,
     append_line,
     explain,
+    json_text,
     naming,
     read_json,
     read_mapping,
+    require_apart,
     say_once,
     set_aside,
     write_json,
@@ -189,3 +193,49 @@ def test_what_is_set_aside_is_kept_under_other_names(tmp_path: Path, caplog) -> 
         for _ in range(2):
             say_once(f"{tmp_path}: said once")
     assert caplog.messages == [f"{tmp_path}: said once"]
+
+
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [
+        ("source", "is the same"),
+        ("./source/../source/", "is the same"),
+        ("linked", "is the same"),
+        ("source/new/a.png", "lies in it"),
+        ("linked/new", "lies in it"),
+        ("linked/../source/new", "lies in it"),
+        (".", "contains it"),
+        ("up", "contains it"),
+        ("beside", ""),
+        ("source2", ""),
+        ("linked.png", ""),
+        ("loop", ""),
+    ],
+)
+def test_a_target_apart_from_its_source_is_told_from_one_that_meets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, how: str
+) -> None:
+    (tmp_path / "lab" / "source").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "lab")
+    for name, end in (("linked", "source"), ("up", ".."), ("loop", "loop")):
+        Path(name).symlink_to(end)
+    for source in (Path("source"), Path("linked"), Path.cwd() / "source"):
+        if not how:
+            require_apart(Path(target), source, "--to")
+            continue
+        with pytest.raises(ValueError, match=f"^--to: expected a path apart from .*, which {how}"):
+            require_apart(Path(target), source, "--to")
+
+
+def test_json_without_a_word_for_it_keeps_a_number(tmp_path: Path) -> None:
+    values = [math.nan, math.inf, -math.inf, 1e300, 0, True]
+    write_json(tmp_path / "a.json", {"кот": [{"scores": tuple(values)}, None]})
+
+    def refuse(word: str) -> None:
+        pytest.fail(word)
+
+    text = (tmp_path / "a.json").read_text()
+    [inner, nothing] = json.loads(text, parse_constant=refuse)["кот"]
+    assert nothing is None and inner["scores"][3:] == values[3:]
+    assert str([float(each) for each in inner["scores"][:3]]) == str(values[:3])
+    assert json_text({"a": 1}) == '{"a": 1}'

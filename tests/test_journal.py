@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_disk import file_limit
 
-from rudolph.disk import DamagedFileError
+from rudolph.disk import DamagedFileError, json_number
 from rudolph.results.journal import (
     JOURNAL,
     VALUES_IN_BATCH,
@@ -21,7 +21,6 @@ from rudolph.results.journal import (
     SentMark,
     exclusive,
     flatten,
-    json_number,
     pending_folders,
     read_batches,
     read_journal,

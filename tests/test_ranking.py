@@ -359,6 +359,13 @@ def test_equal_and_single_candidates_have_scores(
     assert balanced(tensor, tensor, text_weight=0.3).score.tolist() == expected
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -0.1, 1.1])
+def test_a_weight_is_a_share(weight: float) -> None:
+    values = torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"text_weight must be in \[0, 1\], got"):
+        balanced(values, values, text_weight=weight)
+
+
 def test_equal_candidates_keep_their_order() -> None:
     score = torch.tensor([2.0, 1.0] * 30)
     assert Ranking(score, score, score).order() == [*range(1, 60, 2), *range(0, 60, 2)]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,12 @@ from random import Random
 import pytest
 from damage import NUM_CASES, copy_run, damage, files_of
 
-from rudolph.disk import DamagedFileError, explain
+from rudolph.disk import DamagedFileError, explain, write_json
 from rudolph.execution import is_finished
 from rudolph.results.artifacts import local_run
 from rudolph.results.cards import CARD, read_card
 from rudolph.results.journal import JOURNAL, SENT, pending_folders
-from rudolph.results.report import Report
+from rudolph.results.report import Report, read_runs
 from rudolph.results.run_files import (
     CONFIG,
     ENVIRONMENT,
@@ -97,6 +98,22 @@ def test_a_summary_with_other_values_is_damaged(
     (other / SUMMARY).write_text(json.dumps(content))
     with pytest.raises(DamagedFileError, match=words):
         read_summary(other)
+
+
+def test_a_number_that_json_has_no_word_for_is_read_back(two_runs: tuple[Path, Path]) -> None:
+    whole, other = two_runs
+    shutil.rmtree(other)
+    content = read_summary(whole)
+    content["metrics"] |= {"lost": math.nan, "far": math.inf}
+    content["intervals"] |= {"lost": [math.nan, math.nan], "far": [-math.inf, 1.0]}
+    write_json(whole / SUMMARY, content)
+    json.loads((whole / SUMMARY).read_text(), parse_constant=pytest.fail)
+    # As text: no NaN equals another.
+    assert str(read_summary(whole)) == str(content)
+    assert is_finished(whole)
+    exported = export(whole.parent.parent, whole.parent.parent / "results", report=REPORT)
+    row = read_runs(exported).set_index("run").iloc[0]
+    assert math.isnan(row["lost"]) and row["far"] == math.inf
 
 
 def test_a_damaged_report_card_says_how_to_make_it_anew(two_runs: tuple[Path, Path]) -> None:

@@ -224,3 +224,11 @@ def test_guidance_without_a_text_to_lead_away_from_is_refused() -> None:
 def test_zero_is_an_error_and_not_off(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         replace(PLAIN, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "guidance"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e40, -1e-40])
+def test_no_number_of_a_config_makes_logits_that_are_none(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be ") as error:
+        replace(PLAIN, **{field: value})
+    assert "\n" not in str(error.value)

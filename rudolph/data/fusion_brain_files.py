@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rudolph.data.table_text import read_text
+from rudolph.disk import json_text
 from rudolph.sequence.texts import clean_text
 
 PART = '{"type": "text" or "image", "content": ...}'
@@ -200,7 +201,7 @@ def _part(part_type: str, variants: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(path: str | Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=0)
+    text = json_text(content, indent=0)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from rudolph.disk import json_text
 from rudolph.gpu_check.rows import FAILED, OK, Case, UnavailableError
 
 Cases = Callable[[], Iterator[Case]]
@@ -92,7 +93,7 @@ def serve(
         os.dup2(2, 1)
 
         def say(message: Mapping[str, Any]) -> None:
-            channel.write(json.dumps(message) + "\n")
+            channel.write(json_text(message) + "\n")
             channel.flush()
 
         server, parts = Server(say, **settings), cache(open_parts)

@@ -13,7 +13,6 @@ Each record has a ``kind``, a ``time`` in milliseconds and its fields:
 
 import errno
 import json
-import math
 import re
 import sqlite3
 import threading
@@ -310,11 +309,6 @@ def _words(error: BaseException) -> str:
 def without_user(uri: str) -> str:
     """The URI without name and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
-
-
-def json_number(value: float) -> float | str:
-    """JSON has no word for infinities and NaN: they become strings that ``float`` reads back."""
-    return value if math.isfinite(value) else str(value)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from rudolph.results.repetitions import REPETITION_COLUMNS
 SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
 AGAIN = "run its experiment again to mend it"
 NUMBER = (int, float)
+# As `json_number` writes them.
+NOT_FINITE = ("nan", "inf", "-inf")
 NUMBERS = ("metrics", "chance", "target", "seconds")
 
 
@@ -40,13 +42,23 @@ def read_summary(folder: Path) -> dict[str, Any]:
         values = content.get(name, {})
         if not isinstance(values, dict):
             raise DamagedFileError(path, f"{name} is a {type(values).__name__}")
-        if name in NUMBERS and not all(isinstance(each, NUMBER) for each in values.values()):
-            raise DamagedFileError(path, f"{name} must hold numbers")
-    for pair in content.get("intervals", {}).values():
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not (is_pair and all(isinstance(end, NUMBER) for end in pair)):
+        if name in NUMBERS:
+            content[name] = values = {key: _number(each) for key, each in values.items()}
+            if None in values.values():
+                raise DamagedFileError(path, f"{name} must hold numbers")
+    for key, pair in content.get("intervals", {}).items():
+        ends = [_number(end) for end in pair] if isinstance(pair, list) else []
+        if len(ends) != 2 or None in ends:
             raise DamagedFileError(path, "intervals must hold pairs of numbers")
+        content["intervals"][key] = ends
     return content
+
+
+def _number(value: Any) -> Any:
+    """Return a number of a JSON file, also one that JSON has no word for; None for all else."""
+    if isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
+    return value if isinstance(value, NUMBER) else None
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from rudolph.disk import DamagedFileError, say_once
+from rudolph.disk import DamagedFileError, json_number, say_once
 from rudolph.results.journal import (
     Journal,
     SentMark,
     flatten,
-    json_number,
     pending_folders,
     without_user,
 )

@@ -3,6 +3,7 @@
 Shapes: B prompts, K beams, N new tokens, V text ids, T tokens.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,10 +44,12 @@ def search_text(
         allowed: ``(V,)`` bool over BPE ids, those that a text may hold; ``EOS`` always may.
 
     Raises:
-        ValueError: for less than one beam.
+        ValueError: for less than one beam, or a penalty that is not finite.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
     is_legal = legal_ids(model, allowed)
     num_prompts, device = len(tokens), tokens.device

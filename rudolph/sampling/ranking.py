@@ -111,7 +111,13 @@ def balanced(text: Tensor, image: Tensor, *, text_weight: float, quantile: float
 
     Where all candidates are equal, or half of them and more, the scale is that of the worst one,
     or none; the reference divides by zero there.
+
+    Raises:
+        ValueError: for a weight or a quantile that is no share.
     """
+    for name, share in (("text_weight", text_weight), ("quantile", quantile)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {share}")
     score = text_weight * _scaled(text, quantile) + (1 - text_weight) * _scaled(image, quantile)
     return Ranking(score, text, image)
 

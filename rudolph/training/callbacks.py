@@ -1,6 +1,5 @@
 """What happens around a training step: seeds, checkpoints, journal, progress."""
 
-import json
 import logging
 import time
 import warnings
@@ -15,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
-from rudolph.disk import append_line, naming
+from rudolph.disk import append_line, json_text, naming
 from rudolph.training.checkpoints import put_checkpoint, require_same_training
 
 
@@ -165,7 +164,7 @@ class MetricLogger(Logger):
             # Lightning's step counts micro-batches, and one too many once a run was resumed.
             number = self.num_steps_done()
             self._log_metrics(values, step=number)
-            append_line(self.path, json.dumps([number, values]))
+            append_line(self.path, json_text([number, values]))
 
 
 def quiet_lightning() -> None:
