@@ -351,6 +351,22 @@ def test_weights_in_less_precision_pass_through_every_stage(
     assert main(["caption", "picture.png", "-n", "2", "--model", source, *precision]) == 0
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_eight_bits_go_with_every_dtype_and_without_a_kernel_for_them(
+    weights: Path, finished: Path, verb: Verb, monkeypatch, dtype: str, has_kernels: bool
+) -> None:
+    if not has_kernels:
+        # As on a GPU, and on processors that torch has no such products for.
+        monkeypatch.setattr("rudolph.models.packed.works", lambda layout: False)
+    flags = ["--int8", "--dtype", dtype]
+    for model in (str(finished), "rudolph"):
+        records = verb("-n", "2", "--rank", "self", "--guidance", "2", *flags, model=model)
+        assert all(np.isfinite(list(record["scores"].values())).all() for record in records)
+        source = model if "/" in model else str(weights / model)
+        assert main(["caption", "picture.png", "-n", "2", "--model", source, *flags]) == 0
+
+
 def test_pictures_are_float32_whatever_the_weights_are(weights: Path) -> None:
     precision = Precision(torch.bfloat16)
     source = open_source(str(weights / "rudolph"), runs=weights, uri="", precision=precision)

@@ -78,6 +78,9 @@ def use_int8(model: nn.Module) -> None:
     """Put ``Int8Linear`` for every linear layer below ``model``, before its weights are loaded."""
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
-            setattr(model, name, Int8Linear(child.in_features, child.out_features))
+            packed = Int8Linear(child.in_features, child.out_features)
+            # Inputs come in the dtype of the layer, and its bias is added to them.
+            packed.bias = nn.Parameter(torch.zeros_like(child.bias))
+            setattr(model, name, packed)
         else:
             use_int8(child)
