@@ -1,20 +1,26 @@
 """Runs given to others: what arrives is what was there, once, however often it is given."""
 
 import json
+import os
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rudolph.cli import main
+from rudolph.results import sharing
+from rudolph.results.journal import read_journal
 from rudolph.results.sharing import pack_runs, send_runs
 from rudolph.results.tracking import Tracker
 
 EXPERIMENT = "masks/ряд"
 
 
-def write_run(runs: Path, name: str, *, status: str = "finished") -> Path:
+def write_run(
+    runs: Path, name: str, *, status: str = "finished", parameters: dict[str, object] | None = None
+) -> Path:
     """A run that told a server which was away."""
     folder = runs / EXPERIMENT / name
     (folder / "checkpoints").mkdir(parents=True)
@@ -26,7 +32,7 @@ def write_run(runs: Path, name: str, *, status: str = "finished") -> Path:
     (folder / "environment.json").write_text('{"machine": {"threads": 2}}')
     away = "http://127.0.0.1:9"
     tracker = Tracker(folder, away, experiment=EXPERIMENT, run=name, digest=f"digest-{name}")
-    tracker.log_params({"seed": 3})
+    tracker.log_params({"seed": 3} | (parameters or {}))
     for step in range(3):
         tracker.log_metrics({"loss": 2.0 - step}, step=step)
     for kept in ("summary.json", "checkpoints/decoder.safetensors"):
@@ -100,6 +106,92 @@ def test_a_folder_without_weights_tells_of_none(lab: Path) -> None:
         "rudolph.rejected" not in run.data.tags
         for run in runs_at(f"sqlite:///{lab}/other.db").values()
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but locks, by their path."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "target"),
+    [
+        (EXPERIMENT, "runs"),
+        (EXPERIMENT, "given/../runs/"),
+        (EXPERIMENT, "linked"),
+        (EXPERIMENT, f"runs/{EXPERIMENT}"),
+        (EXPERIMENT, f"runs/{EXPERIMENT}/a-seed0/copy"),
+        (EXPERIMENT, "results"),
+        (f"given/{EXPERIMENT}", "given"),
+    ],
+)
+def test_a_copy_that_would_meet_what_is_copied_is_refused(
+    lab: Path, capsys: pytest.CaptureFixture[str], experiment: str, target: str
+) -> None:
+    assert main(["share", EXPERIMENT, "--to", "given"]) == 0
+    (lab / "linked").symlink_to("runs")
+    before = contents(lab)
+    capsys.readouterr()
+    assert main(["share", experiment, "--to", target, "--no-weights"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("rudolph: --to: expected a path apart from ")
+    assert contents(lab) == before
+
+
+SEPARATORS = "кот\u2028a\u2029b\x85c\x1cd\x0ce"
+
+
+def test_texts_with_any_separator_are_shared_without_weights(lab: Path) -> None:
+    run = write_run(lab / "runs", "c", parameters={"prompt": SEPARATORS})
+    assert "\u2028" in (run / "journal.jsonl").read_text()
+    assert main(["share", EXPERIMENT, "--to", "light", "--no-weights"]) == 0
+    journals = [
+        [record for _, record in read_journal(path / "journal.jsonl")]
+        for path in (run, lab / "light" / EXPERIMENT / "c")
+    ]
+    kept = [record for record in journals[0] if "checkpoints/" not in record.get("path", "")]
+    assert journals[1] == kept and len(kept) == len(journals[0]) - 1
+    assert [record["params"]["prompt"] for record in kept if "params" in record] == [SEPARATORS]
+
+
+@pytest.mark.parametrize("step", ["copytree", "_forget_weights", "replace"])
+def test_what_is_interrupted_leaves_the_earlier_copy(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    runs, results, given = lab / "runs" / EXPERIMENT, lab / "results" / EXPERIMENT, lab / "given"
+    pack_runs(runs, results, given, has_weights=True)
+    before = contents(given)
+    (runs / "a-seed0" / "config.yaml").write_text("run: another\n")
+    owner: Any = {"copytree": shutil, "replace": os}.get(step, sharing)
+    real, calls = getattr(owner, step), count()
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    for at in range(4 if step == "replace" else 2):
+        calls = count()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pack_runs(runs, results, given, has_weights=False)
+        assert contents(given) == before, at
+        assert [path.name for path in (given / "masks").iterdir()] == ["ряд"]
+    pack_runs(runs, results, given, has_weights=False)
+    assert contents(given)["masks/ряд/a-seed0/config.yaml"] == b"run: another\n"
+
+
+def test_what_a_killed_process_moved_away_comes_back(lab: Path) -> None:
+    runs, results, given = lab / "runs" / EXPERIMENT, lab / "results" / EXPERIMENT, lab / "given"
+    pack_runs(runs, results, given, has_weights=True)
+    aside = given / "masks" / ".ряд.part" / "before"
+    aside.mkdir(parents=True)
+    shutil.move(given / EXPERIMENT / "a-seed0", aside / "mine")
+    pack_runs(runs, results, given, has_weights=True)
+    names = {path.name for path in (given / EXPERIMENT).iterdir()}
+    assert names == {"mine", "a-seed0", "a-seed1", "results"}
 
 
 def test_mistakes_are_one_line(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
