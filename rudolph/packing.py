@@ -3,15 +3,17 @@
 The folder is a run's folder still: every verb that takes a run takes it.
 """
 
-import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from rudolph.config import RunConfig, read_run, to_yaml
-from rudolph.disk import read_mapping, write_text
+from rudolph.disk import read_mapping, require_apart, write_json, write_text
 from rudolph.execution import Folders, Progress
 from rudolph.gallery import draw_prompts
 from rudolph.models.int8 import pack_int8
@@ -49,16 +51,60 @@ def pack(
         settings: ``sampling.key=value``, how it draws where nothing else is said.
 
     Raises:
-        ValueError: when the run has not finished, its configuration names no questions, or a
-            setting is of anything but sampling.
+        ValueError: when the run has not finished, its configuration names no questions, a
+            setting is of anything but sampling, or the target is another run or meets this one.
     """
     for setting in settings:
         if not setting.startswith("sampling."):
             raise ValueError(f"settings of a packed run must be sampling.key=value, got {setting}")
     _needed(run / SUMMARY), _needed(run / ENVIRONMENT)
+    status = read_summary(run)["status"]
+    if status != "finished":
+        raise ValueError(f"{run}: not a finished run, its status is {status}")
+    _require_place(target, run)
+    with _made_beside(target) as made:
+        _write(run, made, int8=int8, settings=settings)
+        ask_again(made, folders, progress)
+        draw(made)
+        by_hand = target / MODEL_CARD
+        new = NEW_CARD.format(name=read_summary(run)["experiment"])
+        text = by_hand.read_text("utf-8") if by_hand.is_file() else new
+        write_text(made / MODEL_CARD, replace_generated(text, model_card(made)))
+
+
+def _require_place(target: Path, run: Path) -> None:
+    """Raise ``ValueError`` for a target that holds weights which were not packed."""
+    require_apart(target, run, "folder")
+    if (target / "config.yaml").exists() and not (target / MADE).exists():
+        raise ValueError(
+            f"folder: expected a new folder or one that `rudolph pack` wrote, got {target}, "
+            f"a run without {MADE}. Give another path"
+        )
+
+
+@contextmanager
+def _made_beside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files take their places in ``target`` when all are whole."""
+    place = Path(os.path.realpath(target))
+    made = place.with_name(f".{place.name}.part")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    try:
+        yield made
+        if (target / MADE).is_file():
+            # An earlier call drew it; this one may have nothing to draw.
+            (target / DRAWN).unlink(missing_ok=True)
+        for path in sorted(path for path in made.rglob("*") if path.is_file()):
+            put = place / path.relative_to(made)
+            put.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, put)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(run: Path, target: Path, *, int8: bool, settings: Sequence[str]) -> None:
+    """Write the small weights of a run, its configuration and how it was made."""
     summary, environment = read_summary(run), read_environment(run)
-    if summary["status"] != "finished":
-        raise ValueError(f"{run}: not a finished run, its status is {summary['status']}")
     pipeline, config = load_run(run)
     if not config.evaluation.questions:
         raise ValueError(f"{run}: its config.yaml names no evaluation.questions")
@@ -72,13 +118,7 @@ def pack(
     kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
     made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
     made["bits"] = 8 if int8 else 16
-    write_text(target / MADE, json.dumps(made, indent=1) + "\n")
-    ask_again(target, folders, progress)
-    draw(target)
-    path = target / MODEL_CARD
-    new = NEW_CARD.format(name=summary["experiment"])
-    by_hand = path.read_text("utf-8") if path.is_file() else new
-    write_text(path, replace_generated(by_hand, model_card(target)))
+    write_json(target / MADE, made)
 
 
 def draw(folder: Path) -> None:

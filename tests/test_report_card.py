@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from damage import copy_run
 from safetensors.torch import load_file
 from tiny_clip import config_for, scenes
 from tiny_run import run_tiny
@@ -241,6 +243,37 @@ def test_what_cannot_be_packed_is_told(
     [line] = capsys.readouterr().err.splitlines()
     assert f"{RUN_FILES[0]}: damaged (not a whole safetensors" in line
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_run_is_packed_into_no_run_and_whole_or_not_at_all(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, other = (copy_run(mixed, tmp_path / "runs" / name) for name in ("run", "other"))
+    Path("linked").symlink_to(run)
+    weights = {path: path.read_bytes() for path in Path("runs").rglob("*.safetensors")}
+    for target, words in (
+        ("runs/run", "folder: expected a path apart from"),
+        ("linked", "folder: expected a path apart from"),
+        ("runs/run/packed", "which lies in it"),
+        ("runs/other/../../runs", "which contains it"),
+        ("runs/other", "got runs/other, a run without made.json. Give another path"),
+    ):
+        assert main(["pack", "runs/run", target, "--int8"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("rudolph: folder: expected a ") and words in line
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*.safetensors")} == weights
+    assert main(["pack", "runs/run", "packed"]) == 0
+    before = {path: path.read_bytes() for path in Path("packed").rglob("*") if path.is_file()}
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rudolph.packing.ask_again", interrupted)
+    assert main(["pack", str(other), "packed", "--int8"]) == 130
+    files = {path: path.read_bytes() for path in Path("packed").rglob("*") if path.is_file()}
+    assert files == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_scored_is_told_and_what_was_seen_is_logged(mixed: Path) -> None:
