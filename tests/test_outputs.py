@@ -4,6 +4,7 @@ import errno
 import json
 import random
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from rudolph.cli import main, sampling
 from rudolph.cli.outputs import check_output, write_or_rescue
 from rudolph.sampling.pictures import read_told
 from rudolph.sampling.pipeline import Pipeline
+from rudolph.sampling.ranking import Ranking
 from rudolph.sources import Source, open_source
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -210,6 +212,112 @@ def test_a_grid_that_cannot_be_drawn_leaves_the_single_images(
     assert len(list(Path("generated").glob("*.png"))) == 2
 
 
+def written(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+
+
+def test_a_second_call_replaces_all_that_the_first_wrote_and_nothing_else(
+    sampled: list[Sequence[str]],
+) -> None:
+    assert main(["generate", "олень", "-n", "5"]) == 0
+    Image.new("RGB", (16, 16), "red").save("generated/007.png")
+    Path("generated/notes.txt").write_text("mine")
+    Path("generated/008.png").write_text("no image")
+    Path("generated/004.png").rename("generated/best.png")
+    kept = {
+        path: path.read_bytes() for path in Path("generated").iterdir() if path.stem[:2] != "00"
+    }
+    kept |= {path: path.read_bytes() for path in Path("generated").glob("00[78].png")}
+    assert main(["generate", "кот", "-n", "2", "--seed", "3"]) == 0
+    names = {path.name for path in Path("generated").iterdir()}
+    assert names == {"000.png", "001.png", *(path.name for path in kept)}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    for number in range(2):
+        assert read_told(Path(f"generated/{number:03}.png"))["prompt"] == "кот"
+
+
+def test_where_nothing_can_be_decoded_no_earlier_image_stands_beside_the_codes(
+    sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    assert main(["generate", "олень", "-n", "3"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("rudolph.results.drawings._sheet", fail)
+        assert main(["generate", "кот", "-n", "2"]) == 2
+    # The grid would show the first call's images.
+    assert written(Path()) == ["generated.jsonl", "generated/000.png", "generated/001.png"]
+    assert main(["generate", "олень", "-n", "3"]) == 0
+    monkeypatch.setattr(Pipeline, "decode", fail)
+    assert main(["generate", "кот", "-n", "2"]) == 2
+    assert written(Path()) == ["generated.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        (["--image-prompt", "a.png", "--vary", "1", "--output", "./a.png"], "a.png"),
+        (["--image-prompt", "b/0.png", "--vary", "1", "--output", "b.png"], "b/0.png"),
+        (["--image-prompt", "a.png", "--mask", "l.png", "--output", "b/0.png"], "l.png"),
+        (["--model", "weights", "--output", "weights/a.png"], "weights"),
+        (["--model", "weights/run", "--output", "weights.png"], "weights/run"),
+        (["--clip", "weights", "--output", "weights/run/a.png"], "weights"),
+        (["caption", "a.png", "--output", "b/../a.png"], "a.png"),
+        (["caption", "l.png", "--output", "b/0.png"], "l.png"),
+    ],
+)
+def test_an_output_that_would_meet_what_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampling, "opened", lambda given: pytest.fail("opened"))
+    for folder in ("b", "weights/run"):
+        Path(folder).mkdir(parents=True)
+    for path in ("a.png", "b/0.png"):
+        Image.new("RGB", (16, 16), "red").save(path)
+    Path("l.png").symlink_to("b/0.png")
+    before = {path: path.read_bytes() for path in Path().rglob("*.png")}
+    words = [] if arguments[0] == "caption" else ["generate", "кот"]
+    assert main([*words, *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rudolph: --output: expected a path apart from {source}, got ")
+    assert {path: path.read_bytes() for path in Path().rglob("*.png")} == before
+
+
+def test_scores_that_are_no_numbers_leave_json_that_any_reader_takes(
+    sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ranked(pipeline: Any, indices: Tensor, *_: Any, **__: Any) -> Ranking:
+        values = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        return Ranking(values, values, values)
+
+    monkeypatch.setattr("rudolph.sampling.pipeline.rank_pictures", ranked)
+    assert main(["generate", "олень", "-n", "3", "--rank", "self"]) == 0
+    lines = Path("generated.jsonl").read_text().split("\n")[:-1]
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    found = {record["scores"]["self"] for record in records}
+    assert found == {"nan", "inf", "-inf"}
+    for record in records:
+        told = json.loads(read_told(Path(record["file"]))["scores"], parse_constant=pytest.fail)
+        assert told == record["scores"]
+
+
+def test_the_label_of_a_very_long_prompt_is_cut_and_drawn_at_once(
+    sampled: list[Sequence[str]],
+) -> None:
+    for number, letters in enumerate((500, 12_000)):
+        started = time.process_time()
+        text = ("красное сердце " * 1000)[:letters]
+        assert main(["generate", text, "-n", "4", "--output", f"{number}.png"]) == 0
+        assert time.process_time() - started < 5
+    sizes = []
+    for number in range(2):
+        with Image.open(f"{number}.png") as grid:
+            sizes.append(grid.size)
+    assert sizes[0] == sizes[1] and sizes[1][1] < 1500
+
+
 def test_a_composed_and_a_decomposed_prompt_are_one(sampled: list[Sequence[str]]) -> None:
     for form in ("NFC", "NFD"):
         text = unicodedata.normalize(form, "зелёный чай")
@@ -252,9 +360,13 @@ def test_captions_are_written_even_where_the_terminal_cannot_show_them(
         (["кот", "--output", "file.png"], "--output: expected file to be a folder or free"),
         (["кот", "--temperature", "nan"], "temperature must be above 0"),
         (["кот", "--temperature", "inf"], "temperature must be 1e-06 to 1e+06, got inf"),
+        (["кот", "--temperature", "1e-40"], "temperature must be 1e-06 to 1e+06, got 1e-40"),
         (["кот", "--guidance", "nan"], "guidance must be at least 0"),
         (["кот", "--guidance", "inf"], "guidance must be at most 1e+06, got inf"),
         (["кот", "--top-p", "nan"], "top_p must be in (0, 1]"),
+        (["кот", "--top-p=-0.5"], "top_p must be in (0, 1] or null, got -0.5"),
+        (["кот", "--min-p", "nan"], "min_p must be in (0, 1]"),
+        (["кот", "--min-p=-inf"], "min_p must be in (0, 1]"),
         (["кот", "-n", "99999999999"], "-n must be at most 10000"),
         (["кот", "--image-prompt", "/dev/zero", "--vary", "1"], "expected an image file, got a"),
         (["кот", "--image-prompt", "file", "--vary", "nan"], "share to draw anew must be in"),

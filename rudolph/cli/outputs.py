@@ -1,17 +1,19 @@
 """Files of generate and caption: checked before anything is sampled, and kept if a disk fails."""
 
-import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rudolph.console import say
-from rudolph.disk import write_text
+from rudolph.disk import json_text, require_apart, write_text
 
 # Written where an output is checked: a full disk still takes an empty file.
 PROBE = b"0" * 4096
+# What every single image tells of itself.
+RECORD = ("prompt", "model", "parameters", "seed", "scores")
 
 
 def check_output(path: Path, *, suffix: str, has_folder: bool = False) -> None:
@@ -47,6 +49,18 @@ def check_output(path: Path, *, suffix: str, has_folder: bool = False) -> None:
             ) from error
 
 
+def check_apart(path: Path, sources: Iterable[Path], *, suffix: str, has_folder: bool) -> None:
+    """Raise ``ValueError`` where what is written for a PNG could meet a source.
+
+    Args:
+        path, suffix, has_folder: as in ``check_output``.
+    """
+    targets = [path, path.with_suffix(suffix), *([path.with_suffix("")] if has_folder else [])]
+    for source in sources:
+        for target in targets:
+            require_apart(target, source, "--output")
+
+
 def write_or_rescue(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(path)``; where the file system fails, write into a temporary folder instead.
 
@@ -68,6 +82,8 @@ def write_or_rescue(path: Path, write: Callable[[Path], None]) -> None:
 def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alpha: bool) -> None:
     """Write each image with what it was made of, a line of JSON for each, and then the grid.
 
+    They replace all that an earlier call wrote there; other files stay.
+
     Args:
         path: of the grid, whose name the others take.
         told: prompt, model and parameters.
@@ -85,6 +101,7 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
     from rudolph.sampling.transparency import to_rgba
 
     folder, images, lines = path.with_suffix(""), [], []
+    earlier = earlier_images(folder)
     for place, candidate in enumerate(candidates):
         image = to_image(candidate.image)
         images.append(np.asarray(image))
@@ -92,6 +109,7 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
         record = told | {"seed": candidate.seed, "scores": candidate.scores}
         save_png(to_rgba(image) if alpha else image, file, record)
         lines.append(record | {"file": str(file)})
+    remove(earlier - {Path(line["file"]) for line in lines})
     write_lines(path.with_suffix(".jsonl"), lines)
     labels = [
         ", ".join(f"{name} {value:.3g}" for name, value in candidate.scores.items())
@@ -101,13 +119,35 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
     try:
         sample_grid(images, labels, path, columns=min(4, len(images)))
     except DrawingError as error:
+        remove({path} if earlier else set())
         raise ValueError(f"{error}. The single images are in {folder}") from error
     say(f"{path}, {path.with_suffix('.jsonl')} and {len(lines)} pictures in {folder}")
 
 
+def write_codes(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write image codes where no image could be decoded; images of an earlier call go."""
+    write_lines(path, records)
+    earlier = earlier_images(path.with_suffix(""))
+    # The grid shows them.
+    remove(earlier | ({path.with_suffix(".png")} if earlier else set()))
+
+
+def earlier_images(folder: Path) -> set[Path]:
+    """Return the single images that ``write_images`` left in a folder, as far as they tell so."""
+    from rudolph.sampling.pictures import is_told
+
+    numbered = (path for path in folder.glob("*.png") if re.fullmatch(r"\d{3,}", path.stem))
+    return {path for path in numbered if is_told(path, RECORD)}
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Write a line of JSON for each record."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json_text(record) + "\n" for record in records]
     write_text(path, "".join(lines))
 
 

@@ -1,13 +1,15 @@
 """Verbs that use weights: generate, caption."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from rudolph.cli.outputs import (
+    check_apart,
     check_output,
     kept_codes,
+    write_codes,
     write_images,
-    write_lines,
     write_or_rescue,
 )
 from rudolph.cli.results import folders_here
@@ -20,6 +22,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # More would not fit into memory, where all of them are ranked and drawn.
 MOST_IMAGES = 10_000
 POSITIONAL = ("text", "picture")
+# Arguments that name what is read; two words name runs by themselves.
+WEIGHTS, IMAGES = ("model", "clip", "upscaler"), ("picture", "image_prompt", "mask")
+NO_PATHS = (None, "", "shipped", "newest")
 
 
 def add_generate(verbs: Any) -> None:
@@ -115,10 +120,22 @@ def check_arguments(given: Any, *, suffix: str, has_folder: bool = False) -> Non
     if given.number > MOST_IMAGES:
         raise ValueError(f"-n must be at most {MOST_IMAGES}, got {given.number}")
     check_output(given.output, suffix=suffix, has_folder=has_folder)
+    check_apart(given.output, sources_of(given), suffix=suffix, has_folder=has_folder)
     # This one takes the seconds that torch needs to be imported.
     from rudolph.sampling.filters import TokenSamplingConfig
 
     sampling_of(TokenSamplingConfig(), given)
+
+
+def sources_of(given: Any) -> list[Path]:
+    """The files and folders that a verb reads, as far as they are given by their paths."""
+    values = {name: getattr(given, name, None) for name in (*WEIGHTS, *IMAGES)}
+    paths = {name: Path(value) for name, value in values.items() if value not in NO_PATHS}
+    return [
+        path
+        for name, path in paths.items()
+        if os.path.isfile(path) or (name in WEIGHTS and os.path.isdir(path))
+    ]
 
 
 def opened(given: Any) -> Any:
@@ -201,7 +218,7 @@ def keep_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
             return f"All {len(failure.candidates)} images are kept as sampled in {path}"
         path = path.with_suffix(".jsonl")
         records = list(kept_codes(failure, told))
-        write_or_rescue(path, lambda file: write_lines(file, records))
+        write_or_rescue(path, lambda file: write_codes(file, records))
         return f"The image codes of all {len(records)} samples are kept in {path}"
     except ValueError as error:
         return str(error)

@@ -3,8 +3,7 @@
 Shapes: H and W pixels.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from rudolph.disk import write_whole
+from rudolph.disk import json_text, write_whole
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -29,7 +28,7 @@ def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
     """Write a PNG with a text field for each of ``told``; what is no text is written as JSON."""
     info = PngInfo()
     for key, value in told.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json_text(value)
         info.add_itxt(key, text)
     write_whole(path, partial(image.save, format="PNG", pnginfo=info))
 
@@ -40,6 +39,15 @@ def is_whole_png(path: Path) -> bool:
         return False
     content = path.read_bytes()
     return content.startswith(PNG_START) and content.endswith(PNG_END)
+
+
+def is_told(path: Path, keys: Collection[str]) -> bool:
+    """Return whether a file is a PNG with text fields of these names."""
+    try:
+        return set(keys) <= read_told(path).keys()
+    # What Pillow raises for what is no image, a broken one and one that is too large.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def read_told(path: Path) -> dict[str, str]:
