@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rudolph.config import RunConfig, SamplingConfig, read_run
-from rudolph.disk import say_once, set_aside, write_whole
+from rudolph.disk import require_apart, say_once, set_aside, write_whole
 from rudolph.execution import Hardware, is_finished
 from rudolph.models.clip import CLIP
 from rudolph.models.decoder import MaskedDecoder
@@ -197,7 +197,11 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
 
     Args:
         has_pickle: ``pytorch_model.bin`` as well, which the old packages read.
+
+    Raises:
+        ValueError: for a target that meets the source.
     """
+    require_apart(target, folder, "folder")
     if is_run(folder):
         pipeline, _ = load_run(folder)
         parts: dict[Path, nn.Module] = {
@@ -214,9 +218,13 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         except ValueError as error:
             yield f"{type(model).__name__} is left out: {error}"
             continue
+        pickled = place / "pytorch_model.bin"
+        if not has_pickle and store.is_exported(place):
+            # It would hold the weights of an earlier call.
+            pickled.unlink(missing_ok=True)
         store.write(place, tensors, family=family, config=config, origin={"from": str(folder)})
         if has_pickle:
-            write_whole(place / "pytorch_model.bin", partial(torch.save, tensors))
+            write_whole(pickled, partial(torch.save, tensors))
         yield f"{place}: {family}, {len(tensors)} tensors"
 
 

@@ -320,6 +320,15 @@ def test_a_second_build_is_byte_equal(sources: Sources, tmp_path: Path) -> None:
     assert steps[-1] == (12, 12)
 
 
+def test_a_source_is_never_written_over(sources: Sources, tmp_path: Path) -> None:
+    own = tmp_path / "emoji.csv"
+    own.write_bytes(sources["emoji_test"].read_bytes())
+    before = own.read_bytes()
+    with pytest.raises(ValueError, match=r"^target: expected a path apart from .*emoji\.csv"):
+        emoji_builder.build(tmp_path, size=16, **{**sources, "emoji_test": own})
+    assert own.read_bytes() == before
+
+
 def test_a_built_set_can_be_trained_on(sources: Sources, tmp_path: Path) -> None:
     emoji_builder.build(tmp_path / "built", size=16, **sources)
     config = EmojiConfig(folder=str(tmp_path / "built"))

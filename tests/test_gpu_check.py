@@ -273,6 +273,14 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert words in run.stderr and run.stderr.count("\n") == 1
 
 
+def test_no_folder_of_something_else_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text("a run's")
+    run = call(tmp_path, "--out", str(tmp_path))
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("--out: expected a new folder or one of an earlier check, got ")
+    assert (tmp_path / "environment.json").read_text() == "a run's"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_full_check_says_so(tmp_path: Path) -> None:
     run = call(tmp_path, "--out", str(tmp_path / "out"))

@@ -354,3 +354,34 @@ def test_a_run_is_converted_for_the_references_packages(
     assert torch.equal(from_reference(family, config, pickled).eval()(tokens), expected)
     assert main(["convert", "given", "again"]) == 0
     assert_same(load_file("again/weights.safetensors"), pickled)
+    # A pickle of an earlier call would hold other weights; one of the user's own stays.
+    assert main(["convert", str(finished), "given"]) == 0
+    assert "pytorch_model.bin" not in files_in(Path("given"))
+    Path("own").mkdir()
+    Path("own/pytorch_model.bin").write_text("mine")
+    assert main(["convert", str(finished), "own"]) == 0
+    assert Path("own/pytorch_model.bin").read_text() == "mine"
+
+
+def test_a_conversion_into_its_source_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(finished)
+    before = files_in(finished)
+    for target in ("run", str(finished), "run/new", str(finished.parent)):
+        assert main(["convert", "run", target]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("rudolph: folder: expected a path apart from run, got ")
+    assert files_in(finished) == before
+
+
+def test_a_file_among_what_was_fetched_is_not_deleted(
+    hub: HubServer, tmp_path: Path, capsys
+) -> None:
+    file = tmp_path / "home" / TOKENIZER / "download" / RELEASED[TOKENIZER].file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content_of(TOKENIZER, tmp_path))
+    assert main(["pull", TOKENIZER, "--file", str(file)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("rudolph: --file: expected a path apart from ") and file.is_file()

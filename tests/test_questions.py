@@ -174,6 +174,15 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     assert rows[person, "что на картинке?"] + ": очень светлый тон кожи" == table[person]
     with pytest.raises(ValueError, match="no PNG is named after an emoji"):
         name_pictures(tmp_path.parent)
+    # Written again as it was; captions of the user's own are not replaced.
+    (tmp_path / "1f600.png").unlink()
+    assert name_pictures(tmp_path)[0] == 3
+    own = (tmp_path / "captions.csv").read_text() + "1f600.png,моя подпись\n"
+    (tmp_path / "captions.csv").write_text(own)
+    assert main(["data", "emoji-names", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "captions.csv: expected none or names of emoji, got the row '1f600.png" in line
+    assert (tmp_path / "captions.csv").read_text() == own
 
 
 def test_answers_are_drawn_after_their_own_question(tmp_path: Path) -> None:

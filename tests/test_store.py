@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,23 @@ def test_a_redraw_needs_nothing_but_the_csv_files(
     )
     for path in draw_pngs(tmp_path, tmp_path / "slides"):
         assert path.read_bytes()[1:4] == b"PNG" and path.parent.name == folder.name
+
+
+def test_results_never_meet_the_runs_and_slides_never_the_results(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runs, results = exported
+    before = contents(results)
+    for target in (results, results / REPORT.experiment, results / REPORT.experiment / "slides"):
+        with pytest.raises(ValueError, match=r"^--png: expected a path apart from "):
+            draw_pngs(results, target)
+    assert contents(results) == before
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "results").symlink_to("runs")
+    before = contents(tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"^results: expected a path apart from "):
+        export(tmp_path / "runs", tmp_path / "results", report=REPORT)
+    assert contents(tmp_path / "runs") == before
 
 
 def test_the_report_is_read_back_as_it_was(exported: tuple[Path, Path]) -> None:

@@ -14,9 +14,10 @@ that training sees only apart: the base untoned and in other tones, the tone on 
 
 import csv
 import hashlib
+import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from PIL import Image
 
 from rudolph.data.fusion_brain_files import TaskRecord, write_tasks
 from rudolph.data.pairs import Pair, hash_fraction, require_split
+from rudolph.disk import write_text
 
 COLUMNS = 64
 TABLE_NAME = "emoji.csv"
@@ -337,23 +339,44 @@ def name_pictures(folder: Path) -> tuple[int, list[str]]:
         The number of pairs, and the files without a name.
 
     Raises:
-        ValueError: when no file of the folder is named after an emoji.
+        ValueError: when no file of the folder is named after an emoji, or its ``captions.csv``
+            holds other captions.
     """
     names = {record.key: record.name for record in read_records(SHIPPED)}
     rows, strangers = [], []
     for path in sorted(folder.glob("*.png")):
-        points = [point.lstrip("0") for point in path.stem.lower().split("-")]
-        key = "-".join(point for point in points if point != "fe0f")
+        key = _key_of_file(path.name)
         if key in names:
             rows.append((path.name, names[key]))
         else:
             strangers.append(path.name)
     if not rows:
         raise ValueError(f"{folder}: no PNG is named after an emoji, as in 1f600.png")
-    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("image", "caption"), *rows])
+    table = folder / "captions.csv"
+    _require_own(table, names)
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", "caption"), *rows])
+    write_text(table, text.getvalue())
     _write_questions(folder, rows)
     return len(rows), strangers
+
+
+def _key_of_file(name: str) -> str:
+    """Return the key of the emoji whose code points name a file; U+FE0F counts for nothing."""
+    points = [point.lstrip("0") for point in Path(name).stem.lower().split("-")]
+    return "-".join(point for point in points if point != "fe0f")
+
+
+def _require_own(table: Path, names: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` for a table of pairs that holds other captions than are written."""
+    if not table.exists():
+        return
+    for row in csv.reader(io.StringIO(table.read_text("utf-8", errors="replace"), newline="")):
+        if row and row != ["image", "caption"] and row[1:] != [names.get(_key_of_file(row[0]))]:
+            raise ValueError(
+                f"{table}: expected none or names of emoji, got the row {', '.join(row)[:60]!r}. "
+                "Move it away"
+            )
 
 
 def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:

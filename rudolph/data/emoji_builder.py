@@ -8,16 +8,19 @@ together.  For Noto Color Emoji that is 128 pixels of its bitmaps, so that 64 is
 """
 
 import csv
+import io
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from rudolph.data.emoji import ATLAS_NAME, COLUMNS, SKIN_TONES, TABLE_NAME, EmojiRecord
+from rudolph.disk import require_apart, write_text, write_whole
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = (
@@ -137,10 +140,14 @@ def build(
     The same sources and the same Pillow give the same bytes.  ``size`` is the side of a tile in
     pixels; ``on_progress`` is called with the number of steps done and of all steps.
 
-    Raises ``ValueError`` when a source is missing or not what it should be.
+    Raises ``ValueError`` when a source is missing or not what it should be, or a file to write is
+    one.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
+    for name in (ATLAS_NAME, TABLE_NAME):
+        for source in (font, emoji_test, *annotations):
+            require_apart(target / name, source, "target")
     emoji_font = EmojiFont(font)
     names, keywords = read_annotations(annotations)
     entries = read_emoji_test(emoji_test)
@@ -229,13 +236,13 @@ def write(target: Path, records: Sequence[EmojiRecord], tiles: Sequence[bytes], 
     atlas[: len(tiles)] = np.frombuffer(b"".join(tiles), np.uint8).reshape(-1, size, size, 3)
     atlas = atlas.reshape(rows, COLUMNS, size, size, 3).swapaxes(1, 2)
     image = Image.fromarray(atlas.reshape(rows * size, COLUMNS * size, 3))
-    target.mkdir(parents=True, exist_ok=True)
-    image.save(target / ATLAS_NAME, optimize=True)
-    with (target / TABLE_NAME).open("w", encoding="utf-8", newline="") as file:
-        names = [field.name for field in fields(EmojiRecord)]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in records)
+    table = io.StringIO()
+    names = [field.name for field in fields(EmojiRecord)]
+    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(record) for record in records)
+    write_whole(target / ATLAS_NAME, partial(image.save, format="PNG", optimize=True))
+    write_text(target / TABLE_NAME, table.getvalue())
     return sum((target / name).stat().st_size for name in (ATLAS_NAME, TABLE_NAME))
 
 
@@ -248,7 +255,7 @@ def read_emoji_test(path: Path) -> list[EmojiEntry]:
     """
     group = subgroup = ""
     entries: list[EmojiEntry] = []
-    for line in require_source(path, "unicode-data").read_text(encoding="utf-8").splitlines():
+    for line in require_source(path, "unicode-data").read_text(encoding="utf-8").split("\n"):
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
         elif line.startswith("# subgroup: "):

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rudolph.disk import json_text
 from rudolph.gpu_check.plan import CHECKS, PLAN, SPEED, Part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ ROW_COLUMNS = ("part", "case", "quantity", "value", "unit", "limit", "status", "
 KEY_COLUMNS = ("code", "sizes", "device", "torch")
 PART_COLUMNS = ("part", "status", "seconds", "rows", "commit", *KEY_COLUMNS)
 PARTS = "parts.csv"
+ENVIRONMENT = "environment.json"
 # What a part may take longer than its budget, in its last case, before it is ended.
 GRACE_SECONDS = 20.0
 # What a cold disk may take to import torch.
@@ -187,8 +189,8 @@ class Check:
 
     def _write_environment(self, environment: Mapping[str, Any]) -> None:
         content = {"commit": self.commit, **self.key, **environment}
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+        text = json_text(content, indent=1) + "\n"
+        (self.folder / ENVIRONMENT).write_text(text, encoding="utf-8")
 
     def _lines(self) -> dict[str, dict[str, str]]:
         return {line["part"]: line for line in read(self.folder / PARTS)}

@@ -5,7 +5,6 @@
 as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolph``.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rudolph.disk import read_json
+from rudolph.disk import json_text, read_json, require_apart
 from rudolph.models.int8 import use_int8
 from rudolph.models.pretrained import FAMILIES, empty_model, load_reference, unwrapped
 from rudolph.released.files import Converted, one_line, read_tensors
@@ -106,6 +105,9 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
 
     if file is not None and not file.is_file():
         raise ValueError(f"{file}: no such file")
+    if file is not None:
+        # That folder is deleted at the end.
+        require_apart(file, download, "--file")
     for companion in release.companions:
         near = None if file is None else file.with_name(companion)
         path = near if near and near.is_file() else bring(companion).path
@@ -183,7 +185,7 @@ def write(
     weights, words = folder / f"{WEIGHTS}.new", folder / f"{CONFIG}.new"
     try:
         save_file(apart(tensors), weights)
-        words.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        words.write_text(json_text(content, indent=1) + "\n", "utf-8")
         # An old config must not stand beside new weights, not for a moment.
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(weights, folder / WEIGHTS)
@@ -193,6 +195,15 @@ def write(
     finally:
         weights.unlink(missing_ok=True)
         words.unlink(missing_ok=True)
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether `rudolph convert` wrote a folder of weights."""
+    try:
+        content = read_json(folder / CONFIG)
+        return "from" in content["origin"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

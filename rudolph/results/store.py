@@ -15,6 +15,7 @@ else in them.  Equal runs give equal bytes.
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.disk import say_once, write_json, write_text
+from rudolph.disk import json_text, require_apart, say_once, write_json, write_text
 from rudolph.results.cards import CARD, export_cards, read_card
 from rudolph.results.journal import JOURNAL, exclusive, read_journal
 from rudolph.results.partial import of_what_is_there
@@ -78,6 +79,7 @@ def export(
     if not finished:
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
+    require_apart(folder, runs_folder / report.experiment, "results")
     # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
     with (
         exclusive(runs_folder / "export.lock", EXPORT_TIMEOUT),
@@ -186,11 +188,10 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
 def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
     """The same figures as PNG, for slides, in a folder an experiment below ``target``."""
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
-    return [
-        path
-        for folder in folders
-        for path in _draw(folder, target / folder.relative_to(results_folder), ".png")
-    ]
+    places = {folder: target / folder.relative_to(results_folder) for folder in folders}
+    for place, folder in itertools.product(places.values(), folders):
+        require_apart(place, folder, "--png")
+    return [path for folder, place in places.items() for path in _draw(folder, place, ".png")]
 
 
 def write_index(results_folder: Path) -> Path:
@@ -314,7 +315,7 @@ def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         runs_of.setdefault(key, []).append(summary["run"])
     entries = [{"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of.items()]
     entries.sort(key=lambda entry: str(entry["runs"]))
-    return json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
+    return json_text(entries, indent=1) + "\n"
 
 
 def _last_samples(folder: Path) -> list[Path]:
