@@ -19,8 +19,8 @@ PROMPT = "красный круг"
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
-def call(folder: Path, *arguments: str) -> str:
-    """Run the program with an ASCII locale; what it printed, which must be no failure."""
+def call(folder: Path, *arguments: str) -> None:
+    """Run the program with an ASCII locale; it must not fail."""
     environment = (
         os.environ
         | ASCII
@@ -40,7 +40,6 @@ def call(folder: Path, *arguments: str) -> str:
         check=False,
     )
     assert found.returncode == 0, found.stderr
-    return found.stdout
 
 
 def test_a_run_and_its_page_are_utf_8_in_an_ascii_locale(tmp_path: Path) -> None:
@@ -56,8 +55,7 @@ def test_a_run_and_its_page_are_utf_8_in_an_ascii_locale(tmp_path: Path) -> None
     page = (results / "README.md").read_text("utf-8")
     assert question in page and "Кодировки" in page
     assert len(read_runs(results)) == 1
-    printed = call(tmp_path, "generate", PROMPT, "-n", "1", "--model", "newest", "--seed", "3")
-    assert "generated.png" in printed
+    call(tmp_path, "generate", PROMPT, "-n", "1", "--model", "newest", "--seed", "3")
     assert f'"prompt": "{PROMPT}"' in (tmp_path / "generated.jsonl").read_text("utf-8")
 
 

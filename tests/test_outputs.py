@@ -221,8 +221,8 @@ def test_a_second_call_replaces_all_that_the_first_wrote_and_nothing_else(
 ) -> None:
     assert main(["generate", "олень", "-n", "5"]) == 0
     Image.new("RGB", (16, 16), "red").save("generated/007.png")
-    Path("generated/notes.txt").write_text("mine")
-    Path("generated/008.png").write_text("no image")
+    Path("generated/notes.txt").write_text("mine", encoding="utf-8")
+    Path("generated/008.png").write_text("no image", encoding="utf-8")
     Path("generated/004.png").rename("generated/best.png")
     kept = {
         path: path.read_bytes() for path in Path("generated").iterdir() if path.stem[:2] != "00"
@@ -294,7 +294,7 @@ def test_scores_that_are_no_numbers_leave_json_that_any_reader_takes(
 
     monkeypatch.setattr("rudolph.sampling.pipeline.rank_pictures", ranked)
     assert main(["generate", "олень", "-n", "3", "--rank", "self"]) == 0
-    lines = Path("generated.jsonl").read_text().split("\n")[:-1]
+    lines = Path("generated.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     found = {record["scores"]["self"] for record in records}
     assert found == {"nan", "inf", "-inf"}

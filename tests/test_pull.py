@@ -358,9 +358,9 @@ def test_a_run_is_converted_for_the_references_packages(
     assert main(["convert", str(finished), "given"]) == 0
     assert "pytorch_model.bin" not in files_in(Path("given"))
     Path("own").mkdir()
-    Path("own/pytorch_model.bin").write_text("mine")
+    Path("own/pytorch_model.bin").write_text("mine", encoding="utf-8")
     assert main(["convert", str(finished), "own"]) == 0
-    assert Path("own/pytorch_model.bin").read_text() == "mine"
+    assert Path("own/pytorch_model.bin").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_conversion_into_its_source_is_refused(

@@ -215,7 +215,7 @@ class Split:
 
         return self._cached("image numbers", compute)
 
-    def clusters(self, indices: Sequence[int]) -> np.ndarray[Any, Any]:
+    def clusters(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the image's number of each pair, ``(len(indices),)``."""
         return np.asarray(self.image_numbers[np.asarray(indices)])
 

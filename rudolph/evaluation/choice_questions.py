@@ -43,17 +43,10 @@ def zero_shot(subject: Subject, split: Split) -> list[Score]:
     hits = choice_hits(likelihoods, np.array(own_classes))
     shares = torch.from_numpy(likelihoods).softmax(1).numpy()
     surest = shares.max(1)
-    measure = Measure("accuracy", settings=f"classes:{len(classes)}")
+    measure, chance = Measure("accuracy", settings=f"classes:{len(classes)}"), 1 / len(classes)
+    name = "zero_shot_classification/accuracy"
     return [
-        scored(
-            "zero_shot_classification/accuracy",
-            split,
-            indices,
-            hits,
-            subject,
-            chance=1 / len(classes),
-            measure=measure,
-        ),
+        scored(name, split, indices, hits, subject, chance=chance, measure=measure),
         scored_together(
             "zero_shot_classification/calibration_error",
             split,

@@ -170,11 +170,8 @@ class Gallery(NamedTuple):
         ]
         (images, image_places), (texts, text_places) = sides
         right = np.unique(np.stack([image_places, text_places], axis=1), axis=0)
-        device = captions.device
-        images, texts, right = (
-            torch.from_numpy(each).to(device) for each in (images, texts, right)
-        )
-        return cls(images, texts, right)
+        every = (torch.from_numpy(each).to(captions.device) for each in (images, texts, right))
+        return cls(*every)
 
     def ranks(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Ranks both ways by normalised features of ``images`` (P, E) and ``texts`` (B, E)."""
