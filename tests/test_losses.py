@@ -115,8 +115,9 @@ def test_parts_of_the_labels_give_the_losses_and_gradients_of_all_at_once(
 ) -> None:
     found = []
     for bound in (1000, at_once):
-        monkeypatch.setattr("rudolph.models.scoring.LABELS_AT_ONCE", bound)
         model, tokens = tiny()
+        sizes = model.vocabulary.text_size, model.vocabulary.image_size
+        monkeypatch.setattr("rudolph.models.scoring.LOGITS_AT_ONCE", bound * min(sizes))
         rows: list[int] = []
         for number, head in enumerate(heads := model.to_logits.heads()):
             heads[number] = lambda hidden, head=head, rows=rows: (

@@ -16,8 +16,8 @@ from rudolph.models.decoder import Head, MaskedDecoder
 from rudolph.sequence.layout import PAD
 
 NOT_SCORED = -1
-# Labels whose logits are held at once, in float32: the head is the widest product of the model.
-LABELS_AT_ONCE = 1024
+# Logits that are held at once, 128 MiB in float32: the head is the widest product of the model.
+LOGITS_AT_ONCE = 2**25
 
 
 def segment_labels(
@@ -103,11 +103,13 @@ def label_losses(
         )
         return found + z_weight * logits.logsumexp(-1).square() if z_weight else found
 
-    if len(rows) <= LABELS_AT_ONCE:
+    text_size, image_size = model.vocabulary.text_size, model.vocabulary.image_size
+    own_size = image_size if segment == "image" else text_size
+    num_logits = text_size + image_size if is_joint else own_size
+    at_once = max(LOGITS_AT_ONCE // num_logits, 1)
+    if len(rows) <= at_once:
         return losses(rows, labelled)
-    parts = zip(
-        torch.split(rows, LABELS_AT_ONCE), torch.split(labelled, LABELS_AT_ONCE), strict=True
-    )
+    parts = zip(torch.split(rows, at_once), torch.split(labelled, at_once), strict=True)
     # Logits are computed again in the backward pass, so those of one part are held and no more.
     return torch.cat(
         [
