@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from rudolph.data.arithmetic import Arithmetic, ArithmeticConfig
+from rudolph.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
+from rudolph.data.datasets.paragraphs import Paragraphs, ParagraphsConfig
+from rudolph.data.datasets.shapes import Shapes, ShapesConfig
+from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
+from rudolph.data.datasets.words import Words, WordsConfig
 from rudolph.data.pairs import Pair
-from rudolph.data.paragraphs import Paragraphs, ParagraphsConfig
-from rudolph.data.shapes import Shapes, ShapesConfig
-from rudolph.data.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
-from rudolph.data.words import Words, WordsConfig
 
 SMALL: dict[str, Any] = {"num_train": 2_000, "num_validation": 2_000, "num_test": 2_000}
 WORLDS: dict[str, tuple[Any, Any]] = {

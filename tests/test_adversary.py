@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import write
 
-from rudolph.experiment_file import load_experiment
-from rudolph.settings import ConfigError
+from rudolph.config.experiment_file import load_experiment
+from rudolph.files.settings import ConfigError
 from rudolph.training.adversary import VGG16, PatchDiscriminator, PerceptualDistance, least_side
 
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.sampling.answering import (
+from rudolph.generation.answering import (
     answer,
     continue_texts,
     ids_of,
@@ -18,10 +16,12 @@ from rudolph.sampling.answering import (
     likeliest,
     prompts,
 )
-from rudolph.sampling.beams import search_text
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, legal_ids
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.generation.beams import search_text
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.generate import generate_image, legal_ids
+from rudolph.generation.pipeline import Pipeline
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.tokenizer import Tokenizer

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rudolph.config import resolved
-from rudolph.data.emoji import Emoji, emoji_pictures
+from rudolph.config.run import resolved
+from rudolph.data.datasets.emoji import Emoji, emoji_pictures
 from rudolph.data.splits import DataConfig, Split, Splits
-from rudolph.evaluation.asking import Subject
+from rudolph.evaluation.evaluator import Subject
 from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.pipeline import Pipeline
 
 SAMPLING = TokenSamplingConfig()
 

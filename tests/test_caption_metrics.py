@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 
-from rudolph.evaluation.caption_metrics import (
+from rudolph.evaluation.metrics.captions import (
     bleu_counts,
     cider_d,
     clip_score,

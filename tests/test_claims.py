@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rudolph.config import ConfigError
-from rudolph.experiment_file import load_experiment
-from rudolph.results.claims import (
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.run import ConfigError
+from rudolph.reports.claims import (
     CONTRADICTED,
     INCONCLUSIVE,
     REPRODUCED,
@@ -19,9 +19,9 @@ from rudolph.results.claims import (
     effects,
     group_of,
 )
-from rudolph.results.journal import Journal
-from rudolph.results.report import Report, generated_part, read_effects
-from rudolph.results.store import check, export, write_index
+from rudolph.reports.report import Report, generated_part, read_effects
+from rudolph.reports.store import check, export, write_index
+from rudolph.tracking.event_log import Journal
 
 LOSS, RIGHT = "decoder/val/loss/image", "answers/exact/test"
 

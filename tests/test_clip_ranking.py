@@ -9,14 +9,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.models.clip import CLIP, MEAN, STD, CLIPConfig
-from rudolph.sampling.clip_ranking import (
+from rudolph.generation.clip_ranking import (
     PLAIN_TEMPLATES,
     TEMPLATES,
     ClipRanker,
     retrieval_ranks,
     retrieval_recalls,
 )
+from rudolph.models.vision.clip import CLIP, MEAN, STD, CLIPConfig
 from rudolph.sequence.layout import BOS, EOS, PAD
 from rudolph.sequence.tokenizer import Tokenizer
 
@@ -193,7 +193,7 @@ def ranks_by_hand(similarities: np.ndarray, asked: list[int], answers: list[int]
 
 
 def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rudolph.sampling.clip_ranking.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("rudolph.generation.clip_ranking.QUERIES_AT_ONCE", 3)
     # Whole numbers, so that many are equal.
     draw = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 9))

@@ -8,9 +8,9 @@ import torch
 from tiny_run import run_tiny
 
 from rudolph.data.splits import Split
-from rudolph.evaluation.retrieval import retrieval
-from rudolph.results.cards import CARD, read_card
-from rudolph.sources import load_run, newest_run, open_clip
+from rudolph.evaluation.evaluators.retrieval import retrieval
+from rudolph.reports.cards import CARD, read_card
+from rudolph.runs.resolve import load_run, newest_run, open_clip
 
 CLIP = {
     "embed_dim": 16,

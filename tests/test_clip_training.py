@@ -14,16 +14,16 @@ from tiny_run import quiet, write
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.data.module import Streams
+from rudolph.config.experiment_file import load_experiment
+from rudolph.data.loader import Streams
 from rudolph.data.splits import Split
 from rudolph.data.text_image import TextImageExamples, caption_numbers
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.experiment_file import load_experiment
-from rudolph.fitting import averaging, fit, make_trainer
-from rudolph.models.clip import CLIP
-from rudolph.models.pretrained import from_reference, to_reference
+from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, ClipRanker, retrieval_recalls
+from rudolph.models.reference import from_reference, to_reference
+from rudolph.models.vision.clip import CLIP
 from rudolph.models.weights import load_exactly
-from rudolph.sampling.clip_ranking import PLAIN_TEMPLATES, ClipRanker, retrieval_recalls
+from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.trainer import averaging, fit, make_trainer
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.clip import CLIPTraining
 from rudolph.training.clip_losses import (

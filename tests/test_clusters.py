@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from rudolph.data import splits
-from rudolph.data.index_cache import Parts, cached_array
+from rudolph.data.cache import Parts, cached_array
+from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.pairs import Pair
 from rudolph.data.splits import DataConfig, Split
-from rudolph.data.tables import ManifestConfig
-from rudolph.evaluation.asking import Subject, scored, scored_together
-from rudolph.evaluation.caption_questions import _references
+from rudolph.evaluation.evaluator import Subject, scored, scored_together
+from rudolph.evaluation.evaluators.captions import _references
 from rudolph.evaluation.statistics import (
     cluster_members,
     effective_size,
@@ -24,8 +24,8 @@ from rudolph.evaluation.statistics import (
     resampled_interval,
     share_interval,
 )
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.pipeline import Pipeline
 
 SIDE = 8
 

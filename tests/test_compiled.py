@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rudolph.models import compiled
-from rudolph.models import decoder as decoder_module
-from rudolph.models import layer as layer_module
-from rudolph.models.attention import WholeLook
-from rudolph.models.compiled import check_compiler
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.packed import WEIGHTS, Kernel, PackedLinear, pack
-from rudolph.models.steady import KEYS_AT_ONCE, steady_reads
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, generate_text
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.generate import generate_image, generate_text
+from rudolph.models.cpu.prepacked_linear import WEIGHTS, Kernel, PackedLinear, pack
+from rudolph.models.layers.attention import WholeLook
+from rudolph.models.rudolph import compiled
+from rudolph.models.rudolph import decoder as decoder_module
+from rudolph.models.rudolph import decoder as layer_module
+from rudolph.models.rudolph.compiled import check_compiler
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.rudolph.static_decode import KEYS_AT_ONCE, steady_reads
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from rudolph.checkpoints.table import RELEASED
 from rudolph.cli import main
-from rudolph.config import CONFIG_VERSION, RunConfig, digest_of, plain, read_run, to_yaml
-from rudolph.experiment_file import load_experiment
-from rudolph.models.pretrained import empty_model
-from rudolph.released.table import RELEASED
-from rudolph.settings import ConfigError, json_schema
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.run import CONFIG_VERSION, RunConfig, digest_of, plain, read_run, to_yaml
+from rudolph.files.settings import ConfigError, json_schema
+from rudolph.models.reference import empty_model
 from rudolph.training.optim import OptimConfig
 
 ROOT = Path(__file__).parent.parent

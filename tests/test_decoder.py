@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rudolph.models.attention import MAXIMA, PB_RELAX_SCALE, Seen, attention, relaxed
-from rudolph.models.cache import keys_read
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.pretrained import from_reference
-from rudolph.models.scoring import segment_labels
+from rudolph.models.layers.attention import MAXIMA, PB_RELAX_SCALE, Seen, attention, relaxed
+from rudolph.models.layers.kv_cache import keys_read
+from rudolph.models.reference import from_reference
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.rudolph.scoring import segment_labels
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 

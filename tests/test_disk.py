@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from rudolph.disk import (
+from rudolph.files.atomic import (
     DamagedFileError,
     append_line,
     explain,

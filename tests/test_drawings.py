@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 from test_figures import FRAMES, LOSS, METRICS, RUNS, texts
 
-from rudolph.results import drawings
-from rudolph.results.drawings import LONGEST_CAPTION, sample_grid
-from rudolph.results.figures import FIGURES
-from rudolph.results.style import DrawingError, drawn_text
+from rudolph.reports import drawings
+from rudolph.reports.drawings import LONGEST_CAPTION, sample_grid
+from rudolph.reports.figures import FIGURES
+from rudolph.reports.style import DrawingError, drawn_text
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 NASTY = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models.dropout import drop
+from rudolph.models.layers.dropout import drop
 
 
 @pytest.mark.parametrize("share", [0.1, 0.37, 0.9])

@@ -17,9 +17,9 @@ import yaml
 from tiny_run import TINY
 
 from rudolph.cli import main
-from rudolph.config import RunConfig, plain
-from rudolph.experiment_file import load_experiment
-from rudolph.settings import _known_keys
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.run import RunConfig, plain
+from rudolph.files.settings import _known_keys
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -107,7 +107,7 @@ def test_any_flags_are_accepted_or_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether there is a compiler is tried by compiling, which takes seconds.
-    monkeypatch.setattr("rudolph.execution.check_compiler", lambda device: None)
+    monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
     rng, found = random.Random(1), Counter[str]()
     for _ in range(CASES):
         arguments = ["tiny.yaml"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rudolph.data import emoji_builder
-from rudolph.data.emoji import (
+from rudolph.data.datasets import emoji_builder
+from rudolph.data.datasets.emoji import (
     COLUMNS,
     SHIPPED,
     SKIN_TONES,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_emoji import write_set
 
-from rudolph.data.emoji import (
+from rudolph.data.datasets.emoji import (
     COLUMNS,
     GROUPS,
     SHIPPED,
@@ -22,7 +22,7 @@ from rudolph.data.emoji import (
     picture,
     read_records,
 )
-from rudolph.data.emoji_questions import (
+from rudolph.data.datasets.emoji_questions import (
     FAMILIES,
     EmojiQuestion,
     EmojiQuestions,

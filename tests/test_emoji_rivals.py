@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_emoji import write_set
 
-from rudolph.data.emoji import (
+from rudolph.data.datasets.emoji import (
     GROUPS,
     SHIPPED,
     Emoji,

@@ -10,7 +10,7 @@ import yaml
 from tiny_run import TINY
 
 import rudolph
-from rudolph.results.report import read_runs
+from rudolph.reports.report import read_runs
 from rudolph.sequence.texts import read_argument
 
 ROOT = Path(rudolph.__file__).parents[1]

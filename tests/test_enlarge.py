@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from rudolph.generation.enlarge import enlarge, fold, receptive_radius, spans
 from rudolph.models.upscaler import SCALES, Upscaler, UpscalerConfig
-from rudolph.sampling.enlarge import enlarge, fold, receptive_radius, spans
 
 
 def small_upscaler(scale: int) -> Upscaler:

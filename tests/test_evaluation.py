@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from rudolph.data.shapes import Shapes, ShapesConfig
-from rudolph.evaluation.metrics import nearest_ranks, token_f1
+from rudolph.data.datasets.shapes import Shapes, ShapesConfig
+from rudolph.evaluation.metrics.answers import nearest_ranks, token_f1
 from rudolph.evaluation.report_card import QUESTIONS, EvaluationConfig
 from rudolph.evaluation.statistics import mean_interval, share_interval
-from rudolph.models.fidelity import psnr, ssim
+from rudolph.models.image_metrics import psnr, ssim
 
 
 @pytest.mark.parametrize(

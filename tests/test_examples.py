@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from rudolph.data.arithmetic import ArithmeticConfig
+from rudolph.data.datasets.arithmetic import ArithmeticConfig
+from rudolph.data.datasets.shapes import ShapesConfig
 from rudolph.data.examples import FilledSource, ImageExamples, TokenExamples, task_texts
 from rudolph.data.seeds import mixed_seed, shuffled
-from rudolph.data.shapes import ShapesConfig
 from rudolph.data.splits import DataConfig, Split
 from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
 from rudolph.cli import main
+from rudolph.config.experiment_file import load_experiment
 from rudolph.data.examples import ImageBatch
-from rudolph.data.module import Streams
-from rudolph.execution import PRECISIONS, Hardware
-from rudolph.experiment_file import load_experiment
-from rudolph.fitting import make_trainer
-from rudolph.models.native_types import NativeTypes
-from rudolph.models.vqgan import VQGAN
+from rudolph.data.loader import Streams
+from rudolph.models.layers.native_types import NativeTypes
+from rudolph.models.vqgan.model import VQGAN
+from rudolph.runs.execution import PRECISIONS, Hardware
+from rudolph.runs.trainer import make_trainer
 from rudolph.training.vqgan import VQGANTraining
 
 FLOAT32 = frozenset({torch.float32})
@@ -129,7 +129,7 @@ def test_a_precision_that_is_emulated_is_said_with_the_machines_own(
     file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only_float32 = NativeTypes(FLOAT32, FLOAT32)
-    monkeypatch.setattr("rudolph.execution.native_types", lambda device: only_float32)
+    monkeypatch.setattr("rudolph.runs.execution.native_types", lambda device: only_float32)
     monkeypatch.setattr("rudolph.training.optim.has_native_bfloat16", lambda device: False)
     error = told(capsys, 0, file, "--precision", "bf16")
     assert error == (
@@ -141,7 +141,7 @@ def test_a_precision_that_is_emulated_is_said_with_the_machines_own(
     for name in ("32-true", "64-true", "64", "32"):
         assert told(capsys, 0, file, "--precision", name) == ""
     both = NativeTypes(FLOAT32 | {torch.bfloat16}, FLOAT32)
-    monkeypatch.setattr("rudolph.execution.native_types", lambda device: both)
+    monkeypatch.setattr("rudolph.runs.execution.native_types", lambda device: both)
     assert told(capsys, 0, file, "--precision", "bf16-mixed") == ""
 
 

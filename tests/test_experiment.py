@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
+from rudolph.config.experiment_file import load_experiment
 from rudolph.data.splits import Splits
-from rudolph.execution import Folders, run_folder
-from rudolph.experiment_file import load_experiment
-from rudolph.results.journal import exclusive, read_journal
-from rudolph.sources import load_run
-from rudolph.stages.decoder import token_examples
+from rudolph.runs.execution import Folders, run_folder
+from rudolph.runs.resolve import load_run
+from rudolph.runs.stages.decoder import token_examples
+from rudolph.tracking.event_log import exclusive, read_journal
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
 
@@ -229,7 +229,7 @@ def test_mlflow_holds_the_run(finished: Path) -> None:
 
     folder = finished.parent.parent.parent
     uri = f"sqlite:///{folder}/mlflow.db"
-    from rudolph.results.tracking import send_pending
+    from rudolph.tracking.tracker import send_pending
 
     send_pending(folder / "runs", uri)
     client = mlflow.MlflowClient(uri)

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rudolph.config import RunConfig
+from rudolph.config.experiment_file import Experiment, load_experiment
+from rudolph.config.run import RunConfig
 from rudolph.data.examples import TokenBatch
 from rudolph.data.splits import open_dataset
-from rudolph.experiment_file import Experiment, load_experiment
-from rudolph.models.clip import CLIP
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.sampling.filters import next_shares
+from rudolph.generation.filters import next_shares
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.models.vision.clip import CLIP
+from rudolph.runs.stages.decoder import decides_decoder
 from rudolph.sequence.tasks import TASKS
-from rudolph.stages.decoder import decides_decoder
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import found_losses, mixed_loss, segment_means
 from rudolph.training.optim import clip_gradients, optimizers_of

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from rudolph.evaluation.statistics import mean_of_few
-from rudolph.results.drawings import codebook_usage, mask_picture, reconstructions, sample_grid
-from rudolph.results.figures import FIGURES, curves, front_of, intervals
+from rudolph.reports.drawings import codebook_usage, mask_picture, reconstructions, sample_grid
+from rudolph.reports.figures import FIGURES, curves, front_of, intervals
 
 LOSS = "val/loss"
 RUNS = pd.DataFrame(

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from tiny_run import quiet, run_tiny, write
 
 from rudolph.cli import main
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.experiment_file import load_experiment
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.results.tracking import send_pending
+from rudolph.config.experiment_file import load_experiment
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.resolve import find_folder, find_tokenizer, load_run, open_decoder
+from rudolph.runs.stages.decoder import start_from
+from rudolph.runs.stages.origins import warn_of_other_parts
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.sources import find_folder, find_tokenizer, load_run, open_decoder
-from rudolph.stages.decoder import start_from
-from rudolph.stages.origins import warn_of_other_parts
+from rudolph.tracking.tracker import send_pending
 
 
 def from_run(finished: Path) -> tuple[str, ...]:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rudolph.data.funnel import centre_square
-from rudolph.data.fusion_brain import (
+from rudolph.data.datasets.fusion_brain import (
     FUSION_BRAIN_TASKS,
     FusionBrain,
     FusionBrainConfig,
@@ -18,10 +17,11 @@ from rudolph.data.fusion_brain import (
     options,
     possible_tasks,
 )
-from rudolph.data.fusion_brain_files import TaskRecord, read_tasks, write_tasks
-from rudolph.data.manifests import Manifest
+from rudolph.data.datasets.fusion_brain_files import TaskRecord, read_tasks, write_tasks
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.tables import ManifestConfig
+from rudolph.data.funnel import centre_square
 from rudolph.data.pairs import Pair
-from rudolph.data.tables import ManifestConfig
 
 SPLITS = ("train", "validation", "test")
 

@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rudolph.data.fusion_brain_files import TaskRecord, read_tasks, write_predictions, write_tasks
-from rudolph.data.tables import ManifestConfig, read_rows
+from rudolph.data.datasets.fusion_brain_files import (
+    TaskRecord,
+    read_tasks,
+    write_predictions,
+    write_tasks,
+)
+from rudolph.data.datasets.tables import ManifestConfig, read_rows
 from rudolph.sequence.texts import clean_text
 
 # The examples of the challenge's README, shortened.

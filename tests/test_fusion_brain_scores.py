@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from rudolph.cli import main
-from rudolph.data.fusion_brain_files import (
+from rudolph.data.datasets.fusion_brain_files import (
     TaskRecord,
     read_tasks,
     write_predictions,
     write_tasks,
 )
-from rudolph.evaluation.fusion_brain import (
+from rudolph.evaluation.metrics.answers import Measure
+from rudolph.evaluation.metrics.fusion_brain import (
     CHALLENGE,
     PLAIN,
     TASKS,
@@ -29,7 +30,6 @@ from rudolph.evaluation.fusion_brain import (
     variants,
     visual_qa_scores,
 )
-from rudolph.evaluation.metrics import Measure
 
 
 def without(quirk: str) -> Quirks:

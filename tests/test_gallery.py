@@ -9,12 +9,12 @@ import pytest
 from fuzzing import num_cases, random_text
 from PIL import Image
 
-from rudolph.config import RunConfig
-from rudolph.gallery import draw_prompts, shown_prompts, warn_of_unknown
-from rudolph.results.style import DrawingWarning
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.config.run import RunConfig
+from rudolph.generation.pipeline import Pipeline
+from rudolph.reports.style import DrawingWarning
+from rudolph.runs.resolve import load_run
+from rudolph.runs.samples import draw_prompts, shown_prompts, warn_of_unknown
 from rudolph.sequence.texts import UnknownTextWarning
-from rudolph.sources import load_run
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
-from rudolph.config import plain, resolved
-from rudolph.experiment_file import load_experiment
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.run import plain, resolved
+from rudolph.files.settings import flat_settings
 from rudolph.gpu_check import equalities, golden
 from rudolph.gpu_check.equalities import attended, gradient_of, relative_error
 from rudolph.gpu_check.parts import PARTS
@@ -24,7 +25,6 @@ from rudolph.gpu_check.rows import FAILED, OK, Row
 from rudolph.gpu_check.runner import Check, read
 from rudolph.gpu_check.sizes import Geometry, full_sizes, smoke_sizes
 from rudolph.gpu_check.timing import peak_bfloat16
-from rudolph.settings import flat_settings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from filelock import FileLock
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from rudolph.released import hub as hub_module
-from rudolph.released.hub import MAX_IDLE_CONNECTIONS, Fetched, fetch
+from rudolph.checkpoints import hub as hub_module
+from rudolph.checkpoints.hub import MAX_IDLE_CONNECTIONS, Fetched, fetch
 
 ROOT = Path(__file__).parent.parent
 REPO = "ai/model"
@@ -32,7 +32,7 @@ RESUMED = f"bytes={hub_module.CHUNK_BYTES}-"
 FETCH = """
 import json, sys
 from pathlib import Path
-from rudolph.released.hub import fetch
+from rudolph.checkpoints.hub import fetch
 try:
     path, sha256, commit = fetch(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     print(json.dumps([str(path), sha256, commit]))
@@ -345,6 +345,6 @@ def test_offline_uses_what_was_checked_and_asks_nothing(hub, tmp_path):
 
 
 def test_the_module_is_imported_without_the_library():
-    code = "import rudolph.released.hub, sys; print(*sys.modules)"
+    code = "import rudolph.checkpoints.hub, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not {"huggingface_hub", "httpx2", "torch"} & set(run.stdout.split())

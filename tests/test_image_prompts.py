@@ -8,13 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.sampling.couplings import uniform_numbers
-from rudolph.sampling.filters import TokenSamplingConfig, draw, next_shares
-from rudolph.sampling.generate import FREE, generate_image
-from rudolph.sampling.image_prompts import (
+from rudolph.generation.filters import TokenSamplingConfig, draw, next_shares
+from rudolph.generation.generate import FREE, generate_image
+from rudolph.generation.image_prompts import (
     SIDES,
     border_mask,
     known_indices,
@@ -22,6 +18,10 @@ from rudolph.sampling.image_prompts import (
     parse_borders,
     variation_mask,
 )
+from rudolph.generation.noise import uniform_numbers
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 LEFT = torch.tensor([[2, 7, 3, 0, 0], [2, 9, 11, 3, 0]])

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import rudolph
-from rudolph.data import index_cache
-from rudolph.data.index_cache import cached_array
+from rudolph.data import cache
+from rudolph.data.cache import cached_array
 
 ROOT = Path(rudolph.__file__).parents[1]
 PARTS = {"kind": "image_indices", "data": "d1", "vqgan": "v1"}
@@ -84,8 +84,8 @@ texts = st.text(min_size=1, max_size=4)
 @given(a=st.dictionaries(texts, texts, max_size=3), b=st.dictionaries(texts, texts, max_size=3))
 def test_names_are_equal_exactly_where_parts_are(a: dict[str, str], b: dict[str, str]) -> None:
     backwards = dict(reversed(a.items()))
-    assert index_cache._name(a) == index_cache._name(backwards)
-    assert (index_cache._name(a) == index_cache._name(b)) == (a == b)
+    assert cache._name(a) == cache._name(backwards)
+    assert (cache._name(a) == cache._name(b)) == (a == b)
 
 
 def test_the_record_beside_the_array_tells_its_parts(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_damaged_cache_is_computed_again_with_a_warning(
     compute = Counted(np.arange(100))
     file = file_of(cached_array(tmp_path, parts=PARTS, compute=compute))
     damage(file)
-    with caplog.at_level(logging.WARNING, logger=index_cache.__name__):
+    with caplog.at_level(logging.WARNING, logger=cache.__name__):
         again = cached_array(tmp_path, parts=PARTS, compute=compute)
     np.testing.assert_array_equal(again, np.arange(100))
     assert compute.runs == 2
@@ -203,7 +203,7 @@ def test_of_two_processes_at_once_one_computes_and_both_read(tmp_path: Path) -> 
 
 KILLED_COMPUTING = """
 import pathlib, sys, time
-from rudolph.data.index_cache import cached_array
+from rudolph.data.cache import cached_array
 def compute():
     print("computing", flush=True)
     time.sleep(60)
@@ -213,7 +213,7 @@ cached_array(pathlib.Path(sys.argv[1]), parts=dict(kind="tokens", data="d"), com
 KILLED_WRITING = """
 import os, pathlib, signal, sys
 import numpy
-from rudolph.data.index_cache import cached_array
+from rudolph.data.cache import cached_array
 os.fsync = lambda handle: (print("writing", flush=True), os.kill(os.getpid(), signal.SIGKILL))
 parts = dict(kind="tokens", data="d")
 cached_array(pathlib.Path(sys.argv[1]), parts=parts, compute=lambda: numpy.arange(5000))
@@ -280,6 +280,6 @@ def test_without_locks_the_array_is_computed_and_read_all_the_same(
     monkeypatch.setattr("fcntl.flock", unsupported)
     assert cached_array(tmp_path, parts=PARTS, compute=lambda: np.ones(2)).tolist() == [1, 1]
     assert "no file locks here" in caplog.text
-    monkeypatch.setattr(index_cache, "fcntl", None)
+    monkeypatch.setattr(cache, "fcntl", None)
     other = PARTS | {"data": "d2"}
     assert cached_array(tmp_path, parts=other, compute=lambda: np.ones(3)).tolist() == [1] * 3

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_disk import file_limit
 
-from rudolph.disk import DamagedFileError, json_number
-from rudolph.results.journal import (
+from rudolph.files.atomic import DamagedFileError, json_number
+from rudolph.tracking.event_log import (
     JOURNAL,
     VALUES_IN_BATCH,
     Journal,

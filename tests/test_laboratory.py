@@ -14,15 +14,15 @@ import pytest
 import yaml
 from tiny_run import OPTIM, TINY
 
-from rudolph import laboratory
 from rudolph.cli import main
-from rudolph.evaluation.asking import Score
-from rudolph.execution import Execution
-from rudolph.experiment_file import Run
-from rudolph.laboratory import experiment_files
-from rudolph.results.report import UNANSWERED, answer
-from rudolph.settings import ConfigError
-from rudolph.stages.run import run_stages
+from rudolph.config.experiment_file import Run
+from rudolph.evaluation.evaluator import Score
+from rudolph.files.settings import ConfigError
+from rudolph.reports.report import UNANSWERED, answer
+from rudolph.runs import runner
+from rudolph.runs.execution import Execution
+from rudolph.runs.runner import experiment_files
+from rudolph.runs.stages.run import run_stages
 
 ASKED = {"questions": ["scene_right"], "splits": ["test"], "num_examples": 4}
 METRIC = "text_to_image/objects_right"
@@ -162,14 +162,14 @@ def work_without_training(run: Run) -> Callable[[Execution], tuple[list[Score], 
 def untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory without MLflow, which takes longer than all else here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rudolph.results.tracking.Tracker._send_until_closed", lambda own: None)
-    monkeypatch.setattr("rudolph.results.tracking.send_results", lambda *given: True)
+    monkeypatch.setattr("rudolph.tracking.tracker.Tracker._send_until_closed", lambda own: None)
+    monkeypatch.setattr("rudolph.tracking.tracker.send_results", lambda *given: True)
     return tmp_path
 
 
 @pytest.fixture
 def worked(untracked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("rudolph.experiment.work_of", work_without_training)
+    monkeypatch.setattr("rudolph.runs.experiment.work_of", work_without_training)
     return untracked
 
 
@@ -250,8 +250,8 @@ def test_an_error_in_a_shared_stage_is_that_of_the_runs_that_need_it(
         needs = run.config.vqgan.z_channels == 6
         return run_stages if needs else work_without_training(run)
 
-    monkeypatch.setattr("rudolph.stages.image_tokenizer.fit", failing)
-    monkeypatch.setattr("rudolph.experiment.work_of", work_of)
+    monkeypatch.setattr("rudolph.runs.stages.image_tokenizer.fit", failing)
+    monkeypatch.setattr("rudolph.runs.experiment.work_of", work_of)
     variants = {"shared": {"vqgan.z_channels": 6}, "own": {}}
     ask(untracked, variants=variants, seeds=[0, 1])
     assert main(["run", "some.yaml"]) == 1
@@ -286,8 +286,8 @@ def test_errors_in_trials_stop_no_search(
 
 def test_a_mistake_of_memory_says_what_helps() -> None:
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
-        assert "--micro-batch-size" in laboratory.error_line(error)
-    assert laboratory.error_line(RuntimeError("boom\nbang")) == "RuntimeError: boom bang"
+        assert "--micro-batch-size" in runner.error_line(error)
+    assert runner.error_line(RuntimeError("boom\nbang")) == "RuntimeError: boom bang"
 
 
 def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,19 +299,19 @@ def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch)
             yield job, ""
         return jobs[kept:]
 
-    monkeypatch.setattr(laboratory, "_in_processes", in_processes)
+    monkeypatch.setattr(runner, "_in_processes", in_processes)
     names = ["first", "killer", "third", "fourth"]
     jobs: Any = [SimpleNamespace(name=name) for name in names]
     place: Any = None
-    ended = {job.name: why for job, why in laboratory.run_at_once(jobs, place, number=2)}
-    assert ended == dict.fromkeys(names, "") | {"killer": laboratory.KILLED}
+    ended = {job.name: why for job, why in runner.run_at_once(jobs, place, number=2)}
+    assert ended == dict.fromkeys(names, "") | {"killer": runner.KILLED}
 
 
 def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(laboratory, "SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.2)
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), laboratory._ended(pool):
+    with pytest.raises(KeyboardInterrupt), runner._ended(pool):
         futures = [pool.submit(time.sleep, 60) for _ in range(3)]
         raise KeyboardInterrupt
     while not all(future.done() for future in futures) or multiprocessing.active_children():

@@ -14,9 +14,9 @@ from test_pull import CLIP, VQGAN
 from test_released import CONFIG, complaint, weights_like
 from torch import nn
 
-from rudolph.models.int8 import Int8Linear, to_int8
-from rudolph.models.pretrained import to_reference
-from rudolph.released import store
+from rudolph.checkpoints import store
+from rudolph.models.cpu.int8 import Int8Linear, to_int8
+from rudolph.models.reference import to_reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,9 +170,9 @@ MEMORY = """
 import json, os, sys, threading
 from pathlib import Path
 import torch
-from rudolph.models.pretrained import from_reference
-from rudolph.released import store
-from rudolph.released.files import read_tensors
+from rudolph.models.reference import from_reference
+from rudolph.checkpoints import store
+from rudolph.checkpoints.files import read_tensors
 
 whole, small = (Path(folder) for folder in sys.argv[1:3])
 size = (whole / "w.bin").stat().st_size

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.pretrained import from_reference
+from rudolph.models.reference import from_reference
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.training import losses as losses_module
 from rudolph.training.losses import (
@@ -117,7 +117,7 @@ def test_parts_of_the_labels_give_the_losses_and_gradients_of_all_at_once(
     for bound in (1000, at_once):
         model, tokens = tiny()
         sizes = model.vocabulary.text_size, model.vocabulary.image_size
-        monkeypatch.setattr("rudolph.models.scoring.LOGITS_AT_ONCE", bound * min(sizes))
+        monkeypatch.setattr("rudolph.models.rudolph.scoring.LOGITS_AT_ONCE", bound * min(sizes))
         rows: list[int] = []
         for number, head in enumerate(heads := model.to_logits.heads()):
             heads[number] = lambda hidden, head=head, rows=rows: (

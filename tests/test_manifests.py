@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rudolph.data import manifests
+from rudolph.data.datasets import manifests
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.tables import ManifestConfig, find_table, read_rows
 from rudolph.data.funnel import centre_square, open_picture
-from rudolph.data.manifests import Manifest
 from rudolph.data.pairs import Pair, hash_fraction
-from rudolph.data.tables import ManifestConfig, find_table, read_rows
 
 SPLITS = ("train", "validation", "test")
 

@@ -9,13 +9,19 @@ import pytest
 from test_experiment_files import FILES, NAMES
 from tiny_run import TINY, write
 
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.metric_names import (
+    COST,
+    QUESTION_METRICS,
+    all_names,
+    curve_names,
+    metric_names,
+)
+from rudolph.config.names import experiment_name
 from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.experiment_file import load_experiment
-from rudolph.metric_names import COST, QUESTION_METRICS, all_names, curve_names, metric_names
-from rudolph.names import experiment_name
-from rudolph.results.store import FIXED
-from rudolph.searching import search_rounds
-from rudolph.settings import ConfigError
+from rudolph.files.settings import ConfigError
+from rudolph.reports.store import FIXED
+from rudolph.runs.search import search_rounds
 
 RESULTS = Path(__file__).parent.parent / "results"
 BOUND = re.compile(r"_(low|high|chance|target)$")

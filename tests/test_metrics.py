@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rudolph.evaluation.metrics import (
+from rudolph.evaluation.metrics.answers import (
     Measure,
     accuracy,
     best_of,
@@ -22,19 +22,19 @@ from rudolph.evaluation.metrics import (
     token_f1,
     vqa_accuracy,
 )
-from rudolph.evaluation.statistics import (
-    jackknife_interval,
-    mean_interval,
-    resampled_interval,
-    student_quantile,
-)
-from rudolph.evaluation.text_metrics import (
+from rudolph.evaluation.metrics.texts import (
     ANSWER,
     Normalization,
     character_edits,
     edit_similarity,
     normalize,
     word_edits,
+)
+from rudolph.evaluation.statistics import (
+    jackknife_interval,
+    mean_interval,
+    resampled_interval,
+    student_quantile,
 )
 
 TEXTS = st.text(alphabet="абвё АБ.-«x1", max_size=12)

@@ -15,10 +15,10 @@ from random import Random
 import pytest
 from damage import NUM_CASES
 
-from rudolph.results import mlflow_database
-from rudolph.results.mlflow_database import SlowStoreError, holds_nothing, prepare
-from rudolph.results.mlflow_store import Store
-from rudolph.results.tracking import Tracker, send_pending
+from rudolph.tracking import mlflow_database
+from rudolph.tracking.mlflow_database import SlowStoreError, holds_nothing, prepare
+from rudolph.tracking.mlflow_store import Store
+from rudolph.tracking.tracker import Tracker, send_pending
 
 OLD = time.time() - 60
 
@@ -133,7 +133,7 @@ def test_a_locked_database_is_slow_and_not_damaged(
 
 
 KILLED = (
-    "import sys; from pathlib import Path; from rudolph.results.mlflow_database import prepare;"
+    "import sys; from pathlib import Path; from rudolph.tracking.mlflow_database import prepare;"
     "prepare(Path(sys.argv[1]))"
 )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rudolph.data.module import Streams
+from rudolph.data.loader import Streams
 
 
 @pytest.mark.parametrize("world", [1, 2])

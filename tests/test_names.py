@@ -7,9 +7,9 @@ import pytest
 import yaml
 from tiny_run import TINY
 
-from rudolph.experiment_file import load_experiment
-from rudolph.names import LONGEST, experiment_name
-from rudolph.settings import ConfigError
+from rudolph.config.experiment_file import load_experiment
+from rudolph.config.names import LONGEST, experiment_name
+from rudolph.files.settings import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rudolph.models import native_types
-from rudolph.models.native_types import has_exact_int8_products, has_native_bfloat16
+from rudolph.models.layers import native_types
+from rudolph.models.layers.native_types import has_exact_int8_products, has_native_bfloat16
 
 MODERN = {
     "_is_amx_tile_supported": True,
@@ -105,7 +105,7 @@ def test_products_of_a_gpu(
 
 
 def test_the_variables_of_torch_and_onednn_make_a_processor_old() -> None:
-    code = "from rudolph.models.native_types import *; print(native_types().products)"
+    code = "from rudolph.models.layers.native_types import *; print(native_types().products)"
     old = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **old}, capture_output=True

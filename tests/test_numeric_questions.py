@@ -10,14 +10,13 @@ import torch
 from tiny_run import run_tiny
 
 from rudolph.data.splits import Splits
-from rudolph.evaluation.asking import Subject
+from rudolph.evaluation.evaluator import Subject
 from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.models import layer as layer_module
-from rudolph.models.attention import Seen, attention
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.layer import PRECISIONS
+from rudolph.models.layers.attention import Seen, attention
+from rudolph.models.rudolph import decoder as layer_module
+from rudolph.models.rudolph.decoder import PRECISIONS, DecoderConfig, MaskedDecoder
+from rudolph.runs.resolve import load_run
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
-from rudolph.sources import load_run
 
 LAYOUT, VOCABULARY = SequenceLayout(5, 3, 4), Vocabulary(20, 3, 5, 11, 2)
 CONFIG = DecoderConfig(2, 24, 3, layer_masks=("causal",), last_layer_mask=None)

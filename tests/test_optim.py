@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rudolph.models.vqgan import VQGAN, VQGANConfig
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.training import optim
 from rudolph.training.optim import (
     Muon,

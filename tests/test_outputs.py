@@ -20,10 +20,10 @@ from torch import Tensor
 
 from rudolph.cli import main, sampling
 from rudolph.cli.outputs import check_output, write_or_rescue
-from rudolph.sampling.pictures import read_told
-from rudolph.sampling.pipeline import Pipeline
-from rudolph.sampling.ranking import Ranking
-from rudolph.sources import Source, open_source
+from rudolph.generation.pictures import read_told
+from rudolph.generation.pipeline import Pipeline
+from rudolph.generation.ranking import Ranking
+from rudolph.runs.resolve import Source, open_source
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -179,7 +179,7 @@ def test_what_was_sampled_is_kept_when_a_later_stage_fails(
 
     monkeypatch.setattr(sampling, "add_stages", add_stages)
     if stage == "rank":
-        monkeypatch.setattr("rudolph.sampling.pipeline.rank_pictures", fail)
+        monkeypatch.setattr("rudolph.generation.pipeline.rank_pictures", fail)
     elif stage != "clip":
         monkeypatch.setattr(Pipeline, stage, fail)
     assert main(["generate", "олень", "-n", "3", "--rank", "self", "--keep", "1"]) == 2
@@ -204,7 +204,7 @@ def test_a_grid_that_cannot_be_drawn_leaves_the_single_images(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("raqm_layout() failed.")
 
-    monkeypatch.setattr("rudolph.results.drawings._sheet", fail)
+    monkeypatch.setattr("rudolph.reports.drawings._sheet", fail)
     assert main(["generate", "олень", "-n", "2"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "generated.png: cannot be drawn (raqm_layout() failed.)" in line
@@ -244,7 +244,7 @@ def test_where_nothing_can_be_decoded_no_earlier_image_stands_beside_the_codes(
 
     assert main(["generate", "олень", "-n", "3"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("rudolph.results.drawings._sheet", fail)
+        patch.setattr("rudolph.reports.drawings._sheet", fail)
         assert main(["generate", "кот", "-n", "2"]) == 2
     # The grid would show the first call's images.
     assert written(Path()) == ["generated.jsonl", "generated/000.png", "generated/001.png"]
@@ -292,7 +292,7 @@ def test_scores_that_are_no_numbers_leave_json_that_any_reader_takes(
         values = torch.tensor([torch.nan, torch.inf, -torch.inf])
         return Ranking(values, values, values)
 
-    monkeypatch.setattr("rudolph.sampling.pipeline.rank_pictures", ranked)
+    monkeypatch.setattr("rudolph.generation.pipeline.rank_pictures", ranked)
     assert main(["generate", "олень", "-n", "3", "--rank", "self"]) == 0
     lines = Path("generated.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models import packed
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.int8 import use_int8
-from rudolph.models.packed import (
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.generate import generate_image, generate_text
+from rudolph.models.cpu import prepacked_linear as packed
+from rudolph.models.cpu.int8 import use_int8
+from rudolph.models.cpu.prepacked_linear import (
     FEW_ROWS,
     LAYOUTS,
     PackedLinear,
@@ -20,8 +21,7 @@ from rudolph.models.packed import (
     pack_as_held,
     works,
 )
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image, generate_text
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)

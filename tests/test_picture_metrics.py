@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rudolph.evaluation.picture_metrics import frechet_distance, kernel_distance, squared_mmd
+from rudolph.evaluation.metrics.images import frechet_distance, kernel_distance, squared_mmd
 
 
 def whitened(rng: np.random.Generator, number: int, size: int) -> np.ndarray:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from rudolph.cli import main
 from rudolph.data.seeds import mixed_seed
-from rudolph.sampling.enlarge import enlarge
-from rudolph.sampling.filters import TokenSamplingConfig, filter_logits, next_shares
-from rudolph.sampling.generate import FREE
-from rudolph.sampling.image_prompts import border_mask, known_indices
-from rudolph.sampling.pictures import read_told, to_image
-from rudolph.sampling.pipeline import Candidate, Pipeline, Request
-from rudolph.sampling.ranking import rank_pictures
-from rudolph.sources import Precision, open_clip, open_source, open_upscaler
+from rudolph.generation.enlarge import enlarge
+from rudolph.generation.filters import TokenSamplingConfig, filter_logits, next_shares
+from rudolph.generation.generate import FREE
+from rudolph.generation.image_prompts import border_mask, known_indices
+from rudolph.generation.pictures import read_told, to_image
+from rudolph.generation.pipeline import Candidate, Pipeline, Request
+from rudolph.generation.ranking import rank_pictures
+from rudolph.runs.resolve import Precision, open_clip, open_source, open_upscaler
 
 NUM_IMAGE = SIDE**2
 TEXT = "Красный круг"
@@ -358,7 +358,7 @@ def test_eight_bits_go_with_every_dtype_and_without_a_kernel_for_them(
 ) -> None:
     if not has_kernels:
         # As on a GPU, and on processors that torch has no such products for.
-        monkeypatch.setattr("rudolph.models.packed.works", lambda layout: False)
+        monkeypatch.setattr("rudolph.models.cpu.prepacked_linear.works", lambda layout: False)
     flags = ["--int8", "--dtype", dtype]
     for model in (str(finished), "rudolph"):
         records = verb("-n", "2", "--rank", "self", "--guidance", "2", *flags, model=model)

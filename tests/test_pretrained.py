@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.pretrained import FAMILIES, empty_model, from_reference, to_reference
-from rudolph.models.pretrained.family import StoredMaskWarning
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.vqgan import VQGAN, VQGANConfig, haar_filters, inverse_haar
+from rudolph.models.reference import FAMILIES, empty_model, from_reference, to_reference
+from rudolph.models.reference.family import StoredMaskWarning
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig, haar_filters, inverse_haar
+from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean

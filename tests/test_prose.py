@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rudolph.results.prose import (
+from rudolph.reports.check import (
     INTERVAL,
     UNREAD,
     Facts,
     facts_of,
     unfounded,
 )
-from rudolph.results.report import BEGIN, experiment_folders
+from rudolph.reports.report import BEGIN, experiment_folders
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTS = Facts(np.array([[0.0586, 0.0469, 0.0703], [-0.228, -0.259, -0.196]]), np.array([0.7714]))

@@ -14,13 +14,13 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_released import CONFIG, HEAD, assert_same, complaint, convert, weights_like
 
+from rudolph.checkpoints import store
+from rudolph.checkpoints.table import PICTURES, RELEASED, TOKENIZER, Release
 from rudolph.cli import main
-from rudolph.models.pretrained import from_reference, to_reference
-from rudolph.models.pretrained.family import StoredMaskWarning
-from rudolph.released import store
-from rudolph.released.table import PICTURES, RELEASED, TOKENIZER, Release
+from rudolph.models.reference import from_reference, to_reference
+from rudolph.models.reference.family import StoredMaskWarning
+from rudolph.runs.resolve import load_run, open_clip, open_source
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.sources import load_run, open_clip, open_source
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "ai/small"

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from rudolph.cli import main
-from rudolph.data.emoji import name_pictures
+from rudolph.data.datasets.emoji import name_pictures
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.tables import ManifestConfig, read_rows
 from rudolph.data.examples import task_texts
-from rudolph.data.manifests import Manifest
 from rudolph.data.splits import DataConfig, Split
-from rudolph.data.tables import ManifestConfig, read_rows
 from rudolph.sequence.layout import EOS, SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 
@@ -186,11 +186,11 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
 
 
 def test_answers_are_drawn_after_their_own_question(tmp_path: Path) -> None:
-    from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-    from rudolph.models.quantizers import QuantizerConfig
-    from rudolph.models.vqgan import VQGAN, VQGANConfig
-    from rudolph.sampling.filters import TokenSamplingConfig
-    from rudolph.sampling.pipeline import Pipeline
+    from rudolph.generation.filters import TokenSamplingConfig
+    from rudolph.generation.pipeline import Pipeline
+    from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+    from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+    from rudolph.models.vqgan.quantizers import QuantizerConfig
 
     torch.manual_seed(0)
     texts = ["какой цвет?", "цвет фона?", "красный", "синий"]

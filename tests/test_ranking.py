@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.vqgan import VQGAN, VQGANConfig
-from rudolph.sampling.pipeline import Pipeline
-from rudolph.sampling.ranking import (
+from rudolph.generation.pipeline import Pipeline
+from rudolph.generation.ranking import (
     BY_IMAGE_WEIGHT,
     BY_TEXT_WEIGHT,
     PERPLEXITIES,
@@ -26,6 +23,9 @@ from rudolph.sampling.ranking import (
     rank_captions,
     rank_pictures,
 )
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.sequence.layout import BOS, EOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 

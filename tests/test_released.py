@@ -19,9 +19,9 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rudolph.models.pretrained import empty_model, to_reference
-from rudolph.released import store
-from rudolph.released.table import RELEASED
+from rudolph.checkpoints import store
+from rudolph.checkpoints.table import RELEASED
+from rudolph.models.reference import empty_model, to_reference
 
 ROOT = Path(__file__).parent.parent
 CONFIG: dict[str, Any] = {

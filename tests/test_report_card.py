@@ -19,18 +19,18 @@ from tiny_run import run_tiny
 
 from rudolph.cli import main
 from rudolph.data.splits import Splits
-from rudolph.evaluation.asking import Subject
-from rudolph.evaluation.metrics import Measure, require_comparable
+from rudolph.evaluation.evaluator import Subject
+from rudolph.evaluation.evaluators.reranking import first_shares
+from rudolph.evaluation.evaluators.texts import answered
+from rudolph.evaluation.metrics.answers import Measure, require_comparable
 from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.evaluation.reranking import first_shares
-from rudolph.evaluation.text_questions import answered
-from rudolph.models.clip import CLIP
-from rudolph.packing import MODEL_CARD, model_card
-from rudolph.results.cards import CARD, card_table, export_cards, read_card
-from rudolph.results.report import generated_part
-from rudolph.sampling.clip_ranking import ClipRanker
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sources import RUN_FILES, load_run
+from rudolph.generation.clip_ranking import ClipRanker
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.vision.clip import CLIP
+from rudolph.reports.cards import CARD, card_table, export_cards, read_card
+from rudolph.reports.report import generated_part
+from rudolph.runs.packing import MODEL_CARD, model_card
+from rudolph.runs.resolve import RUN_FILES, load_run
 
 TASKS = {
     "text_to_image": 1.0,
@@ -269,7 +269,7 @@ def test_a_run_is_packed_into_no_run_and_whole_or_not_at_all(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rudolph.packing.ask_again", interrupted)
+    monkeypatch.setattr("rudolph.runs.packing.ask_again", interrupted)
     assert main(["pack", str(other), "packed", "--int8"]) == 130
     files = {path: path.read_bytes() for path in Path("packed").rglob("*") if path.is_file()}
     assert files == before
@@ -345,7 +345,7 @@ def test_the_best_of_some_is_the_mean_over_all_choices(total: int, number: int) 
 def test_reranking_tells_a_point_for_each_ranking_and_number(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rudolph.evaluation.reranking.NUMBERS", (1, 2, 4))
+    monkeypatch.setattr("rudolph.evaluation.evaluators.reranking.NUMBERS", (1, 2, 4))
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
     subject = Subject(pipeline, config.sampling.image, config.sampling.text, 3, 0)

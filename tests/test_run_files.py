@@ -11,22 +11,22 @@ from random import Random
 import pytest
 from damage import NUM_CASES, copy_run, damage, files_of
 
-from rudolph.disk import DamagedFileError, explain, write_json
-from rudolph.execution import is_finished
-from rudolph.results.artifacts import local_run
-from rudolph.results.cards import CARD, read_card
-from rudolph.results.journal import JOURNAL, SENT, pending_folders
-from rudolph.results.report import Report, read_runs
-from rudolph.results.run_files import (
+from rudolph.files.atomic import DamagedFileError, explain, write_json
+from rudolph.reports.cards import CARD, read_card
+from rudolph.reports.report import Report, read_runs
+from rudolph.reports.run_files import (
     CONFIG,
     ENVIRONMENT,
     SUMMARY,
     finished_runs,
     read_summary,
 )
-from rudolph.results.sharing import pack_runs
-from rudolph.results.store import export
-from rudolph.sources import load_run, newest_run
+from rudolph.reports.share import pack_runs
+from rudolph.reports.store import export
+from rudolph.runs.execution import is_finished
+from rudolph.runs.resolve import load_run, newest_run
+from rudolph.tracking.artifacts import local_run
+from rudolph.tracking.event_log import JOURNAL, SENT, pending_folders
 
 REPORT = Report("tiny", "Tiny", "Does it hold?", "tiny.yaml", rows=("run",))
 

@@ -8,10 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.pretrained import from_reference
-from rudolph.sampling.couplings import uniform_numbers
-from rudolph.sampling.filters import (
+from rudolph.generation.filters import (
     ORDER,
     TokenSamplingConfig,
     draw,
@@ -19,7 +16,10 @@ from rudolph.sampling.filters import (
     guided,
     next_shares,
 )
-from rudolph.sampling.generate import FREE, generate_image, generate_text
+from rudolph.generation.generate import FREE, generate_image, generate_text
+from rudolph.generation.noise import uniform_numbers
+from rudolph.models.reference import from_reference
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD, SequenceLayout, Vocabulary
 
 PLAIN = TokenSamplingConfig()

@@ -8,15 +8,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rudolph.execution import Folders, run_folder
-from rudolph.experiment_file import Experiment, Run, load_experiment
-from rudolph.laboratory import all_runs, search_of
-from rudolph.results.journal import Journal
-from rudolph.results.report import Figure, Report, generated_part
-from rudolph.results.searches import REGIONS, TRIAL, _tests_table, read_regions
-from rudolph.results.store import check, export, write_index
-from rudolph.searching import groups_of_the_same_pairs, search_rounds
-from rudolph.settings import ConfigError
+from rudolph.config.experiment_file import Experiment, Run, load_experiment
+from rudolph.files.settings import ConfigError
+from rudolph.reports.report import Figure, Report, generated_part
+from rudolph.reports.searches import REGIONS, TRIAL, _tests_table, read_regions
+from rudolph.reports.store import check, export, write_index
+from rudolph.runs.execution import Folders, run_folder
+from rudolph.runs.runner import all_runs, search_of
+from rudolph.runs.search import groups_of_the_same_pairs, search_rounds
+from rudolph.tracking.event_log import Journal
 
 SEARCH = """
 title: A search

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from rudolph.data.pairs import SPLITS
-from rudolph.data.shapes import Shapes, ShapesConfig
-from rudolph.data.shapes_checker import Reading, ReadObject, judge, read_scene
-from rudolph.data.shapes_pictures import (
+from rudolph.data.datasets.shapes import Shapes, ShapesConfig
+from rudolph.data.datasets.shapes_checker import Reading, ReadObject, judge, read_scene
+from rudolph.data.datasets.shapes_pictures import (
     BACKGROUND,
     PALETTE,
     SIGNED_DISTANCES,
@@ -22,7 +21,7 @@ from rudolph.data.shapes_pictures import (
     coverage,
     render,
 )
-from rudolph.data.shapes_russian import (
+from rudolph.data.datasets.shapes_russian import (
     ADJECTIVES,
     NOUNS,
     RELATIONS,
@@ -31,7 +30,8 @@ from rudolph.data.shapes_russian import (
     position_phrase,
     relation_phrase,
 )
-from rudolph.data.shapes_scenes import DIRECTIONS, Scene
+from rudolph.data.datasets.shapes_scenes import DIRECTIONS, Scene
+from rudolph.data.pairs import SPLITS
 
 CONFIG = ShapesConfig(num_train=2_000, num_validation=2_000, num_test=2_000)
 

@@ -24,14 +24,14 @@ from small_worlds import (
     world,
 )
 
+from rudolph.data.datasets.shapes_checker import read_scene
+from rudolph.data.datasets.shapes_question_families import is_clear
+from rudolph.data.datasets.shapes_questions import ShapesQuestionsConfig, split_of_question
+from rudolph.data.datasets.shapes_russian import numeral as own_numeral
+from rudolph.data.datasets.shapes_russian import plural_phrase, qualities, quality
+from rudolph.data.datasets.shapes_scenes import SceneObject
+from rudolph.data.datasets.synthetic import split_by_hash
 from rudolph.data.pairs import SPLITS
-from rudolph.data.shapes_checker import read_scene
-from rudolph.data.shapes_question_families import is_clear
-from rudolph.data.shapes_questions import ShapesQuestionsConfig, split_of_question
-from rudolph.data.shapes_russian import numeral as own_numeral
-from rudolph.data.shapes_russian import plural_phrase, qualities, quality
-from rudolph.data.shapes_scenes import SceneObject
-from rudolph.data.synthetic import split_by_hash
 
 SHAPE_WORDS = {
     "circle": "круг",

@@ -7,11 +7,11 @@ from random import Random
 
 from small_worlds import COUNTED, PLACES, SIZED, coloured, masculine, meaning, pairs, world
 
+from rudolph.data.datasets.shapes import ShapesConfig, is_sentence
+from rudolph.data.datasets.shapes_checker import judge, read_scene
+from rudolph.data.datasets.shapes_rivals import CHANGES, rivals
+from rudolph.data.datasets.shapes_scenes import Scene
 from rudolph.data.pairs import SPLITS, Classified, Ranked
-from rudolph.data.shapes import ShapesConfig, is_sentence
-from rudolph.data.shapes_checker import judge, read_scene
-from rudolph.data.shapes_rivals import CHANGES, rivals
-from rudolph.data.shapes_scenes import Scene
 
 LOOKS = ("colour", "shape", "size", "place")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rudolph.data.shapes import Shapes, ShapesConfig, is_sentence
-from rudolph.data.shapes_checker import Reading, ReadObject, judge
+from rudolph.data.datasets.shapes import Shapes, ShapesConfig, is_sentence
+from rudolph.data.datasets.shapes_checker import Reading, ReadObject, judge
 
 
 @pytest.mark.parametrize("grid", [2, 3])

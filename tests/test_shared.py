@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rudolph.disk import write_text
+from rudolph.files.atomic import write_text
 from rudolph.models.weights import save_weights
-from rudolph.stages.shared import are_whole, checksum_of, replay_curves, sha256_of
+from rudolph.runs.stages.shared import are_whole, checksum_of, replay_curves, sha256_of
 
 
 class Recorder:

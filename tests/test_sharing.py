@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rudolph.cli import main
-from rudolph.results import sharing
-from rudolph.results.journal import read_journal
-from rudolph.results.sharing import pack_runs, send_runs
-from rudolph.results.tracking import Tracker
+from rudolph.reports import share
+from rudolph.reports.share import pack_runs, send_runs
+from rudolph.tracking.event_log import read_journal
+from rudolph.tracking.tracker import Tracker
 
 EXPERIMENT = "masks/ряд"
 
@@ -163,7 +163,7 @@ def test_what_is_interrupted_leaves_the_earlier_copy(
     pack_runs(runs, results, given, has_weights=True)
     before = contents(given)
     (runs / "a-seed0" / "config.yaml").write_text("run: another\n")
-    owner: Any = {"copytree": shutil, "replace": os}.get(step, sharing)
+    owner: Any = {"copytree": shutil, "replace": os}.get(step, share)
     real, calls = getattr(owner, step), count()
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from rudolph.cli import main
-from rudolph.config import read_run
-from rudolph.data.emoji import Emoji
-from rudolph.packing import MODEL_CARD, model_card
-from rudolph.results.cards import CARD, read_card
-from rudolph.results.report import generated_part
-from rudolph.sources import SHIPPED_RUN
+from rudolph.config.run import read_run
+from rudolph.data.datasets.emoji import Emoji
+from rudolph.reports.cards import CARD, read_card
+from rudolph.reports.report import generated_part
+from rudolph.runs.packing import MODEL_CARD, model_card
+from rudolph.runs.resolve import SHIPPED_RUN
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ import pytest
 from damage import NUM_CASES, damage, files_of
 from tiny_weights import write_all
 
-from rudolph.disk import explain
-from rudolph.released import store
-from rudolph.sources import fetched_run, open_clip, open_source, open_upscaler, open_vqgan
+from rudolph.checkpoints import store
+from rudolph.files.atomic import explain
+from rudolph.runs.resolve import fetched_run, open_clip, open_source, open_upscaler, open_vqgan
 
 OPENED = {
     "rudolph": open_source,
@@ -92,7 +92,7 @@ def test_a_damaged_run_in_the_cache_is_fetched_again(
             shutil.copyfile(finished / "config.yaml", folder / "config.yaml")
         return folder
 
-    monkeypatch.setattr("rudolph.sources.fetch_run", fetch)
+    monkeypatch.setattr("rudolph.runs.resolve.fetch_run", fetch)
     assert fetched_run("0", "uri", cached) == fetched_run("0", "uri", cached) == cached
     assert calls == ["0"]
     (cached / "checkpoints" / "vqgan.safetensors").write_bytes(b"")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.sampling.couplings import COUPLINGS, Coupling, race, race_times
-from rudolph.sampling.filters import TokenSamplingConfig, draw, next_shares
-from rudolph.sampling.generate import FREE, generate_image
+from rudolph.generation.filters import TokenSamplingConfig, draw, next_shares
+from rudolph.generation.generate import FREE, generate_image
+from rudolph.generation.noise import COUPLINGS, Coupling, race, race_times
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 MASKS = ["causal", "row", "row_block", "column", "conv(3)", "conv_torus(3)"]

@@ -12,17 +12,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_speed import speed_subject, write_speed
 
-from rudolph.execution import Folders, Hardware, run_folder
-from rudolph.experiment import execute
-from rudolph.experiment_file import load_experiment
-from rudolph.measuring import compare, measurable
-from rudolph.models.native_types import has_native_bfloat16
-from rudolph.results.report import Report, experiment_page
-from rudolph.results.store import check, export
-from rudolph.speed import config as speed_config
-from rudolph.speed import contest
-from rudolph.speed.config import LIMIT, MEASURES, REFERENCE
-from rudolph.speed.contest import (
+from rudolph.benchmarks import config as speed_config
+from rudolph.benchmarks import contest
+from rudolph.benchmarks.config import LIMIT, MEASURES, REFERENCE
+from rudolph.benchmarks.contest import (
     Worker,
     command_of,
     hold,
@@ -30,8 +23,15 @@ from rudolph.speed.contest import (
     reference_folder,
     turns_of,
 )
-from rudolph.speed.subject import Subject, load_decoder, prepare, read_subject
-from rudolph.speed.worker import CONTESTANTS
+from rudolph.benchmarks.subject import Subject, load_decoder, prepare, read_subject
+from rudolph.benchmarks.worker import CONTESTANTS
+from rudolph.config.experiment_file import load_experiment
+from rudolph.models.layers.native_types import has_native_bfloat16
+from rudolph.reports.report import Report, experiment_page
+from rudolph.reports.store import check, export
+from rudolph.runs.execution import Folders, Hardware, run_folder
+from rudolph.runs.experiment import execute
+from rudolph.runs.measuring import compare, measurable
 
 NO_REFERENCE = "the reference's packages are not installed: make reference"
 
@@ -352,5 +352,5 @@ def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> 
 
 
 def test_commands_name_the_right_programs() -> None:
-    assert command_of("half")[-1] == "rudolph.speed.worker"
+    assert command_of("half")[-1] == "rudolph.benchmarks.worker"
     assert command_of(REFERENCE)[2].endswith("reference_worker.py")

@@ -10,22 +10,22 @@ import yaml
 from tiny_speed import speed_subject, write_speed
 from torch.utils.flop_counter import FlopCounterMode
 
-from rudolph.evaluation.statistics import ratio_interval, student_quantile
-from rudolph.experiment_file import load_experiment
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.upscaler import Upscaler, UpscalerConfig
-from rudolph.results.repetitions import Repetition, mebibytes_text
-from rudolph.settings import ConfigError
-from rudolph.speed.amounts import (
+from rudolph.benchmarks.config import LIMIT, REFERENCE
+from rudolph.benchmarks.contest import Found
+from rudolph.benchmarks.flops import (
     decode_bytes,
     train_operations,
     upscaler_operations,
     vqgan_operations,
 )
-from rudolph.speed.config import LIMIT, REFERENCE
-from rudolph.speed.contest import Found
-from rudolph.speed.metrics import metrics_of
-from rudolph.speed.subject import make_inputs
+from rudolph.benchmarks.metrics import metrics_of
+from rudolph.benchmarks.subject import make_inputs
+from rudolph.config.experiment_file import load_experiment
+from rudolph.evaluation.statistics import ratio_interval, student_quantile
+from rudolph.files.settings import ConfigError
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.models.upscaler import Upscaler, UpscalerConfig
+from rudolph.reports.repetitions import Repetition, mebibytes_text
 
 
 @pytest.mark.parametrize(

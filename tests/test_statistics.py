@@ -20,7 +20,7 @@ from rudolph.evaluation.statistics import (
     student_quantile,
     student_quantile_by_bisection,
 )
-from rudolph.results.report import read_runs
+from rudolph.reports.report import read_runs
 
 RESULTS = Path(__file__).parent.parent / "results"
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=9)

@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rudolph.config import read_run
-from rudolph.results.journal import Journal
-from rudolph.results.report import (
+from rudolph.config.run import read_run
+from rudolph.reports.report import (
     BEGIN,
     END,
     Figure,
@@ -26,7 +25,8 @@ from rudolph.results.report import (
     read_runs,
     replace_generated,
 )
-from rudolph.results.store import POINTS_OF_A_CURVE, check, draw_pngs, export, redraw, write_index
+from rudolph.reports.store import POINTS_OF_A_CURVE, check, draw_pngs, export, redraw, write_index
+from rudolph.tracking.event_log import Journal
 
 LOSS, LATE = "val/loss/image", "decoder/val/late"
 REPORT = Report(

@@ -1,4 +1,4 @@
-"""Fast convolutions: each equal to the plain one, at uneven sizes, in parts and in strips."""
+"""Fast convolutions: each equal to the plain one, at uneven sizes, in parts and in tiled_conv."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import profile
 
-from rudolph.models import group_norm, strips, vqgan
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.strips import enlarged_convolution, normed_convolution
+from rudolph.generation.enlarge import enlarge
+from rudolph.models.cpu import group_norm, tiled_conv
+from rudolph.models.cpu.tiled_conv import enlarged_convolution, normed_convolution
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
-from rudolph.models.vqgan import VQGAN, ResnetBlock, VQGANConfig
-from rudolph.sampling.enlarge import enlarge
+from rudolph.models.vqgan import model as vqgan
+from rudolph.models.vqgan.model import VQGAN, ResnetBlock, VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
 
 SMALL = VQGANConfig(
     16, (8, 12, 16), 1, (4,), 10, norm_groups=4, quantizer=QuantizerConfig("vq", 30, 12)
@@ -42,8 +43,8 @@ def small_strips(monkeypatch) -> Callable[[int], None]:
     """Every map in inference in strips of so many numbers, and attention in as small parts."""
 
     def set_strips(size: int) -> None:
-        monkeypatch.setattr(strips, "LARGEST", 0)
-        monkeypatch.setattr(strips, "STRIP", size)
+        monkeypatch.setattr(tiled_conv, "LARGEST", 0)
+        monkeypatch.setattr(tiled_conv, "STRIP", size)
         monkeypatch.setattr(vqgan, "STRIP", size)
 
     return set_strips

@@ -1,4 +1,4 @@
-"""The house: which room uses which, who owns a heavy library, how long a thing may be."""
+"""The structure: import order, owners of heavy libraries, the size of files and functions."""
 
 import ast
 import re
@@ -15,70 +15,38 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "rudolph").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), ROOT / ".ci" / "bootstrap.py"]
 
-# What a room stands on; a room is a folder or a module right under rudolph/.
-BELOW_DATA = {"disk", "sequence", "models"}
-BELOW_SAMPLING = BELOW_DATA | {"data"}
-BELOW_TRAINING = BELOW_SAMPLING | {"sampling"}
-BELOW_CONFIG = BELOW_TRAINING | {"training", "evaluation", "results"}
-MAY_IMPORT = {
-    "__init__": set(),
-    "disk": set(),
-    "sequence": {"disk"},
-    "models": {"disk", "sequence"},
-    "released": {"disk", "sequence", "models"},
-    "data": BELOW_DATA,
-    "sampling": BELOW_SAMPLING,
-    "training": BELOW_TRAINING,
-    "evaluation": BELOW_TRAINING,
-    "results": {"disk", "sequence", "evaluation"},
-    "settings": set(),
-    "speed": BELOW_CONFIG | {"settings"},
-    "config": BELOW_CONFIG | {"settings", "speed"},
-    "metric_names": BELOW_CONFIG | {"config", "speed"},
-    "names": {"results", "settings"},
-    "experiment_file": BELOW_CONFIG | {"config", "settings", "metric_names", "names"},
-    "execution": BELOW_CONFIG | {"config", "experiment_file", "settings"},
-    "gallery": BELOW_CONFIG | {"config", "execution"},
-    "fitting": BELOW_CONFIG | {"config", "execution"},
-    "stages": BELOW_CONFIG | {"config", "execution", "gallery", "fitting", "sources", "released"},
-    "sources": BELOW_CONFIG | {"config", "execution", "released"},
-    "packing": BELOW_CONFIG | {"config", "execution", "gallery", "sources", "stages"},
-    "measuring": BELOW_CONFIG | {"config", "execution", "speed"},
-    "experiment": BELOW_CONFIG | {"config", "experiment_file", "execution", "stages", "measuring"},
-    "searching": BELOW_CONFIG | {"config", "experiment_file"},
-    "console": set(),
-    "laboratory": {
-        "disk",
-        "searching",
-        "experiment_file",
-        "results",
-        "settings",
-        "execution",
-        "experiment",
-        "training",
-        "console",
-    },
-    "cli": BELOW_CONFIG
-    | {"console", "settings", "config", "execution", "gallery", "stages", "experiment"}
-    | {"experiment_file", "searching"}
-    | {"released", "sources", "packing", "laboratory"},
-    "gpu_check": BELOW_CONFIG
-    | {"settings", "config", "experiment_file", "execution", "fitting", "stages", "speed"},
-    "__main__": {"cli"},
-}
+# Packages from the bottom up; each imports only from those before it.
+LAYERS = (
+    "files",  # whole files and errors that name them
+    "sequence",  # layout, vocabulary, masks, tasks, tokenizer
+    "models",  # plain nn.Modules, one folder per family
+    "checkpoints",  # released weights by name, their store and download, the demo model
+    "data",  # datasets, mixture, examples, cache
+    "generation",  # filters, decoding loop, likelihood, reranking, inpainting, upscaling
+    "training",  # Lightning modules, losses, optimizers, callbacks
+    "evaluation",  # evaluators, metrics, statistics
+    "tracking",  # event log and MLflow
+    "reports",  # result folders: tables, claims, figures, pages, check
+    "benchmarks",  # speed and memory against references and machine limits
+    "config",  # YAML loader, run configuration, experiment file
+    "runs",  # one run and many: stages, runner, search, resolved sources
+    "gpu_check",  # `make gpu-check`
+    "cli",  # commands: arguments and messages
+    "__main__",
+)
 OWNERS = {
-    "mlflow": r"results/(mlflow_store|mlflow_database|artifacts)",
-    "matplotlib": r"results/(figures|drawings|style)",
-    "seaborn": r"results/(figures|drawings|style)",
-    "pytorch_lightning": r"training/\w+|data/module|fitting|stages/(run|clip)",
-    "yaml": r"settings",
+    "mlflow": r"tracking/(mlflow_store|mlflow_database|artifacts)",
+    "matplotlib": r"reports/(figures|drawings|style)",
+    "seaborn": r"reports/(figures|drawings|style)",
+    "pytorch_lightning": r"training/\w+|data/loader|runs/trainer|runs/stages/(run|clip)",
+    "yaml": r"files/settings",
     "scipy": r"evaluation/(statistics|regions)",
     "sklearn": r"evaluation/regions",
-    "optuna": r"searching",
+    "optuna": r"runs/search",
     "youtokentome": r"sequence/tokenizer",
-    "pydantic": r"settings",
-    "huggingface_hub": r"released/hub",
-    "httpx2": r"released/hub",
+    "pydantic": r"files/settings",
+    "huggingface_hub": r"checkpoints/hub",
+    "httpx2": r"checkpoints/hub",
     "torchvision": r"nobody",
 }
 TOP_LEVEL = (
@@ -105,11 +73,23 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def rooms_used(path: Path) -> set[str]:
-    """Rooms of the package that a file imports from, its own left out."""
-    used = (name.split(".")[1] for name in imports(path) if name.startswith("rudolph."))
-    rooms = {entry.stem for entry in (ROOT / "rudolph").iterdir()}
-    return set(used) & rooms - {name_in_package(path).split("/")[0]}
+def packages_used(path: Path) -> set[str]:
+    """Packages of ``rudolph`` that a file imports from, its own left out."""
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("rudolph.")}
+    return used & set(LAYERS) - {name_in_package(path).split("/")[0]}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def owner_of(used: str, modules: dict[str, Path]) -> str | None:
+    """The module of ours in which an imported name is defined, if any."""
+    while used and used not in modules:
+        used = used.rpartition(".")[0]
+    # Importing a package for one of its modules runs no code of ours.
+    return None if used in ("", "rudolph") else used
 
 
 def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -143,14 +123,32 @@ def requirement(line: str) -> tuple[str, frozenset[str]]:
     return CONDA_NAMES.get(name, name), frozenset(bounds.replace(" ", "").split(",")) - {""}
 
 
-def test_a_room_imports_only_from_the_rooms_below_it():
-    strangers = {name_in_package(path).split("/")[0] for path in PACKAGE} - set(MAY_IMPORT)
-    assert not strangers, f"rooms without a floor in MAY_IMPORT: {strangers}"
-    wrong = {
-        name_in_package(path): rooms_used(path) - MAY_IMPORT[name_in_package(path).split("/")[0]]
+def test_a_package_imports_only_from_the_packages_below_it() -> None:
+    packages = {name_in_package(path).split("/")[0] for path in PACKAGE} - {"__init__"}
+    assert packages == set(LAYERS), "a package without a layer, or a layer without a package"
+    wrong = [
+        f"{name_in_package(path)} imports {other}"
         for path in PACKAGE
+        for other in packages_used(path)
+        if LAYERS.index(other) > LAYERS.index(name_in_package(path).split("/")[0])
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    modules = {module_name(path): path for path in PACKAGE}
+    uses = {
+        name: {owner for used in imports(path) if (owner := owner_of(used, modules)) != name}
+        for name, path in modules.items()
     }
-    assert {name: rooms for name, rooms in wrong.items() if rooms} == {}
+    for name in modules:
+        known, waiting = set(), [*uses[name]]
+        while waiting:
+            used = waiting.pop()
+            if used and used not in known:
+                known.add(used)
+                waiting += uses[used]
+        assert name not in known, f"{name} imports itself through {sorted(known)}"
 
 
 def test_a_heavy_library_is_imported_only_by_its_owner():
@@ -197,7 +195,7 @@ def test_conda_and_pip_install_the_same_packages():
     assert from_conda == from_pip
 
 
-@pytest.mark.parametrize("module", ["rudolph.results.figures", "rudolph.results.store"])
+@pytest.mark.parametrize("module", ["rudolph.reports.figures", "rudolph.reports.store"])
 def test_results_are_drawn_and_stored_without_torch(module):
     assert not loaded_by(module) & {"torch", "pytorch_lightning", "mlflow"}
 

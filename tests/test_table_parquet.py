@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from test_manifests import config, encoded, noise, said, train
 
+from rudolph.data.datasets.manifests import examine_table, split_of
+from rudolph.data.datasets.table_parquet import StoredBytes, parquet_cells
 from rudolph.data.funnel import centre_square
-from rudolph.data.manifests import examine_table, split_of
-from rudolph.data.table_parquet import StoredBytes, parquet_cells
 
 CAPTIONS = [f"картинка {number}" for number in range(12)]
 BYTES = [encoded(noise(10, 8, seed=number)) for number in range(12)]

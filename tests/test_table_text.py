@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_manifests import said
 
-from rudolph.data.table_text import guess_encoding, read_text, require_table
+from rudolph.data.datasets.table_text import guess_encoding, read_text, require_table
 
 RUSSIAN = "image,caption\na.png,ёжик и чайка на «красном» фоне\nb.png,КАРТИНКА НОМЕР 2\n"
 WESTERN = "image,caption\na.png,un café crème à Zürich\n"

@@ -14,9 +14,9 @@ import pytest
 from test_manifests import captions, config, encoded, make_pairs, noise, said, train, write_table
 
 from rudolph.cli import main
-from rudolph.data.manifests import Manifest
-from rudolph.data.table_text import TableWarning
-from rudolph.data.tables import ManifestConfig, find_table, read_rows
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.table_text import TableWarning
+from rudolph.data.datasets.tables import ManifestConfig, find_table, read_rows
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "20"))

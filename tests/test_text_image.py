@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_clip import NUM_PAIRS, config_for, scenes
 
-from rudolph.data.module import Streams
+from rudolph.data.loader import Streams
 from rudolph.data.splits import Split
 from rudolph.data.text_image import TextImageExamples
-from rudolph.models.clip import CLIP
-from rudolph.sampling.clip_ranking import ClipRanker
+from rudolph.generation.clip_ranking import ClipRanker
+from rudolph.models.vision.clip import CLIP
 from rudolph.sequence.layout import BOS, EOS
 from rudolph.sequence.tokenizer import Tokenizer
 

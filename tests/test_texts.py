@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rudolph.data.fusion_brain_files import read_tasks
-from rudolph.data.manifests import Manifest
-from rudolph.data.tables import ManifestConfig, read_rows
+from rudolph.data.datasets.fusion_brain_files import read_tasks
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.tables import ManifestConfig, read_rows
+from rudolph.runs.resolve import SHIPPED_RUN
 from rudolph.sequence.texts import UNPRINTABLE, clean_text, require_text, shortened
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.sources import SHIPPED_RUN
 
 TEXT = "Ёжик и зелёный чай"
 DECOMPOSED = unicodedata.normalize("NFD", TEXT)

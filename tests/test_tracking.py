@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from rudolph.results import tracking
-from rudolph.results.journal import JOURNAL, SENT, SentMark, read_journal
-from rudolph.results.mlflow_database import SlowStoreError
-from rudolph.results.tracking import Sent, Tracker, git_state, send_pending, tracking_uri
+from rudolph.tracking import tracker as tracking
+from rudolph.tracking.event_log import JOURNAL, SENT, SentMark, read_journal
+from rudolph.tracking.mlflow_database import SlowStoreError
+from rudolph.tracking.tracker import Sent, Tracker, git_state, send_pending, tracking_uri
 
 
 class Server:
@@ -220,7 +220,7 @@ def test_what_mlflow_refuses_stops_nothing_else(tmp_path: Path, database: str) -
 
 def test_two_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from rudolph.results.tracking import Tracker;"
+        "import sys; from pathlib import Path; from rudolph.tracking.tracker import Tracker;"
         "t = Tracker(Path(sys.argv[1]), sys.argv[2], experiment='both', run='r', digest='d');"
         "t.log_metrics({'loss': 1.0}, step=0); t.finish(); sys.exit(not t.close(180.0))"
     )
@@ -321,7 +321,7 @@ def test_the_git_state_is_the_commit_and_whether_the_code_differs(tmp_path: Path
 
 def test_importing_the_module_does_not_import_mlflow_or_torch() -> None:
     program = (
-        "import sys, json, rudolph.results.tracking;"
+        "import sys, json, rudolph.tracking.tracker;"
         "print(json.dumps([m for m in ('mlflow', 'torch', 'pandas') if m in sys.modules]))"
     )
     output = subprocess.run(

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_run import write
 
+from rudolph.config.experiment_file import load_experiment
 from rudolph.data.examples import ImageBatch
-from rudolph.data.module import Streams
-from rudolph.execution import Hardware
-from rudolph.experiment_file import load_experiment
-from rudolph.fitting import make_trainer
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.vqgan import VQGAN, VQGANConfig
+from rudolph.data.loader import Streams
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
+from rudolph.runs.execution import Hardware
+from rudolph.runs.trainer import make_trainer
 from rudolph.training.callbacks import NonFiniteLossError, ReportProgress, ResumeCheckpoint
 from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig, clip_gradients
@@ -64,7 +64,7 @@ def test_hardware_refuses_what_it_cannot_train(
     changed = "decoder.attention_dropout=0", "decoder_tuning.lora_rank=2"
     run = load_experiment(write(tmp_path), changed).runs[0]
     Hardware(block_masks=True).check(run.config)
-    monkeypatch.setattr("rudolph.execution.check_compiler", lambda device: None)
+    monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
     with pytest.raises(ValueError, match=r"lora_rank must be null with --compile, got 2$"):
         Hardware(compile=True).check(run.config)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from rudolph.data.emoji import emoji_pictures
-from rudolph.sampling.transparency import FLECK, around, flood, on_frame, to_rgba
+from rudolph.data.datasets.emoji import emoji_pictures
+from rudolph.generation.transparency import FLECK, around, flood, on_frame, to_rgba
 
 Array = np.ndarray
 Colour = tuple[int, int, int]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rudolph.models.adapt import adapt
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.low_rank import merge_low_rank
+from rudolph.models.layers.lora import merge_low_rank
+from rudolph.models.rudolph.adapt import adapt
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 from rudolph.training.memory import kept_activations, training_memory

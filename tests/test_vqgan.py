@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rudolph.models import codes
-from rudolph.models.codes import codebook_usage, likeliest, nearest
-from rudolph.models.quantizers import QUANTIZERS, QuantizerConfig
-from rudolph.models.vqgan import VQGAN, VQGANConfig
+from rudolph.models.vqgan import codes
+from rudolph.models.vqgan.codes import codebook_usage, likeliest, nearest
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+from rudolph.models.vqgan.quantizers import QUANTIZERS, QuantizerConfig
 
 QUANTIZER = QuantizerConfig("vq", 30, 12, levels=(5, 3, 2))
 SMALL = VQGANConfig(16, (8, 12, 16), 1, (4,), 10, quantizer=QUANTIZER)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rudolph.models import attention as attention_module
-from rudolph.models import layer as layer_module
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.generate import generate_image
+from rudolph.models.layers import attention as attention_module
+from rudolph.models.rudolph import decoder as layer_module
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 LAYOUT, VOCABULARY = SequenceLayout(7, 6, 4), Vocabulary(50, 3, 7, 29, 2)

@@ -25,12 +25,12 @@ from small_worlds import (
     world,
 )
 
-from rudolph.data.arithmetic import draw_options
+from rudolph.data.datasets.arithmetic import draw_options
+from rudolph.data.datasets.paragraphs import MOST_WORDS, NAMES, ParagraphsConfig
+from rudolph.data.datasets.shapes_pictures import PALETTE, cell_pixels
+from rudolph.data.datasets.synthetic import split_by_hash
+from rudolph.data.datasets.words import FONTS, Inscription, WordsConfig, known_words, text_opacity
 from rudolph.data.pairs import SPLITS, Pair
-from rudolph.data.paragraphs import MOST_WORDS, NAMES, ParagraphsConfig
-from rudolph.data.shapes_pictures import PALETTE, cell_pixels
-from rudolph.data.synthetic import split_by_hash
-from rudolph.data.words import FONTS, Inscription, WordsConfig, known_words, text_opacity
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rudolph.data.shapes import ShapesConfig
+from rudolph.data.datasets.shapes import ShapesConfig
 from rudolph.data.splits import DataConfig, Split
-from rudolph.models.clip import CLIPConfig
+from rudolph.models.vision.clip import CLIPConfig
 from rudolph.sequence.tokenizer import Tokenizer
 
 SIDE, NUM_PAIRS = 24, 70

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from rudolph.data.emoji import COLUMNS, EmojiRecord
+from rudolph.data.datasets.emoji import COLUMNS, EmojiRecord
 
 NAMES = [field.name for field in fields(EmojiRecord)]
 

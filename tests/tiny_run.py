@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from rudolph.execution import Folders, Hardware, run_folder
-from rudolph.experiment import execute
-from rudolph.experiment_file import load_experiment
+from rudolph.config.experiment_file import load_experiment
+from rudolph.runs.execution import Folders, Hardware, run_folder
+from rudolph.runs.experiment import execute
 
 OPTIM = {
     "num_steps": 8,

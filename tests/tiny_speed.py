@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.experiment_file import load_experiment
-from rudolph.measuring import subject_of
-from rudolph.speed.subject import Subject
+from rudolph.benchmarks.subject import Subject
+from rudolph.config.experiment_file import load_experiment
+from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.measuring import subject_of
 
 TINY: dict[str, Any] = {
     "data": {"image_size": 32},

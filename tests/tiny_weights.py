@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from rudolph.models.pretrained import FAMILIES, to_reference
-from rudolph.released import store
+from rudolph.checkpoints import store
+from rudolph.models.reference import FAMILIES, to_reference
 from rudolph.sequence.tokenizer import Tokenizer
 
 WORDS = "красный синий зелёный круг квадрат на картинке фото изображение"

@@ -17,8 +17,8 @@ from rudolph.cli.experiments import add_run, add_show
 from rudolph.cli.results import add_report_card, add_results
 from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
-from rudolph.console import say, silence_libraries
-from rudolph.disk import explain
+from rudolph.files.atomic import explain
+from rudolph.runs.console import say, silence_libraries
 from rudolph.sequence.texts import read_argument
 
 VERBS = (

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rudolph.console import stage_progress
+from rudolph.runs.console import stage_progress
 
 # A report of a table with a larger fraction of bad rows is a failure, if no other is accepted.
 MAX_BAD_SHARE = 0.5
@@ -44,7 +44,7 @@ def add_data(verbs: Any) -> None:
 
 
 def build_emoji(given: Any) -> int:
-    from rudolph.data.emoji_builder import FONT, build
+    from rudolph.data.datasets.emoji_builder import FONT, build
 
     with stage_progress() as progress:
         report = build(
@@ -58,7 +58,7 @@ def build_emoji(given: Any) -> int:
 
 
 def name_emoji(given: Any) -> int:
-    from rudolph.data.emoji import name_pictures
+    from rudolph.data.datasets.emoji import name_pictures
 
     number, strangers = name_pictures(given.folder)
     table = given.folder / "captions.csv"
@@ -67,8 +67,8 @@ def name_emoji(given: Any) -> int:
 
 
 def inspect_manifest(given: Any) -> int:
-    from rudolph.data.manifests import examine_table, split_of
-    from rudolph.data.tables import ManifestConfig
+    from rudolph.data.datasets.manifests import examine_table, split_of
+    from rudolph.data.datasets.tables import ManifestConfig
 
     keys = ("image_column", "caption_column", "question_column", "answers")
     named = {name: getattr(given, name) for name in keys if getattr(given, name) is not None}
@@ -93,8 +93,8 @@ def inspect_manifest(given: Any) -> int:
 
 
 def score_fusion_brain(given: Any) -> int:
-    from rudolph.data.fusion_brain_files import read_tasks
-    from rudolph.evaluation import fusion_brain
+    from rudolph.data.datasets.fusion_brain_files import read_tasks
+    from rudolph.evaluation.metrics import fusion_brain
     from rudolph.evaluation.statistics import mean_interval
 
     truths = fusion_brain.variants(read_tasks(given.questions, given.truths))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.cli.results import RESULTS, folders_here, write_results
-from rudolph.console import say, stage_progress
-from rudolph.disk import explain
+from rudolph.files.atomic import explain
+from rudolph.runs.console import say, stage_progress
 
 HARDWARE_FLAGS = (
     "accelerator",
@@ -64,8 +64,8 @@ def add_show(verbs: Any) -> None:
 
 
 def run_experiment(given: Any) -> int:
-    from rudolph.experiment_file import load_experiment
-    from rudolph.laboratory import Job, experiment_files, keep_owner, require_own_experiments
+    from rudolph.config.experiment_file import load_experiment
+    from rudolph.runs.runner import Job, experiment_files, keep_owner, require_own_experiments
 
     for flag in (*HARDWARE_FLAGS, "index", "jobs"):
         # Argparse makes an empty list of a value that is two dashes.
@@ -120,7 +120,7 @@ def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, 
 
     A mistake in the only run that was asked for is raised, and one in the first that all share.
     """
-    from rudolph.laboratory import run_at_once
+    from rudolph.runs.runner import run_at_once
 
     place = place_here(given)
     failed: dict[Any, str] = {}
@@ -143,7 +143,7 @@ def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, 
 
 def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[Any, str]:
     """Execute a search round after round, which ``named`` gets too; what failed and why."""
-    from rudolph.laboratory import Job, search_of
+    from rudolph.runs.runner import Job, search_of
 
     failed: dict[Any, str] = {}
     for runs in search_of(experiment, folders_here()):
@@ -159,7 +159,7 @@ def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[
 
 def hardware_of(given: Any) -> Any:
     """Return the hardware that a command asks for; ``ValueError`` for what is not there."""
-    from rudolph.execution import Hardware
+    from rudolph.runs.execution import Hardware
 
     hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
     if given.jobs > 1 and hardware.world > 1:
@@ -172,16 +172,16 @@ def hardware_of(given: Any) -> Any:
 
 def place_here(given: Any) -> Any:
     """Where and on what the runs of a command are executed."""
-    from rudolph.laboratory import Place
-    from rudolph.results.tracking import tracking_uri
+    from rudolph.runs.runner import Place
+    from rudolph.tracking.tracker import tracking_uri
 
     return Place(folders_here(), hardware_of(given), tracking_uri(Path.cwd()))
 
 
 def tell_results(named: Any, failed: Any, given: Any) -> int:
     """Export every experiment that has a finished run, and name the runs that failed."""
-    from rudolph.execution import is_main_process
-    from rudolph.results.tracking import send_results, tracking_uri
+    from rudolph.runs.execution import is_main_process
+    from rudolph.tracking.tracker import send_results, tracking_uri
 
     if not is_main_process():
         return 0
@@ -220,9 +220,9 @@ def execute_run(
 
     A mistake in the only run that was asked for is raised, and one that ``others`` share.
     """
-    from rudolph.execution import is_finished, is_main_process, run_folder
-    from rudolph.laboratory import failure_of, is_shared_mistake
-    from rudolph.results.run_files import read_summary
+    from rudolph.reports.run_files import read_summary
+    from rudolph.runs.execution import is_finished, is_main_process, run_folder
+    from rudolph.runs.runner import failure_of, is_shared_mistake
 
     folder = run_folder(place.folders, experiment, run)
     say(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
@@ -257,9 +257,9 @@ def print_scores(summary: dict[str, Any]) -> None:
 
 
 def show_experiment(given: Any) -> int:
-    from rudolph.config import RunConfig, to_yaml
-    from rudolph.experiment_file import load_experiment
-    from rudolph.settings import json_schema
+    from rudolph.config.experiment_file import load_experiment
+    from rudolph.config.run import RunConfig, to_yaml
+    from rudolph.files.settings import json_schema
 
     if given.schema:
         print(json.dumps(json_schema(RunConfig), indent=1, ensure_ascii=False))
@@ -280,7 +280,7 @@ def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> 
     """What the decoder's training will need on one device, before anything is allocated."""
     import torch
 
-    from rudolph.models.decoder import MaskedDecoder
+    from rudolph.models.rudolph.decoder import MaskedDecoder
     from rudolph.training.memory import training_memory
     from rudolph.training.optim import machine_precision
     from rudolph.training.tuning import apply_tuning

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rudolph.console import say
-from rudolph.disk import json_text, require_apart, write_text
+from rudolph.files.atomic import json_text, require_apart, write_text
+from rudolph.runs.console import say
 
 # Written where an output is checked: a full disk still takes an empty file.
 PROBE = b"0" * 4096
@@ -95,10 +95,10 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
     """
     import numpy as np
 
-    from rudolph.results.drawings import sample_grid
-    from rudolph.results.style import DrawingError
-    from rudolph.sampling.pictures import save_png, to_image
-    from rudolph.sampling.transparency import to_rgba
+    from rudolph.generation.pictures import save_png, to_image
+    from rudolph.generation.transparency import to_rgba
+    from rudolph.reports.drawings import sample_grid
+    from rudolph.reports.style import DrawingError
 
     folder, images, lines = path.with_suffix(""), [], []
     earlier = earlier_images(folder)
@@ -134,7 +134,7 @@ def write_codes(path: Path, records: list[dict[str, Any]]) -> None:
 
 def earlier_images(folder: Path) -> set[Path]:
     """Return the single images that ``write_images`` left in a folder, as far as they tell so."""
-    from rudolph.sampling.pictures import is_told
+    from rudolph.generation.pictures import is_told
 
     numbered = (path for path in folder.glob("*.png") if re.fullmatch(r"\d{3,}", path.stem))
     return {path for path in numbered if is_told(path, RECORD)}

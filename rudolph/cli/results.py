@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rudolph.console import say, stage_progress
+from rudolph.runs.console import say, stage_progress
 
 RESULTS = Path("results")
 # Quantities of a speed experiment whose contestants stand on one axis.
@@ -46,15 +46,15 @@ def add_report_card(verbs: Any) -> None:
 
 def folders_here() -> Any:
     """A checkout is where the command is given."""
-    from rudolph.execution import Folders
+    from rudolph.runs.execution import Folders
 
     return Folders(Path.cwd(), Path.cwd() / "runs")
 
 
 def run_folder(run: str) -> Path:
     """The folder of a run, fetched if it is one of MLflow; ``ValueError`` for other sources."""
-    from rudolph.results.tracking import tracking_uri
-    from rudolph.sources import find_folder, is_run
+    from rudolph.runs.resolve import find_folder, is_run
+    from rudolph.tracking.tracker import tracking_uri
 
     folders = folders_here()
     folder = find_folder(run, runs=folders.runs, uri=tracking_uri(folders.checkout))
@@ -64,10 +64,10 @@ def run_folder(run: str) -> Path:
 
 
 def write_results(loaded: Any, folders: Any) -> Path:
-    from rudolph.laboratory import all_runs, missing_runs, require_own_experiments
-    from rudolph.results.report import Report
-    from rudolph.results.store import export, write_index
-    from rudolph.searching import groups_of_the_same_pairs
+    from rudolph.reports.report import Report
+    from rudolph.reports.store import export, write_index
+    from rudolph.runs.runner import all_runs, missing_runs, require_own_experiments
+    from rudolph.runs.search import groups_of_the_same_pairs
 
     require_own_experiments([loaded], folders, RESULTS)
     source = loaded.path
@@ -103,7 +103,7 @@ def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
 
     The table's metrics are lines over a grid of one setting, and heat maps over one of two.
     """
-    from rudolph.results.report import Figure
+    from rudolph.reports.report import Figure
 
     asked = loaded.report
     claimed = () if loaded.claim is None else (loaded.claim.metric,)
@@ -130,14 +130,14 @@ def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
 
 
 def export_experiment(given: Any) -> int:
-    from rudolph.experiment_file import load_experiment
+    from rudolph.config.experiment_file import load_experiment
 
     say(f"results: {write_results(load_experiment(given.file), folders_here())}")
     return 0
 
 
 def report_card(given: Any) -> int:
-    from rudolph.results.cards import require_same_data
+    from rudolph.reports.cards import require_same_data
 
     folders = [writable(run_folder(run)) for run in (given.run, given.other) if run]
     cards = [_card(folder, again=given.again) for folder in folders]
@@ -152,7 +152,7 @@ def report_card(given: Any) -> int:
 
 def writable(folder: Path) -> Path:
     """A run's folder; of the package's own run a copy, since nothing is written into a package."""
-    from rudolph.sources import SHIPPED_RUN
+    from rudolph.runs.resolve import SHIPPED_RUN
 
     if folder != SHIPPED_RUN:
         return folder
@@ -163,8 +163,8 @@ def writable(folder: Path) -> Path:
 
 def _card(folder: Path, *, again: bool) -> Any:
     """The card of a run's folder: the one that it has, or its questions asked now."""
-    from rudolph.results.cards import CARD, draw_card, read_card
-    from rudolph.stages.evaluation import ask_again
+    from rudolph.reports.cards import CARD, draw_card, read_card
+    from rudolph.runs.stages.evaluation import ask_again
 
     path = folder / CARD
     if again or not path.is_file():
@@ -176,7 +176,7 @@ def _card(folder: Path, *, again: bool) -> Any:
 
 def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
     """A line a score; of two cards those that both have, if they were measured alike."""
-    from rudolph.evaluation.metrics import Measure, require_comparable
+    from rudolph.evaluation.metrics.answers import Measure, require_comparable
 
     beside = {} if other is None else {row["score"]: row for row in other.to_dict("records")}
     for row in card.to_dict("records"):
@@ -201,7 +201,7 @@ def _told(row: Any) -> str:
 
 
 def redraw_figures(given: Any) -> int:
-    from rudolph.results.store import draw_pngs, redraw
+    from rudolph.reports.store import draw_pngs, redraw
 
     if given.png:
         drawn = draw_pngs(RESULTS, given.png, experiment=given.experiment)
@@ -212,8 +212,8 @@ def redraw_figures(given: Any) -> int:
 
 
 def check_results(given: Any) -> int:
-    from rudolph.config import read_run
-    from rudolph.results.store import check
+    from rudolph.config.run import read_run
+    from rudolph.reports.store import check
 
     problems = check(RESULTS, digest=lambda path: read_run(path).digest)
     say("\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole")
@@ -221,7 +221,7 @@ def check_results(given: Any) -> int:
 
 
 def sync_runs(given: Any) -> int:
-    from rudolph.results.tracking import send_pending, tracking_uri
+    from rudolph.tracking.tracker import send_pending, tracking_uri
 
     sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=given.again)
     say(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs wait")
@@ -229,19 +229,19 @@ def sync_runs(given: Any) -> int:
 
 
 def share_runs(given: Any) -> int:
-    from rudolph.results import sharing
+    from rudolph.reports import share
 
     runs, results = folders_here().runs / given.experiment, RESULTS / given.experiment
     if not runs.is_dir():
         runs = Path(given.experiment)
-        results = runs / sharing.RESULTS
+        results = runs / share.RESULTS
     if not runs.is_dir():
         raise ValueError(f"{given.experiment}: neither an experiment in runs/ nor a folder")
     if "://" in given.to:
-        for name, run_id in sharing.send_runs(runs, results, given.to).items():
+        for name, run_id in share.send_runs(runs, results, given.to).items():
             say(f"{name}: MLflow run {run_id}")
         return 0
     target = Path(given.to)
-    packed = sharing.pack_runs(runs, results, target, has_weights=not given.no_weights)
+    packed = share.pack_runs(runs, results, target, has_weights=not given.no_weights)
     say("\n".join(map(str, packed)))
     return 0

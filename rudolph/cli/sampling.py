@@ -13,8 +13,8 @@ from rudolph.cli.outputs import (
     write_or_rescue,
 )
 from rudolph.cli.results import folders_here
-from rudolph.console import say, stage_progress
-from rudolph.disk import write_json
+from rudolph.files.atomic import write_json
+from rudolph.runs.console import say, stage_progress
 from rudolph.sequence.texts import clean_text, require_text
 
 DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
@@ -122,7 +122,7 @@ def check_arguments(given: Any, *, suffix: str, has_folder: bool = False) -> Non
     check_output(given.output, suffix=suffix, has_folder=has_folder)
     check_apart(given.output, sources_of(given), suffix=suffix, has_folder=has_folder)
     # This one takes the seconds that torch needs to be imported.
-    from rudolph.sampling.filters import TokenSamplingConfig
+    from rudolph.generation.filters import TokenSamplingConfig
 
     sampling_of(TokenSamplingConfig(), given)
 
@@ -142,8 +142,8 @@ def opened(given: Any) -> Any:
     """The source that a verb was given."""
     import torch
 
-    from rudolph.results.tracking import tracking_uri
-    from rudolph.sources import Precision, open_source
+    from rudolph.runs.resolve import Precision, open_source
+    from rudolph.tracking.tracker import tracking_uri
 
     dtype = getattr(torch, given.dtype) if given.dtype else None
     return open_source(
@@ -158,7 +158,7 @@ def generate_pictures(given: Any) -> int:
     from dataclasses import replace
 
     check_arguments(given, suffix=".jsonl", has_folder=True)
-    from rudolph.sampling.pipeline import Request, StageError
+    from rudolph.generation.pipeline import Request, StageError
 
     if given.compile and given.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
@@ -226,7 +226,7 @@ def keep_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
 
 def add_stages(pipeline: Any, given: Any) -> None:
     """The CLIP and the upscaler that are asked for, where the pipeline is."""
-    from rudolph.sources import open_clip, open_upscaler
+    from rudolph.runs.resolve import open_clip, open_upscaler
 
     if given.clip or given.rank == "clip":
         pipeline.clip = open_clip(given.clip or DEFAULT_CLIP)
@@ -253,7 +253,7 @@ def read_image_prompt(given: Any) -> dict[str, Any]:
     Raises:
         ValueError: unless an image comes with one way to say what of it stays.
     """
-    from rudolph.sampling import image_prompts
+    from rudolph.generation import image_prompts
 
     told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
     if given.image_prompt is None and told:
@@ -275,7 +275,7 @@ def given_tokens(given: Any, pictures: dict[str, Any], source: Any) -> Any:
     import torch
 
     from rudolph.data.seeds import mixed_seed
-    from rudolph.sampling import image_prompts
+    from rudolph.generation import image_prompts
 
     pipeline = source.pipeline
     side = pipeline.decoder.layout.image_tokens_per_dim
@@ -354,8 +354,8 @@ def write_captions(path: Path, picture: Any, content: dict[str, Any]) -> None:
     """Write the JSON of captions, and then the picture with each of them below it."""
     import numpy as np
 
-    from rudolph.results.drawings import sample_grid
-    from rudolph.sampling.pictures import to_image
+    from rudolph.generation.pictures import to_image
+    from rudolph.reports.drawings import sample_grid
 
     beside, counts = path.with_suffix(".json"), content["captions"]
     write_json(beside, content)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rudolph.console import say, stage_progress
+from rudolph.runs.console import say, stage_progress
 
 
 def add_weights(verbs: Any) -> None:
@@ -29,8 +29,8 @@ def add_weights(verbs: Any) -> None:
 
 
 def list_models(given: Any) -> int:
-    from rudolph.released.store import is_here, weights_home
-    from rudolph.released.table import RELEASED
+    from rudolph.checkpoints.store import is_here, weights_home
+    from rudolph.checkpoints.table import RELEASED
 
     rows = [("name", "family", "parameters", "MB", "licence", "on disk", "file")]
     for name, release in RELEASED.items():
@@ -55,7 +55,7 @@ def list_models(given: Any) -> int:
 
 
 def pull_models(given: Any) -> int:
-    from rudolph.released.store import is_here, pull, release_of
+    from rudolph.checkpoints.store import is_here, pull, release_of
 
     if given.file is not None and len(given.names) > 1:
         raise ValueError("--file is the file of one model: give one name")
@@ -79,8 +79,8 @@ def pull_models(given: Any) -> int:
 
 def convert_weights(given: Any) -> int:
     from rudolph.cli.results import folders_here
-    from rudolph.results.tracking import tracking_uri
-    from rudolph.sources import export_reference, find_folder
+    from rudolph.runs.resolve import export_reference, find_folder
+    from rudolph.tracking.tracker import tracking_uri
 
     folder = find_folder(given.source, runs=folders_here().runs, uri=tracking_uri(Path.cwd()))
     for line in export_reference(folder, given.folder, has_pickle=given.pickle):
@@ -90,7 +90,7 @@ def convert_weights(given: Any) -> int:
 
 def pack_run(given: Any) -> int:
     from rudolph.cli.results import folders_here, run_folder
-    from rudolph.packing import MODEL_CARD, pack
+    from rudolph.runs.packing import MODEL_CARD, pack
 
     folders = folders_here()
     with stage_progress() as progress:

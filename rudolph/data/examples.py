@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.index_cache import cached_array
+from rudolph.data.cache import cached_array
 from rudolph.data.seeds import draws, mixed_seed, shuffled
 from rudolph.data.splits import DataConfig, Source, Split
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.arithmetic import Arithmetic, ArithmeticConfig
-from rudolph.data.emoji import Emoji, EmojiConfig
-from rudolph.data.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
-from rudolph.data.fusion_brain import FusionBrain, FusionBrainConfig
-from rudolph.data.index_cache import Parts, cached_array
-from rudolph.data.manifests import Manifest
+from rudolph.data.cache import Parts, cached_array
+from rudolph.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
+from rudolph.data.datasets.emoji import Emoji, EmojiConfig
+from rudolph.data.datasets.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
+from rudolph.data.datasets.fusion_brain import FusionBrain, FusionBrainConfig
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.paragraphs import Paragraphs, ParagraphsConfig
+from rudolph.data.datasets.shapes import Shapes, ShapesConfig
+from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
+from rudolph.data.datasets.tables import ManifestConfig
+from rudolph.data.datasets.words import Words, WordsConfig
 from rudolph.data.pairs import PairDataset
-from rudolph.data.paragraphs import Paragraphs, ParagraphsConfig
-from rudolph.data.shapes import Shapes, ShapesConfig
-from rudolph.data.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
-from rudolph.data.tables import ManifestConfig
-from rudolph.data.words import Words, WordsConfig
 from rudolph.sequence.tasks import TASKS
 
 

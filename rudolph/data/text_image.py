@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.index_cache import cached_array
+from rudolph.data.cache import cached_array
 from rudolph.data.seeds import shuffled
 from rudolph.data.splits import Split
-from rudolph.models.clip import CLIPConfig, pixel_values
+from rudolph.models.vision.clip import CLIPConfig, pixel_values
 from rudolph.sequence.tokenizer import Tokenizer, normalize
 
 

@@ -13,17 +13,16 @@ from typing import Any
 
 from rudolph.data.pairs import SPLITS
 from rudolph.data.splits import Split, Splits, require_place
-from rudolph.evaluation.asking import NO_IMAGE, Score, Subject, without_note
-from rudolph.evaluation.caption_questions import caption_f1, caption_metrics
-from rudolph.evaluation.choice_questions import (
+from rudolph.evaluation.evaluator import NO_IMAGE, Score, Subject, without_note
+from rudolph.evaluation.evaluators.captions import caption_f1, caption_metrics
+from rudolph.evaluation.evaluators.choices import (
     image_ranking,
     multiple_choice,
     text_ranking,
     zero_shot,
 )
-from rudolph.evaluation.distribution_questions import clip_scores, picture_distance
-from rudolph.evaluation.numeric_questions import attention_logits, survival
-from rudolph.evaluation.picture_questions import (
+from rudolph.evaluation.evaluators.distributions import clip_scores, picture_distance
+from rudolph.evaluation.evaluators.images import (
     image_variation,
     inpainting,
     nearest_in_groups,
@@ -32,8 +31,9 @@ from rudolph.evaluation.picture_questions import (
     scene_right,
     self_reranking,
 )
-from rudolph.evaluation.reranking import rerank_curve
-from rudolph.evaluation.text_questions import (
+from rudolph.evaluation.evaluators.numerics import attention_logits, survival
+from rudolph.evaluation.evaluators.reranking import rerank_curve
+from rudolph.evaluation.evaluators.texts import (
     answer_f1,
     continuation,
     likelihood,
@@ -41,8 +41,8 @@ from rudolph.evaluation.text_questions import (
     recognition,
     text_answers,
 )
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.pipeline import Pipeline
 from rudolph.sequence.texts import require_text
 
 # Times what is done under a name, and gives ``advance(done, total, note)``.
@@ -180,5 +180,5 @@ def ask(
 
 
 def card_rows(scores: list[Score]) -> list[dict[str, Any]]:
-    """Scores as the rows of a report card, see ``rudolph.results.cards``."""
+    """Scores as the rows of a report card, see ``rudolph.reports.cards``."""
     return [vars(score) | {"score": score.name, "count": score.num_examples} for score in scores]

@@ -10,10 +10,9 @@ from torch import Tensor
 from rudolph.gpu_check.equalities import gradient_of, relative_error
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
 from rudolph.gpu_check.sizes import Geometry, Sizes
-from rudolph.models.cache import KeyValueCache
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.layer import run_layer
-from rudolph.models.steady import SteadyLook, SteadyReads
+from rudolph.models.layers.kv_cache import KeyValueCache
+from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
+from rudolph.models.rudolph.static_decode import SteadyLook, SteadyReads
 
 NUM_STEPS = 6
 

@@ -9,16 +9,15 @@ from statistics import median
 
 import torch
 
+from rudolph.benchmarks.decoding import EnoughError
+from rudolph.benchmarks.flops import decode_bytes
+from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.compiling import GraphedStep, started_decoding
 from rudolph.gpu_check.equalities import short
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Geometry, Sizes
 from rudolph.gpu_check.timing import copy_limit, synchronize
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.layer import run_layer
-from rudolph.sampling.generate import generate_image
-from rudolph.speed.amounts import decode_bytes
-from rudolph.speed.decoding import EnoughError
+from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

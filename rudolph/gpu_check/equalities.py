@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Sizes
-from rudolph.models.attention import MAXIMA, Seen, attention, block_mask
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.sampling.generate import generate_image
+from rudolph.models.layers.attention import MAXIMA, Seen, attention, block_mask
+from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
 from rudolph.gpu_check.sizes import Sizes
-from rudolph.models.pretrained import from_reference
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.generate import generate_image
+from rudolph.models.reference import from_reference
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 
 PARITY = Path(__file__).resolve().parents[2] / "tests" / "parity"

@@ -7,15 +7,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from rudolph.benchmarks.flops import upscaler_operations, vqgan_operations
 from rudolph.gpu_check.equalities import relative_error
 from rudolph.gpu_check.rows import Case, Row
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.gpu_check.timing import median_seconds
 from rudolph.gpu_check.training import operation_rows
-from rudolph.models import strips
+from rudolph.models.cpu import tiled_conv
 from rudolph.models.upscaler import Upscaler
-from rudolph.models.vqgan import VQGAN
-from rudolph.speed.amounts import upscaler_operations, vqgan_operations
+from rudolph.models.vqgan.model import VQGAN
 
 # Type of weights and images, whether float32 may be rounded to TF32, channels last in memory.
 SETTINGS = {
@@ -51,7 +51,7 @@ def in_setting(
     torch.backends.cudnn.allow_tf32 = has_tf32
     try:
         # The networks choose the layout by the device; here both are tried on it.
-        with patch.object(strips, "layout_of", lambda x: layout), torch.no_grad():
+        with patch.object(tiled_conv, "layout_of", lambda x: layout), torch.no_grad():
             yield from measure(sizes, dtype, layout)
     finally:
         torch.backends.cudnn.allow_tf32 = before

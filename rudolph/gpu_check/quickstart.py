@@ -15,24 +15,24 @@ from typing import Any
 
 import torch
 
-from rudolph.config import RunConfig, SamplingConfig, TextLengths, digest_of
+from rudolph.config.experiment_file import Run
+from rudolph.config.run import RunConfig, SamplingConfig, TextLengths, digest_of
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.report_card import EvaluationConfig
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.experiment_file import Run
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.pipeline import Pipeline
 from rudolph.gpu_check.resuming import quiet
 from rudolph.gpu_check.rows import Case, Row
 from rudolph.gpu_check.sizes import Sizes
-from rudolph.models.decoder import DecoderConfig
-from rudolph.models.quantizers import QuantizerConfig
-from rudolph.models.vqgan import VQGANConfig
-from rudolph.sampling.filters import TokenSamplingConfig
-from rudolph.sampling.pipeline import Pipeline
+from rudolph.models.rudolph.decoder import DecoderConfig
+from rudolph.models.vqgan.model import VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
+from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.stages.decoder import examples_of, new_decoder, train_decoder
+from rudolph.runs.stages.evaluation import ask_all
+from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
+from rudolph.runs.stages.tokenizer import open_data
 from rudolph.sequence.tokenizer import TokenizerConfig
-from rudolph.stages.decoder import examples_of, new_decoder, train_decoder
-from rudolph.stages.evaluation import ask_all
-from rudolph.stages.image_tokenizer import image_indices, make_vqgan
-from rudolph.stages.tokenizer import open_data
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 

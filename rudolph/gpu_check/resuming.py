@@ -8,14 +8,14 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
-from rudolph.config import RunConfig
+from rudolph.config.experiment_file import Run
+from rudolph.config.run import RunConfig
 from rudolph.data.examples import TokenBatch
-from rudolph.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.experiment_file import Run
-from rudolph.fitting import fit
 from rudolph.gpu_check.rows import Case, Row
 from rudolph.gpu_check.sizes import Sizes
-from rudolph.models.vqgan import VQGANConfig
+from rudolph.models.vqgan.model import VQGANConfig
+from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.trainer import fit
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.optim import OptimConfig

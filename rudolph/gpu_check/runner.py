@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rudolph.disk import json_text
+from rudolph.files.atomic import json_text
 from rudolph.gpu_check.plan import CHECKS, PLAN, SPEED, Part
 
 ROOT = Path(__file__).resolve().parents[2]

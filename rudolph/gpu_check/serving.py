@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from rudolph.disk import json_text
+from rudolph.files.atomic import json_text
 from rudolph.gpu_check.rows import FAILED, OK, Case, UnavailableError
 
 Cases = Callable[[], Iterator[Case]]

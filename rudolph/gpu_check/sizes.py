@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rudolph.models.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.quantizers import QuantizerConfig
+from rudolph.benchmarks.config import SpeedConfig
+from rudolph.benchmarks.subject import Subject
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.upscaler import UpscalerConfig
-from rudolph.models.vqgan import VQGANConfig
-from rudolph.sampling.filters import TokenSamplingConfig
+from rudolph.models.vqgan.model import VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.sequence.layout import EOS, SequenceLayout, Vocabulary
-from rudolph.speed.config import SpeedConfig
-from rudolph.speed.subject import Subject
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
@@ -80,7 +80,7 @@ class Sizes:
     limit_bytes: int
 
     def subject(self, geometry: Geometry, batch: int = 1) -> Subject:
-        """Return what operations and bytes are counted from, see ``speed.amounts``."""
+        """Return what operations and bytes are counted from, see ``benchmarks.flops``."""
         return Subject(
             seed=0,
             speed=SpeedConfig("decode", ("float32",), batch, geometry.num_tokens),

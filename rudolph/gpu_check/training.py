@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
+from rudolph.benchmarks.flops import train_operations
+from rudolph.benchmarks.training import Stepping
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
 from rudolph.gpu_check.sizes import Geometry, Sizes
 from rudolph.gpu_check.timing import median_seconds, peak_bfloat16, product_limit, synchronize
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.speed.amounts import train_operations
-from rudolph.speed.training import Stepping
+from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 from rudolph.training.optim import OptimConfig, optimizers_of
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.strips import enlarged_convolution, fast_layout
+from rudolph.models.cpu.tiled_conv import enlarged_convolution, fast_layout
 
 SCALES = (2, 4, 8)
 NUM_DENSE = 5

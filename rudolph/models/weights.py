@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rudolph.disk import DamagedFileError, naming, write_whole
+from rudolph.files.atomic import DamagedFileError, naming, write_whole
 
 
 def load_exactly(

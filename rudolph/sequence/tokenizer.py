@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rudolph.disk import write_text, write_whole
+from rudolph.files.atomic import write_text, write_whole
 from rudolph.sequence.bpe import WORD, read_model, train
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 from rudolph.sequence.texts import clean_text, shortened

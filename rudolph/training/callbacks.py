@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
-from rudolph.disk import append_line, json_text, naming
+from rudolph.files.atomic import append_line, json_text, naming
 from rudolph.training.checkpoints import put_checkpoint, require_same_training
 
 

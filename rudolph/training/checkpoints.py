@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rudolph.disk import say_once, set_aside
+from rudolph.files.atomic import say_once, set_aside
 
 # The callback that writes them, as Lightning names its state.
 STATE = "ResumeCheckpoint"

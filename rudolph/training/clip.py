@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.data.text_image import TextImageBatch
-from rudolph.models.clip import CLIP
-from rudolph.sampling.clip_ranking import retrieval_recalls
+from rudolph.generation.clip_ranking import retrieval_recalls
+from rudolph.models.vision.clip import CLIP
 from rudolph.training.callbacks import require_finite
 from rudolph.training.clip_losses import (
     CLIP_LOSSES,

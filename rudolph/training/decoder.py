@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.examples import TokenBatch
-from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.scoring import NOT_SCORED, label_losses, segment_labels
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.models.rudolph.scoring import NOT_SCORED, label_losses, segment_labels
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rudolph.models.decoder import MaskedDecoder
+from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.optim import OptimConfig, optimizer_bytes
 

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rudolph.models.native_types import has_native_bfloat16
+from rudolph.models.layers.native_types import has_native_bfloat16
 
 OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 # Bytes of state for a number: two moments, one momentum.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rudolph.models.decoder import MaskedDecoder
-from rudolph.models.low_rank import add_low_rank
+from rudolph.models.layers.lora import add_low_rank
+from rudolph.models.rudolph.decoder import MaskedDecoder
 
 PARTS = {
     "all": r".+",

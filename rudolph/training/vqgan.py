@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.examples import ImageBatch
-from rudolph.models.codes import codebook_usage
-from rudolph.models.fidelity import psnr, ssim
-from rudolph.models.vqgan import VQGAN, Reconstruction
+from rudolph.models.image_metrics import psnr, ssim
+from rudolph.models.vqgan.codes import codebook_usage
+from rudolph.models.vqgan.model import VQGAN, Reconstruction
 from rudolph.training.adversary import PatchDiscriminator, PerceptualDistance
 from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (

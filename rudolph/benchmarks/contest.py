@@ -1,0 +1,281 @@
+"""Contestants in turn: a process each, repetition by repetition, never two at work at once.
+
+Repetition k of every contestant comes before repetition k + 1 of any, so that a machine that
+slows down or warms up meets all of them alike.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rudolph.benchmarks.config import (
+    INSTRUCTIONS,
+    LIMIT,
+    MEASURES,
+    OURS,
+    REFERENCE,
+    TRANSFORMERS,
+)
+from rudolph.benchmarks.subject import CAPTION, Subject
+from rudolph.data.seeds import mixed_seed
+from rudolph.reports.repetitions import Repetition
+
+REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
+REFERENCE_FOLDER = Path("data/reference")
+REFERENCE_PACKAGES = ("rudolph==0.0.1rc10", "rudalle==1.1.3", "taming-transformers==0.0.1")
+# No repetition takes as long; a process that says nothing for so long is given up.
+SECONDS_TO_ANSWER = 3 * 3600.0
+SECONDS_TO_END = 5.0
+
+# What is told before each repetition: done, total, note.
+Told = Callable[[int, int, str], None]
+
+
+@dataclass
+class Found:
+    """What a contest gave: all repetitions, and by contestant what else is known of it.
+
+    ``profiles``: contestant -> rows of part, operation, calls, milliseconds, share.
+    """
+
+    repetitions: list[Repetition] = field(default_factory=list)
+    weights_bytes: dict[str, int] = field(default_factory=dict)
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    profiles: dict[str, list[tuple[str, str, int, float, float]]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Worker:
+    """The process of one contestant and the talk with it.
+
+    Args:
+        log: where its standard error goes; its last line is told when it fails.
+        variables: added to the environment of the process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.log = name, log
+        with log.open("wb") as errors:
+            # A group of its own: a key press reaches the parent alone, which then ends it.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,
+                process_group=0,
+                env={**os.environ, **(variables or {})},
+            )
+
+    def ask(self, request: Mapping[str, Any], timeout: float = SECONDS_TO_ANSWER) -> Any:
+        """Send one request and wait for its answer.
+
+        Raises:
+            ValueError: in one line, when the process ends or says nothing in ``timeout`` seconds.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise self.failure() from error
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            raise ValueError(f"contestant {self.name}: no answer in {timeout:g} s")
+        line = self.process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self.failure()
+        return json.loads(line)
+
+    def failure(self) -> ValueError:
+        """Why the process ended, in one line."""
+        try:
+            code: int | None = self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            code = None
+        text = self.log.read_text("utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"ended with exit code {code}"
+        return ValueError(f"contestant {self.name}: {reason[:400]}")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def require_contestants(names: Sequence[str]) -> None:
+    """Raise ``ValueError``, with the command that installs it, for a package that is missing."""
+    if REFERENCE in names:
+        folder = reference_folder()
+        if not (folder / "rudolph").is_dir() or not (folder / "rudalle").is_dir():
+            packages = " ".join(REFERENCE_PACKAGES)
+            raise ValueError(
+                f"contestant {REFERENCE}: no packages in {folder} (or ${REFERENCE_VARIABLE}); "
+                f"pip install --no-deps --target {folder} {packages}"
+            )
+    if TRANSFORMERS in names and find_spec("transformers") is None:
+        raise ValueError(f"contestant {TRANSFORMERS}: not installed; pip install transformers")
+
+
+def reference_folder() -> Path:
+    """Where the packages of the reference are looked for."""
+    return Path(os.environ.get(REFERENCE_VARIABLE) or REFERENCE_FOLDER)
+
+
+def command_of(name: str) -> list[str]:
+    """The command of a contestant's process."""
+    if name == REFERENCE:
+        script = Path(__file__).with_name("reference_worker.py")
+        return [sys.executable, "-P", str(script), str(reference_folder().resolve())]
+    return [sys.executable, "-m", "rudolph.benchmarks.worker"]
+
+
+@contextmanager
+def started(name: str, subject: Subject, folder: Path) -> Iterator[tuple[Worker, Any]]:
+    """A contestant that is ready, and what it said then; ended when the block is left."""
+    # Beside the folder, which is deleted in the end: a failure can still be read there.
+    variables = INSTRUCTIONS.get(subject.speed.instructions or "")
+    worker = Worker(name, command_of(name), folder.parent / f"{name}.log", variables)
+    try:
+        ready = worker.ask(
+            {
+                "contestant": name,
+                "subject": subject.to_plain(),
+                "folder": str(folder.resolve()),
+                "caption": CAPTION,
+                "threads": torch.get_num_threads(),
+                "seed": mixed_seed(subject.seed, "speed"),
+            }
+        )
+        yield worker, ready
+    finally:
+        worker.close()
+
+
+def hold(subject: Subject, folder: Path, *, told: Told, check: Callable[[Worker], None]) -> Found:
+    """Warm every contestant up, let them repeat in turn, then profile ours.
+
+    Args:
+        folder: with the files of ``subject.prepare``; logs of the processes go beside it.
+        check: is given the reference's process before anything is timed.
+
+    Raises:
+        ValueError: in one line, when a contestant fails.
+    """
+    found, names = Found(), subject.speed.contestants
+    turns = list(turns_of(subject))
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in names:
+            told(0, len(turns), f"{name} starts")
+            workers[name], ready = stack.enter_context(started(name, subject, folder))
+            note_ready(found, name, ready)
+            if name == REFERENCE:
+                check(workers[name])
+        for name, part in parts_of(subject):
+            told(0, len(turns), f"{name} warms up")
+            workers[name].ask({"do": "run", "part": part, "is_short": True})
+        for done, (repetition, name, part) in enumerate(turns):
+            told(done, len(turns), turn_note(subject, repetition, name, part))
+            answer = workers[name].ask({"do": "run", "part": part, "is_short": False})
+            note_answer(found, subject, answer, (repetition, name, part))
+        for name, part in parts_of(subject):
+            if name in OURS:
+                told(len(turns), len(turns), f"{name} is profiled")
+                answer = workers[name].ask({"do": "profile", "part": part})
+                rows = [(part, *row) for row in answer["operations"]]
+                found.profiles.setdefault(name, []).extend(rows)
+    told(len(turns), len(turns), "")
+    return found
+
+
+def hold_memory(
+    subject: Subject, folder: Path, *, told: Told, check: Callable[[Worker], None]
+) -> Found:
+    """As ``hold``, with a fresh process for every repetition: its peak is that of a whole life."""
+    found, names = Found(), subject.speed.contestants
+    if REFERENCE in names:
+        with started(REFERENCE, subject, folder) as (worker, _):
+            check(worker)
+    total = subject.speed.repetitions * len(names)
+    for done in range(total):
+        repetition, name = done // len(names), names[done % len(names)]
+        told(done, total, turn_note(subject, repetition, name, "decode"))
+        with started(name, subject, folder) as (worker, ready):
+            note_ready(found, name, ready)
+            answer = worker.ask({"do": "run", "part": "decode", "is_short": False})
+        loaded = {**ready, "units": 1, "cache_bytes": 0}
+        note_answer(found, subject, loaded, (repetition, name, "load"))
+        note_answer(found, subject, answer, (repetition, name, "decode"))
+    told(total, total, "")
+    return found
+
+
+def parts_of(subject: Subject) -> Iterator[tuple[str, str]]:
+    """Every contestant with each part of its work; a part's contestants stand together."""
+    measure = MEASURES[subject.speed.measure or ""]
+    names = [name for name in subject.speed.contestants if name != LIMIT]
+    if LIMIT in subject.speed.contestants:
+        yield from ((LIMIT, part) for part in units_of(subject, LIMIT))
+    yield from ((name, part) for part in measure.units for name in names)
+
+
+def units_of(subject: Subject, contestant: str) -> Mapping[str, str]:
+    """Return the parts of a contestant's repetition and their units."""
+    measure = MEASURES[subject.speed.measure or ""]
+    return measure.units_of(contestant, has_bfloat16=subject.speed.has_bfloat16)
+
+
+def turns_of(subject: Subject) -> Iterator[tuple[int, str, str]]:
+    """Repetition, contestant and part of every turn, in their order."""
+    for repetition in range(subject.speed.repetitions):
+        yield from ((repetition, name, part) for name, part in parts_of(subject))
+
+
+def turn_note(subject: Subject, repetition: int, name: str, part: str) -> str:
+    units = units_of(subject, name)
+    what = f"{name} {part}" if len(units) > 1 else name
+    return f"{what}, repetition {repetition + 1} of {subject.speed.repetitions}"
+
+
+def note_ready(found: Found, name: str, ready: Mapping[str, Any]) -> None:
+    found.weights_bytes[name] = ready["weights_bytes"]
+    found.versions |= ready["versions"]
+
+
+def note_answer(
+    found: Found, subject: Subject, answer: Mapping[str, Any], turn: tuple[int, str, str]
+) -> None:
+    repetition, name, part = turn
+    units = units_of(subject, name)
+    found.repetitions.append(
+        Repetition(
+            contestant=name,
+            part=part if len(units) > 1 else "",
+            unit=units[part],
+            repetition=repetition,
+            seconds=answer["seconds"],
+            units=answer["units"],
+            peak_bytes=answer["peak_bytes"],
+        )
+    )
+    if answer["cache_bytes"]:
+        found.cache_bytes[name] = answer["cache_bytes"]

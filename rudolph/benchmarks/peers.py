@@ -1,0 +1,75 @@
+"""Contestants of other packages that this project can import: Hugging Face's GPT-2.
+
+A GPT-2 of the decoder's depth, width and heads, with dense attention, its own loop and a static
+cache.  It computes in bfloat16 where the processor multiplies it natively, else in float32.  Its
+vocabulary is the image's, so that its head does the work that ours does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rudolph.benchmarks.decoding import SHORT, held_in, module_bytes
+from rudolph.benchmarks.serving import Work, tensor_bytes
+from rudolph.benchmarks.subject import Subject
+
+
+class Transformers:
+    """``generate`` of as many tokens as ours, after a prompt of the left text's length."""
+
+    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
+        import transformers
+
+        self.subject, config = subject, subject.decoder
+        shape = transformers.GPT2Config(
+            n_layer=config.num_layers,
+            n_embd=config.hidden_size,
+            n_head=config.num_heads,
+            n_positions=subject.layout.length,
+            vocab_size=subject.vocabulary.image_size,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        make = transformers.AutoModelForCausalLM.from_config
+        dtype = torch.bfloat16 if subject.speed.has_bfloat16 else torch.float32
+        self.model: Any = make(shape, dtype=dtype).eval()
+        size = subject.speed.batch_size, subject.layout.left_text_length
+        generator = torch.Generator().manual_seed(subject.seed)
+        self.prompt = torch.randint(1, shape.vocab_size, size, generator=generator)
+        self.weights_bytes = module_bytes(self.model)
+        self.versions = {"transformers": transformers.__version__}
+        self._cache_bytes = 0
+
+    def run(self, part: str, *, is_short: bool) -> Work:
+        sampling, most = self.subject.sampling, self.subject.num_tokens
+        num_tokens = min(SHORT, most) if is_short else most
+        with torch.inference_mode():
+            found = self.model.generate(
+                self.prompt,
+                attention_mask=torch.ones_like(self.prompt),
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k or 0,
+                top_p=sampling.top_p or 1.0,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                cache_implementation="static",
+                # As long for a short repetition, so that it warms up what is measured.
+                max_cache_len=self.subject.layout.length,
+                disable_compile=True,
+                return_dict_in_generate=True,
+            )
+        layers = found.past_key_values.layers
+        held = [kept for layer in layers for kept in held_in(vars(layer))]
+        self._cache_bytes = tensor_bytes(kept for kept in held if isinstance(kept, Tensor))
+        return Work(len(self.prompt) * num_tokens)
+
+    def cache_bytes(self) -> int:
+        return self._cache_bytes
+
+    def check(self, path: Path) -> None:
+        save_file({}, path)

@@ -1,0 +1,295 @@
+"""Weights on this disk: one safetensors file with its config beside it, by name or path.
+
+``<weights home>/<name>/`` holds ``weights.safetensors`` (the reference's own tensor names),
+``config.json`` (family, constructor's arguments, where it came from) and what belongs to it, such
+as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolph``.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rudolph.checkpoints.files import Converted, one_line, read_tensors
+from rudolph.checkpoints.hub import Fetched, fetch
+from rudolph.checkpoints.table import RELEASED, Release
+from rudolph.files.atomic import json_text, read_json, require_apart
+from rudolph.models.cpu.int8 import use_int8
+from rudolph.models.reference import FAMILIES, empty_model, load_reference, unwrapped
+from rudolph.sequence.bpe import read_model
+
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+TOKENIZER_FILE = "bpe.model"
+
+OnBytes = Callable[[str, int, int], None]
+
+
+def weights_home() -> Path:
+    return Path(os.environ.get("RUDOLPH_WEIGHTS") or Path.home() / ".cache" / "rudolph")
+
+
+def release_of(name: str) -> Release:
+    """The release of a name, whatever its case.
+
+    Raises:
+        ValueError: naming the nearest ones.
+    """
+    names = {known.lower(): known for known in RELEASED}
+    if name.lower() in names:
+        return RELEASED[names[name.lower()]]
+    near = get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    raise ValueError(f"{name}: no released model has this name{hint} (rudolph models lists them)")
+
+
+def is_released(name: str) -> bool:
+    return name.lower() in {known.lower() for known in RELEASED}
+
+
+def folder_of(name: str) -> Path:
+    """Where a release lies once it is pulled."""
+    names = {known.lower(): known for known in RELEASED}
+    return weights_home() / names[name.lower()]
+
+
+def is_here(name: str) -> bool:
+    """Whether a release is on this disk, converted and whole."""
+    release = release_of(name)
+    is_tokenizer = release.family == "tokenizer"
+    files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS, CONFIG, *release.companions)
+    return all((folder_of(name) / file).is_file() for file in files)
+
+
+def locate(source: str) -> Path:
+    """The folder of weights that a released name or a path names.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if Path(source).exists():
+        return Path(source)
+    release_of(source)
+    if not is_here(source):
+        raise ValueError(f"{source}: is not on this disk; `rudolph pull {source}` gets it")
+    return folder_of(source)
+
+
+def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
+    """Get a release and write it as one safetensors file with its config; its folder.
+
+    Args:
+        file: the released file, if it is on this disk already; the hub is asked otherwise.  What
+            is kept beside the weights is looked for beside it, too.
+        on_bytes: told the file, the bytes done and the bytes in all.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    release, folder = release_of(name), folder_of(name)
+    download = folder / "download"
+    told = on_bytes or (lambda file, done, total: None)
+    origin = {"repository": release.repository, "file": release.file, "licence": release.licence}
+
+    def bring(wanted: str) -> Fetched:
+        return fetch(release.repository, wanted, download, on_progress=partial(told, wanted))
+
+    if file is not None and not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    if file is not None:
+        # That folder is deleted at the end.
+        require_apart(file, download, "--file")
+    for companion in release.companions:
+        near = None if file is None else file.with_name(companion)
+        path = near if near and near.is_file() else bring(companion).path
+        copy_whole(path, folder / companion)
+    if file is None:
+        fetched = bring(release.file)
+        file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
+    if release.family == "tokenizer":
+        copy_whole(file, folder / TOKENIZER_FILE)
+    else:
+        convert(file, folder, family=release.family, config=release.config, origin=origin)
+    shutil.rmtree(download, ignore_errors=True)
+    return folder
+
+
+def copy_whole(file: Path, path: Path) -> None:
+    """Copy what belongs to weights, whole or not at all.
+
+    Raises:
+        ValueError: when it should be a tokenizer and is none.
+    """
+    if path.name == TOKENIZER_FILE:
+        read_model(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    shutil.copyfile(file, new)
+    os.replace(new, path)
+
+
+def convert(
+    file: Path,
+    folder: Path,
+    *,
+    family: str,
+    config: Mapping[str, Any],
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write a reference checkpoint as ``weights.safetensors`` and ``config.json``, once it fits.
+
+    Tensors keep their names, dtypes and bits; what only a trainer needs is left out.  The config
+    is written last, so that a folder with a config is whole.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit the family.
+    """
+    tensors = unwrapped(read_tensors(file))
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not key.isprintable():
+            raise ValueError(f"{file}: every tensor must have a name, got {key!r}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{file}: {key} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(f"{file}: {key} must be a dense tensor with its numbers")
+    model = empty_model(family, config)
+    load_reference(model, family, tensors)
+    kept = {key: tensors[key] for key in tensors if FAMILIES[family].keeps(key)}
+    write(folder, kept, family=family, config=config, origin=origin)
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    family: str,
+    config: Mapping[str, Any],
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors under the reference's names and their config; whole or not at all.
+
+    Raises:
+        ValueError: when the disk is full, say.
+    """
+    content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, words = folder / f"{WEIGHTS}.new", folder / f"{CONFIG}.new"
+    try:
+        save_file(apart(tensors), weights)
+        words.write_text(json_text(content, indent=1) + "\n", "utf-8")
+        # An old config must not stand beside new weights, not for a moment.
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(words, folder / CONFIG)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot write {WEIGHTS}: {one_line(error)}") from error
+    finally:
+        weights.unlink(missing_ok=True)
+        words.unlink(missing_ok=True)
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether `rudolph convert` wrote a folder of weights."""
+    try:
+        content = read_json(folder / CONFIG)
+        return "from" in content["origin"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that lie whole and share no memory, as safetensors demands; a copy where needed."""
+    found: dict[str, Tensor] = {}
+    end = 0
+    for key in sorted(tensors, key=lambda key: tensors[key].data_ptr()):
+        value = tensors[key]
+        if value.is_contiguous() and value.data_ptr() >= end:
+            end = value.data_ptr() + value.nbytes
+            found[key] = value
+        else:
+            found[key] = value.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Family and constructor's arguments of a folder of weights.
+
+    Raises:
+        ValueError: when the folder is none.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: no folder of weights, it lacks {CONFIG}")
+    try:
+        content = read_json(path)
+        family, config = content["family"], content["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: must have family and config, got none") from error
+    if not isinstance(family, str) or not isinstance(config, dict):
+        raise ValueError(f"{path}: family must be a name and config a mapping")
+    return family, config
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+) -> nn.Module:
+    """The module of a released name or a folder of weights, in evaluation mode.
+
+    Tensors are read one at a time, converted, and put where they belong, so no more is held than
+    the module and one tensor.
+
+    Args:
+        dtype: of the weights; as in the file when None.
+        int8: the layers of a decoder in eight bits.
+
+    Raises:
+        ValueError: one line with the name, file or tensor.
+    """
+    folder = locate(str(source))
+    with _naming_folder(folder):
+        family, config = read_config(folder)
+        try:
+            model = empty_model(family, config)
+        except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+            words = f"{folder / CONFIG}: no {family} model ({one_line(error)})"
+            raise ValueError(words) from error
+    if int8:
+        layers = getattr(model, "layers", None)
+        if layers is None:
+            raise ValueError(f"{source}: a {family} model has no decoder layers for int8")
+        use_int8_on_meta(layers)
+    with _naming_folder(folder):
+        tensors = Converted(read_tensors(folder / WEIGHTS), dtype=dtype, device=device)
+        load_reference(model, family, tensors)
+    # Buffers that are in no file, such as masks, are made on the CPU.
+    return model.to(device).eval()
+
+
+@contextmanager
+def _naming_folder(folder: Path) -> Iterator[None]:
+    """Name the folder in every ``ValueError``, and for a release how to get it again."""
+    try:
+        yield
+    except ValueError as error:
+        place = "" if str(folder) in str(error) else f"{folder}: "
+        is_pulled = folder.parent == weights_home() and is_released(folder.name)
+        advice = f"; `rudolph pull {folder.name}` gets it again" if is_pulled else ""
+        raise ValueError(f"{place}{error}{advice}") from error
+
+
+def use_int8_on_meta(layers: nn.Module) -> None:
+    with torch.device("meta"):
+        use_int8(layers)

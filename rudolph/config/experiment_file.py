@@ -1,0 +1,302 @@
+"""Experiment file to runs.
+
+An experiment file has the keys of ``EXPERIMENT_KEYS``.  ``base`` names one file of settings;
+``settings`` stand over it, a variant over those, a point of the grid over that, and the command
+line over all.  So at most two files tell a run.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rudolph.config.metric_names import COST, QUESTION_METRICS, all_names, metric_names
+from rudolph.config.names import (
+    experiment_name,
+    require_domains,
+    require_own_names,
+    require_variant,
+    run_name,
+    value_labels,
+)
+from rudolph.config.run import RunConfig, overrides_of, resolved
+from rudolph.files import settings
+from rudolph.files.settings import (
+    STRICT,
+    ConfigError,
+    did_you_mean,
+    flat_settings,
+    mistake,
+    read_yaml,
+    short,
+    typed,
+)
+from rudolph.reports.claims import Claim, group_of
+from rudolph.reports.searches import REGION, Search
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which metrics the results' table, the curves' figure and the report card show.
+
+    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``; ``pareto`` are two
+    metrics that are drawn against each other.  In each of the
+    metrics ``effects`` the variants, or points of the grid, are compared with the one ``against``.
+    """
+
+    __pydantic_config__ = STRICT
+
+    table: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+    card: tuple[str, ...] = ()
+    best_of: tuple[str, ...] = ()
+    pareto: tuple[str, ...] = ()
+    effects: tuple[str, ...] = ()
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.effects) != (self.against is not None):
+            raise ValueError("against and effects belong together: give both or none")
+        if len(self.pareto) not in (0, 2):
+            raise ValueError(f"pareto must name two metrics, got {len(self.pareto)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment: its name, how it differs from the others, its configuration."""
+
+    name: str
+    variant: str
+    grid: Mapping[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file, resolved.
+
+    ``targets`` say what a metric should at least reach, ``claim`` what the source claims.
+    ``settings`` are those that all runs share; a ``search`` makes more runs of them.
+    """
+
+    path: Path
+    name: str
+    title: str
+    question: str
+    source: str
+    targets: Mapping[str, float]
+    claim: Claim | None
+    report: ReportConfig
+    runs: tuple[Run, ...]
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    search: Search | None
+
+
+EXPERIMENT_KEYS = {
+    "title": str,
+    "question": str,
+    "source": str,
+    "base": str,
+    "settings": dict,
+    "variants": dict,
+    "grid": dict,
+    "seeds": list,
+    "search": dict,
+    "targets": dict,
+    "claim": dict,
+    "report": dict,
+}
+
+
+def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment file and expand its runs.
+
+    Args:
+        overrides: ``key=value`` settings of the command line, values in YAML.
+
+    Raises:
+        ConfigError: one line for the first mistake.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    settings.require_keys(path, content, EXPERIMENT_KEYS)
+    for key in ("title", "question"):
+        if not content.get(key, "").strip():
+            raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
+    report = typed(path, ReportConfig, content.get("report", {}), "report")
+    targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
+    claim = typed(path, Claim, content["claim"], "claim") if "claim" in content else None
+    given = overrides_of(overrides)
+    runs, search = tuple(_expand(path, content, given)), _search(path, content)
+    groups = {group_of(run.name, run.config.seed) for run in runs}
+    groups |= set() if search is None else {f"{REGION}{domain}" for domain in search.domains}
+    _check_compared(path, claim, report, groups)
+    if not given:
+        # With other questions on the command line nothing of the report is made.
+        _check_metrics(path, runs, report, targets, claim)
+    if search is not None:
+        _check_domains(path, content, search, runs)
+    return Experiment(
+        path=path,
+        name=experiment_name(path),
+        title=content["title"].strip(),
+        question=" ".join(content["question"].split()),
+        source=" ".join(content.get("source", "").split()),
+        targets=targets,
+        claim=claim,
+        report=report,
+        runs=runs,
+        settings=_shared_settings(path, content) | given,
+        seeds=tuple(content.get("seeds", [0])),
+        search=search,
+    )
+
+
+def _check_compared(
+    path: Path, claim: Claim | None, report: ReportConfig, groups: set[str]
+) -> None:
+    """Raise ``ConfigError`` for a comparison with runs that the file does not have."""
+    named = {} if claim is None else {"claim.better": claim.better, "claim.than": claim.than}
+    if report.against is not None:
+        named["report.against"] = report.against
+    for key, name in named.items():
+        if name not in groups:
+            rule = f"must be one of {', '.join(sorted(groups))}"
+            hint = did_you_mean(name, groups)
+            raise ConfigError(f"{path}: {key}: {rule}, got {short(name)}{hint}")
+
+
+def _check_metrics(
+    path: Path,
+    runs: Sequence[Run],
+    report: ReportConfig,
+    targets: Mapping[str, float],
+    claim: Claim | None,
+) -> None:
+    """Raise ``ConfigError`` for a metric that no run of the file reports."""
+    metrics, curves = all_names(run.config for run in runs)
+    rankings = [name.partition("/best_of_")[0] for name in metrics if "/best_of_" in name]
+    columns = [*metrics, *COST]
+    for key, names, legal in (
+        ("report.table", report.table, columns),
+        ("report.curves", report.curves, [*curves, *metrics]),
+        ("report.card", report.card, metrics),
+        ("report.best_of", report.best_of, list(dict.fromkeys(rankings))),
+        ("report.pareto", report.pareto, columns),
+        ("report.effects", report.effects, columns),
+        ("targets", tuple(targets), metrics),
+        ("claim.metric", () if claim is None else (claim.metric,), columns),
+    ):
+        for name in names:
+            if name not in legal:
+                raise _no_metric(path, key, name, legal)
+
+
+def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
+    metric = name.rpartition("/")[0]
+    is_asked = any(each.startswith(f"{metric}/") for each in legal)
+    asks = [question for question, own in QUESTION_METRICS.items() if metric in own]
+    if asks and not is_asked:
+        hint = f"; {asks[0]} is not among evaluation.questions"
+    else:
+        others = ", ..." if len(legal) > 8 else ""
+        known = f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
+        hint = did_you_mean(name, legal) or known
+    return ConfigError(f"{path}: {key}: no run of this file reports {short(name)}{hint}")
+
+
+def _check_domains(
+    path: Path, content: Mapping[str, Any], search: Search, runs: Sequence[Run]
+) -> None:
+    """Raise ``ConfigError`` for a domain that is not one metric of trials and of their tests."""
+    flat = _shared_settings(path, content) | search.settings
+    trial = resolved(path, flat | {name: axis.low for name, axis in search.space.items()})
+    tested = resolved(path, _shared_settings(path, content))
+    for config in (trial, tested, *(run.config for run in runs)):
+        metrics = metric_names(config)
+        for domain, metric in search.domains.items():
+            splits = [name for name in metrics if name.startswith(f"{metric}/")]
+            key = f"search.domains.{domain}"
+            if not splits:
+                without = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+                raise _no_metric(path, key, metric, without)
+            if len(splits) > 1:
+                rule = "must be a metric without its split, asked on one split"
+                raise mistake(path, key, rule, ", ".join(splits))
+
+
+def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
+    """Every combination of variant, point of the grid and seed, in the order of the file."""
+    shared = _shared_settings(path, content)
+    variants = content.get("variants") or {"": {}}
+    grid = _grid(path, content, overrides)
+    seeds = content.get("seeds", [0])
+    settings.require_distinct(path, "seeds", seeds)
+    labels = [value_labels(path, key, values) for key, values in grid.items()]
+    found: dict[tuple[str, str], Run] = {}
+    for variant, changes in variants.items():
+        changed = shared | _variant(path, variant, changes, is_searched="search" in content)
+        points = zip(itertools.product(*grid.values()), itertools.product(*labels), strict=True)
+        for point, label in points:
+            place = dict(zip(grid, point, strict=True))
+            named = dict(zip(grid, label, strict=True))
+            for seed in seeds:
+                config = resolved(path, changed | place | {"seed": seed} | overrides)
+                run = Run(run_name(variant, named, config.seed), variant, place, config)
+                # With a seed on the command line all seeds of the file are one.
+                found.setdefault((run.name, config.digest), run)
+    require_own_names(path, [(run.name, run.config.seed) for run in found.values()])
+    return list(found.values())
+
+
+def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
+    """The search of a file, if it has one, with the names of its settings checked."""
+    if "search" not in content:
+        return None
+    found = typed(path, Search, content["search"], "search")
+    least = {name: axis.low for name, axis in found.space.items()}
+    _seedless(path, least, "search.space")
+    flat = _seedless(path, found.settings, "search.settings")
+    require_domains(path, found.domains)
+    shared = _shared_settings(path, content)
+    for place in (least, {name: axis.high for name, axis in found.space.items()}):
+        resolved(path, shared | flat | place)
+    return replace(found, settings=flat)
+
+
+def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    shared: dict[str, Any] = {}
+    if "base" in content:
+        base = path.parent / content["base"]
+        shared = _seedless(base, read_yaml(base))
+        resolved(base, shared)
+    return shared | _seedless(path, content.get("settings", {}), "settings")
+
+
+def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> dict[str, Any]:
+    if not variant and not changes:
+        return {}
+    require_variant(path, variant, is_searched=is_searched)
+    if not isinstance(changes, dict):
+        raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
+    return _seedless(path, changes, f"variants.{variant}")
+
+
+def _grid(
+    path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """The values of each setting of the grid; of one on the command line that alone."""
+    grid = _seedless(path, content.get("grid", {}), "grid")
+    for key, values in grid.items():
+        settings.require_distinct(path, f"grid.{key}", values)
+    return {key: [overrides[key]] if key in overrides else grid[key] for key in grid}
+
+
+def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Flat settings of a file, in which seeds have a key of their own."""
+    if "seed" in content:
+        where = f"{place}.seed" if place else "seed"
+        raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
+    return flat_settings(path, RunConfig, content, place)

@@ -1,0 +1,191 @@
+"""Names of all metrics and curves of a run, known before it starts.
+
+``metric_names`` are columns of ``runs.csv`` and scores of the report card; ``curve_names`` are
+what trainings log.  A name may be missing in the end, such as that of a family of scenes of which
+no example was drawn, but no run reports a name that is not here.
+
+A question's metrics stand in ``QUESTION_METRICS``, or in ``question_metrics`` where they depend
+on the configuration.  To add a question, name its metrics here.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from rudolph.benchmarks.config import LIMIT, MEASURES, REFERENCE, SpeedConfig
+from rudolph.config.run import RunConfig
+from rudolph.data.datasets.emoji import GROUPS
+from rudolph.data.splits import Source
+from rudolph.evaluation.evaluators.numerics import SURVIVED
+from rudolph.evaluation.evaluators.reranking import NUMBERS
+from rudolph.evaluation.evaluators.retrieval import RECALLS_AT
+from rudolph.reports.repetitions import subject_of
+from rudolph.reports.report import OVERHEAD
+from rudolph.sequence.layout import SEGMENTS
+from rudolph.sequence.tasks import TASKS
+
+# Columns of ``runs.csv`` that every run has.
+COST = ("seconds", OVERHEAD)
+NEAREST, SCENE_RIGHT = "text_to_image/nearest_1_percent", "text_to_image/scene_right"
+CAPTIONS = ("cider-d", "rouge-l", "meteor-nltk", "bleu-4", "distinct")
+RANKINGS = ("likelihood", "inverse_prompting", "truth")
+WITHOUT_PICTURES = ("arithmetic", "paragraphs")
+
+# Metrics of a question, whatever its pairs.
+QUESTION_METRICS: dict[str, tuple[str, ...]] = {
+    "nearest_picture": (NEAREST,),
+    "nearest_in_groups": tuple(f"{NEAREST}_{group.split()[0].lower()}" for group in GROUPS),
+    "scene_right": (SCENE_RIGHT, "text_to_image/objects_right"),
+    "caption_f1": ("image_to_text/token_f1", "image_to_text/exact"),
+    "caption_metrics": tuple(f"image_to_text/{name}" for name in CAPTIONS),
+    "picture_distance": ("text_to_image/fid", "text_to_image/kid"),
+    "clip_scores": ("text_to_image/clip_score", "real_pictures/clip_score"),
+    "answer_f1": ("answers/token_f1", "answers/exact"),
+    "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact"),
+    "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact"),
+    "recognition": tuple(f"text_recognition/{name}" for name in ("1-ned", "cer", "exact")),
+    "continuation": ("text_to_text/is_sentence",),
+    "multiple_choice": (),
+    "zero_shot": (
+        "zero_shot_classification/accuracy",
+        "zero_shot_classification/calibration_error",
+    ),
+    "text_ranking": ("text_ranking/accuracy",),
+    "image_ranking": ("image_ranking/accuracy",),
+    "inpainting": ("inpainting/objects_right",),
+    "image_variation": ("image_variation/objects_right",),
+    "self_reranking": ("self_reranking/objects_right",),
+    "rerank_curve": (),
+    "likelihood": ("text_to_image/nats", "text_to_image/bits_per_pixel", "image_to_text/nats"),
+    "survival": (SURVIVED,),
+    "attention_logits": ("decoder/max_attention_logit", "decoder/attention_overflows"),
+    "reconstruction": (
+        *("vqgan/psnr", "vqgan/ssim"),
+        *("vqgan/codebook_usage", "vqgan/codebook_perplexity"),
+    ),
+}
+
+
+def metric_names(config: RunConfig) -> list[str]:
+    """Return the names of all metrics that a run can report, the likeliest first."""
+    if config.speed.measure is not None:
+        return list(_speed_metrics(config.speed))
+    if config.model == "clip":
+        own = [f"{way}/recall_at_{k}" for way in _WAYS for k in RECALLS_AT]
+    else:
+        own = [
+            f"{dataset}/{metric}" if dataset else metric
+            for dataset, _, question in (
+                place.rpartition("/") for place in config.evaluation.questions
+            )
+            for metric in question_metrics(question, dataset, config)
+        ]
+    return [f"{name}/{split}" for split in config.evaluation.splits for name in own]
+
+
+_WAYS = ("image_to_text", "text_to_image")
+
+
+def question_metrics(question: str, dataset: str, config: RunConfig) -> list[str]:
+    """Return the metrics of a question, without their split, about pairs of a dataset.
+
+    Args:
+        dataset: empty for that of the run.
+    """
+    dataset, found = dataset or config.data.dataset, list(QUESTION_METRICS[question])
+    if question == "scene_right":
+        found += [f"{SCENE_RIGHT}_{family}" for family in config.data.shapes.families]
+    elif question == "caption_f1" and dataset == "shapes":
+        found.append("image_to_text/true")
+    elif question == "multiple_choice":
+        names = {False: "answers", True: "math_question_answering"}
+        # Those of other datasets have pictures or not, as their files say.
+        known = (
+            dataset in WITHOUT_PICTURES if dataset not in ("manifest", "fusion_brain") else None
+        )
+        found += [f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)]
+    elif question == "rerank_curve":
+        for ranking in RANKINGS + (("clip",) if config.evaluation.clip is not None else ()):
+            found += [f"rerank_{ranking}/best_of_{number}" for number in NUMBERS]
+            found += [f"rerank_{ranking}/gain_at_{number}" for number in NUMBERS[1:]]
+    return found
+
+
+def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
+    """Names of what ``rudolph.benchmarks.metrics`` computes of a contest."""
+    measure = MEASURES[speed.measure or ""]
+    for contestant in speed.contestants:
+        # Which parts a machine can measure is known on that machine alone.
+        units = measure.units_of(contestant, has_bfloat16=True)
+        for part, unit in units.items():
+            name = subject_of(contestant, part if len(units) > 1 else "")
+            yield f"{name}/{unit}s_per_second"
+            if contestant != LIMIT:
+                own = _quantities(speed, contestant)
+                yield from (f"{name}/{each}" for each in (f"seconds_per_{unit}", *own))
+        if contestant != LIMIT:
+            yield from (f"{contestant}/{size}_bytes" for size in ("weights", "cache"))
+    if REFERENCE in speed.contestants:
+        yield "check/largest_difference"
+
+
+def _quantities(speed: SpeedConfig, contestant: str) -> Iterator[str]:
+    yield "peak_bytes"
+    if contestant != REFERENCE and REFERENCE in speed.contestants:
+        yield "times_reference"
+    if speed.measure in ("train", "vqgan", "upscaler"):
+        yield "operations_per_second"
+    if LIMIT in speed.contestants and speed.measure != "memory":
+        yield "share_of_limit"
+
+
+def curve_names(config: RunConfig) -> list[str]:
+    """Return the names of everything that the trainings of a run log."""
+    logged = {"vqgan_optim": _of_vqgan, "decoder_optim": _of_decoder, "clip_optim": _of_clip}
+    return [
+        f"{key.removesuffix('_optim')}/{name}"
+        for key in config.trainings
+        for name in logged[key](config)
+    ]
+
+
+def _of_vqgan(config: RunConfig) -> Iterator[str]:
+    losses = ["reconstruction", "quantizer"]
+    if config.vqgan_losses.adversary_start is not None:
+        losses += ["adversary", "discriminator"]
+    yield from (f"train/loss/{name}" for name in losses)
+    yield from ("val/psnr", "val/ssim", "val/loss/reconstruction")
+    yield from ("val/codebook_usage", "val/codebook_perplexity")
+
+
+def _of_decoder(config: RunConfig) -> Iterator[str]:
+    rows = {source.name: _scored(source, config) for source in config.data.mixture}
+    scored = [name for name in SEGMENTS if any(name in own for own in rows.values())]
+    for stage in ("train", "val"):
+        yield f"{stage}/loss"
+        yield from (f"{stage}/loss/{name}" for name in scored)
+        if len(rows) > 1:
+            yield from (f"{stage}/loss/{row}/{name}" for row, own in rows.items() for name in own)
+    if len(rows) > 1:
+        yield from (f"train/share/{row}" for row in rows)
+    if config.decoder_losses.weighing == "learned":
+        yield from (f"train/weight/{name}" for name in SEGMENTS)
+
+
+def _scored(source: Source, config: RunConfig) -> list[str]:
+    """The segments of a row of the mixture that have labels."""
+    weights = config.decoder_losses.task_weights.get(source.task, TASKS[source.task].weights)
+    return [name for name, weight in zip(SEGMENTS, weights, strict=True) if weight > 0]
+
+
+def _of_clip(config: RunConfig) -> Iterator[str]:
+    yield from ("train/loss", "train/logit_scale", "val/loss")
+    yield from (f"val/{way}/recall_at_{k}" for way in _WAYS for k in RECALLS_AT)
+
+
+def all_names(configs: Iterable[RunConfig]) -> tuple[list[str], list[str]]:
+    """Return the metrics and the curves of some runs, each name once."""
+    metrics: dict[str, None] = {}
+    curves: dict[str, None] = {}
+    for config in configs:
+        metrics |= dict.fromkeys(metric_names(config))
+        curves |= dict.fromkeys(curve_names(config))
+    return list(metrics), list(curves)

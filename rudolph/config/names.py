@@ -1,0 +1,170 @@
+"""Names made from paths and settings: of experiments, and of the runs of one experiment.
+
+Each names a folder, so it must be legal on every file system: not too long, and different from
+all others by more than the case of its letters.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rudolph.files.settings import ConfigError, mistake, short
+from rudolph.reports.claims import group_of
+from rudolph.reports.report import cell
+from rudolph.reports.searches import REGION, TRIAL
+
+EXPERIMENTS = "experiments"
+# Experiments whose results were published under the name of the file alone.
+NAMED_BY_FILE = frozenset(
+    {"emoji/emoji_32", "emoji/emoji_64", "emoji/emoji_clip"}
+    | {"finetune/captions", "finetune/emoji_style", "finetune/questions"}
+    | {"hyper_tasking/rerank", "hyper_tasking/shapes_all_tasks", "hyper_tasking/shapes_clip"}
+)
+# Folders inside ``results/<experiment>`` that every export makes anew.
+RESERVED = frozenset({"configs", "samples", "profiles", "figures"})
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Cells that pandas reads as missing.
+READ_AS_NOTHING = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
+# The name of a run is followed by a digest, or by the name of a sample and its suffix.
+LONGEST = 160
+LONGEST_VALUE = 60
+DIGITS = 8
+
+
+def experiment_name(path: Path) -> str:
+    """Return the path of an experiment file below ``experiments/``, without its suffix.
+
+    Elsewhere it is the path below the working directory, and outside of that the file's name.
+
+    >>> experiment_name(Path("experiments/speed/decode.yaml"))
+    'speed/decode'
+    >>> experiment_name(Path("mine/decode.yaml"))
+    'mine/decode'
+    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
+    'captions'
+
+    Raises:
+        ConfigError: for a path that would name a folder which has another use.
+    """
+    parts, is_below = _parts_below(path)
+    name = "/".join((*parts[:-1], Path(parts[-1]).stem))
+    if is_below and name in NAMED_BY_FILE:
+        return path.stem
+    for part in name.split("/"):
+        if part.startswith(".") or (part in RESERVED and "/" in name):
+            legal = f"not {', '.join(sorted(RESERVED))} and not starting with a dot"
+            raise ConfigError(f"{path}: expected a path of names {legal}, got {name!r}")
+        if len(part.encode()) > LONGEST:
+            raise ConfigError(
+                f"{path}: expected names of at most {LONGEST} bytes, got {len(part.encode())}"
+            )
+    return name
+
+
+def _parts_below(path: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the parts of a path that name it, and whether they lie below ``experiments``."""
+    here = Path.cwd()
+    # A link names what it lies in, but the working directory may be reached through a link too.
+    for given in (Path(os.path.abspath(path)), path.resolve()):
+        if given.is_relative_to(here):
+            parts = given.relative_to(here).parts
+            break
+    else:
+        parts = path.resolve().parts
+        if EXPERIMENTS not in parts[:-1]:
+            return parts[-1:], False
+    if EXPERIMENTS not in parts[:-1]:
+        return parts, False
+    last = len(parts) - 1 - parts[:-1][::-1].index(EXPERIMENTS)
+    return parts[last:], True
+
+
+def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
+    """Return what stands for each value of a grid in the names of runs.
+
+    Values that would read alike, or are long, get digits of their SHA-256.
+
+    Raises:
+        ConfigError: for values that tables cannot tell apart.
+    """
+    cells: dict[str, Any] = {}
+    for value in values:
+        text = _read_back(cell(json.loads(json.dumps(value, default=str))))
+        if text in cells:
+            rule = "values must differ in their first six digits, as in tables"
+            raise mistake(path, f"grid.{key}", rule, [cells[text], value])
+        cells[text] = value
+    labels = [re.sub(r"[^A-Za-z0-9_.=-]+", "_", str(value)) for value in values]
+    folded = [label.casefold() for label in labels]
+    return [
+        _with_digits(label, value)
+        if len(label) > LONGEST_VALUE or folded.count(label.casefold()) > 1
+        else label
+        for label, value in zip(labels, values, strict=True)
+    ]
+
+
+def _read_back(text: str) -> str:
+    """Return the text of a cell as a table that is read has it: nothing, a number or the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return "" if text in READ_AS_NOTHING else text
+    return "" if number != number else f"{number:.6g}"
+
+
+def _with_digits(label: str, value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    digits = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return f"{label[: LONGEST_VALUE - DIGITS]}_{digits}"
+
+
+def run_name(variant: str, labels: Mapping[str, str], seed: int) -> str:
+    """Return the name of a run from its variant, the labels of its grid point and its seed."""
+    points = [f"{key.rpartition('.')[2]}={label}" for key, label in labels.items()]
+    return "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
+
+
+def require_variant(path: Path, variant: str, *, is_searched: bool) -> None:
+    """Raise ``ConfigError`` for a variant whose name cannot be part of a run's."""
+    if not NAME.fullmatch(variant) or re.search(r"-seed\d+(-|$)", variant):
+        rule = "names must be letters, digits, _ . - and no -seed0"
+        raise mistake(path, "variants", rule, variant)
+    if variant in READ_AS_NOTHING:
+        rule = f"names must not be {', '.join(sorted(READ_AS_NOTHING))}, empty cells of tables"
+        raise mistake(path, "variants", rule, variant)
+    is_own = variant.casefold().startswith((TRIAL, REGION))
+    if is_searched and is_own:
+        rule = f"names must not start with {TRIAL} or {REGION} beside a search"
+        raise mistake(path, "variants", rule, variant)
+
+
+def require_domains(path: Path, domains: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for a domain of a search whose name cannot be part of a run's."""
+    known: dict[str, str] = {}
+    for domain in domains:
+        if not NAME.fullmatch(domain) or domain in READ_AS_NOTHING:
+            rule = "names must be letters, digits, _ . -, and no word for an empty cell"
+            raise mistake(path, "search.domains", rule, domain)
+        if known.setdefault(domain.casefold(), domain) != domain:
+            rule = "names must differ in more than case"
+            raise mistake(path, "search.domains", rule, [known[domain.casefold()], domain])
+
+
+def require_own_names(path: Path, runs: Iterable[tuple[str, int]]) -> None:
+    """Raise ``ConfigError`` for runs, each a name and a seed, that would share a folder."""
+    known: dict[str, str] = {}
+    for name, seed in runs:
+        group = group_of(name, seed) or name
+        if len(name) > LONGEST:
+            rule = f"run names must have at most {LONGEST} characters"
+            raise ConfigError(f"{path}: {rule}, got {len(name)} in {short(group)}")
+        if name.casefold() in known:
+            rule = "names of runs must differ in more than the case of letters"
+            both = f"{short(known[name.casefold()])} and {short(name)}"
+            raise ConfigError(f"{path}: {rule}, got {both}")
+        known[name.casefold()] = name

@@ -1,0 +1,220 @@
+"""Arrays that are computed once and kept on disk: VQ indices, token ids.
+
+An array is named by everything that decides it, its parts, so a changed part is another file and
+never a stale one.  Beside ``<name>.npy`` stand ``<name>.json``, the parts and the SHA-256 of the
+array file, and ``<name>.lock``, empty.  Any file of the folder may be deleted at any time when no
+process computes.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from rudolph.files.atomic import set_aside
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# Part of every name: raise it when the files are written in another way.
+FORMAT_VERSION = 1
+
+# What flock says on network file systems that are mounted without locks.
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+log = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """An array that is too large for the memory: it is written one row after the other."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: Iterable[np.ndarray[Any, Any]]
+
+
+def cached_array(
+    folder: Path, *, parts: Mapping[str, str], compute: Callable[[], np.ndarray[Any, Any] | Parts]
+) -> np.ndarray[Any, Any]:
+    """The array named by ``parts``, memory-mapped and read-only; computed only if not on disk.
+
+    Of several processes one computes and the others wait for it; on file systems without locks
+    each computes, which costs time only.  A damaged file is computed again, with a warning.
+
+    Args:
+        folder: made if missing.
+        parts: all that decides the array, e.g. ``{"kind": "image_indices", "data": digest,
+            "vqgan": digest}``.
+        compute: gives the array, of any shape and any dtype but object, or the rows of one.
+
+    Raises:
+        ValueError: a part is empty, the array holds Python objects, or its rows are not those
+            that its shape says.
+        OSError: the folder cannot be written; the message names the file.
+    """
+    for name, value in parts.items():
+        if not value:
+            raise ValueError(
+                f"part {name!r} of a cached array is empty, it must be a digest or name"
+            )
+    name = _name(parts)
+    array_path, record_path = folder / f"{name}.npy", folder / f"{name}.json"
+    # Without the lock first: a finished cache may lie in a folder that cannot be written.
+    if _fault(array_path, record_path, parts=parts) is None:
+        return _mapped(array_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{name}.lock") as is_locked:
+        fault = _fault(array_path, record_path, parts=parts)
+        if fault is None:
+            return _mapped(array_path)
+        if array_path.exists() or record_path.exists():
+            log.warning("%s: %s; computing it again", array_path, fault)
+        array = compute()
+        for path in (array_path, record_path):
+            if path.is_dir():
+                set_aside(path)
+        if is_locked:
+            _remove_leftovers(folder, name)
+        _write(array_path, lambda file: _save(file, array))
+        _write_record(record_path, array_path, parts=parts)
+        return _mapped(array_path)
+
+
+def _save(file: IO[bytes], array: np.ndarray[Any, Any] | Parts) -> None:
+    if isinstance(array, np.ndarray):
+        np.save(file, array, allow_pickle=False)
+        return
+    header = {
+        "descr": np.lib.format.dtype_to_descr(array.dtype),
+        "fortran_order": False,
+        "shape": array.shape,
+    }
+    np.lib.format.write_array_header_2_0(file, header)
+    number = 0
+    for row in array.rows:
+        if row.shape != array.shape[1:] or row.dtype != array.dtype:
+            raise ValueError(
+                f"row {number} of a cached array must be {array.dtype} {array.shape[1:]}, "
+                f"got {row.dtype} {row.shape}"
+            )
+        file.write(row.tobytes())
+        number += 1
+    if number != array.shape[0]:
+        raise ValueError(f"a cached array must have {array.shape[0]} rows, got {number}")
+
+
+def _name(parts: Mapping[str, str]) -> str:
+    canonical = json.dumps([FORMAT_VERSION, dict(parts)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _write_record(record_path: Path, array_path: Path, *, parts: Mapping[str, str]) -> None:
+    record = {"parts": dict(parts), "sha256": _sha256(array_path), "format": FORMAT_VERSION}
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    _write(record_path, lambda file: file.write(text.encode()))
+
+
+def _mapped(path: Path) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _fault(array_path: Path, record_path: Path, *, parts: Mapping[str, str]) -> str | None:
+    """What keeps the two files from being read as the array of these parts; None if nothing."""
+    try:
+        record = json.loads(record_path.read_bytes())
+        if not isinstance(record, dict) or record.get("parts") != dict(parts):
+            return "its record is of other parts"
+        if record.get("sha256") != _sha256(array_path):
+            return "its content differs from its record"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).suffix} file is missing"
+    except IsADirectoryError as error:
+        return f"{Path(error.filename).suffix} file is a folder"
+    except (ValueError, RecursionError):
+        return "its record cannot be read"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock while inside; false where there are none.  It ends with the process."""
+    # The file stays: to delete it would let a third process lock another file of the same name.
+    with path.open("ab") as file:
+        is_locked = _lock(file, path)
+        try:
+            yield is_locked
+        finally:
+            # Not left to close(): a worker forked meanwhile would hold the lock on.
+            if is_locked:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: IO[bytes], path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: waiting for the process that computes it", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        log.warning("%s: no file locks here; other processes may compute the same", path)
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Half-written files of killed processes; only the holder of the lock may call this."""
+    for leftover in folder.glob(f"{name}.*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write all of a file or nothing: beside it, on to the disk, then renamed in one step."""
+    partial = path.with_suffix(f"{path.suffix}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        # A full disk is told without a file name, and by numpy without a number.
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut; Windows cannot open folders and needs it not."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,395 @@
+"""Emoji with their Russian names: real pictures, some 3,600 pairs, shipped with the package.
+
+Two files hold the set, and ``emoji_builder`` writes both: ``emoji.csv``, one row a pair, and
+``emoji.png``, an atlas of ``COLUMNS`` square tiles a row.  Pairs whose pictures are equal share a
+tile.
+
+Words: the *base* of an emoji is the same emoji without a skin tone; a *family* is the bases that
+share a picture, such as the flags of France and of Saint Martin.
+
+Splits are fixed by hash.  A family falls whole into train, validation or test, so that no picture
+of a validation base is ever seen in training.  *Compositional* are pairs of a base and a skin tone
+that training sees only apart: the base untoned and in other tones, the tone on other bases.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rudolph.data.datasets.fusion_brain_files import TaskRecord, write_tasks
+from rudolph.data.pairs import Pair, hash_fraction, require_split
+from rudolph.files.atomic import write_text
+
+COLUMNS = 64
+TABLE_NAME = "emoji.csv"
+ATLAS_NAME = "emoji.png"
+SHIPPED = Path(__file__).parents[1] / "emoji_64"
+
+SKIN_TONES = {
+    "\U0001f3fb": "light",
+    "\U0001f3fc": "medium-light",
+    "\U0001f3fd": "medium",
+    "\U0001f3fe": "medium-dark",
+    "\U0001f3ff": "dark",
+}
+CAPTIONS = ("name", "name_and_keywords")
+# The groups of emoji-test.txt; one that is not here keeps its English name.
+GROUPS = {
+    "Smileys & Emotion": "смайлики и эмоции",
+    "People & Body": "люди и тело",
+    "Animals & Nature": "животные и природа",
+    "Food & Drink": "еда и напитки",
+    "Travel & Places": "путешествия и места",
+    "Activities": "занятия",
+    "Objects": "предметы",
+    "Symbols": "символы",
+    "Flags": "флаги",
+}
+
+NAME_QUESTION = "что на картинке?"
+FLAG_QUESTION = "чей это флаг?"
+SKIN_TONE_QUESTION = "какой тон кожи?"
+
+TRAIN_SHARE = 0.90
+VALIDATION_SHARE = 0.05
+COMPOSITIONAL_SHARE = 0.10
+MOST_HELD_OUT_OF_A_BASE = 2
+
+
+@dataclass(frozen=True)
+class EmojiRecord:
+    """One row of ``emoji.csv``.
+
+    ``key`` and ``base`` are code points in hexadecimal joined with "-", U+FE0F left out;
+    ``keywords`` are joined with "|"; ``skin_tone`` is a value of ``SKIN_TONES``, "none" or
+    "mixed"; ``version`` is the Emoji version that brought it; ``tile`` counts along the atlas.
+    """
+
+    key: str
+    characters: str
+    name: str
+    keywords: str
+    group: str
+    subgroup: str
+    skin_tone: str
+    base: str
+    version: str
+    tile: int
+
+
+@dataclass(frozen=True)
+class EmojiConfig:
+    """What the captions say and where the set lies.
+
+    ``captions`` is "name", the CLDR name as CLDR spells it, or "name_and_keywords", the name and
+    the other keywords after commas.  ``folder`` is a result of ``rudolph data emoji``; ``None``
+    is the set in the package.
+    """
+
+    captions: str = "name"
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.captions not in CAPTIONS:
+            raise ValueError(
+                f"captions must be one of {', '.join(CAPTIONS)}, got {self.captions!r}"
+            )
+
+
+class Emoji:
+    """One split of the emoji; ``image_size`` is in pixels, the shipped tiles are 64.
+
+    ``classes`` are the Russian names of the groups of Unicode.  Raises ``ValueError`` when the
+    split, the size or the files are not right.  The atlas is decoded with the first picture, once
+    a process.
+    """
+
+    def __init__(self, config: EmojiConfig, *, split: str, image_size: int) -> None:
+        require_split(split)
+        require_image_size(image_size)
+        self.config = config
+        self.image_size = image_size
+        self.folder = SHIPPED if config.folder is None else Path(config.folder)
+        records = read_records(self.folder)
+        self.classes = group_names(records)
+        splits = assign_splits(records)
+        self.records = [record for record in records if splits[record.key] == split]
+        question = [config.captions, split, image_size, folder_digest(self.folder)]
+        self.digest = hashlib.sha256(json.dumps(["emoji", *question]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._pair(self.records[index])
+
+    def rivals(self, index: int, number: int) -> list[Pair]:
+        """The ``number`` emoji that are most easily taken for the one at ``index``, in any split.
+
+        The other skin tones of its base come first, then its subgroup, then its group; there those
+        of its own skin tone first, and of these the nearest in the order of Unicode.  No caption
+        and no picture comes twice, nor those of the emoji itself; fewer where a group has no more.
+        """
+        if number < 1:
+            raise ValueError(f"number of rivals must be at least 1, got {number}")
+        own, every = self.records[index], read_records(self.folder)
+        place = every.index(own)
+
+        def distance(at: int) -> tuple[int, bool, int, int]:
+            other = every[at]
+            kinship = 0 if other.base == own.base else 1 if other.subgroup == own.subgroup else 2
+            return kinship, other.skin_tone != own.skin_tone, abs(at - place), at
+
+        captions, tiles = {caption(own, self.config.captions)}, {own.tile}
+        rivals: list[Pair] = []
+        group = [at for at, other in enumerate(every) if other.group == own.group]
+        for other in (every[at] for at in sorted(group, key=distance)):
+            text = caption(other, self.config.captions)
+            if text not in captions and other.tile not in tiles:
+                captions.add(text)
+                tiles.add(other.tile)
+                rivals.append(self._pair(other))
+            if len(rivals) == number:
+                break
+        return rivals
+
+    def class_of(self, index: int) -> int:
+        """The place of the pair's group in ``classes``; every emoji has one."""
+        return self.classes.index(group_name(self.records[index]))
+
+    def _pair(self, record: EmojiRecord) -> Pair:
+        return Pair(
+            key=record.key,
+            caption=caption(record, self.config.captions),
+            image=picture(self.folder, record.tile, self.image_size),
+            attributes=attributes(record),
+        )
+
+
+def attributes(record: EmojiRecord) -> dict[str, str]:
+    """What a pair says of its emoji beside the caption."""
+    names = ("characters", "group", "subgroup", "skin_tone", "base")
+    return {name: getattr(record, name) for name in names}
+
+
+def group_name(record: EmojiRecord) -> str:
+    """The Russian name of the group."""
+    return GROUPS.get(record.group, record.group)
+
+
+def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
+    """The Russian names of all groups, in the order of the records."""
+    return tuple(dict.fromkeys(group_name(record) for record in records))
+
+
+def emoji_pictures(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
+    """All keys, whatever their split, and their pictures: uint8 ``(N, H, W, 3)``."""
+    require_image_size(image_size)
+    records = read_records(folder)
+    pictures = [np.asarray(picture(folder, record.tile, image_size)) for record in records]
+    return [record.key for record in records], np.stack(pictures)
+
+
+def caption(record: EmojiRecord, captions: str) -> str:
+    """The caption of a pair, see ``EmojiConfig``."""
+    if captions == "name":
+        return record.name
+    others = [word for word in record.keywords.split("|") if word not in ("", record.name)]
+    return ", ".join([record.name, *others])
+
+
+def picture(folder: Path, tile: int, image_size: int) -> Image.Image:
+    """One tile of the atlas, RGB, resized to ``image_size`` pixels a side."""
+    atlas = read_atlas(folder)
+    tile_size = atlas.shape[1] // COLUMNS
+    top, left = tile // COLUMNS * tile_size, tile % COLUMNS * tile_size
+    image = Image.fromarray(atlas[top : top + tile_size, left : left + tile_size])
+    return image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=2)
+def read_records(folder: Path) -> tuple[EmojiRecord, ...]:
+    """The rows of ``emoji.csv`` in their order."""
+    path = require_file(folder / TABLE_NAME)
+    names = [field.name for field in fields(EmojiRecord)]
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != names:
+            raise ValueError(f"{path}: columns must be {','.join(names)}, got {reader.fieldnames}")
+        return tuple(EmojiRecord(tile=int(row.pop("tile")), **row) for row in reader)
+
+
+@lru_cache(maxsize=2)
+def read_atlas(folder: Path) -> np.ndarray:
+    """The decoded atlas, uint8 ``(H, W, 3)``; read only, for every caller gets the same one."""
+    with Image.open(require_file(folder / ATLAS_NAME)) as image:
+        return np.asarray(image)
+
+
+@lru_cache(maxsize=2)
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of both files."""
+    sha = hashlib.sha256()
+    for name in (TABLE_NAME, ATLAS_NAME):
+        sha.update(hashlib.sha256(require_file(folder / name).read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def assign_splits(records: Sequence[EmojiRecord]) -> dict[str, str]:
+    """The split of every key.
+
+    Validation and test hold whole families; see ``compositional_keys`` for the fourth split.
+    """
+    family_of = families(records)
+    split_of_base = {base: split_of_family(family) for base, family in family_of.items()}
+    train = [record for record in records if split_of_base[record.base] == "train"]
+    held_out = compositional_keys(train)
+    return {
+        record.key: "compositional" if record.key in held_out else split_of_base[record.base]
+        for record in records
+    }
+
+
+def families(records: Sequence[EmojiRecord]) -> dict[str, str]:
+    """The family of every base, named by a base: bases that share a tile are one family."""
+    parent = {record.base: record.base for record in records}
+
+    def root(base: str) -> str:
+        while parent[base] != base:
+            base = parent[base]
+        return base
+
+    first_base: dict[int, str] = {}
+    for record in records:
+        parent[root(record.base)] = root(first_base.setdefault(record.tile, record.base))
+    return {base: root(base) for base in parent}
+
+
+def split_of_family(family: str) -> str:
+    """Train, validation or test, by hash."""
+    fraction = hash_fraction(family)
+    if fraction < TRAIN_SHARE:
+        return "train"
+    return "validation" if fraction < TRAIN_SHARE + VALIDATION_SHARE else "test"
+
+
+def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
+    """The pairs of base and skin tone to hold out of these records, by hash of the key.
+
+    Of a base at most ``MOST_HELD_OUT_OF_A_BASE`` tones go, and never all; the base untoned stays;
+    every tone that goes stays on another base.  A picture that several pairs share never goes:
+    training would see it.
+    """
+    untoned = {record.base for record in train if record.skin_tone == "none"}
+    pairs_of_tile: dict[int, list[str]] = defaultdict(list)
+    candidates: dict[str, list[tuple[float, EmojiRecord]]] = defaultdict(list)
+    for record in train:
+        pairs_of_tile[record.tile].append(record.key)
+    for record in train:
+        alone = len(pairs_of_tile[record.tile]) == 1
+        if record.skin_tone in SKIN_TONES.values() and record.base in untoned and alone:
+            candidates[record.base].append((hash_fraction(record.key), record))
+    staying_tones = {
+        record.skin_tone
+        for pairs in candidates.values()
+        for fraction, record in pairs
+        if fraction >= COMPOSITIONAL_SHARE
+    }
+    held_out: set[str] = set()
+    for pairs in candidates.values():
+        pairs.sort(key=lambda pair: pair[0])
+        for fraction, record in pairs[: min(MOST_HELD_OUT_OF_A_BASE, len(pairs) - 1)]:
+            if fraction < COMPOSITIONAL_SHARE and record.skin_tone in staying_tones:
+                held_out.add(record.key)
+    return held_out
+
+
+def require_file(path: Path) -> Path:
+    """The path, or ``ValueError`` when no file is there."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, `rudolph data emoji` writes it")
+    return path
+
+
+def require_image_size(image_size: int) -> None:
+    """Raise ``ValueError`` for a size below one pixel."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+
+
+def name_pictures(folder: Path) -> tuple[int, list[str]]:
+    """Write tables for a folder of emoji pictures that are named by code points.
+
+    ``captions.csv`` has their names; ``questions.json`` and ``answers.json`` ask for the thing, a
+    flag's country and the tone of a skin.
+
+    ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped set; U+FE0F
+    counts for nothing.  So any style of emoji is a table of pairs.
+
+    Returns:
+        The number of pairs, and the files without a name.
+
+    Raises:
+        ValueError: when no file of the folder is named after an emoji, or its ``captions.csv``
+            holds other captions.
+    """
+    names = {record.key: record.name for record in read_records(SHIPPED)}
+    rows, strangers = [], []
+    for path in sorted(folder.glob("*.png")):
+        key = _key_of_file(path.name)
+        if key in names:
+            rows.append((path.name, names[key]))
+        else:
+            strangers.append(path.name)
+    if not rows:
+        raise ValueError(f"{folder}: no PNG is named after an emoji, as in 1f600.png")
+    table = folder / "captions.csv"
+    _require_own(table, names)
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", "caption"), *rows])
+    write_text(table, text.getvalue())
+    _write_questions(folder, rows)
+    return len(rows), strangers
+
+
+def _key_of_file(name: str) -> str:
+    """Return the key of the emoji whose code points name a file; U+FE0F counts for nothing."""
+    points = [point.lstrip("0") for point in Path(name).stem.lower().split("-")]
+    return "-".join(point for point in points if point != "fe0f")
+
+
+def _require_own(table: Path, names: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` for a table of pairs that holds other captions than are written."""
+    if not table.exists():
+        return
+    for row in csv.reader(io.StringIO(table.read_text("utf-8", errors="replace"), newline="")):
+        if row and row != ["image", "caption"] and row[1:] != [names.get(_key_of_file(row[0]))]:
+            raise ValueError(
+                f"{table}: expected none or names of emoji, got the row {', '.join(row)[:60]!r}. "
+                "Move it away"
+            )
+
+
+def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """What a name tells beside its first words, as questions in the format of Fusion Brain."""
+    records: list[TaskRecord] = []
+    for image, name in rows:
+        thing, _, rest = (part.strip() for part in name.partition(":"))
+        if thing == "флаг" and rest:
+            pairs = [(FLAG_QUESTION, rest)]
+        elif rest.endswith("тон кожи"):
+            pairs = [(NAME_QUESTION, thing), (SKIN_TONE_QUESTION, rest.split(",")[0])]
+        else:
+            pairs = [(NAME_QUESTION, name)]
+        for question, answer in pairs:
+            records.append(TaskRecord(str(len(records)), (question,), image, (answer,)))
+    write_tasks(records, folder / "questions.json", folder / "answers.json")

@@ -1,0 +1,327 @@
+"""Questions about emoji with short answers in Russian, for the pictures of ``Emoji``.
+
+A *family* is a kind of question:
+
+=========  ==========================================  ==========================================
+family     a question                                  its answer
+=========  ==========================================  ==========================================
+name       что на картинке?, чей это флаг?             the name of the base, or of the country
+keyword    подходит ли слово «рога»?                   да for a keyword of CLDR, нет for a word
+                                                       that no emoji of its subgroup has
+group      к какой группе относится?                   one of the groups of Unicode
+skin_tone  какой тон кожи?                             one of five, where there is exactly one
+gender     кто это: мужчина, женщина или человек?      where code points and name agree on it
+=========  ==========================================  ==========================================
+
+A question is asked of a picture only where all emoji that share it have the same answer.
+
+To add a family, write a function from the emoji of a split, and those of the whole set, to its
+questions, and name it in ``FAMILIES``.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rudolph.data.datasets.emoji import (
+    FLAG_QUESTION,
+    NAME_QUESTION,
+    SHIPPED,
+    SKIN_TONE_QUESTION,
+    EmojiRecord,
+    assign_splits,
+    attributes,
+    folder_digest,
+    group_name,
+    group_names,
+    picture,
+    read_records,
+    require_image_size,
+)
+from rudolph.data.pairs import Pair, hash_fraction, require_split
+
+GROUP_QUESTION = "к какой группе относится?"
+GENDER_QUESTION = "кто это: мужчина, женщина или человек?"
+YES, NO = "да", "нет"
+GENDERS = ("мужчина", "женщина", "человек")
+# CLDR 41, annotationsDerived/ru.xml; the tones are those of emoji.SKIN_TONES.
+SKIN_TONE_NAMES = {
+    "light": "очень светлый тон кожи",
+    "medium-light": "светлый тон кожи",
+    "medium": "средний тон кожи",
+    "medium-dark": "темный тон кожи",
+    "dark": "очень темный тон кожи",
+}
+
+# In a key: man, woman, adult, and the male and female sign after a joiner.
+GENDER_OF_POINT = {
+    "1f468": "мужчина",
+    "1f469": "женщина",
+    "1f9d1": "человек",
+    "2642": "мужчина",
+    "2640": "женщина",
+}
+GENDER_OF_WORD = {
+    "мужчина": "мужчина",
+    "мужчине": "мужчина",
+    "женщина": "женщина",
+    "женщине": "женщина",
+    "человек": "человек",
+    "человеку": "человек",
+}
+SEVERAL_PEOPLE = {"люди", "мужчины", "женщины"}
+
+
+@dataclass(frozen=True)
+class EmojiQuestionsConfig:
+    """Which families of questions are asked, and of which set.
+
+    ``folder`` is a result of ``rudolph data emoji``; ``None`` is the set in the package.
+    """
+
+    families: tuple[str, ...] = ("name", "keyword", "group", "skin_tone", "gender")
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        names = self.families
+        if not names or len(set(names)) < len(names) or not set(names) <= set(FAMILIES):
+            raise ValueError(
+                f"families must be at least one of {', '.join(FAMILIES)}, each once, got {names}"
+            )
+
+
+@dataclass(frozen=True)
+class EmojiQuestion:
+    """A question about an emoji; ``choices`` are its possible answers, none where it is open."""
+
+    record: EmojiRecord
+    family: str
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The emoji and the family; a word is asked for with both answers."""
+        answer = ("/yes" if self.answer == YES else "/no") if self.choices == (YES, NO) else ""
+        return f"{self.record.key}/{self.family}{answer}"
+
+
+Records = Sequence[EmojiRecord]
+
+
+class EmojiQuestions:
+    """The questions about one split of the emoji, whose splits are those of ``Emoji``.
+
+    They come emoji by emoji, whatever the order of the families in the config.  ``image_size`` is
+    in pixels.  Raises ``ValueError`` when the split, the size or the files are not right, or
+    nothing of the split can be asked.
+    """
+
+    def __init__(self, config: EmojiQuestionsConfig, *, split: str, image_size: int) -> None:
+        require_split(split)
+        require_image_size(image_size)
+        self.config = config
+        self.image_size = image_size
+        self.folder = SHIPPED if config.folder is None else Path(config.folder)
+        self.questions = ask(read_records(self.folder), split, families=config.families)
+        if not self.questions:
+            raise ValueError(
+                f"families {', '.join(config.families)}: nothing to ask in the split {split!r} of "
+                f"{self.folder}"
+            )
+        asked = [
+            (question.key, question.text, question.answer, question.choices)
+            for question in self.questions
+        ]
+        content = ["emoji questions", image_size, folder_digest(self.folder), asked]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> Pair:
+        question = self.questions[index]
+        return Pair(
+            key=question.key,
+            caption=question.answer,
+            image=picture(self.folder, question.record.tile, self.image_size),
+            attributes={"family": question.family, **attributes(question.record)},
+            question=question.text,
+            choices=question.choices,
+        )
+
+
+def ask(records: Records, split: str, *, families: Sequence[str]) -> list[EmojiQuestion]:
+    """All questions of the families about one split of a whole set, emoji by emoji."""
+    splits = assign_splits(records)
+    asked = [record for record in records if splits[record.key] == split]
+    place = {record.key: at for at, record in enumerate(asked)}
+    questions = [
+        question
+        for family, ask_family in FAMILIES.items()
+        if family in families
+        for question in ask_family(asked, records)
+    ]
+    return sorted(questions, key=lambda question: place[question.record.key])
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def ask_names(asked: Records, every: Records) -> list[EmojiQuestion]:
+    """What is shown, without the skin tone; of a flag, whose it is."""
+    names = {record.base: record.name for record in every if record.key == record.base}
+
+    def tell(record: EmojiRecord) -> tuple[str, str]:
+        name = names.get(record.base, record.name)
+        thing, _, owner = name.partition(": ")
+        return (FLAG_QUESTION, owner) if thing == "флаг" and owner else (NAME_QUESTION, name)
+
+    return _where_certain("name", asked, tell)
+
+
+def ask_keywords(asked: Records, every: Records) -> list[EmojiQuestion]:
+    """Of each emoji one word that fits and one that does not.
+
+    The words that do not fit are those that fit the others, dealt out anew: each word is as often
+    the one as the other, so that it tells nothing without the picture.
+    """
+    known: dict[str | int, set[str]] = defaultdict(set)
+    for record in every:
+        words = {_alike(word) for word in _words(f"{record.name} {record.keywords}")}
+        known[record.subgroup] |= words
+        known[record.tile] |= words
+    ordered = sorted(asked, key=lambda record: hash_fraction(record.key))
+    fitting = [(record, word) for record in ordered if (word := _fitting_word(record))]
+
+    def is_foreign(at: int, word: str) -> bool:
+        record, _ = fitting[at]
+        spelled = _alike(word)
+        return spelled not in known[record.subgroup] and spelled not in known[record.tile]
+
+    foreign = deal([word for _, word in fitting], is_foreign)
+    return [
+        EmojiQuestion(record, "keyword", f"подходит ли слово «{word}»?", answer, (YES, NO))
+        for (record, fits), does_not in zip(fitting, foreign, strict=True)
+        if does_not is not None
+        for word, answer in ((fits, YES), (does_not, NO))
+    ]
+
+
+def ask_groups(asked: Records, every: Records) -> list[EmojiQuestion]:
+    """The group of Unicode, one of those that the set has."""
+    return _where_certain(
+        "group",
+        asked,
+        lambda record: (GROUP_QUESTION, group_name(record)),
+        choices=group_names(every),
+    )
+
+
+def ask_skin_tones(asked: Records, every: Records) -> list[EmojiQuestion]:
+    """The tone, where the emoji has one and only one."""
+
+    def tell(record: EmojiRecord) -> tuple[str, str] | None:
+        name = SKIN_TONE_NAMES.get(record.skin_tone)
+        return None if name is None else (SKIN_TONE_QUESTION, name)
+
+    return _where_certain("skin_tone", asked, tell, choices=tuple(SKIN_TONE_NAMES.values()))
+
+
+def ask_genders(asked: Records, every: Records) -> list[EmojiQuestion]:
+    """Man, woman, or a person of whom neither is said."""
+
+    def tell(record: EmojiRecord) -> tuple[str, str] | None:
+        answer = gender(record)
+        return None if answer is None else (GENDER_QUESTION, answer)
+
+    return _where_certain("gender", asked, tell, choices=GENDERS)
+
+
+def gender(record: EmojiRecord) -> str | None:
+    """One of ``GENDERS``, where it is one person and code points and name do not disagree.
+
+    A name alone does not do: a Russian profession is masculine whoever has it.
+    """
+    words = set(_words(record.name.lower()))
+    if not record.subgroup.startswith("person") or words & SEVERAL_PEOPLE:
+        return None
+    points = record.base.split("-")
+    told = {GENDER_OF_POINT[point] for point in points if point in GENDER_OF_POINT}
+    told |= {GENDER_OF_WORD[word] for word in words if word in GENDER_OF_WORD}
+    if len(told) != 1:
+        return None
+    (answer,) = told
+    # Men and women are "человек" in CLDR's keywords too; the other way round it is a doubt.
+    if answer == "человек" and {"мужчина", "женщина"} & set(record.keywords.split("|")):
+        return None
+    return answer
+
+
+def deal(words: Sequence[str], is_legal: Callable[[int, str], bool]) -> list[str | None]:
+    """The same words in another order, so that each stands at a place where it is legal.
+
+    None stands where no exchange of two helps.
+
+    >>> deal(["кот", "дом", "лев", "сад"], lambda at, word: (at < 2) == (word in ("дом", "сад")))
+    ['дом', 'сад', 'кот', 'лев']
+    """
+    half = len(words) // 2
+    dealt = [*words[half:], *words[:half]]
+    places = range(len(dealt))
+    for at in places:
+        if is_legal(at, dealt[at]):
+            continue
+        for other in places:
+            if is_legal(at, dealt[other]) and is_legal(other, dealt[at]):
+                dealt[at], dealt[other] = dealt[other], dealt[at]
+                break
+    return [word if is_legal(at, word) else None for at, word in enumerate(dealt)]
+
+
+def _where_certain(
+    family: str,
+    asked: Records,
+    tell: Callable[[EmojiRecord], tuple[str, str] | None],
+    *,
+    choices: tuple[str, ...] = (),
+) -> list[EmojiQuestion]:
+    """The question and answer of each emoji that is told the same as all with its picture."""
+    told = {record.key: tell(record) for record in asked}
+    of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)
+    for record in asked:
+        of_tile[record.tile].add(told[record.key])
+    return [
+        EmojiQuestion(record, family, *question, choices)
+        for record in asked
+        if (question := told[record.key]) is not None and len(of_tile[record.tile]) == 1
+    ]
+
+
+def _fitting_word(record: EmojiRecord) -> str:
+    """One keyword of a single word, drawn by hash; empty where there is none."""
+    words = [word for word in record.keywords.split("|") if _words(word) == [word]]
+    return words[int(hash_fraction(f"{record.key} keyword") * len(words))] if words else ""
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def _alike(word: str) -> str:
+    """Equal for two spellings of a word."""
+    return word.lower().replace("ё", "е")
+
+
+FAMILIES: dict[str, Callable[[Records, Records], list[EmojiQuestion]]] = {
+    "name": ask_names,
+    "keyword": ask_keywords,
+    "group": ask_groups,
+    "skin_tone": ask_skin_tones,
+    "gender": ask_genders,
+}

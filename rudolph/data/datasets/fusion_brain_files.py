@@ -1,0 +1,222 @@
+"""The files of the Fusion Brain Challenge 2: questions, answers and predictions.
+
+A file maps ids to lists of parts, ``{"0": [{"type": "text", "content": "..."}, ...]}``; a part is
+a text or an image, whose content is a path.  Texts are cleaned (``texts.clean_text``), paths are
+not.  The texts of a question are an instruction, a context, the question proper and options,
+whichever there are, and belong together; its first image counts.  Of an answer the first text and
+the first image count; in a file of truths a content may be a list of *variants*, all of them
+right.  No file says which task an id is of.
+
+Source: fbc2_aij2022, README ("Data structure", "General rules for metric calculation") and
+``src/train/utils.py``.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rudolph.data.datasets.table_text import read_text
+from rudolph.files.atomic import json_text
+from rudolph.sequence.texts import clean_text
+
+PART = '{"type": "text" or "image", "content": ...}'
+TYPES = ("text", "image")
+NO_IMAGES: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A question and, where they are known, the variants of its answer.
+
+    ``image`` and ``answer_images`` are paths as they stand in the files.
+    """
+
+    id: str
+    texts: tuple[str, ...] = ()
+    image: str | None = None
+    answer_texts: tuple[str, ...] = ()
+    answer_images: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All texts of the question, in one; empty where it has none."""
+        return " ".join(self.texts)
+
+    def answers(self, answer_type: str) -> tuple[str, ...]:
+        """The variants of one type, "text" or "image"; none where no such part answers."""
+        return self.answer_images if answer_type == "image" else self.answer_texts
+
+
+def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list[TaskRecord]:
+    """The questions in the order of their file, with answers, truths or predictions, if given.
+
+    Raises:
+        ValueError: in one line, with the file and the id, where a file is not of the format, or
+            the ids of the two are not the same.
+    """
+    asked = read_parts(questions)
+    records = []
+    for name, parts in asked.items():
+        with blamed_on(questions, name):
+            records.append(parse_question(name, parts))
+    if answers is None:
+        return records
+    told = read_parts(answers)
+    for name in told:
+        if name not in asked:
+            raise ValueError(f"{answers}: id {name!r}: no such question in {questions}")
+    answered = []
+    for record in records:
+        with blamed_on(answers, record.id):
+            if record.id not in told:
+                raise ValueError(f"no answer, every id of {questions} needs one")
+            answered.append(parse_answer(record, told[record.id]))
+    return answered
+
+
+def write_tasks(
+    records: Sequence[TaskRecord], questions: str | Path, answers: str | Path | None = None
+) -> None:
+    """Write what ``read_tasks`` reads as the same records.
+
+    Raises ``ValueError`` where two records have one id, or one has no answer to be written.
+    """
+    for name, count in Counter(record.id for record in records).items():
+        if count > 1:
+            raise ValueError(f"{questions}: id {name!r}: each id must be there once, got {count}")
+    asked, told = {}, {}
+    for record in records:
+        images = () if record.image is None else (record.image,)
+        asked[record.id] = [
+            *(_part("text", (text,)) for text in record.texts),
+            *(_part("image", (image,)) for image in images),
+        ]
+        told[record.id] = [
+            _part(answer_type, record.answers(answer_type))
+            for answer_type in TYPES
+            if record.answers(answer_type)
+        ]
+        if answers is not None and not told[record.id]:
+            raise ValueError(f"{answers}: id {record.id!r}: an answer must be a text or an image")
+    _write(questions, asked)
+    if answers is not None:
+        _write(answers, told)
+
+
+def write_predictions(
+    path: str | Path, texts: Mapping[str, str], images: Mapping[str, str] = NO_IMAGES
+) -> None:
+    """Write answers by id as the challenge scores them.
+
+    ``images`` are paths from the folder of ``path``.  An id may have both, and then its text comes
+    first.
+    """
+    predictions = {
+        name: [
+            _part(answer_type, (answers[name],))
+            for answer_type, answers in zip(TYPES, (texts, images), strict=True)
+            if name in answers
+        ]
+        for name in dict.fromkeys([*texts, *images])
+    }
+    _write(path, predictions)
+
+
+def read_parts(path: str | Path) -> dict[str, Any]:
+    """Return the parts of each id, as yet unchecked; ``ValueError`` where a file maps no ids."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    text, _ = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not JSON in UTF-8 with every key once ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must map ids to lists, got {type(content).__name__}")
+    return content
+
+
+def parse_question(name: str, parts: Any) -> TaskRecord:
+    """The record of a question; ``ValueError`` says what its parts must be."""
+    _require_text(name, "an id")
+    contents = _contents(parts, allow_variants=False)
+    texts = tuple(text for (text,) in contents["text"])
+    image = contents["image"][0][0] if contents["image"] else None
+    return TaskRecord(name, texts, image)
+
+
+def parse_answer(record: TaskRecord, parts: Any) -> TaskRecord:
+    """The record with the first text and the first image of an answer."""
+    contents = _contents(parts, allow_variants=True)
+    if not contents["text"] and not contents["image"]:
+        raise ValueError(f"an answer must hold at least one {PART}, got none")
+    first = {name: found[0] if found else () for name, found in contents.items()}
+    return replace(record, answer_texts=first["text"], answer_images=first["image"])
+
+
+@contextmanager
+def blamed_on(path: str | Path, name: str) -> Iterator[None]:
+    """Every ``ValueError`` inside names the file and the id."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: id {name!r}: {error}") from error
+
+
+def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, ...]]]:
+    """The contents of each type in their order, each as its variants."""
+    # The README shows the truths of two tasks without the list around their only part.
+    listed = [parts] if isinstance(parts, dict) else parts
+    if not isinstance(listed, list):
+        raise ValueError(f"must be a list of {PART}, got {type(parts).__name__}")
+    found: dict[str, list[tuple[str, ...]]] = {name: [] for name in TYPES}
+    for part in listed:
+        if not isinstance(part, dict):
+            raise ValueError(f"a part must be {PART}, got {type(part).__name__}")
+        part_type: Any = part.get("type")
+        content: Any = part.get("content")
+        if part_type not in TYPES:
+            raise ValueError(f'type must be "text" or "image", got {part_type!r:.40}')
+        variants = content if allow_variants and isinstance(content, list) else [content]
+        if not variants:
+            raise ValueError("content must be a text or a list of at least one, got []")
+        for variant in variants:
+            _require_text(variant, "content")
+            if part_type == "image" and not variant.strip():
+                raise ValueError("content of an image must be a path, got an empty text")
+        # A path stays as it is on disk, where another normal form is another file.
+        cleaned = map(clean_text, variants) if part_type == "text" else variants
+        found[part_type].append(tuple(cleaned))
+    return found
+
+
+def _part(part_type: str, variants: Sequence[str]) -> dict[str, Any]:
+    return {"type": part_type, "content": variants[0] if len(variants) == 1 else list(variants)}
+
+
+def _write(path: str | Path, content: Mapping[str, Any]) -> None:
+    text = json_text(content, indent=0)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        name, count = Counter(name for name, _ in items).most_common(1)[0]
+        raise ValueError(f"key {name!r:.40} comes {count} times")
+    return found
+
+
+def _require_text(value: Any, field: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} must be text, got half of a surrogate pair") from error

@@ -1,0 +1,326 @@
+"""Short texts about who has which shapes, and questions about them, without a picture.
+
+"у ани большой синий круг. три красные звезды у пети." has two to four sentences, each about
+another person, with one object and its size or two to five objects. A *family* is a kind of
+question:
+
+==========  ========================================  =========================================
+family      a question                                answers
+==========  ========================================  =========================================
+thing       что у пети?                               три красные звезды
+colour      какого цвета круг у ани?                  синий: agrees with "цвет"
+size        какого размера круг у ани?                большой: agrees with "размер"
+count       сколько звёзд у пети?                     три
+owner       у кого звёзды? у кого красные звёзды?     у пети: nobody else has such ones
+existence   есть ли у ани звёзды?                     да or нет; if not, another has them
+comparison  у кого больше фигур, у ани или у пети?    у пети
+==========  ========================================  =========================================
+
+The text comes before the question and both together have at most ``MOST_WORDS`` words, so that
+they fit into the left text of a small decoder.
+
+To add a family, write a function ``(Random, Sequence[Possession], Possession) -> Answered | None``
+about the possessions of a text and one that is asked about, and name it in ``TEXT_FAMILIES``;
+``None`` is a text that cannot be asked so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from random import Random
+from typing import NamedTuple
+
+from rudolph.data.datasets.shapes_russian import (
+    ADJECTIVES,
+    NOUNS,
+    NUMERALS,
+    counted_phrase,
+    noun_phrase,
+    numeral,
+    plural_phrase,
+    quality,
+)
+from rudolph.data.datasets.shapes_scenes import held_out_looks
+from rudolph.data.datasets.synthetic import (
+    choose,
+    choose_distinct,
+    choose_number,
+    digest_of,
+    draw_until,
+    example_rng,
+    num_examples,
+    require_sizes,
+    require_some,
+    require_within,
+    split_by_hash,
+)
+from rudolph.data.pairs import Pair, require_split
+
+# Counted up whenever the same configuration would give other pairs than before.
+PARAGRAPHS_VERSION = 1
+
+MOST_WORDS = 29
+
+# After "у" everybody is in the genitive.
+NAMES = {
+    "аня": "ани",
+    "ваня": "вани",
+    "дима": "димы",
+    "егор": "егора",
+    "женя": "жени",
+    "игорь": "игоря",
+    "катя": "кати",
+    "коля": "коли",
+    "лена": "лены",
+    "маша": "маши",
+    "миша": "миши",
+    "никита": "никиты",
+    "нина": "нины",
+    "оля": "оли",
+    "петя": "пети",
+    "роман": "романа",
+    "саша": "саши",
+    "юра": "юры",
+}
+_SHAPES = tuple(noun for noun in NOUNS if noun != "figure")
+_SIZES = ("small", "large")
+_COLOURS = tuple(word for word in ADJECTIVES if word not in _SIZES)
+
+
+@dataclass(frozen=True)
+class ParagraphsConfig:
+    """Which texts and questions there are, and how many of each split.
+
+    Args:
+        max_sentences: the most sentences of a text, 2 to 4.
+        max_count: the most objects of a person, 2 to 5.
+        num_test: pairs of the test split, and as many of the compositional one.
+        seed: another seed draws other pairs, and leaves every text in its split.
+    """
+
+    families: tuple[str, ...] = (
+        "thing",
+        "colour",
+        "size",
+        "count",
+        "owner",
+        "existence",
+        "comparison",
+    )
+    shapes: tuple[str, ...] = _SHAPES
+    colours: tuple[str, ...] = _COLOURS
+    max_sentences: int = 4
+    max_count: int = 5
+    num_train: int = 20_000
+    num_validation: int = 500
+    num_test: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_some("families", self.families, legal=TEXT_FAMILIES, at_least=1)
+        require_some("shapes", self.shapes, legal=_SHAPES, at_least=2)
+        require_some("colours", self.colours, legal=_COLOURS, at_least=2)
+        require_within("max_sentences", self.max_sentences, 2, 4)
+        require_within("max_count", self.max_count, 2, len(NUMERALS["masculine"]))
+        require_sizes(self)
+
+    @property
+    def held_out(self) -> frozenset[tuple[str, str]]:
+        """The (colour, shape) that only pairs of the compositional split have."""
+        return held_out_looks(self.colours, self.shapes)
+
+
+@dataclass(frozen=True)
+class Possession:
+    """What a person has: a size is told of one object and never of more."""
+
+    person: str
+    number: int
+    size: str
+    colour: str
+    shape: str
+
+    @property
+    def owner(self) -> str:
+        """With the preposition: "у ани"."""
+        return f"у {NAMES[self.person]}"
+
+    @property
+    def phrase(self) -> str:
+        """As the text calls it: "большой синий круг" or "три красные звезды"."""
+        if self.number == 1:
+            return noun_phrase(self.size, self.colour, self.shape)
+        return counted_phrase(self.number, self.colour, self.shape)
+
+    def named(self, *words: str) -> str:
+        """A noun and adjectives for it, in its number: "звёзды"."""
+        return noun_phrase(*words) if self.number == 1 else plural_phrase(*words)
+
+
+class Answered(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A text, what it tells, and a question about it."""
+
+    family: str
+    context: str
+    possessions: tuple[Possession, ...]
+    question: str
+    answer: str
+
+
+class Paragraphs:
+    """One split of the texts; see ``PairDataset``. There is no picture: of what size it would be
+    changes nothing.
+
+    The ``question`` of a pair is the text and, after it, what is asked, and the caption is the
+    answer. ``attributes`` are ``family``, ``context`` and ``question``. A pair of the
+    compositional split asks about objects with a look of ``ParagraphsConfig.held_out``, which no
+    other split has; the hash of the text says where any other pair belongs.
+    """
+
+    def __init__(self, config: ParagraphsConfig, *, split: str, image_size: int) -> None:
+        require_split(split)
+        self.config = config
+        self.split = split
+        self.digest = digest_of("paragraphs", PARAGRAPHS_VERSION, NAMES, asdict(config), split)
+
+    def __len__(self) -> int:
+        return num_examples(self.config, self.split)
+
+    def __getitem__(self, index: int) -> Pair:
+        paragraph = self.paragraph(index)
+        return Pair(
+            key=f"paragraphs/{self.split}/{index:06d}",
+            caption=paragraph.answer,
+            image=None,
+            attributes={
+                "family": paragraph.family,
+                "context": paragraph.context,
+                "question": paragraph.question,
+            },
+            question=f"{paragraph.context} {paragraph.question}",
+        )
+
+    def paragraph(self, index: int) -> Paragraph:
+        """The truth about the pair at ``index``."""
+        config = self.config
+        rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
+        # Before the search for a pair of this split: no family is rarer for being harder to draw.
+        family = choose(rng, config.families)
+        is_compositional = self.split == "compositional"
+        return draw_until(
+            lambda: draw_paragraph(family, config, rng, is_compositional=is_compositional),
+            lambda drawn: is_compositional or split_by_hash(drawn.context) == self.split,
+            otherwise=f"shapes and colours leave no {family} for {self.split}: allow more of them",
+        )
+
+
+def draw_paragraph(
+    family: str, config: ParagraphsConfig, rng: Random, *, is_compositional: bool
+) -> Paragraph | None:
+    """A text and a question of a family; ``None`` when the text cannot be asked so."""
+    held_out = sorted(config.held_out)
+    looks = [
+        look for look in product(config.colours, config.shapes) if look not in config.held_out
+    ]
+    people = choose_distinct(rng, tuple(NAMES), number=choose_number(rng, 2, config.max_sentences))
+    asked = choose_number(rng, 0, len(people) - 1)
+    possessions = []
+    for place, person in enumerate(people):
+        is_asked = place == asked
+        colour, shape = choose(rng, held_out if is_asked and is_compositional else looks)
+        # Only of one object a size is told.
+        most = 1 if is_asked and family == "size" else config.max_count
+        number, size = choose_number(rng, 1, most), choose(rng, _SIZES)
+        possessions.append(Possession(person, number, size, colour, shape))
+    answered = TEXT_FAMILIES[family](rng, possessions, possessions[asked])
+    if answered is None:
+        return None
+    context = " ".join(_sentence(each, rng) for each in possessions)
+    return Paragraph(family, context, tuple(possessions), *answered)
+
+
+def _sentence(each: Possession, rng: Random) -> str:
+    if rng.random() < 0.25:
+        return f"{each.phrase} {each.owner}."
+    return f"{each.owner} {each.phrase}."
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def ask_thing(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+    """All that a person has."""
+    return Answered(f"что {asked.owner}?", asked.phrase)
+
+
+def ask_colour(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+    """The colour of what a person has."""
+    question = f"какого цвета {asked.named(asked.shape)} {asked.owner}?"
+    return Answered(question, quality(asked.colour))
+
+
+def ask_size(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+    """The size of the one object of a person."""
+    question = f"какого размера {asked.named(asked.shape)} {asked.owner}?"
+    return Answered(question, quality(asked.size))
+
+
+def ask_count(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+    """How many objects a person has."""
+    question = f"сколько {plural_phrase(asked.shape, case='genitive')} {asked.owner}?"
+    return Answered(question, numeral(asked.number, asked.shape))
+
+
+def ask_owner(
+    rng: Random, possessions: Sequence[Possession], asked: Possession
+) -> Answered | None:
+    """Who has objects of a shape, or of a colour and a shape."""
+    words = (asked.shape,) if rng.random() < 0.5 else (asked.colour, asked.shape)
+    owners = [each for each in possessions if set(words) <= {each.colour, each.shape}]
+    if len(owners) > 1:
+        return None
+    return Answered(f"у кого {asked.named(*words)}?", asked.owner)
+
+
+def ask_existence(
+    rng: Random, possessions: Sequence[Possession], asked: Possession
+) -> Answered | None:
+    """Whether a person has what somebody has."""
+    has_it = rng.random() < 0.5
+    others = [each for each in possessions if each.shape != asked.shape]
+    if not others:
+        # For "да" as well: or it would be likelier where everybody has the same shape.
+        return None
+    owner = asked.owner if has_it else choose(rng, others).owner
+    return Answered(f"есть ли {owner} {asked.named(asked.shape)}?", "да" if has_it else "нет")
+
+
+def ask_comparison(
+    rng: Random, possessions: Sequence[Possession], asked: Possession
+) -> Answered | None:
+    """Which of two people has more objects."""
+    others = [each for each in possessions if each.number != asked.number]
+    if not others:
+        return None
+    first, second = choose_distinct(rng, [asked, choose(rng, others)], number=2)
+    question = f"у кого больше фигур, {first.owner} или {second.owner}?"
+    return Answered(question, max(first, second, key=lambda each: each.number).owner)
+
+
+TEXT_FAMILIES: dict[str, Callable[[Random, Sequence[Possession], Possession], Answered | None]] = {
+    "thing": ask_thing,
+    "colour": ask_colour,
+    "size": ask_size,
+    "count": ask_count,
+    "owner": ask_owner,
+    "existence": ask_existence,
+    "comparison": ask_comparison,
+}

@@ -1,0 +1,267 @@
+"""Families of questions about the world of shapes; ``shapes_questions`` tells about them.
+
+To add a family, write a function ``(QuestionDraw) -> Question | None`` and name it in
+``QUESTION_FAMILIES``; ``None`` is a draw that failed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+
+from rudolph.data.datasets.shapes_pictures import SIZES, SceneObject
+from rudolph.data.datasets.shapes_russian import (
+    noun_phrase,
+    numeral,
+    plural_phrase,
+    position_phrase,
+    qualities,
+    quality,
+)
+from rudolph.data.datasets.shapes_scenes import cells, draw_shift
+from rudolph.data.datasets.synthetic import Option, choose, choose_distinct, choose_number
+
+# A colour and a shape.
+Look = tuple[str, str]
+# What a description says: the shape, both, or the colour of a "figure".
+_DESCRIPTIONS: tuple[Callable[[Look], tuple[str, ...]], ...] = (
+    lambda look: (look[1],),
+    lambda look: look,
+    lambda look: (look[0], "figure"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about objects, its answer, and the looks of what it asks about."""
+
+    family: str
+    text: str
+    answer: str
+    objects: tuple[SceneObject, ...]
+    asked: frozenset[Look]
+
+
+@dataclass(frozen=True)
+class QuestionDraw:
+    """Draws what a question needs.
+
+    ``looks`` are those of any object; what is asked for has one of ``targets``.
+    """
+
+    rng: Random
+    grid: int
+    max_objects: int
+    jitter: float
+    looks: Sequence[Look]
+    targets: Sequence[Look]
+
+    def choose(self, options: Sequence[Option]) -> Option:
+        return choose(self.rng, options)
+
+    def description(self) -> tuple[Look, tuple[str, ...]]:
+        """A look that is asked for, and the words that ask for it: adjectives and a noun."""
+        look = self.choose(self.targets)
+        return look, self.choose(_DESCRIPTIONS)(look)
+
+    def fitting(self, number: int, *words: str) -> list[Look]:
+        """Looks that fit a description."""
+        looks = [look for look in self.looks if fits(look, words)]
+        return [self.choose(looks) for _ in range(number)]
+
+    def others(
+        self, most: int, *descriptions: Iterable[str], least: int = 0, near: Look | None = None
+    ) -> list[Look]:
+        """Looks that fit none of the descriptions, as many as drawn, or as there can be.
+
+        Every other one has the colour or the shape of ``near``: only who looks at both can answer.
+        """
+        looks = [
+            look for look in self.looks if not any(fits(look, words) for words in descriptions)
+        ]
+        similar = [look for look in looks if near is not None and set(near) & set(look)]
+        number = choose_number(self.rng, least, most) if looks else 0
+        return [
+            self.choose(similar if similar and self.rng.random() < 0.5 else looks)
+            for _ in range(number)
+        ]
+
+    def place(self, looks: Sequence[Look], sizes: Sequence[str] = ()) -> list[SceneObject]:
+        """Objects of these looks, the first ones of these sizes, in cells of their own."""
+        places = choose_distinct(self.rng, cells(self.grid), number=len(looks))
+        objects = []
+        for number, ((colour, shape), cell) in enumerate(zip(looks, places, strict=True)):
+            size = sizes[number] if number < len(sizes) else self.choose(tuple(SIZES))
+            shift = draw_shift(self.jitter, self.rng)
+            objects.append(SceneObject(shape, colour, size, *cell, shift=shift))
+        return objects
+
+    def place_one(self, target: Look, *descriptions: Iterable[str]) -> list[SceneObject]:
+        """The target first, and others that fit none of the descriptions."""
+        others = self.others(self.max_objects - 1, *descriptions, near=target)
+        return self.place([target, *others])
+
+
+def fits(look: Look, words: Iterable[str]) -> bool:
+    """Whether a description is true of a look: everything is a figure."""
+    return set(words) <= {*look, "figure"}
+
+
+def is_clear(target: SceneObject, objects: Iterable[SceneObject], *, grid: int) -> bool:
+    """Whether nothing else can be meant by the name of the target's cell.
+
+    "слева сверху" and "в центре" are one cell, while "слева" may be understood as all that side.
+    """
+    if grid == 2 or (target.row == 1) == (target.column == 1):
+        return True
+    others = [each for each in objects if each != target]
+    if target.row == 1:
+        return all(each.column != target.column for each in others)
+    return all(each.row != target.row for each in others)
+
+
+def _question(
+    family: str, text: str, answer: str, objects: Iterable[SceneObject], asked: Iterable[Look]
+) -> Question:
+    in_reading_order = sorted(objects, key=lambda each: (each.row, each.column))
+    return Question(family, text, answer, tuple(in_reading_order), frozenset(asked))
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def ask_colour(draw: QuestionDraw) -> Question | None:
+    """The colour of the one object of its shape, or of the one in a place."""
+    target, grid = draw.choose(draw.targets), draw.grid
+    if draw.rng.random() < 0.5:
+        shape = target[1]
+        first, *others = draw.place_one(target, (shape,))
+        text = f"какого цвета {noun_phrase(shape)}?"
+    else:
+        first, *others = draw.place_one(target)
+        if not is_clear(first, others, grid=grid):
+            return None
+        text = f"какого цвета фигура {position_phrase(first.row, first.column, grid=grid)}?"
+    return _question("colour", text, quality(target[0]), [first, *others], [target])
+
+
+def ask_shape(draw: QuestionDraw) -> Question | None:
+    """The shape of the one object of its colour, or of the one in a place."""
+    target, grid = draw.choose(draw.targets), draw.grid
+    if draw.rng.random() < 0.5:
+        colour = target[0]
+        first, *others = draw.place_one(target, (colour,))
+        text = f"какая фигура {quality(colour, 'figure')}?"
+    else:
+        first, *others = draw.place_one(target)
+        if not is_clear(first, others, grid=grid):
+            return None
+        text = f"какая фигура {position_phrase(first.row, first.column, grid=grid)}?"
+    return _question("shape", text, noun_phrase(target[1]), [first, *others], [target])
+
+
+def ask_size(draw: QuestionDraw) -> Question:
+    """The size of the one object that fits a description."""
+    target, words = draw.description()
+    first, *others = draw.place_one(target, words)
+    text = f"какого размера {noun_phrase(*words)}?"
+    return _question("size", text, quality(first.size), [first, *others], [target])
+
+
+def ask_position(draw: QuestionDraw) -> Question:
+    """The place of the one object that fits a description."""
+    target, words = draw.description()
+    first, *others = draw.place_one(target, words)
+    answer = position_phrase(first.row, first.column, grid=draw.grid)
+    return _question("position", f"где {noun_phrase(*words)}?", answer, [first, *others], [target])
+
+
+def ask_count(draw: QuestionDraw) -> Question:
+    """How many objects fit a description, of which every fourth is all objects."""
+    target, words = draw.description()
+    most = draw.max_objects
+    if draw.rng.random() < 0.25:
+        looks = draw.fitting(choose_number(draw.rng, 1, most), "figure")
+        answer = numeral(len(looks), "figure")
+        return _question("count", "сколько всего фигур?", answer, draw.place(looks), looks)
+    number = choose_number(draw.rng, 0, most)
+    counted = draw.fitting(number, *words)
+    # At least one object in the picture: an empty one tells the answer by itself.
+    others = draw.others(most - number, words, least=int(number == 0), near=target)
+    text = f"сколько {plural_phrase(*words, case='genitive')}?"
+    asked = [*counted, target] if words == target else counted
+    answer = numeral(number, words[-1])
+    return _question("count", text, answer, draw.place([*counted, *others]), asked)
+
+
+def ask_existence(draw: QuestionDraw) -> Question:
+    """Whether there is an object of a colour and a shape."""
+    target = draw.choose(draw.targets)
+    is_there = draw.rng.random() < 0.5
+    found = draw.fitting(int(is_there), *target)
+    most = draw.max_objects - len(found)
+    others = draw.others(most, target, least=1 - len(found), near=target)
+    text = f"есть ли {noun_phrase(*target)}?"
+    objects = draw.place([*found, *others])
+    return _question("existence", text, "да" if is_there else "нет", objects, [target])
+
+
+def ask_comparison(draw: QuestionDraw) -> Question:
+    """Which of two kinds are more, whether one is more, or which of two objects is larger."""
+    form = draw.choose(("which", "whether", "larger"))
+    return _ask_larger(draw) if form == "larger" else _ask_more(draw, form)
+
+
+def _ask_more(draw: QuestionDraw, form: str) -> Question:
+    is_of_colours = draw.rng.random() < 0.5
+    kinds = tuple(dict.fromkeys(look[0 if is_of_colours else 1] for look in draw.looks))
+    first, second = choose_distinct(draw.rng, kinds, number=2)
+    name = qualities if is_of_colours else _many
+    most = draw.max_objects
+    # Which side the difference of the numbers is on; for a plain "нет" the second or none.
+    side = draw.choose((1, -1, 0) if form == "which" else (1, 1, -1, 0))
+    numbers = draw.choose(
+        [
+            (one, other)
+            for one, other in product(range(1, most), repeat=2)
+            if one + other <= most and (one > other) - (one < other) == side
+        ]
+    )
+    counted = [*draw.fitting(numbers[0], first), *draw.fitting(numbers[1], second)]
+    objects = draw.place([*counted, *draw.others(most - sum(numbers), (first,), (second,))])
+    if form == "whether":
+        subject = f"{name(first)} фигур" if is_of_colours else name(first)
+        text = f"больше ли {subject}, чем {name(second)}?"
+        answer = "да" if side > 0 else "нет"
+    else:
+        what = "каких фигур" if is_of_colours else "чего"
+        text = f"{what} больше: {name(first)} или {name(second)}?"
+        answer = {1: name(first), -1: name(second), 0: "поровну"}[side]
+    return _question("comparison", text, answer, objects, counted)
+
+
+def _ask_larger(draw: QuestionDraw) -> Question:
+    target = draw.choose(draw.targets)
+    pair = [target, draw.choose([look for look in draw.looks if look != target])]
+    first, second = choose_distinct(draw.rng, pair, number=2)
+    sizes = choose_distinct(draw.rng, tuple(SIZES), number=2)
+    others = draw.others(draw.max_objects - 2, first, second)
+    objects = draw.place([first, second, *others], sizes)
+    text = f"что больше: {noun_phrase(*first)} или {noun_phrase(*second)}?"
+    answer = noun_phrase(*(first if sizes[0] == "large" else second))
+    return _question("comparison", text, answer, objects, pair)
+
+
+def _many(shape: str) -> str:
+    return plural_phrase(shape, case="genitive")
+
+
+QUESTION_FAMILIES: dict[str, Callable[[QuestionDraw], Question | None]] = {
+    "colour": ask_colour,
+    "shape": ask_shape,
+    "size": ask_size,
+    "count": ask_count,
+    "position": ask_position,
+    "comparison": ask_comparison,
+    "existence": ask_existence,
+}

@@ -1,0 +1,147 @@
+"""Scenes that are easily taken for another: each differs from it in exactly one thing.
+
+What is changed is the colour, the shape, the size or the place of one object, the number of the
+objects, or the relation between them. A change that the sentence does not tell is no rival: the
+sentence would be true of both pictures.
+
+To add a change, write a function ``(Scene, ShapesConfig, Random) -> Iterator[Scene]`` and name it
+in ``CHANGES``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from random import Random
+from typing import Any, NamedTuple
+
+from rudolph.data.datasets.shapes_pictures import SIZES, SceneObject
+from rudolph.data.datasets.shapes_scenes import (
+    DIRECTIONS,
+    Scene,
+    ShapesConfig,
+    cells,
+    draw_shift,
+    related_cells,
+    tell,
+)
+from rudolph.data.datasets.synthetic import choose_distinct
+
+
+class Rival(NamedTuple):
+    """A scene, and the one thing in which it differs: a key of ``CHANGES``."""
+
+    changed: str
+    scene: Scene
+
+
+def rivals(scene: Scene, config: ShapesConfig, rng: Random) -> list[Rival]:
+    """All rivals of a scene, each kind of change as often as it can among the first ones.
+
+    All sentences differ from one another and from that of the scene.
+    """
+    kinds = []
+    for changed, change in CHANGES.items():
+        found = [Rival(changed, other) for other in change(scene, config, rng)]
+        kinds.append(choose_distinct(rng, found, number=len(found)))
+    in_turn = [rival for turn in zip_longest(*kinds) for rival in turn if rival is not None]
+    first: dict[str, Rival] = {}
+    for rival in in_turn:
+        if rival.scene.sentence != scene.sentence:
+            first.setdefault(rival.scene.sentence, rival)
+    return list(first.values())
+
+
+def other_colours(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+    """One object of another colour; in a count, all of them."""
+    return _repainted(scene, config, "colour", config.colours)
+
+
+def other_shapes(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+    """One object of another shape; in a count, all of them."""
+    return _repainted(scene, config, "shape", config.shapes)
+
+
+def other_sizes(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+    """One object of the other size."""
+    return _repainted(scene, config, "size", tuple(SIZES))
+
+
+def other_places(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+    """One object in a free cell, where a sentence names the cells."""
+    if scene.family not in ("one", "two"):
+        return
+    taken = {(each.row, each.column) for each in scene.objects}
+    for number, each in enumerate(scene.objects):
+        for row, column in cells(config.grid):
+            if (row, column) not in taken:
+                moved = replace(each, row=row, column=column)
+                objects = [*scene.objects[:number], moved, *scene.objects[number + 1 :]]
+                yield tell(scene.family, _in_reading_order(objects), config)
+
+
+def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[Scene]:
+    """A count with some objects taken away, or with more of them."""
+    if scene.family != "count":
+        return
+    taken = {(each.row, each.column) for each in scene.objects}
+    free = [cell for cell in cells(config.grid) if cell not in taken]
+    for number in range(1, config.max_count + 1):
+        kept = choose_distinct(rng, scene.objects, number=min(number, len(scene.objects)))
+        added = [
+            replace(kept[0], row=row, column=column, shift=draw_shift(config.jitter, rng))
+            for row, column in choose_distinct(rng, free, number=number - len(kept))
+        ]
+        yield tell("count", _in_reading_order([*kept, *added]), config)
+
+
+def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+    """The same two objects in each of the other relations, in the same line and places of it."""
+    if scene.relation is None:
+        return
+    first, second = scene.objects
+    line, *places = (
+        (first.row, first.column, second.column)
+        if first.row == second.row
+        else (first.column, first.row, second.row)
+    )
+    for relation in DIRECTIONS:
+        objects = [
+            replace(each, row=row, column=column)
+            for each, (row, column) in zip(
+                scene.objects, related_cells(relation, line, places), strict=True
+            )
+        ]
+        yield tell("relation", objects, config, relation=relation)
+
+
+def _repainted(
+    scene: Scene, config: ShapesConfig, field: str, options: Sequence[str]
+) -> Iterator[Scene]:
+    every = range(len(scene.objects))
+    for group in [every] if scene.family == "count" else [[number] for number in every]:
+        for option in options:
+            change: dict[str, Any] = {field: option}
+            objects = [
+                replace(each, **change) if number in group else each
+                for number, each in enumerate(scene.objects)
+            ]
+            if scene.relation is None or not _look_alike(*objects):
+                yield tell(scene.family, objects, config, relation=scene.relation or "")
+
+
+def _look_alike(first: SceneObject, second: SceneObject) -> bool:
+    return (first.shape, first.colour) == (second.shape, second.colour)
+
+
+def _in_reading_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    return sorted(objects, key=lambda each: (each.row, each.column))
+
+
+CHANGES: dict[str, Callable[[Scene, ShapesConfig, Random], Iterator[Scene]]] = {
+    "colour": other_colours,
+    "shape": other_shapes,
+    "size": other_sizes,
+    "place": other_places,
+    "number": other_numbers,
+    "relation": other_relations,
+}

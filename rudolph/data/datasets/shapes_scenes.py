@@ -1,0 +1,221 @@
+"""The scenes of the world of shapes: what there is to see, and the sentence that says it.
+
+``shapes`` tells about the families. To add one, write a function ``(ShapesConfig, Random) ->
+Scene`` and name it in ``FAMILIES``; write its sentence and name it in ``SENTENCES``; say in
+``shapes_checker.JUDGES`` what the sentence asks of a reading, in ``shapes.is_sentence`` what can
+be said, and in ``shapes_rivals`` what else of it can be changed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from rudolph.data.datasets.shapes_pictures import PALETTE, SIGNED_DISTANCES, SIZES, SceneObject
+from rudolph.data.datasets.shapes_russian import (
+    NUMERALS,
+    counted_phrase,
+    noun_phrase,
+    position_phrase,
+    relation_phrase,
+)
+from rudolph.data.datasets.synthetic import (
+    choose,
+    choose_distinct,
+    choose_number,
+    require_sizes,
+    require_some,
+    require_within,
+    split_by_hash,
+)
+
+# The way (down, right) from the second object of a relation to the first.
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+LARGEST_JITTER = 0.05
+
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """Which scenes there are, and how many of each split.
+
+    Args:
+        grid: cells a side, 2 or 3.
+        max_count: the most objects of a ``count`` sentence.
+        jitter: how far an object may stand off the middle of its cell, in cells.
+        num_test: scenes of the test split, and as many of the compositional one.
+        seed: another seed draws other scenes, and leaves every sentence in its split.
+    """
+
+    grid: int = 3
+    families: tuple[str, ...] = ("one", "two", "relation", "count")
+    shapes: tuple[str, ...] = ("circle", "square", "triangle", "cross", "star")
+    colours: tuple[str, ...] = tuple(PALETTE)
+    max_count: int = 5
+    jitter: float = 0.04
+    num_train: int = 20_000
+    num_validation: int = 500
+    num_test: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grid not in (2, 3):
+            raise ValueError(f"grid must be 2 or 3, got {self.grid}")
+        require_some("families", self.families, legal=FAMILIES, at_least=1)
+        require_some("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
+        require_some("colours", self.colours, legal=PALETTE, at_least=2)
+        most = min(len(NUMERALS["masculine"]), self.grid**2)
+        if not 1 <= self.max_count <= most:
+            raise ValueError(
+                f"max_count must be 1 to {most} when grid is {self.grid}, got {self.max_count}"
+            )
+        require_within("jitter", self.jitter, 0, LARGEST_JITTER)
+        require_sizes(self)
+
+    @property
+    def held_out(self) -> frozenset[tuple[str, str]]:
+        """The (colour, shape) that only scenes of the compositional split have."""
+        return held_out_looks(self.colours, self.shapes)
+
+
+def held_out_looks(colours: Sequence[str], shapes: Sequence[str]) -> frozenset[tuple[str, str]]:
+    """One colour a shape, of another colour each: training shows every colour and every shape."""
+    first = 2 % len(shapes)
+    return frozenset(zip(colours, [*shapes[first:], *shapes[:first]], strict=False))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The truth: the objects in the order of the sentence, and the relation if it states one."""
+
+    family: str
+    objects: tuple[SceneObject, ...]
+    sentence: str
+    relation: str | None = None
+
+
+def tell(
+    family: str, objects: Sequence[SceneObject], config: ShapesConfig, *, relation: str = ""
+) -> Scene:
+    """The scene of these objects, with the sentence that its family makes of them."""
+    sentence = SENTENCES[family](objects, config.grid, relation)
+    return Scene(family, tuple(objects), sentence, relation or None)
+
+
+def objects_text(objects: Sequence[SceneObject]) -> str:
+    """All there is, with row and column: "small red circle 0 2; large blue star 1 1"."""
+    return "; ".join(
+        f"{each.size} {each.colour} {each.shape} {each.row} {each.column}" for each in objects
+    )
+
+
+def split_of(scene: Scene, config: ShapesConfig) -> str:
+    """The one split that a scene, and its sentence, can be of."""
+    if any((each.colour, each.shape) in config.held_out for each in scene.objects):
+        return "compositional"
+    return split_by_hash(scene.sentence)
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+def draw_one(config: ShapesConfig, rng: Random) -> Scene:
+    """One object in a named place."""
+    cell = choose(rng, cells(config.grid))
+    return tell("one", [draw_object(config, rng, cell)], config)
+
+
+def draw_two(config: ShapesConfig, rng: Random) -> Scene:
+    """Two objects in named places, in reading order: one picture has one sentence."""
+    places = sorted(choose_distinct(rng, cells(config.grid), number=2))
+    return tell("two", [draw_object(config, rng, cell) for cell in places], config)
+
+
+def draw_relation(config: ShapesConfig, rng: Random) -> Scene:
+    """Two objects, different in shape or colour, in one row or one column."""
+    relation = choose(rng, tuple(DIRECTIONS))
+    line = choose_number(rng, 0, config.grid - 1)
+    places = choose_distinct(rng, range(config.grid), number=2)
+    first_cell, second_cell = related_cells(relation, line, places)
+    first = second = draw_object(config, rng, first_cell)
+    while (first.shape, first.colour) == (second.shape, second.colour):
+        second = draw_object(config, rng, second_cell)
+    return tell("relation", [first, second], config, relation=relation)
+
+
+def draw_count(config: ShapesConfig, rng: Random) -> Scene:
+    """Some objects alike in shape, colour and size."""
+    number = choose_number(rng, 1, config.max_count)
+    model = draw_object(config, rng, (0, 0))
+    objects = [
+        replace(model, row=row, column=column, shift=draw_shift(config.jitter, rng))
+        for row, column in sorted(choose_distinct(rng, cells(config.grid), number=number))
+    ]
+    return tell("count", objects, config)
+
+
+def cells(grid: int) -> list[Cell]:
+    """All (row, column), in reading order."""
+    return [(row, column) for row in range(grid) for column in range(grid)]
+
+
+def related_cells(relation: str, line: int, places: Sequence[int]) -> tuple[Cell, Cell]:
+    """The cells of the first and the second object, in two places of one row or one column."""
+    down, right = DIRECTIONS[relation]
+    near, far = sorted(places)
+    first, second = (near, far) if down + right < 0 else (far, near)
+    return ((first, line), (second, line)) if down else ((line, first), (line, second))
+
+
+def draw_object(config: ShapesConfig, rng: Random, cell: Cell) -> SceneObject:
+    """An object of any shape, colour and size in a cell."""
+    shape, colour = choose(rng, config.shapes), choose(rng, config.colours)
+    size = choose(rng, tuple(SIZES))
+    return SceneObject(shape, colour, size, *cell, shift=draw_shift(config.jitter, rng))
+
+
+def draw_shift(jitter: float, rng: Random) -> tuple[float, float]:
+    """How far (down, right) off its cell's middle an object is, in cells."""
+    down, right = (jitter * (2 * rng.random() - 1) for _ in range(2))
+    return down, right
+
+
+FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
+    "one": draw_one,
+    "two": draw_two,
+    "relation": draw_relation,
+    "count": draw_count,
+}
+
+
+# --- telling -------------------------------------------------------------------------------------
+
+
+def placed_phrase(each: SceneObject, grid: int) -> str:
+    """All of an object: "большой синий круг в центре"."""
+    phrase = noun_phrase(each.size, each.colour, each.shape)
+    return f"{phrase} {position_phrase(each.row, each.column, grid=grid)}"
+
+
+def _tell_places(objects: Sequence[SceneObject], grid: int, _: str) -> str:
+    return ", ".join(placed_phrase(each, grid) for each in objects)
+
+
+def _tell_relation(objects: Sequence[SceneObject], _: int, relation: str) -> str:
+    first, second = objects
+    phrase = noun_phrase(first.size, first.colour, first.shape)
+    return relation_phrase(phrase, relation, second.colour, second.shape)
+
+
+def _tell_count(objects: Sequence[SceneObject], _: int, __: str) -> str:
+    return counted_phrase(len(objects), objects[0].colour, objects[0].shape)
+
+
+# The sentence about some objects, on a grid, in a relation.
+SENTENCES: dict[str, Callable[[Sequence[SceneObject], int, str], str]] = {
+    "one": _tell_places,
+    "two": _tell_places,
+    "relation": _tell_relation,
+    "count": _tell_count,
+}

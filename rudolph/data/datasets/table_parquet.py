@@ -1,0 +1,220 @@
+"""Parquet tables: columns of text, and images whose bytes are in the table itself.
+
+Text columns are read in batches.  Bytes of images are never read with them: a ``StoredImage``
+names its row, and rows that are asked for in order are read once.  Memory holds a page of the
+file, some 1,000 rows where its writer did not choose smaller pages or row groups.  An image is
+text (a path), bytes, or a struct of bytes and path, which is how Hugging Face datasets store it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rudolph.data.datasets.table_text import require_table
+
+TEXT_ROWS = 4096
+IMAGE_ROWS = 16
+
+
+class StoredImage(NamedTuple):
+    """An image of a row: its bytes in the table, if there are any, and its path, if there is one.
+
+    ``row`` counts from 0.
+    """
+
+    table: str
+    column: str
+    row: int
+    path: str | None = None
+
+    def data(self) -> bytes | None:
+        """Return the bytes of the image; None if the table has none for this row."""
+        status = Path(self.table).stat()
+        signature = (status.st_size, status.st_mtime_ns)
+        return _stored_bytes(self.table, self.column, signature)[self.row]
+
+
+class StoredBytes:
+    """The bytes of the images of a column, by row; fast for rows in ascending order."""
+
+    def __init__(self, table: Path, column: str) -> None:
+        self.table, self.column = table, column
+        with _blamed_on(table):
+            self.file = _open(table)
+            sizes = [
+                self.file.metadata.row_group(group).num_rows
+                for group in range(self.file.metadata.num_row_groups)
+            ]
+        # The first row of each group, and the number of all rows.
+        self.starts = list(accumulate(sizes, initial=0))
+        self.group, self.first = -1, 0
+        self.cells: Sequence[Any] = []
+        self.batches: Iterator[Any] = iter(())
+
+    def __getitem__(self, row: int) -> bytes | None:
+        with _blamed_on(self.table):
+            # Of groups that start at the same row, all but the last are empty.
+            group = bisect_right(self.starts, row) - 1
+            if group != self.group or row < self.first:
+                self._start(group)
+            while row >= self.first + len(self.cells):
+                self._advance()
+            value = self.cells[row - self.first].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return data or None
+
+    def _start(self, group: int) -> None:
+        self.group, self.first, self.cells = group, self.starts[group], []
+        self.batches = self.file.iter_batches(
+            batch_size=IMAGE_ROWS, row_groups=[group], columns=[self.column], use_threads=False
+        )
+
+    def _advance(self) -> None:
+        batch = next(self.batches, None)
+        if batch is None:
+            raise ValueError(f"{self.table}: expected more rows in row group {self.group}")
+        self.first += len(self.cells)
+        self.cells = batch.column(batch.schema.get_field_index(self.column))
+
+
+# A few tables stay open; the signature makes a changed file another table.
+@lru_cache(maxsize=4)
+def _stored_bytes(table: str, column: str, signature: tuple[int, ...]) -> StoredBytes:
+    return StoredBytes(Path(table), column)
+
+
+def parquet_columns(table: Path) -> list[str]:
+    """Return the names of the columns of a Parquet file."""
+    with _blamed_on(table):
+        names: list[str] = _open(table).schema_arrow.names
+    return names
+
+
+def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+    """Yield the values of each row, the image first; None for a row with damaged text.
+
+    Raises:
+        ValueError: in one line, if the file cannot be read or a column cannot hold what it must.
+    """
+    with _blamed_on(table):
+        file = _open(table)
+        image = _image_column(table, file.schema_arrow.field(columns[0]))
+        for name in columns[1:]:
+            _require_text(table, name, file.schema_arrow.field(name).type)
+        wanted = [*filter(None, [image.path]), *columns[1:]]
+        first = 0
+        for batch in file.iter_batches(batch_size=TEXT_ROWS, columns=wanted, use_threads=False):
+            found = [batch.schema.get_field_index(name) for name in columns]
+            # A column that is not read, that of the bytes, has no index.
+            cells = [batch.column(index) if index >= 0 else None for index in found]
+            for index in range(batch.num_rows):
+                values = _values(cells, index)
+                if values is not None and image.is_stored:
+                    stored = StoredImage(str(table), columns[0], first + index, _path(values[0]))
+                    values = (stored, *values[1:])
+                yield values
+            first += batch.num_rows
+
+
+class _ImageColumn(NamedTuple):
+    """How images are given: the column of their paths ("" if none), and if bytes are stored."""
+
+    path: str
+    is_stored: bool
+
+
+def _image_column(table: Path, field: Any) -> _ImageColumn:
+    from pyarrow import types
+
+    kind, name = field.type, field.name
+    if types.is_struct(kind):
+        parts = {part.name: part.type for part in kind}
+        has_path = "path" in parts and _is_text(parts["path"])
+        if has_path or ("bytes" in parts and _is_binary(parts["bytes"])):
+            return _ImageColumn(f"{name}.path" if has_path else "", is_stored=True)
+    elif _is_binary(kind):
+        return _ImageColumn("", is_stored=True)
+    elif _is_text(kind) or types.is_null(kind):
+        return _ImageColumn(name, is_stored=False)
+    raise ValueError(
+        f"{table}: expected paths, bytes or a struct of bytes and path in column {name!r}, "
+        f"got {kind}. Write one image per row"
+    )
+
+
+def _require_text(table: Path, name: str, kind: Any) -> None:
+    """Raise ``ValueError`` if a column holds anything but texts, numbers or nothing.
+
+    Numbers are rejected row by row, so that missing ones are told from them.
+    """
+    from pyarrow import types
+
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    if _is_text(kind) or is_number or types.is_null(kind):
+        return
+    is_list = types.is_nested(kind) and not types.is_struct(kind) and not types.is_map(kind)
+    advice = (
+        f"Write a row for each text: pandas.read_parquet(...).explode({name!r})"
+        if is_list
+        else "Convert it to text"
+    )
+    raise ValueError(
+        f"{table}: expected one text per row in column {name!r}, got {kind}. {advice}"
+    )
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    from pyarrow import types
+
+    is_fixed = types.is_binary_view(kind) or types.is_fixed_size_binary(kind)
+    return types.is_binary(kind) or types.is_large_binary(kind) or is_fixed
+
+
+def _values(cells: Sequence[Any], index: int) -> tuple[Any, ...] | None:
+    try:
+        return tuple(None if column is None else column[index].as_py() for column in cells)
+    except UnicodeDecodeError:
+        return None
+
+
+def _path(value: Any) -> str | None:
+    """Return the path of an image struct that was read without its bytes."""
+    return value.get("path") if isinstance(value, dict) else None
+
+
+def _open(table: Path) -> Any:
+    import pyarrow.parquet
+
+    # The buffer lets a batch be read without the rest of its row group.
+    return pyarrow.parquet.ParquetFile(table, pre_buffer=False, buffer_size=1 << 20)
+
+
+@contextmanager
+def _blamed_on(table: Path) -> Iterator[None]:
+    """Turn what PyArrow raises on damaged files into a ``ValueError`` of one line."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        with open(table, "rb") as file:
+            require_table(table, file.read(64))
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{table}: expected a whole Parquet file, got one that is not readable ({reason}). "
+            f"Write or download it again"
+        ) from error

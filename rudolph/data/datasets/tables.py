@@ -1,0 +1,448 @@
+"""Tables of image-text pairs: CSV, TSV, JSONL, Parquet, and the questions of Fusion Brain.
+
+A reader gives every row of a table, a malformed one with its fault.
+
+To add a format, write a reader and name it in ``READERS``.
+"""
+
+import csv
+import difflib
+import io
+import json
+import re
+import shlex
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rudolph.data.datasets.fusion_brain_files import parse_answer, parse_question, read_parts
+from rudolph.data.datasets.table_parquet import parquet_cells, parquet_columns
+from rudolph.data.datasets.table_text import TableWarning, read_text, require_table
+from rudolph.data.funnel import OPEN_QUOTE
+from rudolph.sequence.texts import clean_text
+
+NAMES_LISTED = 20
+# Characters in which a header must end for its separator to be found.
+HEADER_LENGTH = 100_000
+# Excel writes this line above the header, and reads it.
+SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?(?:\r\n|\r|\n|$)', re.IGNORECASE)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+@dataclass(frozen=True)
+class ManifestConfig:
+    """Where the pairs are, and which share of bad rows stops the run.
+
+    ``path`` is the table, or a folder that holds exactly one table.  A table of questions has its
+    answers in ``caption_column`` and names its ``question_column``; the JSON of Fusion Brain has
+    them in two files, and ``answers`` is the path of the second.
+    """
+
+    path: str = ""
+    image_column: str = "image"
+    caption_column: str = "caption"
+    question_column: str | None = None
+    answers: str | None = None
+    max_bad_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ValueError(f"max_bad_share must be from 0 to 1, got {self.max_bad_share}")
+        if self.image_column == self.caption_column:
+            raise ValueError(
+                f"image_column and caption_column must differ, both are {self.image_column!r}"
+            )
+        if self.question_column in (self.image_column, self.caption_column):
+            raise ValueError(
+                f"question_column must be a column of its own, got {self.question_column!r}"
+            )
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read: image, caption and, if there is one, question."""
+        asked = [] if self.question_column is None else [self.question_column]
+        return [self.image_column, self.caption_column, *asked]
+
+
+class Row(NamedTuple):
+    """A row as it stands in the table; ``place`` says where, ``fault`` why it cannot be read.
+
+    ``question`` is None where the table has none.
+    """
+
+    place: str
+    image: object = None
+    caption: object = None
+    question: object = None
+    fault: str = ""
+
+
+def find_table(path: str) -> Path:
+    """Return the table at ``path``, or the only one in that folder; else ``ValueError``."""
+    legal = ", ".join(READERS)
+    table = Path(path)
+    if not path:
+        raise ValueError(f"path of the manifest is empty: give a table ({legal}) or its folder")
+    if table.is_dir():
+        # Questions in JSON are two files, so a folder does not say which.
+        suffixes = READERS.keys() - {".json"}
+        found = sorted(file for file in table.iterdir() if file.suffix.lower() in suffixes)
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found[:5]) or "none"
+            raise ValueError(
+                f"{table}: the folder must hold exactly one table ({legal}), "
+                f"it holds {len(found)}: {names}"
+            )
+        table = found[0]
+    if not table.is_file():
+        raise ValueError(f"{table}: no such file or folder")
+    if table.suffix.lower() not in READERS:
+        with table.open("rb") as file:
+            require_table(table, file.read(64))
+        raise ValueError(f"{table}: a manifest must end in one of {legal}")
+    return table
+
+
+def read_rows(table: Path, config: ManifestConfig) -> list[Row]:
+    """Return every row of a table, a malformed one with its fault.
+
+    A ``TableWarning`` says where the table differs from what the configuration or its name says:
+    in the letters of a column name, the separator or the encoding.
+
+    Raises:
+        ValueError: in one line, if the table cannot be read or lacks a column.
+    """
+    return READERS[table.suffix.lower()](table, config)
+
+
+def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -> list[int]:
+    """Return the index of each column of the configuration among those of a table.
+
+    A name that is there exactly is taken; if it is not, the only one that differs in case, blanks
+    or invisible characters is taken with a ``TableWarning``.
+
+    Raises:
+        ValueError: in one line, if a column is missing or several could be meant.
+    """
+    indices = [_match_column(table, columns, wanted) for wanted in config.columns]
+    if len(set(indices)) < len(indices):
+        twice = next(columns[index] for index in indices if indices.count(index) > 1)
+        raise ValueError(
+            f"{table}: expected a column for each of {_listed(config.columns)}, got {twice!r} for "
+            "two of them. Name the columns exactly"
+        )
+    taken = zip(config.columns, (columns[index] for index in indices), strict=True)
+    _warn_of_names(table, [(wanted, name) for wanted, name in taken if wanted != name])
+    return indices
+
+
+def _match_column(table: Path, columns: Sequence[str], wanted: str) -> int:
+    for names, name in (columns, wanted), (list(map(_folded, columns)), _folded(wanted)):
+        if names.count(name) == 1:
+            return names.index(name)
+        if name in names:
+            alike = [column for column, own in zip(columns, names, strict=True) if own == name]
+            raise ValueError(
+                f"{table}: more than one column {wanted!r} ({_listed(alike)}); "
+                f"columns found: {_listed(columns)}. Rename all but one"
+            )
+    nearest = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{table}: no column {wanted!r}; columns found: {_listed(columns)}{hint}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > NAMES_LISTED else ""
+    return ", ".join(f"{name[:60]!r}" for name in names[:NAMES_LISTED]) + more
+
+
+def _folded(name: str) -> str:
+    """Return a column name without what a reader of the table would not notice."""
+    text = unicodedata.normalize("NFKC", name)
+    return (
+        "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        .strip()
+        .casefold()
+    )
+
+
+def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
+    """Warn of names that were taken for others, unless both are one text in two normal forms."""
+    taken = [pair for pair in taken if clean_text(pair[0]) != clean_text(pair[1])]
+    if taken:
+        names = " and ".join(repr(name) for _, name in taken)
+        wanted = " and ".join(name for name, _ in taken)
+        verb = "was" if len(taken) == 1 else "were"
+        warnings.warn(f"{table}: {names} {verb} taken for {wanted}", TableWarning, stacklevel=2)
+
+
+def _read_csv(table: Path, config: ManifestConfig) -> list[Row]:
+    return _read_delimited(table, config, delimiter=",")
+
+
+def _read_tsv(table: Path, config: ManifestConfig) -> list[Row]:
+    return _read_delimited(table, config, delimiter="\t")
+
+
+def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[Row]:
+    """Read rows with quotes as in RFC 4180; the first row names the columns."""
+    text = _decoded(table)
+    lines = io.StringIO(text, newline="")
+    first_line, stated = 1, SEPARATOR_LINE.match(text)
+    if stated:
+        lines.readline()
+        first_line = 2
+    start = stated.end() if stated else 0
+    head = text[start : start + HEADER_LENGTH]
+    found = _delimiter(head, config, stated[1] if stated else delimiter)
+    records = _records(lines, found, first_line)
+    header = next(records, None)
+    if header is None or header.fields is None:
+        raise ValueError(f"{table}: the first line must name the columns, it cannot be read")
+    columns = header.fields
+    wanted = match_columns(table, columns, config)
+    if found != delimiter:
+        name = SEPARATORS.get(found, repr(found))
+        warnings.warn(
+            f"{table}: columns are separated by {name}, and read so", TableWarning, stacklevel=2
+        )
+    rows = []
+    for record in records:
+        if record.fields is not None and len(record.fields) == len(columns):
+            place = f"line {record.first_line}"
+            rows.append(Row(place, *(record.fields[at] for at in wanted)))
+            continue
+        # A quote that never closes swallows the lines below it, so each of them counts as bad.
+        for line in range(record.first_line, record.last_line + 1):
+            rows.append(Row(f"line {line}", fault=record.fault_of(line)))
+    return rows
+
+
+def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
+    """Return what separates the columns: ``usual``, unless another separator fits the header.
+
+    Another one fits if the header has all columns with it, or is one column without it.
+    """
+    names = {
+        separator: _header(head, separator) for separator in dict.fromkeys([usual, *SEPARATORS])
+    }
+    wanted = set(map(_folded, config.columns))
+    for separator, found in names.items():
+        if wanted <= set(map(_folded, found)):
+            return separator
+    # None has all: the message about the missing column names the columns that a reader sees.
+    if len(names[usual]) != 1:
+        return usual
+    return max(names, key=lambda separator: len(names[separator]))
+
+
+def _header(head: str, delimiter: str) -> list[str]:
+    """Return the names of the columns with this delimiter; none if the line is malformed."""
+    record = next(_records(io.StringIO(head, newline=""), delimiter), None)
+    return [] if record is None or record.fields is None else record.fields
+
+
+class _Record(NamedTuple):
+    """A record of a delimited table; ``fields`` is None where it is malformed.
+
+    ``open_line`` is the line of a quote that is never closed, 0 if there is none.
+    """
+
+    first_line: int
+    last_line: int
+    fields: list[str] | None
+    open_line: int = 0
+
+    def fault_of(self, line: int) -> str:
+        """Return why a line of a malformed record is left out."""
+        if not self.open_line or line < self.open_line:
+            return "malformed row"
+        return OPEN_QUOTE if line == self.open_line else "swallowed by an open quote"
+
+
+def _records(lines: Iterable[str], delimiter: str, first_line: int = 1) -> Iterator[_Record]:
+    taken: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=delimiter, strict=True)
+    while True:
+        taken.clear()
+        fields: list[str] | None
+        open_line = 0
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            fields = None
+            opened = _open_quote(taken, delimiter)
+            open_line = 0 if opened is None else first_line + opened
+        if fields != []:
+            last_line = first_line + max(len(taken), 1) - 1
+            yield _Record(first_line, last_line, fields, open_line)
+        first_line += len(taken)
+
+
+def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
+    """Return the index of the line whose quote is open at the end of a malformed record.
+
+    None if the record is malformed within one line.
+    """
+    opened: int | None = None
+    at_start = True
+    for number, line in enumerate(lines):
+        position = 0
+        while position < len(line):
+            letter = line[position]
+            following = line[position + 1 : position + 2]
+            if opened is not None:
+                if letter == '"' and following == '"':
+                    position += 1
+                elif letter == '"' and following in ("", delimiter, "\r", "\n"):
+                    opened = None
+                elif letter == '"':
+                    return opened if opened < number else None
+            elif letter == '"' and at_start:
+                opened = number
+            at_start = opened is None and letter in (delimiter, "\r", "\n")
+            position += 1
+    return opened
+
+
+def _read_jsonl(table: Path, config: ManifestConfig) -> list[Row]:
+    text = _decoded(table)
+    _require_lines(table, text)
+    rows = []
+    columns: dict[str, None] = {}
+    taken: dict[tuple[str, str], None] = {}
+    # Not splitlines: JSON strings may hold U+2028 and its kin as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            rows.append(Row(place, fault="row is not JSON"))
+            continue
+        if not isinstance(value, dict):
+            needed = _listed(config.columns)
+            fault = f"rows are {kind_of(value)}, not objects with {needed}"
+            rows.append(Row(place, fault=fault))
+            continue
+        columns.update(dict.fromkeys(value))
+        names = [_key(value, wanted) for wanted in config.columns]
+        taken.update(dict.fromkeys(zip(config.columns, names, strict=True)))
+        image, caption, *asked = (value.get(name) for name in names)
+        # A question that a row lacks is an empty one, not a table without questions.
+        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
+    if columns:
+        known = [wanted for wanted, name in taken if name in columns]
+        lacking = [wanted for wanted in config.columns if wanted not in known]
+        if lacking:
+            _match_column(table, list(columns), lacking[0])
+        _warn_of_names(table, [pair for pair in taken if pair[0] != pair[1]])
+    return rows
+
+
+def _key(value: Mapping[str, Any], wanted: str) -> str:
+    """Return the key of an object that is a column's name, if need be in other letters."""
+    if wanted in value:
+        return wanted
+    alike = [name for name in value if _folded(name) == _folded(wanted)]
+    return alike[0] if len(alike) == 1 else wanted
+
+
+def _require_lines(table: Path, text: str) -> None:
+    """Raise ``ValueError`` if a table of JSON is one array instead of a line per object."""
+    if not text.lstrip().startswith("["):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, list) and any(isinstance(row, dict) for row in value):
+        source = shlex.quote(str(table))
+        target = table.with_name(f"{table.stem}-lines.jsonl")
+        raise ValueError(
+            f"{table}: expected an object per line (JSONL), got one JSON array. "
+            f"Convert it: jq -c '.[]' {source} > {shlex.quote(str(target))}"
+        )
+
+
+def kind_of(value: object) -> str:
+    """Return what JSON or Parquet calls values of this type, in the plural.
+
+    >>> kind_of(3.5), kind_of([]), kind_of(None)
+    ('numbers', 'arrays', 'null')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "booleans"
+    kinds = {Number: "numbers", str: "texts", bytes: "bytes", dict: "objects", list: "arrays"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "not texts")
+
+
+def _read_parquet(table: Path, config: ManifestConfig) -> list[Row]:
+    columns = parquet_columns(table)
+    names = [columns[index] for index in match_columns(table, columns, config)]
+    rows = []
+    for number, values in enumerate(parquet_cells(table, names), start=1):
+        place = f"row {number}"
+        if values is None:
+            rows.append(Row(place, fault="malformed row"))
+            continue
+        image, caption, *asked = values
+        # A question that a row lacks is an empty one, not a table without questions.
+        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
+    return rows
+
+
+def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
+    """Questions and answers of the Fusion Brain Challenge 2, of the variants the first."""
+    if config.answers is None:
+        _require_lines(table, _decoded(table))
+        raise ValueError(
+            f"{table}: questions in JSON need answers, the path of the second file. "
+            "A table of pairs must be JSONL, an object per line"
+        )
+    asked, told = read_parts(table), read_parts(config.answers)
+    rows = []
+    for name, parts in asked.items():
+        place = f"question {name}"
+        if name not in told:
+            rows.append(Row(place, fault="no answer"))
+            continue
+        try:
+            record = parse_answer(parse_question(name, parts), told[name])
+        except ValueError:
+            rows.append(Row(place, fault="malformed question"))
+        else:
+            answer = record.answer_texts[0] if record.answer_texts else None
+            rows.append(Row(place, record.image, answer, record.text))
+    return rows
+
+
+def _decoded(table: Path) -> str:
+    text, encoding = read_text(table)
+    if encoding != "UTF-8":
+        warnings.warn(f"{table}: read as {encoding}", TableWarning, stacklevel=2)
+    return text
+
+
+READERS: dict[str, Callable[[Path, ManifestConfig], list[Row]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".json": _read_fusion_brain,
+}

@@ -1,0 +1,370 @@
+"""Pictures with a text in them, to learn to read: words, numbers and made-up syllables.
+
+The text stands somewhere in a scene of the world of shapes, in one of several fonts and colours,
+turned a little, and nothing covers it. Its *kind* is one of three:
+
+=========  ================  ===================================================================
+kind       a text            where from
+=========  ================  ===================================================================
+word       кошка             the names of the shipped emoji
+number     307               any digits, the first of several not 0
+syllables  рупи              made up, so that whoever knows only words cannot read it
+=========  ================  ===================================================================
+
+Fonts are the DejaVu family, which comes with matplotlib; of matplotlib only these files are used.
+
+Splits: the hash of a text says whether it is of train, validation or test. *Compositional* are
+texts of train in a font and a colour that training shows only apart; the other splits never show
+them together either.
+
+To add a font, add its row to ``FONTS``; it must have the Russian letters.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import PIL
+from PIL import Image, ImageDraw, ImageFont, features
+
+from rudolph.data.datasets.emoji import SHIPPED, read_records
+from rudolph.data.datasets.shapes_pictures import (
+    PALETTE,
+    SIGNED_DISTANCES,
+    SIZES,
+    SMALLEST_IMAGE,
+    Array,
+    SceneObject,
+    as_image,
+    cell_pixels,
+    paint,
+    require_image_size,
+)
+from rudolph.data.datasets.shapes_scenes import cells, draw_shift, objects_text
+from rudolph.data.datasets.synthetic import (
+    choose,
+    choose_distinct,
+    choose_number,
+    digest_of,
+    draw_until,
+    example_rng,
+    num_examples,
+    require_sizes,
+    require_some,
+    require_within,
+    split_by_hash,
+)
+from rudolph.data.pairs import Pair, require_split
+
+# Counted up whenever the same configuration would give other pictures or texts than before.
+WORDS_VERSION = 1
+
+FONTS = {
+    "sans": "DejaVuSans.ttf",
+    "sans bold": "DejaVuSans-Bold.ttf",
+    "sans oblique": "DejaVuSans-Oblique.ttf",
+    "mono": "DejaVuSansMono.ttf",
+    "mono bold": "DejaVuSansMono-Bold.ttf",
+    "serif": "DejaVuSerif.ttf",
+    "serif bold": "DejaVuSerif-Bold.ttf",
+    "serif italic": "DejaVuSerif-Italic.ttf",
+}
+# Thin strokes of the lighter colours of the palette are lost on white.
+TEXT_COLOURS = ("red", "green", "blue", "violet", "black")
+
+_GRID = 3
+_JITTER = 0.04
+_SHORTEST_WORD = 2
+# As wide a letter as there is needs this many pixels to be told from another.
+_PIXELS_A_LETTER = 9
+# Sizes and places of a text, in sides of the picture.
+_LARGEST_FONT, _READABLE_FONT, _MARGIN, _BAND = 0.34, 0.23, 0.02, 0.62
+# Letters are drawn this much larger and then shrunk: turned ones have no grid of pixels to fit.
+_OVERSAMPLING = 4
+_CONSONANTS, _VOWELS = "бвгджзклмнпрстфхцчшщ", "аеёиоуыэюя"
+# Syllables that are put together at random spell swear words too.
+_RUDE = re.compile("ху|[её]б|жоп|муд|пид|сук|сра|гов|хер")
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """Which texts there are, and how they look.
+
+    Args:
+        max_letters: the longest word; a picture needs 9 pixels for each letter.
+        max_digits: the longest number.
+        rotation: the most that a text is turned, in degrees.
+        noise: the most that a channel of a pixel is off, of 255.
+        max_objects: the most objects of the scene around the text.
+        num_test: pairs of the test split, and as many of the compositional one.
+        seed: another seed draws other pairs, and leaves every text in its split.
+    """
+
+    kinds: tuple[str, ...] = ("word", "number", "syllables")
+    max_letters: int = 5
+    max_digits: int = 4
+    fonts: tuple[str, ...] = tuple(FONTS)
+    colours: tuple[str, ...] = TEXT_COLOURS
+    rotation: float = 8.0
+    noise: float = 12.0
+    max_objects: int = 3
+    num_train: int = 20_000
+    num_validation: int = 500
+    num_test: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_some("kinds", self.kinds, legal=KINDS, at_least=1)
+        require_some("fonts", self.fonts, legal=FONTS, at_least=2)
+        require_some("colours", self.colours, legal=TEXT_COLOURS, at_least=2)
+        require_within("max_letters", self.max_letters, 3, 12)
+        require_within("max_digits", self.max_digits, 1, 12)
+        require_within("rotation", self.rotation, 0, 15)
+        require_within("noise", self.noise, 0, 64)
+        require_within("max_objects", self.max_objects, 0, _GRID)
+        require_sizes(self)
+
+    @property
+    def held_out(self) -> frozenset[tuple[str, str]]:
+        """The (font, colour) that only pairs of the compositional split join."""
+        return frozenset(zip(self.fonts, self.colours, strict=False))
+
+
+@dataclass(frozen=True)
+class Inscription:
+    """A text and how it is written; ``place`` is drawn in [0, 1), see ``text_opacity``."""
+
+    kind: str
+    text: str
+    font: str
+    colour: str
+    angle: float
+    size: float
+    place: tuple[float, float]
+    is_at_top: bool
+
+
+class Words:
+    """One split of the pictures with a text; see ``PairDataset``. The caption is the text.
+
+    ``attributes`` of a pair are ``kind``, ``font`` and ``colour`` of the text, and ``objects``.
+
+    Raises:
+        ValueError: the picture is too small for the longest text, or a font is not there.
+    """
+
+    def __init__(self, config: WordsConfig, *, split: str, image_size: int) -> None:
+        require_split(split)
+        longest = max(config.max_letters, config.max_digits)
+        require_image_size(image_size, least=max(SMALLEST_IMAGE, _PIXELS_A_LETTER * longest))
+        self.config = config
+        self.split = split
+        self.image_size = image_size
+        looks = product(config.fonts, config.colours)
+        is_compositional = split == "compositional"
+        self._looks = [look for look in looks if (look in config.held_out) == is_compositional]
+        self.digest = digest_of(
+            "words",
+            WORDS_VERSION,
+            [PALETTE, SIZES, asdict(config), split, image_size],
+            known_words(config.max_letters),
+            [hashlib.sha256(font_path(font).read_bytes()).hexdigest() for font in config.fonts],
+            # Another release may round a stroke otherwise.
+            [PIL.__version__, features.version("freetype2")],
+        )
+
+    def __len__(self) -> int:
+        return num_examples(self.config, self.split)
+
+    def __getitem__(self, index: int) -> Pair:
+        config = self.config
+        rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
+        inscription = self._inscription(rng)
+        opacity = text_opacity(inscription, self.image_size)
+        objects = _draw_objects(config, rng, opacity)
+        picture = paint(objects, grid=_GRID, image_size=self.image_size)
+        picture += opacity[..., None] * (np.array(PALETTE[inscription.colour]) - picture)
+        return Pair(
+            key=f"words/{self.split}/{index:06d}",
+            caption=inscription.text,
+            image=as_image(_noisy(picture, config.noise, rng)),
+            attributes={
+                "kind": inscription.kind,
+                "font": inscription.font,
+                "colour": inscription.colour,
+                "objects": objects_text(objects),
+            },
+        )
+
+    def inscription(self, index: int) -> Inscription:
+        """The text of the pair at ``index`` and how it is written."""
+        seed, length = self.config.seed, len(self)
+        return self._inscription(example_rng(index, seed=seed, split=self.split, length=length))
+
+    def _inscription(self, rng: Random) -> Inscription:
+        config = self.config
+        own_split = "train" if self.split == "compositional" else self.split
+        kind = choose(rng, config.kinds)
+        text = draw_until(
+            lambda: KINDS[kind](config, rng),
+            lambda text: split_by_hash(text) == own_split,
+            otherwise=f"max_letters and max_digits leave no {kind} for {self.split}: raise them",
+        )
+        font, colour = choose(rng, self._looks)
+        angle = config.rotation * (2 * rng.random() - 1)
+        size, down, right, side = (rng.random() for _ in range(4))
+        return Inscription(kind, text, font, colour, angle, size, (down, right), side < 0.5)
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def known_words(max_letters: int) -> tuple[str, ...]:
+    """All words of the names of the shipped emoji that are short enough, sorted."""
+    words = {
+        word
+        for record in read_records(SHIPPED)
+        for word in re.findall("[а-яё]+", record.name.lower())
+    }
+    return tuple(sorted(word for word in words if _SHORTEST_WORD <= len(word) <= max_letters))
+
+
+def draw_word(config: WordsConfig, rng: Random) -> str:
+    """A real word."""
+    return choose(rng, known_words(config.max_letters))
+
+
+def draw_number(config: WordsConfig, rng: Random) -> str:
+    """A number, as often of one digit as of many."""
+    num_digits = choose_number(rng, 1, config.max_digits)
+    least = 10 ** (num_digits - 1) if num_digits > 1 else 0
+    return str(choose_number(rng, least, 10**num_digits - 1))
+
+
+def draw_syllables(config: WordsConfig, rng: Random) -> str | None:
+    """Consonants and vowels in turn, starting with either; some have one more letter."""
+    length = choose_number(rng, 3, config.max_letters)
+    has_end, starts = rng.random() < 0.3, choose_number(rng, 0, 1)
+    text = "".join(
+        choose(rng, _VOWELS if (place + starts) % 2 else _CONSONANTS)
+        for place in range(length - has_end)
+    )
+    if has_end:
+        text += choose(rng, "йнмлрскт") if text[-1] in _VOWELS else "ь"
+    return None if _RUDE.search(text) else text
+
+
+KINDS: dict[str, Callable[[WordsConfig, Random], str | None]] = {
+    "word": draw_word,
+    "number": draw_number,
+    "syllables": draw_syllables,
+}
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def font_path(font: str) -> Path:
+    """The file of a font of ``FONTS``.
+
+    Raises:
+        ValueError: matplotlib, or the file in it, is not installed.
+    """
+    spec = find_spec("matplotlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("fonts of DejaVu come with matplotlib, which is not installed")
+    folder = Path(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
+    path = folder / FONTS[font]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such font, matplotlib comes with it")
+    return path
+
+
+def text_opacity(inscription: Inscription, image_size: int) -> Array:
+    """How much of each pixel the text covers: ``(image_size, image_size)`` in [0, 1].
+
+    The text is turned about its middle, and drawn as large as fits and then somewhat smaller. It
+    lies within 0.62 of the side from the top or from the bottom, so that a row of cells is free.
+    """
+    side = image_size * _OVERSAMPLING
+    text = _turned_text(inscription, side)
+    margin = _margin(side)
+    right = margin + round(inscription.place[1] * (side - 2 * margin - text.width))
+    down = margin + round(inscription.place[0] * (_BAND * side - margin - text.height))
+    top = down if inscription.is_at_top else side - down - text.height
+    whole = Image.new("L", (side, side))
+    whole.paste(text, (right, top))
+    opacity: Array = np.asarray(whole.reduce(_OVERSAMPLING)) / 255
+    return opacity
+
+
+def _turned_text(inscription: Inscription, side: int) -> Image.Image:
+    """The text alone, white on black, for a picture of ``side`` pixels."""
+    largest = _write(inscription, round(_LARGEST_FONT * side))
+    room = side - 2 * _margin(side), _BAND * side - _margin(side)
+    share = min(1.0, room[0] / largest.width, room[1] / largest.height)
+    least = min(share, _READABLE_FONT / _LARGEST_FONT)
+    points = int((least + inscription.size * (share - least)) * _LARGEST_FONT * side)
+    # Letters are set on whole pixels, so a text is not quite as large as the share of it.
+    text = _write(inscription, points)
+    while text.width > room[0] or text.height > room[1]:
+        points -= 1
+        text = _write(inscription, points)
+    return text
+
+
+def _margin(side: int) -> int:
+    # A pixel of the picture at the least.
+    return max(_OVERSAMPLING, round(_MARGIN * side))
+
+
+def _write(inscription: Inscription, points: int) -> Image.Image:
+    font = _open_font(inscription.font, points)
+    left, top, right, bottom = (round(edge) for edge in font.getbbox(inscription.text))
+    text = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(text).text((-left, -top), inscription.text, fill=255, font=font)
+    turned = text.rotate(inscription.angle, Image.Resampling.BICUBIC, expand=True)
+    return turned.crop(turned.getbbox())
+
+
+@lru_cache(maxsize=256)
+def _open_font(font: str, points: int) -> ImageFont.FreeTypeFont:
+    # The basic layout is in every build of Pillow; the other one places letters otherwise.
+    return ImageFont.truetype(font_path(font), points, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _draw_objects(config: WordsConfig, rng: Random, opacity: Array) -> list[SceneObject]:
+    """Objects in cells that the text does not reach, in reading order."""
+    free = [
+        cell
+        for cell in cells(_GRID)
+        if not opacity[cell_pixels(*cell, grid=_GRID, image_size=len(opacity))].any()
+    ]
+    number = choose_number(rng, min(1, config.max_objects), config.max_objects)
+    places = sorted(choose_distinct(rng, free, number=min(number, len(free))))
+    return [
+        SceneObject(
+            choose(rng, tuple(SIGNED_DISTANCES)),
+            choose(rng, tuple(PALETTE)),
+            choose(rng, tuple(SIZES)),
+            *place,
+            shift=draw_shift(_JITTER, rng),
+        )
+        for place in places
+    ]
+
+
+def _noisy(picture: Array, noise: float, rng: Random) -> Array:
+    if noise == 0:
+        return picture
+    drawn = np.array([rng.random() for _ in range(picture.size)]).reshape(picture.shape)
+    noisy: Array = np.clip(picture + noise * (2 * drawn - 1), 0, 255)
+    return noisy

@@ -1,0 +1,88 @@
+"""Questions about how a decoder computes: did it survive its training, how large are its scores?
+
+Shapes: N examples, T tokens, H head size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rudolph.data.splits import Split
+from rudolph.evaluation.evaluator import Score, Subject, scored
+from rudolph.generation.ranking import perplexities
+from rudolph.models.rudolph.decoder import HALF_MAX, Layer
+
+SURVIVED = "decoder/survived"
+
+
+def survival(subject: Subject, split: Split) -> list[Score]:
+    """Is the decoder, after all its steps, better than one that knows nothing?
+
+    Of a run whose loss was not finite the answer is no, see ``lost``.
+    """
+    pipeline, tokens = subject.pipeline, _sequences(subject, split, subject.chosen(split))
+    found = perplexities(
+        pipeline.decoder, tokens, segments=("image",), batch_size=pipeline.batch_size
+    )["image"]
+    is_better = float(found.log().mean().exp()) < pipeline.decoder.vocabulary.codebook_size
+    return [_whether(split.name, survived=is_better)]
+
+
+def lost(split: str) -> Score:
+    """The answer to ``survival`` of a run whose loss was not finite."""
+    return _whether(split, survived=False)
+
+
+def _whether(split: str, *, survived: bool) -> Score:
+    value = float(survived)
+    return Score(SURVIVED, split, value, value, value, None, 1)
+
+
+def attention_logits(subject: Subject, split: Split) -> list[Score]:
+    """The largest attention score of each example, before any relaxation, in float32.
+
+    And the share of examples that have one which float16 cannot hold.
+    """
+    largest: list[Tensor] = []
+    indices, decoder = subject.chosen(split), subject.pipeline.decoder
+    tokens = _sequences(subject, split, indices)
+    with watched(decoder, largest), torch.inference_mode():
+        decoder.hidden(tokens.to(subject.pipeline.device))
+    values = torch.stack(largest).amax(0).double().cpu().numpy()
+    over = (values > HALF_MAX).astype(np.float64)
+    return [
+        scored("decoder/max_attention_logit", split, indices, values, subject),
+        scored("decoder/attention_overflows", split, indices, over, subject),
+    ]
+
+
+@contextmanager
+def watched(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
+    """While it is open each layer that runs adds its largest scores, ``(N,)``, to a list."""
+
+    def watch(layer: nn.Module, given: Any) -> None:
+        assert isinstance(layer, Layer)
+        qkv = layer.queries_keys_values(layer.attention_norm(given[0])).float()
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, H) each
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        largest.append(scores.abs().masked_fill(later, 0).amax((1, 2, 3)))
+
+    layers = [part for part in decoder.modules() if isinstance(part, Layer)]
+    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sequences(subject: Subject, split: Split, indices: Sequence[int]) -> Tensor:
+    """Captions with their real pictures, ``(N, T)``."""
+    texts = [subject.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
+    left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
+    return torch.cat([left, subject.codes(split, indices), right], dim=1)

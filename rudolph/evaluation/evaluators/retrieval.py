@@ -1,0 +1,42 @@
+"""Retrieval: a picture among captions, and a caption among pictures."""
+
+import torch
+
+from rudolph.data.splits import Split
+from rudolph.data.text_image import caption_numbers
+from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.metrics.answers import Measure
+from rudolph.evaluation.statistics import mean_interval
+from rudolph.generation.clip_ranking import ClipRanker, Gallery
+
+RECALLS_AT = (1, 5)
+
+
+def retrieval(ranker: ClipRanker, split: Split, *, num_examples: int, seed: int) -> list[Score]:
+    """Recall at 1 and at 5, both ways, among the first pairs of a split.
+
+    Pairs may share a caption or an image: each is asked for and stands in its gallery once, and
+    all that some pair puts beside it are right answers.
+
+    Raises:
+        ValueError: when the pairs have fewer than two different captions or images.
+    """
+    indices = range(min(num_examples, len(split)))
+    captions = [split.captions[index] for index in indices]
+    numbers = split.clusters(indices), caption_numbers(captions)
+    gallery = Gallery.of(*(torch.from_numpy(each) for each in numbers))
+    for name, places in (("images", gallery.images), ("captions", gallery.texts)):
+        if len(places) < 2:
+            raise ValueError(f"retrieval needs two different {name}, {split.name} has fewer")
+    pictures = ranker.image_features(split.pictures(gallery.images.numpy()))
+    texts = ranker.text_features([captions[at] for at in gallery.texts])
+    galleries = {"image_to_text": len(texts), "text_to_image": len(pictures)}
+    scores = []
+    for way, ranks in gallery.ranks(pictures, texts).items():
+        for k in RECALLS_AT:
+            size, hits = galleries[way], (ranks <= k).double().numpy()
+            measure = Measure("recall", sample_size=size, settings=f"at:{k}")
+            estimate = mean_interval(hits, seed=seed)
+            name, chance = f"{way}/recall_at_{k}", min(k / size, 1.0)
+            scores.append(Score(name, split.name, *estimate, chance, len(hits), str(measure)))
+    return scores

@@ -1,0 +1,246 @@
+"""Numbers of answers and of rankings, and what makes two numbers comparable.
+
+A function of one example gives a number whose mean over examples is the metric, so that
+``statistics.mean_interval`` holds for it.  A metric that is no such mean takes all examples at
+once; ``statistics.resampled_interval`` is for those.
+
+Source: Rajpurkar 2016 (token F1, exact match); Antol 2015 (VQA accuracy); Guo 2017 (calibration).
+
+Shapes: B batch, N and M items, C options, H and W pixels.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.evaluation.metrics.texts import ANSWER, VISUAL_ANSWER, Normalization, normalize
+from rudolph.evaluation.statistics import Estimate, share_interval
+
+# An option may be told by its letter, Latin or Cyrillic.
+LATIN_LETTERS = "abcdefghij"
+CYRILLIC_LETTERS = "абвгдежзик"
+# Annotators who must give an answer for it to be wholly right.
+AGREEING_ANNOTATORS = 3
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number measures and under which protocol; ``None`` is a part that does not apply.
+
+    Values are comparable when their measures are equal.  ``str`` is one line without commas and
+    quotes, for a column of a CSV file; ``Measure.parse`` reads it.
+
+    Args:
+        metric: its name, with all that is in it: ``meteor-nltk``, not ``meteor``.
+        features: the network and layer whose features are compared.
+        sample_size: examples it was computed from, where its value depends on that.
+        tokenization: what makes words of a text.
+        normalization: ``str`` of a ``Normalization``.
+        settings: everything else.
+
+    >>> str(Measure("fid", features="inception-v3:pool3", sample_size=5000))
+    'fid features=inception-v3:pool3 sample_size=5000'
+    """
+
+    metric: str
+    features: str | None = None
+    sample_size: int | None = None
+    tokenization: str | None = None
+    normalization: str | None = None
+    settings: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, part in self._parts():
+            if not re.fullmatch(r"[\w.:+/@-]+", str(part)):
+                raise ValueError(f"{name} must be letters, digits and . : + / @ -, got {part!r}")
+        if self.sample_size is not None and self.sample_size < 1:
+            raise ValueError(f"sample_size must be at least 1 or null, got {self.sample_size}")
+
+    def __str__(self) -> str:
+        _, *parts = self._parts()
+        return " ".join([self.metric, *(f"{name}={part}" for name, part in parts)])
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """The measure that ``str`` made the line of.
+
+        Raises:
+            ValueError: when a part is unknown or not as it must be.
+        """
+        metric, *rest = line.split(" ")
+        parts: dict[str, Any] = dict(part.partition("=")[::2] for part in rest)
+        known = [field.name for field in fields(cls)][1:]
+        for name in parts:
+            if name not in known:
+                raise ValueError(f"a measure has {', '.join(known)}, got {name!r}")
+        if "sample_size" in parts:
+            if not parts["sample_size"].isdecimal():
+                raise ValueError(f"sample_size must be a number, got {parts['sample_size']!r}")
+            parts["sample_size"] = int(parts["sample_size"])
+        return cls(metric, **parts)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        named = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, part) for name, part in named if part is not None]
+
+
+def require_comparable(first: Measure, second: Measure) -> None:
+    """Nothing, for equal measures.
+
+    Raises:
+        ValueError: when they differ, with the parts that do.
+    """
+    pairs = [
+        (field.name, getattr(first, field.name), getattr(second, field.name))
+        for field in fields(Measure)
+    ]
+    differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
+    if differing:
+        raise ValueError(f"values are not comparable: {', '.join(differing)}")
+
+
+def token_f1(prediction: str, truth: str, normalization: Normalization = ANSWER) -> float:
+    """F1 of the words of two texts, by how often each occurs; two empty texts agree.
+
+    By default lower case, no punctuation, split at spaces: SQuAD v1.1 evaluation without
+    articles, which Russian does not have.
+    """
+    predicted, expected = (
+        Counter(normalize(text, normalization).split() or [""]) for text in (prediction, truth)
+    )
+    shared = (predicted & expected).total()
+    return 2 * shared / (predicted.total() + expected.total())
+
+
+def exact_match(prediction: str, truth: str, normalization: Normalization = ANSWER) -> float:
+    """1 if two texts are the same after normalization, else 0."""
+    return float(normalize(prediction, normalization) == normalize(truth, normalization))
+
+
+def best_of(score: Callable[[str, str], float], prediction: str, truths: Sequence[str]) -> float:
+    """The largest ``score(prediction, truth)`` over the truths that are allowed.
+
+    Raises:
+        ValueError: when there is no truth.
+    """
+    if not truths:
+        raise ValueError("an answer needs at least one truth")
+    return max(score(prediction, truth) for truth in truths)
+
+
+def vqa_accuracy(
+    prediction: str, answers: Sequence[str], normalization: Normalization = VISUAL_ANSWER
+) -> float:
+    """Mean of min(1, agreeing / 3) over the sets that leave out one of the annotators' answers.
+
+    With ten answers and n that agree: 0, 0.3, 0.6, 0.9 and from four on 1.  Unlike the official
+    evaluation, answers are normalized also where all annotators say the same.
+
+    Raises:
+        ValueError: with fewer than two answers, which leave none; ``exact_match`` is for one.
+    """
+    total = len(answers)
+    if total < 2:
+        raise ValueError(f"answers must be at least 2, got {total}")
+    given = normalize(prediction, normalization)
+    agreeing = sum(normalize(answer, normalization) == given for answer in answers)
+    without_one = agreeing * min(1.0, (agreeing - 1) / AGREEING_ANNOTATORS)
+    without_another = (total - agreeing) * min(1.0, agreeing / AGREEING_ANNOTATORS)
+    return (without_one + without_another) / total
+
+
+def chosen_option(
+    prediction: str, options: Sequence[str], normalization: Normalization = ANSWER
+) -> int | None:
+    """Which option a text names: by its words, else by a letter at its beginning.
+
+    ``None`` if it names none or more than one.  Letters are a, b, c ... and а, б, в ...; a
+    bracket, full stop, colon or nothing follows, since "в" and "и" are words too.
+
+    >>> chosen_option("б) олень", ["лиса", "олень", "волк"])
+    1
+    """
+    said = normalize(prediction, normalization)
+    named = [i for i, option in enumerate(options) if normalize(option, normalization) == said]
+    if named:
+        return named[0] if len(named) == 1 else None
+    letter = re.match(r"\W*(\w)\s*(?:[).:]|$)", prediction.lower())
+    for letters in (LATIN_LETTERS, CYRILLIC_LETTERS):
+        if letter and letter[1] in letters[: len(options)]:
+            return letters.index(letter[1])
+    return None
+
+
+def choice_hits(
+    scores: np.ndarray[Any, Any], correct: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Whether the correct option has the largest score, ``(N,)``; k that tie count 1 / k.
+
+    Else a model that scores all options alike would be as good as the place of the truth.
+
+    Args:
+        scores: ``(N, C)``, such as log-likelihoods; -inf where a question has fewer options.
+        correct: ``(N,)``, the place of the correct option.
+    """
+    is_best = scores == scores.max(1, keepdims=True)  # (N, C)
+    mine = is_best[np.arange(len(scores)), correct]
+    return mine / is_best.sum(1)
+
+
+def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimate:
+    """The share of predictions that equal their truths, with Wilson's interval.
+
+    Raises:
+        ValueError: when there are none, or not as many of one as of the other.
+    """
+    if not truths or len(predictions) != len(truths):
+        raise ValueError(f"got {len(predictions)} predictions for {len(truths)} truths")
+    hits = sum(one == other for one, other in zip(predictions, truths, strict=True))
+    return share_interval(hits, len(truths))
+
+
+def calibration_error(
+    confidences: np.ndarray[Any, Any], hits: np.ndarray[Any, Any], *, num_bins: int = 15
+) -> float:
+    """Expected calibration error: mean distance of confidence from accuracy, in [0, 1].
+
+    Bins are of equal width; each holds its right end, the first one 0 too.  A bin weighs as many
+    examples as it holds, and an empty one nothing.
+
+    Args:
+        confidences: ``(N,)`` in [0, 1].
+        hits: ``(N,)``, 1 where the answer was right, else 0.
+
+    Raises:
+        ValueError: when there is no confidence, one is outside [0, 1] or shapes differ.
+    """
+    if confidences.size == 0 or confidences.shape != hits.shape:
+        raise ValueError(f"got {confidences.size} confidences for {hits.size} hits")
+    if not ((confidences >= 0) & (confidences <= 1)).all():
+        raise ValueError("confidences must be between 0 and 1")
+    bins = np.clip(np.ceil(confidences * num_bins).astype(np.int64) - 1, 0, None)
+    gaps = np.bincount(bins, weights=hits.astype(np.float64) - confidences, minlength=num_bins)
+    return float(np.abs(gaps).sum() / confidences.size)
+
+
+def nearest_ranks(images: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
+    """The rank of each picture's own among all by pixel distance, ``(B,)``; 1 is the nearest.
+
+    Args:
+        images: ``(B, 3, H, W)``, on the scale of the gallery.
+        gallery: ``(N, 3, H, W)``.
+        own: ``(B,)``, the place of each picture's own in the gallery.
+    """
+    distances = torch.cdist(
+        images.flatten(1).double(),
+        gallery.flatten(1).double(),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+    mine = distances.gather(1, own[:, None])
+    return (distances < mine).sum(1) + 1

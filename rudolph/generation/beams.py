@@ -1,0 +1,85 @@
+"""The likeliest texts after a prompt: beam search over the same cache that sampling uses.
+
+Shapes: B prompts, K beams, N new tokens, V text ids, T tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rudolph.generation.generate import legal_ids, text_end
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.sequence.layout import EOS, PAD
+
+
+class Beams(NamedTuple):
+    """Texts ``(B, K, N)``, best first, and their log-likelihoods ``(B, K)`` in nats.
+
+    A text that there are not so many of has minus infinity.
+    """
+
+    ids: Tensor
+    log_likelihoods: Tensor
+
+
+@torch.inference_mode()
+def search_text(
+    model: MaskedDecoder,
+    tokens: Tensor,
+    *,
+    num_beams: int,
+    length_penalty: float = 0.0,
+    allowed: Tensor | None = None,
+) -> Beams:
+    """The ``num_beams`` likeliest texts found after ``tokens`` (B, T), which end inside a text.
+
+    Every step keeps the likeliest beginnings; one that has ended stays as it is.  With as many
+    beams as there are texts the search is exhaustive, so it is exact.
+
+    Args:
+        length_penalty: texts are ordered by log-likelihood over the number of their tokens to
+            this power (Wu 2016, arXiv:1609.08144, without its constant); 0 orders by likelihood.
+        allowed: ``(V,)`` bool over BPE ids, those that a text may hold; ``EOS`` always may.
+
+    Raises:
+        ValueError: for less than one beam, or a penalty that is not finite.
+    """
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
+    is_legal = legal_ids(model, allowed)
+    num_prompts, device = len(tokens), tokens.device
+    cache = model.new_cache(num_prompts, num_positions=model.num_leading + tokens.shape[1])
+    hidden = model.hidden(tokens, cache)[:, -1].repeat_interleave(num_beams, dim=0)
+    cache = cache.repeat(num_beams, num_positions=num_new - 1)
+    ids = torch.full((num_prompts, num_beams, num_new), PAD, device=device)
+    # At first all beams are the same beginning, so that one of them counts.
+    likelihoods = torch.full((num_prompts, num_beams), -torch.inf, device=device)
+    likelihoods[:, 0] = 0
+    is_ended = torch.zeros_like(likelihoods, dtype=torch.bool)
+    every = torch.arange(num_prompts, device=device)
+    for step in range(num_new):
+        logits = model.text_logits(hidden)[:, : len(is_legal)].float()
+        nexts = logits.masked_fill(~is_legal, -torch.inf).log_softmax(-1)
+        nexts = nexts.view(num_prompts, num_beams, -1)
+        # What has ended goes on with nothing but padding, at no cost.
+        stay = torch.full_like(nexts[0, 0], -torch.inf)
+        stay[PAD] = 0
+        nexts = torch.where(is_ended[..., None], stay, nexts)
+        best = (likelihoods[..., None] + nexts).flatten(1).topk(num_beams)
+        parents, drawn = best.indices // nexts.shape[-1], best.indices % nexts.shape[-1]
+        likelihoods = best.values
+        ids = ids.gather(1, parents[..., None].expand_as(ids))
+        ids[:, :, step] = drawn
+        is_ended = is_ended.gather(1, parents) | (drawn == EOS) | likelihoods.isneginf()
+        if step + 1 == num_new or bool(is_ended.all()):
+            break
+        cache = cache.keep(every, parents)
+        hidden = model.hidden(drawn.view(-1, 1), cache)[:, -1]
+    lengths = (ids != PAD).sum(-1).clamp(min=1)
+    order = (likelihoods / lengths**length_penalty).argsort(dim=1, descending=True, stable=True)
+    return Beams(ids.gather(1, order[..., None].expand_as(ids)), likelihoods.gather(1, order))

@@ -1,0 +1,57 @@
+"""Pictures as files that say where they came from.
+
+Shapes: H and W pixels.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from rudolph.files.atomic import json_text, write_whole
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
+    pixels = picture.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
+    """Write a PNG with a text field for each of ``told``; what is no text is written as JSON."""
+    info = PngInfo()
+    for key, value in told.items():
+        text = value if isinstance(value, str) else json_text(value)
+        info.add_itxt(key, text)
+    write_whole(path, partial(image.save, format="PNG", pnginfo=info))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Return whether a file begins and ends as a PNG does."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content.startswith(PNG_START) and content.endswith(PNG_END)
+
+
+def is_told(path: Path, keys: Collection[str]) -> bool:
+    """Return whether a file is a PNG with text fields of these names."""
+    try:
+        return set(keys) <= read_told(path).keys()
+    # What Pillow raises for what is no image, a broken one and one that is too large.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def read_told(path: Path) -> dict[str, str]:
+    """The text fields of a PNG that ``save_png`` wrote."""
+    with Image.open(path) as image:
+        found = ((str(key), value) for key, value in image.info.items())
+        return {key: str(value) for key, value in found if isinstance(value, str)}

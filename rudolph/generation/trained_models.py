@@ -1,0 +1,80 @@
+"""Tokenizer, VQ-GAN and decoder that were trained together: what generation asks of them.
+
+Shapes: B images, I image tokens, H and W pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN
+from rudolph.sequence.tasks import TASKS, Texts, fill_texts
+from rudolph.sequence.tokenizer import Tokenizer
+
+
+@dataclass
+class TrainedModels:
+    """A tokenizer, a VQ-GAN and a decoder in inference, used ``batch_size`` rows at a time."""
+
+    tokenizer: Tokenizer
+    vqgan: VQGAN
+    decoder: MaskedDecoder
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        self.vqgan.eval()
+        self.decoder.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.final_norm.weight.device
+
+    def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
+        """How a caption fills the layout for a task; ``beside`` is the other text's.
+
+        Raises:
+            ValueError: for a task with a right text that the decoder has not.
+        """
+        if TASKS[task].right_token and not self.decoder.layout.right_text_length:
+            raise ValueError(f"{task} needs a decoder with a right text, and this one has none")
+        return fill_texts(
+            TASKS[task],
+            caption,
+            beside=beside,
+            tokenizer=self.tokenizer,
+            layout=self.decoder.layout,
+            vocabulary=self.decoder.vocabulary,
+        )
+
+    def batches(self, num_prompts: int, num_rows: int) -> Iterator[tuple[slice, slice]]:
+        """Prompts and rows of each batch: prompts with all of their rows, or some rows of one."""
+        num_samples = num_rows // num_prompts
+        step = max(self.batch_size // num_samples, 1)
+        for first in range(0, num_prompts, step):
+            start, end = first * num_samples, min((first + step) * num_samples, num_rows)
+            for row in range(start, end, self.batch_size):
+                yield slice(first, first + step), slice(row, min(row + self.batch_size, end))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
+        batches = torch.split(images, self.batch_size)
+        return torch.cat(
+            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
+        )
+
+    def decode(
+        self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Pictures of indices ``(B, I)``, batch by batch."""
+        parts = []
+        for first in range(0, len(indices), self.batch_size):
+            part = indices[first : first + self.batch_size].to(self.device)
+            parts.append(self.vqgan.decode_indices(part).cpu())
+            if on_batch is not None:
+                on_batch(first + len(part), len(indices))
+        return torch.cat(parts)

@@ -1,0 +1,5 @@
+"""The former name of ``rudolph.models.reference``."""
+
+from rudolph.models.reference import FAMILIES, from_reference, to_reference
+
+__all__ = ["FAMILIES", "from_reference", "to_reference"]

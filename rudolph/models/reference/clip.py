@@ -1,0 +1,43 @@
+"""ruCLIP: OpenAI's key names, which are this project's own.
+
+Source: ruclip 0.0.2, ``ruclip/model.py``; the fields of its ``config.json``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from torch import Tensor
+
+from rudolph.models.reference.family import Family
+from rudolph.models.vision.clip import CLIP, CLIPConfig
+from rudolph.models.weights import load_exactly
+
+
+def build_clip(config: Mapping[str, Any]) -> CLIP:
+    optional = {"eos_id": 3, "has_logit_bias": False}
+    names = [field.name for field in fields(CLIPConfig) if field.name not in optional]
+    given = {name: config[name] for name in names}
+    given |= {name: config.get(name, default) for name, default in optional.items()}
+    return CLIP(CLIPConfig(**given))
+
+
+def load_clip(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+    load_exactly(model, tensors, family="ruclip")
+
+
+def config_of(model: CLIP) -> dict[str, Any]:
+    found = asdict(model.config)
+    # ruclip's constructor has no such argument; a CLIP with a bias it refuses, and rightly.
+    if not model.config.has_logit_bias:
+        del found["has_logit_bias"]
+    return found
+
+
+RUCLIP = Family(
+    build=build_clip,
+    load=load_clip,
+    holds=lambda model: isinstance(model, CLIP),
+    config_of=config_of,
+    tensors_of=lambda model: dict(model.state_dict()),
+)

@@ -1,0 +1,290 @@
+"""RUDOLPH's and ruDALL-E's decoders: one module, two spellings.
+
+Source: ru-dolph, ``rudolph/model/model.py`` and ``transformer.py``; rudalle, ``dalle/model.py``
+and ``transformer.py`` (constructor arguments, key names, order of the layers' masks).
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rudolph.models.reference.family import (
+    Family,
+    Renamed,
+    StoredMaskWarning,
+    require,
+    without_prefix,
+)
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.weights import load_exactly
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+
+SHARED_NAMES = {
+    "text_embeddings": "text_embedding",
+    "image_embeddings": "image_embedding",
+    "image_row_embeddings": "row_position",
+    "image_col_embeddings": "column_position",
+    "to_logits.0": "logits_norm",
+    "to_logits.1": "to_logits",
+    "transformer.final_layernorm": "final_norm",
+}
+POSITION_NAMES = {
+    "rudolph": {
+        "l_text_pos_embeddings": "left_position",
+        "r_text_pos_embeddings": "right_position",
+    },
+    "rudalle": {"text_pos_embeddings": "left_position"},
+}
+LAYER_NAMES = {
+    "input_layernorm": "attention_norm",
+    "before_first_addition_layernorm": "attention_out_norm",
+    "before_second_addition_layernorm": "mlp_out_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "attention.query_key_value": "to_qkv",
+    "attention.dense": "to_out",
+    "mlp.dense_h_to_4h": "mlp_in",
+    "mlp.dense_4h_to_h": "mlp_out",
+}
+# The buffers of each package: what a layer's place in the pattern of four is called.
+MASK_NAMES = {
+    "rudolph": ("row_mask", "col_mask", "row_mask", "conv_mask"),
+    "rudalle": ("row_mask", "col_mask", "row_mask", "row_mask"),
+}
+LAST_MASK_NAME = {"rudolph": "last_conv_mask", "rudalle": "conv_mask"}
+RUDALLE_KERNEL = 11
+
+
+def build_rudolph(config: Mapping[str, Any]) -> MaskedDecoder:
+    kernel, last = config.get("kernel_size", 7), config.get("last_kernel_size", 9)
+    layout = SequenceLayout(
+        config["l_text_seq_length"], config["image_tokens_per_dim"], config["r_text_seq_length"]
+    )
+    vocabulary = Vocabulary(
+        # The reference's vocab_size counts BPE ids and left paddings.
+        bpe_size=config["vocab_size"] - layout.left_text_length,
+        num_text_specials=config.get("text_special_tokens", 0),
+        num_left_paddings=layout.left_text_length,
+        codebook_size=config["image_vocab_size"],
+        num_image_specials=config.get("image_special_tokens", 0),
+    )
+    masks = ("row", "column", "row", f"conv({kernel})"), f"conv({last})"
+    decoder = DecoderConfig(**_block(config, masks, sandwich=True))
+    return MaskedDecoder(decoder, layout, vocabulary)
+
+
+def build_rudalle(config: Mapping[str, Any]) -> MaskedDecoder:
+    version = config.get("hf_version", "v3")
+    if version not in ("v2", "v3"):
+        raise ValueError(f"rudalle: hf_version must be v2 or v3, got {version!r}")
+    layout = SequenceLayout(config["text_seq_length"], config["image_tokens_per_dim"], 0)
+    vocabulary = Vocabulary(
+        bpe_size=config["vocab_size"] - layout.left_text_length,
+        num_left_paddings=layout.left_text_length,
+        codebook_size=config["image_vocab_size"],
+    )
+    last = f"{'conv_torus' if version == 'v2' else 'conv'}({RUDALLE_KERNEL})"
+    masks = ("row", "column", "row", "row"), last
+    decoder = DecoderConfig(**_block(config, masks, sandwich=False), leading_bos=version == "v2")
+    return MaskedDecoder(decoder, layout, vocabulary)
+
+
+def _block(
+    config: Mapping[str, Any], masks: tuple[tuple[str, ...], str], *, sandwich: bool
+) -> dict[str, Any]:
+    """Fields that both packages tell; ``sandwich`` is their default for CogView's two switches."""
+    return {
+        "num_layers": config["num_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": config["num_attention_heads"],
+        "layer_masks": masks[0],
+        "last_layer_mask": masks[1],
+        "sandwich_norm": config.get("cogview_sandwich_layernorm", sandwich),
+        "pb_relax": config.get("cogview_pb_relax", sandwich),
+        "attention_dropout": config.get("attention_dropout_prob", 0.1),
+        "output_dropout": config.get("output_dropout_prob", 0.1),
+    }
+
+
+def our_name(key: str, family: str) -> str:
+    """Our name of a reference key: ``transformer.layers.3.mlp.dense_4h_to_h.bias``.
+
+    Raises:
+        ValueError: when the reference has no such key.
+    """
+    path, _, kind = key.rpartition(".")
+    layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
+    names = LAYER_NAMES if layer else SHARED_NAMES | POSITION_NAMES[family]
+    name = names.get(layer[2] if layer else path)
+    if name is None:
+        raise ValueError(f"{family}: the reference has no tensor {key}")
+    return f"layers.{layer[1]}.{name}.{kind}" if layer else f"{name}.{kind}"
+
+
+def their_name(name: str, family: str) -> str:
+    """The reference's key of one of our tensors."""
+    path, _, kind = name.rpartition(".")
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
+    names = LAYER_NAMES if layer else SHARED_NAMES | POSITION_NAMES[family]
+    key = {ours: theirs for theirs, ours in names.items()}[layer[2] if layer else path]
+    return f"transformer.layers.{layer[1]}.{key}.{kind}" if layer else f"{key}.{kind}"
+
+
+def load_decoder(model: MaskedDecoder, tensors: Mapping[str, Tensor], family: str) -> None:
+    tensors = without_prefix(tensors, "model.")
+    is_mask = {key: key.endswith("_mask") for key in tensors}
+    names = {our_name(key, family): key for key in tensors if not is_mask[key]}
+    load_exactly(
+        model,
+        Renamed(tensors, names),
+        family=family,
+        their_name=lambda name: their_name(name, family),
+    )
+    model.register_masks()
+    stored = {key.rpartition(".")[2]: tensors[key] for key in tensors if is_mask[key]}
+    take_stored_masks(model, stored, family)
+
+
+def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family: str) -> None:
+    """The masks of the file, each for its layers; one that differs from its rule is a warning."""
+    rules, names = model.layer_tables, mask_names(model, family)
+    for name, table in stored.items():
+        if name not in {*MASK_NAMES[family], LAST_MASK_NAME[family]}:
+            raise ValueError(f"{family}: the reference has no mask {name}")
+        if table.shape != rules[0].shape:
+            shape = tuple(rules[0].shape)
+            raise ValueError(f"{family}: {name} must be {shape}, got {tuple(table.shape)}")
+    # The rules are made on the CPU, wherever the weights go.
+    tables = {name: table.bool().cpu() for name, table in stored.items() if name in names}
+    pairs = [(name, rule) for name, rule in zip(names, rules, strict=True) if name in tables]
+    differ = sorted({name for name, rule in pairs if not torch.equal(tables[name], rule)})
+    if not differ:
+        return
+    hidden = mask_table(right_without_left(parse_mask("causal")), model.layout)
+    if all(torch.equal(tables[name], rule & hidden) for name, rule in pairs):
+        model.config = replace(model.config, right_sees_left=False)
+        model.register_masks()
+        words = "in which right text does not see left text"
+    else:
+        kept = [tables.get(name, rule) for name, rule in zip(names, rules, strict=True)]
+        model.use_masks(kept, range(len(kept)))
+        words = "which are not those of the rules"
+    warnings.warn(
+        f"{family}: the file's own masks are used ({', '.join(differ)}), {words}",
+        StoredMaskWarning,
+        stacklevel=4,
+    )
+
+
+def mask_names(model: MaskedDecoder, family: str) -> list[str]:
+    """The reference's mask of each layer; a column layer keeps its own even as the last."""
+    names = [MASK_NAMES[family][layer % 4] for layer in range(model.config.num_layers)]
+    if names[-1] != "col_mask":
+        names[-1] = LAST_MASK_NAME[family]
+    return names
+
+
+def tensors_of_decoder(model: MaskedDecoder, family: str) -> dict[str, Tensor]:
+    tensors = {their_name(name, family): value for name, value in model.state_dict().items()}
+    layers = list(zip(mask_names(model, family), model.layer_tables, strict=True))
+    for name in sorted({*MASK_NAMES[family], LAST_MASK_NAME[family]}):
+        tables = [table for own, table in layers if own == name]
+        same = all(torch.equal(table, tables[0]) for table in tables)
+        require(same, family, f"different masks in the layers of {name}")
+        # A model that is too shallow for a mask, or ends with a column layer, still stores it.
+        found = tables[0] if tables else _unused_mask(model, name, family)
+        tensors[f"transformer.{name}"] = found
+    return tensors
+
+
+def _unused_mask(model: MaskedDecoder, name: str, family: str) -> Tensor:
+    """The table of a mask that no layer has, by its rule."""
+    pattern, last = model.config.layer_masks, model.config.last_layer_mask
+    if name == LAST_MASK_NAME[family]:
+        text = last or pattern[-1]
+    else:
+        text = pattern[MASK_NAMES[family].index(name) % len(pattern)]
+    rule = parse_mask(text)
+    if not model.config.right_sees_left:
+        rule = right_without_left(rule)
+    return mask_table(rule, model.layout)
+
+
+def rudolph_config_of(model: MaskedDecoder) -> dict[str, Any]:
+    kernels = [_kernel(mask, 7) for mask in model.config.layer_masks]
+    return {
+        **_shared_config(model, "rudolph"),
+        "l_text_seq_length": model.layout.left_text_length,
+        "r_text_seq_length": model.layout.right_text_length,
+        # Masks are stored beside the weights; the sizes of their kernels only name them.
+        "kernel_size": kernels[3 % len(kernels)],
+        "last_kernel_size": _kernel(model.config.last_layer_mask or "", 9),
+        "text_special_tokens": model.vocabulary.num_text_specials,
+        "image_special_tokens": model.vocabulary.num_image_specials,
+    }
+
+
+def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
+    has_specials = model.vocabulary.num_text_specials + model.vocabulary.num_image_specials > 0
+    require(not has_specials, "rudalle", "special tokens")
+    return {
+        **_shared_config(model, "rudalle"),
+        "text_seq_length": model.layout.left_text_length,
+        "hf_version": "v2" if model.config.leading_bos else "v3",
+        "loss_img_weight": 7,
+    }
+
+
+def _shared_config(model: MaskedDecoder, family: str) -> dict[str, Any]:
+    config, vocabulary = model.config, model.vocabulary
+    require(config.double_final_norm, family, "a decoder without double_final_norm")
+    require(not config.qk_norm, family, "qk_norm")
+    require(config.positional_padding, family, "one padding id for all positions")
+    require(config.gelu == "tanh", family, f"gelu {config.gelu}")
+    require(family == "rudalle" or not config.leading_bos, family, "leading_bos")
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "image_tokens_per_dim": model.layout.image_tokens_per_dim,
+        "vocab_size": vocabulary.bpe_size + vocabulary.num_left_paddings,
+        "image_vocab_size": vocabulary.codebook_size,
+        "cogview_sandwich_layernorm": config.sandwich_norm,
+        "cogview_pb_relax": config.pb_relax,
+        "attention_dropout_prob": config.attention_dropout,
+        "output_dropout_prob": config.output_dropout,
+        # The reference builds this dropout and never applies it.
+        "embedding_dropout_prob": 0.1,
+    }
+
+
+def _kernel(mask: str, otherwise: int) -> int:
+    found = re.search(r"\((\d+)\)", mask)
+    return int(found[1]) if found else otherwise
+
+
+def _is_decoder(model: object, *, has_right_text: bool) -> bool:
+    return (
+        isinstance(model, MaskedDecoder) and (model.layout.right_text_length > 0) == has_right_text
+    )
+
+
+RUDOLPH = Family(
+    build=build_rudolph,
+    load=lambda model, tensors: load_decoder(model, tensors, "rudolph"),
+    holds=lambda model: _is_decoder(model, has_right_text=True),
+    config_of=rudolph_config_of,
+    tensors_of=lambda model: tensors_of_decoder(model, "rudolph"),
+)
+RUDALLE = Family(
+    build=build_rudalle,
+    load=lambda model, tensors: load_decoder(model, tensors, "rudalle"),
+    holds=lambda model: _is_decoder(model, has_right_text=False),
+    config_of=rudalle_config_of,
+    tensors_of=lambda model: tensors_of_decoder(model, "rudalle"),
+)

@@ -1,0 +1,45 @@
+"""Real-ESRGAN: the reference's key names, which are this project's own.
+
+Source: rudalle, ``realesrgan/rrdbnet_arch.py``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from rudolph.models.reference.family import Family
+from rudolph.models.upscaler import Upscaler, UpscalerConfig
+from rudolph.models.weights import load_exactly
+
+
+def build_upscaler(config: Mapping[str, Any]) -> Upscaler:
+    names = {"num_feat": "num_channels", "num_block": "num_blocks", "num_grow_ch": "growth"}
+    given = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    return Upscaler(UpscalerConfig(scale=config["scale"], **given))
+
+
+def load_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> None:
+    load_exactly(model, tensors, family="realesrgan")
+
+
+def config_of_upscaler(model: Upscaler) -> dict[str, Any]:
+    given = asdict(model.config)
+    return {
+        "num_in_ch": 3,
+        "num_out_ch": 3,
+        "scale": given["scale"],
+        "num_feat": given["num_channels"],
+        "num_block": given["num_blocks"],
+        "num_grow_ch": given["growth"],
+    }
+
+
+REALESRGAN = Family(
+    build=build_upscaler,
+    load=load_upscaler,
+    holds=lambda model: isinstance(model, Upscaler),
+    config_of=config_of_upscaler,
+    tensors_of=lambda model: dict(model.state_dict()),
+)

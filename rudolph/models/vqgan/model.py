@@ -1,0 +1,349 @@
+"""The image tokenizer: encoder, quantizer, decoder.
+
+``images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images``
+
+With ``wavelet`` the decoder gives the four Haar bands of a picture of twice the size.  Names of
+modules are taming-transformers', so that its checkpoints' keys are ours.
+
+The precision is that of the weights; bfloat16 is more than twice as fast where the machine
+multiplies it.  Pictures larger than about 256 pixels are computed in strips, see ``tiled_conv``.
+
+Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
+``vae/decoder_dwt.py``.
+
+Shapes: B batch, C channels, H and W pixels; a grid of latents is H / factor by W / factor.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.models.cpu.group_norm import accurate, group_norm
+from rudolph.models.cpu.tiled_conv import (
+    STRIP,
+    enlarged_convolution,
+    fast_layout,
+    is_in_strips,
+    normed,
+    normed_convolution,
+    normed_convolution_strips,
+)
+from rudolph.models.layers.attention import Seen, attention
+from rudolph.models.vqgan.quantizers import QUANTIZERS, QuantizerConfig
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """``channels`` has one entry a level; each level but the last halves the picture.
+
+    ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
+    every residual block is followed by attention.  A normalisation has ``norm_groups`` groups of
+    channels, or as many fewer as divide the channels: with few channels it should have few
+    groups, since one channel alone loses how strong it is.  ``init`` names the weights that are
+    used as they are, without a training.  The defaults are Sber's.
+    """
+
+    resolution: int = 256
+    channels: tuple[int, ...] = (128, 128, 256, 512)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (32,)
+    z_channels: int = 256
+    dropout: float = 0.0
+    norm_groups: int = 32
+    wavelet: bool = False
+    init: str | None = None
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels must be positive, got {list(self.channels)}")
+        for name in ("norm_groups", "num_res_blocks", "z_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resolution < self.factor or self.resolution % self.factor:
+            raise ValueError(
+                f"resolution must be a multiple of the factor {self.factor} that "
+                f"{len(self.channels)} channels give, got {self.resolution}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side of a token spans."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        return tuple(self.resolution // 2**level for level in range(len(self.channels)))
+
+
+def make_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
+    most = min(config.norm_groups, channels)
+    groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """``(B, C_in, H, W) -> (B, C_out, H, W)``."""
+
+    def __init__(self, channels_in: int, channels_out: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm1 = make_norm(channels_in, config)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = make_norm(channels_out, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = normed_convolution(x, self.norm1, self.conv1)
+        if is_in_strips(hidden) and not self.training:
+            for place, rows in normed_convolution_strips(hidden, self.norm2, self.conv2):
+                hidden[place] = rows.add_(self.shortcut(x[place]))
+            return hidden
+        return self.conv2(self.dropout(normed(hidden, self.norm2))).add_(self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+
+
+class AttentionBlock(nn.Module):
+    """One head over all cells of the feature map."""
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm = make_norm(channels, config)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = group_norm(x, self.norm)
+        query, key, value = (
+            layer(hidden).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )  # each (B, H * W, C)
+        seen = [Seen(key, value)]
+        # A large map in parts, or the scores would be larger than it.
+        parts = [
+            attention(part, seen, pb_relax=None, dropout=0.0)
+            for part in query.split(max(STRIP // query.shape[1], 1), dim=1)
+        ]
+        out = torch.cat(parts, dim=1).transpose(1, 2).view(x.shape)
+        return self.proj_out(out).add_(x)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Padded right and below only, as in the reference.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return enlarged_convolution(x, self.conv)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, config)
+        self.attn_1 = AttentionBlock(channels, config)
+        self.block_2 = ResnetBlock(channels, channels, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each with its attention, then the change of size."""
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, channels: list[int], config: VQGANConfig, *, resolution: int) -> None:
+        super().__init__()
+        pairs = itertools.pairwise(channels)
+        self.block = nn.ModuleList(ResnetBlock(first, then, config) for first, then in pairs)
+        attention = (AttentionBlock(size, config) for size in channels[1:])
+        has_attention = resolution in config.attention_resolutions
+        self.attn = nn.ModuleList(attention if has_attention else ())
+
+    def layers(self) -> Iterator[nn.Module]:
+        for index, block in enumerate(self.block):
+            yield block
+            if len(self.attn):
+                yield self.attn[index]
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                yield getattr(self, name)
+
+
+class Encoder(nn.Module):
+    """``(B, 3, H, W)`` in [-1, 1] to latents ``(B, z_channels, H / factor, W / factor)``."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        first, last = config.channels[0], config.channels[-1]
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        self.down: Any = nn.ModuleList()
+        for index, channels in enumerate(config.channels):
+            before = config.channels[max(index - 1, 0)]
+            level = Level(
+                [before] + [channels] * config.num_res_blocks,
+                config,
+                resolution=config.resolutions[index],
+            )
+            if index < len(config.channels) - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = Middle(last, config)
+        self.norm_out = make_norm(last, config)
+        self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(fast_layout(images))
+        for level in self.down:
+            # One after the other here, where nothing else keeps the map before.
+            for layer in level.layers():
+                x = layer(x)
+        return normed_convolution(self.mid(x), self.norm_out, self.conv_out)
+
+
+class Decoder(nn.Module):
+    """Latents ``(B, z_channels, h, w)`` to pictures ``(B, 3, h * factor, w * factor)``."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        first, last = config.channels[0], config.channels[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, last, 3, padding=1)
+        self.mid = Middle(last, config)
+        self.up: Any = nn.ModuleList()
+        for index, channels in enumerate(config.channels):
+            before = config.channels[min(index + 1, len(config.channels) - 1)]
+            level = Level(
+                [before] + [channels] * (config.num_res_blocks + 1),
+                config,
+                resolution=config.resolutions[index],
+            )
+            if index > 0:
+                level.upsample = Upsample(channels)
+            self.up.append(level)
+        self.norm_out = make_norm(first, config)
+        self.has_wavelet = config.wavelet
+        self.conv_out = nn.Conv2d(first, 12 if config.wavelet else 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(fast_layout(z)))
+        for level in reversed(self.up):
+            for layer in level.layers():
+                x = layer(x)
+        x = normed_convolution(x, self.norm_out, self.conv_out)
+        return inverse_haar(x) if self.has_wavelet else x
+
+
+def haar_filters() -> tuple[Tensor, Tensor]:
+    """The low and the high pass of Haar's wavelet, ``(2,)`` each."""
+    half = 0.5**0.5
+    return torch.tensor([half, half]), torch.tensor([half, -half])
+
+
+def inverse_haar(bands: Tensor) -> Tensor:
+    """Pictures ``(B, 3, 2H, 2W)`` of wavelet coefficients ``(B, 12, H, W)``.
+
+    The first three channels are the means of each colour; then come, colour by colour, its
+    vertical, horizontal and diagonal differences.
+    """
+    low, details = bands[:, :3, None], bands[:, 3:].reshape(len(bands), 3, 3, *bands.shape[2:])
+    # Rows are bands, columns the four pixels that a coefficient spreads over, row by row.
+    signs = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
+    spread = torch.tensor(signs, device=bands.device, dtype=bands.dtype) / 2
+    pixels = torch.einsum("bcnhw,np->bcphw", torch.cat([low, details], dim=2), spread)
+    return F.pixel_shuffle(pixels.flatten(1, 2), 2)
+
+
+class Reconstruction(NamedTuple):
+    """``images`` (B, 3, H, W) in [-1, 1], not clamped; ``indices`` (B, h, w); quantizer loss."""
+
+    images: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class VQGAN(nn.Module):
+    """Pictures to indices of a codebook and back."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.quantizer.embedding_dim
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, size, 1)
+        self.quantize: Any = QUANTIZERS[config.quantizer.kind](config.quantizer)
+        self.post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
+        if config.wavelet:
+            # The released file has a second one that nothing reads; kept to write it back.
+            self.unused_post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Reconstruct ``(B, 3, H, W)`` pictures in [-1, 1]."""
+        quantized = self.quantize(self.quant_conv(self.encoder(images)))
+        decoded = self.decoder(self.post_quant_conv(quantized.z_q))
+        return Reconstruction(decoded, quantized.indices, quantized.loss)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents ``(B, embedding_dim, h, w)`` of pictures ``(B, 3, H, W)`` in [0, 1]."""
+        # Rounded to the weights' precision only now: 8 bits must not lose before.
+        return self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
+
+    @torch.no_grad()
+    def encode_indices(
+        self, images: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Indices ``(B, I)``, row-major, of pictures ``(B, 3, H, W)`` in [0, 1].
+
+        The best code of each cell; with a generator and a Gumbel quantizer, a code drawn by its
+        weight, as the reference does unless it is told not to.
+        """
+        height, width = images.shape[-2:]
+        if height % self.config.factor or width % self.config.factor:
+            raise ValueError(
+                f"height and width must be multiples of {self.config.factor}, "
+                f"got {height} x {width}"
+            )
+        z = self.encode(images)
+        if generator is None:
+            return self.quantize.indices(z).flatten(1)
+        if self.config.quantizer.kind != "gumbel":
+            raise ValueError(f"a {self.config.quantizer.kind} quantizer draws no codes")
+        return self.quantize.sample(z, generator).flatten(1)
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:
+        """Pictures in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
+
+        They are float32 also where the weights are of half precision.
+
+        Raises:
+            ValueError: when the indices do not fill a rectangle of that height.
+        """
+        rows = height or round(indices.shape[1] ** 0.5)
+        if indices.shape[1] % rows or (height is None and rows * rows != indices.shape[1]):
+            raise ValueError(f"{indices.shape[1]} indices do not fill {rows} rows")
+        codes = self.quantize.codes(indices.view(indices.shape[0], rows, -1))
+        decoded = self.decoder(self.post_quant_conv(codes.to(self.post_quant_conv.weight.dtype)))
+        return ((decoded.to(accurate(decoded.dtype)) + 1) / 2).clamp(0, 1)

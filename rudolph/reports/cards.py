@@ -1,0 +1,109 @@
+"""Report cards: every score of a run with its interval, chance level, count and protocol.
+
+``report_card.csv`` has one row a score; in ``results/`` it holds all runs of an experiment.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
+from rudolph.reports.markdown import table_row
+
+CARD = "report_card.csv"
+COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure")
+
+
+def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows with the keys of ``COLUMNS``, as one file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_card(path: Path) -> pd.DataFrame:
+    """Return a card, of one run or of several (then with the column ``run``).
+
+    Raises:
+        DamagedFileError: when it is no such table.
+    """
+    texts = dict.fromkeys(("run", "score", "split", "measure"), "string")
+    again = "rudolph report-card --again asks the run anew"
+    try:
+        card = pd.read_csv(path, dtype=texts)
+    except ValueError as error:
+        reason = f"no such table: {' '.join(str(error).split())[:80]}"
+        raise DamagedFileError(path, reason, again) from error
+    if not set(COLUMNS) <= set(card):
+        raise DamagedFileError(path, f"expected the columns {', '.join(COLUMNS)}", again)
+    for name in ("value", "low", "high", "chance", "count"):
+        if not pd.api.types.is_numeric_dtype(card[name]):
+            raise DamagedFileError(path, f"{name} must hold numbers", again)
+    return card
+
+
+def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
+    """Raise ``ValueError`` when two runs were asked about different data of one of the splits.
+
+    What a run was trained on may differ: that is what may be compared.  A run that was packed
+    does not tell its data.
+    """
+    places = [each / "environment.json" for each in (folder, other)]
+    if not all(place.is_file() for place in places):
+        return
+    mine, theirs = (read_mapping(place, digests=dict)["digests"] for place in places)
+    asked = {f"data.{split}" for split in splits}
+    for key in sorted(mine.keys() & theirs.keys()):
+        if ".".join(key.split(".")[:2]) in asked and mine[key] != theirs[key]:
+            raise ValueError(f"{folder} and {other}: {key} differs, the scores are not comparable")
+
+
+def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
+    """The cards of all runs that have one as a single file, or none."""
+    target = folder / CARD
+    target.unlink(missing_ok=True)
+    found = [(name, path / CARD) for name, path in sorted(runs.items())]
+    frames = [read_card(path).assign(run=name) for name, path in found if path.is_file()]
+    if frames:
+        whole = pd.concat(frames)[["run", *COLUMNS]]
+        write_text(target, whole.to_csv(index=False, lineterminator="\n"))
+
+
+def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
+    """Markdown: a row for each score that was asked for, of each run."""
+    has_one = card["run"].nunique() == 1
+    head = [*([] if has_one else ["run"]), "score", "value", "95 % interval", "chance", "count"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    rank = {name: at for at, name in enumerate(scores)}
+    chosen = card[card["score"].isin(rank)].assign(rank=lambda rows: rows["score"].map(rank))
+    for row in chosen.sort_values(["rank", "run"]).to_dict("records"):
+        chance = "" if pd.isna(row["chance"]) else f"{row['chance']:.3g}"
+        cells = [
+            str(row["score"]),
+            f"{row['value']:.3g}",
+            f"{row['low']:.3g} to {row['high']:.3g}",
+            chance,
+            str(row["count"]),
+        ]
+        lines.append(table_row([*([] if has_one else [str(row["run"])]), *cells]))
+    return lines
+
+
+def draw_card(path: Path) -> Path:
+    """The card of a run as a figure beside it: all its scores between 0 and 1."""
+    # Drawing needs matplotlib; reading a card does not wait for it.
+    from rudolph.reports.figures import card
+    from rudolph.reports.style import warned_drawing
+
+    scores = read_card(path).assign(run="")
+    shown = scores[(scores["high"] <= 1) & (scores["low"] >= 0)]
+    target = path.with_suffix(".svg")
+    with warned_drawing():
+        card(shown, target, y=list(shown["score"]), x="score", by="run")
+    return target

@@ -1,0 +1,289 @@
+"""Numbers in text written by hand, recomputed from the CSV files of the experiments it names.
+
+A number with an interval, ``0.059 [0.047, 0.070]``, must be one of an experiment: a score of a
+run, the mean of a group of runs, or how much better one group is than another over pairs of seeds.
+A number alone must be a mean or a difference too, or stand in a table of the page, in a curve, in
+a profile or in the settings.  All count at the digits with which they are written.
+
+The experiments are the page's own and those that it links to or names in ``code``.  What comes
+from no file is said so, ``(not recomputed: 21 % at an earlier commit)``.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rudolph.evaluation.statistics import repeated_interval, student_quantile
+from rudolph.reports.cards import CARD, read_card
+from rudolph.reports.claims import group_of
+from rudolph.reports.repetitions import FILE as REPETITIONS
+from rudolph.reports.repetitions import PROFILES
+from rudolph.reports.report import (
+    BEGIN,
+    END,
+    experiment_folders,
+    generated_part,
+    read_curves,
+    read_runs,
+)
+
+RUNS, README = "runs.csv", "README.md"
+
+# What is not read: code, pictures, links' targets, comments, geometry (6 x 6), the unfounded.
+UNREAD = re.compile(
+    r"`[^`]*`|!\[[^]]*\]\([^)]*\)|\]\([^)]*\)|<!--.*?-->|https?://\S+|\b\d+ x \d+\b"
+    r"|\(not recomputed: [^)]*\)",
+    re.S,
+)
+NAMED = re.compile(r"`([\w./-]+)`|\]\(([^)#]+)")
+NUMBER = re.compile(
+    r"(?<![\w.:/-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w:]|\.\d|,\d|-\w|/\d)"
+)
+INTERVAL = re.compile(rf"\[({NUMBER.pattern}), ({NUMBER.pattern})\]")
+# Between a value and its interval: its unit and a few words, but no other number.
+BETWEEN = re.compile(r"[^\d\[\].;]{0,40}")
+# Of the unit in which a text says it, how much is one of the files' unit.
+UNITS: dict[str, tuple[float, ...]] = {
+    "%": (100.0, 1.0),
+    "point": (100.0,),
+    "ms": (1e3, 1.0),
+    "minute": (1 / 60, 1.0),
+    "hour": (1 / 3600,),
+    "MiB": (2.0**-20,),
+    "GiB": (2.0**-30,),
+    "MB": (1e-6,),
+    "GB": (1e-9,),
+}
+# The unit of a number may stand behind another one: "76 to 78 %".
+UNIT = re.compile(
+    rf"(?:(?:,| to| and| or| against| instead of) [\d.,]+){{0,2}}[ -]?({'|'.join(UNITS)})"
+)
+
+
+class Said(NamedTuple):
+    """A number of a text: as written, its value, the unit of its last digit, possible scales."""
+
+    text: str
+    value: float
+    step: float
+    scales: tuple[float, ...]
+
+    def is_one_of(self, facts: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which of the facts ``(N,)`` it is, in size: one says 0.06 fewer, or -0.06 more."""
+        near = np.zeros(len(facts), dtype=bool)
+        for scale in self.scales:
+            near |= np.abs(np.abs(facts) * scale - abs(self.value)) <= 0.5001 * self.step
+        return near
+
+
+class Facts(NamedTuple):
+    """What an experiment's files say: values with bounds ``(N, 3)``, and values alone ``(M,)``."""
+
+    estimates: NDArray[Any]
+    values: NDArray[Any]
+
+    @classmethod
+    def none(cls) -> "Facts":
+        return cls(np.empty((0, 3)), np.empty(0))
+
+    def joined(self, other: "Facts") -> "Facts":
+        """These facts and those of another experiment."""
+        return Facts(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+
+
+def unfounded_of(
+    readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], Facts]
+) -> Iterator[str]:
+    """The numbers of a page, outside its generated part, that no file founds.
+
+    Of a page that is of no experiment, such as the project's, only those with an interval count,
+    and they may be of any.
+    """
+    text = readme.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    by_hand = before + rest.partition(END)[2]
+    is_of_one = (readme.parent / RUNS).is_file()
+    folders = set(map(Path.resolve, experiment_folders(results_folder)))
+    if is_of_one:
+        folders = _named(readme, by_hand, results_folder)
+    facts = Facts.none()
+    for folder in sorted(folders):
+        facts = facts.joined(facts_of_folder(folder))
+    yield from unfounded(by_hand, facts, has_alone=is_of_one)
+
+
+def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
+    """The folders of the experiments that a page is of or names."""
+    found = {readme.parent}
+    for name, target in NAMED.findall(text):
+        place = results_folder / name if name else readme.parent / target
+        found |= {place, place.parent}
+    return {each.resolve() for each in found if any((each / n).is_file() for n in (RUNS, CARD))}
+
+
+def unfounded(text: str, facts: Facts, *, has_alone: bool = True) -> Iterator[str]:
+    """The numbers of a text that are none of the facts, as they are written.
+
+    Args:
+        has_alone: whether numbers without an interval count too.
+    """
+    text = UNREAD.sub(lambda found: "]" if found[0].startswith("](") else " _ ", text)
+    told: set[int] = set()
+    for found in INTERVAL.finditer(text):
+        before = list(NUMBER.finditer(text, 0, found.start()))[-1:]
+        bounds = [_said(text, *found.span(part)) for part in (1, 2)]
+        told |= {found.start(1), found.start(2)}
+        value = None
+        if before and BETWEEN.fullmatch(text[before[0].end() : found.start()]):
+            value = _said(text, *before[0].span())
+            told.add(before[0].start())
+        if not _is_estimate(value, bounds, facts.estimates):
+            yield f"{value.text if value else ''} {found[0]}".strip()
+    alone = [each for each in NUMBER.finditer(text) if each.start() not in told]
+    for found in alone if has_alone else []:
+        said = _said(text, *found.span())
+        if not said.is_one_of(facts.values).any():
+            yield said.text
+
+
+def _said(text: str, start: int, end: int) -> Said:
+    digits = text[start:end].replace(",", "")
+    mantissa, _, power = digits.partition("e")
+    step = 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
+    unit = UNIT.match(text, end)
+    return Said(text[start:end], float(digits), step, UNITS[unit[1]] if unit else (1.0,))
+
+
+def _is_estimate(value: Said | None, bounds: list[Said], estimates: NDArray[Any]) -> bool:
+    """Whether value and bounds are those of one estimate, in one unit, or of its negative."""
+    scales = (1.0, 100.0) if value is None or value.scales == (1.0,) else value.scales
+    for scale in scales:
+        low, high = (each._replace(scales=(scale,)) for each in bounds)
+        for ends in ((1, 2), (2, 1)):
+            is_one = low.is_one_of(estimates[:, ends[0]]) & high.is_one_of(estimates[:, ends[1]])
+            if value is not None:
+                is_one &= value._replace(scales=(scale,)).is_one_of(estimates[:, 0])
+            if is_one.any():
+                return True
+    return False
+
+
+def facts_of(folder: Path) -> Facts:
+    """All that the CSV files of a folder, the tables of its page and its settings say."""
+    estimates: list[list[float]] = []
+    values: list[float] = []
+    if (folder / CARD).is_file():
+        card = read_card(folder / CARD)
+        estimates += card[["value", "low", "high"]].to_numpy(float).tolist()
+        values += card["count"].unique().tolist()
+    if (folder / RUNS).is_file():
+        runs = read_runs(folder)
+        groups, single = list(_of_groups(runs)), list(_of_runs(runs))
+        # What one of several seeds scored is said with its interval or not at all.
+        has_seeds = runs["seed"].nunique() > 1
+        estimates = [*groups, *single, *estimates]
+        validated = list(_of_validations(folder, runs))
+        values += [row[0] for row in (groups if has_seeds else estimates) + validated]
+        values += [*_levels(runs)]
+        estimates += validated
+        values += _of_texts(folder)
+        estimates += _of_page(folder)
+    for path in sorted((folder / PROFILES).glob("*.csv")):
+        values += pd.read_csv(path)[["milliseconds", "share"]].to_numpy(float).ravel().tolist()
+    if (folder / REPETITIONS).is_file():
+        values += _of_repetitions(folder)
+    known = np.array(estimates, dtype=float).reshape(-1, 3)
+    return Facts(known[np.isfinite(known).all(1)], _finite(values))
+
+
+def _of_texts(folder: Path) -> Iterator[float]:
+    """Numbers of the page's generated part, of the question and of the settings of its runs."""
+    texts = [generated_part(folder / README), (folder / "report.json").read_text("utf-8")]
+    texts += [path.read_text("utf-8") for path in sorted((folder / "configs").glob("*.yaml"))]
+    for text in texts:
+        for found in NUMBER.finditer(text):
+            yield _said(text, *found.span()).value
+
+
+def _of_page(folder: Path) -> Iterator[list[float]]:
+    """Values with their intervals in the page's generated part."""
+    page = generated_part(folder / README)
+    for found in re.finditer(rf"({NUMBER.pattern}) {INTERVAL.pattern}", page):
+        yield [_said(page, *found.span(part)).value for part in (1, 2, 3)]
+
+
+def _finite(values: list[float]) -> NDArray[Any]:
+    found = np.unique(np.array(values, dtype=float))
+    return found[np.isfinite(found)]
+
+
+def _metrics(runs: pd.DataFrame) -> list[str]:
+    """The columns of ``runs.csv`` after the seconds that hold values, not bounds."""
+    names = list(runs.columns)
+    after = names[names.index("seconds") + 1 :]
+    return [name for name in after if not name.endswith(("_low", "_high", "_chance", "_target"))]
+
+
+def _of_runs(runs: pd.DataFrame) -> Iterator[list[float]]:
+    """Each score of a run with its bounds; without, where there are none, as equal bounds."""
+    for metric in _metrics(runs):
+        bounds = [runs.get(f"{metric}_{end}", runs[metric]) for end in ("low", "high")]
+        for row in zip(runs[metric], *bounds, strict=True):
+            yield list(map(float, row))
+
+
+def _levels(runs: pd.DataFrame) -> Iterator[float]:
+    """Levels of chance, of a run and in the mean, and targets."""
+    for name in runs:
+        if str(name).endswith(("_chance", "_target")):
+            yield from (runs[name].mean(), *runs[name].dropna().unique())
+
+
+def _of_groups(runs: pd.DataFrame) -> Iterator[list[float]]:
+    """What groups of runs scored, and how they differ."""
+    groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index, dtype=str)
+    for metric in _metrics(runs):
+        yield from _compared(runs["seed"], groups, runs[metric])
+
+
+def _of_repetitions(folder: Path) -> Iterator[float]:
+    """Peaks of memory, and what a contestant took in the mean, in all and of a unit."""
+    table = pd.read_csv(folder / REPETITIONS, keep_default_na=False)
+    yield from table["peak_bytes"]
+    for _, own in table.groupby(["run", "contestant", "part"]):
+        yield repeated_interval(own["seconds"].to_numpy()).value
+        yield repeated_interval((own["seconds"] / own["units"]).to_numpy()).value
+
+
+def _of_validations(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
+    """The same of each validation; of a single run at each step of all of its curves."""
+    curves = read_curves(folder)
+    if len(runs) == 1:
+        yield from ([value] * 3 for value in curves["value"])
+        return
+    curves = curves[curves["metric"].str.contains("/val/")]
+    for _, own in curves.groupby(["metric", "step"]):
+        groups = pd.Series(list(map(group_of, own["run"], own["seed"])), index=own.index)
+        yield from _compared(own["seed"], groups.astype(str), own["value"])
+
+
+def _compared(
+    seeds: "pd.Series[Any]", groups: "pd.Series[str]", values: "pd.Series[float]"
+) -> Iterator[list[float]]:
+    """The mean of each group over its seeds, and the difference of each two, by Student's t."""
+    frame = pd.DataFrame({"seed": seeds, "group": groups, "value": values})
+    table = frame.pivot_table(index="seed", columns="group", values="value").to_numpy()
+    one, other = np.triu_indices(table.shape[1], 1)
+    columns = np.concatenate([table, table[:, one] - table[:, other]], axis=1)  # (seeds, N)
+    number = np.isfinite(columns).sum(0)
+    columns, number = columns[:, number > 0], number[number > 0]
+    means = np.nanmean(columns, 0)
+    squares = np.nansum((columns - means) ** 2, 0)
+    quantiles = np.array([0.0, 0.0, *map(student_quantile, range(1, len(table)))])
+    halves = quantiles[number] * np.sqrt(squares / np.maximum(number - 1, 1) / number)
+    yield from np.stack([means, means - halves, means + halves], 1).tolist()

@@ -1,0 +1,202 @@
+"""Whether the runs of an experiment bear out what it claims: computed from ``runs.csv`` alone.
+
+Runs of one seed are a pair: they have seen the same data in the same order, are asked the same
+questions and, where shapes allow, began with the same weights.  So what is compared are the
+differences of pairs, by Student's t, and p counts as one of all comparisons of the experiment.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from rudolph.evaluation.statistics import detectable_effect, holm, paired_t, pairs_needed
+from rudolph.reports.markdown import table_row
+
+# Parts of the names of metrics that are better when they are less.
+LESS_IS_BETTER = re.compile(
+    r"loss|perplexity|error|seconds|bytes|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
+)
+SURE = 0.05
+REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
+INCONCLUSIVE = "inconclusive at this scale"
+# More seeds than anybody will run.
+MANY_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``better`` is better than ``than`` in ``metric``, by at least ``at_least`` of its unit.
+
+    Both are variants, or, in a grid, names of runs without their seed.  Less of a loss, an error
+    or a cost is better; of all else more.  A negative ``at_least`` claims that ``better`` is worse
+    by no more than that.
+    """
+
+    metric: str
+    better: str
+    than: str
+    at_least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.better == self.than:
+            raise ValueError(f"better and than must differ, got {self.than!r} twice")
+
+
+class Effect(NamedTuple):
+    """How much better a group of runs is than another, over pairs of seeds.
+
+    ``value`` with its interval is above 0 where ``group`` is better; ``p_value`` is of its being
+    ``at_least``, corrected by Holm.  ``detectable`` is the difference that so many pairs show with
+    a power of 80 %, ``needed`` the pairs that show the one that was seen.
+    """
+
+    metric: str
+    group: str
+    than: str
+    at_least: float
+    pairs: int
+    value: float
+    low: float
+    high: float
+    p_value: float
+    detectable: float
+    needed: float
+
+    @property
+    def verdict(self) -> str:
+        """What is known of a claim: its difference is surely more, or surely less, or neither."""
+        if not self.p_value <= SURE:
+            return INCONCLUSIVE
+        return REPRODUCED if self.value > self.at_least else CONTRADICTED
+
+
+def group_of(run: str, seed: int) -> str:
+    """What a run has in common with those of other seeds: its name without the seed.
+
+    >>> group_of("causal-top_k=8-seed3", 3), group_of("seed3", 3)
+    ('causal-top_k=8', '')
+    """
+    return run.removesuffix(f"seed{seed}").rstrip("-")
+
+
+def by_number(name: str) -> str:
+    """A key that sorts names as their numbers go, ``k=2`` before ``k=10``."""
+    numbers = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
+    # Names of equal numbers, 1_001 and 001_1, have an order too.
+    return f"{numbers} {name}"
+
+
+def effects(
+    runs: pd.DataFrame, *, metrics: Sequence[str], against: str | None, claim: Claim | None
+) -> list[Effect]:
+    """All comparisons of an experiment, that of its claim first.
+
+    Args:
+        runs: ``runs.csv``.
+        metrics: in which every other group is compared with the group ``against``.
+
+    Raises:
+        ValueError: for a metric or a group that is not there.
+    """
+    groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), dtype=str)
+    asked = [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
+    if against is not None:
+        for metric in metrics:
+            others = sorted(set(groups) - {against}, key=by_number)
+            asked += [(metric, name, against, 0.0) for name in others]
+    if claim is not None:
+        # Neither is it made again the other way round.
+        same = (claim.metric, {claim.better, claim.than})
+        asked = [asked[0], *(each for each in asked[1:] if (each[0], {*each[1:3]}) != same)]
+    found = [_effect(runs, groups, *each) for each in asked]
+    corrected = holm([each.p_value for each in found])
+    return [each._replace(p_value=p) for each, p in zip(found, corrected, strict=True)]
+
+
+def _effect(
+    runs: pd.DataFrame, groups: "pd.Series[str]", metric: str, group: str, than: str, least: float
+) -> Effect:
+    if metric not in runs:
+        raise ValueError(f"claim: no metric {metric!r}; there are {', '.join(runs.columns)}")
+    for name in (group, than):
+        if name not in set(groups):
+            known = ", ".join(dict.fromkeys(groups))
+            raise ValueError(f"claim: no runs {name!r}; there are {known}")
+    values = [
+        runs[(groups == name).to_numpy()].set_index("seed")[metric].dropna()
+        for name in (group, than)
+    ]
+    pairs = (values[0] - values[1]).dropna().to_numpy()
+    if LESS_IS_BETTER.search(metric):
+        pairs = -pairs
+    value = float(pairs.mean()) if len(pairs) else np.nan
+    if len(pairs) < 2:
+        # One pair has no spread, so nothing is known of it.
+        unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
+        return Effect(metric, group, than, least, len(pairs), value, p_value=1.0, **unknown)
+    compared, spread = paired_t(pairs), float(pairs.std(ddof=1))
+    return Effect(
+        metric,
+        group,
+        than,
+        least,
+        len(pairs),
+        compared.value,
+        compared.low,
+        compared.high,
+        paired_t(pairs - least).p_value,
+        detectable_effect(spread, len(pairs)),
+        _needed(spread, abs(value)),
+    )
+
+
+def _needed(spread: float, effect: float) -> float:
+    if effect == 0 or detectable_effect(spread, MANY_SEEDS) > effect:
+        return np.inf
+    return pairs_needed(spread, effect)
+
+
+def claim_lines(claim: Claim, found: Effect, number: int) -> Iterator[str]:
+    """The claim and its verdict, in words; ``number`` comparisons were made."""
+    by = f" by at least {claim.at_least:g}" if claim.at_least else ""
+    yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{by}."
+    yield ""
+    line = f"**Verdict: {found.verdict}.** "
+    if found.pairs < 2:
+        yield f"{line}A claim needs two seeds of both, and has {found.pairs}."
+        return
+    among = f" (Holm, {number} comparisons)" if number > 1 else ""
+    line += f"Better by {interval_text(found)} over {found.pairs} seeds, p {found.p_value:.2g}"
+    line += f"{among}. So many seeds show a difference of {found.detectable:.2g} in four of five "
+    yield f"{line}tries; {_seeds_text(found.needed)} would show the one seen."
+
+
+def effects_table(found: Sequence[Effect]) -> list[str]:
+    """Markdown: a row a comparison."""
+    head = ["metric", "runs", "than", "better by, 95 % interval", "p (Holm)", "seeds"]
+    head += ["detectable", "seeds needed"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for each in found:
+        cells = [f"`{each.metric}`", each.group, each.than, interval_text(each)]
+        cells += [f"{each.p_value:.2g}", str(each.pairs)]
+        known = each.pairs >= 2
+        cells += [f"{each.detectable:.2g}" if known else "", _seeds_text(each.needed)]
+        lines.append(table_row(cells))
+    return lines
+
+
+def interval_text(found: Effect) -> str:
+    """``0.12 [0.05, 0.19]``."""
+    if found.pairs < 2:
+        return f"{found.value:.3g}"
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def _seeds_text(needed: float) -> str:
+    if np.isnan(needed):
+        return ""
+    return f"more than {MANY_SEEDS}" if np.isinf(needed) else f"{needed:.0f}"

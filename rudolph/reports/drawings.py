@@ -1,0 +1,191 @@
+"""Pictures drawn from arrays: masks, grids of samples, reconstructions, use of a codebook.
+
+The same arrays give the same bytes.
+
+Shapes: T is the length of the sequence, H and W are the sides of a picture.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from rudolph.reports.style import drawing, panels_of, save, styled
+from rudolph.sequence.texts import clean_text, shortened
+
+Picture = NDArray[np.uint8]
+
+SMALLEST_CELL = 128  # pixels
+LONGEST_CAPTION = 400  # characters
+
+
+@styled
+def mask_picture(
+    masks: Mapping[str, NDArray[np.bool_]], path: Path, *, segments: tuple[int, int, int]
+) -> None:
+    """Attention masks side by side, with the borders between left text, image and right text.
+
+    Args:
+        masks: name -> ``(T, T)``, true where the query (row) sees the key (column).
+        segments: lengths of left text, image and right text; they add up to T.
+    """
+    num_rows = -(-len(masks) // 4)
+    num_columns = -(-len(masks) // num_rows)
+    # No narrower than the legend.
+    size = max(2.6 * num_columns, 3.9), 2.75 * num_rows + 0.5
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axes in panels[len(masks) :]:
+        axes.set_axis_off()
+    for axes, (name, mask) in zip(panels, masks.items(), strict=False):
+        if mask.shape != (sum(segments), sum(segments)):
+            raise ValueError(f"mask {name}: {mask.shape} is not what segments {segments} need")
+        _mask(axes, mask, segments)
+        axes.set_title(f"{name}: {mask.mean():.1%} of pairs")
+    figure.supxlabel("key (seen)", fontsize=9)
+    figure.supylabel("query (sees)", fontsize=9)
+    patches = [Patch(facecolor=c, edgecolor="0.4") for c in MASK_COLOURS.values()]
+    names = list(MASK_COLOURS)
+    figure.legend(patches, names, loc="outside upper center", ncols=3, frameon=False)
+    save(figure, path)
+
+
+def sample_grid(
+    images: Sequence[Picture], captions: Sequence[str], path: Path, *, columns: int
+) -> None:
+    """Pictures in rows with their captions below, enlarged by a whole number to keep pixels.
+
+    Args:
+        images: ``(H, W, 3)`` uint8, all of one size.
+        captions: one per image; they are cleaned, wrapped, and cut where they are very long.
+
+    Raises:
+        DrawingError: for what cannot be drawn or written.
+    """
+    if not images or len(captions) != len(images) or len({image.shape for image in images}) > 1:
+        raise ValueError(
+            f"sample_grid: {len(images)} pictures of shapes "
+            f"{sorted({image.shape for image in images})} and {len(captions)} captions; "
+            "pictures must be of one shape, each with its caption"
+        )
+    with drawing(path) as new:
+        _sheet(images, captions, columns=columns).save(new, "PNG")
+
+
+def _sheet(images: Sequence[Picture], captions: Sequence[str], *, columns: int) -> Image.Image:
+    scale = -(-SMALLEST_CELL // min(images[0].shape[:2]))
+    height, width = (side * scale for side in images[0].shape[:2])
+    font = _font(12)
+    lines = {caption: _wrap(caption, font, width) for caption in dict.fromkeys(captions)}
+    wrapped = [lines[caption] for caption in captions]
+    line_height, gap = 16, 8
+    text_height = line_height * max(len(text) for text in wrapped)
+    columns = min(columns, len(images))
+    num_rows = -(-len(images) // columns)
+    cell_height = height + text_height + 2 * gap
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, num_rows * cell_height + gap), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for number, (image, text) in enumerate(zip(images, wrapped, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = gap + column * (width + gap), gap + row * cell_height
+        sheet.paste(
+            Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
+        )
+        for line, words in enumerate(text):
+            pen.text((left, top + height + 3 + line * line_height), words, "black", font)
+    return sheet
+
+
+def reconstructions(originals: Sequence[Picture], decoded: Sequence[Picture], path: Path) -> None:
+    """Three rows: originals, what the tokenizer made of them, and the difference, white for none.
+
+    Args:
+        originals, decoded: ``(H, W, 3)`` uint8, equally many and of one size.
+    """
+    pairs = list(zip(originals, decoded, strict=True))
+    errors = [np.abs(a.astype(np.int16) - b.astype(np.int16)) for a, b in pairs]
+    differences = [255 - np.minimum(4 * error, 255).astype(np.uint8) for error in errors]
+    captions = ["original"] * len(pairs) + ["decoded"] * len(pairs)
+    captions += [f"4 x difference ({error.mean():.1f} of 255)" for error in errors]
+    images = [*originals, *decoded, *differences]
+    sample_grid(images, captions, path, columns=len(pairs))
+
+
+@styled
+def codebook_usage(counts: NDArray[np.int64], path: Path) -> None:
+    """How often each code was used, most used first, beside an even use.
+
+    Args:
+        counts: ``(K,)`` uses of each of the K codes; the title gives used codes and perplexity.
+    """
+    total = counts.sum()
+    if total == 0:
+        raise ValueError("codebook_usage: no code was used")
+    shares = np.sort(counts)[::-1] / total
+    used = shares[shares > 0]
+    perplexity = float(np.exp(-(used * np.log(used)).sum()))
+    colour = seaborn.color_palette("colorblind")[0]
+    figure, (axes,) = panels_of(1)
+    axes.fill_between(np.arange(len(used)) + 1, used, color=colour, alpha=0.35, step="mid")
+    axes.step(np.arange(len(used)) + 1, used, color=colour, where="mid", label="use")
+    axes.axhline(1 / len(counts), color="0.3", linestyle=":", label="all codes alike")
+    axes.set(xlabel="code, most used first", ylabel="share of all tokens", yscale="log")
+    axes.set_xlim(0.5, len(counts) + 0.5)
+    share = len(used) / len(counts)
+    axes.set_title(
+        f"{len(used)} of {len(counts)} codes used ({share:.0%}), perplexity {perplexity:.1f}"
+    )
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+MASK_COLOURS = {"seen": "#1f3b6f", "hidden, though earlier": "#f3e3b3", "later": "#ffffff"}
+
+
+def _mask(axes: Axes, mask: NDArray[np.bool_], segments: tuple[int, int, int]) -> None:
+    later = np.triu(np.ones_like(mask), k=1)
+    codes = np.where(mask, 0, np.where(later, 2, 1))
+    axes.imshow(codes, cmap=ListedColormap(list(MASK_COLOURS.values())), vmin=0, vmax=2)
+    borders = np.cumsum([0, *segments]) - 0.5
+    for border in borders[1:-1]:
+        axes.axhline(border, color="#c1272d", linewidth=0.9)
+        axes.axvline(border, color="#c1272d", linewidth=0.9)
+    present = [number for number in range(3) if segments[number] > 0]
+    middles = [(borders[number] + borders[number + 1]) / 2 for number in present]
+    names = [("left", "image", "right")[number] for number in present]
+    axes.set_xticks(middles, names)
+    axes.set_yticks(middles, names, rotation=90, va="center")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(folder / "DejaVuSans.ttf", size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Return lines no wider than ``width`` pixels; a word that is too long is broken."""
+    text = shortened(clean_text(text), LONGEST_CAPTION)
+    narrowest = min(
+        (font.getlength(character) for character in set(text) - set("\t\n\r")), default=0
+    )
+    # No line that fits has more characters, so wrapping at more of them gives the same lines.
+    most = min(len(text), int(width / narrowest) + 2) if narrowest else len(text)
+    while True:
+        found = textwrap.wrap(text, max(1, most)) or [""]
+        if most <= 1 or max(font.getlength(line) for line in found) <= width:
+            return found
+        most -= 1

@@ -1,0 +1,230 @@
+"""What a speed experiment leaves: every repetition, and where the time of ours went.
+
+    <run>/speed/repetitions.csv              one row a repetition of a contestant's part
+    <run>/speed/<contestant>.profile.csv     one row an operation
+    results/<experiment>/repetitions.csv     of all runs, with their names
+    results/<experiment>/profiles/<run>-<contestant>.csv
+
+The tables of the page are made from these and ``runs.csv`` alone.
+"""
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rudolph.files.atomic import write_text
+from rudolph.reports.markdown import table_row
+
+FOLDER, FILE, PROFILES = "speed", "repetitions.csv", "profiles"
+PROFILE_COLUMNS = ("part", "operation", "calls", "milliseconds", "share")
+PROFILE_END = ".profile.csv"
+OPERATIONS_SHOWN = 12
+SHARE = "share of the limit"
+SHARE_MEANS = (
+    "Share of the limit: what was done a second of what the rows of `limit` could, that is the "
+    "bytes that a token must read of `limit/read`, or the products that a unit needs of the "
+    "fastest product."
+)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One repetition: ``units`` of ``unit`` were done in ``seconds``; ``part`` empty: the whole.
+
+    ``peak_bytes`` is the most memory that the contestant's process held meanwhile.
+    """
+
+    contestant: str
+    part: str
+    unit: str
+    repetition: int
+    seconds: float
+    units: int
+    peak_bytes: int
+
+    @property
+    def subject(self) -> str:
+        """How metrics name the contestant and its part."""
+        return subject_of(self.contestant, self.part)
+
+
+REPETITION_COLUMNS = tuple(field.name for field in fields(Repetition))
+
+
+def subject_of(contestant: str, part: str) -> str:
+    return f"{contestant}/{part}" if part else contestant
+
+
+def write_repetitions(run_folder: Path, repetitions: Sequence[Repetition]) -> Path:
+    """The CSV of one run."""
+    path = run_folder / FOLDER / FILE
+    rows = [list(asdict(repetition).values()) for repetition in repetitions]
+    return _write(path, REPETITION_COLUMNS, rows)
+
+
+def write_profile(
+    run_folder: Path, contestant: str, rows: Sequence[tuple[str, str, int, float, float]]
+) -> Path:
+    """The operations of one contestant of a run, longest first; the smallest are left out."""
+    path = run_folder / FOLDER / f"{contestant}{PROFILE_END}"
+    kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
+    return _write(path, PROFILE_COLUMNS, kept)
+
+
+def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(path, text.getvalue())
+    return path
+
+
+def export_repetitions(run_folders: dict[str, Path], folder: Path) -> None:
+    """Gather the repetitions and profiles of runs, by name, in the folder of their experiment."""
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / PROFILES, ignore_errors=True)
+    tables = []
+    for run, run_folder in sorted(run_folders.items()):
+        if not (run_folder / FOLDER / FILE).is_file():
+            continue
+        table = pd.read_csv(run_folder / FOLDER / FILE, dtype=str, keep_default_na=False)
+        table.insert(0, "run", run)
+        tables.append(table)
+        for path in sorted((run_folder / FOLDER).glob(f"*{PROFILE_END}")):
+            name = f"{run}-{path.name.removesuffix(PROFILE_END)}.csv"
+            (folder / PROFILES).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / PROFILES / name)
+    if tables:
+        whole = pd.concat(tables).to_csv(index=False, lineterminator="\n")
+        write_text(folder / FILE, whole)
+
+
+def is_speed(folder: Path) -> bool:
+    """Whether the folder of an experiment holds repetitions."""
+    return (folder / FILE).is_file()
+
+
+def read_repetitions(folder: Path) -> pd.DataFrame:
+    """``repetitions.csv`` of an experiment."""
+    texts = dict.fromkeys(("run", "contestant", "part", "unit"), str)
+    return pd.read_csv(folder / FILE, dtype=texts, keep_default_na=False)
+
+
+def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Iterator[str]:
+    """Markdown lines: every contestant of every run, then where the time of ours went.
+
+    Args:
+        runs: ``runs.csv``; rows: its columns that tell the runs apart.
+    """
+    repetitions = read_repetitions(folder)
+    rows = [row for row in rows if row != "run"] or ["run"]
+    head = [*rows, "contestant", "time of a unit [least, most]", "units a second"]
+    head += ["times the reference [95 %]", SHARE, "peak MiB", "weights MiB", "cache MiB"]
+    lines: list[list[str]] = []
+    for record in runs.to_dict("records"):
+        own = repetitions[repetitions["run"] == record["run"]]
+        for (contestant, part), group in own.groupby(["contestant", "part"], sort=False):
+            name = subject_of(contestant, part)
+            cells = ["" if pd.isna(record[row]) else str(record[row]) for row in rows]
+            cells += [name, *_times(group), *_ratios(record, name)]
+            sizes = [group["peak_bytes"].max()]
+            sizes += [record.get(f"{contestant}/{size}_bytes") for size in ("weights", "cache")]
+            lines.append([*cells, *map(mebibytes_text, sizes)])
+    shown = [column for column in range(len(head)) if any(line[column] for line in lines)]
+    for cells in (head, ["---"] * len(head), *lines):
+        yield table_row([cells[column] for column in shown])
+    yield ""
+    yield f"{repetitions['repetition'].max() + 1} repetitions in turn; the mean is geometric."
+    yield from _machines(folder)
+    if head.index(SHARE) in shown:
+        yield SHARE_MEANS
+    for path in sorted((folder / PROFILES).glob("*.csv")):
+        yield from _profile(path)
+
+
+def _machines(folder: Path) -> Iterator[str]:
+    """One line per machine that the runs were measured on: processor, threads, instructions.
+
+    Runs that did not record their instructions have none.
+    """
+    path = folder / "environment.json"
+    records = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    machines = [record["machine"] for record in records if "instructions" in record["machine"]]
+    lines = {
+        f"Measured on {machine['processor']}, {machine['threads']} threads, instructions "
+        f"{machine['instructions']}, native products in {', '.join(machine['native_products'])}."
+        for machine in machines
+    }
+    yield from sorted(lines)
+
+
+def _times(group: pd.DataFrame) -> list[str]:
+    times, unit = group["seconds"] / group["units"], group["unit"].iloc[0]
+    mean = float(np.exp(np.log(times).mean()))
+    article = "an" if unit[0] in "aeiou" else "a"
+    shown, least, most = (seconds_text(t) for t in (mean, times.min(), times.max()))
+    return [f"{shown} [{least}, {most}] {article} {unit}", rate_text(1 / mean, unit)]
+
+
+def _ratios(record: Mapping[Hashable, Any], name: str) -> list[str]:
+    names = ("times_reference", "times_reference_low", "times_reference_high", "share_of_limit")
+    ratio, low, high, share = (record.get(f"{name}/{each}") for each in names)
+    return [
+        "" if pd.isna(ratio) else f"{ratio:.3g} [{low:.3g}, {high:.3g}]",
+        "" if pd.isna(share) else f"{share:.1%}",
+    ]
+
+
+def _profile(path: Path) -> Iterator[str]:
+    table = pd.read_csv(path, dtype={"part": str}, keep_default_na=False)
+    for part, group in table.groupby("part", sort=False):
+        head = ["operation", "calls", "ms", "share"]
+        yield from ("", f"Where the time of `{path.stem}` goes, {part}:", "")
+        yield from (table_row(head), table_row(["---"] * len(head)))
+        for row in group.head(OPERATIONS_SHOWN).itertuples():
+            name = operation_text(str(row.operation))
+            cells = [f"`{name}`", str(row.calls), f"{row.milliseconds:.4g}"]
+            yield table_row([*cells, f"{float(str(row.share)):.1%}"])
+
+
+def operation_text(name: str) -> str:
+    """What torch's compiler made is named by a hash.
+
+    >>> operation_text("## Call CompiledFxGraph fzzl6mggzxscwx ##"), operation_text("aten::mm")
+    ('compiled layer or product fzzl6m', 'aten::mm')
+    """
+    return re.sub(r"## Call CompiledFxGraph (\w{6})\w* ##", r"compiled layer or product \1", name)
+
+
+def seconds_text(seconds: float) -> str:
+    """``12.3 ms``: three digits and the unit that fits."""
+    for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{seconds / 1e-12:.3g} ps"
+
+
+def mebibytes_text(size: Any) -> str:
+    if pd.isna(size):
+        return ""
+    # From 100 on in whole ones: three digits of 999.6 would be 1e+03.
+    return f"{size / 2**20:,.0f}" if size >= 100 * 2**20 else f"{size / 2**20:.3g}"
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """``1.2 GB/s`` for bytes, ``3.4 TFLOP/s`` for operations, else a plain number."""
+    if unit not in ("byte", "operation"):
+        return f"{rate:.4g} {unit}s"
+    short = {"byte": "B/s", "operation": "FLOP/s"}[unit]
+    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= size:
+            return f"{rate / size:.3g} {name}{short}"
+    return f"{rate:.3g} {short}"

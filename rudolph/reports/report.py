@@ -1,0 +1,359 @@
+"""The pages of ``results/``: what a report shows, and the Markdown made from its CSV files.
+
+Text written by hand stands around two markers; what is between them is made here, from
+``report.json`` and ``runs.csv`` alone.
+"""
+
+import glob
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rudolph.evaluation.regions import Axis
+from rudolph.evaluation.statistics import mean_of_few, rank_correlation
+from rudolph.files.atomic import DamagedFileError, read_json, read_mapping
+from rudolph.reports.cards import CARD, card_table, read_card
+from rudolph.reports.claims import (
+    Claim,
+    Effect,
+    claim_lines,
+    effects,
+    effects_table,
+    group_of,
+    interval_text,
+)
+from rudolph.reports.markdown import table_row
+from rudolph.reports.repetitions import is_speed, speed_tables
+from rudolph.reports.searches import TRIAL, Search, is_trial, search_lines
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
+# Of a run's seconds those that no stage took.
+OVERHEAD = "overhead"
+BOUNDS = ("low", "high", "chance", "target")
+# Fields of a report that JSON has as lists.
+TUPLES = ("rows", "columns", "effects", "missing")
+# Of more missing runs than these the page names the first.
+MOST_NAMED = 20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a report, see ``figures.FIGURES`` for the kinds.
+
+    ``y`` metrics, one panel each; ``x`` the column along the axis; ``by`` tells variants apart.
+    """
+
+    kind: str
+    y: tuple[str, ...]
+    x: str = "step"
+    by: str = "variant"
+
+    @property
+    def file(self) -> str:
+        """``curves-val-loss-image-and-2-more.svg``: kind, metrics and axis."""
+        axis = [] if self.x == "step" else [self.x]
+        more = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
+        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *more, *axis])) + ".svg"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the README of an experiment shows.
+
+    Args:
+        source: the experiment file, relative to the checkout.
+        rows: columns of ``runs.csv`` whose values make the rows of the table.
+        columns: its metrics; none means all of them.
+        claim: what the experiment claims, if anything.
+        effects: metrics in which all other runs are compared with those ``against``.
+        search: what was searched for, if anything.
+        missing: the runs that have not finished.
+        same_pairs: groups of a search's tests that its trials may have been asked the same pairs;
+            None where that is not known.
+    """
+
+    experiment: str
+    title: str
+    question: str
+    source: str
+    rows: tuple[str, ...] = ("variant",)
+    columns: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    claim: Claim | None = None
+    effects: tuple[str, ...] = ()
+    against: str | None = None
+    search: Search | None = None
+    missing: tuple[str, ...] = ()
+    same_pairs: tuple[str, ...] | None = None
+
+
+def read_report(folder: Path) -> Report:
+    """Return the report that an experiment's folder was exported with.
+
+    Raises:
+        DamagedFileError: when ``report.json`` is no report.
+    """
+    path = folder / "report.json"
+    fields = read_mapping(path, figures=list)
+    try:
+        return _report_of(fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedFileError(path, f"no report: {error}") from error
+
+
+def _report_of(fields: dict[str, Any]) -> Report:
+    figures = [
+        Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
+        for figure in fields.pop("figures")
+    ]
+    fields |= {name: tuple(fields.get(name, ())) for name in TUPLES}
+    if fields.get("same_pairs") is not None:
+        fields["same_pairs"] = tuple(fields["same_pairs"])
+    claim, search = fields.pop("claim", None), fields.pop("search", None)
+    if search is not None:
+        space = {name: Axis(**axis) for name, axis in search.pop("space").items()}
+        search = Search(space, **search)
+    return Report(**fields, figures=tuple(figures), claim=claim and Claim(**claim), search=search)
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """``runs.csv``: one row a finished run; digests and commits are text."""
+    texts = dict.fromkeys(("run", "variant", "digest", "commit"), "string")
+    return pd.read_csv(folder / "runs.csv", dtype=texts)
+
+
+def read_curves(folder: Path) -> pd.DataFrame:
+    """``curves.csv``, a row a point, with what ``runs.csv`` knows of the run beside it."""
+    curves = pd.read_csv(folder / "curves.csv", dtype={"run": "string", "metric": "string"})
+    runs = read_runs(folder)
+    beside = runs[[name for name in runs if name not in ("metric", "step", "value")]]
+    return curves.merge(beside, on="run", how="left", validate="many_to_one")
+
+
+def read_effects(folder: Path) -> list[Effect]:
+    """The comparisons that an experiment's report asks for, that of its claim first."""
+    report, runs = read_report(folder), read_runs(folder)
+    # A search's trials are no comparisons, and Holm must not count them.
+    runs = runs[~is_trial(runs)]
+    return effects(runs, metrics=report.effects, against=report.against, claim=report.claim)
+
+
+def core_minutes(folder: Path) -> float:
+    """What the runs of an experiment cost: minutes times the threads that they had."""
+    runs = read_runs(folder).set_index("run")
+    environments = read_json(folder / "environment.json")
+    return sum(
+        runs["seconds"][name] / 60 * each["machine"]["threads"]
+        for each in environments
+        for name in each["runs"]
+    )
+
+
+def experiment_page(folder: Path) -> str:
+    """The generated part of an experiment's README: question, cost, table, figures, samples."""
+    report, runs = read_report(folder), read_runs(folder)
+    minutes, overhead = runs["seconds"].sum() / 60, ""
+    if OVERHEAD in runs and runs[OVERHEAD].notna().all():
+        overhead = f" ({runs[OVERHEAD].sum() / runs['seconds'].sum():.1%} beside their stages)"
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    lines = [
+        f"**Question.** {' '.join(report.question.split())}",
+        "",
+        f"`{report.source}`, {count}, {minutes:.3g} minutes{overhead}, commit {_commits(runs)}.",
+        "",
+        *_missing(report),
+        *_claimed(folder, report),
+        *_tables(folder, report, runs),
+    ]
+    for figure in report.figures:
+        if figure.kind == "card":
+            lines += ["", *card_table(read_card(folder / CARD), figure.y)]
+        if figure.kind == "pareto":
+            lines += ["", *_ranked(runs, figure.y)]
+        lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
+    for sample in _shown_samples(folder, runs):
+        lines += ["", f"![{sample.stem}](samples/{sample.name})"]
+    return "\n".join(lines)
+
+
+def _missing(report: Report) -> list[str]:
+    """Which runs have not finished, where there are any."""
+    if not report.missing:
+        return []
+    named = ", ".join(f"`{name}`" for name in report.missing[:MOST_NAMED])
+    more = len(report.missing) - MOST_NAMED
+    return [f"**Not finished:** {named}{f' and {more} others' if more > 0 else ''}.", ""]
+
+
+def _claimed(folder: Path, report: Report) -> list[str]:
+    """The claim with its verdict, and all comparisons, of experiments that have any."""
+    found = read_effects(folder)
+    if not found:
+        return []
+    lines = [] if report.claim is None else [*claim_lines(report.claim, found[0], len(found)), ""]
+    return [*lines, *effects_table(found), ""]
+
+
+def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
+    """Whether groups of runs stand in one order by two metrics: Spearman's, seed by seed."""
+    groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index)
+    first, second = (
+        runs.pivot_table(index="seed", columns=groups, values=name) for name in metrics
+    )
+    found = [
+        rank_correlation(first.loc[seed].to_numpy(), second.loc[seed].to_numpy())
+        for seed in first.index.intersection(second.index)
+    ]
+    known = [each for each in found if not np.isnan(each)]
+    number = groups.nunique()
+    if number < 3 or not known:
+        return []
+    value, low, high = mean_of_few(known)
+    between = f" [{low:.2g}, {high:.2g}]" if len(known) > 1 else ""
+    names = " and ".join(f"`{name}`" for name in metrics)
+    return [f"Rank correlation of {names} over {number} groups of runs: {value:.2g}{between}."]
+
+
+def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
+    if report.search is not None:
+        return search_lines(folder, report.search, runs, same_pairs=report.same_pairs)
+    if is_speed(folder):
+        return list(speed_tables(folder, runs, report.rows))
+    return _table(report, runs)
+
+
+def _table(report: Report, runs: pd.DataFrame) -> list[str]:
+    names = list(runs.columns)
+    after = names[names.index("seconds") + 1 :]
+    bounds = {f"{metric}_{bound}" for metric in after for bound in BOUNDS}
+    metrics = report.columns or tuple(name for name in after if name not in bounds)
+    missing = [name for name in (*report.rows, *metrics) if name not in names]
+    if missing:
+        raise ValueError(f"report.table: no column {missing[0]!r}; there are {', '.join(names)}")
+    head = [*report.rows, "runs", *metrics]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for key, group in runs.groupby(list(report.rows), sort=True, dropna=False):
+        cells = [*(cell(part) for part in key), str(len(group))]
+        lines.append(table_row([*cells, *(_spread(group, metric) for metric in metrics)]))
+    chances = [_only(runs, f"{metric}_chance") for metric in metrics]
+    if any(chances):
+        lines.append(table_row(["_chance_", *[""] * len(report.rows), *chances]))
+    return [*lines, "", "Several runs: mean ± standard deviation.  One run: value [interval]."]
+
+
+def _only(runs: pd.DataFrame, column: str) -> str:
+    """The one value of a column, nothing when there are several or none."""
+    values = set(runs[column].dropna()) if column in runs else set()
+    return f"{values.pop():.4g}" if len(values) == 1 else ""
+
+
+def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
+    """The pictures of the first run of each variant, of which alone an export has some."""
+    first = (
+        runs.sort_values("run")
+        .groupby("variant", sort=True)["run"]
+        .first()
+        .drop(TRIAL, errors="ignore")
+    )
+    samples = folder / "samples"
+    return [path for run in first for path in sorted(samples.glob(f"{glob.escape(run)}-*.png"))]
+
+
+def _spread(group: pd.DataFrame, metric: str) -> str:
+    values = group[metric].dropna()
+    if values.empty:
+        return ""
+    if len(values) > 1:
+        return f"{values.mean():.4g} ± {values.std():.2g}"
+    row = group.loc[values.index[0]]
+    low, high = (row.get(f"{metric}_{bound}", float("nan")) for bound in ("low", "high"))
+    return f"{values.iloc[0]:.4g}" + ("" if pd.isna(low) else f" [{low:.4g}, {high:.4g}]")
+
+
+def index_page(results_folder: Path) -> str:
+    """The generated part of ``results/README.md``: a row a claim, then a row an experiment."""
+    claims = _claims_table(results_folder)
+    return "\n".join([*claims, *([""] if claims else []), *_experiments_table(results_folder)])
+
+
+def _claims_table(results_folder: Path) -> list[str]:
+    head = ["claim", "verdict", "better by, 95 % interval", "core-minutes", "commit"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for folder in experiment_folders(results_folder):
+        report, runs = read_report(folder), read_runs(folder)
+        if report.claim is None:
+            continue
+        claim, found = report.claim, read_effects(folder)[0]
+        name = folder.relative_to(results_folder).as_posix()
+        said = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
+        cells = [f"[{report.title}]({name}/README.md)<br>{said}", found.verdict]
+        cells += [interval_text(found), f"{core_minutes(folder):.3g}", _commits(runs)]
+        lines.append(table_row(cells))
+    return lines if len(lines) > 2 else []
+
+
+def _experiments_table(results_folder: Path) -> list[str]:
+    head = ["experiment", "question", "answer", "runs", "minutes", "commit"]
+    lines = [table_row(head), table_row(["---"] * len(head))]
+    for folder in experiment_folders(results_folder):
+        report, runs = read_report(folder), read_runs(folder)
+        name = folder.relative_to(results_folder).as_posix()
+        link = f"[{report.title}]({name}/README.md)<br>`{name}`"
+        cells = [link, report.question, answer(folder / "README.md"), str(len(runs))]
+        lines.append(table_row([*cells, f"{runs['seconds'].sum() / 60:.3g}", _commits(runs)]))
+    return lines
+
+
+def experiment_folders(results_folder: Path) -> list[Path]:
+    """The folders of the exported experiments, in the order of their names."""
+    return sorted(path.parent for path in results_folder.rglob("report.json"))
+
+
+def answer(readme: Path) -> str:
+    """The first sentence of the text written by hand; empty while there is none."""
+    by_hand = readme.read_text("utf-8").partition(BEGIN)[0]
+    paragraphs = [part.strip() for part in by_hand.split("\n\n")]
+    texts = [part for part in paragraphs if part and not part.startswith("#")]
+    if not texts or texts[0] == UNANSWERED:
+        return ""
+    text = " ".join(texts[0].split())
+    sentence = re.match(r".+?[.!?](?=\s|$)", text)
+    return sentence[0] if sentence else text
+
+
+def replace_generated(page: str, generated: str) -> str:
+    """The page with what stands between its markers replaced; markers are added if missing."""
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2].strip()
+    end = f"{END}\n\n{after}" if after else END
+    return f"{before.rstrip()}\n\n{BEGIN}\n{generated}\n{end}\n"
+
+
+def generated_part(readme: Path) -> str:
+    """What stands between the markers."""
+    return readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def _commits(runs: pd.DataFrame) -> str:
+    return ", ".join(f"`{commit[:10]}`" for commit in sorted(runs["commit"].unique()))
+
+
+def cell(value: object) -> str:
+    """A value as the CSV files and tables have it: floats with six digits, no value empty."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return (
+        str(value)
+        if isinstance(value, str | int | np.integer)
+        else json.dumps(value, ensure_ascii=False)
+    )

@@ -1,0 +1,177 @@
+"""The files of a run, read and checked: is the run finished, and is all of it whole?
+
+A run is finished when its ``summary.json`` says so and the files that results are made from can be
+read.  A damaged file is named in one line and the run counts as unfinished, so that executing its
+experiment again makes the file anew.
+"""
+
+import csv
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rudolph.files.atomic import DamagedFileError, naming, read_mapping, say_once
+from rudolph.reports.cards import CARD
+from rudolph.reports.cards import COLUMNS as CARD_COLUMNS
+from rudolph.reports.repetitions import FILE as REPETITIONS
+from rudolph.reports.repetitions import FOLDER as SPEED
+from rudolph.reports.repetitions import REPETITION_COLUMNS
+from rudolph.tracking.event_log import JOURNAL, STATUSES, read_header, read_journal
+
+SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
+AGAIN = "run its experiment again to mend it"
+NUMBER = (int, float)
+# As `json_number` writes them.
+NOT_FINITE = ("nan", "inf", "-inf")
+NUMBERS = ("metrics", "chance", "target", "seconds")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the ``summary.json`` of a run.
+
+    Raises:
+        DamagedFileError: when it is no summary.
+        OSError: when it is not there.
+    """
+    path = folder / SUMMARY
+    texts = dict.fromkeys(("run", "variant", "digest", "commit", "status"), str)
+    content = read_mapping(path, seed=int, dirty=bool, metrics=dict, seconds=dict, **texts)
+    if content["status"] not in STATUSES:
+        raise DamagedFileError(path, f"unknown status {content['status'][:20]!r}")
+    for name in (*NUMBERS, "grid", "intervals"):
+        values = content.get(name, {})
+        if not isinstance(values, dict):
+            raise DamagedFileError(path, f"{name} is a {type(values).__name__}")
+        if name in NUMBERS:
+            content[name] = values = {key: _number(each) for key, each in values.items()}
+            if None in values.values():
+                raise DamagedFileError(path, f"{name} must hold numbers")
+    for key, pair in content.get("intervals", {}).items():
+        ends = [_number(end) for end in pair] if isinstance(pair, list) else []
+        if len(ends) != 2 or None in ends:
+            raise DamagedFileError(path, "intervals must hold pairs of numbers")
+        content["intervals"][key] = ends
+    return content
+
+
+def _number(value: Any) -> Any:
+    """Return a number of a JSON file, also one that JSON has no word for; None for all else."""
+    if isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
+    return value if isinstance(value, NUMBER) else None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return the ``environment.json`` of a run.
+
+    Raises:
+        DamagedFileError: when it is none.
+        OSError: when it is not there.
+    """
+    path = folder / ENVIRONMENT
+    content = read_mapping(path, machine=dict)
+    if not isinstance(content["machine"].get("threads"), NUMBER):
+        raise DamagedFileError(path, "machine.threads must be a number")
+    if not isinstance(content.get("digests", {}), dict):
+        raise DamagedFileError(path, "digests must be a mapping")
+    return content
+
+
+def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | None:
+    """Return the summary of a finished run that is whole, None for any other.
+
+    A damaged file is named in a warning.
+
+    Args:
+        advice: what the warning says after the file and its fault.
+    """
+    if not (folder / SUMMARY).exists():
+        return None
+    try:
+        summary = read_summary(folder)
+        if summary["status"] != "finished":
+            return None
+        check_files(folder, summary)
+    except FileNotFoundError as error:
+        say_once(f"{error.filename}: is missing; the run counts as unfinished, {advice}")
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        say_once(f"{error.filename}: {reason}; the run counts as unfinished, {advice}")
+    except DamagedFileError as error:
+        say_once(f"{error}; the run counts as unfinished, {advice}")
+    else:
+        return summary
+    return None
+
+
+def finished_runs(runs: Path, *, advice: str = AGAIN) -> list[tuple[Path, dict[str, Any]]]:
+    """Return folder and summary of each finished, whole run right below a folder."""
+    folders = sorted(path.parent for path in runs.glob(f"*/{SUMMARY}"))
+    found = [(folder, finished_summary(folder, advice=advice)) for folder in folders]
+    return [(folder, summary) for folder, summary in found if summary is not None]
+
+
+def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Check the files that results are made from.
+
+    Raises:
+        DamagedFileError: naming the first that is damaged.
+        OSError: naming the first that is missing or cannot be read.
+    """
+    read_environment(folder)
+    header = read_header(folder / JOURNAL)
+    if header["digest"] != summary["digest"]:
+        raise DamagedFileError(folder / JOURNAL, "it belongs to another run")
+    for _ in read_journal(folder / JOURNAL):
+        """Reading a record checks it."""
+    check_config(folder / CONFIG)
+    check_table(folder / CARD, CARD_COLUMNS, numbers=("value", "low", "high", "count"))
+    check_table(
+        folder / SPEED / REPETITIONS,
+        REPETITION_COLUMNS,
+        numbers=("seconds", "units", "peak_bytes"),
+    )
+
+
+def check_config(path: Path) -> None:
+    """Check that a ``config.yaml`` is text that was not cut off; its keys are not read.
+
+    Raises:
+        DamagedFileError: when it is not.
+    """
+    with naming(path):
+        content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"not UTF-8 at byte {error.start}") from error
+    if not text.strip():
+        raise DamagedFileError(path, "empty")
+    if not text.endswith("\n") or "\0" in text:
+        raise DamagedFileError(path, "cut off or overwritten")
+
+
+def check_table(path: Path, columns: Collection[str], *, numbers: Collection[str]) -> None:
+    """Check the columns and numbers of a CSV file, if it is there.
+
+    Raises:
+        DamagedFileError: naming the line that is no row of such a table.
+    """
+    if not path.exists():
+        return
+    try:
+        with naming(path), path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            if not set(columns) <= set(rows.fieldnames or ()):
+                raise DamagedFileError(path, f"expected the columns {', '.join(columns)}")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise ValueError("another number of columns")
+                for name in numbers:
+                    float(row[name])
+    except DamagedFileError:
+        raise
+    except (ValueError, csv.Error) as error:
+        raise DamagedFileError(path, f"no such table: {' '.join(str(error).split())[:80]}") from (
+            error
+        )

@@ -1,0 +1,399 @@
+"""``results/``: what stays of an experiment, readable without a server and checked by redrawing.
+
+    results/README.md                index of all experiments
+    results/<experiment>/README.md   the answer, written by hand; tables between two markers
+      report.json                    title, question, and what table and figures to make
+      runs.csv, curves.csv           one row a finished run; thinned curves
+      report_card.csv                every score of every run, see ``cards``
+      repetitions.csv, profiles/*.csv of speed experiments, see ``repetitions``
+      configs/<run>.yaml, samples/<run>-*.png, environment.json
+      figures/*.svg                  drawn from the CSV files beside them and nothing else
+
+``configs``, ``samples``, ``profiles`` and ``figures`` are made anew by every export: keep nothing
+else in them.  Equal runs give equal bytes.
+"""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rudolph.files.atomic import json_text, require_apart, say_once, write_json, write_text
+from rudolph.reports.cards import CARD, export_cards, read_card
+from rudolph.reports.check import facts_of, unfounded_of
+from rudolph.reports.partial import of_what_is_there
+from rudolph.reports.repetitions import export_repetitions
+from rudolph.reports.report import (
+    BOUNDS,
+    OVERHEAD,
+    UNANSWERED,
+    Report,
+    answer,
+    cell,
+    experiment_folders,
+    experiment_page,
+    generated_part,
+    index_page,
+    read_curves,
+    read_effects,
+    read_report,
+    read_runs,
+    replace_generated,
+)
+from rudolph.reports.run_files import AGAIN, finished_runs, finished_summary, read_environment
+from rudolph.reports.searches import read_regions, write_regions
+from rudolph.tracking.event_log import JOURNAL, exclusive, read_journal
+
+INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
+POINTS_OF_A_CURVE = 200
+# Jobs of one array may finish together; seconds that one waits for another's export.
+EXPORT_TIMEOUT = 300
+_BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
+FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
+
+
+def export(
+    runs_folder: Path,
+    results_folder: Path,
+    *,
+    report: Report,
+    runs: Collection[tuple[str, str]] | None = None,
+) -> Path:
+    """Write ``results/<experiment>`` from the finished runs; the text written by hand stays.
+
+    Args:
+        runs: name and digest of those of the experiment as it is now; None means all.
+
+    Returns the folder.  ``ValueError`` when no run has finished.
+    """
+    finished = _finished(runs_folder / report.experiment, runs)
+    if not finished:
+        raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
+    folder = results_folder / report.experiment
+    require_apart(folder, runs_folder / report.experiment, "results")
+    # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
+    with (
+        exclusive(runs_folder / "export.lock", EXPORT_TIMEOUT),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch,
+    ):
+        made, before = Path(scratch, "made"), Path(scratch, "before")
+        if folder.exists():
+            shutil.copytree(folder, made)
+        _write_experiment(made, report, finished)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.move(folder, before)
+        shutil.move(made, folder)
+    return folder
+
+
+def _write_experiment(
+    folder: Path, report: Report, finished: Sequence[tuple[Path, dict[str, Any]]]
+) -> None:
+    for name in ("configs", "samples", "figures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+    before = _written_before(folder)
+    write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
+    write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
+    write_text(folder / "environment.json", _environments(finished))
+    # Pictures of the first run of each variant, else a sweep's would be most of the repository.
+    shown: dict[str, str] = {}
+    for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
+        shown.setdefault(variant, name)
+    for run_folder, summary in finished:
+        shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
+        if summary["run"] not in shown.values():
+            continue
+        for sample in _last_samples(run_folder / "samples"):
+            shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
+    runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
+    export_repetitions(runs, folder)
+    export_cards(runs, folder)
+    report = of_what_is_there(report, folder)
+    content = asdict(report)
+    if not report.missing:
+        del content["missing"]
+    if report.search is None:
+        del content["same_pairs"]
+    write_json(folder / "report.json", content)
+    if report.search is not None:
+        write_regions(folder, report.search, read_runs(folder))
+    _draw(folder, folder / "figures")
+    if before is not None:
+        digests = set(read_runs(folder)["digest"])
+        _keep_answer_apart(folder / "README.md", before, report, digests)
+    _write_page(folder)
+
+
+def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
+    """The report and the digests of an earlier export, if they can be read."""
+    try:
+        return read_report(folder), set(read_runs(folder)["digest"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _keep_answer_apart(
+    readme: Path, before: tuple[Report, set[str]], report: Report, digests: set[str]
+) -> None:
+    """Give a page the present title; an answer to another question stays below a note."""
+    if not readme.is_file():
+        return
+    old, old_digests = before
+    page = readme.read_text("utf-8")
+    heading = f"# {old.title}\n"
+    if page.startswith(heading):
+        page = f"# {report.title}\n{page.removeprefix(heading)}"
+    is_other = old.question != report.question and not digests & old_digests
+    if is_other and answer(readme):
+        title, _, rest = page.partition("\n")
+        title, rest = (title, rest) if title.startswith("# ") else (f"# {report.title}", page)
+        page = f"{title}\n\n{UNANSWERED}\n\n{rest.lstrip()}"
+        say_once(f"{report.experiment}: its answer was written for another question; renew it")
+    write_text(readme, page)
+
+
+def _write_page(folder: Path) -> None:
+    """The README of an experiment; the text written by hand stays."""
+    readme = folder / "README.md"
+    new = f"# {read_report(folder).title}\n\n{UNANSWERED}\n"
+    by_hand = readme.read_text("utf-8") if readme.exists() else new
+    write_text(readme, replace_generated(by_hand, experiment_page(folder)))
+
+
+def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
+    """Draw the figures and write the pages of one experiment, or of all, from their CSV files.
+
+    Returns the files drawn.
+    """
+    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
+    drawn = []
+    for folder in folders:
+        drawn += _draw(folder, folder / "figures")
+        _write_page(folder)
+    write_index(results_folder)
+    return drawn
+
+
+def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
+    """The same figures as PNG, for slides, in a folder an experiment below ``target``."""
+    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
+    places = {folder: target / folder.relative_to(results_folder) for folder in folders}
+    for place, folder in itertools.product(places.values(), folders):
+        require_apart(place, folder, "--png")
+    return [path for folder, place in places.items() for path in _draw(folder, place, ".png")]
+
+
+def write_index(results_folder: Path) -> Path:
+    """Write the table of ``results/README.md``; text around its markers stays."""
+    path = results_folder / "README.md"
+    by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
+    write_text(path, replace_generated(by_hand, index_page(results_folder)))
+    return path
+
+
+def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) -> list[str]:
+    """What is wrong with the results, a line each; none when all is as an export left it.
+
+    Args:
+        digest: computes the digest of a configuration file, to compare with ``runs.csv``.
+    """
+    tables = {path.parent for path in results_folder.rglob("runs.csv")}
+    folders = sorted(tables | set(experiment_folders(results_folder)))
+    problems = [line for folder in folders for line in _check(folder, digest)]
+    if not problems:
+        # Each page may name any experiment.
+        facts = cache(facts_of)
+        pages = [folder / "README.md" for folder in folders]
+        for page in (*pages, results_folder.parent / "README.md"):
+            numbers = unfounded_of(page, results_folder, facts) if page.is_file() else ()
+            problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
+        index = results_folder / "README.md"
+        if not index.exists() or index_page(results_folder) != generated_part(index):
+            problems.append(f"{index}: the index is not what the folders say; write it again")
+    return problems
+
+
+def _finished(
+    folder: Path, runs: Collection[tuple[str, str]] | None
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Return folder and summary of each finished run; damaged ones are named and left out."""
+    found = finished_runs(folder, advice=f"it is left out; {AGAIN}")
+    return [
+        (path, summary)
+        for path, summary in found
+        if runs is None or (summary["run"], summary["digest"]) in runs
+    ]
+
+
+def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    grid = sorted({name for summary in summaries for name in summary.get("grid", {})})
+    metrics = sorted({name for summary in summaries for name in summary["metrics"]})
+    rows = [_run_row(summary) for summary in summaries]
+    given = {name for row in rows for name in row}
+    values = [f"{metric}{bound}" for metric in metrics for bound in ("", *_BOUND_ENDS)]
+    beside = [OVERHEAD] if OVERHEAD in given else []
+    header = [*FIXED[:2], *grid, *FIXED[2:-1], *beside, FIXED[-1]]
+    header += [name for name in values if name in given]
+    yield header
+    for row in sorted(rows, key=lambda row: str(row["run"])):
+        yield [cell(row.get(name)) for name in header]
+
+
+def finished_row(folder: Path) -> dict[str, Any] | None:
+    """What ``runs.csv`` has of a run, as it reads; None where the run has not finished."""
+    summary = finished_summary(folder)
+    if summary is None:
+        return None
+    return {
+        name: float(cell(value)) if isinstance(value, float) else value
+        for name, value in _run_row(summary).items()
+    }
+
+
+def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: summary[name] for name in FIXED[:-1]}
+    row |= {"seconds": float(sum(summary["seconds"].values()))}
+    if OVERHEAD in summary["seconds"]:
+        row[OVERHEAD] = summary["seconds"][OVERHEAD]
+    row |= summary.get("grid", {}) | summary["metrics"]
+    for name, (low, high) in summary.get("intervals", {}).items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    for bound in ("chance", "target"):
+        row |= {f"{name}_{bound}": value for name, value in summary.get(bound, {}).items()}
+    return row
+
+
+def _curve_rows(
+    finished: Sequence[tuple[Path, Mapping[str, Any]]], report: Report
+) -> Iterator[list[str]]:
+    """Curves of validations, and those that a figure shows."""
+    shown = {metric for figure in report.figures if figure.kind == "curves" for metric in figure.y}
+    yield ["run", "metric", "step", "value"]
+    for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
+        points: dict[str, dict[int, float]] = {}
+        for _, record in read_journal(folder / JOURNAL):
+            # A run that was continued repeats steps: the later value is the one that counted.
+            for name, value in record.get("metrics", {}).items():
+                points.setdefault(name, {})[record["step"]] = value
+        kept = {name for name in points if name in shown or "/val/" in name}
+        for name, curve in sorted((name, points[name]) for name in kept):
+            for step, value in _thinned(sorted(curve.items())):
+                yield [summary["run"], name, str(step), cell(value)]
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``POINTS_OF_A_CURVE`` evenly chosen points, the first and the last among them."""
+    last, most = len(points) - 1, POINTS_OF_A_CURVE - 1
+    if last <= most:
+        return points
+    return [points[(number * last + most // 2) // most] for number in range(most + 1)]
+
+
+def _csv(rows: Iterator[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+    """Each environment once, with the runs that were made in it."""
+    runs_of: dict[str, list[str]] = {}
+    for folder, summary in finished:
+        environment = read_environment(folder)
+        key = json.dumps(environment, sort_keys=True, ensure_ascii=False)
+        runs_of.setdefault(key, []).append(summary["run"])
+    entries = [{"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of.items()]
+    entries.sort(key=lambda entry: str(entry["runs"]))
+    return json_text(entries, indent=1) + "\n"
+
+
+def _last_samples(folder: Path) -> list[Path]:
+    """Of pictures whose names differ in the number at their end, the last; all others."""
+    series: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.png")):
+        stem = path.stem.rstrip("0123456789")
+        series.setdefault(stem, []).append((int(path.stem[len(stem) :] or 0), path))
+    return [max(pictures)[1] for _, pictures in sorted(series.items())]
+
+
+# What a figure is drawn from, where it is not ``runs.csv``.
+FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "curves": read_curves,
+    "card": lambda folder: read_card(folder / CARD),
+    "best_of": lambda folder: read_card(folder / CARD),
+    "regions": read_regions,
+    "forest": lambda folder: pd.DataFrame(read_effects(folder)),
+}
+
+
+def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
+    # Drawing needs matplotlib; exporting tables and checking texts does not wait for it.
+    from rudolph.reports.figures import FIGURES
+    from rudolph.reports.style import warned_drawing
+
+    drawn = []
+    for figure in read_report(folder).figures:
+        if figure.kind not in FIGURES:
+            raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
+        frame = FRAMES.get(figure.kind, read_runs)(folder)
+        path = (target / figure.file).with_suffix(suffix)
+        with warned_drawing():
+            FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
+            drawn.append(path)
+    return drawn
+
+
+def _check(folder: Path, digest: Callable[[Path], str] | None) -> Iterator[str]:
+    needed = ("report.json", "README.md", "runs.csv", "curves.csv", "environment.json")
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        yield f"{folder}: {', '.join(missing)} missing"
+        return
+    runs = read_runs(folder)
+    yield from _check_runs(folder, runs, digest)
+    try:
+        yield from _check_figures(folder)
+        if generated_part(folder / "README.md") != experiment_page(folder):
+            yield f"{folder}/README.md: the generated part is not what runs.csv says; export again"
+    except ValueError as error:
+        yield f"{folder}: {error}"
+    if not answer(folder / "README.md"):
+        yield f"{folder}/README.md: no answer is written above the generated part"
+
+
+def _check_runs(
+    folder: Path, runs: pd.DataFrame, digest: Callable[[Path], str] | None
+) -> Iterator[str]:
+    configs = {path.stem: path for path in (folder / "configs").glob("*.yaml")}
+    names = set(runs["run"])
+    for name in sorted(names ^ set(configs)):
+        place = "runs.csv" if name in configs else "configs"
+        yield f"{folder}: run {name} is missing in {place}"
+    for name in sorted(set(pd.read_csv(folder / "curves.csv", dtype=str)["run"]) - names):
+        yield f"{folder}/curves.csv: run {name} is missing in runs.csv"
+    for row in runs.to_dict("records"):
+        if row["dirty"] or row["commit"] == "unknown":
+            yield f"{folder}: run {row['run']} was made with code that its commit does not name"
+        config = configs.get(row["run"])
+        if digest is not None and config is not None and digest(config) != row["digest"]:
+            yield f"{config}: its digest is not the one in runs.csv"
+
+
+def _check_figures(folder: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as drawn:
+        expected = {path.name: path.read_bytes() for path in _draw(folder, Path(drawn))}
+    found = {path.name: path.read_bytes() for path in (folder / "figures").glob("*")}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            yield f"{folder}/figures/{name}: is not what the CSV files draw; redraw it"

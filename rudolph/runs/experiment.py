@@ -1,0 +1,218 @@
+"""Execute one run: stages or measurement, tracking, summary, environment.
+
+``stages`` trains and evaluates a model, ``measuring`` runs a benchmark.  This module gives the run
+its folder, its tracking, its summary and the record of the machine.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rudolph.config.experiment_file import Experiment, Run
+from rudolph.config.run import plain, to_yaml
+from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.evaluators.numerics import lost
+from rudolph.files.atomic import DamagedFileError, say_once, write_json, write_text
+from rudolph.models.layers.native_types import native_product_names
+from rudolph.reports.report import OVERHEAD
+from rudolph.reports.run_files import CONFIG, ENVIRONMENT, SUMMARY, read_summary
+from rudolph.runs.execution import (
+    Execution,
+    Folders,
+    Hardware,
+    Progress,
+    Unrecorded,
+    is_main_process,
+    run_folder,
+)
+from rudolph.runs.measuring import measure
+from rudolph.runs.stages.clip import run_clip_stages
+from rudolph.runs.stages.run import run_stages
+from rudolph.runs.stages.shared import TAKEN
+from rudolph.tracking.event_log import exclusive
+from rudolph.tracking.tracker import Tracker, git_state
+from rudolph.training.callbacks import NonFiniteLossError
+
+RECORDED = ("torch", "pytorch-lightning", "youtokentome", "numpy", "pillow", "mlflow")
+
+
+def execute(
+    experiment: Experiment,
+    run: Run,
+    *,
+    folders: Folders,
+    hardware: Hardware,
+    uri: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Execute one run and return its summary.
+
+    Raises:
+        NonFiniteLossError: when a loss is NaN or infinite; the last checkpoint stays.
+        ValueError: for a mistake in the data or the hardware flags, or when another process
+            executes the same run.
+    """
+    folder = run_folder(folders, experiment, run)
+    if not is_main_process():
+        work_of(run)(Execution(run, folder, folders, hardware, Unrecorded(), progress))
+        return _summary(experiment, run)
+    with exclusive(folder / "running.lock", 0) as is_alone:
+        if not is_alone:
+            raise ValueError(f"{folder}: another process executes this run")
+        return _execute_alone(
+            experiment, run, folders=folders, hardware=hardware, uri=uri, progress=progress
+        )
+
+
+def _execute_alone(
+    experiment: Experiment,
+    run: Run,
+    *,
+    folders: Folders,
+    hardware: Hardware,
+    uri: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    folder, started = run_folder(folders, experiment, run), time.monotonic()
+    write_text(folder / CONFIG, to_yaml(run.config))
+    commit, dirty = git_state(folders.checkout)
+    summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
+    with Tracker(
+        folder,
+        uri,
+        experiment=experiment.name,
+        run=run.name,
+        digest=run.config.digest,
+        runs_folder=folders.runs,
+    ) as tracker:
+        tracker.log_params(plain(run.config))
+        if not tracker.is_continued:
+            # Curves of stages that other runs trained are missing too; they are recorded again.
+            (folder / TAKEN).unlink(missing_ok=True)
+        tracker.log_artifact(folder / CONFIG)
+        tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
+        seconds = _earlier_seconds(folder)
+        earlier = dict(seconds)
+        execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
+        _write_summary(folder, summary, "running", execution)
+        try:
+            scores, digests = outcome_of(execution)
+        except BaseException:
+            # A key press as well as a mistake: what the stages took so far is not to be lost.
+            _write_summary(folder, summary, "failed", execution)
+            raise
+        _add_scores(summary, scores)
+        config = run.config
+        optim = config.clip_optim if config.model == "clip" else config.decoder_optim
+        tracker.log_metrics(summary["metrics"], step=optim.num_steps)
+        _write_environment(execution, commit, digests)
+        tracker.log_artifact(folder / ENVIRONMENT)
+        _add_overhead(seconds, earlier, time.monotonic() - started)
+        _write_summary(folder, summary, "finished", execution)
+        tracker.log_artifact(folder / SUMMARY)
+    return summary
+
+
+def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+    """The scores of a run; that it was lost is one where the run is asked for it."""
+    run = execution.run
+    try:
+        return work_of(run)(execution)
+    except NonFiniteLossError:
+        if "survival" not in run.config.evaluation.questions:
+            raise
+        return [lost(split) for split in run.config.evaluation.splits], {}
+
+
+def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: float) -> None:
+    """What a run took beside its stages: tracking, pictures, records."""
+    staged = sum(seconds.values()) - sum(earlier.values())
+    seconds[OVERHEAD] = round(earlier.get(OVERHEAD, 0.0) + passed - staged, 3)
+
+
+def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
+    """What makes the scores of a run: its stages, or its contestants."""
+    if run.config.speed.measure is not None:
+        return measure
+    return run_clip_stages if run.config.model == "clip" else run_stages
+
+
+def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    return {
+        "experiment": experiment.name,
+        "run": run.name,
+        "variant": run.variant,
+        "grid": dict(run.grid),
+        "seed": run.config.seed,
+        "digest": run.config.digest,
+        "target": dict(experiment.targets),
+        "metrics": {},
+        "intervals": {},
+        "chance": {},
+    }
+
+
+def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
+    for score in scores:
+        summary["metrics"][score.name] = score.value
+        summary["intervals"][score.name] = [score.low, score.high]
+        if score.chance is not None:
+            summary["chance"][score.name] = score.chance
+
+
+def _earlier_seconds(folder: Path) -> dict[str, float]:
+    """Return what the stages of earlier attempts at this run took; nothing if that was lost."""
+    if not (folder / SUMMARY).exists():
+        return {}
+    try:
+        seconds: dict[str, float] = read_summary(folder)["seconds"]
+    except (DamagedFileError, OSError) as error:
+        say_once(f"{error}; the seconds of earlier attempts are lost")
+        return {}
+    return seconds
+
+
+def _write_summary(
+    folder: Path, summary: dict[str, Any], status: str, execution: Execution
+) -> None:
+    content = summary | {"status": status, "seconds": execution.seconds}
+    write_json(folder / SUMMARY, content)
+
+
+def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
+    """What a number may depend on beside its configuration."""
+    content = {
+        "commit": commit,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in RECORDED} | execution.versions,
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "native_products": native_product_names(),
+            "gpus": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
+        },
+        "hardware": plain(execution.hardware) | {"precision": execution.hardware.used_precision},
+        "digests": digests,
+    }
+    write_json(execution.folder / ENVIRONMENT, content)
+
+
+def _processor() -> str:
+    """The processor's own name, which ``platform`` does not tell on Linux."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,125 @@
+"""The VQ-GAN of a run: named, from the cache or trained, and the indices that it gives."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.config.run import digest_of, plain
+from rudolph.data.cache import cached_array
+from rudolph.data.examples import ImageExamples
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Split, Splits
+from rudolph.models.vqgan.model import VQGAN
+from rudolph.models.weights import weights_digest
+from rudolph.runs.execution import Execution
+from rudolph.runs.resolve import open_vqgan
+from rudolph.runs.stages.shared import shared_weights
+from rudolph.runs.stages.tokenizer import places
+from rudolph.runs.trainer import fit
+from rudolph.training.vqgan import VQGANTraining
+
+
+def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
+    """The VQ-GAN of this configuration: named, from the cache, or trained now."""
+    config = execution.config
+    if config.vqgan.init is not None:
+        return named_vqgan(execution, config.vqgan.init)
+    names = ("train", "validation")
+    pictures = {name: splits.with_pictures(name) for name in names}
+    if not pictures["train"]:
+        raise ValueError("data.tasks: no dataset of the mixture has pictures")
+    data = [split.digest for name in names for split in pictures[name]]
+    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
+    torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
+    model = VQGAN(config.vqgan)
+    shared_weights(
+        execution,
+        f"vqgan-{digest_of(*decides, data, config.seed_of_vqgan)[:16]}",
+        model,
+        partial(train_vqgan, execution, model, pictures),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def named_vqgan(execution: Execution, source: str) -> VQGAN:
+    """The VQ-GAN of a source, used as it is; its settings must be those of the file."""
+    model = open_vqgan(source, **places(execution))
+    asked = plain(replace(execution.config.vqgan, init=None))
+    held = plain(replace(model.config, init=None))
+    # What only a training reads may differ.
+    for name in asked.keys() - {"dropout", "quantizer"}:
+        if asked[name] != held[name]:
+            raise ValueError(
+                f"vqgan.{name} must be {held[name]}, as in {source}, got {asked[name]}"
+            )
+    for name in ("kind", "num_codes", "embedding_dim"):
+        if asked["quantizer"][name] != held["quantizer"][name]:
+            raise ValueError(
+                f"vqgan.quantizer.{name} must be {held['quantizer'][name]}, as in {source}, "
+                f"got {asked['quantizer'][name]}"
+            )
+    return model.eval().requires_grad_(False)
+
+
+def train_vqgan(
+    execution: Execution, model: VQGAN, splits: dict[str, list[Split]], weights: Path
+) -> None:
+    """Train on the pictures of the training splits and leave ``weights``."""
+    config = execution.config
+    with execution.stage("vqgan") as advance:
+        _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
+        module = VQGANTraining(
+            model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
+        )
+        train = ImageExamples(*splits["train"], seed=config.seed_of_vqgan, flip=config.data.flip)
+        validation = ImageExamples(*splits["validation"], seed=config.seed_of_vqgan)
+        fit(
+            execution,
+            module,
+            config.vqgan_optim,
+            examples=(train.batch, validation.whole, validation.num_pairs),
+            stage="vqgan",
+            advance=advance,
+            weights=weights,
+            made_of=weights.parent.name,
+            seed=config.seed_of_vqgan,
+        )
+
+
+def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
+    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk.
+
+    Of the training split, where the configuration asks for drawn codes, ``(N, S, I)``.
+    """
+    device, config = execution.hardware.device, execution.config
+    num_draws = config.data.code_draws if split.name == "train" else 0
+    generator = torch.Generator(device)
+
+    def encoded(pictures: Tensor, first: int) -> Tensor:
+        if not num_draws:
+            return vqgan.encode_indices(pictures)
+        generator.manual_seed(mixed_seed(config.seed, "codes", first))
+        drawn = [vqgan.encode_indices(pictures, generator=generator) for _ in range(num_draws)]
+        return torch.stack(drawn, dim=1)
+
+    def compute() -> np.ndarray[Any, Any]:
+        vqgan.to(device)
+        parts = []
+        with execution.stage(f"indices of {split.dataset_name} {split.name}") as advance:
+            for first in range(0, len(split), 256):
+                advance(first, len(split), "")
+                pictures = split.pictures(range(first, min(first + 256, len(split))))
+                indices = encoded(pictures.to(device), first)
+                parts.append(indices.to("cpu", torch.int32).numpy())
+            advance(len(split), len(split), "")
+        return np.concatenate(parts)
+
+    parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
+    if num_draws:
+        parts["draws"] = f"{num_draws} by {config.seed}"
+    return cached_array(execution.folders.cache, parts=parts, compute=compute)

@@ -1,0 +1,45 @@
+"""Whether the tokenizer and the VQ-GAN of a run are those that its first weights learned with."""
+
+import torch
+
+from rudolph.files.atomic import say_once
+from rudolph.models.vqgan.model import VQGAN
+from rudolph.runs.execution import Execution
+from rudolph.runs.resolve import find_tokenizer, open_vqgan
+from rudolph.runs.stages.tokenizer import places
+from rudolph.sequence.tokenizer import Tokenizer
+
+# Weights of a packed run differ from the trained ones by the rounding to 16 bits.
+RELATIVE_ROUNDING, ROUNDING = 2e-3, 1e-4
+
+
+def warn_of_other_parts(execution: Execution, tokenizer: Tokenizer, vqgan: VQGAN) -> None:
+    """Warn of a named tokenizer or VQ-GAN that ``decoder.init`` was not trained with."""
+    config = execution.config
+    source = config.decoder.init
+    if source is None:
+        return
+    place = places(execution)
+    if config.tokenizer.path != source:
+        own = Tokenizer(find_tokenizer(source, **place))
+        if own.digest != tokenizer.digest:
+            named = config.tokenizer.path
+            say_once(
+                f"tokenizer.path: {named} differs from the tokenizer of decoder.init {source}"
+            )
+    if config.vqgan.init != source and not is_equal(vqgan, open_vqgan(source, **place)):
+        named = config.vqgan.init
+        say_once(f"vqgan.init: {named} differs from the VQ-GAN of decoder.init {source}")
+
+
+def is_equal(first: VQGAN, second: VQGAN) -> bool:
+    """Return whether two VQ-GANs have the same weights up to the rounding of a packed run."""
+    weights, others = first.state_dict(), second.state_dict()
+    if weights.keys() != others.keys():
+        return False
+    pairs = [(value.float().cpu(), others[name].float().cpu()) for name, value in weights.items()]
+    return all(
+        own.shape == other.shape
+        and torch.allclose(own, other, rtol=RELATIVE_ROUNDING, atol=ROUNDING)
+        for own, other in pairs
+    )

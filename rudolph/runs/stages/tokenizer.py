@@ -1,0 +1,63 @@
+"""The data of a run, and the tokenizer of its texts: named, from the cache or trained."""
+
+import os
+from typing import Any
+
+from rudolph.config.run import digest_of
+from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.splits import Split, Splits
+from rudolph.files.atomic import say_once, set_aside
+from rudolph.runs.execution import Execution
+from rudolph.runs.resolve import find_tokenizer
+from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.tracking.tracker import tracking_uri
+
+
+def open_data(execution: Execution, splits: Splits) -> Tokenizer:
+    """Every split that is trained on or validated, and the tokenizer of their texts."""
+    datasets = splits.config.datasets
+    with execution.stage("data") as advance:
+        num_pairs = 0
+        for done, dataset in enumerate(datasets):
+            advance(done, len(datasets), dataset)
+            num_pairs += len(splits("train", dataset))
+            splits("validation", dataset)
+        tokenizer = make_tokenizer(execution, splits.all("train"))
+        note = f"{num_pairs} pairs, {tokenizer.vocab_size} BPE ids"
+        main = splits("train").dataset
+        if isinstance(main, Manifest):
+            note += f", {main.report.rows - main.report.kept} bad rows skipped"
+        advance(len(datasets), len(datasets), note)
+    return tokenizer
+
+
+def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
+    """The named tokenizer, or one trained on all texts of the training splits."""
+    config, cache = execution.config, execution.folders.cache
+    size = config.tokenizer.vocab_size
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer(find_tokenizer(config.tokenizer.path, **places(execution)))
+        if tokenizer.vocab_size > size:
+            raise ValueError(
+                f"tokenizer.vocab_size must be at least {tokenizer.vocab_size}, the ids of "
+                f"{config.tokenizer.path}, got {size}"
+            )
+        return tokenizer
+    texts = [text for split in train for text in (*split.captions, *split.questions) if text]
+    # What was trained on captions alone keeps its name.
+    is_simple = len(train) == 1 and not any(train[0].questions)
+    made_of = train[0].digest if is_simple else ["texts", *(split.digest for split in train)]
+    path = cache / f"tokenizer-{digest_of([size, made_of])[:16]}.model"
+    if os.path.lexists(path):
+        try:
+            return Tokenizer(path)
+        except (ValueError, OSError) as error:
+            aside = set_aside(path)
+            say_once(f"{error}; renamed {aside.name}, the tokenizer is trained again")
+    return Tokenizer.train(texts, vocab_size=size, path=path)
+
+
+def places(execution: Execution) -> dict[str, Any]:
+    """Where a source of weights is looked for."""
+    folders = execution.folders
+    return {"runs": folders.runs, "uri": tracking_uri(folders.checkout)}

@@ -1,0 +1,143 @@
+"""One module trained to its last step: trainer, checkpoint, curves, weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+)
+
+from rudolph.data.loader import Streams
+from rudolph.data.seeds import mixed_seed
+from rudolph.models.layers.lora import merge_low_rank
+from rudolph.models.weights import save_weights
+from rudolph.runs.execution import Execution, Hardware, is_main_process
+from rudolph.training.callbacks import (
+    MetricLogger,
+    ReportProgress,
+    ResumeCheckpoint,
+    StepSeed,
+    quiet_lightning,
+)
+from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
+from rudolph.training.optim import OptimConfig
+from rudolph.training.steps import StepwiseModule
+
+CURVES = "curves.jsonl"
+CHECKPOINT = "last.ckpt"
+
+
+def fit(
+    execution: Execution,
+    module: StepwiseModule,
+    optim: OptimConfig,
+    *,
+    examples: tuple[Any, Any, int],
+    stage: str,
+    advance: Callable[[int, int, str], None],
+    weights: Path,
+    made_of: str,
+    seed: int,
+) -> None:
+    """Train a module to its last step, from the newest whole checkpoint beside ``weights``.
+
+    Only a checkpoint of a training that was ``made_of`` the same is continued.  Checkpoints are
+    removed once the weights are safe.
+    """
+    hardware = execution.hardware
+    micro, num_accumulated = hardware.batches(optim)
+    num_batches = optim.num_steps * num_accumulated
+    folder = weights.parent
+    last = folder / CHECKPOINT
+    start = find_checkpoint(
+        last, num_batches=num_batches, made_of=made_of, is_main=is_main_process()
+    )
+    checkpoint = ResumeCheckpoint(
+        last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, made_of=made_of
+    )
+    seeds, progress = StepSeed(mixed_seed(seed, stage)), ReportProgress(advance, num_batches)
+    logger = MetricLogger(
+        execution.tracker.log_metrics,
+        stage=stage,
+        path=folder / CURVES,
+        num_steps_done=lambda: module.num_steps_done,
+    )
+    quiet_lightning()
+    trainer = make_trainer(
+        hardware,
+        num_networks=len(module.networks()),
+        logger=logger,
+        callbacks=[seeds, checkpoint, *averaging(optim), progress],
+        val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
+        default_root_dir=folder,
+    )
+    streams = Streams(
+        *examples[:2],
+        batch_size=micro,
+        num_batches=num_batches,
+        num_validation=examples[2],
+        num_workers=hardware.num_workers,
+    )
+    run_trainer(trainer, module, streams, start)
+    keep_weights(module, weights)
+    if is_main_process():
+        remove_checkpoints(last)
+    trainer.strategy.barrier()
+
+
+def keep_weights(module: StepwiseModule, weights: Path) -> None:
+    """Write the trained network of a module, from the main process alone.
+
+    Weights are kept in float32 whatever they were trained in, as runs that share them read them.
+    """
+    network = module.networks()[0].float()
+    merge_low_rank(network)
+    if is_main_process():
+        save_weights(network, weights)
+
+
+def run_trainer(
+    trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, start: Path | None
+) -> None:
+    """Fit from the checkpoint ``start``, if any; a key press is a ``KeyboardInterrupt``."""
+    try:
+        trainer.fit(module, streams, ckpt_path=start)
+    except SystemExit as stopped:
+        # Lightning would leave the process, and with it unsaid how to go on.
+        raise KeyboardInterrupt from stopped
+
+
+def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) -> pl.Trainer:
+    """Lightning's trainer on this hardware, without what is done elsewhere.
+
+    Raises:
+        ValueError: in one line, when the machine does not have that hardware.
+    """
+    try:
+        return pl.Trainer(
+            max_epochs=1,
+            accelerator=hardware.accelerator,
+            devices=list(hardware.device_indices) or hardware.num_devices,
+            num_nodes=hardware.num_nodes,
+            strategy=hardware.strategy_for(num_networks),
+            precision=hardware.used_precision,  # type: ignore[arg-type]
+            log_every_n_steps=10,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            **settings,
+        )
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(f"hardware: {' '.join(str(error).split())}") from error
+
+
+def averaging(optim: OptimConfig) -> list[pl.Callback]:
+    """What averages the weights of a training, if its configuration asks for it."""
+    if optim.ema_decay is None:
+        return []
+    return [EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False)]

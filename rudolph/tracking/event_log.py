@@ -1,0 +1,343 @@
+"""The journal of a run: what is to be tracked, one JSON line a call, in the run's own folder.
+
+It is written before anything is sent anywhere, so a run's curves outlive any tracking server.
+Each record has a ``kind``, a ``time`` in milliseconds and its fields:
+
+    run       experiment, run, digest, key (of the MLflow run); always the first line
+    status    status: running, finished or failed
+    metrics   step, metrics: name -> number, or "nan", "inf", "-inf"
+    params    params: flattened name -> text
+    tags      tags: name -> text
+    artifact  path (relative to the run's folder when inside), folder (in MLflow)
+"""
+
+import errno
+import json
+import re
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rudolph.files.atomic import (
+    DamagedFileError,
+    naming,
+    read_mapping,
+    say_once,
+    set_aside,
+    write_all,
+    write_json,
+    write_whole,
+)
+
+JOURNAL = "journal.jsonl"
+SENT = "journal.sent"
+VALUE_KINDS = ("metrics", "params", "tags")
+VALUES_IN_BATCH = 1000
+# The fields of each kind of record beside ``kind`` and ``time``.
+FIELDS: dict[str, dict[str, type]] = {
+    "run": {"experiment": str, "run": str, "digest": str, "key": str},
+    "status": {"status": str},
+    "metrics": {"step": int, "metrics": dict},
+    "params": {"params": dict},
+    "tags": {"tags": dict},
+    "artifact": {"path": str, "folder": str},
+}
+STATUSES = ("running", "finished", "failed")
+LARGEST_INTEGER = 2**63 - 1
+
+
+def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as ``a.b.c`` -> text; what is not a string is written as JSON.
+
+    >>> flatten({"decoder": {"num_layers": 2, "dropout": None}, "mask": ["row", "conv"]})
+    {'decoder.num_layers': '2', 'decoder.dropout': 'null', 'mask': '["row", "conv"]'}
+    """
+    flat: dict[str, str] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            flat[f"{prefix}{name}"] = value
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False, default=str)
+    return flat
+
+
+def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the complete records from byte ``offset`` on, each with the offset of its end.
+
+    Metric values are floats again.  A last line that was cut off by a crash is left out.
+
+    Raises:
+        DamagedFileError: at a line that is no record.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = parse_record(line)
+            except (ValueError, TypeError, RecursionError) as error:
+                reason = f"no record at byte {offset}: {_words(error)}"
+                raise DamagedFileError(path, reason) from error
+            offset += len(line)
+            yield offset, record
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Return the record in a line.
+
+    Raises:
+        ValueError: when it is none; TypeError, when a value is of no legal type.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a mapping, got {type(record).__name__}")
+    fields = FIELDS.get(str(record.get("kind")))
+    if fields is None:
+        raise ValueError(f"unknown kind {record.get('kind')!r}")
+    for name, kind in {"time": int, **fields}.items():
+        value = record.get(name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"{name} is too large")
+    if record["kind"] == "status" and record["status"] not in STATUSES:
+        raise ValueError(f"unknown status {record['status']!r}")
+    if record["kind"] == "metrics":
+        record["metrics"] = {name: float(v) for name, v in record["metrics"].items()}
+    elif record["kind"] in VALUE_KINDS:
+        for value in record[record["kind"]].values():
+            if not isinstance(value, str):
+                raise ValueError(f"values of {record['kind']} must be text")
+    return record
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the first record of a journal, which says whose it is.
+
+    Raises:
+        DamagedFileError: when the first line is no such record.
+    """
+    _, record = next(read_journal(path), (0, {"kind": "nothing"}))
+    if record["kind"] != "run":
+        raise DamagedFileError(path, f"expected a header, got {record['kind']}")
+    return record
+
+
+def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Records in groups of some 1000 values; what is no value (artifact, status) comes alone."""
+    group: list[dict[str, Any]] = []
+    weight, end = 0, offset
+    for after, record in read_journal(path, offset):
+        is_value = record["kind"] in VALUE_KINDS
+        if group and (not is_value or weight >= VALUES_IN_BATCH):
+            yield end, group
+            group, weight = [], 0
+        group.append(record)
+        weight += len(record["metrics"]) if record["kind"] == "metrics" else VALUES_IN_BATCH
+        end = after
+    if group:
+        yield end, group
+
+
+class Journal:
+    """The append-only record of one run, safe to write from several threads.
+
+    Opening an existing journal continues it.  Of a damaged one the lines that can be read are
+    continued, and the file is kept beside it.  ``ValueError`` when it belongs to another
+    configuration than ``digest``.
+
+    Attributes:
+        is_continued: whether the journal had all records of an earlier attempt.
+    """
+
+    def __init__(self, folder: Path, *, experiment: str, run: str, digest: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / JOURNAL
+        self._lock = threading.Lock()
+        key = f"{digest}-{uuid.uuid4().hex}"
+        header = {"experiment": experiment, "run": run, "digest": digest, "key": key}
+        written = self.path.read_bytes() if self.path.exists() else b""
+        complete = written[: written.rfind(b"\n") + 1]
+        kept = _readable_lines(complete)
+        has_header = bool(kept) and parse_record(kept[0])["kind"] == "run"
+        self.is_continued = has_header and b"".join(kept) == complete
+        if complete and not self.is_continued:
+            mend_journal(self.path, kept, header=_line("run", header))
+        # Unbuffered: one record is one write, and survives the process.
+        with naming(self.path):
+            self._file = self.path.open("ab", buffering=0)
+            if self.is_continued:
+                self._file.truncate(len(complete))
+            elif not complete:
+                self._file.truncate(0)
+                self.append("run", **header)
+        found = read_header(self.path)["digest"]
+        if found != digest:
+            self._file.close()
+            raise ValueError(
+                f"{self.path}: belongs to digest {found}, got {digest}; "
+                "a folder holds one configuration, so move the file away to start a new journal"
+            )
+
+    def append(self, kind: str, **fields: object) -> None:
+        """Write one record; it is on its way to the disk when this returns.
+
+        Raises:
+            OSError: naming the journal, which then holds nothing of the record.
+        """
+        line = _line(kind, fields)
+        with self._lock, naming(self.path):
+            write_all(self._file, line)
+
+    def close(self) -> None:
+        """Nothing can be appended any more."""
+        self._file.close()
+
+
+class SentMark:
+    """How far one server has one run's journal; ``journal.sent`` keeps a mark for each server.
+
+    Args:
+        folder: the run's folder.
+        server: the server's address; name and password in it are not written down.
+    """
+
+    def __init__(self, folder: Path, server: str) -> None:
+        self._folder, self._server = folder, without_user(server)
+
+    def read(self) -> tuple[str, int]:
+        """The id of the MLflow run and the byte up to which it is sent; ``("", 0)`` if never.
+
+        The byte is 0 where the journal is another than was sent: sending twice changes nothing.
+        """
+        mark = self._marks().get(self._server, {"run_id": "", "offset": 0})
+        return mark["run_id"], mark["offset"] if self._ends_line(mark["offset"]) else 0
+
+    def _ends_line(self, offset: int) -> bool:
+        with (self._folder / JOURNAL).open("rb") as journal:
+            journal.seek(max(offset - 1, 0))
+            return offset > 0 and journal.read(1) == b"\n"
+
+    def write(self, run_id: str, offset: int) -> None:
+        """Move the mark; a crash leaves the old one or the new one."""
+        marks = self._marks() | {self._server: {"run_id": run_id, "offset": offset}}
+        write_json(self._folder / SENT, marks)
+
+    def is_pending(self) -> bool:
+        """Whether the journal is longer than what was sent."""
+        return (self._folder / JOURNAL).stat().st_size > self.read()[1]
+
+    def _marks(self) -> dict[str, Any]:
+        path = self._folder / SENT
+        try:
+            return read_marks(path) if path.exists() else {}
+        except (DamagedFileError, OSError) as error:
+            say_once(f"{path}: damaged ({error}); all records of the run are sent again")
+            return {}
+
+
+def read_marks(path: Path) -> dict[str, Any]:
+    """Return the marks of each server in a ``journal.sent``.
+
+    Raises:
+        DamagedFileError: when it holds none.
+    """
+    marks = read_mapping(path)
+    for mark in marks.values():
+        is_mark = isinstance(mark, dict) and isinstance(mark.get("run_id"), str)
+        if not (is_mark and isinstance(mark.get("offset"), int) and mark["offset"] >= 0):
+            raise DamagedFileError(path, "expected run_id and offset of each server")
+    return marks
+
+
+def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
+    """The run folders with something that ``server`` lacks; all of them for None.
+
+    A run whose journal cannot be read is named and left out.
+    """
+    folders = []
+    for path in sorted(runs_folder.rglob(JOURNAL)):
+        try:
+            if any(read_journal(path)):
+                read_header(path)
+                folders.append(path.parent)
+        except (DamagedFileError, OSError) as error:
+            say_once(f"{error}; the run is left out, run its experiment again to mend it")
+    return [f for f in folders if server is None or SentMark(f, server).is_pending()]
+
+
+def mend_journal(path: Path, kept: list[bytes], *, header: bytes) -> None:
+    """Write a journal anew from the lines that can be read; the damaged file is set aside."""
+    aside = set_aside(path)
+    if not kept or parse_record(kept[0])["kind"] != "run":
+        kept = [header, *kept]
+    write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+    # Offsets of the old file mean nothing in the new one.
+    (path.parent / SENT).unlink(missing_ok=True)
+    say_once(f"{path}: damaged, renamed {aside.name}; its {len(kept)} whole records are kept")
+
+
+def _readable_lines(content: bytes) -> list[bytes]:
+    """Return the lines that are records."""
+    kept = []
+    for line in content.split(b"\n")[:-1]:
+        try:
+            parse_record(line)
+        except (ValueError, TypeError, RecursionError):
+            continue
+        kept.append(line + b"\n")
+    return kept
+
+
+def _line(kind: str, fields: Mapping[str, object]) -> bytes:
+    record = {"kind": kind, "time": int(time.time() * 1000), **fields}
+    return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:80] or type(error).__name__
+
+
+def without_user(uri: str) -> str:
+    """The URI without name and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextmanager
+def exclusive(path: Path, seconds: float) -> Iterator[bool]:
+    """Hold a lock that a dying process lets go; yields whether it was got in time.
+
+    SQLite is the one file lock of the standard library that works on every system.
+
+    Raises:
+        OSError: naming the lock, when the file can be neither made nor written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # What lies there and is no lock holds nothing and is held by nobody.
+    if path.is_file() and not _is_lock(path):
+        path.unlink()
+    with naming(path), path.open("ab"):
+        """Tell a folder, or a place that cannot be written, by its own error."""
+    with closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as lock:
+        is_held = True
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise OSError(errno.EIO, f"no lock ({error})", str(path)) from error
+            is_held = False
+        yield is_held
+
+
+def _is_lock(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(16)
+    return not start or start == b"SQLite format 3\0"

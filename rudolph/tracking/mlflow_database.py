@@ -1,0 +1,103 @@
+"""MLflow's SQLite file: made whole, and checked before MLflow opens it.
+
+MLflow makes some 60 tables one after the other, in the file itself.  Killed meanwhile, it cannot
+open the file ever after.  Here the file is made beside its place and renamed, and one that another
+program left half-made is set aside, if it holds nothing.
+"""
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+from rudolph.files.atomic import say_once, set_aside
+
+# What SQLite keeps beside a file that is in use or was when its process died.
+COMPANIONS = ("-journal", "-wal", "-shm")
+# Making the tables leaves rows only here; the experiment "Default" is the last step.
+BOOKKEEPING = ("alembic_version", "workspaces", "sqlite_sequence")
+# Another program may be making the tables now; it changes the file more often than this.
+SECONDS_UNTIL_ABANDONED = 10.0
+
+
+class SlowStoreError(ConnectionError):
+    """The store works, but it did not answer in time."""
+
+
+def prepare(database: Path) -> None:
+    """Make the file if it is missing or was left half-made; one that holds anything stays.
+
+    Only one process may do so at a time.
+
+    Raises:
+        ConnectionError: when the file is no SQLite database, with what to do.
+    """
+    while holds_nothing(database):
+        if not database.exists() or _age(database) > SECONDS_UNTIL_ABANDONED:
+            break
+        time.sleep(0.2)
+    else:
+        return
+    if database.exists() and database.stat().st_size:
+        aside = set_aside(database)
+        for end in COMPANIONS:
+            companion = database.with_name(f"{database.name}{end}")
+            if companion.exists():
+                os.replace(companion, aside.with_name(f"{aside.name}{end}"))
+        say_once(f"{database}: was left half-made and holds no run; renamed {aside.name}")
+    make(database)
+
+
+def holds_nothing(database: Path) -> bool:
+    """Return whether a database is missing or has no row beside MLflow's own bookkeeping.
+
+    Raises:
+        ConnectionError: when the file is no SQLite database.
+    """
+    if not database.exists() or database.stat().st_size == 0:
+        return True
+    advice = "move it away, then `rudolph sync --again` sends all runs to a new one"
+    try:
+        with closing(sqlite3.connect(database, timeout=10.0)) as connection:
+            found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            names = sorted({name for (name,) in found} - set(BOOKKEEPING))
+            return not any(
+                connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in names
+            )
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            raise SlowStoreError(f"{database}: another program uses it") from error
+        raise ConnectionError(f"{database}: {error}") from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise ConnectionError(f"{database}: {error}; {advice}") from error
+
+
+def make(database: Path) -> None:
+    """Make MLflow's tables in a new file, then rename it.
+
+    Raises what MLflow and SQLAlchemy raise.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    new = database.with_name(f"{database.name}.new")
+    database.parent.mkdir(parents=True, exist_ok=True)
+    paths = [new.with_name(f"{new.name}{end}") for end in ("", *COMPANIONS)]
+    for leftover in paths:
+        leftover.unlink(missing_ok=True)
+    try:
+        artifacts = database.with_name("mlartifacts").as_uri()
+        store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)  # type: ignore[no-untyped-call]
+        store.engine.dispose()
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, database)
+    finally:
+        for leftover in paths:
+            leftover.unlink(missing_ok=True)
+
+
+def _age(database: Path) -> float:
+    """Return the seconds since SQLite wrote last."""
+    paths = [database.with_name(f"{database.name}{end}") for end in ("", *COMPANIONS)]
+    return time.time() - max(path.stat().st_mtime for path in paths if path.exists())

@@ -1,0 +1,300 @@
+"""MLflow at one address: what journals say becomes its runs.
+
+Sending twice changes nothing: the MLflow run is found by its tag ``rudolph.run_key``, parameters
+and tags are set to what they are, equal metric points are stored once, artifacts replace
+themselves.  Runs of one experiment have a parent, which holds what was exported of all of them.
+"""
+
+import logging
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rudolph.files.atomic import DamagedFileError
+from rudolph.tracking.event_log import (
+    JOURNAL,
+    VALUE_KINDS,
+    SentMark,
+    exclusive,
+    read_batches,
+    read_header,
+    without_user,
+)
+from rudolph.tracking.mlflow_database import SlowStoreError, prepare
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Param, RunTag
+
+RUN_KEY = "rudolph.run_key"
+REJECTED = "rudolph.rejected"
+PARENT = "mlflow.parentRunId"
+# The key of every experiment's parent.
+PARENT_KEY = "parent"
+# MLflow 3.17: 1000 metrics, or 100 parameters or tags, or 1 MB a request; a Cyrillic letter takes
+# 6 bytes of it.
+BATCH_WEIGHT, METRIC_WEIGHT, TEXT_WEIGHT = 1000, 1, 10
+BATCH_CHARACTERS = 100_000
+LONGEST_VALUE = 6000
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal is the retry
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+# The words of a store that works but did not answer in time.
+SLOW = re.compile(r"database is locked|Read timed out|read timeout", re.IGNORECASE)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one sending did: runs and records sent, records refused, runs that still wait."""
+
+    runs: int = 0
+    records: int = 0
+    rejected: int = 0
+    waiting: int = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class Store:
+    """MLflow at one URI; when it cannot be used, for whatever reason, ``OSError``."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._experiment_ids: dict[str, str] = {}
+        self._run_ids: dict[Path, str] = {}
+        self._parents: dict[str, str] = {}
+        for name, value in MLFLOW_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._database = _sqlite_file(uri)
+        with _away():
+            from mlflow import MlflowClient
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            # It logs with a traceback what it then raises.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+            # The first client makes the tables, and MLflow does not keep two from doing so.
+            lock = self._database and self._database.with_name(f"{self._database.name}.lock")
+            with exclusive(lock, 60.0) if lock else nullcontext(True) as is_held:
+                if not is_held:
+                    raise SlowStoreError("another process makes its tables")
+                if self._database:
+                    prepare(self._database)
+                self._client = MlflowClient(tracking_uri=uri)
+
+    def send(
+        self, folder: Path, *, again: bool = False, on_progress: Callable[[], None] | None = None
+    ) -> Sent:
+        """Send what one run has unsent; nothing while another process sends it.
+
+        Args:
+            on_progress: called after every part that the server has taken.
+
+        Raises:
+            OSError: when the server cannot be used now; ``SlowStoreError`` when it is slow.
+            DamagedFileError: at a record that cannot be read; those before it are sent.
+        """
+        mark = SentMark(folder, self.uri)
+        if not (again or mark.is_pending()):
+            return Sent()
+        with exclusive(folder / "journal.lock", 0.5) as is_held, _away():
+            if not is_held:
+                return Sent()
+            known_id, offset = mark.read()
+            run_id = self._run_ids.get(folder) or self._open_run(folder, known_id)
+            self._run_ids[folder] = run_id
+            start = offset if run_id == known_id and not again else 0
+            sent = rejected = 0
+            for end, records in read_batches(folder / JOURNAL, start):
+                rejected += len(self._log(run_id, records, folder))
+                mark.write(run_id, end)
+                sent += len(records)
+                if on_progress is not None:
+                    on_progress()
+        return Sent(runs=1, records=sent, rejected=rejected)
+
+    def _open_run(self, folder: Path, known_id: str) -> str:
+        """The id of the MLflow run of a journal, made if there is none; a deleted one is back."""
+        from mlflow.entities import ViewType
+
+        header = read_header(folder / JOURNAL)
+        experiment_id = self._experiment_id(header["experiment"])
+        found = self._client.search_runs(
+            [experiment_id], f"tags.`{RUN_KEY}` = '{header['key']}'", ViewType.ALL
+        )
+        if not found:
+            parent = self.parent(header["experiment"])
+            tags = {RUN_KEY: header["key"], "rudolph.digest": header["digest"], PARENT: parent}
+            start, name = header["time"], header["run"]
+            return str(self._client.create_run(experiment_id, start, tags, name).info.run_id)
+        run = next((run for run in found if run.info.run_id == known_id), found[0])
+        if run.info.lifecycle_stage == "deleted":
+            self._client.restore_run(run.info.run_id)
+        return str(run.info.run_id)
+
+    def parent(self, experiment: str) -> str:
+        """The id of the run that an experiment's runs belong to, made if there is none."""
+        if experiment not in self._parents:
+            found = self._parents_of(experiment)
+            if not found:
+                tags = {RUN_KEY: PARENT_KEY}
+                made = self._client.create_run(
+                    self._experiment_id(experiment), tags=tags, run_name=experiment
+                )
+                self._client.set_terminated(made.info.run_id)
+                # Another process may have made one meanwhile: both keep the same.
+                found = self._parents_of(experiment)
+                if made.info.run_id != found[0]:
+                    self._client.delete_run(made.info.run_id)
+            self._parents[experiment] = found[0]
+        return self._parents[experiment]
+
+    def _parents_of(self, experiment: str) -> list[str]:
+        found = self._client.search_runs(
+            [self._experiment_id(experiment)], f"tags.`{RUN_KEY}` = '{PARENT_KEY}'"
+        )
+        ordered = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+        return [str(run.info.run_id) for run in ordered]
+
+    def send_results(self, experiment: str, folder: Path) -> None:
+        """What was exported of an experiment, tables and figures, as artifacts of its parent."""
+        with _away():
+            self._client.log_artifacts(self.parent(experiment), str(folder), "results")
+
+    def _log(self, run_id: str, records: list[dict[str, Any]], folder: Path) -> list[str]:
+        """Send records of one batch; what MLflow refuses for good, in words."""
+        record, kind, refused = records[0], records[0]["kind"], []
+        if kind == "artifact":
+            path = folder / record["path"]
+            if path.is_file():
+                self._client.log_artifact(run_id, str(path), record["folder"] or None)
+            else:
+                refused = [f"{record['path']}: the file is gone"]
+        elif kind in VALUE_KINDS:
+            values = [value for record in records for value in _values(record)]
+            refused = [line for part in _parts(values) for line in self._log_values(run_id, part)]
+        elif kind == "status" and record["status"] == "running":
+            self._client.update_run(run_id, "RUNNING")
+        elif kind == "status":
+            self._client.set_terminated(run_id, record["status"].upper(), record["time"])
+        if refused:
+            note = f"{len(refused)} refused: {refused[0]}"
+            _logger.warning("%s: %s", folder.name, note)
+            self._client.set_tag(run_id, REJECTED, note[:LONGEST_VALUE])
+        return refused
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if name not in self._experiment_ids:
+            folder = self._database.with_name("mlartifacts") if self._database else None
+            try:
+                # Not looked up first: another process may make it in between.
+                self._experiment_ids[name] = self._client.create_experiment(
+                    name, artifact_location=folder.as_uri() if folder else None
+                )
+            except MlflowException as error:
+                if (experiment := self._client.get_experiment_by_name(name)) is None:
+                    raise error
+                if experiment.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(experiment.experiment_id)
+                self._experiment_ids[name] = experiment.experiment_id
+        return self._experiment_ids[name]
+
+    def _log_values(self, run_id: str, values: "list[Metric | Param | RunTag]") -> list[str]:
+        """Log values; MLflow takes all or none, so a refused lot is halved until one is left."""
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
+
+        metrics = [v for v in values if isinstance(v, Metric)]
+        params = [v for v in values if isinstance(v, Param)]
+        tags = [v for v in values if isinstance(v, RunTag)]
+        try:
+            self._client.log_batch(run_id, metrics, params, tags, synchronous=True)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+                raise ConnectionError(f"MLflow run {run_id} was deleted") from error
+            if len(values) == 1:
+                return [f"{values[0].key}: {_one_line(error)}"]
+            halves = values[: len(values) // 2], values[len(values) // 2 :]
+            return [line for half in halves for line in self._log_values(run_id, half)]
+        return []
+
+
+@contextmanager
+def _away() -> Iterator[None]:
+    try:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError as error:
+        raise ConnectionError(f"MLflow cannot be imported: {_one_line(error)}") from error
+    # Texts of a damaged database may be no UTF-8.
+    kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, UnicodeError)
+    try:
+        yield
+    except (SlowStoreError, DamagedFileError):
+        raise
+    except kinds as error:
+        kind = SlowStoreError if SLOW.search(str(error)) else ConnectionError
+        raise kind(_one_line(error)) from error
+    except _migration_errors() as error:
+        raise ConnectionError(_one_line(error)) from error
+
+
+def _migration_errors() -> tuple[type[Exception], ...]:
+    """Return what MLflow's migrations raise, if this process has loaded them."""
+    loaded = sys.modules.get("alembic.util")
+    return (loaded.CommandError,) if loaded else ()
+
+
+def _one_line(error: Exception) -> str:
+    return without_user(" ".join(str(error).split()))[:200]
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(match[1]).resolve() if match else None
+
+
+def _values(record: Mapping[str, Any]) -> "list[Metric | Param | RunTag]":
+    from mlflow.entities import Metric, Param, RunTag
+
+    if record["kind"] == "metrics":
+        time, step = record["time"], record["step"]
+        return [Metric(name, value, time, step) for name, value in record["metrics"].items()]
+    kind = Param if record["kind"] == "params" else RunTag
+    return [kind(name, _cut(text)) for name, text in record[record["kind"]].items()]
+
+
+def _cut(text: str) -> str:
+    note = f" ... [cut, {len(text)} characters]"
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - len(note)] + note
+
+
+def _parts(values: "list[Metric | Param | RunTag]") -> "Iterator[list[Metric | Param | RunTag]]":
+    """Lots within the limits of one request."""
+    part: list[Metric | Param | RunTag] = []
+    weight = characters = 0
+    for value in values:
+        value_weight = TEXT_WEIGHT if isinstance(value.value, str) else METRIC_WEIGHT
+        length = len(value.key) + len(str(value.value))
+        if weight + value_weight > BATCH_WEIGHT or characters + length > BATCH_CHARACTERS:
+            yield part
+            part, weight, characters = [], 0, 0
+        part.append(value)
+        weight, characters = weight + value_weight, characters + length
+    yield part

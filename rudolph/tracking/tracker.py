@@ -1,0 +1,237 @@
+"""What a run tells MLflow, and how none of it is lost.
+
+Every call is written to the run's journal first.  A background thread sends the journal to MLflow;
+a server that is away costs nothing but a warning, and ``send_pending`` sends the rest later.
+MLflow is imported in the sending thread, so a training neither waits for it nor needs it.
+"""
+
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from rudolph.files.atomic import DamagedFileError, json_number, say_once
+from rudolph.tracking.event_log import (
+    Journal,
+    SentMark,
+    flatten,
+    pending_folders,
+    without_user,
+)
+from rudolph.tracking.mlflow_database import SlowStoreError
+from rudolph.tracking.mlflow_store import Sent, Store
+
+SECONDS_BETWEEN_SENDS = 1.0
+LONGEST_BACK_OFF = 60.0
+# How long the end of a run waits for a server that takes what it is sent, but slowly.
+LONGEST_WAIT, LONGEST_WAIT_AFTER_ERROR = 60.0, 5.0
+
+_logger = logging.getLogger(__name__)
+
+
+def tracking_uri(checkout: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, or ``mlflow.db`` in the checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{checkout.resolve()}/mlflow.db"
+
+
+def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple[str, bool]:
+    """The commit checked out at ``folder`` and whether the files differ from it.
+
+    Untracked files count; ``ignored`` folders of the repository do not, because exporting one run
+    must not make the next one dirty.  Without git or a commit: ``("unknown", True)``.
+    """
+    everything = [":/", *(f":(top,exclude){name}" for name in ignored)]
+    answers = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *everything]):
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown", True
+        answers.append(answer.stdout.strip())
+    return answers[0], bool(answers[1])
+
+
+class Tracker:
+    """Tracks one run; every method returns at once, whatever the server does.
+
+    Args:
+        folder: the run's folder, ``runs/<experiment>/<run>``; an existing journal is continued,
+            and so is its MLflow run.
+        uri: the tracking server, see ``tracking_uri``.
+        experiment: MLflow experiment; run: name of the MLflow run; digest: of its configuration.
+        runs_folder: where earlier runs may have left something unsent; it is sent too, after
+            what this run has.
+
+    As a context manager it finishes the run: ``failed`` after an exception, else ``finished``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        *,
+        experiment: str,
+        run: str,
+        digest: str,
+        runs_folder: Path | None = None,
+    ) -> None:
+        self._folder, self._uri, self._runs_folder = folder, uri, runs_folder
+        self._journal = Journal(folder, experiment=experiment, run=run, digest=digest)
+        self._journal.append("status", status="running")
+        self.is_continued = self._journal.is_continued
+        self._is_finished = self._has_warned = False
+        # Opening imports MLflow and may make its tables: work of this machine, not of a server.
+        self._is_opening, self._last_progress = True, time.monotonic()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
+        self._thread.start()
+
+    def log_params(self, parameters: Mapping[str, object]) -> None:
+        """Parameters of the run; nested ones are flattened to ``a.b.c``."""
+        self._journal.append("params", params=flatten(parameters))
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Metric values at a step; anything that ``float`` takes, infinities and NaN included."""
+        values = {name: json_number(float(value)) for name, value in metrics.items()}
+        self._journal.append("metrics", step=int(step), metrics=values)
+
+    def log_tags(self, tags: Mapping[str, object]) -> None:
+        """Texts beside the run, such as its commit; a later value replaces an earlier one."""
+        self._journal.append("tags", tags=flatten(tags))
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """A file to keep in MLflow under ``folder``; it is read when it is sent."""
+        if not path.is_file():
+            raise ValueError(f"log_artifact: {path} is not a file")
+        file, base = path.resolve(), self._folder.resolve()
+        # Relative, so that a runs folder that was moved can still be sent.
+        name = file.relative_to(base) if file.is_relative_to(base) else file
+        self._journal.append("artifact", path=name.as_posix(), folder=folder)
+
+    def finish(self, status: str = "finished") -> None:
+        """The run's last word, ``finished`` or ``failed``."""
+        if status not in ("finished", "failed"):
+            raise ValueError(f"status must be finished or failed, got {status!r}")
+        self._is_finished = True
+        self._journal.append("status", status=status)
+
+    def close(self, timeout: float = 5.0, *, longest: float = LONGEST_WAIT) -> bool:
+        """Wait for the sending; True when all of it was sent.
+
+        Of a slow server the rest is sent in the background while the process lives.
+
+        Args:
+            timeout: seconds to wait for any progress.
+            longest: seconds to wait in all, where that is more.
+        """
+        self._stopping.set()
+        end = time.monotonic() + (max(timeout, longest) if timeout else 0.0)
+        while self._thread.is_alive() and time.monotonic() < end:
+            is_idle = time.monotonic() - self._last_progress > timeout
+            if is_idle and not self._is_opening:
+                break
+            self._thread.join(0.05)
+        self._journal.close()
+        is_sent = not SentMark(self._folder, self._uri).is_pending()
+        if not is_sent and not self._has_warned:
+            _logger.warning(
+                "%s is slow: the rest of %s is sent in the background, or later by `rudolph sync`",
+                without_user(self._uri),
+                self._folder.name,
+            )
+        return is_sent
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if not self._is_finished:
+            self.finish("finished" if kind is None else "failed")
+        self.close(longest=LONGEST_WAIT if kind is None else LONGEST_WAIT_AFTER_ERROR)
+
+    def _progress(self) -> None:
+        self._last_progress = time.monotonic()
+
+    def _send_until_closed(self) -> None:
+        store: Store | None = None
+        pause = SECONDS_BETWEEN_SENDS
+        while True:
+            is_last = self._stopping.is_set()
+            try:
+                store = store or Store(self._uri)
+                self._is_opening = False
+                self._progress()
+                store.send(self._folder, on_progress=self._progress)
+                pause, self._has_warned = SECONDS_BETWEEN_SENDS, False
+                self._send_others(store)
+            except OSError as error:
+                self._is_opening = False
+                store, pause = None, min(2 * pause, LONGEST_BACK_OFF)
+                self._warn(error)
+            except DamagedFileError as error:
+                say_once(f"{error}; what follows is not sent")
+            if is_last:
+                return
+            self._stopping.wait(pause)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            _warn_away(self._uri, error)
+        self._has_warned = True
+
+    def _send_others(self, store: "Store") -> None:
+        runs_folder, self._runs_folder = self._runs_folder, None
+        for folder in pending_folders(runs_folder, self._uri) if runs_folder else []:
+            if not self._stopping.is_set():
+                _send_one(store, folder)
+
+
+def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> Sent:
+    """Send what the runs in ``runs_folder`` could not send to ``uri`` yet.
+
+    Args:
+        again: forget what was sent and send everything, for a server that lost it.
+
+    A run that another process is sending is left to it and counted as waiting, as are all that
+    are left when the server is away.  Without anything to send MLflow is not even imported.
+    """
+    folders = pending_folders(runs_folder, None if again else uri)
+    total = Sent()
+    if not folders:
+        return total
+    try:
+        store = Store(uri)
+        for folder in folders:
+            total += _send_one(store, folder, again=again)
+    except OSError as error:
+        _warn_away(uri, error)
+    return total + Sent(waiting=len(folders) - total.runs)
+
+
+def send_results(experiment: str, folder: Path, uri: str) -> bool:
+    """Send what was exported of an experiment to its parent run; whether the server took it."""
+    try:
+        Store(uri).send_results(experiment, folder)
+    except OSError as error:
+        _warn_away(uri, error)
+        return False
+    return True
+
+
+def _send_one(store: Store, folder: Path, *, again: bool = False) -> Sent:
+    """Send what one run has unsent; a run whose journal is damaged is named and left out."""
+    try:
+        return store.send(folder, again=again)
+    except DamagedFileError as error:
+        say_once(f"{error}; what follows is not sent, run its experiment again to mend it")
+        return Sent()
+
+
+def _warn_away(uri: str, error: OSError) -> None:
+    state = "is slow" if isinstance(error, SlowStoreError) else "cannot be used now"
+    _logger.warning("%s %s (%s); all is kept and sent later", without_user(uri), state, error)
