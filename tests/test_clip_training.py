@@ -156,9 +156,9 @@ def test_pairs_that_share_a_caption_do_not_push_each_other_away(kind: str) -> No
 def test_in_half_precision_logits_are_as_exact_as_in_full(tokenizer: Tokenizer) -> None:
     _, module = training(tokenizer, initial_scale=100.0)
     images, texts, captions = units(9, 24, seed=0), units(9, 24, seed=1), torch.arange(9)
-    expected = module.loss(images, texts, captions)
+    expected = module.loss(images, texts, captions, captions)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module.loss(images, texts, captions), expected)
+        assert torch.equal(module.loss(images, texts, captions, captions), expected)
         rounded = softmax_loss(module.model.logits(images, texts).float(), matches(list(range(9))))
     assert not torch.equal(rounded, expected)
 

@@ -26,9 +26,9 @@ def test_it_is_packaged_and_at_most_25_megabytes() -> None:
     assert sum(path.stat().st_size for path in files) <= 25e6
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packaged = {
-        ROOT / "rudolph" / name
-        for pattern in package["package-data"]["rudolph"]
-        for name in glob(pattern, root_dir=ROOT / "rudolph", recursive=True)
+        ROOT / "rudolph" / "checkpoints" / name
+        for pattern in package["package-data"]["rudolph.checkpoints"]
+        for name in glob(pattern, root_dir=ROOT / "rudolph" / "checkpoints", recursive=True)
     }
     assert set(files) <= packaged
 

@@ -31,8 +31,8 @@ def write_speed(folder: Path, measure: str, *contestants: str, **changes: Any) -
     """A tiny experiment on speed; ``changes`` are of its speed's settings."""
     speed = {**TINY["speed"], "measure": measure, "contestants": list(contestants), **changes}
     content = {"title": "Tiny", "question": "Is it fast?", "settings": {**TINY, "speed": speed}}
-    path = folder / "speed" / f"{measure}.yaml"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / "experiments" / "speed" / f"{measure}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content))
     return path
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_disk import file_limit
+from test_atomic import file_limit
 
 from rudolph.files.atomic import DamagedFileError, json_number
 from rudolph.tracking.event_log import (
