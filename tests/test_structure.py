@@ -200,6 +200,13 @@ def test_results_are_drawn_and_stored_without_torch(module):
     assert not loaded_by(module) & {"torch", "pytorch_lightning", "mlflow"}
 
 
+def test_the_help_is_printed_without_any_library_of_other_people() -> None:
+    """Else ``rudolph --help`` takes seconds."""
+    allowed = {"rudolph", "safetensors", *sys.stdlib_module_names}
+    before = loaded_by("sys")
+    assert loaded_by("rudolph.cli") - before - allowed == set()
+
+
 def test_a_mask_is_drawn_without_the_training_libraries():
     loaded = loaded_by("rudolph.sequence.masks")
     assert "torch" in loaded

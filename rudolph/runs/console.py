@@ -5,28 +5,35 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-console = Console(stderr=True)
 SECONDS_BETWEEN_LINES = 15.0
+
+
+@cache
+def console() -> Any:
+    """The console on standard error; its library is imported with the first message."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 @contextmanager
 def stage_progress() -> Iterator[Callable[[str, int, int, str], None]]:
     """``progress(stage, done, total, note)``: live bars on a terminal, few lines in a log."""
-    if not console.is_terminal:
+    if not console().is_terminal:
         yield LogProgress()
         return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("  {task.description:28}"),
         BarColumn(bar_width=24),
@@ -36,7 +43,7 @@ def stage_progress() -> Iterator[Callable[[str, int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console()) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int, note: str) -> None:
@@ -68,7 +75,7 @@ class LogProgress:
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def silence_libraries() -> None:
