@@ -6,6 +6,7 @@ after run, so that libraries are imported once.
 
 import gc
 import os
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,15 @@ def _begin(threads: int) -> None:
 
     torch.set_num_threads(threads)
     silence_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent is gone; a killed parent cannot end it itself."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(INTERRUPTED)
 
 
 def _execute_job(job: Job, place: Place) -> str:
