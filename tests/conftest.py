@@ -48,6 +48,11 @@ class ParityCase:
         }
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name sets in order: processes that share the tests must name them alike."""
+    return repr(sorted(val)) if isinstance(val, set | frozenset) else None
+
+
 @pytest.fixture(scope="session")
 def parity() -> Callable[[str], ParityCase]:
     """``parity("rudolph_350m_like")`` has ``config``, ``weights`` and ``io``."""

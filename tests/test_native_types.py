@@ -50,7 +50,6 @@ def use_processor(
         ("AVX2", "", {}, set()),
         ("DEFAULT", "", dict.fromkeys(MODERN, False), set()),
     ],
-    ids=str,
 )
 def test_products_of_a_processor(
     capability: str,
