@@ -7,6 +7,7 @@ program left half-made is set aside, if it holds nothing.
 
 import os
 import sqlite3
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,8 @@ COMPANIONS = ("-journal", "-wal", "-shm")
 BOOKKEEPING = ("alembic_version", "workspaces", "sqlite_sequence")
 # Another program may be making the tables now; it changes the file more often than this.
 SECONDS_UNTIL_ABANDONED = 10.0
+# MLflow's migrations keep what they work on in a variable of the process.
+_migrating = threading.Lock()
 
 
 class SlowStoreError(ConnectionError):
@@ -87,7 +90,8 @@ def make(database: Path) -> None:
         leftover.unlink(missing_ok=True)
     try:
         artifacts = database.with_name("mlartifacts").as_uri()
-        store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)  # type: ignore[no-untyped-call]
+        with _migrating:
+            store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)  # type: ignore[no-untyped-call]
         store.engine.dispose()
         with new.open("rb") as file:
             os.fsync(file.fileno())
