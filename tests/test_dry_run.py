@@ -106,7 +106,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_any_flags_are_accepted_or_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whether there is a compiler is tried by compiling, which takes seconds.
+    # Only compiling shows whether there is a compiler, and it takes seconds.
     monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
     rng, found = random.Random(1), Counter[str]()
     for _ in range(CASES):

@@ -419,7 +419,7 @@ def test_a_run_ends_when_the_command_that_started_it_is_killed(tmp_path: Path) -
 
 
 def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie, which its new parent may leave for a while."""
+    """Return whether a process runs; its new parent may leave a zombie for a while."""
     try:
         state = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from rudolph.runs.console import say
 
 # Written where an output is checked: a full disk still takes an empty file.
 PROBE = b"0" * 4096
-# What every single image tells of itself.
+# Text fields in the metadata of each generated PNG.
 RECORD = ("prompt", "model", "parameters", "seed", "scores")
 
 

@@ -113,7 +113,7 @@ def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
     """Names of what ``rudolph.benchmarks.metrics`` computes of a contest."""
     measure = MEASURES[speed.measure or ""]
     for contestant in speed.contestants:
-        # Which parts a machine can measure is known on that machine alone.
+        # Only the machine that runs the benchmark knows which parts it can measure.
         units = measure.units_of(contestant, has_bfloat16=True)
         for part, unit in units.items():
             name = subject_of(contestant, part if len(units) > 1 else "")

@@ -24,7 +24,7 @@ NAMED_BY_FILE = frozenset(
     | {"finetune/captions", "finetune/emoji_style", "finetune/questions"}
     | {"hyper_tasking/rerank", "hyper_tasking/shapes_all_tasks", "hyper_tasking/shapes_clip"}
 )
-# Folders inside ``results/<experiment>`` that every export makes anew.
+# Folders inside ``results/<experiment>`` that every export replaces.
 RESERVED = frozenset({"configs", "samples", "profiles", "figures"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Cells that pandas reads as missing.

@@ -160,7 +160,7 @@ class Split:
         self.dataset_name = dataset or config.dataset
         self.dataset = open_dataset(config, split, self.dataset_name)
         self.name, self.cache = split, cache
-        # What the decoding of the images read beside them.
+        # Texts that were read while the images were decoded.
         self.texts_read: list[tuple[str, str, str]] = []
         self.digest = self.dataset.digest
         has_images = self.dataset[0].image is not None

@@ -104,7 +104,7 @@ DATASET_OF_QUESTION = {
     "rerank_curve": "shapes",
     "continuation": "shapes",
 }
-# What a dataset must have for a question: classes, or pairs that are easily mistaken.
+# Members that an evaluator needs of a dataset: classes, or pairs that are easily mistaken.
 MEMBER_OF_QUESTION = {
     "zero_shot": "class_of",
     "text_ranking": "rivals",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Nothing is coerced and nothing unknown is ignored; dataclasses inside take it over.
 STRICT: "ConfigDict" = {"extra": "forbid", "allow_inf_nan": False, "strict": True}
-# What PyYAML raises beside its own errors: for a date that is none, thousands of digits, !!int x.
+# PyYAML raises these besides its own: for an invalid date, thousands of digits, !!int x.
 YAML_ERRORS = (RecursionError, ValueError, AttributeError, KeyError)
 # No file of settings has as many values; aliases of aliases soon have.
 MOST_VALUES = 100_000

@@ -45,7 +45,7 @@ def is_told(path: Path, keys: Collection[str]) -> bool:
     """Return whether a file is a PNG with text fields of these names."""
     try:
         return set(keys) <= read_told(path).keys()
-    # What Pillow raises for what is no image, a broken one and one that is too large.
+    # Pillow raises these for a file that is no image, a broken image and one that is too large.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 

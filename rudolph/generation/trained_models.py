@@ -35,7 +35,7 @@ class TrainedModels:
         return self.decoder.final_norm.weight.device
 
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
-        """How a caption fills the layout for a task; ``beside`` is the other text's.
+        """Fill the layout with a caption for a task; ``beside`` is the other text.
 
         Raises:
             ValueError: for a task with a right text that the decoder has not.

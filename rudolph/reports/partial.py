@@ -1,4 +1,4 @@
-"""What can be reported of an experiment some of whose runs have not finished."""
+"""Reports of experiments in which some runs have not finished."""
 
 from collections.abc import Iterable
 from dataclasses import replace

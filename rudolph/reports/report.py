@@ -38,7 +38,7 @@ OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
 # Fields of a report that JSON has as lists.
 TUPLES = ("rows", "columns", "effects", "missing")
-# Of more missing runs than these the page names the first.
+# The page names at most so many missing runs.
 MOST_NAMED = 20
 
 
@@ -183,7 +183,7 @@ def experiment_page(folder: Path) -> str:
 
 
 def _missing(report: Report) -> list[str]:
-    """Which runs have not finished, where there are any."""
+    """Name the runs that have not finished, if there are any."""
     if not report.missing:
         return []
     named = ", ".join(f"`{name}`" for name in report.missing[:MOST_NAMED])

@@ -21,7 +21,7 @@ from rudolph.tracking.tracker import send_pending, send_results
 
 RESULTS = "results"
 WEIGHTS = "checkpoints"
-# What belongs to the machine that executed a run.
+# Files that belong to the machine on which a run was executed.
 PARTIAL = ("*.new", "*.part", f"*{DAMAGED}*")
 LEFT = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
 

@@ -292,7 +292,7 @@ def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # What waits in the pool would still begin.
+        # Jobs that wait in the pool would still start.
         deadline = time.monotonic() + SECONDS_TO_END
         children = [child for child in active_children() if child not in others]
         for child in children:
@@ -333,4 +333,4 @@ def _execute_job(job: Job, place: Place) -> str:
 
 
 def _unseen(stage: str, done: int, total: int, note: str) -> None:
-    """Of runs at once only their ends are told."""
+    """Show nothing: runs at once report only their ends."""

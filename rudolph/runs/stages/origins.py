@@ -1,4 +1,4 @@
-"""Whether the tokenizer and the VQ-GAN of a run are those that its first weights learned with."""
+"""Compare the tokenizer and the VQ-GAN of a run with those of its initial weights."""
 
 import torch
 
