@@ -86,7 +86,7 @@ def world(name: str, split: str = "train", *, image_size: int = 48, **changes: A
 
 @cache
 def pairs(name: str, split: str = "train", number: int = 700) -> list[Pair]:
-    # The smallest pictures, where nobody looks at them: they are most of the work.
+    # The smallest images, where nobody looks at them: they are most of the work.
     dataset = world(name, split, image_size=48 if name == "words" else 24)
     return [dataset[index] for index in range(number)]
 

@@ -9,7 +9,12 @@ from tiny_run import write
 
 from rudolph.config.experiment_file import load_experiment
 from rudolph.files.settings import ConfigError
-from rudolph.training.adversary import VGG16, PatchDiscriminator, PerceptualDistance, least_side
+from rudolph.training.adversary import (
+    VGG16,
+    PatchDiscriminator,
+    PerceptualDistance,
+    min_image_size,
+)
 
 
 def lpips_weights() -> dict[str, torch.Tensor]:
@@ -47,7 +52,7 @@ def test_the_discriminator_is_tamings() -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
 def test_the_smallest_image_of_a_discriminator_gives_one_patch(num_layers: int) -> None:
-    side = least_side(num_layers)
+    side = min_image_size(num_layers)
     assert num_layers != 3 or side == 24
     model = PatchDiscriminator(4, num_layers).eval()
     assert model(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
@@ -68,7 +73,7 @@ def test_images_too_small_for_the_adversary_are_refused_with_the_file(
         load_experiment(write(tmp_path), (*small, "vqgan_losses.adversary_start=7"))
 
 
-def test_the_perceptual_distance_is_none_for_equal_pictures_and_grows(weights: Path) -> None:
+def test_the_perceptual_distance_is_none_for_equal_images_and_grows(weights: Path) -> None:
     distance = PerceptualDistance(weights)
     torch.manual_seed(0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -78,7 +83,7 @@ def test_the_perceptual_distance_is_none_for_equal_pictures_and_grows(weights: P
     assert (found[1] > 0).all() and (found[2] > found[1]).all()
 
 
-def test_the_perceptual_distance_has_a_gradient_for_pictures_and_none_for_itself(
+def test_the_perceptual_distance_has_a_gradient_for_images_and_none_for_itself(
     weights: Path,
 ) -> None:
     distance = PerceptualDistance(weights)

@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from rudolph.generation.answering import (
-    answer,
+    answer_prompts,
+    beam_answers,
     continue_texts,
     ids_of,
-    imagined,
-    judge,
-    likeliest,
-    prompts,
+    imagined_images,
+    sample_answers,
+    score_choices,
 )
 from rudolph.generation.beams import search_text
 from rudolph.generation.filters import TokenSamplingConfig
@@ -53,7 +53,7 @@ def test_a_prompt_is_the_beginning_of_the_filled_example(pipeline: Pipeline, tas
     row = TASKS[task]
     asked = TEXTS[:2] if row.has_question else None
     indices = codes(2) if row.image != "none" else None
-    tokens = prompts(pipeline, task, indices=indices, questions=asked, number=2)
+    tokens = answer_prompts(pipeline, task, indices=indices, questions=asked, number=2)
     for at in range(2):
         texts = pipeline.texts(task, "круг", beside=asked[at] if asked else "")
         image = torch.zeros(4, dtype=torch.long) if indices is None else indices[at]
@@ -64,19 +64,21 @@ def test_a_prompt_is_the_beginning_of_the_filled_example(pipeline: Pipeline, tas
 
 
 def test_prompts_that_do_not_fit_their_task_are_refused(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match="pictures must be given"):
-        prompts(pipeline, "image_captioning", number=2)
+    with pytest.raises(ValueError, match="images must be given"):
+        answer_prompts(pipeline, "image_captioning", number=2)
     with pytest.raises(ValueError, match="questions must be given"):
-        prompts(pipeline, "question_answering", indices=codes(1))
-    with pytest.raises(ValueError, match="one for each of 3 pictures, got 2"):
-        prompts(pipeline, "question_answering", indices=codes(3), questions=["а", "б"])
+        answer_prompts(pipeline, "question_answering", indices=codes(1))
+    with pytest.raises(ValueError, match="one for each of 3 images, got 2"):
+        answer_prompts(pipeline, "question_answering", indices=codes(3), questions=["а", "б"])
 
 
-def test_a_question_without_a_picture_can_be_asked_after_a_drawn_one(pipeline: Pipeline) -> None:
+def test_a_question_without_a_image_can_be_asked_after_a_drawn_one(pipeline: Pipeline) -> None:
     task, questions, seeds = "text_question_answering", [*TEXTS, *TEXTS][:7], list(range(3, 10))
-    drawn = imagined(pipeline, task, questions, config=replace(PLAIN, guidance=2.0), seeds=seeds)
-    asked = prompts(pipeline, task, indices=drawn, questions=questions)
-    plain = prompts(pipeline, task, questions=questions)
+    drawn = imagined_images(
+        pipeline, task, questions, config=replace(PLAIN, guidance=2.0), seeds=seeds
+    )
+    asked = answer_prompts(pipeline, task, indices=drawn, questions=questions)
+    plain = answer_prompts(pipeline, task, questions=questions)
     image = slice(LAYOUT.image_start, LAYOUT.right_text_start)
     assert torch.equal(asked[:, image], drawn)
     asked[:, image] = 0
@@ -88,10 +90,11 @@ def test_a_question_without_a_picture_can_be_asked_after_a_drawn_one(pipeline: P
 
 
 def test_answers_are_the_same_whatever_the_batch(pipeline: Pipeline) -> None:
-    tokens = prompts(pipeline, "image_captioning", indices=codes(7))
-    together = answer(pipeline, tokens, config=PLAIN, seeds=range(7))
+    tokens = answer_prompts(pipeline, "image_captioning", indices=codes(7))
+    together = sample_answers(pipeline, tokens, config=PLAIN, seeds=range(7))
     assert together == [
-        answer(pipeline, tokens[at : at + 1], config=PLAIN, seeds=[at])[0] for at in range(7)
+        sample_answers(pipeline, tokens[at : at + 1], config=PLAIN, seeds=[at])[0]
+        for at in range(7)
     ]
     assert len(set(together)) > 3
 
@@ -110,21 +113,21 @@ def likelihood_of(pipeline: Pipeline, prompt: torch.Tensor, ids: list[int]) -> f
 
 def test_choices_are_judged_as_full_passes_judge_them(pipeline: Pipeline) -> None:
     asked = ["красный", "синий круг", "пять"]
-    tokens = prompts(pipeline, "question_answering", indices=codes(3), questions=asked)
+    tokens = answer_prompts(pipeline, "question_answering", indices=codes(3), questions=asked)
     choices = [["круг", "крест 3"], ["пять", "а"], ["12", ""]]
-    found = judge(pipeline, "question_answering", tokens, choices)
+    found = score_choices(pipeline, "question_answering", tokens, choices)
     for row in range(3):
         for column in range(2):
             ids = [*pipeline.tokenizer.encode(choices[row][column]), EOS]
             expected = likelihood_of(pipeline, tokens[row], ids)
             assert found.log_likelihoods[row, column].item() == pytest.approx(expected, abs=1e-4)
             assert found.num_tokens[row, column] == len(ids)
-    torch.testing.assert_close(found.a_token, found.log_likelihoods / found.num_tokens)
+    torch.testing.assert_close(found.per_token, found.log_likelihoods / found.num_tokens)
 
 
 def test_a_beam_as_wide_as_all_texts_finds_the_likeliest(pipeline: Pipeline) -> None:
     model = pipeline.decoder
-    asked = prompts(pipeline, "image_captioning", indices=codes(2))
+    asked = answer_prompts(pipeline, "image_captioning", indices=codes(2))
     # Three tokens are left, of which few are allowed: every text can be listed.
     given = torch.full((2, LAYOUT.length - 3 - asked.shape[1]), 7)
     tokens = torch.cat([asked, given], dim=1)
@@ -160,12 +163,12 @@ def exact(
 
 
 def test_one_beam_is_greedy_and_more_are_no_worse(pipeline: Pipeline) -> None:
-    tokens = prompts(pipeline, "image_captioning", indices=codes(6))
-    one = likeliest(pipeline, tokens, number=1)
-    assert [found[0].text for found in one] == answer(
+    tokens = answer_prompts(pipeline, "image_captioning", indices=codes(6))
+    one = beam_answers(pipeline, tokens, number=1)
+    assert [found[0].text for found in one] == sample_answers(
         pipeline, tokens, config=GREEDY, seeds=range(6)
     )
-    many = likeliest(pipeline, tokens, number=3, num_beams=12)
+    many = beam_answers(pipeline, tokens, number=3, num_beams=12)
     for single, several in zip(one, many, strict=True):
         assert several[0].log_likelihood >= single[0].log_likelihood - 1e-5
         values = [each.log_likelihood for each in several]
@@ -173,7 +176,7 @@ def test_one_beam_is_greedy_and_more_are_no_worse(pipeline: Pipeline) -> None:
 
 
 def test_a_length_penalty_orders_by_likelihood_a_token(pipeline: Pipeline) -> None:
-    tokens = prompts(pipeline, "image_captioning", indices=codes(3))
+    tokens = answer_prompts(pipeline, "image_captioning", indices=codes(3))
     beams = search_text(pipeline.decoder, tokens, num_beams=9, length_penalty=1.0)
     lengths = (beams.ids != PAD).sum(-1)
     scores = beams.log_likelihoods / lengths
@@ -185,12 +188,12 @@ def test_a_length_penalty_orders_by_likelihood_a_token(pipeline: Pipeline) -> No
 
 
 def test_answers_hold_nothing_but_the_characters_allowed(pipeline: Pipeline) -> None:
-    tokens = prompts(pipeline, "image_captioning", indices=codes(30))
+    tokens = answer_prompts(pipeline, "image_captioning", indices=codes(30))
     digits = ids_of(pipeline, "0123456789")
     assert digits[EOS] and not digits[PAD] and not digits[BOS]
-    texts = answer(pipeline, tokens, config=PLAIN, seeds=range(30), allowed=digits)
+    texts = sample_answers(pipeline, tokens, config=PLAIN, seeds=range(30), allowed=digits)
     assert set("".join(texts)) <= set("0123456789 ") and len(set(texts)) > 3
-    found = likeliest(pipeline, tokens[:4], number=5, allowed=digits)
+    found = beam_answers(pipeline, tokens[:4], number=5, allowed=digits)
     assert {letter for row in found for each in row for letter in each.text} <= set("0123456789 ")
 
 
@@ -207,9 +210,9 @@ def test_texts_of_several_lengths_are_continued_as_alone(pipeline: Pipeline) -> 
 
 
 def test_answers_tell_how_far_they_are(pipeline: Pipeline) -> None:
-    tokens = prompts(pipeline, "image_captioning", indices=codes(11))
+    tokens = answer_prompts(pipeline, "image_captioning", indices=codes(11))
     told: list[tuple[int, int]] = []
-    answer(
+    sample_answers(
         pipeline,
         tokens,
         config=GREEDY,

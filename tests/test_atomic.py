@@ -19,19 +19,19 @@ from safetensors import SafetensorError
 from rudolph.files.atomic import (
     DamagedFileError,
     append_line,
-    explain,
+    explain_os_error,
     json_text,
-    naming,
+    naming_file,
     read_json,
     read_mapping,
+    rename_damaged,
     require_apart,
-    say_once,
-    set_aside,
+    warn_once,
+    write_atomic,
     write_json,
     write_text,
-    write_whole,
 )
-from rudolph.models.weights import read_weights, save_tensors, weights_fault
+from rudolph.models.weights import read_weights, save_tensors, weights_error
 
 LARGE = {"weight": torch.zeros(20_000)}
 
@@ -47,7 +47,7 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def save_picture(path: Path) -> None:
+def save_image(path: Path) -> None:
     noise = torch.randint(0, 255, (90, 90, 3), dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(path, format="PNG")
 
@@ -66,10 +66,10 @@ def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path: Path) ->
     [
         lambda path: write_text(path, "x" * 20_000),
         lambda path: save_tensors(LARGE, path),
-        lambda path: write_whole(path, lambda new: torch.save(LARGE, new)),
-        lambda path: write_whole(path, save_picture),
+        lambda path: write_atomic(path, lambda new: torch.save(LARGE, new)),
+        lambda path: write_atomic(path, save_image),
     ],
-    ids=["text", "safetensors", "torch", "picture"],
+    ids=["text", "safetensors", "torch", "image"],
 )
 def test_a_limit_on_file_sizes_names_the_file_and_keeps_the_old_one(tmp_path: Path, write) -> None:
     path = tmp_path / "old.bin"
@@ -77,7 +77,7 @@ def test_a_limit_on_file_sizes_names_the_file_and_keeps_the_old_one(tmp_path: Pa
     with file_limit(5000), pytest.raises(OSError) as caught:
         write(path)
     assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
-    assert explain(caught.value) == (
+    assert explain_os_error(caught.value) == (
         f"{path}: file too large. Raise the limit on file sizes (ulimit -f)"
     )
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -87,15 +87,19 @@ def test_a_full_disk_is_told_with_the_file_that_was_written() -> None:
     # Opened, never replaced: whoever renames a file to this place removes the device.
     with (
         pytest.raises(OSError) as caught,
-        naming(Path("runs/x.ckpt")),
+        naming_file(Path("runs/x.ckpt")),
         Path("/dev/full").open("wb", buffering=0) as full,
     ):
         full.write(b"x")
-    assert explain(caught.value) == "runs/x.ckpt: no space left on device. Free some space"
+    assert (
+        explain_os_error(caught.value) == "runs/x.ckpt: no space left on device. Free some space"
+    )
     words = "I/O error: No space left on device (os error 28)"
-    with pytest.raises(OSError) as caught, naming(Path("x.safetensors")):
+    with pytest.raises(OSError) as caught, naming_file(Path("x.safetensors")):
         raise SafetensorError(words)
-    assert explain(caught.value) == "x.safetensors: no space left on device. Free some space"
+    assert (
+        explain_os_error(caught.value) == "x.safetensors: no space left on device. Free some space"
+    )
 
 
 def test_links_and_devices_stay(tmp_path: Path) -> None:
@@ -112,9 +116,9 @@ def test_links_and_devices_stay(tmp_path: Path) -> None:
 
 
 def test_other_errors_keep_their_names() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"), naming(Path("other")):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"), naming_file(Path("other")):
         Path("nothing.txt").read_bytes()
-    with pytest.raises(RuntimeError, match="no write"), naming(Path("other")):
+    with pytest.raises(RuntimeError, match="no write"), naming_file(Path("other")):
         raise RuntimeError("no write")
 
 
@@ -124,11 +128,13 @@ def test_a_copy_that_fails_names_its_target(tmp_path: Path) -> None:
     with file_limit(5000):
         with pytest.raises(OSError) as caught:
             shutil.copyfile(tmp_path / "a" / "x.bin", tmp_path / "y.bin")
-        assert explain(caught.value).startswith(f"{tmp_path / 'y.bin'}: file too large")
+        assert explain_os_error(caught.value).startswith(f"{tmp_path / 'y.bin'}: file too large")
         with pytest.raises(OSError) as caught:
             shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert explain(caught.value).startswith(f"{tmp_path / 'b' / 'x.bin'}: file too large. Raise")
-    assert explain(OSError(errno.ENOSPC, "No space left on device")) == (
+    assert explain_os_error(caught.value).startswith(
+        f"{tmp_path / 'b' / 'x.bin'}: file too large. Raise"
+    )
+    assert explain_os_error(OSError(errno.ENOSPC, "No space left on device")) == (
         "a file cannot be read or written: no space left on device. Free some space"
     )
 
@@ -168,14 +174,14 @@ def test_damaged_json_is_named_in_one_line(tmp_path: Path, content: bytes, words
 def test_damaged_weights_are_named_in_one_line(tmp_path: Path) -> None:
     path, model = tmp_path / "x.safetensors", torch.nn.Linear(2, 3)
     save_tensors(dict(model.state_dict()), path)
-    assert weights_fault(path, model) == "" and set(read_weights(path)) == {"weight", "bias"}
-    assert weights_fault(path, torch.nn.Linear(3, 3)) == "weight: expected (3, 3), got (3, 2)"
+    assert weights_error(path, model) == "" and set(read_weights(path)) == {"weight", "bias"}
+    assert weights_error(path, torch.nn.Linear(3, 3)) == "weight: expected (3, 3), got (3, 2)"
     whole = path.read_bytes()
     for content in (b"", whole[:-1], whole[:9], b"\xff" * 40):
         path.write_bytes(content)
         with pytest.raises(DamagedFileError, match=r"x.safetensors: damaged \(not a whole"):
             read_weights(path)
-        assert weights_fault(path).startswith("not a whole safetensors file")
+        assert weights_error(path).startswith("not a whole safetensors file")
     path.unlink()
     path.mkdir()
     with pytest.raises(IsADirectoryError, match=r"x\.safetensors"):
@@ -186,12 +192,12 @@ def test_what_is_set_aside_is_kept_under_other_names(tmp_path: Path, caplog) -> 
     names = []
     for content in ("one", "two"):
         (tmp_path / "x.db").write_text(content)
-        names.append(set_aside(tmp_path / "x.db"))
+        names.append(rename_damaged(tmp_path / "x.db"))
     assert [path.name for path in names] == ["x.db.damaged", "x.db.damaged-2"]
     assert [path.read_text() for path in names] == ["one", "two"]
     with caplog.at_level(logging.WARNING, "rudolph"):
         for _ in range(2):
-            say_once(f"{tmp_path}: said once")
+            warn_once(f"{tmp_path}: said once")
     assert caplog.messages == [f"{tmp_path}: said once"]
 
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rudolph.sequence.bpe import WORD_START, BPEModel, train
+from rudolph.sequence.bpe import WORD_START, BPEModel, train_bpe
 from rudolph.sequence.layout import UNK
 
 TEXT = "красный круг слева от зелёного квадрата пожарный темный тон кожи флаг"
 WORDS = TEXT.split()
-MODEL = train([TEXT] * 3, 90)
+MODEL = train_bpe([TEXT] * 3, 90)
 
 
 def merged_one_by_one(

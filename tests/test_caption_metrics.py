@@ -10,14 +10,14 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from rudolph.evaluation.metrics.captions import (
     bleu_counts,
+    caption_words,
     cider_d,
     clip_score,
     meteor,
     reference_clip_score,
     rouge_l,
-    words,
 )
-from rudolph.evaluation.statistics import resampled_interval
+from rudolph.evaluation.statistics import bootstrap_interval
 
 WORDS = ["кот", "кит", "дом", "ест", "спит"]
 SENTENCES = st.lists(st.sampled_from(WORDS), min_size=4, max_size=9).map(" ".join)
@@ -93,17 +93,17 @@ def test_a_caption_needs_a_reference(metric) -> None:
 
 
 def test_cider_d_worked_by_hand() -> None:
-    # Every n-gram is in one of two pictures: all weigh ln 2, which the cosine cancels.
+    # Every n-gram is in one of two images: all weigh ln 2, which the cosine cancels.
     found = cider_d(["a b", "c"], [["a b"], ["c d"]])
     assert found[0] == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
     assert found[1] == pytest.approx(10 * (1 / math.sqrt(2)) / 4 * math.exp(-1 / 72))
     # Clipping: a weighs 2 against 1, min(2, 1) * 1 / (2 * sqrt 2).
     assert cider_d(["a a", "c d"], [["a b"], ["c d"]])[0] == pytest.approx(10 / (8 * math.sqrt(2)))
-    # "a" is in both pictures and weighs nothing.
+    # "a" is in both images and weighs nothing.
     assert cider_d(["a", "a"], [["a b"], ["a c"]]).tolist() == [0, 0]
 
 
-def test_cider_d_of_one_picture_is_zero() -> None:
+def test_cider_d_of_one_image_is_zero() -> None:
     assert cider_d(["кот ест рыбу"], [["кот ест рыбу"]]).tolist() == [0]
     with pytest.raises(ValueError, match="got 2 lists of references for 1 captions"):
         cider_d(["кот"], [["кот"], ["кит"]])
@@ -125,7 +125,7 @@ def test_caption_metrics_keep_their_bounds(corpus: list[tuple[str, str]]) -> Non
 
 
 def test_words_keep_inner_hyphens_alone() -> None:
-    assert words("— Тёмно-красный, ёж!") == ["тёмно-красный", "ёж"]
+    assert caption_words("— Тёмно-красный, ёж!") == ["тёмно-красный", "ёж"]
 
 
 def test_clip_scores_worked_by_hand() -> None:
@@ -141,5 +141,5 @@ def test_bleu_of_a_corpus_has_an_interval() -> None:
     truths = ["мама мыла раму", "кот", "синий шар", "ёж", "дом у моря"] * 6
     captions = ["мама мыла рану", "кит", "синий шар", "ежи", "дом у мора"] * 6
     counts = bleu_counts(captions, [[truth] for truth in truths])
-    found = resampled_interval(lambda chosen: counts.bleu(chosen)[0], 30, seed=0)
+    found = bootstrap_interval(lambda chosen: counts.bleu(chosen)[0], 30, seed=0)
     assert found.low < found.value == counts.bleu()[0] < found.high

@@ -11,14 +11,16 @@ from scipy import stats
 from rudolph.reports.check import (
     INTERVAL,
     UNREAD,
-    Facts,
-    facts_of,
-    unfounded,
+    KnownNumbers,
+    known_numbers,
+    unverified_numbers,
 )
 from rudolph.reports.report import BEGIN, experiment_folders
 
 RESULTS = Path(__file__).parent.parent / "results"
-FACTS = Facts(np.array([[0.0586, 0.0469, 0.0703], [-0.228, -0.259, -0.196]]), np.array([0.7714]))
+FACTS = KnownNumbers(
+    np.array([[0.0586, 0.0469, 0.0703], [-0.228, -0.259, -0.196]]), np.array([0.7714])
+)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ FACTS = Facts(np.array([[0.0586, 0.0469, 0.0703], [-0.228, -0.259, -0.196]]), np
     ],
 )
 def test_a_number_counts_at_the_digits_that_are_written(text: str, named: list[str]) -> None:
-    assert list(unfounded(text, FACTS)) == named
+    assert list(unverified_numbers(text, FACTS)) == named
 
 
 def test_means_and_differences_are_those_of_scipy(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_means_and_differences_are_those_of_scipy(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / "README.md").write_text("")
     table = {name: runs[runs["run"].str.startswith(name)].set_index("seed") for name in "abc"}
-    found = facts_of(tmp_path).estimates
+    found = known_numbers(tmp_path).estimates
     for one, other in ("ab", "ac", "bc"):
         pairs = (table[one]["score"] - table[other]["score"]).dropna()
         low, high = stats.t.interval(0.95, len(pairs) - 1, pairs.mean(), stats.sem(pairs))
@@ -68,16 +70,16 @@ def test_an_altered_bound_of_an_interval_is_named() -> None:
     rng = random.Random(0)
     named = []
     for folder in experiment_folders(RESULTS):
-        facts = facts_of(folder.resolve())
+        facts = known_numbers(folder.resolve())
         text = (folder / "README.md").read_text("utf-8").partition(BEGIN)[0]
         for interval in INTERVAL.finditer(UNREAD.sub("", text)):
             bounds = [interval[1], interval[2]]
-            if list(unfounded(interval[0], facts)):
+            if list(unverified_numbers(interval[0], facts)):
                 continue  # of another experiment
             at, change = rng.randrange(2), rng.choice([-1, 1]) * rng.uniform(0.05, 0.3)
             digits = len(bounds[at].partition(".")[2])
             bounds[at] = f"{float(bounds[at]) * (1 + change):.{digits}f}"
             if bounds != [interval[1], interval[2]]:
-                named.append(bool(list(unfounded(f"[{bounds[0]}, {bounds[1]}]", facts))))
+                named.append(bool(list(unverified_numbers(f"[{bounds[0]}, {bounds[1]}]", facts))))
     assert len(named) > 50
     assert np.mean(named) > 0.8

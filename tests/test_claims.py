@@ -15,13 +15,13 @@ from rudolph.reports.claims import (
     INCONCLUSIVE,
     REPRODUCED,
     Claim,
-    by_number,
     effects,
     group_of,
+    natural_order,
 )
 from rudolph.reports.report import Report, generated_part, read_effects
-from rudolph.reports.store import check, export, write_index
-from rudolph.tracking.event_log import Journal
+from rudolph.reports.store import check_results_folder, export_results, write_index
+from rudolph.tracking.event_log import EventLog
 
 LOSS, RIGHT = "decoder/val/loss/image", "answers/exact/test"
 
@@ -89,8 +89,8 @@ def test_all_comparisons_share_one_correction_and_the_claim_is_made_once() -> No
 
 def test_groups_stand_as_their_numbers_go() -> None:
     names = ["a", "k=0.5", "k=3", "k=15", "k=15-p=0.25", "k=15-p=0.8"]
-    assert sorted(names[3:] + names[:3], key=by_number) == names
-    assert sorted(["w1_001", "w001_1"], key=by_number) == ["w001_1", "w1_001"]
+    assert sorted(names[3:] + names[:3], key=natural_order) == names
+    assert sorted(["w1_001", "w001_1"], key=natural_order) == ["w001_1", "w1_001"]
     runs = pd.DataFrame(
         {"run": f"{name}-seed{seed}", "seed": seed, "score": seed + at}
         for at, name in enumerate(reversed(names))
@@ -137,7 +137,7 @@ def write_runs(folder: Path) -> None:
                 "metrics": {LOSS: value + shift + 0.01 * seed * shift},
             }
             (run / "summary.json").write_text(json.dumps(summary))
-            Journal(run, experiment="tried", run=run.name, digest=run.name).close()
+            EventLog(run, experiment="tried", run=run.name, digest=run.name).close()
             (run / "config.yaml").write_text(f"run: {run.name}\n")
             (run / "environment.json").write_text('{"machine": {"threads": 2}}')
 
@@ -147,7 +147,7 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     report = Report(
         "tried", "Row or causal?", "Which?", "tried.yaml", claim=Claim(LOSS, "row", "causal")
     )
-    folder = export(tmp_path / "runs", tmp_path / "results", report=report)
+    folder = export_results(tmp_path / "runs", tmp_path / "results", report=report)
     page = folder / "README.md"
     page.write_text(page.read_text().replace("_Not answered", "Row. _Not"))
     index = generated_part(write_index(tmp_path / "results"))
@@ -156,9 +156,9 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     assert f"**Verdict: {REPRODUCED}.**" in generated_part(page)
     assert "6 runs, 6 minutes (5.0% beside their stages)" in generated_part(page)
     assert f"| {REPRODUCED} | {interval} | 12 |" in index and interval in generated_part(page)
-    assert check(tmp_path / "results") == []
+    assert check_results_folder(tmp_path / "results") == []
     page.write_text(page.read_text().replace(REPRODUCED, CONTRADICTED))
-    assert "is not what runs.csv says" in check(tmp_path / "results")[0]
+    assert "is not what runs.csv says" in check_results_folder(tmp_path / "results")[0]
 
 
 CLAIMED = """

@@ -51,7 +51,7 @@ def test_mistakes_of_sampling_are_one_line_and_exit_code_2(
     finished: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str
 ) -> None:
     os.symlink(finished, tmp_path / "moved")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

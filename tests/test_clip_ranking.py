@@ -66,7 +66,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
-def pictures(number: int) -> Tensor:
+def random_images(number: int) -> Tensor:
     return torch.rand(number, 3, 16, 20, generator=torch.Generator().manual_seed(1))
 
 
@@ -116,7 +116,7 @@ def test_text_features_are_the_mean_over_templates_before_they_are_normalised(to
 
 def test_results_do_not_depend_on_the_batch_and_progress_is_told(tokenizer) -> None:
     whole, told = ranker(tokenizer, batch_size=64), []
-    images, classes = pictures(5), TEXTS[:3]
+    images, classes = random_images(5), TEXTS[:3]
     expected = whole.classify(images, classes)
     torch.testing.assert_close(expected.sum(1), torch.ones(5))
     for batch_size in (1, 2, 5):
@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_the_batch_and_progress_is_told(tokenizer) -> N
 
 
 def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
-    plain, images = ranker(tokenizer, templates=PLAIN_TEMPLATES), pictures(4)
+    plain, images = ranker(tokenizer, templates=PLAIN_TEMPLATES), random_images(4)
     with torch.no_grad():
         logits, _ = plain.clip(plain.input_ids(TEXTS), plain.pixel_values(images))
     similar = plain.similarities(images, TEXTS)
@@ -139,7 +139,7 @@ def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
 
 
 def test_it_tells_apart_colours_when_it_is_made_for_them(tokenizer) -> None:
-    """Made by hand: attention carries words to a text's end, colours to a picture's class."""
+    """Made by hand: attention carries words to a text's end, colours to an image's class."""
     own, words = ranker(tokenizer, templates=PLAIN_TEMPLATES), ("красный", "зелёный", "синий")
     tokens = [tokenizer.encode(word)[0] for word in words]
     assert len(set(tokens)) == 3
@@ -162,17 +162,17 @@ def test_it_tells_apart_colours_when_it_is_made_for_them(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_and_pictures_give_nearly_the_same(tokenizer, dtype) -> None:
-    expected = ranker(tokenizer).similarities(pictures(3), TEXTS)
+def test_half_precision_weights_and_images_give_nearly_the_same(tokenizer, dtype) -> None:
+    expected = ranker(tokenizer).similarities(random_images(3), TEXTS)
     half = ranker(tokenizer)
     half.clip.to(dtype)
-    found = half.similarities(pictures(3).to(dtype), TEXTS)
+    found = half.similarities(random_images(3).to(dtype), TEXTS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
 
 
 def test_features_are_the_models_own_and_normalised_they_are_those_of_an_image(tokenizer) -> None:
-    own, images = ranker(tokenizer, batch_size=2), pictures(5)
+    own, images = ranker(tokenizer, batch_size=2), random_images(5)
     with torch.no_grad():
         expected = own.clip.encode_image(own.pixel_values(images))
     torch.testing.assert_close(own.features(images), expected)
@@ -204,10 +204,10 @@ def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.Monke
     assert 1 in found.tolist() and max(found.tolist()) > 3
 
 
-def test_a_shared_caption_is_one_text_and_any_of_its_pictures_answers_it() -> None:
+def test_a_shared_caption_is_one_text_and_any_of_its_images_answers_it() -> None:
     texts = torch.eye(3)[[0, 1, 0, 2]]
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.5, 0.4]])
-    # The third picture goes to the second text, the fourth too; each text finds one of its own.
+    # The third image goes to the second text, the fourth too; each text finds one of its own.
     recalls = retrieval_recalls(
         images, texts, torch.arange(4), torch.tensor([5, 7, 5, 8]), at=(1, 2, 3)
     )

@@ -9,7 +9,7 @@ from tiny_run import run_tiny
 
 from rudolph.data.splits import Split
 from rudolph.evaluation.evaluators.retrieval import retrieval
-from rudolph.reports.cards import CARD, read_card
+from rudolph.reports.report_cards import CARD, read_card
 from rudolph.runs.resolve import load_run, newest_run, open_clip
 
 CLIP = {
@@ -58,13 +58,13 @@ def test_a_run_trains_a_clip_and_asks_it_to_retrieve(trained: Path) -> None:
 def test_a_run_of_a_clip_is_a_source_of_one(trained: Path, finished: Path) -> None:
     ranker = open_clip(str(trained))
     _, config = load_run(finished)
-    pictures = torch.rand(3, 3, config.data.image_size, config.data.image_size)
-    found = ranker.similarities(pictures, ["красный круг", "синий крест"])
+    images = torch.rand(3, 3, config.data.image_size, config.data.image_size)
+    found = ranker.similarities(images, ["красный круг", "синий крест"])
     assert found.shape == (3, 2) and ranker.templates == ("{}",)
-    assert ranker.features(pictures).shape == (3, 16)
+    assert ranker.features(images).shape == (3, 16)
     with pytest.raises(ValueError, match="not a run that trained a CLIP"):
         open_clip(str(finished))
-    # It draws no pictures, so it is not what `generate` takes without being told.
+    # It draws no images, so it is not what `generate` takes without being told.
     with pytest.raises(ValueError, match="no finished run"):
         newest_run(trained.parent.parent)
 
@@ -76,16 +76,16 @@ def test_retrieval_counts_as_a_sorted_list_does(trained: Path, finished: Path) -
     captions = split.captions[:30]
     texts = sorted(set(captions))
     assert len(texts) < 30, "no caption is shared"
-    similar = ranker.similarities(split.pictures(range(30)), texts)
-    by_picture, by_text = (
+    similar = ranker.similarities(split.image_batch(range(30)), texts)
+    by_image, by_text = (
         table.argsort(dim=1, descending=True).tolist() for table in (similar, similar.t())
     )
     ranks = {
         "image_to_text": [
             row.index(texts.index(caption))
-            for row, caption in zip(by_picture, captions, strict=True)
+            for row, caption in zip(by_image, captions, strict=True)
         ],
-        # Other pictures of the same text are no mistakes: only strangers before the first count.
+        # Other images of the same text are no mistakes: only strangers before the first count.
         "text_to_image": [
             next(rank for rank, at in enumerate(row) if captions[at] == text)
             for row, text in zip(by_text, texts, strict=True)

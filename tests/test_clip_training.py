@@ -22,7 +22,7 @@ from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, ClipRanker, retriev
 from rudolph.models.reference import from_reference, to_reference
 from rudolph.models.vision.clip import CLIP
 from rudolph.models.weights import load_exactly
-from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.trainer import averaging, fit, make_trainer
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.clip import CLIPTraining
@@ -90,7 +90,7 @@ CAPTIONS = [3, 1, 3, 0, 1, 3, 2]
 
 
 def softmax_by_hand(logits: list[list[float]], captions: list[int]) -> float:
-    """Of each picture and of each caption: how far its own stands out among different ones."""
+    """Of each image and of each caption: how far its own stands out among different ones."""
     pairs, total = range(len(captions)), 0.0
     for own in pairs:
         compared = [own] + [other for other in pairs if captions[other] != captions[own]]
@@ -101,11 +101,11 @@ def softmax_by_hand(logits: list[list[float]], captions: list[int]) -> float:
 
 
 def sigmoid_by_hand(logits: list[list[float]], captions: list[int]) -> float:
-    """Of each combination of picture and caption: is it one?"""
+    """Of each combination of image and caption: is it one?"""
     total = 0.0
-    for row, picture in zip(logits, captions, strict=True):
+    for row, image in zip(logits, captions, strict=True):
         for logit, text in zip(row, captions, strict=True):
-            total += math.log(1 + math.exp(-logit if picture == text else logit))
+            total += math.log(1 + math.exp(-logit if image == text else logit))
     return total / len(captions)
 
 
@@ -282,7 +282,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
     examples = TextImageExamples(split, tokenizer, model.config, seed=1)
     chosen = list(range(16))
     run, folders = load_experiment(write(tmp_path)).runs[0], Folders(tmp_path, tmp_path / "runs")
-    execution = Execution(run, tmp_path, folders, CPU, Unrecorded(), quiet)
+    execution = Execution(run, tmp_path, folders, CPU, NullRecorder(), quiet)
     weights = tmp_path / "clip" / "weights.safetensors"
     weights.parent.mkdir()
     fit(
@@ -304,7 +304,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
     ranker = ClipRanker(again, tokenizer, templates=PLAIN_TEMPLATES)
     captions = [split.captions[index] for index in chosen]
     recalls = retrieval_recalls(
-        ranker.image_features(split.pictures(chosen)),
+        ranker.image_features(split.image_batch(chosen)),
         ranker.text_features(captions),
         torch.from_numpy(split.clusters(chosen)),
         torch.from_numpy(caption_numbers(captions)),

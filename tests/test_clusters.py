@@ -10,19 +10,19 @@ import pytest
 from PIL import Image
 
 from rudolph.data import splits
-from rudolph.data.cache import Parts, cached_array
+from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.pairs import Pair
 from rudolph.data.splits import DataConfig, Split
-from rudolph.evaluation.evaluator import Subject, scored, scored_together
+from rudolph.evaluation.context import EvaluationContext, corpus_score, mean_score
 from rudolph.evaluation.evaluators.captions import _references
 from rudolph.evaluation.statistics import (
+    bootstrap_interval,
     cluster_members,
     effective_size,
     jackknife_interval,
     mean_interval,
-    resampled_interval,
-    share_interval,
+    proportion_interval,
 )
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -43,8 +43,8 @@ def test_copies_of_values_say_no_more_than_the_values() -> None:
     assert mean_interval(sample, seed=3, clusters=clusters) == pytest.approx(
         mean_interval(values, seed=3)
     )
-    found = resampled_interval(lambda at: np.median(sample[at]), 92, seed=3, clusters=clusters)
-    expected = resampled_interval(lambda at: np.median(values[at]), 23, seed=3)
+    found = bootstrap_interval(lambda at: np.median(sample[at]), 92, seed=3, clusters=clusters)
+    expected = bootstrap_interval(lambda at: np.median(values[at]), 23, seed=3)
     assert found == pytest.approx(expected)
     found = jackknife_interval(lambda at: sample[at].mean(), 92, clusters=clusters)
     assert found == pytest.approx(jackknife_interval(lambda at: values[at].mean(), 23))
@@ -52,7 +52,7 @@ def test_copies_of_values_say_no_more_than_the_values() -> None:
     hits = (values > 1).astype(float)
     sample, clusters = copied(hits, 4)
     found, size = mean_interval(sample, seed=0, clusters=clusters), 22
-    assert found == pytest.approx(share_interval(hits.mean() * size, size))
+    assert found == pytest.approx(proportion_interval(hits.mean() * size, size))
 
 
 def test_values_without_copies_have_the_plain_interval() -> None:
@@ -127,9 +127,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return captioned(tmp_path_factory.mktemp("several") / "pairs", texts)
 
 
-def subject(*, half: int | None = None) -> Subject:
+def context(*, half: int | None = None) -> EvaluationContext:
     """One without models, which only chooses pairs."""
-    return Subject(
+    return EvaluationContext(
         cast(Pipeline, None), TokenSamplingConfig(), TokenSamplingConfig(), 9, 0, half=half
     )
 
@@ -146,8 +146,8 @@ def test_pairs_of_one_image_count_as_one_in_every_score(several: Split) -> None:
     first = [images.index(image) for image in dict.fromkeys(images)]
     of_images = mean_interval(values[first], seed=0)
     for score in (
-        scored("x", several, indices, values, subject()),
-        scored_together("x", several, indices, lambda at: values[at].mean(), subject()),
+        mean_score("x", several, indices, values, context()),
+        corpus_score("x", several, indices, lambda at: values[at].mean(), context()),
     ):
         assert score.num_examples == len(several)
         assert (score.low, score.high) == pytest.approx(of_images[1:], abs=1e-3)
@@ -155,7 +155,7 @@ def test_pairs_of_one_image_count_as_one_in_every_score(several: Split) -> None:
 
 def test_an_image_is_in_one_half_alone(several: Split) -> None:
     halves = [
-        {several.captions[at].split()[1] for at in subject(half=half).order(several)}
+        {several.captions[at].split()[1] for at in context(half=half).order(several)}
         for half in (0, 1)
     ]
     assert not halves[0] & halves[1]
@@ -218,13 +218,13 @@ def test_rows_that_are_written_one_by_one_are_the_array(tmp_path: Path) -> None:
     array = np.arange(42, dtype=np.int16).reshape(7, 2, 3)
     parts = {"kind": "rows", "data": "d"}
     found = cached_array(
-        tmp_path, parts=parts, compute=lambda: Parts(array.shape, array.dtype, iter(array))
+        tmp_path, parts=parts, compute=lambda: ArrayWriter(array.shape, array.dtype, iter(array))
     )
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
     wrong = {
-        "must have 8 rows, got 7": Parts((8, 2, 3), array.dtype, iter(array)),
-        r"row 0 of a cached array must be int16 \(3, 2\), got int16 \(2, 3\)": Parts(
+        "must have 8 rows, got 7": ArrayWriter((8, 2, 3), array.dtype, iter(array)),
+        r"row 0 of a cached array must be int16 \(3, 2\), got int16 \(2, 3\)": ArrayWriter(
             (7, 3, 2), array.dtype, iter(array)
         ),
     }

@@ -7,14 +7,14 @@ import torch
 
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.generate import generate_image, generate_text
-from rudolph.models.cpu.prepacked_linear import WEIGHTS, Kernel, PackedLinear, pack
-from rudolph.models.layers.attention import WholeLook
+from rudolph.models.cpu.prepacked_linear import WEIGHTS, Kernel, PackedLinear, prepack
+from rudolph.models.layers.attention import FullView
 from rudolph.models.rudolph import compiled
 from rudolph.models.rudolph import decoder as decoder_module
 from rudolph.models.rudolph import decoder as layer_module
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.rudolph.static_decode import KEYS_AT_ONCE, steady_reads
+from rudolph.models.rudolph.static_decode import KEYS_AT_ONCE, static_selection
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 
@@ -42,7 +42,7 @@ def prompts(batch: int) -> torch.Tensor:
 def test_what_is_read_in_steady_shapes_is_what_the_mask_shows(mask: str, first: int) -> None:
     table = mask_table(parse_mask(mask), LAYOUT)
     rows = table[first:, first:]
-    reads = steady_reads(rows, CPU)
+    reads = static_selection(rows, CPU)
     assert reads is not None and reads.at is not None and reads.mask is not None
     assert reads.at.shape == reads.mask.shape and len(reads.at) == len(rows)
     most = int(rows.sum(1).max())
@@ -54,9 +54,9 @@ def test_what_is_read_in_steady_shapes_is_what_the_mask_shows(mask: str, first: 
 
 
 def test_what_no_position_or_every_position_sees_is_not_gathered() -> None:
-    assert steady_reads(torch.zeros(3, 4, dtype=torch.bool), CPU) is None
-    assert steady_reads(torch.ones(3, 4, dtype=torch.bool), CPU) == (None, None)
-    reads = steady_reads(torch.tensor([[False, False], [False, True]]), CPU)
+    assert static_selection(torch.zeros(3, 4, dtype=torch.bool), CPU) is None
+    assert static_selection(torch.ones(3, 4, dtype=torch.bool), CPU) == (None, None)
+    reads = static_selection(torch.tensor([[False, False], [False, True]]), CPU)
     assert reads is not None and reads.at is not None
     assert reads.at.tolist() == [[0, 0], [1, 1]]
 
@@ -81,7 +81,7 @@ def test_steady_steps_are_the_plain_steps(
 def test_compiled_steps_are_nearly_those_of_the_decoder(weights: str, samples: int) -> None:
     torch._dynamo.reset()
     exact, packed = decoder("conv(3)"), decoder("conv(3)")
-    pack(packed, weights=weights, num_rows=samples, is_compiled=True)
+    prepack(packed, weights=weights, num_rows=samples, is_compiled=True)
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, 11, (samples, 6), generator=generator)
     expected, found = (hidden_of(model, prompts(1), tokens) for model in (exact, packed))
@@ -102,10 +102,10 @@ def hidden_of(model: MaskedDecoder, left: torch.Tensor, tokens: torch.Tensor) ->
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("samples", [1, 3])
-def test_compiled_and_plain_steps_draw_the_same_pictures_and_texts(
+def test_compiled_and_plain_steps_draw_the_same_images_and_texts(
     weights: str, samples: int
 ) -> None:
-    """Guided pictures, and texts some of which end before others; rounding changes no draw."""
+    """Guided images, and texts some of which end before others; rounding changes no draw."""
     torch._dynamo.reset()
     drawn, seeds = [], range(samples)
     # A single row of 8 or 16 bits is multiplied with otherwise rounded numbers.
@@ -117,15 +117,13 @@ def test_compiled_and_plain_steps_draw_the_same_pictures_and_texts(
         with torch.no_grad():
             # A model that is sure of what it says.
             model.to_logits.weight.mul_(20)
-        pack(model, weights=weights, num_rows=2 * samples - 1, is_compiled=is_compiled)
-        picture = generate_image(
+        prepack(model, weights=weights, num_rows=2 * samples - 1, is_compiled=is_compiled)
+        image = generate_image(
             model, prompts(1), config=config, seeds=seeds, unconditional=torch.full((5,), 2)
         )
-        start = torch.cat(
-            [prompts(1).expand(samples, -1), picture, torch.full((samples, 1), 4)], 1
-        )
+        start = torch.cat([prompts(1).expand(samples, -1), image, torch.full((samples, 1), 4)], 1)
         text = generate_text(model, start, config=PLAIN if is_same else GREEDY, seeds=seeds)
-        drawn.append(torch.cat([picture, text], dim=1))
+        drawn.append(torch.cat([image, text], dim=1))
     assert torch.equal(*drawn)
 
 
@@ -152,7 +150,7 @@ def test_all_layers_share_a_compilation_and_prompts_have_none(
 
     monkeypatch.setattr(decoder_module, "compiled", counted)
     model = decoder("row", "column", "row", "row", leading_bos=True)
-    pack(model, weights="half", num_rows=8, is_compiled=True)
+    prepack(model, weights="half", num_rows=8, is_compiled=True)
     generate_image(model, prompts(2), config=PLAIN, seeds=list(range(8)))
     assert graphs == 1
     assert len(shapes) == 4 * (LAYOUT.num_image_tokens - 1)
@@ -161,7 +159,7 @@ def test_all_layers_share_a_compilation_and_prompts_have_none(
 def test_a_layer_with_dropout_is_one_graph() -> None:
     torch._dynamo.reset()
     model = decoder("row").train()
-    look = WholeLook(model.whole_masks(9)[0], 2)
+    look = FullView(model.full_masks(9)[0], 2)
     explained = torch._dynamo.explain(layer_module.run_layer)(
         model.layers[0], torch.randn(2, 9, 24), look
     )
@@ -201,5 +199,5 @@ def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         "compiling needs a C\\+\\+ compiler that torch finds: No working C\\+\\+ compiler found$"
     )
     with pytest.raises(ValueError, match=message):
-        pack(decoder("row"), weights="half", num_rows=1, is_compiled=True)
+        prepack(decoder("row"), weights="half", num_rows=1, is_compiled=True)
     check_compiler.cache_clear()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rudolph.checkpoints.table import RELEASED
+from rudolph.checkpoints.releases import RELEASED
 from rudolph.cli import main
 from rudolph.config.experiment_file import load_experiment
-from rudolph.config.run import CONFIG_VERSION, RunConfig, digest_of, plain, read_run, to_yaml
+from rudolph.config.run import CONFIG_VERSION, RunConfig, digest_of, read_run, run_yaml, to_plain
 from rudolph.files.settings import ConfigError, json_schema
 from rudolph.models.reference import empty_model
 from rudolph.training.optim import OptimConfig
@@ -97,7 +97,7 @@ def test_a_base_stands_below_settings_and_the_command_line_above_all(tmp_path: P
 
 def test_a_resolved_run_reads_back_as_itself(tmp_path: Path) -> None:
     config = load_experiment(write(tmp_path, GOOD)).runs[3].config
-    again = read_run(write(tmp_path, to_yaml(config), "config.yaml"))
+    again = read_run(write(tmp_path, run_yaml(config), "config.yaml"))
     assert again == config and again.digest == config.digest
 
 
@@ -125,7 +125,7 @@ def test_a_default_changes_only_with_the_version_of_the_configuration() -> None:
     golden = json.loads((Path(__file__).parent / "defaults.json").read_text("utf-8"))
     assert golden["version"] == CONFIG_VERSION, "write tests/defaults.json anew"
     now = {
-        part.name: flat(plain(part.default_factory()))
+        part.name: flat(to_plain(part.default_factory()))
         for part in fields(RunConfig)
         if part.default_factory is not MISSING
     }
@@ -156,7 +156,7 @@ def test_numbers_in_e_notation_are_numbers(tmp_path: Path) -> None:
 
 def test_the_schema_names_every_setting() -> None:
     schema = json_schema(RunConfig)
-    assert set(schema["properties"]) == set(plain(RunConfig(**FITTING)))
+    assert set(schema["properties"]) == set(to_plain(RunConfig(**FITTING)))
 
 
 FITTING = {"data": RunConfig.__dataclass_fields__["data"].default_factory()}
@@ -168,7 +168,7 @@ FITTING |= {
 def mutations() -> list[tuple[str, Any]]:
     """A hundred files, each wrong in one place, with a word that its message must hold."""
     rng = random.Random(0)
-    leaves = leaf_paths(plain(RunConfig(**FITTING)))
+    leaves = leaf_paths(to_plain(RunConfig(**FITTING)))
     leaves = [
         leaf for leaf in leaves if leaf[0] != "seed" and not leaf[0].startswith("data.tasks")
     ]
@@ -251,10 +251,18 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         ("vqgan.resolution", 64, "must equal data.image_size (32), got 64"),
         ("data.tasks", {"vqa": 1.0}, "data.tasks must be of text_to_image"),
         ("evaluation.questions", ["caption"], "did you mean caption_f1?"),
-        ("evaluation.questions", ["scene_right"], "needs data.dataset shapes, got 'emoji'"),
-        ("evaluation.questions", ["words/zero_shot"], "needs a dataset of emoji, shapes, got 'w"),
+        ("evaluation.questions", ["scene_accuracy"], "needs data.dataset shapes, got 'emoji'"),
+        (
+            "evaluation.questions",
+            ["words/zero_shot_classification"],
+            "needs a dataset of emoji, shapes, got 'w",
+        ),
         ("evaluation.questions", ["words/text_ranking"], "text_ranking needs a dataset of emoji"),
-        ("evaluation.questions", ["clip_scores"], "expected a CLIP for clip_scores, got null"),
+        (
+            "evaluation.questions",
+            ["clip_score_evaluator"],
+            "expected a CLIP for clip_score_evaluator, got null",
+        ),
         ("data.dataset", "x" * 3000, f"got '{'x' * 80}...'"),
         ("evaluation.splits", ["tran"], "did you mean train?"),
         ("vqgan.z_channels", -1, "z_channels must be at least 1, got -1"),

@@ -5,8 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rudolph.models.layers.attention import MAXIMA, PB_RELAX_SCALE, Seen, attention, relaxed
-from rudolph.models.layers.kv_cache import keys_read
+from rudolph.models.layers.attention import (
+    MAXIMA,
+    PB_RELAX_SCALE,
+    KeyValue,
+    apply_pb_relax,
+    attention,
+)
+from rudolph.models.layers.kv_cache import select_keys
 from rudolph.models.reference import from_reference
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.rudolph.scoring import segment_labels
@@ -168,7 +174,7 @@ def test_a_step_reads_what_its_mask_needs_and_little_more(mask: str) -> None:
     for position in range(5, layout.length):
         # What a prompt's samples share is read apart, as the sampler does.
         row = table[position : position + 1, 5 : position + 1]
-        read = keys_read(row)
+        read = select_keys(row)
         numbers = torch.arange(position - 4)[read.at]
         seen = numbers if read.mask is None else numbers[read.mask[0]]
         assert torch.equal(seen, row[0].nonzero().flatten())
@@ -193,9 +199,9 @@ def test_half_precision_attention_equals_the_fused_kernel(
     torch.manual_seed(0)
     query, key, value = (torch.randn(6, 7, 8) for _ in range(3))
     mask = torch.ones(7, 7).tril().bool()
-    expected = attention(query, [Seen(key, value, mask)], pb_relax=None, dropout=0.0)
+    expected = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
     half = [tensor.to(dtype) for tensor in (query, key, value)]
-    seen = [Seen(*half[1:], mask)]
+    seen = [KeyValue(*half[1:], mask)]
     found = attention(half[0], seen, pb_relax=pb_relax, dropout=0.0)
     torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
 
@@ -206,10 +212,10 @@ def test_pb_relax_survives_scores_that_overflow_float16() -> None:
     key[..., 1, :] = -400.0
     value = torch.eye(2, 4, dtype=torch.float16)[None]
     mask = torch.ones(2, 2).bool()
-    plain = attention(query, [Seen(key, value, mask)], pb_relax=None, dropout=0.0)
+    plain = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
     assert not torch.isfinite(plain).all()
     for maximum in MAXIMA:
-        found = attention(query, [Seen(key, value, mask)], pb_relax=maximum, dropout=0.0)
+        found = attention(query, [KeyValue(key, value, mask)], pb_relax=maximum, dropout=0.0)
         assert torch.equal(found[0, 0], value[0, 0])
 
 
@@ -219,7 +225,7 @@ def test_pb_relax_is_exact_in_float32(maximum: str, scale: float) -> None:
     """The shares are those of the plain softmax, also of scores that float16 cannot hold."""
     scores = scale * torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
     scores[1, 2, 4:] = -torch.inf
-    found = relaxed(scores / PB_RELAX_SCALE, maximum).softmax(-1)
+    found = apply_pb_relax(scores / PB_RELAX_SCALE, maximum).softmax(-1)
     torch.testing.assert_close(found, scores.softmax(-1), atol=1e-6, rtol=1e-4)
 
 
@@ -228,7 +234,7 @@ def test_float16_keeps_a_row_far_below_the_greatest_score_by_its_own_maximum() -
     scores = torch.tensor([[[9000.0, 0.0], [1.0, 3.0]]])
     small = (scores / PB_RELAX_SCALE).half()
     expected = scores.softmax(-1)
-    by_row, by_matrix = (relaxed(small, maximum).softmax(-1).float() for maximum in MAXIMA)
+    by_row, by_matrix = (apply_pb_relax(small, maximum).softmax(-1).float() for maximum in MAXIMA)
     torch.testing.assert_close(by_row, expected, atol=1e-2, rtol=0)
     assert (by_matrix - expected).abs().max() > 0.1
 
@@ -274,7 +280,7 @@ def test_embeddings_that_start_from_codes_are_as_far_apart_as_the_codes() -> Non
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     # One dimension is a hundred times as wide as another, one has but one value.
     codes = torch.randn(codebook_size, 6) * torch.tensor([100, 1, 1, 1, 1, 0])
-    model.start_from_codes(codes)
+    model.init_from_codebook(codes)
     found = model.image_embedding.weight.detach()
     even = codes[:, :5] / codes[:, :5].std(0)
     near = torch.corrcoef(torch.stack([torch.pdist(even), torch.pdist(found[: len(codes)])]))
@@ -322,7 +328,7 @@ def test_decoders_that_differ_in_a_table_begin_alike_in_all_else_where_asked() -
         config = replace(SMALL, paired_start=is_paired)
         model = MaskedDecoder(config, LAYOUT, replace(VOCABULARY, bpe_size=bpe_size))
         if is_paired:
-            model.start_by_name(lambda name: len(name) + sum(map(ord, name)))
+            model.init_by_name(lambda name: len(name) + sum(map(ord, name)))
         return model.state_dict()
 
     for is_paired in (True, False):

@@ -18,7 +18,7 @@ from tiny_run import TINY
 
 from rudolph.cli import main
 from rudolph.config.experiment_file import load_experiment
-from rudolph.config.run import RunConfig, plain
+from rudolph.config.run import RunConfig, to_plain
 from rudolph.files.settings import _known_keys
 
 CASES = int(os.environ.get("FUZZ_CASES", "25"))
@@ -125,7 +125,7 @@ def test_any_settings_are_accepted_or_refused_in_one_line(
 ) -> None:
     rng, found = random.Random(2), Counter[str]()
     keys = sorted(_known_keys(RunConfig))
-    defaults = plain(load_experiment("tiny.yaml").runs[0].config)
+    defaults = to_plain(load_experiment("tiny.yaml").runs[0].config)
     for _ in range(CASES):
         settings = []
         for _ in range(rng.randint(1, 2)):

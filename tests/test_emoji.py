@@ -1,4 +1,4 @@
-"""The emoji set: its splits, its pictures, and the builder on a font that every machine has."""
+"""The emoji set: its splits, its images, and the builder on a font that every machine has."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -12,13 +12,13 @@ from PIL import Image
 
 from rudolph.data.datasets import emoji_builder
 from rudolph.data.datasets.emoji import (
-    COLUMNS,
+    EMOJI_COLUMNS,
     SHIPPED,
     SKIN_TONES,
     Emoji,
     EmojiConfig,
     assign_splits,
-    emoji_pictures,
+    emoji_images,
     families,
     read_records,
 )
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Raqm layout was requested")
 Sources = dict[str, Any]
 RECORDS = read_records(SHIPPED)
 SPLIT_OF = assign_splits(RECORDS)
-# Monochrome, but like a colour font it makes one picture of "e" and an acute accent.
+# Monochrome, but like a colour font it makes one image of "e" and an acute accent.
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 EMOJI_TEST = """\
@@ -109,7 +109,7 @@ def test_the_shipped_splits_have_not_moved() -> None:
     assert named["космонавт: темный тон кожи"] == "test"
 
 
-def test_no_picture_and_no_base_of_validation_or_test_is_seen_elsewhere() -> None:
+def test_no_image_and_no_base_of_validation_or_test_is_seen_elsewhere() -> None:
     splits_of_tile, splits_of_base = defaultdict(set), defaultdict(set)
     for record in RECORDS:
         splits_of_tile[record.tile].add(SPLIT_OF[record.key])
@@ -138,7 +138,7 @@ def test_a_new_emoji_moves_no_other_pair() -> None:
     assert {key: split for key, split in moved.items() if key != "1fae8"} == SPLIT_OF
 
 
-def test_about_a_tenth_of_the_toned_pairs_is_held_out_unless_they_share_a_picture() -> None:
+def test_about_a_tenth_of_the_toned_pairs_is_held_out_unless_they_share_a_image() -> None:
     tones = ("none", *SKIN_TONES.values())
     records = [
         replace(
@@ -171,15 +171,13 @@ def test_the_names_are_those_of_cldr() -> None:
     assert len(set(name_of.values())) == len(RECORDS) == 3624
 
 
-def test_the_shipped_pictures_are_all_different_and_none_is_blank() -> None:
-    keys, pictures = emoji_pictures(64)
+def test_the_shipped_images_are_all_different_and_none_is_blank() -> None:
+    keys, images = emoji_images(64)
     assert keys == [record.key for record in RECORDS]
-    tiles = {
-        record.tile: picture.tobytes() for record, picture in zip(RECORDS, pictures, strict=True)
-    }
+    tiles = {record.tile: image.tobytes() for record, image in zip(RECORDS, images, strict=True)}
     assert len(set(tiles.values())) == len(tiles)
     # The smallest, two small squares, still cover some of the 64 x 64 pixels.
-    assert ((pictures < 250).any(axis=3).sum(axis=(1, 2)) > 50).all()
+    assert ((images < 250).any(axis=3).sum(axis=(1, 2)) > 50).all()
 
 
 def test_the_shipped_set_is_small_and_has_its_licences() -> None:
@@ -195,7 +193,7 @@ def test_a_pair_has_the_tile_of_its_row_in_the_size_asked(image_size: int) -> No
     dataset = Emoji(EmojiConfig(), split="validation", image_size=image_size)
     pair = dataset[5]
     tile = dataset.records[5].tile
-    left, top = 64 * (tile % COLUMNS), 64 * (tile // COLUMNS)
+    left, top = 64 * (tile % EMOJI_COLUMNS), 64 * (tile // EMOJI_COLUMNS)
     with Image.open(SHIPPED / "emoji.png") as atlas:
         cut = atlas.crop((left, top, left + 64, top + 64))
     expected = cut.resize((image_size, image_size), Image.Resampling.LANCZOS)
@@ -270,7 +268,7 @@ def test_names_are_found_with_and_without_the_variation_selector(tmp_path: Path)
 def test_the_builder_takes_what_is_one_named_glyph_and_reports_the_rest(
     sources: Sources, tmp_path: Path
 ) -> None:
-    report = emoji_builder.build(tmp_path / "built", size=32, **sources)
+    report = emoji_builder.build_emoji_set(tmp_path / "built", size=32, **sources)
     assert report.skipped == {
         emoji_builder.NO_NAME: ("416",),
         emoji_builder.SEVERAL_GLYPHS: ("41-42",),
@@ -278,37 +276,37 @@ def test_the_builder_takes_what_is_one_named_glyph_and_reports_the_rest(
         emoji_builder.MISSING: ("1f9cc",),
     }
     records = read_records(tmp_path / "built")
-    # Latin and Cyrillic A are one picture, and so one tile.
+    # Latin and Cyrillic A are one image, and so one tile.
     assert [(record.key, record.tile) for record in records] == [
         ("41", 0),
         ("65-301", 1),
         ("410", 0),
     ]
-    assert (report.num_pairs, report.num_pictures) == (3, 2)
+    assert (report.num_pairs, report.num_images) == (3, 2)
     assert records[2].subgroup == "letter-cyrillic"
     assert "skipped, without a Russian name: 1 (416)" in str(report)
 
 
-def test_built_pictures_have_one_scale_a_white_ground_and_nothing_clipped(
+def test_built_images_have_one_scale_a_white_ground_and_nothing_clipped(
     sources: Sources, tmp_path: Path
 ) -> None:
-    emoji_builder.build(tmp_path / "built", size=64, **sources)
-    _, pictures = emoji_pictures(64, tmp_path / "built")
-    ink = 255 - pictures[:, :, :, 0].astype(int)
+    emoji_builder.build_emoji_set(tmp_path / "built", size=64, **sources)
+    _, images = emoji_images(64, tmp_path / "built")
+    ink = 255 - images[:, :, :, 0].astype(int)
     font = emoji_builder.EmojiFont(FONT)
     boxes = [font.measure(characters)[1] for characters in ("A", "e\u0301")]
     left, top, right, bottom = emoji_builder.square_around(boxes)
     assert right - left == bottom - top
-    for picture, characters in zip(ink, ("A", "e\u0301"), strict=False):
+    for image, characters in zip(ink, ("A", "e\u0301"), strict=False):
         drawn = 255 - np.asarray(font.canvas(characters, "RGB"))[:, :, 0].astype(float)
-        assert picture.mean() == pytest.approx(drawn.sum() / (right - left) ** 2, rel=0.02)
-    assert (pictures == 255).all(axis=3).mean() > 0.3
+        assert image.mean() == pytest.approx(drawn.sum() / (right - left) ** 2, rel=0.02)
+    assert (images == 255).all(axis=3).mean() > 0.3
 
 
 def test_a_second_build_is_byte_equal(sources: Sources, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    emoji_builder.build(tmp_path / "a", size=16, **sources)
-    emoji_builder.build(
+    emoji_builder.build_emoji_set(tmp_path / "a", size=16, **sources)
+    emoji_builder.build_emoji_set(
         tmp_path / "b",
         size=16,
         on_progress=lambda done, total: steps.append((done, total)),
@@ -325,12 +323,12 @@ def test_a_source_is_never_written_over(sources: Sources, tmp_path: Path) -> Non
     own.write_bytes(sources["emoji_test"].read_bytes())
     before = own.read_bytes()
     with pytest.raises(ValueError, match=r"^target: expected a path apart from .*emoji\.csv"):
-        emoji_builder.build(tmp_path, size=16, **{**sources, "emoji_test": own})
+        emoji_builder.build_emoji_set(tmp_path, size=16, **{**sources, "emoji_test": own})
     assert own.read_bytes() == before
 
 
 def test_a_built_set_can_be_trained_on(sources: Sources, tmp_path: Path) -> None:
-    emoji_builder.build(tmp_path / "built", size=16, **sources)
+    emoji_builder.build_emoji_set(tmp_path / "built", size=16, **sources)
     config = EmojiConfig(folder=str(tmp_path / "built"))
     pairs = [
         dataset[index]
@@ -355,7 +353,7 @@ def test_a_missing_source_names_its_debian_package(
     missing = tmp_path / "missing"
     sources[source] = [missing] if source == "annotations" else missing
     with pytest.raises(ValueError, match=rf"\A[^\n]*missing[^\n]*{package}[^\n]*\Z"):
-        emoji_builder.build(tmp_path / "built", **sources)
+        emoji_builder.build_emoji_set(tmp_path / "built", **sources)
 
 
 def test_a_source_of_the_wrong_kind_is_named(sources: Sources, tmp_path: Path) -> None:
@@ -366,7 +364,7 @@ def test_a_source_of_the_wrong_kind_is_named(sources: Sources, tmp_path: Path) -
     }.items():
         wrong = value[0] if isinstance(value, list) else value
         with pytest.raises(ValueError, match=rf"\A[^\n]*{wrong.name}[^\n]*\Z"):
-            emoji_builder.build(tmp_path / "built", **{**sources, source: value})
+            emoji_builder.build_emoji_set(tmp_path / "built", **{**sources, source: value})
 
 
 def test_without_raqm_the_builder_names_the_library(
@@ -374,4 +372,4 @@ def test_without_raqm_the_builder_names_the_library(
 ) -> None:
     monkeypatch.setattr("PIL.features.check", lambda feature: False)
     with pytest.raises(ValueError, match=r"\A[^\n]*libfribidi0[^\n]*\Z"):
-        emoji_builder.build(tmp_path / "built", **sources)
+        emoji_builder.build_emoji_set(tmp_path / "built", **sources)

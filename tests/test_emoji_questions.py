@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_emoji import write_set
 
 from rudolph.data.datasets.emoji import (
-    COLUMNS,
+    EMOJI_COLUMNS,
     GROUPS,
     SHIPPED,
     assign_splits,
-    picture,
+    emoji_image,
     read_records,
 )
 from rudolph.data.datasets.emoji_questions import (
@@ -27,8 +27,8 @@ from rudolph.data.datasets.emoji_questions import (
     EmojiQuestion,
     EmojiQuestions,
     EmojiQuestionsConfig,
-    ask,
-    deal,
+    emoji_questions,
+    permute_words,
 )
 from rudolph.data.pairs import SPLITS
 
@@ -37,7 +37,7 @@ RECORD_OF = {record.key: record for record in RECORDS}
 PLACE = {record.key: place for place, record in enumerate(RECORDS)}
 with (SHIPPED / "emoji.csv").open(encoding="utf-8", newline="") as file:
     ROWS = {row["key"]: row for row in csv.DictReader(file)}
-QUESTIONS = {split: ask(RECORDS, split, families=tuple(FAMILIES)) for split in SPLITS}
+QUESTIONS = {split: emoji_questions(RECORDS, split, families=tuple(FAMILIES)) for split in SPLITS}
 TONE = re.compile(r"(?:очень )?(?:светлый|средний|темный) тон кожи")
 TONE_OF_MODIFIER = {
     "\U0001f3fb": "очень светлый",
@@ -57,7 +57,7 @@ def of_family(family: str, *splits: str) -> list[EmojiQuestion]:
     ]
 
 
-def test_questions_follow_the_splits_of_the_emoji_and_no_picture_crosses() -> None:
+def test_questions_follow_the_splits_of_the_emoji_and_no_image_crosses() -> None:
     split_of = assign_splits(RECORDS)
     tiles = {}
     for split, questions in QUESTIONS.items():
@@ -77,7 +77,7 @@ def test_every_family_is_asked_in_every_split_and_answers_are_among_the_choices(
             assert bool(question.choices) == (question.family != "name")
 
 
-def test_equal_questions_about_equal_pictures_have_equal_answers() -> None:
+def test_equal_questions_about_equal_images_have_equal_answers() -> None:
     answers = defaultdict(set)
     for questions in QUESTIONS.values():
         for question in questions:
@@ -95,7 +95,7 @@ def test_names_are_those_of_the_emoji_without_its_tones() -> None:
             assert (question.text, question.answer) == ("чей это флаг?", plain[len("флаг: ") :])
         else:
             assert (question.text, question.answer) == ("что на картинке?", plain)
-    # All but those that share a picture with an emoji of another name.
+    # All but those that share an image with an emoji of another name.
     named = {question.record.key for question in questions}
     assert len(RECORDS) - len(named) < 22
     shared = Counter(record.tile for record in RECORDS)
@@ -181,7 +181,7 @@ def test_a_word_fits_when_it_is_a_keyword_and_else_no_emoji_of_its_subgroup_has_
             assert word not in words[row["subgroup"]]
 
 
-def test_a_word_that_does_not_fit_is_new_to_the_picture_and_the_subgroup_in_any_spelling(
+def test_a_word_that_does_not_fit_is_new_to_the_image_and_the_subgroup_in_any_spelling(
     tmp_path: Path,
 ) -> None:
     random = Random(0)
@@ -196,7 +196,7 @@ def test_a_word_that_does_not_fit_is_new_to_the_picture_and_the_subgroup_in_any_
         for at in range(200)
     ]
     records = read_records(Path(write_set(tmp_path / "set", rows)))
-    asked = [q for split in SPLITS for q in ask(records, split, families=("keyword",))]
+    asked = [q for split in SPLITS for q in emoji_questions(records, split, families=("keyword",))]
     assert Counter(question.answer for question in asked)["нет"] > 20
     for question in asked:
         if question.answer == "нет":
@@ -208,7 +208,7 @@ def test_a_word_that_does_not_fit_is_new_to_the_picture_and_the_subgroup_in_any_
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_word_tells_nothing_without_the_picture(split: str) -> None:
+def test_a_word_tells_nothing_without_the_image(split: str) -> None:
     words: dict[str, Counter[str]] = {"да": Counter(), "нет": Counter()}
     keys: dict[str, set[str]] = {"да": set(), "нет": set()}
     for question in of_family("keyword", split):
@@ -226,7 +226,7 @@ def test_a_word_tells_nothing_without_the_picture(split: str) -> None:
 def test_words_are_dealt_out_once_each_and_only_where_they_are_legal(
     words: list[str], forbidden: list[set[str]]
 ) -> None:
-    dealt = deal(words, lambda at, word: word not in forbidden[at])
+    dealt = permute_words(words, lambda at, word: word not in forbidden[at])
     assert len(dealt) == len(words)
     assert Counter(filter(None, dealt)) <= Counter(words)
     assert all(word not in forbidden[at] for at, word in enumerate(dealt))
@@ -246,7 +246,7 @@ def test_a_pair_shows_the_emoji_that_is_asked_about(split: str) -> None:
             question.answer,
             question.choices,
         )
-        shown = picture(SHIPPED, question.record.tile, 8)
+        shown = emoji_image(SHIPPED, question.record.tile, 8)
         assert pair.image is not None and pair.image.tobytes() == shown.tobytes()
         assert pair.attributes["family"] == question.family
         assert pair.attributes["characters"] == ROWS[question.record.key]["characters"]
@@ -254,7 +254,7 @@ def test_a_pair_shows_the_emoji_that_is_asked_about(split: str) -> None:
 
 def test_fewer_families_are_the_same_questions_in_the_same_order() -> None:
     for split in SPLITS:
-        some = ask(RECORDS, split, families=("gender", "name"))
+        some = emoji_questions(RECORDS, split, families=("gender", "name"))
         every = [q for q in QUESTIONS[split] if q.family in ("name", "gender")]
         assert some == every
         places = [PLACE[question.record.key] for question in some[::50]]
@@ -281,7 +281,7 @@ def test_the_digest_changes_with_a_word_of_the_table_or_a_pixel(tmp_path: Path) 
     digests.add(EmojiQuestions(changed, split="train", image_size=2).digest)
     rows[3]["keywords"] = "слово3"
     repainted = EmojiQuestionsConfig(folder=write_set(tmp_path / "third", rows))
-    Image.new("RGB", (2 * COLUMNS, 2), "red").save(tmp_path / "third" / "emoji.png")
+    Image.new("RGB", (2 * EMOJI_COLUMNS, 2), "red").save(tmp_path / "third" / "emoji.png")
     digests.add(EmojiQuestions(repainted, split="train", image_size=2).digest)
     assert len(digests) == 3
 

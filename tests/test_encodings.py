@@ -11,7 +11,7 @@ from tiny_run import TINY
 
 import rudolph
 from rudolph.reports.report import read_runs
-from rudolph.sequence.texts import read_argument
+from rudolph.sequence.texts import decode_argument
 
 ROOT = Path(rudolph.__file__).parents[1]
 PROMPT = "красный круг"
@@ -65,7 +65,7 @@ def test_an_argument_is_read_from_the_bytes_that_were_typed(
 ) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
     given = PROMPT.encode().decode(encoding, "surrogateescape")
-    assert read_argument(given) == PROMPT
+    assert decode_argument(given) == PROMPT
     # Bytes that are no UTF-8 stay what Python made of them, and are refused later.
     broken = b"\xea\xf0\xf3\xe3".decode(encoding, "surrogateescape")
-    assert read_argument(broken) == broken
+    assert decode_argument(broken) == broken

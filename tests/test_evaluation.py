@@ -6,8 +6,8 @@ import torch
 
 from rudolph.data.datasets.shapes import Shapes, ShapesConfig
 from rudolph.evaluation.metrics.answers import nearest_ranks, token_f1
-from rudolph.evaluation.report_card import QUESTIONS, EvaluationConfig
-from rudolph.evaluation.statistics import mean_interval, share_interval
+from rudolph.evaluation.report_card import EVALUATORS, EvaluationConfig
+from rudolph.evaluation.statistics import mean_interval, proportion_interval
 from rudolph.models.image_metrics import psnr, ssim
 
 
@@ -31,7 +31,7 @@ def test_token_f1_worked_by_hand(prediction: str, truth: str, expected: float) -
 def test_ranks_are_those_of_a_sorted_list_of_distances() -> None:
     torch.manual_seed(0)
     gallery, images = torch.rand(30, 3, 4, 4), torch.rand(9, 3, 4, 4)
-    gallery[7] = gallery[3]  # two equal pictures share a rank
+    gallery[7] = gallery[3]  # two equal images share a rank
     own = torch.arange(9)
     found = nearest_ranks(images, gallery, own)
     for image, at, rank in zip(images, own.tolist(), found.tolist(), strict=True):
@@ -40,7 +40,7 @@ def test_ranks_are_those_of_a_sorted_list_of_distances() -> None:
     assert nearest_ranks(gallery, gallery, torch.arange(30)).tolist() == [1] * 30
 
 
-def test_psnr_and_ssim_of_known_pictures() -> None:
+def test_psnr_and_ssim_of_known_images() -> None:
     truth = torch.rand(2, 3, 16, 16)
     off = (truth + 0.1).clamp(max=2)
     assert psnr(off, truth).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
@@ -50,9 +50,9 @@ def test_psnr_and_ssim_of_known_pictures() -> None:
 
 def test_wilsons_interval_has_the_published_bounds() -> None:
     # Newcombe 1998, table I: 81 of 263 and 0 of 20.
-    assert share_interval(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
-    assert share_interval(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=1e-4)
-    assert share_interval(20, 20).high == 1.0
+    assert proportion_interval(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
+    assert proportion_interval(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=1e-4)
+    assert proportion_interval(20, 20).high == 1.0
 
 
 @pytest.mark.parametrize("kind", ["share", "mean"])
@@ -83,7 +83,7 @@ def test_no_values_or_broken_ones_have_no_interval(values: list[float]) -> None:
 
 
 def test_an_unknown_question_is_told_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=", ".join(QUESTIONS)):
+    with pytest.raises(ValueError, match=", ".join(EVALUATORS)):
         EvaluationConfig(questions=("fid",))
 
 

@@ -17,22 +17,22 @@ from rudolph.files.atomic import DamagedFileError, json_number
 from rudolph.tracking.event_log import (
     JOURNAL,
     VALUES_IN_BATCH,
-    Journal,
-    SentMark,
+    EventLog,
+    SendMarker,
     exclusive,
     flatten,
     pending_folders,
     read_batches,
-    read_journal,
+    read_event_log,
 )
 
 
-def open_journal(folder: Path, digest: str = "d") -> Journal:
-    return Journal(folder, experiment="e", run="r", digest=digest)
+def open_journal(folder: Path, digest: str = "d") -> EventLog:
+    return EventLog(folder, experiment="e", run="r", digest=digest)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    return [record for _, record in read_journal(folder / JOURNAL)]
+    return [record for _, record in read_event_log(folder / JOURNAL)]
 
 
 def test_what_is_appended_is_read_back_from_any_offset(tmp_path: Path) -> None:
@@ -40,11 +40,11 @@ def test_what_is_appended_is_read_back_from_any_offset(tmp_path: Path) -> None:
     for step in range(5):
         journal.append("metrics", step=step, metrics={"ряд": json_number(step - math.inf)})
     journal.close()
-    ends = list(read_journal(tmp_path / JOURNAL))
+    ends = list(read_event_log(tmp_path / JOURNAL))
     assert [r["step"] for _, r in ends[1:]] == list(range(5))
     assert ends[3][1]["metrics"] == {"ряд": -math.inf}
     for position, (end, _) in enumerate(ends):
-        assert list(read_journal(tmp_path / JOURNAL, end)) == ends[position + 1 :]
+        assert list(read_event_log(tmp_path / JOURNAL, end)) == ends[position + 1 :]
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_damaged_journal_keeps_its_whole_records_and_is_sent_anew(
     lines[0 if place == "header" else 2] = b"\x00\x00 garbage\n"
     path.write_bytes(b"".join(lines))
     damaged = path.read_bytes()
-    SentMark(tmp_path, "http://host").write("id", len(damaged))
+    SendMarker(tmp_path, "http://host").write("id", len(damaged))
     with pytest.raises(DamagedFileError, match=r"journal.jsonl: damaged \(no record at byte \d+"):
         records(tmp_path)
     with caplog.at_level(logging.WARNING, "rudolph"):
@@ -87,7 +87,7 @@ def test_a_damaged_journal_keeps_its_whole_records_and_is_sent_anew(
     names = [record["tags"]["name"] for record in kept[1:]]
     assert names == (["a", "b", "c", "d"] if place == "header" else ["a", "c", "d"])
     assert (tmp_path / f"{JOURNAL}.damaged").read_bytes() == damaged
-    assert SentMark(tmp_path, "http://host").read() == ("", 0)
+    assert SendMarker(tmp_path, "http://host").read() == ("", 0)
     again = open_journal(tmp_path)
     again.close()
     assert again.is_continued
@@ -96,7 +96,7 @@ def test_a_damaged_journal_keeps_its_whole_records_and_is_sent_anew(
 def test_a_mark_of_another_journal_counts_for_nothing(tmp_path: Path) -> None:
     open_journal(tmp_path).close()
     size = (tmp_path / JOURNAL).stat().st_size
-    mark = SentMark(tmp_path, "http://host")
+    mark = SendMarker(tmp_path, "http://host")
     for offset in (size + 1, size - 3):
         mark.write("id", offset)
         assert mark.read() == ("id", 0) and mark.is_pending()
@@ -170,10 +170,10 @@ def test_batches_hold_every_record_once_and_in_order(tmp_path: Path) -> None:
 def test_each_server_has_its_own_mark_without_its_password(tmp_path: Path) -> None:
     open_journal(tmp_path / "run").close()
     size = (tmp_path / "run" / JOURNAL).stat().st_size
-    mark = SentMark(tmp_path / "run", "http://anna:secret@host:5000")
+    mark = SendMarker(tmp_path / "run", "http://anna:secret@host:5000")
     assert mark.read() == ("", 0) and mark.is_pending()
     mark.write("id-1", size)
-    assert SentMark(tmp_path / "run", "http://host:5000").read() == ("id-1", size)
+    assert SendMarker(tmp_path / "run", "http://host:5000").read() == ("id-1", size)
     assert pending_folders(tmp_path, "http://host:5000") == []
     assert pending_folders(tmp_path, "http://other:5000") == [tmp_path / "run"]
     assert pending_folders(tmp_path, None) == [tmp_path / "run"]

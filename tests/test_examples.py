@@ -9,8 +9,8 @@ import torch
 
 from rudolph.data.datasets.arithmetic import ArithmeticConfig
 from rudolph.data.datasets.shapes import ShapesConfig
-from rudolph.data.examples import FilledSource, ImageExamples, TokenExamples, task_texts
-from rudolph.data.seeds import mixed_seed, shuffled
+from rudolph.data.examples import ImageExamples, MixtureExamples, TokenExamples, task_texts
+from rudolph.data.seeds import mixed_seed, shuffled_pairs
 from rudolph.data.splits import DataConfig, Split
 from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
@@ -48,7 +48,7 @@ def examples_of(split: Split, tokenizer: Tokenizer, redraw=None, **changes) -> T
             split, source.task, tokenizer=tokenizer, layout=LAYOUT, vocabulary=VOCABULARY
         )
         own = None if redraw is None else partial(redraw, source.task)
-        sources.append(FilledSource(source, texts, indices, own))
+        sources.append(MixtureExamples(source, texts, indices, own))
     return TokenExamples(
         sources, config, layout=LAYOUT, vocabulary=VOCABULARY, num_examples=6000, seed=3
     )
@@ -66,8 +66,8 @@ def test_a_split_holds_the_pairs_of_its_dataset_and_reads_them_back(split: Split
         for index, caption in enumerate(read.captions):
             pair = read.dataset[index]
             assert (pair.caption, pair.key) == (caption, read.keys[index])
-            picture = (read.pictures([index])[0] * 255).round().byte().permute(1, 2, 0).numpy()
-            assert np.array_equal(picture, np.asarray(pair.image))
+            image = (read.image_batch([index])[0] * 255).round().byte().permute(1, 2, 0).numpy()
+            assert np.array_equal(image, np.asarray(pair.image))
 
 
 def test_an_example_reads_one_of_the_drawn_sets_of_codes(
@@ -85,18 +85,18 @@ def test_an_example_reads_one_of_the_drawn_sets_of_codes(
 
 
 def test_every_epoch_is_another_permutation() -> None:
-    first, second = (shuffled(range(start, start + 13), 13, seed=0) for start in (0, 13))
+    first, second = (shuffled_pairs(range(start, start + 13), 13, seed=0) for start in (0, 13))
     assert sorted(first) == sorted(second) == list(range(13))
     assert list(first) != list(second)
-    assert list(shuffled(range(13), 13, seed=1)) != list(first)
+    assert list(shuffled_pairs(range(13), 13, seed=1)) != list(first)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 26])
 def test_examples_do_not_depend_on_the_batches_they_come_in(
     split: Split, examples: TokenExamples, size: int
 ) -> None:
-    pictures = ImageExamples(split, seed=5, flip=0.5)
-    for source, field in ((pictures, "images"), (examples, "tokens")):
+    images = ImageExamples(split, seed=5, flip=0.5)
+    for source, field in ((images, "images"), (examples, "tokens")):
         whole = source.batch(range(26))
         parts = [source.batch(range(at, min(at + size, 26))) for at in range(0, 26, size)]
         assert torch.equal(
@@ -197,12 +197,12 @@ MIXED = {
 
 @pytest.fixture(scope="module")
 def mixed(split: Split, tokenizer: Tokenizer) -> TokenExamples:
-    """Two tasks of scenes and one of sums, which have no picture."""
+    """Two tasks of scenes and one of sums, which have no image."""
     config = replace(CONFIG, tasks=MIXED, arithmetic=ArithmeticConfig(num_train=5))
     sums = Split(config, "train", split.cache, dataset="arithmetic")
     indices = np.random.default_rng(0).integers(1, 7, size=(13, 4))
     sources = [
-        FilledSource(
+        MixtureExamples(
             source,
             task_texts(
                 sums if source.dataset == "arithmetic" else split,
@@ -237,7 +237,7 @@ def test_a_mixture_is_drawn_by_weight_and_each_row_has_its_pairs(mixed: TokenExa
     assert torch.equal(mixed.batch(range(7, 19)).tokens, batch.tokens[7:19])
 
 
-def test_a_task_without_a_picture_has_code_zero_and_scores_no_image(mixed: TokenExamples) -> None:
+def test_a_task_without_a_image_has_code_zero_and_scores_no_image(mixed: TokenExamples) -> None:
     batch = mixed.batch(range(200))
     is_sum = batch.sources == 2
     assert (batch.tokens[is_sum][:, 30:34] == 0).all()
@@ -276,12 +276,12 @@ def test_task_tokens_become_unknown_left_and_right_by_themselves(
     assert torch.equal(second.inputs, second.tokens)
 
 
-def test_pictures_of_several_splits_are_one_stream(split: Split) -> None:
+def test_images_of_several_splits_are_one_stream(split: Split) -> None:
     test = Split(CONFIG, "validation", split.cache)
     both = ImageExamples(split, test, seed=5)
     assert both.num_pairs == 18
     whole = both.whole(range(18)).images
-    expected = torch.cat([split.pictures(range(13)), test.pictures(range(5))]) * 2 - 1
+    expected = torch.cat([split.image_batch(range(13)), test.image_batch(range(5))]) * 2 - 1
     assert torch.equal(whole, expected)
     batch = both.batch(range(18))
     assert sorted(batch.examples.tolist()) == list(range(18))

@@ -15,7 +15,7 @@ from rudolph.data.examples import ImageBatch
 from rudolph.data.loader import Streams
 from rudolph.models.layers.native_types import NativeTypes
 from rudolph.models.vqgan.model import VQGAN
-from rudolph.runs.execution import PRECISIONS, Hardware
+from rudolph.runs.execution import LIGHTNING_PRECISIONS, Hardware
 from rudolph.runs.trainer import make_trainer
 from rudolph.training.vqgan import VQGANTraining
 
@@ -157,7 +157,9 @@ def test_the_precision_without_a_flag_is_that_of_the_device_that_trains(
     assert Hardware(accelerator="cpu").used_precision == "32-true"
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name.endswith("true")])
+@pytest.mark.parametrize(
+    "precision", [name for name in LIGHTNING_PRECISIONS if name.endswith("true")]
+)
 def test_a_codebook_follows_its_latents_in_every_precision(tmp_path: Path, precision: str) -> None:
     torch.manual_seed(0)
     config = load_experiment(write(tmp_path)).runs[0].config

@@ -17,7 +17,7 @@ from rudolph.data.splits import Splits
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.resolve import load_run
 from rudolph.runs.stages.decoder import token_examples
-from rudolph.tracking.event_log import exclusive, read_journal
+from rudolph.tracking.event_log import exclusive, read_event_log
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
 
@@ -39,7 +39,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
 def curves(folder: Path) -> dict[str, dict[int, float]]:
     """Every metric of a run by step, the later value where a step was done twice."""
     found: dict[str, dict[int, float]] = {}
-    for _, record in read_journal(folder / "journal.jsonl"):
+    for _, record in read_event_log(folder / "journal.jsonl"):
         for name, value in record.get("metrics", {}).items():
             found.setdefault(name, {})[record["step"]] = value
     return found
@@ -64,7 +64,7 @@ def test_a_run_writes_all_that_the_readme_promises(finished: Path) -> None:
     for name, value in summary["metrics"].items():
         low, high = summary["intervals"][name]
         assert low <= value <= high
-    assert {"data", "vqgan", "decoder", "scene_right on test"} <= set(summary["seconds"])
+    assert {"data", "vqgan", "decoder", "scene_accuracy on test"} <= set(summary["seconds"])
     assert 0 < summary["seconds"]["overhead"] < sum(summary["seconds"].values())
     environment = json.loads((finished / "environment.json").read_text())
     assert set(environment["digests"]) == {
@@ -172,7 +172,7 @@ def validation_losses(folder: Path) -> dict[str, float]:
     splits = Splits(config.data, folder.parent.parent / ".cache")
     split = splits("validation")
     indices = {
-        ("validation", split.dataset_name): pipeline.encode(split.pictures(range(len(split))))
+        ("validation", split.dataset_name): pipeline.encode(split.image_batch(range(len(split))))
     }
     examples = token_examples(config, splits, "validation", indices, pipeline.tokenizer)
     batch = examples.whole(range(examples.num_whole))

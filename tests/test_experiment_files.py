@@ -10,13 +10,13 @@ from rudolph.config.experiment_file import Experiment, load_experiment
 from rudolph.config.run import RunConfig
 from rudolph.data.examples import TokenBatch
 from rudolph.data.splits import open_dataset
-from rudolph.generation.filters import next_shares
+from rudolph.generation.filters import next_probabilities
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vision.clip import CLIP
-from rudolph.runs.stages.decoder import decides_decoder
+from rudolph.runs.stages.decoder import decoder_digest_parts
 from rudolph.sequence.tasks import TASKS
 from rudolph.training.decoder import DecoderTraining
-from rudolph.training.losses import found_losses, mixed_loss, segment_means
+from rudolph.training.losses import compute_losses, mixed_loss, segment_means
 from rudolph.training.optim import clip_gradients, optimizers_of
 
 FOLDER = Path(__file__).parent.parent / "experiments"
@@ -48,7 +48,7 @@ def test_filters_of_its_runs_leave_something_to_draw(experiment: Experiment) -> 
     logits = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0))
     for sampling in {run.config.sampling for run in experiment.runs}:
         for config in (sampling.image, sampling.text):
-            shares = next_shares(logits[0], config, logits[1])
+            shares = next_probabilities(logits[0], config, logits[1])
             torch.testing.assert_close(shares.sum(-1), torch.ones(2))
 
 
@@ -79,7 +79,7 @@ def train_two_steps(config: RunConfig) -> list[float]:
     optimizers = optimizers_of(model, config.decoder_optim)
     batch, losses = batch_of(config), []
     for _ in range(2):
-        found = found_losses(
+        found = compute_losses(
             model, batch.tokens, config.decoder_losses, scored=batch.scored, inputs=batch.inputs
         )
         loss = (
@@ -104,7 +104,7 @@ def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment
             model = CLIP(config.clip)
             assert sum(parameter.numel() for parameter in model.parameters()) > 0
         elif config.speed.measure is None and config.decoder_optim.num_steps > 0:
-            decides = str((decides_decoder(config)[4:], config.layout, config.vocabulary))
+            decides = str((decoder_digest_parts(config)[4:], config.layout, config.vocabulary))
             different[decides] = config
     for config in different.values():
         first, second = train_two_steps(config)

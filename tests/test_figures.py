@@ -10,9 +10,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rudolph.evaluation.statistics import mean_of_few
-from rudolph.reports.drawings import codebook_usage, mask_picture, reconstructions, sample_grid
-from rudolph.reports.figures import FIGURES, curves, front_of, intervals
+from rudolph.evaluation.statistics import mean_over_seeds
+from rudolph.reports.figures import FIGURES, curves, intervals, pareto_front
+from rudolph.reports.image_grids import (
+    draw_codebook_usage,
+    draw_masks_image,
+    reconstructions,
+    sample_grid,
+)
 
 LOSS = "val/loss"
 RUNS = pd.DataFrame(
@@ -65,7 +70,7 @@ FRAMES = {
 METRICS = {"pareto": (LOSS, "rate")}
 CAUSAL = np.tril(np.ones((9, 9), bool))
 RANDOM = np.random.default_rng(0)
-PICTURES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]
+IMAGES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]
 
 
 def draw(kind: str, path: Path) -> bytes:
@@ -136,14 +141,14 @@ def test_the_front_holds_what_no_other_point_beats_in_both() -> None:
                 for other in places
             )
         ]
-        found = front_of(places, is_less)
+        found = pareto_front(places, is_less)
         assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
         assert (np.diff(found[:, 0]) >= 0).all()
 
 
 def test_a_cell_of_several_runs_says_how_sure_it_is(tmp_path: Path) -> None:
     draw("heatmap", tmp_path / "figure.svg")
-    half = mean_of_few(np.array([0.16, 0.26])).high - 0.21
+    half = mean_over_seeds(np.array([0.16, 0.26])).high - 0.21
     assert f"± {half:.1g}" in texts(tmp_path / "figure.svg")
 
 
@@ -169,12 +174,12 @@ def test_chance_is_drawn_where_it_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("segments", [(3, 4, 2), (0, 9, 0)])
-def test_a_mask_picture_says_its_segments_and_density(
+def test_a_mask_image_says_its_segments_and_density(
     segments: tuple[int, int, int], tmp_path: Path
 ) -> None:
     masks = {"causal": CAUSAL, "self": np.eye(9, dtype=bool)}
-    mask_picture(masks, tmp_path / "a.svg", segments=segments)
-    mask_picture(masks, tmp_path / "b.svg", segments=segments)
+    draw_masks_image(masks, tmp_path / "a.svg", segments=segments)
+    draw_masks_image(masks, tmp_path / "b.svg", segments=segments)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     said = texts(tmp_path / "a.svg")
     assert f"causal: {45 / 81:.1%} of pairs" in said and f"self: {9 / 81:.1%} of pairs" in said
@@ -184,31 +189,31 @@ def test_a_mask_picture_says_its_segments_and_density(
 
 def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mask causal: \(9, 9\) is not what segments"):
-        mask_picture({"causal": CAUSAL}, tmp_path / "x.png", segments=(3, 4, 3))
+        draw_masks_image({"causal": CAUSAL}, tmp_path / "x.png", segments=(3, 4, 3))
 
 
 def test_a_sample_grid_keeps_every_pixel(tmp_path: Path) -> None:
     captions = ["красный кот на синем фоне смотрит в окно", "ёж", ""]
     for name in ("a.png", "b.png"):
-        sample_grid(PICTURES, captions, tmp_path / name, columns=2)
+        sample_grid(IMAGES, captions, tmp_path / name, columns=2)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    enlarged = np.kron(PICTURES[1], np.ones((8, 8, 1), np.uint8))
+    enlarged = np.kron(IMAGES[1], np.ones((8, 8, 1), np.uint8))
     assert (sheet[8 : 8 + 128, 144 : 144 + 128] == enlarged).all()
-    # Under the first picture there is text, under the empty caption there is none.
+    # Under the first image there is text, under the empty caption there is none.
     second_row = sheet.shape[0] // 2 + 4
     assert (sheet[140 : second_row - 4, 8:136] < 128).any()
     assert (sheet[second_row + 132 :, 8:136] == 255).all()
 
 
 def test_a_sample_without_a_caption_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 pictures of shapes .* and 1 captions"):
-        sample_grid(PICTURES, ["one"], tmp_path / "x.png", columns=2)
+    with pytest.raises(ValueError, match=r"3 images of shapes .* and 1 captions"):
+        sample_grid(IMAGES, ["one"], tmp_path / "x.png", columns=2)
 
 
 def test_a_perfect_reconstruction_leaves_a_white_difference(tmp_path: Path) -> None:
-    broken = [255 - PICTURES[0], *PICTURES[1:]]
-    reconstructions(PICTURES, broken, tmp_path / "x.png")
+    broken = [255 - IMAGES[0], *IMAGES[1:]]
+    reconstructions(IMAGES, broken, tmp_path / "x.png")
     sheet = np.asarray(Image.open(tmp_path / "x.png"))
     height = (sheet.shape[0] - 8) // 3
     last = sheet[8 + 2 * height : 8 + 2 * height + 128]
@@ -217,7 +222,7 @@ def test_a_perfect_reconstruction_leaves_a_white_difference(tmp_path: Path) -> N
 
 
 def test_a_codebook_of_evenly_used_codes_has_their_number_as_perplexity(tmp_path: Path) -> None:
-    codebook_usage(np.array([7, 0, 7, 7, 7, 0, 0, 0]), tmp_path / "x.svg")
+    draw_codebook_usage(np.array([7, 0, 7, 7, 7, 0, 0, 0]), tmp_path / "x.svg")
     assert "4 of 8 codes used (50%), perplexity 4.0" in texts(tmp_path / "x.svg")
     with pytest.raises(ValueError, match="no code was used"):
-        codebook_usage(np.zeros(8, np.int64), tmp_path / "y.svg")
+        draw_codebook_usage(np.zeros(8, np.int64), tmp_path / "y.svg")

@@ -12,7 +12,7 @@ from tiny_run import quiet, run_tiny, write
 from rudolph.cli import main
 from rudolph.config.experiment_file import load_experiment
 from rudolph.models.rudolph.decoder import MaskedDecoder
-from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.resolve import find_folder, find_tokenizer, load_run, open_decoder
 from rudolph.runs.stages.decoder import start_from
 from rudolph.runs.stages.origins import warn_of_other_parts
@@ -74,7 +74,7 @@ def test_what_changed_on_the_way_is_said_in_one_line(finished: Path, tmp_path: P
         tmp_path,
         Folders(tmp_path, tmp_path / "runs"),
         Hardware(),
-        Unrecorded(),
+        NullRecorder(),
         lambda stage, done, total, note: notes.append(note),
     )
     config = experiment.runs[0].config
@@ -138,7 +138,7 @@ def test_tokenizer_and_vqgan_are_those_of_the_weights(
 def execution_of(folder: Path, settings: tuple[str, ...]) -> Execution:
     run = load_experiment(write(folder), settings).runs[0]
     folders = Folders(folder, folder / "runs")
-    return Execution(run, folder, folders, Hardware(), Unrecorded(), quiet)
+    return Execution(run, folder, folders, Hardware(), NullRecorder(), quiet)
 
 
 def test_a_named_tokenizer_or_vqgan_that_differs_is_warned_of(

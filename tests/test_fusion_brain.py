@@ -20,7 +20,7 @@ from rudolph.data.datasets.fusion_brain import (
 from rudolph.data.datasets.fusion_brain_files import TaskRecord, read_tasks, write_tasks
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.tables import ManifestConfig
-from rudolph.data.funnel import centre_square
+from rudolph.data.image_files import center_crop
 from rudolph.data.pairs import Pair
 
 SPLITS = ("train", "validation", "test")
@@ -40,7 +40,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def make(folder: Path, task: str, number: int = 120) -> FusionBrainConfig:
-    """Questions of a task with different contents, and pictures where it has any."""
+    """Questions of a task with different contents, and images where it has any."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for at in range(number):
@@ -131,7 +131,7 @@ def test_a_pair_says_what_the_files_say(tmp_path: Path, task: str) -> None:
         asked = f"Сделай это. Дело {name}: a) да; b) нет"
         assert pair.key == f"{task}/{name}"
         if row.has_image or row.answer_type == "image":
-            expected = centre_square(noise(int(name)), 8)
+            expected = center_crop(noise(int(name)), 8)
             assert pair.image is not None and pair.image.tobytes() == expected.tobytes()
         else:
             assert pair.image is None
@@ -159,7 +159,7 @@ def test_the_splits_share_out_all_questions_by_content(tmp_path: Path, task: str
         assert keys == parts[split]
 
 
-def test_questions_about_one_context_or_picture_are_in_one_split(tmp_path: Path) -> None:
+def test_questions_about_one_context_or_image_are_in_one_split(tmp_path: Path) -> None:
     config = make(tmp_path, "vqa", 60)
     records = read_tasks(config.questions, config.answers)
     copies = []
@@ -249,16 +249,16 @@ def test_a_question_that_the_task_cannot_have_is_told_with_file_and_id(
     assert message.startswith(f"{tmp_path / file}.json: id '7': ") and words in message
 
 
-def test_a_picture_that_is_broken_or_changes_is_told_with_file_and_id(tmp_path: Path) -> None:
+def test_a_image_that_is_broken_or_changes_is_told_with_file_and_id(tmp_path: Path) -> None:
     config = make(tmp_path, "vqa", 20)
     for entry in FusionBrain(config, split="train", image_size=8).entries:
-        Path(entry.path).write_bytes(b"no picture")
+        Path(entry.path).write_bytes(b"no image")
     dataset = FusionBrain(config, split="train", image_size=8)
     first = dataset.entries[0]
     start = f"{config.questions}: id {first.record.id!r}: {first.path}: "
-    assert said(lambda: dataset[0]) == f"{start}corrupt picture"
+    assert said(lambda: dataset[0]) == f"{start}corrupt image"
     noise(0).save(first.path)
-    assert said(lambda: dataset[0]) == f"{start}the picture changed after the files were read"
+    assert said(lambda: dataset[0]) == f"{start}the image changed after the files were read"
 
 
 def test_a_setting_without_sense_is_told_in_one_line(tmp_path: Path) -> None:

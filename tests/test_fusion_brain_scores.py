@@ -13,11 +13,11 @@ from rudolph.data.datasets.fusion_brain_files import (
     write_predictions,
     write_tasks,
 )
-from rudolph.evaluation.metrics.answers import Measure
+from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.metrics.fusion_brain import (
     CHALLENGE,
-    PLAIN,
-    TASKS,
+    CHALLENGE_TASKS,
+    PLAIN_RULES,
     THRESHOLDS,
     Quirks,
     captioning_scores,
@@ -69,7 +69,7 @@ def test_text_answers_are_compared_by_lemmas(
     answer: str, truths: list[str], expected: float
 ) -> None:
     assert one(text_qa_scores, answer, truths) == pytest.approx(expected)
-    assert one(text_qa_scores, answer, truths, quirks=PLAIN) == pytest.approx(expected)
+    assert one(text_qa_scores, answer, truths, quirks=PLAIN_RULES) == pytest.approx(expected)
 
 
 def test_the_letter_of_an_answer_gets_a_second_try() -> None:
@@ -114,8 +114,8 @@ def test_a_missing_answer_to_a_text_is_0(score) -> None:
         ("Коты!", "кот", 1.0),
     ],
 )
-def test_an_answer_about_a_picture(answer: str, truth: str, expected: float) -> None:
-    for quirks in (CHALLENGE, PLAIN):
+def test_an_answer_about_a_image(answer: str, truth: str, expected: float) -> None:
+    for quirks in (CHALLENGE, PLAIN_RULES):
         found = one(visual_qa_scores, answer, [truth, "-"], quirks=quirks)
         assert found == pytest.approx(expected)
 
@@ -123,14 +123,14 @@ def test_an_answer_about_a_picture(answer: str, truth: str, expected: float) -> 
 def test_meteor_of_an_answer_pays_no_regard_to_order() -> None:
     # Two of three words and two of two: 10 P R / (R + 9 P).
     expected = 10 * (2 / 3) / (1 + 9 * (2 / 3))
-    for quirks in (CHALLENGE, PLAIN):
+    for quirks in (CHALLENGE, PLAIN_RULES):
         found = one(visual_qa_scores, "стол и кот", ["кот стол"], quirks=quirks)
         assert found == pytest.approx(expected)
 
 
 def test_an_answer_of_several_words_is_lemmatised_as_one() -> None:
     answer, truth = "красной собаки", ["красная собака"]
-    whole = replace(PLAIN, lemmatised_as_one_word=True, english_stems=True)
+    whole = replace(PLAIN_RULES, lemmatised_as_one_word=True, english_stems=True)
     # The last word alone becomes its lemma.
     assert one(visual_qa_scores, answer, truth, quirks=whole) == pytest.approx(1 / 2)
     by_words = replace(whole, lemmatised_as_one_word=False)
@@ -151,13 +151,13 @@ def test_synonyms_are_what_the_caller_gives() -> None:
     assert one(visual_qa_scores, "пёс", ["собака"]) == 0
 
 
-def test_missing_answers_about_pictures_are_left_out() -> None:
+def test_missing_answers_about_images_are_left_out() -> None:
     truths = {"0": ["кот"], "1": ["кит"]}
     plain = without("missing_not_penalised")
     assert visual_qa_scores({"1": "кит"}, truths).tolist() == [1]
     assert visual_qa_scores({"1": "кит"}, truths, plain).tolist() == [0, 1]
     cosines = {"1": 0.4}
-    found = captioning_scores({"1": "кит"}, truths, cosines, PLAIN)
+    found = captioning_scores({"1": "кит"}, truths, cosines, PLAIN_RULES)
     assert found == pytest.approx([0, 0.7])
     assert len(captioning_scores({"1": "кит"}, truths, cosines)) == 1
 
@@ -198,7 +198,7 @@ def test_the_verb_scores_files_by_the_challenge_s_rules_or_plain_ones(
     own = [replace(each, answer_texts=tuple(truths[each.id])) for each in records]
     write_tasks(own, paths[0], paths[1])
     write_predictions(paths[2], texts)
-    for quirks, flags in ((CHALLENGE, []), (PLAIN, ["--plain"])):
+    for quirks, flags in ((CHALLENGE, []), (PLAIN_RULES, ["--plain"])):
         assert main(["data", "fusion-brain", "math_qa", *paths, *flags]) == 0
         expected = math_qa_scores(texts, truths, quirks).mean()
         said = capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_the_verb_scores_files_by_the_challenge_s_rules_or_plain_ones(
 
 
 def test_the_integral_is_1_when_all_is_right() -> None:
-    right = dict.fromkeys(TASKS, 1.0)
+    right = dict.fromkeys(CHALLENGE_TASKS, 1.0)
     assert integral_score(right) == pytest.approx(0.4)
     assert integral_score(right, [1.0] * 6) == pytest.approx(1)
     assert integral_score(THRESHOLDS) == pytest.approx(1.18 / 15)
@@ -220,8 +220,8 @@ def test_the_integral_is_1_when_all_is_right() -> None:
 
 
 def test_the_quirks_are_part_of_a_measure() -> None:
-    measure = Measure("visual-qa", settings=str(without("english_stems")))
-    assert Measure.parse(str(measure)) == measure
+    measure = MetricProtocol("visual-qa", settings=str(without("english_stems")))
+    assert MetricProtocol.parse(str(measure)) == measure
     assert "english_stems" not in str(measure)
-    assert str(PLAIN) == "none"
+    assert str(PLAIN_RULES) == "none"
     assert str(CHALLENGE).count("+") == len(fields(Quirks)) - 1

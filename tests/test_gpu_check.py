@@ -14,15 +14,15 @@ import torch
 import yaml
 
 from rudolph.config.experiment_file import load_experiment
-from rudolph.config.run import plain, resolved
+from rudolph.config.run import resolve_run, to_plain
 from rudolph.files.settings import flat_settings
-from rudolph.gpu_check import equalities, golden
-from rudolph.gpu_check.equalities import attended, gradient_of, relative_error
+from rudolph.gpu_check import consistency, golden
+from rudolph.gpu_check.consistency import attend, gradient_of, relative_error
 from rudolph.gpu_check.parts import PARTS
 from rudolph.gpu_check.plan import PLAN, Part
 from rudolph.gpu_check.quickstart import quickstart_config
-from rudolph.gpu_check.rows import FAILED, OK, Row
-from rudolph.gpu_check.runner import Check, read
+from rudolph.gpu_check.rows import FAILED, OK, CheckRow
+from rudolph.gpu_check.runner import Check, read_lines
 from rudolph.gpu_check.sizes import Geometry, full_sizes, smoke_sizes
 from rudolph.gpu_check.timing import peak_bfloat16
 
@@ -70,7 +70,7 @@ def call(folder: Path, *arguments: str, bare: bool = False) -> subprocess.Comple
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
-    return [row for name in ("checks.csv", "speed.csv") for row in read(folder / name)]
+    return [row for name in ("checks.csv", "speed.csv") for row in read_lines(folder / name)]
 
 
 @pytest.mark.timeout(1800)
@@ -79,7 +79,7 @@ def test_all_parts_run_on_a_bare_machine_and_finished_ones_are_skipped(tmp_path:
     arguments = ("--smoke", "--out", str(out), "--commit", "abc", "--minutes", "60")
     first = call(tmp_path, *arguments, bare=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr
-    parts, rows = read(out / "parts.csv"), rows_of(out)
+    parts, rows = read_lines(out / "parts.csv"), rows_of(out)
     assert [line["part"] for line in parts] == list(PLAN)
     assert {line["status"] for line in parts} == {OK} and {line["commit"] for line in parts} == {
         "abc"
@@ -196,7 +196,7 @@ def test_a_part_that_fails_crashes_or_hangs_costs_itself_alone(
 ) -> None:
     monkeypatch.setattr("rudolph.gpu_check.runner.GRACE_SECONDS", 1.0)
     assert broken_check(tmp_path) == 1
-    statuses = {line["part"]: line["status"] for line in read(tmp_path / "parts.csv")}
+    statuses = {line["part"]: line["status"] for line in read_lines(tmp_path / "parts.csv")}
     assert statuses == {
         "raises": "failed",
         "wrong": "failed",
@@ -209,7 +209,7 @@ def test_a_part_that_fails_crashes_or_hangs_costs_itself_alone(
     }
     rows = [
         (row["part"], row["case"], row["quantity"], row["value"], row["status"], row["note"])
-        for row in read(tmp_path / "checks.csv")
+        for row in read_lines(tmp_path / "checks.csv")
     ]
     assert rows == [
         ("raises", "bad", "before", "1.0", "ok", ""),
@@ -239,7 +239,7 @@ def test_what_failed_runs_again_and_what_is_finished_only_on_another_device(
     def begun(device: str, **changes: object) -> set[str]:
         broken_check(tmp_path, device, names, **changes)
         out = capsys.readouterr().out
-        assert len(read(tmp_path / "checks.csv")) == 8
+        assert len(read_lines(tmp_path / "checks.csv")) == 8
         skipped = set(re.findall(r"^(\w+): skipped", out, re.MULTILINE))
         return set(re.findall(r"^(\w+): .* rows in", out, re.MULTILINE)) - skipped
 
@@ -251,8 +251,8 @@ def test_what_failed_runs_again_and_what_is_finished_only_on_another_device(
 
 def test_parts_without_time_are_left_out_and_said(tmp_path: Path) -> None:
     assert broken_check(tmp_path, minutes=1e-3) == 0
-    assert {line["status"] for line in read(tmp_path / "parts.csv")} == {"no time left"}
-    assert read(tmp_path / "checks.csv") == []
+    assert {line["status"] for line in read_lines(tmp_path / "parts.csv")} == {"no time left"}
+    assert read_lines(tmp_path / "checks.csv") == []
 
 
 @pytest.mark.parametrize(
@@ -304,31 +304,31 @@ def test_sizes_are_those_of_the_experiment_files(name: str) -> None:
         content[part].pop("init", None)
     content.pop("vqgan.init")
     content |= {"vqgan.resolution": content["data"]["image_size"]}
-    config = resolved(path, flat_settings(path, type(quickstart_config()), content))
+    config = resolve_run(path, flat_settings(path, type(quickstart_config()), content))
     found: Geometry = full_sizes(CPU).decoders[name]
     assert found.layout == config.sequence_layout and found.vocabulary == config.vocabulary
-    same = plain(config.decoder) | {"attention_dropout": 0.0, "output_dropout": 0.0}
-    assert plain(found.decoder) == same
+    same = to_plain(config.decoder) | {"attention_dropout": 0.0, "output_dropout": 0.0}
+    assert to_plain(found.decoder) == same
     assert full_sizes(CPU).vqgan == type(config.vqgan)()
 
 
 def test_the_quickstart_is_that_of_its_experiment_file() -> None:
     [run] = load_experiment(ROOT / "experiments" / "quickstart.yaml").runs
-    expected, found = plain(run.config), plain(quickstart_config())
+    expected, found = to_plain(run.config), to_plain(quickstart_config())
     assert expected["evaluation"].pop("grid_prompts")
     assert found["evaluation"].pop("grid_prompts") == []
     assert found == expected
 
 
 def test_a_row_is_wrong_when_it_is_not_finite_or_above_its_limit() -> None:
-    assert Row("x", 2.0, limit=2.0).status == OK and Row("x", 1e9).status == OK
+    assert CheckRow("x", 2.0, limit=2.0).status == OK and CheckRow("x", 1e9).status == OK
     for value in (2.1, math.nan, math.inf):
-        assert Row("x", value, limit=2.0).status == FAILED
-    assert Row("x", math.nan).status == FAILED
+        assert CheckRow("x", value, limit=2.0).status == FAILED
+    assert CheckRow("x", math.nan).status == FAILED
 
 
 def test_golden_outputs_of_changed_weights_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {row.status for row in golden.compare("rudalle_v3", CPU)} == {OK}
+    assert {row.status for row in golden.compare_golden("rudalle_v3", CPU)} == {OK}
     load = golden.from_reference
 
     def changed(*given: object) -> torch.nn.Module:
@@ -338,7 +338,7 @@ def test_golden_outputs_of_changed_weights_are_wrong(monkeypatch: pytest.MonkeyP
         return model
 
     monkeypatch.setattr(golden, "from_reference", changed)
-    assert {row.status for row in golden.compare("rudalle_v3", CPU)} == {FAILED}
+    assert {row.status for row in golden.compare_golden("rudalle_v3", CPU)} == {FAILED}
 
 
 def test_a_wrong_mask_is_an_error_far_above_the_tolerance() -> None:
@@ -346,9 +346,9 @@ def test_a_wrong_mask_is_an_error_far_above_the_tolerance() -> None:
     *inputs, direction = torch.randn(4, 2, 9, 16)
     causal = torch.ones(9, 9).tril().bool()
     less = causal & ~torch.eye(9, dtype=torch.bool).roll(-1, 1)
-    exact = attended(inputs, causal, direction)[0]
-    error = relative_error(attended(inputs, less, direction)[0], exact)
-    assert error > 10 * max(equalities.TOLERANCE.values())
+    exact = attend(inputs, causal, direction)[0]
+    error = relative_error(attend(inputs, less, direction)[0], exact)
+    assert error > 10 * max(consistency.MAX_RELATIVE_ERROR.values())
     assert relative_error(exact, exact) == 0
 
 

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from rudolph.checkpoints import hub as hub_module
-from rudolph.checkpoints.hub import MAX_IDLE_CONNECTIONS, Fetched, fetch
+from rudolph.checkpoints.hub import MAX_IDLE_CONNECTIONS, FetchedFile, fetch
 
 ROOT = Path(__file__).parent.parent
 REPO = "ai/model"
@@ -87,7 +87,9 @@ def interrupt(done: int, total: int) -> None:
 @pytest.mark.parametrize(("file", "content"), [(LARGE, WEIGHTS), (SMALL, CONFIG)])
 def test_a_file_arrives_with_its_hash_and_commit(hub, tmp_path, file, content):
     got = fetch(REPO, file, tmp_path)
-    assert got == Fetched(tmp_path / file, hashlib.sha256(content).hexdigest(), hub.commits[REPO])
+    assert got == FetchedFile(
+        tmp_path / file, hashlib.sha256(content).hexdigest(), hub.commits[REPO]
+    )
     assert got.path.read_bytes() == content
     assert leftovers(tmp_path) == set()
 

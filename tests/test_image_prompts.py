@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rudolph.generation.filters import TokenSamplingConfig, draw, next_shares
+from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
 from rudolph.generation.generate import FREE, generate_image
 from rudolph.generation.image_prompts import (
     SIDES,
     border_mask,
     known_indices,
-    mask_of_picture,
     parse_borders,
+    token_mask,
     variation_mask,
 )
 from rudolph.generation.noise import uniform_numbers
@@ -126,7 +126,7 @@ def test_a_side_that_is_named_twice_is_refused() -> None:
 
 def test_a_token_is_given_when_all_of_its_pixels_are() -> None:
     mask = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) < 0.8
-    found = mask_of_picture(mask, 4)
+    found = token_mask(mask, 4)
     for row in range(4):
         for column in range(4):
             pixels = mask[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
@@ -134,7 +134,7 @@ def test_a_token_is_given_when_all_of_its_pixels_are() -> None:
     assert 0 < found.sum() < 16
     for height, width in ((8, 10), (10, 8)):
         with pytest.raises(ValueError, match=f"a multiple of 4 a side, got {height} x {width}"):
-            mask_of_picture(torch.ones(height, width).bool(), 4)
+            token_mask(torch.ones(height, width).bool(), 4)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
@@ -157,31 +157,31 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
 
 
 @pytest.mark.parametrize("crop_first", [False, True])
-def test_a_picture_is_read_where_it_is_given(crop_first: bool) -> None:
+def test_a_image_is_read_where_it_is_given(crop_first: bool) -> None:
     vqgan, stays = small_vqgan(), border_mask({"up": 1, "left": 1}, SIDE)
-    picture = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
-    found = known_indices(vqgan, picture, stays, crop_first=crop_first)
+    image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    found = known_indices(vqgan, image, stays, crop_first=crop_first)
     assert torch.equal(found == FREE, ~stays.flatten())
-    whole = vqgan.encode_indices(picture[None])[0]
+    whole = vqgan.encode_indices(image[None])[0]
     assert len(whole.unique()) > 3
     assert crop_first or torch.equal(found[stays.flatten()], whole[stays.flatten()])
     pixels = stays.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    changed = torch.where(pixels, picture, 1 - picture)
+    changed = torch.where(pixels, image, 1 - image)
     again = known_indices(vqgan, changed, stays, crop_first=crop_first)
     assert torch.equal(again, found) == crop_first
     everything = torch.ones(SIDE, SIDE).bool()
-    assert torch.equal(known_indices(vqgan, picture, everything, crop_first=crop_first), whole)
+    assert torch.equal(known_indices(vqgan, image, everything, crop_first=crop_first), whole)
 
 
-def test_a_picture_is_read_in_the_precision_of_the_vqgan() -> None:
+def test_a_image_is_read_in_the_precision_of_the_vqgan() -> None:
     vqgan, stays = small_vqgan(), border_mask({"up": 2}, SIDE)
-    picture = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
-    expected = known_indices(vqgan, picture, stays)
-    found = known_indices(vqgan.to(torch.bfloat16), picture, stays)
+    image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = known_indices(vqgan, image, stays)
+    found = known_indices(vqgan.to(torch.bfloat16), image, stays)
     assert (found != expected).float().mean() < 0.3
 
 
-def test_a_picture_of_another_size_is_refused() -> None:
+def test_a_image_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \(3, 6, 6\), got \(3, 6, 8\)"):
         known_indices(small_vqgan(), torch.rand(3, 6, 8), border_mask({"up": 1}, SIDE))
 
@@ -206,7 +206,7 @@ def test_given_tokens_stay_and_the_rest_is_as_full_passes_draw_it(
     for step in range(NUM_IMAGE):
         sequences = (torch.cat([text, drawn], dim=1) for text in texts)
         logits = [model.image_logits(model.hidden(each)[:, -1])[:, :CODES] for each in sequences]
-        token = draw(next_shares(logits[0], config, logits[1]), uniform[:, step])
+        token = sample_token(next_probabilities(logits[0], config, logits[1]), uniform[:, step])
         token = torch.where(rows[:, step] == FREE, token, rows[:, step])
         drawn = torch.cat([drawn, token[:, None]], dim=1)
     assert torch.equal(found, drawn)

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 def test_a_folder_that_holds_no_model_says_why(tmp_path: Path, config: Any, words: str) -> None:
     folder = tmp_path / "folder"
     weights = weights_like("rudolph", CONFIG)
-    store.write(folder, weights, family="rudolph", config=CONFIG)
+    store.write_checkpoint(folder, weights, family="rudolph", config=CONFIG)
     if isinstance(config, dict):
         content = {"family": "rudolph", "config": CONFIG | config}
         (folder / "config.json").write_text(json.dumps(content))
@@ -53,7 +53,7 @@ def test_a_folder_that_holds_no_model_says_why(tmp_path: Path, config: Any, word
         (folder / "config.json").unlink()
     if config == {}:
         (folder / "weights.safetensors").unlink()
-    assert words in complaint(store.load, folder)
+    assert words in complaint(store.load_weights, folder)
 
 
 RUDALLE = {
@@ -83,9 +83,9 @@ def test_every_family_loads_whole_and_in_any_precision(
     tmp_path: Path, family: str, config: dict[str, Any]
 ) -> None:
     weights = weights_like(family, config)
-    store.write(tmp_path, weights, family=family, config=config)
+    store.write_checkpoint(tmp_path, weights, family=family, config=config)
     for dtype in (None, torch.float32):
-        model = store.load(tmp_path, dtype=dtype)
+        model = store.load_weights(tmp_path, dtype=dtype)
         assert not model.training
         assert not any(value.is_meta for value in [*model.parameters(), *model.buffers()])
         assert {value.dtype for value in model.parameters()} == {dtype or torch.half}
@@ -138,10 +138,10 @@ def size_of(module: nn.Module) -> int:
 def test_int8_halves_the_layers_and_stays_close(tmp_path: Path, dtype: torch.dtype) -> None:
     config = CONFIG | {"hidden_size": 240, "num_layers": 3}
     weights = weights_like("rudolph", config)
-    store.write(tmp_path / "w", weights, family="rudolph", config=config)
-    whole = store.load(tmp_path / "w", dtype=torch.float32)
-    half = store.load(tmp_path / "w")
-    small = store.load(tmp_path / "w", dtype=dtype, int8=True)
+    store.write_checkpoint(tmp_path / "w", weights, family="rudolph", config=config)
+    whole = store.load_weights(tmp_path / "w", dtype=torch.float32)
+    half = store.load_weights(tmp_path / "w")
+    small = store.load_weights(tmp_path / "w", dtype=dtype, int8=True)
     assert size_of(small.layers) < 0.52 * size_of(half.layers)
     tokens = torch.arange(18).view(2, 9) % 9
     expected, found = whole(tokens), small(tokens).float()
@@ -161,8 +161,8 @@ def test_int8_halves_the_layers_and_stays_close(tmp_path: Path, dtype: torch.dty
 def test_int8_is_for_decoders(tmp_path: Path) -> None:
     config = {"scale": 2, "num_feat": 4, "num_block": 1, "num_grow_ch": 2}
     weights = weights_like("realesrgan", config)
-    store.write(tmp_path / "w", weights, family="realesrgan", config=config)
-    words = complaint(store.load, tmp_path / "w", int8=True)
+    store.write_checkpoint(tmp_path / "w", weights, family="realesrgan", config=config)
+    words = complaint(store.load_weights, tmp_path / "w", int8=True)
     assert words.endswith("w: a realesrgan model has no decoder layers for int8")
 
 
@@ -172,7 +172,7 @@ from pathlib import Path
 import torch
 from rudolph.models.reference import from_reference
 from rudolph.checkpoints import store
-from rudolph.checkpoints.files import read_tensors
+from rudolph.checkpoints.checkpoint_files import read_tensors
 
 whole, small = (Path(folder) for folder in sys.argv[1:3])
 size = (whole / "w.bin").stat().st_size

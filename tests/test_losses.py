@@ -16,12 +16,12 @@ from rudolph.training.losses import (
     LearnedWeights,
     ReconstructionLossConfig,
     adaptive_weight,
-    found_losses,
+    compute_losses,
+    entry_means,
     hinge_adversary_loss,
     mixed_loss,
     reconstruction_loss,
     segment_losses,
-    source_means,
     weighted_mean,
 )
 
@@ -213,12 +213,12 @@ def scored_by(weights: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> None:
     model, tokens, sources, weights = mixture()
     config = DecoderLossConfig(average=average)
-    found = found_losses(model, tokens, config, scored=scored_by(weights))
+    found = compute_losses(model, tokens, config, scored=scored_by(weights))
     loss = mixed_loss(found, config, weights=weights, sources=sources)
     # Each example alone: for each of its segments the sum of its losses and their number.
     alone = []
     for row in range(5):
-        own = found_losses(
+        own = compute_losses(
             model, tokens[row : row + 1], config, scored=scored_by(weights[row : row + 1])
         )
         alone.append({name: (each.losses.sum(), len(each.losses)) for name, each in own.items()})
@@ -293,8 +293,8 @@ def test_skipped_right_texts_change_no_loss_and_no_gradient(
 def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
     model, tokens, sources, weights = mixture()
     config = DecoderLossConfig(average="task")
-    found = found_losses(model, tokens, config, scored=scored_by(weights))
-    means, counts = source_means(found, sources, 4)
+    found = compute_losses(model, tokens, config, scored=scored_by(weights))
+    means, counts = entry_means(found, sources, 4)
     assert counts[3].tolist() == [0, 0, 0] and means[3].tolist() == [0, 0, 0]
     for row in range(3):
         own = tokens[sources == row]

@@ -23,7 +23,7 @@ from PIL import Image
 from rudolph.data.datasets import manifests
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.tables import ManifestConfig, find_table, read_rows
-from rudolph.data.funnel import centre_square, open_picture
+from rudolph.data.image_files import center_crop, decode_image
 from rudolph.data.pairs import Pair, hash_fraction
 
 SPLITS = ("train", "validation", "test")
@@ -61,10 +61,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def make_pairs(folder: Path, number: int) -> list[dict[str, Any]]:
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(number):
-        name = f"pictures/{index}.png"
+        name = f"images/{index}.png"
         noise(10, 8, seed=index).save(folder / name)
         rows.append({"image": name, "caption": f'картинка "{index}", красная', "other": index})
     return rows
@@ -99,7 +99,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     rows = make_pairs(tmp_path, 12)
     manifest = train(write_table(tmp_path / f"pairs{suffix}", rows))
     expected = [
-        (f"{row['image']} | {row['caption']}", row["caption"], centre_square(noise(10, 8, i), 8))
+        (f"{row['image']} | {row['caption']}", row["caption"], center_crop(noise(10, 8, i), 8))
         for i, row in enumerate(rows)
         if hash_fraction(digest_of(tmp_path / row["image"])) < 0.9
     ]
@@ -110,20 +110,20 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     assert manifest.digest == train(write_table(tmp_path / "other.jsonl", rows)).digest
 
 
-def test_the_splits_share_out_pictures_with_all_their_captions_and_copies(tmp_path: Path) -> None:
+def test_the_splits_share_out_images_with_all_their_captions_and_copies(tmp_path: Path) -> None:
     rows = make_pairs(tmp_path, 600)
     for index, row in enumerate(rows[:60]):
-        shutil.copyfile(tmp_path / row["image"], tmp_path / f"pictures/copy-{index}.png")
-        rows.append(row | {"image": f"pictures/copy-{index}.png"})
+        shutil.copyfile(tmp_path / row["image"], tmp_path / f"images/copy-{index}.png")
+        rows.append(row | {"image": f"images/copy-{index}.png"})
         rows.append(row | {"caption": f"другая подпись {index}"})
     table = write_table(tmp_path / "pairs.csv", rows)
     parts = {name: Manifest(config(table), split=name, image_size=8) for name in SPLITS}
     assert len({entry.key for part in parts.values() for entry in part.entries}) == 720
-    pictures = {name: {entry.sha256 for entry in part.entries} for name, part in parts.items()}
-    assert sum(map(len, pictures.values())) == len(set.union(*pictures.values())) == 600
+    images = {name: {entry.sha256 for entry in part.entries} for name, part in parts.items()}
+    assert sum(map(len, images.values())) == len(set.union(*images.values())) == 600
     for name, share in zip(SPLITS, (0.90, 0.05, 0.05), strict=True):
         # Four standard deviations of a binomial share.
-        assert abs(len(pictures[name]) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
+        assert abs(len(images[name]) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
     assert len({part.digest for part in parts.values()}) == 3
 
 
@@ -142,7 +142,7 @@ def test_the_digest_stays_when_the_folder_moves_or_bad_rows_come(tmp_path: Path)
     absolute = [row | {"image": str(moved / row["image"])} for row in make_pairs(moved, 10)]
     assert train(write_table(moved / "pairs.csv", absolute)).digest == digest
     more = write_table(tmp_path / "more.csv", [{"image": "none.png", "caption": "x"}, *rows])
-    assert train(more, max_bad_share=0.5).digest == digest
+    assert train(more, max_bad_fraction=0.5).digest == digest
 
 
 def test_the_digest_changes_with_whatever_changes_the_pairs(tmp_path: Path) -> None:
@@ -158,18 +158,18 @@ def test_the_digest_changes_with_whatever_changes_the_pairs(tmp_path: Path) -> N
     assert len(digests) == 5
 
 
-def test_a_picture_that_changes_after_the_report_is_an_error(tmp_path: Path) -> None:
+def test_a_image_that_changes_after_the_report_is_an_error(tmp_path: Path) -> None:
     manifest = train(write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 5)))
-    picture = Path(manifest.entries[0].path)
-    picture.write_bytes(encoded(Image.new("RGB", (10, 8))))
-    assert said(lambda: manifest[0]).startswith(f"{picture}: the picture changed")
+    image = Path(manifest.entries[0].path)
+    image.write_bytes(encoded(Image.new("RGB", (10, 8))))
+    assert said(lambda: manifest[0]).startswith(f"{image}: the image changed")
 
 
-def test_the_three_splits_decode_each_picture_once(
+def test_the_three_splits_decode_each_image_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Mock(wraps=open_picture)
-    monkeypatch.setattr(manifests, "open_picture", opened)
+    opened = Mock(wraps=decode_image)
+    monkeypatch.setattr(manifests, "decode_image", opened)
     rows = make_pairs(tmp_path, 60)
     table = write_table(tmp_path / "pairs.csv", rows)
     seen: list[tuple[int, int]] = []
@@ -185,17 +185,17 @@ BAD_ROWS: list[Any] = [
     {"image": "bomb.png", "caption": "x"},
     {"image": "tiny.png", "caption": "x"},
     {"image": "none.png", "caption": "x"},
-    {"image": "pictures", "caption": "x"},
-    {"image": "pictures/0.png/a.png", "caption": "x"},
+    {"image": "images", "caption": "x"},
+    {"image": "images/0.png/a.png", "caption": "x"},
     {"image": "n" * 5000, "caption": "x"},
-    {"image": "pictures/0.png", "caption": " \t"},
-    {"image": "pictures/0.png"},
-    {"image": "pictures/0.png", "caption": 5},
-    {"image": "pictures/0.png", "caption": "\ud83d"},
+    {"image": "images/0.png", "caption": " \t"},
+    {"image": "images/0.png"},
+    {"image": "images/0.png", "caption": 5},
+    {"image": "images/0.png", "caption": "\ud83d"},
     {"image": "", "caption": "x"},
     {"image": ["a"], "caption": "x"},
     {"image": "a\0b", "caption": "x"},
-    ["pictures/0.png", "x"],
+    ["images/0.png", "x"],
 ]
 
 
@@ -207,10 +207,10 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path) -> None:
     Image.new("CMYK", (9, 9)).save(tmp_path / "print.jpg")
     lines = [json.dumps(row) for row in [*good, *BAD_ROWS, {"image": "print.jpg", "caption": "x"}]]
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, '{"image": "a.png', ""]))
-    report = train(tmp_path / "pairs.jsonl", max_bad_share=0.4).report
+    report = train(tmp_path / "pairs.jsonl", max_bad_fraction=0.4).report
     counts = {reason: tally.count for reason, tally in report.skipped.items()}
     assert counts == {
-        "corrupt picture": 1,
+        "corrupt image": 1,
         "decompression bomb": 1,
         "too small": 1,
         "missing file": 3,
@@ -242,13 +242,13 @@ def test_more_than_the_stated_share_of_bad_rows_stops(
         return
     message = said(lambda: train(table))
     assert message == (
-        f"{table}: 2 of 20 rows are bad (10.0%), legal is at most max_bad_share = 5.0%: "
+        f"{table}: 2 of 20 rows are bad (10.0%), legal is at most max_bad_fraction = 5.0%: "
         "2 missing file (line 20 gone.png, line 22 gone.png). "
-        "Correct them, or raise max_bad_share to go on without them"
+        "Correct them, or raise max_bad_fraction to go on without them"
     )
 
 
-def test_a_small_picture_is_enlarged_and_counted(tmp_path: Path) -> None:
+def test_a_small_image_is_enlarged_and_counted(tmp_path: Path) -> None:
     table = write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 5))
     manifest = Manifest(config(table), split="train", image_size=16)
     assert manifest.report.converted["enlarged"].count == 5
@@ -375,7 +375,7 @@ def test_a_path_that_is_no_table_is_told_in_one_line() -> None:
 
 
 def test_settings_without_sense_are_told_in_one_line() -> None:
-    assert "got 1.5" in said(lambda: ManifestConfig(max_bad_share=1.5))
+    assert "got 1.5" in said(lambda: ManifestConfig(max_bad_fraction=1.5))
     assert "must differ" in said(lambda: ManifestConfig(caption_column="image"))
 
 
@@ -397,7 +397,7 @@ def test_a_split_or_size_that_a_manifest_cannot_have_is_told_in_one_line(
 
 def test_a_split_without_pairs_is_told_in_one_line(tmp_path: Path) -> None:
     table = write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 1))
-    is_test = hash_fraction(digest_of(tmp_path / "pictures/0.png")) >= 0.95
+    is_test = hash_fraction(digest_of(tmp_path / "images/0.png")) >= 0.95
     empty = "train" if is_test else "test"
     message = said(lambda: Manifest(config(table), split=empty, image_size=8))
     assert f"none of its 1 usable rows falls into the split '{empty}'" in message

@@ -7,11 +7,11 @@ from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import (
     MASKS,
     density,
+    draw_mask,
     layer_masks,
     mask_row,
     mask_table,
     parse_mask,
-    picture,
     right_without_left,
 )
 
@@ -56,12 +56,12 @@ def test_every_mask_of_the_table_is_tested_here() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_table_row_picture_and_density_are_the_oracle(name: str, layout: SequenceLayout) -> None:
+def test_table_row_image_and_density_are_the_oracle(name: str, layout: SequenceLayout) -> None:
     rule, expected = parse_mask(name), oracle(name, layout)
     assert torch.equal(mask_table(rule, layout), expected)
     for position in range(layout.length):
         assert torch.equal(mask_row(rule, layout, position), expected[position, : position + 1])
-    drawn = [[mark == "#" for mark in line] for line in picture(rule, layout).splitlines()]
+    drawn = [[mark == "#" for mark in line] for line in draw_mask(rule, layout).splitlines()]
     assert torch.equal(torch.tensor(drawn), expected)
     assert density(rule, layout) == pytest.approx(expected.float().mean().item())
 

@@ -12,13 +12,13 @@ from tiny_run import TINY, write
 from rudolph.config.experiment_file import load_experiment
 from rudolph.config.metric_names import (
     COST,
-    QUESTION_METRICS,
+    EVALUATOR_METRICS,
     all_names,
     curve_names,
     metric_names,
 )
 from rudolph.config.names import experiment_name
-from rudolph.evaluation.report_card import QUESTIONS
+from rudolph.evaluation.report_card import EVALUATORS
 from rudolph.files.settings import ConfigError
 from rudolph.reports.store import FIXED
 from rudolph.runs.search import search_rounds
@@ -28,7 +28,7 @@ BOUND = re.compile(r"_(low|high|chance|target)$")
 
 
 def test_every_question_names_its_metrics() -> None:
-    assert list(QUESTION_METRICS) == list(QUESTIONS)
+    assert list(EVALUATOR_METRICS) == list(EVALUATORS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
@@ -85,7 +85,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         ({"report": {"card": ["seconds"]}}, "report.card: no run of this file reports 'seconds'"),
         (
             {"report": {"table": ["zero_shot_classification/accuracy/test"]}},
-            "; zero_shot is not among evaluation.questions",
+            "; zero_shot_classification is not among evaluation.questions",
         ),
         ({"report": {"best_of": ["rerank_clip"]}}, "report.best_of: no run"),
         ({"report": {"pareto": ["seconds", "vqgan/ssim"]}}, "did you mean vqgan/ssim/t"),
@@ -137,7 +137,7 @@ def test_a_domain_of_a_search_is_one_metric_on_one_split(tmp_path: Path) -> None
             "targets": {},
         }
 
-    right = "text_to_image/scene_right"
+    right = "text_to_image/scene_accuracy"
     assert load_experiment(write(tmp_path, **searched(right, ["test"]))).search is not None
     for metric, splits, words in (
         ("text_to_image/scene_rigt", ["test"], f"did you mean {right}?"),

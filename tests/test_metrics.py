@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rudolph.evaluation.metrics.answers import (
-    Measure,
+    MetricProtocol,
     accuracy,
-    best_of,
     calibration_error,
     choice_hits,
     chosen_option,
     exact_match,
+    max_over_references,
     require_comparable,
     token_f1,
     vqa_accuracy,
@@ -27,13 +27,13 @@ from rudolph.evaluation.metrics.texts import (
     Normalization,
     character_edits,
     edit_similarity,
-    normalize,
+    normalize_text,
     word_edits,
 )
 from rudolph.evaluation.statistics import (
+    bootstrap_interval,
     jackknife_interval,
     mean_interval,
-    resampled_interval,
     student_quantile,
 )
 
@@ -53,23 +53,23 @@ def distance_by_table(one: str, other: str) -> int:
 @pytest.mark.parametrize(
     "measure",
     [
-        Measure("accuracy"),
-        Measure("fid", features="inception-v3:pool3", sample_size=5000),
-        Measure(
+        MetricProtocol("accuracy"),
+        MetricProtocol("fid", features="inception-v3:pool3", sample_size=5000),
+        MetricProtocol(
             "meteor-nltk", tokenization="words", normalization=str(ANSWER), settings="gamma:0"
         ),
     ],
 )
-def test_a_measure_is_read_from_its_line(measure: Measure) -> None:
-    assert Measure.parse(str(measure)) == measure
+def test_a_measure_is_read_from_its_line(measure: MetricProtocol) -> None:
+    assert MetricProtocol.parse(str(measure)) == measure
     assert not set(str(measure)) & set(",;\"'\n")
 
 
 def test_values_of_different_protocols_are_not_comparable() -> None:
-    first = Measure("fid", features="clip", sample_size=100)
-    require_comparable(first, Measure("fid", features="clip", sample_size=100))
+    first = MetricProtocol("fid", features="clip", sample_size=100)
+    require_comparable(first, MetricProtocol("fid", features="clip", sample_size=100))
     with pytest.raises(ValueError, match="not comparable: sample_size 100 and 200"):
-        require_comparable(first, Measure("fid", features="clip", sample_size=200))
+        require_comparable(first, MetricProtocol("fid", features="clip", sample_size=200))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_values_of_different_protocols_are_not_comparable() -> None:
 )
 def test_a_broken_line_is_no_measure(line: str) -> None:
     with pytest.raises(ValueError, match=r"must be|a measure has"):
-        Measure.parse(line)
+        MetricProtocol.parse(line)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_a_broken_line_is_no_measure(line: str) -> None:
 def test_each_option_of_a_normalization_does_what_it_says(
     normalization: Normalization, expected: str
 ) -> None:
-    assert normalize(" Ёж,  два-три  «Кота»… ", normalization) == expected
+    assert normalize_text(" Ёж,  два-три  «Кота»… ", normalization) == expected
 
 
 def test_lemmas_digits_and_composed_letters() -> None:
     lemmas = Normalization(lower=True, lemmas=True, digits=True)
-    assert normalize("Две красные собаки", lemmas) == "2 красный собака"
-    assert normalize("зеленыи\u0306", Normalization(nfc=True)) == "зеленый"
+    assert normalize_text("Две красные собаки", lemmas) == "2 красный собака"
+    assert normalize_text("зеленыи\u0306", Normalization(nfc=True)) == "зеленый"
     assert str(lemmas) == "lower+lemmas+digits"
     assert str(Normalization()) == "raw"
     with pytest.raises(ValueError, match="punctuation must be of kept, ascii"):
@@ -123,9 +123,11 @@ def test_token_f1_is_that_of_squad_without_articles(one: str, other: str) -> Non
 
 
 def test_the_best_of_several_truths_counts() -> None:
-    assert best_of(token_f1, "синий шар", ["шар", "красный куб"]) == pytest.approx(2 / 3)
+    assert max_over_references(token_f1, "синий шар", ["шар", "красный куб"]) == pytest.approx(
+        2 / 3
+    )
     with pytest.raises(ValueError, match="at least one truth"):
-        best_of(token_f1, "шар", [])
+        max_over_references(token_f1, "шар", [])
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_a_jackknifed_mean_has_the_interval_of_a_mean() -> None:
 
 def test_a_resampled_mean_has_the_interval_of_a_mean() -> None:
     values = np.random.default_rng(5).exponential(size=40)
-    found = resampled_interval(lambda chosen: values[chosen].mean(), 40, seed=3)
+    found = bootstrap_interval(lambda chosen: values[chosen].mean(), 40, seed=3)
     expected = mean_interval(values, seed=4)
     assert found.value == pytest.approx(expected.value)
     assert found == pytest.approx(expected, abs=0.05)
@@ -271,12 +273,12 @@ def test_an_error_rate_has_an_interval() -> None:
     truths = ["мама мыла раму", "кот", "синий шар", "ёж", "дом у моря"] * 6
     predictions = ["мама мыла рану", "кит", "синий шар", "ежи", "дом у мора"] * 6
     edits = character_edits(predictions, truths)
-    rate = resampled_interval(edits.rate, 30, seed=0)
+    rate = bootstrap_interval(edits.rate, 30, seed=0)
     assert rate.low < rate.value == edits.rate() < rate.high
 
 
 def test_a_statistic_that_is_not_finite_has_no_interval() -> None:
     with pytest.raises(ValueError, match="finite"):
-        resampled_interval(lambda chosen: math.nan, 3, seed=0)
+        bootstrap_interval(lambda chosen: math.nan, 3, seed=0)
     with pytest.raises(ValueError, match="at least one example"):
-        resampled_interval(lambda chosen: 0.0, 0, seed=0)
+        bootstrap_interval(lambda chosen: 0.0, 0, seed=0)

@@ -16,8 +16,8 @@ import pytest
 from damage import NUM_CASES
 
 from rudolph.tracking import mlflow_database
-from rudolph.tracking.mlflow_database import SlowStoreError, holds_nothing, prepare
-from rudolph.tracking.mlflow_store import Store
+from rudolph.tracking.mlflow_database import SlowStoreError, holds_nothing, prepare_database
+from rudolph.tracking.mlflow_store import MLflowStore
 from rudolph.tracking.tracker import Tracker, send_pending
 
 OLD = time.time() - 60
@@ -27,7 +27,7 @@ OLD = time.time() - 60
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with nothing but its default experiment."""
     path = tmp_path_factory.mktemp("whole") / "mlflow.db"
-    prepare(path)
+    prepare_database(path)
     return path
 
 
@@ -56,7 +56,7 @@ def test_a_new_database_is_whole_and_nothing_lies_beside_it(whole: Path) -> None
     assert {path.name for path in whole.parent.iterdir()} <= {"mlflow.db", "mlartifacts"}
     before = whole.stat().st_mtime_ns
     assert not holds_nothing(whole)
-    prepare(whole)
+    prepare_database(whole)
     assert whole.stat().st_mtime_ns == before
 
 
@@ -86,7 +86,7 @@ def test_a_database_that_holds_an_experiment_is_never_set_aside(tmp_path: Path) 
     write_half(database, experiments=1)
     content = database.read_bytes()
     with pytest.raises(ConnectionError) as caught:
-        Store(f"sqlite:///{database}")
+        MLflowStore(f"sqlite:///{database}")
     assert "\n" not in str(caught.value)
     with closing(sqlite3.connect(database)) as connection:
         assert connection.execute("SELECT name FROM experiments").fetchall() == [("experiment 0",)]
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_database_stays_and_is_told_with_what_to_do(tmp_path: 
     database = tmp_path / "mlflow.db"
     database.write_bytes(b"no database" * 90)
     with pytest.raises(ConnectionError, match="move it away, then `rudolph sync --again`"):
-        Store(f"sqlite:///{database}")
+        MLflowStore(f"sqlite:///{database}")
     assert database.read_bytes() == b"no database" * 90
 
 
@@ -113,7 +113,7 @@ def test_a_database_that_another_program_makes_now_is_waited_for(
         shutil.copyfile(whole, database)
 
     monkeypatch.setattr(mlflow_database.time, "sleep", finish)
-    prepare(database)
+    prepare_database(database)
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db"}
 
 
@@ -129,7 +129,7 @@ def test_a_locked_database_is_slow_and_not_damaged(
     with closing(connect(database, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(SlowStoreError, match="another program uses it"):
-            prepare(database)
+            prepare_database(database)
 
 
 KILLED = (
@@ -151,7 +151,7 @@ def test_a_process_killed_while_it_makes_the_tables_leaves_no_database(
     process.wait()
     assert not database.exists() and new.exists()
     monkeypatch.setattr(mlflow_database, "make", lambda path: shutil.copyfile(whole, path))
-    prepare(database)
+    prepare_database(database)
     assert not holds_nothing(database)
 
 

@@ -105,7 +105,7 @@ def test_names_of_a_search_are_its_own(
         "domains": changes.pop("domains", {"all": "text_to_image/objects_right"}),
         "settings": {"evaluation.splits": ["train"]},
     }
-    asked = {"questions": ["scene_right"], "splits": ["test"]}
+    asked = {"questions": ["scene_accuracy"], "splits": ["test"]}
     settings = TINY["settings"] | {"evaluation": asked}
     with pytest.raises(ConfigError, match=words):
         load_experiment(write(tmp_path / "x.yaml", settings=settings, search=search, **changes))

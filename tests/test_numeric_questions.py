@@ -10,9 +10,9 @@ import torch
 from tiny_run import run_tiny
 
 from rudolph.data.splits import Splits
-from rudolph.evaluation.evaluator import Subject
-from rudolph.evaluation.report_card import QUESTIONS
-from rudolph.models.layers.attention import Seen, attention
+from rudolph.evaluation.context import EvaluationContext
+from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.models.layers.attention import KeyValue, attention
 from rudolph.models.rudolph import decoder as layer_module
 from rudolph.models.rudolph.decoder import PRECISIONS, DecoderConfig, MaskedDecoder
 from rudolph.runs.resolve import load_run
@@ -32,17 +32,17 @@ def test_the_largest_scores_are_those_that_attention_computes(
 ) -> None:
     pipeline, config = load_run(finished)
     split = Splits(config.data, finished.parent.parent / ".cache")("test")
-    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 4, 0)
+    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 4, 0)
     seen_scores: list[torch.Tensor] = []
 
-    def recorded(query: torch.Tensor, seen: list[Seen], **rest: Any) -> torch.Tensor:
+    def recorded(query: torch.Tensor, seen: list[KeyValue], **rest: Any) -> torch.Tensor:
         scores = (query @ seen[0].key.mT / query.shape[-1] ** 0.5).abs()
         causal = torch.ones_like(scores[0], dtype=torch.bool).tril()
         seen_scores.append(scores.masked_fill(~causal, 0).view(4, -1).amax(1))
         return attention(query, seen, **rest)
 
     monkeypatch.setattr(layer_module, "attention", recorded)
-    largest, overflows = QUESTIONS["attention_logits"](subject, split)
+    largest, overflows = EVALUATORS["attention_logits"](context, split)
     assert largest.name == "decoder/max_attention_logit/test" and overflows.value == 0
     expected = torch.stack(seen_scores).amax(0).double().mean()
     assert largest.value == pytest.approx(float(expected), rel=1e-6)
@@ -50,7 +50,7 @@ def test_the_largest_scores_are_those_that_attention_computes(
     for layer in pipeline.decoder.layers:
         for parameter in layer.to_qkv.parameters():
             parameter.data[: 2 * config.decoder.hidden_size] *= 2000
-    assert QUESTIONS["attention_logits"](subject, split)[1].value == 1
+    assert EVALUATORS["attention_logits"](context, split)[1].value == 1
 
 
 def test_attention_in_a_precision_is_that_of_values_rounded_to_it() -> None:

@@ -20,28 +20,28 @@ from torch import Tensor
 
 from rudolph.cli import main, sampling
 from rudolph.cli.outputs import check_output, write_or_rescue
-from rudolph.generation.pictures import read_told
 from rudolph.generation.pipeline import Pipeline
+from rudolph.generation.png import read_text_fields
 from rudolph.generation.ranking import Ranking
-from rudolph.runs.resolve import Source, open_source
+from rudolph.runs.resolve import LoadedModel, open_model
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Source:
-    return open_source("shipped", runs=Path("runs"), uri="")
+def shipped() -> LoadedModel:
+    return open_model("shipped", runs=Path("runs"), uri="")
 
 
 @pytest.fixture
 def sampled(
-    shipped: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shipped: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Sequence[str]]:
     """The shipped model, opened once, whose sampling takes no time; the prompts that it had."""
     prompts: list[Sequence[str]] = []
-    real = sampling.opened
+    real = sampling.load_requested
 
-    def opened(given: Any) -> Source:
+    def opened(given: Any) -> LoadedModel:
         return (
             replace(shipped, pipeline=replace(shipped.pipeline))
             if given.model == "shipped"
@@ -163,7 +163,7 @@ def test_a_full_disk_loses_no_image(
     assert line.startswith("rudolph: a.png: cannot be written (no space") and str(folder) in line
     records = [json.loads(each) for each in (folder / "rescued.jsonl").read_text().splitlines()]
     assert len(records) == 3
-    assert all(read_told(Path(record["file"]))["prompt"] == "олень" for record in records)
+    assert all(read_text_fields(Path(record["file"]))["prompt"] == "олень" for record in records)
 
 
 @pytest.mark.parametrize("stage", ["decode", "rank", "clip", "enlarge"])
@@ -179,7 +179,7 @@ def test_what_was_sampled_is_kept_when_a_later_stage_fails(
 
     monkeypatch.setattr(sampling, "add_stages", add_stages)
     if stage == "rank":
-        monkeypatch.setattr("rudolph.generation.pipeline.rank_pictures", fail)
+        monkeypatch.setattr("rudolph.generation.pipeline.rank_images", fail)
     elif stage != "clip":
         monkeypatch.setattr(Pipeline, stage, fail)
     assert main(["generate", "олень", "-n", "3", "--rank", "self", "--keep", "1"]) == 2
@@ -204,7 +204,7 @@ def test_a_grid_that_cannot_be_drawn_leaves_the_single_images(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("raqm_layout() failed.")
 
-    monkeypatch.setattr("rudolph.reports.drawings._sheet", fail)
+    monkeypatch.setattr("rudolph.reports.image_grids._sheet", fail)
     assert main(["generate", "олень", "-n", "2"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "generated.png: cannot be drawn (raqm_layout() failed.)" in line
@@ -233,7 +233,7 @@ def test_a_second_call_replaces_all_that_the_first_wrote_and_nothing_else(
     assert names == {"000.png", "001.png", *(path.name for path in kept)}
     assert all(path.read_bytes() == content for path, content in kept.items())
     for number in range(2):
-        assert read_told(Path(f"generated/{number:03}.png"))["prompt"] == "кот"
+        assert read_text_fields(Path(f"generated/{number:03}.png"))["prompt"] == "кот"
 
 
 def test_where_nothing_can_be_decoded_no_earlier_image_stands_beside_the_codes(
@@ -244,7 +244,7 @@ def test_where_nothing_can_be_decoded_no_earlier_image_stands_beside_the_codes(
 
     assert main(["generate", "олень", "-n", "3"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("rudolph.reports.drawings._sheet", fail)
+        patch.setattr("rudolph.reports.image_grids._sheet", fail)
         assert main(["generate", "кот", "-n", "2"]) == 2
     # The grid would show the first call's images.
     assert written(Path()) == ["generated.jsonl", "generated/000.png", "generated/001.png"]
@@ -292,14 +292,16 @@ def test_scores_that_are_no_numbers_leave_json_that_any_reader_takes(
         values = torch.tensor([torch.nan, torch.inf, -torch.inf])
         return Ranking(values, values, values)
 
-    monkeypatch.setattr("rudolph.generation.pipeline.rank_pictures", ranked)
+    monkeypatch.setattr("rudolph.generation.pipeline.rank_images", ranked)
     assert main(["generate", "олень", "-n", "3", "--rank", "self"]) == 0
     lines = Path("generated.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     found = {record["scores"]["self"] for record in records}
     assert found == {"nan", "inf", "-inf"}
     for record in records:
-        told = json.loads(read_told(Path(record["file"]))["scores"], parse_constant=pytest.fail)
+        told = json.loads(
+            read_text_fields(Path(record["file"]))["scores"], parse_constant=pytest.fail
+        )
         assert told == record["scores"]
 
 
@@ -370,7 +372,7 @@ def test_captions_are_written_even_where_the_terminal_cannot_show_them(
         (["кот", "-n", "99999999999"], "-n must be at most 10000"),
         (["кот", "--image-prompt", "/dev/zero", "--vary", "1"], "expected an image file, got a"),
         (["кот", "--image-prompt", "file", "--vary", "nan"], "share to draw anew must be in"),
-        (["кот", "--image-prompt", "file", "--vary", "1"], "file: corrupt picture"),
+        (["кот", "--image-prompt", "file", "--vary", "1"], "file: corrupt image"),
     ],
 )
 def test_a_mistake_is_told_before_a_model_is_opened(
@@ -402,7 +404,7 @@ NUMBERS = (
     "",
 )
 NUMBERS += ("9" * 30, "2147483648", " 2", "1_0", "٣", "0x10", "1e-6")
-PATHS = ("picture.png", "text.png", "empty.png", "missing.png", "folder", "folder.png", ".", "")
+PATHS = ("image.png", "text.png", "empty.png", "missing.png", "folder", "folder.png", ".", "")
 PATHS += ("/dev/null", "text.png/a.png", "new/a.png", "n" * 300 + ".png", "a\udcff.png", "й.png")
 PATHS += ("shipped", "newest", "/proc/self/a.png", "b.PNG", "..", "~", "~/a.png")
 FLAGS: dict[str, Sequence[str | None]] = {
@@ -447,7 +449,7 @@ def test_any_arguments_are_taken_or_refused_in_one_line(
 ) -> None:
     rng = random.Random(5)
     noise = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
-    Image.fromarray(noise).save("picture.png")
+    Image.fromarray(noise).save("image.png")
     Path("text.png").write_text("no image", encoding="utf-8")
     Path("empty.png").write_text("", encoding="utf-8")
     for name in ("folder", "folder.png"):

@@ -10,7 +10,7 @@ import yaml
 from rudolph.config.experiment_file import load_experiment
 from rudolph.config.run import RunConfig
 from rudolph.data.splits import open_dataset
-from rudolph.evaluation.report_card import QUESTIONS
+from rudolph.evaluation.report_card import EVALUATORS
 from rudolph.models.rudolph.adapt import adapt
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.runs.resolve import open_decoder
@@ -57,7 +57,7 @@ def test_every_experiment_and_evaluator_is_in_the_index() -> None:
     files = {name for name in files if not name.startswith("base/")}
     rows = re.findall(r"^\| `([\w/]+\.yaml)` \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(files)
-    assert [name for name in QUESTIONS if f"`{name}`" not in text] == []
+    assert [name for name in EVALUATORS if f"`{name}`" not in text] == []
     sections = set(RunConfig.__dataclass_fields__) - {"seed", "model", "vqgan_seed", "data"}
     assert [name for name in sections if f"`{name}" not in text] == []
 

@@ -1,4 +1,4 @@
-"""From a text to ranked, enlarged pictures: every stage by itself, together, and as a verb."""
+"""From a text to ranked, enlarged images: every stage by itself, together, and as a verb."""
 
 import json
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from rudolph.cli import main
 from rudolph.data.seeds import mixed_seed
-from rudolph.generation.enlarge import enlarge
-from rudolph.generation.filters import TokenSamplingConfig, filter_logits, next_shares
+from rudolph.generation.filters import TokenSamplingConfig, filter_logits, next_probabilities
 from rudolph.generation.generate import FREE
 from rudolph.generation.image_prompts import border_mask, known_indices
-from rudolph.generation.pictures import read_told, to_image
 from rudolph.generation.pipeline import Candidate, Pipeline, Request
-from rudolph.generation.ranking import rank_pictures
-from rudolph.runs.resolve import Precision, open_clip, open_source, open_upscaler
+from rudolph.generation.png import read_text_fields, to_image
+from rudolph.generation.ranking import rank_images
+from rudolph.generation.tiled_upscaling import upscale_tiled
+from rudolph.runs.resolve import Precision, open_clip, open_model, open_upscaler
 
 NUM_IMAGE = SIDE**2
 TEXT = "Красный круг"
@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pipeline_of(weights: Path, name: str = "rudolph", *, batch_size: int = 64) -> Pipeline:
-    pipeline = open_source(str(weights / name), runs=weights, uri="").pipeline
+    pipeline = open_model(str(weights / name), runs=weights, uri="").pipeline
     pipeline.batch_size = batch_size
     return pipeline
 
@@ -59,11 +59,11 @@ def test_every_stage_is_optional_and_leaves_its_scores(
 ) -> None:
     pipeline = pipeline_of(weights)
     drawn = generate(pipeline, Request(6))
-    pictures = torch.stack([candidate.image for candidate in drawn])
-    assert torch.equal(pictures, pipeline.decode(indices_of(drawn)))
+    images = torch.stack([candidate.image for candidate in drawn])
+    assert torch.equal(images, pipeline.decode(indices_of(drawn)))
     assert [candidate.seed for candidate in drawn] == [mixed_seed(0, at) for at in range(6)]
-    ranking = rank_pictures(pipeline, indices_of(drawn), TEXT)
-    similar = open_clip(str(weights / "clip")).similarities(pictures, [TEXT])[:, 0]
+    ranking = rank_images(pipeline, indices_of(drawn), TEXT)
+    similar = open_clip(str(weights / "clip")).similarities(images, [TEXT])[:, 0]
     orders = {"none": list(range(6)), "self": ranking.order()}
     orders["clip"] = sorted(range(6), key=lambda at: -similar[at])
     assert len({tuple(order) for order in orders.values()}) == 3
@@ -79,7 +79,7 @@ def test_every_stage_is_optional_and_leaves_its_scores(
             expected |= {"perplexity_image": ranking.image[at]}
         assert candidate.scores == pytest.approx({key: float(expected[key]) for key in expected})
         image = drawn[at].image
-        larger = enlarge(pipeline.upscaler, image[None])[0] if scale else image
+        larger = upscale_tiled(pipeline.upscaler, image[None])[0] if scale else image
         torch.testing.assert_close(candidate.image, larger)
         assert candidate.image.shape == (3, 8 * (scale or 1), 8 * (scale or 1))
 
@@ -88,7 +88,7 @@ def test_every_stage_is_optional_and_leaves_its_scores(
     "filters", [{"temperature": 0.8}, {"top_k": 9, "top_p": 0.9, "guidance": 2.5}]
 )
 @pytest.mark.parametrize("name", ["rudolph", "rudalle_v2"])
-def test_a_picture_depends_on_its_seed_and_place_alone(
+def test_a_image_depends_on_its_seed_and_place_alone(
     weights: Path, name: str, filters: dict[str, Any]
 ) -> None:
     stays = border_mask({"up": 1, "left": 1}, SIDE).flatten()
@@ -127,9 +127,9 @@ def test_no_more_than_a_batch_is_drawn_captioned_or_judged_at_once(
         seeds = range(3 * num_samples)
         captions = pipeline.caption(images, config=PLAIN, seeds=seeds)
         assert captions == expected.caption(images, config=PLAIN, seeds=seeds)
-        pictures = pipeline.pictures([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
-        again = expected.pictures([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
-        torch.testing.assert_close(pictures, again)
+        images = pipeline.generate_images([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
+        again = expected.generate_images([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
+        torch.testing.assert_close(images, again)
 
 
 def test_every_stage_tells_its_progress(weights: Path) -> None:
@@ -188,7 +188,9 @@ def test_a_mixture_is_of_filtered_shares_and_an_extrapolation_of_logits_before_t
 ) -> None:
     both = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
     filters = TokenSamplingConfig(temperature=0.7, top_k=5, top_p=0.8)
-    found = next_shares(both[0], replace(filters, guidance=number, guidance_kind=kind), both[1])
+    found = next_probabilities(
+        both[0], replace(filters, guidance=number, guidance_kind=kind), both[1]
+    )
     if kind == "mixture":
         shares = [filter_logits(logits, filters).softmax(-1) for logits in both]
         expected = (1 - number) * shares[0] + number * shares[1]
@@ -228,11 +230,11 @@ Verb = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def verb(weights: Path, tmp_path: Path, monkeypatch) -> Verb:
-    """``rudolph generate`` in an empty folder with a picture; the lines of JSON that it leaves."""
+    """``rudolph generate`` in an empty folder with an image; the lines of JSON that it leaves."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "home"))
     noise = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
-    Image.fromarray(noise).save("picture.png")
+    Image.fromarray(noise).save("image.png")
     Image.fromarray(noise[:, :30] // 128 * 255).save("square.png")
 
     def call(*arguments: str, model: str = "rudolph") -> list[dict[str, Any]]:
@@ -255,20 +257,20 @@ def test_the_verb_draws_from_a_run_through_every_stage(
 ) -> None:
     stages = ["--rank", "clip", "--clip", str(weights / "clip"), "--upscale", "4"]
     stages += ["--upscaler", str(weights / "x4"), "--seed", "7"]
-    given = ["--image-prompt", "picture.png", "--borders", "up=2,left=1"]
+    given = ["--image-prompt", "image.png", "--borders", "up=2,left=1"]
     records = verb("-n", "5", "--keep", "2", *stages, *given, model=str(finished))
     said = capsys.readouterr().err
     # The VQ-GAN of the run has 6 x 6 tokens.
-    for line in ("draw: 180/180", "decode: 5/5", "clip: 5/5", "enlarge: 2/2", "2 pictures"):
+    for line in ("draw: 180/180", "decode: 5/5", "clip: 5/5", "enlarge: 2/2", "2 images"):
         assert line in said
-    source = open_source(str(finished), runs=finished, uri="")
+    source = open_model(str(finished), runs=finished, uri="")
     pipeline = source.pipeline
     pipeline.clip = open_clip(str(weights / "clip"))
     pipeline.upscaler = open_upscaler(str(weights / "x4"))
-    square = Image.open("picture.png").crop((6, 0, 36, 30)).resize((24, 24), Image.BICUBIC)
-    picture = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    square = Image.open("image.png").crop((6, 0, 36, 30)).resize((24, 24), Image.BICUBIC)
+    image = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
     stays = border_mask({"up": 2, "left": 1}, 6)
-    known = known_indices(pipeline.vqgan, picture, stays)
+    known = known_indices(pipeline.vqgan, image, stays)
     request = Request(5, 2, "clip", seed=7, known=known)
     expected = pipeline.generate(TEXT, request, config=source.sampling.image)
     for record, candidate in zip(records, expected, strict=True):
@@ -276,11 +278,11 @@ def test_the_verb_draws_from_a_run_through_every_stage(
         assert record["scores"] == pytest.approx(candidate.scores)
         assert record["seed"] == candidate.seed
         assert (record["prompt"], record["model"]) == (TEXT, str(finished))
-        told: dict[str, Any] = read_told(Path(record["file"]))
+        told: dict[str, Any] = read_text_fields(Path(record["file"]))
         told |= {name: json.loads(told[name]) for name in ("seed", "parameters", "scores")}
         assert told | {"file": record["file"]} == record
         asked = {"seed": 7, "number": 5, "keep": 2, "rank": "clip", "upscale": 4}
-        asked |= {"image_prompt": "picture.png", "borders": "up=2,left=1", "temperature": 1.0}
+        asked |= {"image_prompt": "image.png", "borders": "up=2,left=1", "temperature": 1.0}
         assert asked.items() <= record["parameters"].items()
     assert (pixels(records) == [np.asarray(to_image(each.image)) for each in expected]).all()
     assert np.asarray(Image.open("generated.png")).shape[1] > 2 * 96
@@ -327,8 +329,8 @@ def test_an_image_prompt_may_be_borders_a_mask_or_a_share(
     assert len({image.tobytes() for image in varied}) > 1
     vqgan = pipeline_of(weights, model).vqgan
     square = np.array(Image.open("square.png").resize((8, 8), Image.Resampling.BICUBIC))
-    picture = torch.from_numpy(square).permute(2, 0, 1)[None] / 255
-    expected = np.asarray(to_image(vqgan.decode_indices(vqgan.encode_indices(picture))[0]))
+    image = torch.from_numpy(square).permute(2, 0, 1)[None] / 255
+    expected = np.asarray(to_image(vqgan.decode_indices(vqgan.encode_indices(image))[0]))
     for everything in (["--borders", "up=4"], ["--mask", "nothing.png"]):
         assert (pixels(verb(*prompt, *everything, model=model)) == expected).all()
 
@@ -341,14 +343,14 @@ def test_weights_in_less_precision_pass_through_every_stage(
 ) -> None:
     stages = ["--rank", "self", "--clip", str(weights / "clip"), "--transparent"]
     stages += ["--upscaler", str(weights / "x2"), "--guidance", "2"]
-    prompt = ["--image-prompt", "picture.png", "--vary", "0.5"]
+    prompt = ["--image-prompt", "image.png", "--vary", "0.5"]
     records = verb("-n", "3", *stages, *prompt, *precision)
     assert pixels(records).shape == (3, 16, 16, 4)
     for record in records:
         assert all(np.isfinite(score) for score in record["scores"].values())
         assert set(record["scores"]) == {"perplexity_text", "perplexity_image", "self", "clip"}
     source = str(weights / "rudolph")
-    assert main(["caption", "picture.png", "-n", "2", "--model", source, *precision]) == 0
+    assert main(["caption", "image.png", "-n", "2", "--model", source, *precision]) == 0
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
@@ -364,27 +366,27 @@ def test_eight_bits_go_with_every_dtype_and_without_a_kernel_for_them(
         records = verb("-n", "2", "--rank", "self", "--guidance", "2", *flags, model=model)
         assert all(np.isfinite(list(record["scores"].values())).all() for record in records)
         source = model if "/" in model else str(weights / model)
-        assert main(["caption", "picture.png", "-n", "2", "--model", source, *flags]) == 0
+        assert main(["caption", "image.png", "-n", "2", "--model", source, *flags]) == 0
 
 
-def test_pictures_are_float32_whatever_the_weights_are(weights: Path) -> None:
+def test_images_are_float32_whatever_the_weights_are(weights: Path) -> None:
     precision = Precision(torch.bfloat16)
-    source = open_source(str(weights / "rudolph"), runs=weights, uri="", precision=precision)
-    mixed = pipeline_of(weights).to("cpu", picture_dtype=torch.bfloat16)
+    source = open_model(str(weights / "rudolph"), runs=weights, uri="", precision=precision)
+    mixed = pipeline_of(weights).to("cpu", image_dtype=torch.bfloat16)
     for pipeline in (source.pipeline, mixed):
         (candidate,) = generate(pipeline, Request(1))
         assert candidate.image.dtype == torch.float32
     assert mixed.vqgan.quant_conv.weight.dtype != mixed.decoder.final_norm.weight.dtype
 
 
-PROMPT = ["--image-prompt", "picture.png"]
+PROMPT = ["--image-prompt", "image.png"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--borders", "up=1"], "--borders is of an image prompt: give --image-prompt PICTURE"),
-        (["--mask", "picture.png"], "--mask is of an image prompt"),
+        (["--borders", "up=1"], "--borders is of an image prompt: give --image-prompt IMAGE"),
+        (["--mask", "image.png"], "--mask is of an image prompt"),
         (["--vary", "0.5"], "--vary is of an image prompt"),
         (PROMPT, "--image-prompt takes one of --borders, --mask and --vary"),
         ([*PROMPT, "--borders", "up=1", "--vary", "0.5"], "takes one of --borders, --mask and"),
@@ -395,7 +397,7 @@ PROMPT = ["--image-prompt", "picture.png"]
         ([*PROMPT, "--vary", "0"], "the share to draw anew must be in (0, 1], got 0.0"),
         ([*PROMPT, "--mask", "nowhere.png"], "nowhere.png: no such file or directory"),
         (["--image-prompt", "nowhere.png", "--vary", "1"], "nowhere.png: no such file"),
-        (["--image-prompt", "text.png", "--vary", "1"], "text.png: corrupt picture"),
+        (["--image-prompt", "text.png", "--vary", "1"], "text.png: corrupt image"),
         (["-n", "4", "--keep", "5"], "keep must be 1 to 4, the number, got 5"),
         (["--rank", "clip"], "`rudolph pull ruclip-vit-base-patch32-384` gets it"),
         (["--clip", "W/x4"], "W/x4: must be a CLIP, got a Upscaler"),
@@ -404,15 +406,15 @@ PROMPT = ["--image-prompt", "picture.png"]
         (["--upscaler", "W/x2", "--upscale", "4"], "--upscaler enlarges 2 times, not 4"),
         (["--guidance", "2", "--guidance-kind", "mixture"], "guidance must be at most 1 for a"),
         (["--guidance-kind", "mixture"], "--guidance-kind needs the number of --guidance"),
-        (["--output", "pictures"], "--output must end with .png, got pictures"),
-        (["--model", "W/clip"], "clip: holds a ruclip model, which draws no pictures"),
+        (["--output", "images"], "--output must end with .png, got images"),
+        (["--model", "W/clip"], "clip: holds a ruclip model, which draws no images"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     weights: Path, verb: Verb, capsys, arguments: list[str], words: str
 ) -> None:
     Path("W").symlink_to(weights)
-    Path("text.png").write_text("no picture", encoding="utf-8")
+    Path("text.png").write_text("no image", encoding="utf-8")
     assert main(["generate", TEXT, "--model", "W/rudolph", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rudolph: ") and words in line

@@ -17,8 +17,8 @@ from rudolph.models.cpu.prepacked_linear import (
     LAYOUTS,
     PackedLinear,
     choose_layout,
-    pack,
-    pack_as_held,
+    prepack,
+    prepack_in_own_dtype,
     works,
 )
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
@@ -76,7 +76,7 @@ def test_a_packed_decoder_says_nearly_what_the_decoder_says(
     tokens = torch.cat([left, torch.zeros(rows, 16, dtype=torch.long)], dim=1)
     with torch.no_grad():
         expected = model(tokens)
-        pack(model.to(dtype), weights=weights, num_rows=rows)
+        prepack(model.to(dtype), weights=weights, num_rows=rows)
         found = model(tokens)
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= 6e-2 * expected.norm()
@@ -88,7 +88,7 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
     drawn = generate_image(model, left, config=GREEDY, seeds=[0, 1])
     right = torch.cat([left, drawn, torch.full((2, 1), 4)], dim=1)
     answers = generate_text(model, right, config=GREEDY, seeds=[0, 1])
-    pack(model, weights=weights, num_rows=2)
+    prepack(model, weights=weights, num_rows=2)
     assert torch.equal(generate_image(model, left, config=GREEDY, seeds=[0, 1]), drawn)
     assert torch.equal(generate_text(model, right, config=GREEDY, seeds=[0, 1]), answers)
 
@@ -135,7 +135,7 @@ def test_nothing_of_the_weights_that_were_read_stays_in_memory(
         part.data = piece.view_as(part)
     del whole, part, piece, parts
     assert is_held() is not None
-    pack(model, weights=weights, num_rows=num_rows)
+    prepack(model, weights=weights, num_rows=num_rows)
     gc.collect()
     assert is_held() is None
 
@@ -151,7 +151,7 @@ def test_weights_are_packed_when_they_are_held_in_fewer_bits(held: str) -> None:
         model.layers.load_state_dict(weights)
     else:
         model.to(getattr(torch, held))
-    pack_as_held(model, num_rows=2)
+    prepack_in_own_dtype(model, num_rows=2)
     packed_parts = [part for part in model.modules() if isinstance(part, PackedLinear)]
     layouts = {part.layout for part in packed_parts}
     assert layouts == {LAYOUTS[{"float32": "float32", "int8": "int8"}.get(held, "float16")]}
@@ -176,7 +176,7 @@ def test_the_layout_follows_the_number_of_rows_and_falls_back(
     monkeypatch.setattr(packed, "works", lambda layout: False)
     model = decoder()
     before = model(prompts(1))
-    pack(model, weights="int8", num_rows=1)
+    prepack(model, weights="int8", num_rows=1)
     assert torch.equal(model(prompts(1)), before)
     with pytest.raises(ValueError, match="weights must be one of float32, half, int8, got 'int4'"):
         choose_layout("int4", 1)

@@ -88,7 +88,7 @@ def test_codes_are_drawn_by_their_weights_when_a_generator_is_given(parity) -> N
 def test_the_inverse_wavelet_is_the_product_of_its_filters() -> None:
     low, high = haar_filters()
     bands = torch.randn(2, 12, 3, 5)
-    pictures = inverse_haar(bands)
+    images = inverse_haar(bands)
     pairs = [(low, low), (high, low), (low, high), (high, high)]  # down the rows, along them
     for colour in range(3):
         channels = [colour, *(3 + 3 * colour + band for band in range(3))]
@@ -96,7 +96,7 @@ def test_the_inverse_wavelet_is_the_product_of_its_filters() -> None:
             torch.kron(bands[:, channel], torch.outer(down, along))
             for channel, (down, along) in zip(channels, pairs, strict=True)
         )
-        torch.testing.assert_close(pictures[:, colour], expected)
+        torch.testing.assert_close(images[:, colour], expected)
 
 
 def test_ruclip_equals_the_reference(parity) -> None:
@@ -122,7 +122,7 @@ def test_ruclip_reads_a_text_at_its_first_end(parity) -> None:
 def test_ruclip_refuses_what_it_cannot_read(parity, broken: str) -> None:
     golden, model = parity("ruclip"), reference(parity, "ruclip")
     ids, pixels = golden.io["input_ids"], golden.io["pixel_values"]
-    words = {"end": "EOS", "length": "at most 12 tokens, got 13", "pixels": "pictures must be"}
+    words = {"end": "EOS", "length": "at most 12 tokens, got 13", "pixels": "images must be"}
     if broken == "end":
         ids = ids.masked_fill(ids == 3, 5)
     elif broken == "length":

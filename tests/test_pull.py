@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from test_released import CONFIG, HEAD, assert_same, complaint, convert, weights_like
 
 from rudolph.checkpoints import store
-from rudolph.checkpoints.table import PICTURES, RELEASED, TOKENIZER, Release
+from rudolph.checkpoints.releases import IMAGE_TOKENIZER, RELEASED, TOKENIZER, Release
 from rudolph.cli import main
 from rudolph.models.reference import from_reference, to_reference
 from rudolph.models.reference.family import StoredMaskWarning
-from rudolph.runs.resolve import load_run, open_clip, open_source
+from rudolph.runs.resolve import load_run, open_clip, open_model
 from rudolph.sequence.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ CLIP = {
 }
 SMALL = {
     "RUDOLPH-350M": ("rudolph", CONFIG),
-    PICTURES: ("vqgan", VQGAN),
+    IMAGE_TOKENIZER: ("vqgan", VQGAN),
     "Kandinsky": ("rudolph", CONFIG),
     "ruclip-vit-base-patch32-224": ("ruclip", CLIP),
     TOKENIZER: ("tokenizer", {}),
@@ -119,13 +119,13 @@ def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_pulled_model_brings_what_it_needs_and_draws_a_picture(
+def test_a_pulled_model_brings_what_it_needs_and_draws_a_image(
     hub: HubServer, tmp_path: Path, capsys
 ) -> None:
     assert main(["pull", "rudolph-350m"]) == 0
     home = tmp_path / "home"
-    assert files_in(home) == {"RUDOLPH-350M", PICTURES, TOKENIZER}
-    for name in ("RUDOLPH-350M", PICTURES):
+    assert files_in(home) == {"RUDOLPH-350M", IMAGE_TOKENIZER, TOKENIZER}
+    for name in ("RUDOLPH-350M", IMAGE_TOKENIZER):
         assert files_in(home / name) == {"weights.safetensors", "config.json"}
         family, config = SMALL[name]
         assert_same(load_file(home / name / "weights.safetensors"), weights_like(family, config))
@@ -135,7 +135,7 @@ def test_a_pulled_model_brings_what_it_needs_and_draws_a_picture(
         assert about["origin"]["commit"] == hub.commits[repository]
         assert about["origin"]["sha256"] == hub.files[repository, RELEASED[name].file].hash
     assert files_in(home / TOKENIZER) == {"bpe.model"}
-    source = open_source("RUDOLPH-350M", runs=tmp_path, uri="")
+    source = open_model("RUDOLPH-350M", runs=tmp_path, uri="")
     decoder = from_reference("rudolph", CONFIG, weights_like("rudolph", CONFIG)).eval()
     tokens = torch.arange(18)[None] % 9
     assert torch.equal(source.pipeline.decoder(tokens), decoder(tokens))
@@ -150,11 +150,13 @@ def test_what_is_here_is_not_asked_for_again(hub: HubServer, tmp_path: Path, cap
     assert main(["pull", "RUDOLPH-350M", "Sber-VQGAN"]) == 0
     assert hub.requests == []
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"{name}: is here already" for name in (PICTURES, TOKENIZER, "RUDOLPH-350M")]
-    (tmp_path / "home" / PICTURES / "weights.safetensors").unlink()
+    assert told == [
+        f"{name}: is here already" for name in (IMAGE_TOKENIZER, TOKENIZER, "RUDOLPH-350M")
+    ]
+    (tmp_path / "home" / IMAGE_TOKENIZER / "weights.safetensors").unlink()
     assert main(["pull", "RUDOLPH-350M"]) == 0
     assert len(hub.content_requests()) == 1
-    assert store.is_here(PICTURES)
+    assert store.is_pulled(IMAGE_TOKENIZER)
 
 
 def test_a_clip_is_pulled_with_its_own_tokenizer(hub: HubServer, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_file_at_hand_needs_no_hub(hub: HubServer, tmp_path: Path) -> None:
         path = shelf / RELEASED[wanted].file
         path.write_bytes(content_of(wanted, tmp_path))
         assert main(["pull", wanted, "--file", str(path)]) == 0
-        assert store.is_here(wanted) and path.is_file()
+        assert store.is_pulled(wanted) and path.is_file()
     assert open_clip(name).clip.config.vocab_size == 30
     about = json.loads((tmp_path / "home" / name / "config.json").read_text())
     assert "sha256" not in about["origin"]
@@ -194,7 +196,7 @@ def test_a_file_at_hand_needs_no_hub(hub: HubServer, tmp_path: Path) -> None:
         (["Kandinsky", "Malevich", "--file", "x"], "--file is the file of one model"),
         (["Kandinsky", "--file", "vqgan.bin"], "rudolph: the reference has no tensor model."),
         (
-            [PICTURES, "--file", "rudolph.bin"],
+            [IMAGE_TOKENIZER, "--file", "rudolph.bin"],
             "vqgan: the file lacks model.encoder.conv_in",
         ),
         (
@@ -208,13 +210,13 @@ def test_a_pull_that_cannot_be_is_told_in_one_line(
     hub: HubServer, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, file in ((PICTURES, "vqgan.bin"), ("RUDOLPH-350M", "rudolph.bin")):
+    for name, file in ((IMAGE_TOKENIZER, "vqgan.bin"), ("RUDOLPH-350M", "rudolph.bin")):
         Path(file).write_bytes(content_of(name, tmp_path))
     tokenizer(tmp_path).rename("bpe.model")
     assert main(["pull", *arguments]) == 2
     told = capsys.readouterr().err.splitlines()
     assert words in told[-1] and not any("Traceback" in line for line in told)
-    assert not any(store.is_here(name) for name in SMALL if name in arguments)
+    assert not any(store.is_pulled(name) for name in SMALL if name in arguments)
     if "ask" not in words:
         assert len(told) == 1 and hub.content_requests() == []
 
@@ -222,17 +224,17 @@ def test_a_pull_that_cannot_be_is_told_in_one_line(
 def test_a_gated_model_comes_with_the_token_of_its_page(hub: HubServer, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert main(["pull", "Kandinsky"]) == 0
-    assert store.is_here("Kandinsky")
+    assert store.is_pulled("Kandinsky")
 
 
 def test_bytes_that_arrive_wrong_are_no_model(hub: HubServer, capsys) -> None:
     hub.is_corrupt = True
-    assert main(["pull", PICTURES]) == 2
+    assert main(["pull", IMAGE_TOKENIZER]) == 2
     assert "the bytes that arrived have the hash" in capsys.readouterr().err
-    assert not store.is_here(PICTURES)
+    assert not store.is_pulled(IMAGE_TOKENIZER)
     hub.is_corrupt = False
-    assert main(["pull", PICTURES]) == 0
-    assert store.is_here(PICTURES)
+    assert main(["pull", IMAGE_TOKENIZER]) == 0
+    assert store.is_pulled(IMAGE_TOKENIZER)
 
 
 def test_a_pull_that_was_interrupted_while_it_converted_downloads_nothing_again(
@@ -243,13 +245,13 @@ def test_a_pull_that_was_interrupted_while_it_converted_downloads_nothing_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "save_file", interrupt)
-        assert main(["pull", PICTURES]) == 130
-    assert not store.is_here(PICTURES)
+        assert main(["pull", IMAGE_TOKENIZER]) == 130
+    assert not store.is_pulled(IMAGE_TOKENIZER)
     assert "goes on from where it was" in capsys.readouterr().err
     num_requests = len(hub.content_requests())
-    assert main(["pull", PICTURES]) == 0
-    assert store.is_here(PICTURES) and len(hub.content_requests()) == num_requests == 1
-    assert files_in(tmp_path / "home" / PICTURES) == {"weights.safetensors", "config.json"}
+    assert main(["pull", IMAGE_TOKENIZER]) == 0
+    assert store.is_pulled(IMAGE_TOKENIZER) and len(hub.content_requests()) == num_requests == 1
+    assert files_in(tmp_path / "home" / IMAGE_TOKENIZER) == {"weights.safetensors", "config.json"}
 
 
 def test_models_are_listed_with_what_is_here(hub: HubServer, tmp_path: Path, capsys) -> None:
@@ -282,8 +284,10 @@ def test_tensors_that_share_memory_or_lie_apart_are_written_once_each(tmp_path: 
         assert_same(convert(path), shared)
     equal_kernels = CONFIG | {"num_layers": 8, "last_kernel_size": CONFIG["kernel_size"]}
     model = from_reference("rudolph", equal_kernels, weights_like("rudolph", equal_kernels))
-    store.write(tmp_path / "equal", to_reference(model).state_dict, family="rudolph", config={})
-    assert_same(load_file(tmp_path / "equal" / store.WEIGHTS), to_reference(model).state_dict)
+    store.write_checkpoint(
+        tmp_path / "equal", to_reference(model).state_dict, family="rudolph", config={}
+    )
+    assert_same(load_file(tmp_path / "equal" / store.WEIGHTS_FILE), to_reference(model).state_dict)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -327,10 +331,10 @@ def test_an_interrupted_conversion_is_whole_or_has_no_config(
         convert(path)
     assert not list(folder.glob("*.new"))
     if has_older and moment == 0:
-        assert_same(load_file(folder / store.WEIGHTS), older)
+        assert_same(load_file(folder / store.WEIGHTS_FILE), older)
         assert store.read_config(folder) == ("rudolph", CONFIG)
     else:
-        assert "lacks config.json" in complaint(store.load, folder)
+        assert "lacks config.json" in complaint(store.load_weights, folder)
 
 
 def test_a_run_is_converted_for_the_references_packages(
@@ -344,7 +348,7 @@ def test_a_run_is_converted_for_the_references_packages(
         *("bpe.model", "config.json", "pytorch_model.bin", "weights.safetensors")
     }
     decoder = load_run(finished)[0].decoder.eval()
-    again = store.load("given")
+    again = store.load_weights("given")
     tokens = torch.arange(decoder.layout.length)[None] % 12
     expected = decoder(tokens)
     assert torch.equal(again(tokens), expected)

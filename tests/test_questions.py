@@ -1,4 +1,4 @@
-"""Questions about pictures: read from every format, asked on the left, answered on the right."""
+"""Questions about images: read from every format, asked on the left, answered on the right."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rudolph.cli import main
-from rudolph.data.datasets.emoji import name_pictures
+from rudolph.data.datasets.emoji import write_emoji_tables
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.tables import ManifestConfig, read_rows
 from rudolph.data.examples import task_texts
@@ -22,13 +22,13 @@ COLOURS = {"red": "красный", "blue": "синий", "green": "зелёны
 
 
 def write_questions(folder: Path, number: int = 60) -> list[dict[str, str]]:
-    """Pictures of one colour, all different, each with a question and its answer."""
+    """Images of one colour, all different, each with a question and its answer."""
     rows = []
     for at in range(number):
         name = list(COLOURS)[at % 3]
-        picture = Image.new("RGB", (8, 8), name)
-        picture.putpixel((at % 8, at // 8), (at, at, at))
-        picture.save(folder / f"{at}.png")
+        image = Image.new("RGB", (8, 8), name)
+        image.putpixel((at % 8, at // 8), (at, at, at))
+        image.save(folder / f"{at}.png")
         question = "какой цвет?" if at % 2 else "цвет фона?"
         rows.append({"image": f"{at}.png", "caption": COLOURS[name], "question": question})
     return rows
@@ -161,7 +161,7 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     for at, name in enumerate(names):
         Image.new("RGB", (9, 9), (at, 50, 0)).save(tmp_path / f"{name}.png")
     assert main(["data", "emoji-names", str(tmp_path)]) == 0
-    assert "4 pairs; 1 pictures have no name" in capsys.readouterr().out
+    assert "4 pairs; 1 images have no name" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "captions.csv").set_index("image")["caption"]
     assert table["1f1ee-1f1f9.png"] == "флаг: Италия"
     config = ManifestConfig(
@@ -173,10 +173,10 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     assert rows[person, "какой тон кожи?"] == "очень светлый тон кожи"
     assert rows[person, "что на картинке?"] + ": очень светлый тон кожи" == table[person]
     with pytest.raises(ValueError, match="no PNG is named after an emoji"):
-        name_pictures(tmp_path.parent)
+        write_emoji_tables(tmp_path.parent)
     # Written again as it was; captions of the user's own are not replaced.
     (tmp_path / "1f600.png").unlink()
-    assert name_pictures(tmp_path)[0] == 3
+    assert write_emoji_tables(tmp_path)[0] == 3
     own = (tmp_path / "captions.csv").read_text() + "1f600.png,моя подпись\n"
     (tmp_path / "captions.csv").write_text(own)
     assert main(["data", "emoji-names", str(tmp_path)]) == 2
@@ -213,5 +213,5 @@ def test_answers_are_drawn_after_their_own_question(tmp_path: Path) -> None:
         )
         assert alone == [together[at]]
     assert together != pipeline.caption(images, config=plain, seeds=[1, 2, 3])
-    with pytest.raises(ValueError, match="one for each of 3 pictures, got 1"):
+    with pytest.raises(ValueError, match="one for each of 3 images, got 1"):
         pipeline.caption(images, config=plain, seeds=[1, 2, 3], questions=asked[:1])

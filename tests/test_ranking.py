@@ -15,13 +15,13 @@ from rudolph.generation.ranking import (
     BY_TEXT_WEIGHT,
     PERPLEXITIES,
     Ranking,
-    balanced,
-    classify,
+    balanced_sum,
+    classify_images,
     exp_mean_ce,
     mean_exp_ce,
     perplexities,
     rank_captions,
-    rank_pictures,
+    rank_images,
 )
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
@@ -73,9 +73,9 @@ def random_pipeline(tokenizer: Tokenizer, kind: str, *, batch_size: int = 3) -> 
 
 
 def colour_pipeline(tokenizer: Tokenizer, *, right_text_length: int = RIGHT) -> Pipeline:
-    """Made by hand: it expects the colour that it has seen most, in texts and in pictures.
+    """Made by hand: it expects the colour that it has seen most, in texts and in images.
 
-    Token k of a picture has colour k.  One layer averages the colours of all earlier tokens.
+    Token k of an image has colour k.  One layer averages the colours of all earlier tokens.
     """
     config = DecoderConfig(
         1, 4, 1, layer_masks=("causal",), last_layer_mask=None, sandwich_norm=False
@@ -96,12 +96,12 @@ def colour_pipeline(tokenizer: Tokenizer, *, right_text_length: int = RIGHT) -> 
     return pipeline_of(tokenizer, decoder)
 
 
-def plain_pictures() -> Tensor:
-    """A picture of each colour, ``(3, I)``."""
+def plain_images() -> Tensor:
+    """An image of each colour, ``(3, I)``."""
     return torch.arange(len(COLOURS))[:, None].expand(-1, NUM_IMAGE)
 
 
-def random_pictures(number: int) -> Tensor:
+def random_images(number: int) -> Tensor:
     return torch.randint(CODES, (number, NUM_IMAGE), generator=torch.Generator().manual_seed(7))
 
 
@@ -112,12 +112,12 @@ def segment_ids(tokenizer: Tokenizer, text: str, length: int, special: int | Non
 
 
 def sequence(
-    pipeline: Pipeline, left: tuple[str, int], picture: Tensor, right: tuple[str, int] | None
+    pipeline: Pipeline, left: tuple[str, int], image: Tensor, right: tuple[str, int] | None
 ) -> Tensor:
     """One sequence ``(1, T)`` by hand: each text with the offset of its task token."""
     has_specials = pipeline.decoder.vocabulary.num_text_specials > 0
     ids = segment_ids(pipeline.tokenizer, left[0], LEFT, left[1] if has_specials else None)
-    ids += picture.tolist()
+    ids += image.tolist()
     if right is not None:
         special = right[1] if has_specials else None
         ids += segment_ids(pipeline.tokenizer, right[0], RIGHT, special)
@@ -193,8 +193,8 @@ def test_perplexities_equal_the_references_formulas(tokenizer, model: str, kind:
     right = ["фото", "синий синий круг", "", "красный круг"]
     tokens = torch.cat(
         [
-            sequence(pipeline, (a, LT_T2I), picture, (b, RT_I2T) if has_right else None)
-            for a, b, picture in zip(left, right, random_pictures(4), strict=True)
+            sequence(pipeline, (a, LT_T2I), image, (b, RT_I2T) if has_right else None)
+            for a, b, image in zip(left, right, random_images(4), strict=True)
         ]
     )
     ends = {"left_text": LEFT, "image": LEFT + NUM_IMAGE}
@@ -213,8 +213,8 @@ def test_perplexities_do_not_depend_on_the_batch_and_tell_their_progress(tokeniz
     pipeline = random_pipeline(tokenizer, "rudolph")
     tokens = torch.cat(
         [
-            sequence(pipeline, ("круг", LT_T2I), picture, (colour, RT_I2T))
-            for picture in random_pictures(3)
+            sequence(pipeline, ("круг", LT_T2I), image, (colour, RT_I2T))
+            for image in random_images(3)
             for colour in COLOURS
         ]
     )[:7]
@@ -236,20 +236,20 @@ def test_perplexities_do_not_depend_on_the_batch_and_tell_their_progress(tokeniz
 
 @pytest.mark.parametrize("kind", PERPLEXITIES)
 @pytest.mark.parametrize("model", KINDS)
-def test_pictures_are_ranked_by_the_references_formula(tokenizer, model: str, kind: str) -> None:
-    pipeline, pictures = random_pipeline(tokenizer, model), random_pictures(5)
+def test_images_are_ranked_by_the_references_formula(tokenizer, model: str, kind: str) -> None:
+    pipeline, images = random_pipeline(tokenizer, model), random_images(5)
     decoder, caption = pipeline.decoder, "Красный круг "
     if decoder.layout.right_text_length:
         rows = [("", LT_I2T), (caption, RT_I2T)]
         segment, weight = "right_text", BY_TEXT_WEIGHT
     else:
         rows, segment, weight = [(caption, LT_T2I), None], "left_text", 0.0
-    tokens = torch.cat([sequence(pipeline, rows[0], picture, rows[1]) for picture in pictures])
+    tokens = torch.cat([sequence(pipeline, rows[0], image, rows[1]) for image in images])
     text, image = (
         [reference_perplexity(row, kind) for row in reference_losses(decoder, tokens, name)]
         for name in (segment, "image")
     )
-    found = rank_pictures(pipeline, pictures, caption, kind=kind)
+    found = rank_images(pipeline, images, caption, kind=kind)
     assert_near(found.text, text)
     assert_near(found.image, image)
     expected = reference_score(text if weight else image, image, weight)
@@ -259,14 +259,14 @@ def test_pictures_are_ranked_by_the_references_formula(tokenizer, model: str, ki
 
 @pytest.mark.parametrize("model", KINDS)
 def test_captions_are_ranked_by_the_references_formula(tokenizer, model: str) -> None:
-    pipeline, picture = random_pipeline(tokenizer, model), random_pictures(1)[0]
+    pipeline, image = random_pipeline(tokenizer, model), random_images(1)[0]
     captions = ["синий круг", "", "красный", "это зелёный квадрат"]
-    tokens = torch.cat([sequence(pipeline, (text, LT_T2I), picture, None) for text in captions])
+    tokens = torch.cat([sequence(pipeline, (text, LT_T2I), image, None) for text in captions])
     losses = [
         reference_losses(pipeline.decoder, tokens, segment) for segment in ("left_text", "image")
     ]
     text, image = ([reference_perplexity(row, "exp_mean_ce") for row in rows] for rows in losses)
-    found = rank_captions(pipeline, picture, captions)
+    found = rank_captions(pipeline, image, captions)
     assert_near(found.text, text)
     assert_near(found.image, image)
     expected = reference_score(text, image, BY_IMAGE_WEIGHT)
@@ -276,30 +276,33 @@ def test_captions_are_ranked_by_the_references_formula(tokenizer, model: str) ->
 
 @pytest.mark.parametrize("kind", PERPLEXITIES)
 @pytest.mark.parametrize("right_text_length", [RIGHT, 0])
-def test_the_picture_of_the_captions_colour_is_ranked_first(
+def test_the_image_of_the_captions_colour_is_ranked_first(
     tokenizer, right_text_length: int, kind: str
 ) -> None:
     pipeline = colour_pipeline(tokenizer, right_text_length=right_text_length)
     for colour, word in enumerate(COLOURS):
-        ranking = rank_pictures(pipeline, plain_pictures(), f"{word} круг", kind=kind)
+        ranking = rank_images(pipeline, plain_images(), f"{word} круг", kind=kind)
         assert ranking.order()[0] == colour and ranking.score[colour] == 0
         assert ranking.score.sum() > 0.1
 
 
-def test_the_caption_of_the_pictures_colour_is_ranked_first(tokenizer) -> None:
+def test_the_caption_of_the_images_colour_is_ranked_first(tokenizer) -> None:
     pipeline = colour_pipeline(tokenizer)
     captions = [f"{word} квадрат" for word in COLOURS]
-    for colour, picture in enumerate(plain_pictures()):
-        assert rank_captions(pipeline, picture, captions).order()[0] == colour
+    for colour, image in enumerate(plain_images()):
+        assert rank_captions(pipeline, image, captions).order()[0] == colour
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_a_picture_is_classified_by_its_colour(tokenizer, batch_size: int) -> None:
+def test_a_image_is_classified_by_its_colour(tokenizer, batch_size: int) -> None:
     pipeline = colour_pipeline(tokenizer)
     pipeline.batch_size = batch_size
-    found = classify(pipeline, plain_pictures(), COLOURS, right_template="это {} круг")
+    found = classify_images(pipeline, plain_images(), COLOURS, right_template="это {} круг")
     assert found.argmin(1).tolist() == [0, 1, 2]
-    assert classify(pipeline, plain_pictures()[1:], COLOURS[1:]).argmin(1).tolist() == [0, 1]
+    assert classify_images(pipeline, plain_images()[1:], COLOURS[1:]).argmin(1).tolist() == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("kind", PERPLEXITIES)
@@ -308,19 +311,19 @@ def test_each_class_is_judged_with_its_own_templates(
     tokenizer, batch_size: int, kind: str
 ) -> None:
     pipeline = random_pipeline(tokenizer, "rudolph", batch_size=batch_size)
-    pictures, classes = random_pictures(2), [*COLOURS, "круг", "квадрат"]
+    images, classes = random_images(2), [*COLOURS, "круг", "квадрат"]
     templates = {"left_template": "фото {}", "right_template": "это {} круг"}
-    found = classify(pipeline, pictures, classes, kind=kind, **templates)
+    found = classify_images(pipeline, images, classes, kind=kind, **templates)
     assert found.shape == (2, 5)
     for column, name in enumerate(classes):
-        alone = classify(pipeline, pictures, [name], kind=kind, **templates)
+        alone = classify_images(pipeline, images, [name], kind=kind, **templates)
         assert_near(alone[:, 0], found[:, column])
-        for picture, value in zip(pictures, found[:, column], strict=True):
+        for image, value in zip(images, found[:, column], strict=True):
             left, right = (f"фото {name}", LT_I2T), (f"это {name} круг", RT_I2T)
-            tokens = sequence(pipeline, left, picture, right)
+            tokens = sequence(pipeline, left, image, right)
             (losses,) = reference_losses(pipeline.decoder, tokens, "right_text")
             assert_near(value, reference_perplexity(losses, kind))
-    without = classify(pipeline, pictures, classes, right_template="это {} круг", kind=kind)
+    without = classify_images(pipeline, images, classes, right_template="это {} круг", kind=kind)
     assert not torch.isclose(without, found, rtol=1e-3).any()
 
 
@@ -334,7 +337,7 @@ def test_balanced_is_the_references_sum_where_that_is_a_number(
 ) -> None:
     text, image = ([pair[side] for pair in pairs] for side in (0, 1))
     tensors = (torch.tensor(values, dtype=torch.float64) for values in (text, image))
-    ranking = balanced(*tensors, text_weight=weight)
+    ranking = balanced_sum(*tensors, text_weight=weight)
     if all(median(values) - min(values) > 1e-6 for values in (text, image)):
         expected = torch.tensor(reference_score(text, image, weight), dtype=torch.float64)
         torch.testing.assert_close(ranking.score, expected, rtol=1e-6, atol=1e-9)
@@ -356,14 +359,14 @@ def test_equal_and_single_candidates_have_scores(
     values: list[float], expected: list[float]
 ) -> None:
     tensor = torch.tensor(values)
-    assert balanced(tensor, tensor, text_weight=0.3).score.tolist() == expected
+    assert balanced_sum(tensor, tensor, text_weight=0.3).score.tolist() == expected
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -0.1, 1.1])
 def test_a_weight_is_a_share(weight: float) -> None:
     values = torch.tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"text_weight must be in \[0, 1\], got"):
-        balanced(values, values, text_weight=weight)
+        balanced_sum(values, values, text_weight=weight)
 
 
 def test_equal_candidates_keep_their_order() -> None:
@@ -373,10 +376,10 @@ def test_equal_candidates_keep_their_order() -> None:
 
 @pytest.mark.parametrize("model", ["rudolph", "rudalle_v2"])
 def test_one_candidate_is_ranked_by_the_decoder_too(tokenizer, model: str) -> None:
-    pipeline, pictures = random_pipeline(tokenizer, model), random_pictures(1)
+    pipeline, images = random_pipeline(tokenizer, model), random_images(1)
     for ranking in (
-        rank_pictures(pipeline, pictures, "круг"),
-        rank_captions(pipeline, pictures[0], ["круг"]),
+        rank_images(pipeline, images, "круг"),
+        rank_captions(pipeline, images[0], ["круг"]),
     ):
         assert ranking.score.tolist() == [0.0] and ranking.order() == [0]
         assert ranking.text.isfinite().all() and ranking.image.isfinite().all()
@@ -387,17 +390,17 @@ def test_a_token_that_can_hardly_be_leaves_a_number(tokenizer, kind: str) -> Non
     pipeline = random_pipeline(tokenizer, "rudolph")
     with torch.no_grad():
         pipeline.decoder.to_logits.bias[tokenizer.encode("синий")] = -300
-    found = classify(pipeline, random_pictures(2), COLOURS, kind=kind)
+    found = classify_images(pipeline, random_images(2), COLOURS, kind=kind)
     assert found.isfinite().all() and found.argmax(1).tolist() == [1, 1]
 
 
 def test_what_cannot_be_judged_is_refused(tokenizer) -> None:
-    pipeline, pictures = random_pipeline(tokenizer, "rudolph"), random_pictures(1)
-    tokens = sequence(pipeline, ("круг", LT_T2I), pictures[0], ("круг", RT_I2T))
+    pipeline, images = random_pipeline(tokenizer, "rudolph"), random_images(1)
+    tokens = sequence(pipeline, ("круг", LT_T2I), images[0], ("круг", RT_I2T))
     with pytest.raises(ValueError, match="kind must be one of exp_mean_ce, mean_exp_ce, got 'p'"):
         perplexities(pipeline.decoder, tokens, segments=("image",), kind="p")
     tokens[:, LEFT + NUM_IMAGE :] = PAD
     with pytest.raises(ValueError, match="right_text: without a token"):
         perplexities(pipeline.decoder, tokens, segments=("right_text",))
     with pytest.raises(ValueError, match="image_captioning needs a decoder with a right text"):
-        classify(random_pipeline(tokenizer, "rudalle_v3"), pictures, COLOURS)
+        classify_images(random_pipeline(tokenizer, "rudalle_v3"), images, COLOURS)

@@ -9,11 +9,11 @@ from rudolph.evaluation.regions import (
     Axis,
     as_rows,
     find_region,
-    places_of,
+    low_discrepancy_points,
     points_within,
     settings_at,
-    spread_points,
-    surface,
+    smoothed_scores,
+    unit_coordinates,
 )
 
 SPACE = {
@@ -24,10 +24,10 @@ SPACE = {
 
 
 def test_settings_and_places_are_there_and_back_again() -> None:
-    places = spread_points(50, 3, seed=3)
+    places = low_discrepancy_points(50, 3, seed=3)
     settings = [settings_at(SPACE, place) for place in places.tolist()]
     assert all(isinstance(each["top_k"], int) and 1 <= each["top_k"] <= 256 for each in settings)
-    back = places_of(SPACE, settings)
+    back = unit_coordinates(SPACE, settings)
     np.testing.assert_allclose(back[:, [0, 2]], places[:, [0, 2]], atol=0.01)
     # Small whole numbers lie far apart on a logarithmic axis; they are hit exactly.
     again = [settings_at(SPACE, place) for place in back.tolist()]
@@ -37,7 +37,7 @@ def test_settings_and_places_are_there_and_back_again() -> None:
 
 
 def test_points_of_fewer_are_the_first_of_more_and_fill_the_cube() -> None:
-    few, many = spread_points(10, 3, seed=5), spread_points(64, 3, seed=5)
+    few, many = low_discrepancy_points(10, 3, seed=5), low_discrepancy_points(64, 3, seed=5)
     np.testing.assert_array_equal(few, many[:10])
     counts = np.histogramdd(many, bins=[2, 2, 2], range=[(0, 1)] * 3)[0]
     assert counts.min() >= 6  # 8 of 64 in each octant
@@ -54,7 +54,7 @@ def test_the_box_of_a_known_function_is_found_exactly_enough() -> None:
     # A hundredth of slope, on each side, is within the tolerance.
     np.testing.assert_allclose(region.low, low, atol=0.05)
     np.testing.assert_allclose(region.high, high, atol=0.05)
-    grid = spread_points(GRID, 3, seed=0)
+    grid = low_discrepancy_points(GRID, 3, seed=0)
     is_good = plateau(grid) >= region.best - 0.02
     inside = ((grid >= region.low) & (grid <= region.high)).all(1)
     assert region.share == is_good.mean() and region.purity == is_good[inside].mean() >= PURITY
@@ -67,11 +67,11 @@ def test_noisy_scores_are_smoothed_towards_the_truth() -> None:
     def truth(at: np.ndarray) -> np.ndarray:
         return 0.8 * np.exp(-((at[:, 0] - 0.4) ** 2) / 0.08) * (1 - 0.5 * at[:, 2])
 
-    places = spread_points(64, 3, seed=1)
+    places = low_discrepancy_points(64, 3, seed=1)
     errors = np.full(64, 0.07)
     scores = truth(places) + rng.normal(0, 0.07, 64)
-    smoothed = surface(places, scores, errors)
-    others = spread_points(400, 3, seed=2)
+    smoothed = smoothed_scores(places, scores, errors)
+    others = low_discrepancy_points(400, 3, seed=2)
     mistake = np.abs(smoothed(others) - truth(others)).mean()
     assert mistake < 0.05 < np.abs(scores - truth(places)).mean() + 0.01
     region = find_region(smoothed, 3, tolerance=0.1)

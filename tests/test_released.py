@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rudolph.checkpoints import store
-from rudolph.checkpoints.table import RELEASED
+from rudolph.checkpoints.releases import RELEASED
 from rudolph.models.reference import empty_model, to_reference
 
 ROOT = Path(__file__).parent.parent
@@ -105,8 +105,8 @@ def complaint(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str
 def convert(file: Path) -> dict[str, Tensor]:
     """What a file's conversion beside it holds."""
     folder = file.with_name("converted")
-    store.convert(file, folder, family="rudolph", config=CONFIG)
-    return load_file(folder / store.WEIGHTS)
+    store.convert_checkpoint(file, folder, family="rudolph", config=CONFIG)
+    return load_file(folder / store.WEIGHTS_FILE)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -19,16 +19,16 @@ from tiny_run import run_tiny
 
 from rudolph.cli import main
 from rudolph.data.splits import Splits
-from rudolph.evaluation.evaluator import Subject
-from rudolph.evaluation.evaluators.reranking import first_shares
-from rudolph.evaluation.evaluators.texts import answered
-from rudolph.evaluation.metrics.answers import Measure, require_comparable
-from rudolph.evaluation.report_card import QUESTIONS
+from rudolph.evaluation.context import EvaluationContext
+from rudolph.evaluation.evaluators.reranking import best_probabilities
+from rudolph.evaluation.evaluators.texts import answer_pairs
+from rudolph.evaluation.metrics.answers import MetricProtocol, require_comparable
+from rudolph.evaluation.report_card import EVALUATORS
 from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.vision.clip import CLIP
-from rudolph.reports.cards import CARD, card_table, export_cards, read_card
 from rudolph.reports.report import generated_part
+from rudolph.reports.report_cards import CARD, card_table, export_cards, read_card
 from rudolph.runs.packing import MODEL_CARD, model_card
 from rudolph.runs.resolve import RUN_FILES, load_run
 
@@ -42,7 +42,7 @@ TASKS = {
     "arithmetic/math_question_answering": 1.0,
 }
 ASKED = (
-    "scene_right",
+    "scene_accuracy",
     "caption_f1",
     "continuation",
     "shapes_questions/answer_f1",
@@ -50,14 +50,14 @@ ASKED = (
     "paragraphs/text_answers",
     "arithmetic/math_answers",
     "arithmetic/multiple_choice",
-    "zero_shot",
+    "zero_shot_classification",
     "text_ranking",
     "image_ranking",
     "inpainting",
     "image_variation",
     "self_reranking",
     "caption_metrics",
-    "picture_distance",
+    "fid_kid",
     "words/reconstruction",
 )
 NAMES = ("token_f1", "exact", "true")
@@ -106,16 +106,16 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
 def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 5, 0)
+    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 5, 0)
     scores = {
         score.name: score
         for name in ("likelihood", "reconstruction")
-        for score in QUESTIONS[name](subject, split)
+        for score in EVALUATORS[name](context, split)
     }
-    # The probability of all tokens of a picture, spread over its pixels.
+    # The probability of all tokens of an image, spread over its pixels.
     bits = scores["text_to_image/nats/test"].value * 36 / math.log(2) / 48**2
     assert scores["text_to_image/bits_per_pixel/test"].value == pytest.approx(bits)
-    codes = subject.codes(split, subject.chosen(split)).flatten().tolist()
+    codes = context.codes(split, context.chosen(split)).flatten().tolist()
     shares = [codes.count(code) / len(codes) for code in set(codes)]
     usage, perplexity = (scores[f"vqgan/codebook_{n}/test"] for n in ("usage", "perplexity"))
     assert usage.value == pytest.approx(len(shares) / 12)
@@ -126,40 +126,40 @@ def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: 
 def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 4, 0)
+    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 4, 0)
     with pytest.raises(ValueError, match="needs evaluation"):
-        QUESTIONS["clip_scores"](subject, split)
-    [fid, _] = QUESTIONS["picture_distance"](subject, split)
+        EVALUATORS["clip_score_evaluator"](context, split)
+    [fid, _] = EVALUATORS["fid_kid"](context, split)
     _, tokenizer = scenes(tmp_path)
     torch.manual_seed(0)
     pipeline.clip = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
-    drawn, real = QUESTIONS["clip_scores"](subject, split)
-    # The oracle: the ranker's own similarities of each caption with its own picture.
-    indices = subject.chosen(split)
+    drawn, real = EVALUATORS["clip_score_evaluator"](context, split)
+    # The oracle: the ranker's own similarities of each caption with its own image.
+    indices = context.chosen(split)
     captions = [split.captions[index] for index in indices]
     for score, images in (
-        (drawn, subject.pictures(split, indices)),
-        (real, split.pictures(indices)),
+        (drawn, context.generated_images(split, indices)),
+        (real, split.image_batch(indices)),
     ):
         cosines = pipeline.clip.similarities(images, captions).diagonal()
         assert score.value == pytest.approx(float(2.5 * cosines.clamp(min=0).mean()), rel=1e-5)
-    [by_clip, _] = QUESTIONS["picture_distance"](subject, split)
-    first, second = (Measure.parse(each.measure) for each in (fid, by_clip))
+    [by_clip, _] = EVALUATORS["fid_kid"](context, split)
+    first, second = (MetricProtocol.parse(each.measure) for each in (fid, by_clip))
     with pytest.raises(ValueError, match=r"not comparable: features vqgan-.* and clip-"):
         require_comparable(first, second)
 
 
-def test_answers_after_a_drawn_picture_are_another_measure(mixed: Path) -> None:
+def test_answers_after_a_drawn_image_are_another_measure(mixed: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test", "paragraphs")
     sampling = TokenSamplingConfig()
-    subject = Subject(pipeline, sampling, sampling, 12, 0)
-    legacy = replace(subject, no_image="legacy")
-    asked = [answered("text_question_answering", each, split) for each in (subject, legacy)]
+    context = EvaluationContext(pipeline, sampling, sampling, 12, 0)
+    legacy = replace(context, no_image="legacy")
+    asked = [answer_pairs("text_question_answering", each, split) for each in (context, legacy)]
     assert asked[0].indices == asked[1].indices and asked[0].answers != asked[1].answers
-    plain, after = (QUESTIONS["text_answers"](each, split)[0] for each in (subject, legacy))
-    with pytest.raises(ValueError, match="settings None and after-a-drawn-picture"):
-        require_comparable(*(Measure.parse(each.measure) for each in (plain, after)))
+    plain, after = (EVALUATORS["text_answers"](each, split)[0] for each in (context, legacy))
+    with pytest.raises(ValueError, match="settings None and after-a-drawn-image"):
+        require_comparable(*(MetricProtocol.parse(each.measure) for each in (plain, after)))
 
 
 def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_run_is_packed_into_no_run_and_whole_or_not_at_all(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rudolph.runs.packing.ask_again", interrupted)
+    monkeypatch.setattr("rudolph.runs.packing.evaluate_again", interrupted)
     assert main(["pack", str(other), "packed", "--int8"]) == 130
     files = {path: path.read_bytes() for path in Path("packed").rglob("*") if path.is_file()}
     assert files == before
@@ -339,7 +339,7 @@ def test_cards_of_several_runs_are_one_file_and_one_table(mixed: Path, tmp_path:
 def test_the_best_of_some_is_the_mean_over_all_choices(total: int, number: int) -> None:
     values = torch.arange(total).flip(0).double().numpy()
     best = [values[list(chosen)].max() for chosen in combinations(range(total), number)]
-    assert values @ first_shares(total, number) == pytest.approx(sum(best) / len(best))
+    assert values @ best_probabilities(total, number) == pytest.approx(sum(best) / len(best))
 
 
 def test_reranking_tells_a_point_for_each_ranking_and_number(
@@ -348,8 +348,8 @@ def test_reranking_tells_a_point_for_each_ranking_and_number(
     monkeypatch.setattr("rudolph.evaluation.evaluators.reranking.NUMBERS", (1, 2, 4))
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    subject = Subject(pipeline, config.sampling.image, config.sampling.text, 3, 0)
-    scores = {score.metric: score for score in QUESTIONS["rerank_curve"](subject, split)}
+    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 3, 0)
+    scores = {score.metric: score for score in EVALUATORS["rerank_curve"](context, split)}
     rankings = ("likelihood", "inverse_prompting", "truth")
     points = [f"best_of_{n}" for n in (1, 2, 4)] + [f"gain_at_{n}" for n in (2, 4)]
     assert set(scores) == {f"rerank_{name}/{point}" for name in rankings for point in points}
@@ -368,8 +368,8 @@ def test_the_share_of_different_captions_is_told_where_there_are_two(mixed: Path
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
     sampling = TokenSamplingConfig(temperature=2.0)
     for number in (1, 6):
-        subject = Subject(pipeline, sampling, sampling, number, 0)
-        scores = {score.metric: score for score in QUESTIONS["caption_metrics"](subject, split)}
+        context = EvaluationContext(pipeline, sampling, sampling, number, 0)
+        scores = {score.metric: score for score in EVALUATORS["caption_metrics"](context, split)}
         assert ("image_to_text/distinct" in scores) == (number > 1)
-    said = answered("image_captioning", subject, split).answers
+    said = answer_pairs("image_captioning", context, split).answers
     assert scores["image_to_text/distinct"].value == len(set(said)) / 6

@@ -9,12 +9,12 @@ from damage import NUM_CASES, damage, files_of
 from tiny_weights import write_all
 
 from rudolph.checkpoints import store
-from rudolph.files.atomic import explain
-from rudolph.runs.resolve import fetched_run, open_clip, open_source, open_upscaler, open_vqgan
+from rudolph.files.atomic import explain_os_error
+from rudolph.runs.resolve import fetched_run, open_clip, open_model, open_upscaler, open_vqgan
 
 OPENED = {
-    "rudolph": open_source,
-    "rudalle_v2": open_source,
+    "rudolph": open_model,
+    "rudalle_v2": open_model,
     "clip": open_clip,
     "x2": open_upscaler,
 }
@@ -26,8 +26,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_folder(name: str, folder: Path) -> object:
-    if OPENED[name] is open_source:
-        return open_source(str(folder), runs=folder, uri="")
+    if OPENED[name] is open_model:
+        return open_model(str(folder), runs=folder, uri="")
     return OPENED[name](str(folder))
 
 
@@ -43,7 +43,7 @@ def test_any_damage_to_a_folder_of_weights_is_refused_in_one_line_or_harmless(
         try:
             open_folder(name, folder)
         except (ValueError, OSError) as error:
-            line = explain(error) if isinstance(error, OSError) else str(error)
+            line = explain_os_error(error) if isinstance(error, OSError) else str(error)
             # A tokenizer or VQ-GAN that is gone is looked for among the released ones.
             is_elsewhere = "is not on this disk; `rudolph pull" in line
             assert "\n" not in line and (str(folder) in line or is_elsewhere), (what, line)
@@ -56,7 +56,7 @@ def test_a_decoder_brings_the_vqgan_that_it_is_used_with(
 ) -> None:
     monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "released"))
     found = open_vqgan(str(home / name), runs=tmp_path, uri="").state_dict()
-    own = store.load(home / name / "vqgan").state_dict()
+    own = store.load_weights(home / name / "vqgan").state_dict()
     assert all(value.equal(found[key]) for key, value in own.items())
     shutil.copytree(home / name, tmp_path / name, ignore=shutil.ignore_patterns("vqgan"))
     with pytest.raises(ValueError, match="`rudolph pull Sber-VQGAN` gets it"):
@@ -70,7 +70,7 @@ def test_a_damaged_release_says_how_to_get_it_again(
     folder = tmp_path / "RealESRGAN-x2"
     shutil.copytree(home / "x2", folder)
     assert open_upscaler("realesrgan-X2")
-    weights = folder / store.WEIGHTS
+    weights = folder / store.WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"weights\.safetensors: .*`rudolph pull RealESRGAN-x2`"):
         open_upscaler("RealESRGAN-x2")

@@ -11,9 +11,9 @@ from random import Random
 import pytest
 from damage import NUM_CASES, copy_run, damage, files_of
 
-from rudolph.files.atomic import DamagedFileError, explain, write_json
-from rudolph.reports.cards import CARD, read_card
+from rudolph.files.atomic import DamagedFileError, explain_os_error, write_json
 from rudolph.reports.report import Report, read_runs
+from rudolph.reports.report_cards import CARD, read_card
 from rudolph.reports.run_files import (
     CONFIG,
     ENVIRONMENT,
@@ -22,7 +22,7 @@ from rudolph.reports.run_files import (
     read_summary,
 )
 from rudolph.reports.share import pack_runs
-from rudolph.reports.store import export
+from rudolph.reports.store import export_results
 from rudolph.runs.execution import is_finished
 from rudolph.runs.resolve import load_run, newest_run
 from rudolph.tracking.artifacts import local_run
@@ -70,7 +70,7 @@ def test_commands_over_many_runs_leave_the_damaged_one_out(
         assert [folder for folder, _ in finished_runs(whole.parent)] == [whole]
         assert pending_folders(tmp_path / "runs", None) == [whole]
         packed = pack_runs(whole.parent, tmp_path / "none", tmp_path / "to", has_weights=False)
-        folder = export(tmp_path / "runs", tmp_path / "results", report=REPORT)
+        folder = export_results(tmp_path / "runs", tmp_path / "results", report=REPORT)
         assert local_run("0" * 32, tmp_path / "runs") is None
     assert [path.name for path in packed] == ["whole"]
     rows = (folder / "runs.csv").read_text().splitlines()
@@ -111,7 +111,7 @@ def test_a_number_that_json_has_no_word_for_is_read_back(two_runs: tuple[Path, P
     # As text: no NaN equals another.
     assert str(read_summary(whole)) == str(content)
     assert is_finished(whole)
-    exported = export(whole.parent.parent, whole.parent.parent / "results", report=REPORT)
+    exported = export_results(whole.parent.parent, whole.parent.parent / "results", report=REPORT)
     row = read_runs(exported).set_index("run").iloc[0]
     assert math.isnan(row["lost"]) and row["far"] == math.inf
 
@@ -141,7 +141,7 @@ def test_any_damage_to_a_run_is_seen_or_does_no_harm(
         assert all("\n" not in line and str(run) in line for line in caplog.messages), what
         assert found or caplog.messages or not (run / SUMMARY).exists(), what
         attempts = (
-            partial(export, folder / "runs", folder / "results", report=REPORT),
+            partial(export_results, folder / "runs", folder / "results", report=REPORT),
             partial(pack_runs, runs, folder / "results", folder / "to", has_weights=True),
             partial(load_run, run),
         )
@@ -149,6 +149,6 @@ def test_any_damage_to_a_run_is_seen_or_does_no_harm(
             try:
                 attempt()
             except (ValueError, OSError) as error:
-                line = explain(error) if isinstance(error, OSError) else str(error)
+                line = explain_os_error(error) if isinstance(error, OSError) else str(error)
                 assert "\n" not in line and str(folder) in line, (what, line)
         shutil.rmtree(folder)

@@ -19,15 +19,15 @@ from tiny_run import OPTIM, TINY
 
 from rudolph.cli import main
 from rudolph.config.experiment_file import Run
-from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.context import Score
 from rudolph.files.settings import ConfigError
-from rudolph.reports.report import UNANSWERED, answer
+from rudolph.reports.report import UNANSWERED, finding_of
 from rudolph.runs import runner
 from rudolph.runs.execution import Execution
 from rudolph.runs.runner import experiment_files
 from rudolph.runs.stages.run import run_stages
 
-ASKED = {"questions": ["scene_right"], "splits": ["test"], "num_examples": 4}
+ASKED = {"questions": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
 METRIC = "text_to_image/objects_right"
 
 
@@ -59,11 +59,11 @@ def test_a_folder_is_its_experiments_without_bases(tmp_path: Path) -> None:
         experiment_files(tmp_path / "base")
 
 
-def require_shared_pictures(folder: Path) -> None:
-    """All runs have one picture of the masks, and one of reconstructions for each VQ-GAN."""
+def require_shared_images(folder: Path) -> None:
+    """All runs have one image of the masks, and one of reconstructions for each VQ-GAN."""
     for name, number in (("masks", 1), ("reconstructions", 2)):
         drawn = {path.read_bytes() for path in folder.glob(f"runs/*/*/samples/{name}.png")}
-        assert len(drawn) == len(list(folder.glob(f"runs/.cache/pictures/{name}-*"))) == number
+        assert len(drawn) == len(list(folder.glob(f"runs/.cache/images/{name}-*"))) == number
 
 
 def test_runs_at_once_are_those_of_one_after_the_other(
@@ -96,7 +96,7 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     assert (tmp_path / "results" / "one" / "runs.csv").is_file()
     # The same settings and seed: who trains the shared parts is of no matter.
     assert found["one/seed0"]["metrics"] == found["two/good-seed0"]["metrics"]
-    require_shared_pictures(tmp_path)
+    require_shared_images(tmp_path)
     again = [main(["run", "experiments/one.yaml"]), main(["run", "experiments", "--dry-run"])]
     assert again == [0, 0]
     captured = capsys.readouterr()
@@ -134,7 +134,7 @@ def test_a_search_by_two_processes_finds_what_one_finds(
         "trials": 8,
         "settings": {"evaluation.splits": ["train"]},
     }
-    asked = {"questions": ["scene_right"], "splits": ["test"], "num_examples": 4}
+    asked = {"questions": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
     settings = TINY["settings"] | {"evaluation": asked}
     found = []
     for jobs in ("1", "2"):
@@ -374,13 +374,13 @@ def test_an_edited_file_has_results_of_its_own_question(worked: Path) -> None:
     assert main(["run", "some.yaml"]) == 0
     table = pd.read_csv(worked / "results" / "some" / "runs.csv")
     assert list(table["run"]) == ["hot-seed0"]
-    assert answer(readme) == "Warm is better."
+    assert finding_of(readme) == "Warm is better."
     changed = {"sampling.image.temperature": 0.7}
     ask(worked, variants={"hot": changed}, title="New", question="Is it new?")
     assert main(["run", "some.yaml"]) == 0
     page = readme.read_text()
     assert page.startswith(f"# New\n\n{UNANSWERED}\n\nWarm is better. By far.\n")
-    assert answer(readme) == "" and "**Question.** Is it new?" in page
+    assert finding_of(readme) == "" and "**Question.** Is it new?" in page
     assert main(["export", "some.yaml"]) == 0
     assert readme.read_text() == page
 

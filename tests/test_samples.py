@@ -13,7 +13,7 @@ from rudolph.config.run import RunConfig
 from rudolph.generation.pipeline import Pipeline
 from rudolph.reports.style import DrawingWarning
 from rudolph.runs.resolve import load_run
-from rudolph.runs.samples import draw_prompts, shown_prompts, warn_of_unknown
+from rudolph.runs.samples import generate_prompts, grid_prompts_of, warn_of_unknown
 from rudolph.sequence.texts import UnknownTextWarning
 
 
@@ -32,7 +32,7 @@ def test_a_grid_of_prompts_with_control_characters_is_drawn(
 ) -> None:
     pipeline, config = run
     for name, prompt in {"plain": "красный круг", "control": "красный\x85круг"}.items():
-        draw_prompts(pipeline, with_prompts(config, prompt), tmp_path / f"{name}.png")
+        generate_prompts(pipeline, with_prompts(config, prompt), tmp_path / f"{name}.png")
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "control.png").read_bytes()
 
 
@@ -43,7 +43,7 @@ def test_any_prompt_is_drawn(run: tuple[Pipeline, RunConfig], tmp_path: Path) ->
         prompts = [random_text(rng, longest=rng.choice([3, 60, 900])) for _ in range(10)]
         prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
         path = tmp_path / f"{first}.png"
-        draw_prompts(pipeline, with_prompts(config, *prompts), path)
+        generate_prompts(pipeline, with_prompts(config, *prompts), path)
         with Image.open(path) as image:
             image.load()
             assert image.width > 0 and image.height > 0
@@ -61,7 +61,7 @@ def test_a_grid_that_cannot_be_written_is_a_warning_and_leaves_no_file(
     monkeypatch.setattr(Image.Image, "save", full)
     path = tmp_path / "grid.png"
     with pytest.warns(DrawingWarning, match=r"grid.png: cannot be drawn \(No space left"):
-        draw_prompts(pipeline, config, path)
+        generate_prompts(pipeline, config, path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +74,7 @@ def test_a_prompt_that_the_tokenizer_cannot_read_is_named_before_training(
     with pytest.warns(UnknownTextWarning, match=r"^evaluation.grid_prompts\[1\]: .* 'red'"):
         warn_of_unknown(asked, pipeline.tokenizer)
     captions = replace(asked, data=replace(asked.data, tasks={"image_captioning": 1.0}))
-    assert shown_prompts(captions) == ()
+    assert grid_prompts_of(captions) == ()
 
 
 def test_a_prompt_that_is_not_utf_8_is_a_mistake_of_the_file(

@@ -11,10 +11,10 @@ import torch
 from rudolph.generation.filters import (
     ORDER,
     TokenSamplingConfig,
-    draw,
+    apply_guidance,
     filter_logits,
-    guided,
-    next_shares,
+    next_probabilities,
+    sample_token,
 )
 from rudolph.generation.generate import FREE, generate_image, generate_text
 from rudolph.generation.noise import uniform_numbers
@@ -109,7 +109,7 @@ def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:
     config = TokenSamplingConfig(temperature=0.8, top_k=4, top_p=0.95)
     expected = filter_logits(logits, config).softmax(-1)[0]
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    drawn = draw(next_shares(logits, config).expand(20_000, -1), uniform)
+    drawn = sample_token(next_probabilities(logits, config).expand(20_000, -1), uniform)
     counts = torch.bincount(drawn, minlength=5) / 20_000
     torch.testing.assert_close(counts, expected, atol=1e-3, rtol=0)
 
@@ -117,17 +117,21 @@ def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:
 def test_a_draw_at_either_end_takes_a_token_that_is_allowed() -> None:
     logits = torch.tensor([[-torch.inf, 3.0, 1.0, -torch.inf]])
     ends = torch.tensor([0.0, 1.0 - 2**-24, 1.0])
-    assert draw(next_shares(logits, PLAIN).expand(3, -1), ends).tolist() == [1, 2, 2]
+    assert sample_token(next_probabilities(logits, PLAIN).expand(3, -1), ends).tolist() == [
+        1,
+        2,
+        2,
+    ]
 
 
 def test_guidance_of_one_is_the_condition_and_of_zero_is_none() -> None:
     conditional, rest = torch.randn(2, 5), torch.randn(2, 5)
-    torch.testing.assert_close(guided(conditional, rest, 1.0), conditional)
-    torch.testing.assert_close(guided(conditional, rest, 0.0), rest)
+    torch.testing.assert_close(apply_guidance(conditional, rest, 1.0), conditional)
+    torch.testing.assert_close(apply_guidance(conditional, rest, 0.0), rest)
 
 
 @pytest.mark.parametrize("case", ["rudolph_350m_like", "rudolph_v1_no_specials"])
-def test_greedy_pictures_equal_the_reference(parity, case: str) -> None:
+def test_greedy_images_equal_the_reference(parity, case: str) -> None:
     golden = parity(case)
     model = from_reference("rudolph", golden.config, golden.weights).eval()
     left = golden.io["tokens"][:, :6]
@@ -154,7 +158,8 @@ def test_sampling_agrees_with_full_passes_without_a_cache() -> None:
     for step in range(9):
         logits = model.image_logits(model.hidden(tokens)[:, -1])[:, :11]
         tokens = torch.cat(
-            [tokens, draw(next_shares(logits, PLAIN), uniform[:, step])[:, None]], dim=1
+            [tokens, sample_token(next_probabilities(logits, PLAIN), uniform[:, step])[:, None]],
+            dim=1,
         )
     found = generate_image(model, LEFT, config=PLAIN, seeds=[5, 6, 7])
     assert torch.equal(found, tokens[:, 5:])

@@ -11,12 +11,12 @@ import pytest
 from rudolph.config.experiment_file import Experiment, Run, load_experiment
 from rudolph.files.settings import ConfigError
 from rudolph.reports.report import Figure, Report, generated_part
-from rudolph.reports.searches import REGIONS, TRIAL, _tests_table, read_regions
-from rudolph.reports.store import check, export, write_index
+from rudolph.reports.search_tables import REGIONS, TRIAL, _tests_table, read_regions
+from rudolph.reports.store import check_results_folder, export_results, write_index
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.runner import all_runs, search_of
-from rudolph.runs.search import groups_of_the_same_pairs, search_rounds
-from rudolph.tracking.event_log import Journal
+from rudolph.runs.search import groups_sharing_pairs, search_rounds
+from rudolph.tracking.event_log import EventLog
 
 SEARCH = """
 title: A search
@@ -24,22 +24,22 @@ question: Is the middle found?
 settings:
   data.dataset: shapes
   vqgan.resolution: 32
-  evaluation: {questions: [scene_right], splits: [test]}
+  evaluation: {questions: [scene_accuracy], splits: [test]}
 search:
   space:
     sampling.image.temperature: {low: 0.1, high: 10.0, log: true}
     sampling.image.top_p: {low: 0.1, high: 1.0}
-  domains: {cold: text_to_image/scene_right, hot: text_to_image/objects_right}
+  domains: {cold: text_to_image/scene_accuracy, hot: text_to_image/objects_right}
   trials: 24
   tolerance: 0.1
   settings: {evaluation.splits: [validation]}
 variants:
   plain: {sampling.image.temperature: 1.0}
 seeds: [3, 4]
-claim: {metric: text_to_image/scene_right/test, better: region_cold, than: plain}
+claim: {metric: text_to_image/scene_accuracy/test, better: region_cold, than: plain}
 """
 
-METRICS = {"cold": "text_to_image/scene_right", "hot": "text_to_image/objects_right"}
+METRICS = {"cold": "text_to_image/scene_accuracy", "hot": "text_to_image/objects_right"}
 
 
 def load(folder: Path, text: str = SEARCH) -> Experiment:
@@ -120,7 +120,7 @@ def finish(experiment: Experiment, run: Run, folders: Folders) -> None:
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     digest = run.config.digest
-    Journal(folder, experiment=experiment.name, run=run.name, digest=digest).close()
+    EventLog(folder, experiment=experiment.name, run=run.name, digest=digest).close()
     (folder / "config.yaml").write_text(f"run: {run.name}\n")
     (folder / "environment.json").write_text('{"machine": {"threads": 2}}')
 
@@ -141,14 +141,14 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
         figures=(Figure("regions", tuple(experiment.search.space), x="setting", by="domain"),),
         claim=experiment.claim,
         search=experiment.search,
-        same_pairs=groups_of_the_same_pairs(experiment),
+        same_pairs=groups_sharing_pairs(experiment),
     )
     belonging = {(run.name, run.config.digest) for run in runs}
-    folder = export(folders.runs, tmp_path / "results", report=report, runs=belonging)
+    folder = export_results(folders.runs, tmp_path / "results", report=report, runs=belonging)
     page = folder / "README.md"
     page.write_text(page.read_text().replace("_Not answered", "Found. _Not"))
     write_index(tmp_path / "results")
-    assert check(tmp_path / "results") == []
+    assert check_results_folder(tmp_path / "results") == []
     regions = read_regions(folder).set_index(["domain", "setting"])
     cold = regions.loc[("cold", "sampling.image.temperature")]
     assert 0.15 < cold["low"] < 0.3 < cold["high"] < 0.6
@@ -163,7 +163,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     figure = next((folder / "figures").glob("regions-*.svg"))
     assert figure.stat().st_size > 0
     (folder / REGIONS).write_text((folder / REGIONS).read_text().replace("cold", "warm"))
-    assert check(tmp_path / "results") != []
+    assert check_results_folder(tmp_path / "results") != []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_page_says_whether_trials_had_the_pairs_of_tests(
     )
     trial = trial if trial.startswith("{") else f"{{{trial}}}"
     experiment = load(tmp_path, text.replace("{evaluation.splits: [validation]}", trial))
-    assert groups_of_the_same_pairs(experiment) == shared
+    assert groups_sharing_pairs(experiment) == shared
     rows = [
         {"variant": name, f"{METRICS[domain]}/test": 0.5}
         for name in ("region_cold", "region_hot", "plain")

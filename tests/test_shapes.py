@@ -1,4 +1,4 @@
-"""The world of shapes: its sentences, its pictures, its splits, and the reader of its pictures."""
+"""The world of shapes: its sentences, its images, its splits, and the reader of its images."""
 
 import io
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from rudolph.data.datasets.shapes import Shapes, ShapesConfig
-from rudolph.data.datasets.shapes_checker import Reading, ReadObject, judge, read_scene
-from rudolph.data.datasets.shapes_pictures import (
+from rudolph.data.datasets.shapes_checker import Reading, ReadObject, check_scene, read_scene
+from rudolph.data.datasets.shapes_rendering import (
     BACKGROUND,
     PALETTE,
     SIGNED_DISTANCES,
@@ -198,7 +198,7 @@ def test_a_digest_changes_with_whatever_decides_the_pairs() -> None:
     assert shapes().digest == shapes().digest
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SIGNED_DISTANCES)
@@ -217,13 +217,13 @@ def test_an_object_stays_in_its_cell_but_for_its_soft_edge() -> None:
     for shape in SIGNED_DISTANCES:
         for shift in (-0.05, 0.05):
             each = SceneObject(shape, "black", "large", 1, 1, shift=(shift, shift))
-            picture = np.array(render([each], grid=3, image_size=96))
-            assert (picture[32:64, 32:64] < 128).any()
-            picture[31:65, 31:65] = BACKGROUND
-            assert (picture == BACKGROUND).all()
+            image = np.array(render([each], grid=3, image_size=96))
+            assert (image[32:64, 32:64] < 128).any()
+            image[31:65, 31:65] = BACKGROUND
+            assert (image == BACKGROUND).all()
 
 
-def test_a_large_picture_shrunk_is_the_small_picture() -> None:
+def test_a_large_image_shrunk_is_the_small_image() -> None:
     for index in range(10):
         small = np.asarray(shapes()[index].image, dtype=np.float64)
         large = shapes(image_size=256)[index].image.resize((32, 32), Image.Resampling.BOX)
@@ -264,16 +264,16 @@ def test_the_reader_reads_any_size_and_grid(grid: int, image_size: int) -> None:
     for index in range(20):
         reading = read_scene(np.asarray(dataset[index].image), grid=grid)
         assert facts(reading) == facts(dataset.scene(index))
-        assert judge(dataset.scene(index), reading).right
+        assert check_scene(dataset.scene(index), reading).right
 
 
-def test_an_empty_picture_surely_has_no_objects() -> None:
+def test_an_empty_image_surely_has_no_objects() -> None:
     for colour in (BACKGROUND, (240, 236, 244)):
         reading = read_scene(Image.new("RGB", (32, 32), colour), grid=3)
         assert reading.objects == () and reading.confidence > 0.99
 
 
-def test_a_reading_is_less_sure_of_a_noisier_picture_and_of_its_mistakes() -> None:
+def test_a_reading_is_less_sure_of_a_noisier_image_and_of_its_mistakes() -> None:
     dataset, means = shapes(), list[float]()
     right: list[float] = []
     wrong: list[float] = []
@@ -300,14 +300,14 @@ def test_a_true_reading_is_right_and_any_lacking_or_added_object_is_not(family: 
     for index in range(30):
         scene = dataset.scene(index)
         reading = perfect_reading(scene)
-        assert judge(scene, reading).right and judge(scene, reading).objects_right == 1
-        lacking = judge(scene, replace(reading, objects=reading.objects[1:]))
+        assert check_scene(scene, reading).right and check_scene(scene, reading).objects_right == 1
+        lacking = check_scene(scene, replace(reading, objects=reading.objects[1:]))
         assert not lacking.right
         assert lacking.objects_right == pytest.approx(1 - 1 / len(scene.objects))
         taken = {(each.row, each.column) for each in scene.objects}
         free = min(set(product(range(3), repeat=2)) - taken)
         added = replace(reading.objects[0], row=free[0], column=free[1])
-        more = judge(scene, replace(reading, objects=(*reading.objects, added)))
+        more = check_scene(scene, replace(reading, objects=(*reading.objects, added)))
         assert not more.right and 0.5 <= more.objects_right < 1
 
 
@@ -320,7 +320,7 @@ def test_another_colour_or_shape_is_not_right(family: str) -> None:
         colour = "red" if first.colour != "red" else "blue"
         shape = "cross" if first.shape != "cross" else "circle"
         for wrong in (replace(first, colour=colour), replace(first, shape=shape)):
-            judgement = judge(scene, Reading((wrong, *others), 1.0))
+            judgement = check_scene(scene, Reading((wrong, *others), 1.0))
             assert not judgement.right
             assert judgement.objects_right == pytest.approx(1 - 1 / len(scene.objects))
 
@@ -346,17 +346,17 @@ def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_op
 
     one, count = scene("one", None, (0, 0)), scene("count", None, (0, 0), (0, 1))
     left = scene("relation", "left", (0, 0), (0, 2))
-    assert not judge(one, moved(one)).right and not judge(one, resized(one)).right
-    assert judge(count, moved(count)).right and judge(count, resized(count)).right
-    assert not judge(left, moved(left)).right
-    assert judge(left, moved(left)).objects_right == 1
-    assert judge(left, perfect_reading(scene("relation", "left", (1, 1), (1, 2)))).right
-    assert not judge(left, perfect_reading(scene("relation", "left", (0, 1), (1, 2)))).right
+    assert not check_scene(one, moved(one)).right and not check_scene(one, resized(one)).right
+    assert check_scene(count, moved(count)).right and check_scene(count, resized(count)).right
+    assert not check_scene(left, moved(left)).right
+    assert check_scene(left, moved(left)).objects_right == 1
+    assert check_scene(left, perfect_reading(scene("relation", "left", (1, 1), (1, 2)))).right
+    assert not check_scene(left, perfect_reading(scene("relation", "left", (0, 1), (1, 2)))).right
     second_resized = replace(
         left, objects=(left.objects[0], replace(left.objects[1], size="large"))
     )
-    assert judge(left, perfect_reading(second_resized)).right
-    assert not judge(left, resized(left)).right
+    assert check_scene(left, perfect_reading(second_resized)).right
+    assert not check_scene(left, resized(left)).right
 
 
 # --- mistakes ------------------------------------------------------------------------------------

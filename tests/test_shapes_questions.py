@@ -114,7 +114,7 @@ def test_an_answer_is_the_only_right_one_for_the_objects(split: str) -> None:
         assert len({each[3:] for each in things(pair)}) == len(things(pair))
 
 
-def test_an_answer_is_right_for_what_a_reader_finds_in_the_picture() -> None:
+def test_an_answer_is_right_for_what_a_reader_finds_in_the_image() -> None:
     dataset = world("shapes_questions", "test", image_size=32)
     for index in range(120):
         pair = dataset[index]

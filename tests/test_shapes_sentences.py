@@ -1,9 +1,9 @@
-"""All that can be said of a scene, against the judge that reads pictures."""
+"""All that can be said of a scene, against the judge that reads images."""
 
 import pytest
 
 from rudolph.data.datasets.shapes import Shapes, ShapesConfig, is_sentence
-from rudolph.data.datasets.shapes_checker import Reading, ReadObject, judge
+from rudolph.data.datasets.shapes_checker import Reading, ReadObject, check_scene
 
 
 @pytest.mark.parametrize("grid", [2, 3])
@@ -21,5 +21,5 @@ def test_a_sentence_is_true_where_the_judge_says_so_of_the_scene(grid: int) -> N
         assert scenes[place].sentence in told and len(set(told)) == len(told)
         assert all(is_sentence(each, config) for each in told)
         # Of all sentences of other scenes just the true ones are right of this one.
-        right = {other.sentence for other in scenes if judge(other, reading).right}
+        right = {other.sentence for other in scenes if check_scene(other, reading).right}
         assert right == {other.sentence for other in scenes} & set(told)

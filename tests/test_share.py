@@ -12,7 +12,7 @@ import pytest
 from rudolph.cli import main
 from rudolph.reports import share
 from rudolph.reports.share import pack_runs, send_runs
-from rudolph.tracking.event_log import read_journal
+from rudolph.tracking.event_log import read_event_log
 from rudolph.tracking.tracker import Tracker
 
 EXPERIMENT = "masks/ряд"
@@ -147,7 +147,7 @@ def test_texts_with_any_separator_are_shared_without_weights(lab: Path) -> None:
     assert "\u2028" in (run / "journal.jsonl").read_text()
     assert main(["share", EXPERIMENT, "--to", "light", "--no-weights"]) == 0
     journals = [
-        [record for _, record in read_journal(path / "journal.jsonl")]
+        [record for _, record in read_event_log(path / "journal.jsonl")]
         for path in (run, lab / "light" / EXPERIMENT / "c")
     ]
     kept = [record for record in journals[0] if "checkpoints/" not in record.get("path", "")]

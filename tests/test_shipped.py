@@ -11,8 +11,8 @@ from PIL import Image
 from rudolph.cli import main
 from rudolph.config.run import read_run
 from rudolph.data.datasets.emoji import Emoji
-from rudolph.reports.cards import CARD, read_card
 from rudolph.reports.report import generated_part
+from rudolph.reports.report_cards import CARD, read_card
 from rudolph.runs.packing import MODEL_CARD, model_card
 from rudolph.runs.resolve import SHIPPED_RUN
 
@@ -43,7 +43,7 @@ def test_its_model_card_is_that_of_its_files_and_holds_its_score_table() -> None
     assert (scores[["low", "high"]].notna().all(axis=1) & (scores["count"] > 0)).all()
 
 
-def test_a_text_alone_draws_and_a_picture_alone_is_named(
+def test_a_text_alone_draws_and_a_image_alone_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,15 +52,15 @@ def test_a_text_alone_draws_and_a_picture_alone_is_named(
     assert len(lines) == 3
     record = json.loads(lines[0])
     assert record["model"] == "shipped" and record["prompt"] == "олень"
-    with Image.open(record["file"]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(record["file"]) as image:
+        assert image.size == (64, 64)
     data = read_run(SHIPPED_RUN / "config.yaml").data
     emoji = Emoji(data.emoji, split="train", image_size=data.image_size)
-    pictures = {pair.caption: pair.image for pair in emoji}
+    images = {pair.caption: pair.image for pair in emoji}
     for name in ("олень", "пицца"):
-        pictures[name].save("picture.png")
+        images[name].save("image.png")
         capsys.readouterr()
-        assert main(["caption", "picture.png", "-n", "4"]) == 0
+        assert main(["caption", "image.png", "-n", "4"]) == 0
         assert name in capsys.readouterr().out
 
 

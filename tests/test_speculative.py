@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rudolph.generation.filters import TokenSamplingConfig, draw, next_shares
+from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
 from rudolph.generation.generate import FREE, generate_image
-from rudolph.generation.noise import COUPLINGS, Coupling, race, race_times
+from rudolph.generation.noise import NOISES, SamplingNoise, exponential_race, exponential_times
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
@@ -66,7 +66,7 @@ def test_the_tokens_are_those_of_one_at_a_time(mask: str, window: int) -> None:
         assert found.num_calls <= 16
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", NOISES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_sample_is_the_same_for_every_window_alone_and_in_a_batch(
     sampling: str, coupling: str
@@ -116,7 +116,7 @@ def test_a_model_that_always_says_the_same_takes_a_call_for_each_window(window: 
 
 
 def tiny_decoder(num_codes: int) -> MaskedDecoder:
-    """A 2 by 2 picture whose tokens depend on each other."""
+    """A 2 by 2 image whose tokens depend on each other."""
     torch.manual_seed(5)
     config = DecoderConfig(1, 8, 2, layer_masks=("causal",), last_layer_mask=None)
     vocabulary = Vocabulary(4, 0, 1, num_codes, 0)
@@ -133,20 +133,20 @@ def conditionals(model: MaskedDecoder) -> list[Tensor]:
         before = list(itertools.product(range(num_codes), repeat=place))
         tokens = torch.tensor([(2, *row) for row in before])
         logits = model.image_logits(model.hidden(tokens)[:, -1])
-        found.append(next_shares(logits, SAMPLINGS["plain"]).double())
+        found.append(next_probabilities(logits, SAMPLINGS["plain"]).double())
     return found
 
 
 def joint_of(model: MaskedDecoder) -> Tensor:
-    """The probability of each picture by the chain rule, ``(V**4,)``."""
+    """The probability of each image by the chain rule, ``(V**4,)``."""
     joint = torch.ones(1, dtype=torch.double)
     for shares in conditionals(model):
         joint = (joint[:, None] * shares).flatten()
     return joint
 
 
-def pictures(tokens: Tensor, num_codes: int) -> Tensor:
-    """The number of each picture ``(B, 4)`` in the order of ``joint_of``."""
+def all_images(tokens: Tensor, num_codes: int) -> Tensor:
+    """The number of each image ``(B, 4)`` in the order of ``joint_of``."""
     return tokens @ num_codes ** torch.arange(3, -1, -1)
 
 
@@ -176,8 +176,8 @@ def test_the_joint_distribution_is_the_chain_rules(
         first = torch.stack([middles[place][at] for place, at in enumerate(cell)])
         uniform = torch.cat([first.expand(len(middles[3]), 3), middles[3][:, None]], dim=1)
         noise = uniform if coupling == "inversion" else torch.stack([uniform, 1 - uniform], -1)
-        fixed = Coupling(lambda *_, noise=noise: noise, COUPLINGS[coupling].draw)
-        monkeypatch.setitem(COUPLINGS, coupling, fixed)
+        fixed = SamplingNoise(lambda *_, noise=noise: noise, NOISES[coupling].draw)
+        monkeypatch.setitem(NOISES, coupling, fixed)
         drawn = generate_image_speculatively(
             model,
             torch.tensor([[2]]),
@@ -187,7 +187,7 @@ def test_the_joint_distribution_is_the_chain_rules(
             coupling=coupling,
         )
         volume = torch.stack([widths[place][at] for place, at in enumerate(cell)]).prod()
-        found.index_add_(0, pictures(drawn.tokens, num_codes), volume * widths[3])
+        found.index_add_(0, all_images(drawn.tokens, num_codes), volume * widths[3])
         counts.add(drawn.num_calls)
     torch.testing.assert_close(found, joint_of(model), atol=1e-6, rtol=0)
     # Every number of calls that there can be is met.
@@ -206,7 +206,7 @@ def test_races_draw_the_joint_distribution() -> None:
             window=3,
             coupling="race",
         )
-        found += torch.bincount(pictures(drawn.tokens, 3), minlength=81)
+        found += torch.bincount(all_images(drawn.tokens, 3), minlength=81)
     expected = joint_of(model) * num_samples
     # The mean of chi squared is 80, its standard deviation 12.6.
     assert ((found - expected) ** 2 / expected).sum() < 80 + 4 * 12.6
@@ -217,10 +217,10 @@ def test_near_distributions_agree_more_often_in_a_race_than_their_distance_promi
     one = torch.randn(50).softmax(-1)
     other = (one.log() + 0.3 * torch.randn(50)).softmax(-1)
     distance = (one - other).abs().sum() / 2
-    times = race_times(range(20), 1000, 50).flatten(0, 1)
-    rows = [race(shares.expand(len(times), -1), times) for shares in (one, other)]
+    times = exponential_times(range(20), 1000, 50).flatten(0, 1)
+    rows = [exponential_race(shares.expand(len(times), -1), times) for shares in (one, other)]
     uniform = torch.rand(len(times))
-    inverted = [draw(shares.expand(len(times), -1), uniform) for shares in (one, other)]
+    inverted = [sample_token(shares.expand(len(times), -1), uniform) for shares in (one, other)]
     same, same_inverted = ((x == y).float().mean() for x, y in (rows, inverted))
     assert same > (1 - distance) / (1 + distance) > same_inverted
     counts = torch.bincount(rows[0], minlength=50) / len(times)
@@ -229,9 +229,9 @@ def test_near_distributions_agree_more_often_in_a_race_than_their_distance_promi
 
 def test_a_code_that_may_not_be_drawn_never_wins() -> None:
     shares = torch.tensor([[0.0, 1e-30, 0.0, 1.0 - 1e-30]])
-    times = race_times([4], 5000, 4)[0]
+    times = exponential_times([4], 5000, 4)[0]
     times[0] = torch.tensor([torch.finfo(torch.float32).tiny, 30.0, 1.0, 30.0])
-    assert set(race(shares.expand(5000, -1), times).tolist()) == {3}
+    assert set(exponential_race(shares.expand(5000, -1), times).tolist()) == {3}
 
 
 @pytest.mark.parametrize(

@@ -12,26 +12,31 @@ import torch
 from safetensors.torch import save_file
 from tiny_speed import speed_subject, write_speed
 
+from rudolph.benchmarks import comparison
 from rudolph.benchmarks import config as speed_config
-from rudolph.benchmarks import contest
-from rudolph.benchmarks.config import LIMIT, MEASURES, REFERENCE
-from rudolph.benchmarks.contest import (
-    Worker,
+from rudolph.benchmarks.benchmark_case import (
+    BenchmarkCase,
+    load_case_decoder,
+    prepare_case,
+    read_case,
+)
+from rudolph.benchmarks.comparison import (
+    ImplementationProcess,
     command_of,
-    hold,
-    hold_memory,
+    compare_implementations,
+    compare_memory,
     reference_folder,
     turns_of,
 )
-from rudolph.benchmarks.subject import Subject, load_decoder, prepare, read_subject
-from rudolph.benchmarks.worker import CONTESTANTS
+from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS
+from rudolph.benchmarks.worker import IMPLEMENTATIONS
 from rudolph.config.experiment_file import load_experiment
 from rudolph.models.layers.native_types import has_native_bfloat16
 from rudolph.reports.report import Report, experiment_page
-from rudolph.reports.store import check, export
+from rudolph.reports.store import check_results_folder, export_results
+from rudolph.runs.benchmark_run import compare_outputs, measurable
 from rudolph.runs.execution import Folders, Hardware, run_folder
 from rudolph.runs.experiment import execute
-from rudolph.runs.measuring import compare, measurable
 
 NO_REFERENCE = "the reference's packages are not installed: make reference"
 
@@ -74,26 +79,28 @@ def limit_parts() -> list[str]:
 
 
 def test_contestants_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
-    turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", LIMIT, "bfloat16")))
-    limits = [(LIMIT, part) for part in limit_parts()]
+    turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", ROOFLINE, "bfloat16")))
+    limits = [(ROOFLINE, part) for part in limit_parts()]
     parts = [(name, p) for p in ("encode", "decode", "train") for name in ("float32", "bfloat16")]
     assert turns == [(k, name, part) for k in range(2) for name, part in [*limits, *parts]]
 
 
 def test_what_a_subject_says_reaches_its_contestants_whole(tmp_path: Path) -> None:
     found = speed_subject(tmp_path, "decode", "float32")
-    assert read_subject(json.loads(json.dumps(found.to_plain()))) == found
+    assert read_case(json.loads(json.dumps(found.to_plain()))) == found
 
 
 def test_every_contestant_that_may_be_named_can_be_started() -> None:
-    for name, measure in MEASURES.items():
-        assert set(CONTESTANTS[name]) | {REFERENCE} == set(measure.contestants) | {REFERENCE}
+    for name, measure in WORKLOADS.items():
+        assert set(IMPLEMENTATIONS[name]) | {REFERENCE} == set(measure.implementations) | {
+            REFERENCE
+        }
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
     """A run of the decoding measure: the machine's limit and one of ours."""
-    path = write_speed(tmp_path_factory.mktemp("measured"), "decode", LIMIT, "half")
+    path = write_speed(tmp_path_factory.mktemp("measured"), "decode", ROOFLINE, "half")
     return run(path)
 
 
@@ -102,7 +109,7 @@ def test_a_run_measures_in_turns_and_leaves_repetitions_and_profiles(
 ) -> None:
     folder, summary, told = measured
     table = pd.read_csv(folder / "speed" / "repetitions.csv", keep_default_na=False)
-    limits = [(LIMIT, part) for part in limit_parts()]
+    limits = [(ROOFLINE, part) for part in limit_parts()]
     order = [*limits, ("half", "")]
     assert list(zip(table["contestant"], table["part"], strict=True)) == order * 2
     assert (table["seconds"] > 0).all() and (table["peak_bytes"] > 2**20).all()
@@ -129,16 +136,16 @@ def test_results_of_speed_are_exported_and_redrawn(
         rows=("run",),
     )
     results = tmp_path / "results"
-    exported = export(folder.parent.parent.parent, results, report=report)
+    exported = export_results(folder.parent.parent.parent, results, report=report)
     assert exported == results / "speed" / "decode"
     page = (exported / "README.md").read_text()
     assert "| seed0 | half |" in page and "Where the time of `seed0-half` goes" in page
     assert (exported / "profiles" / "seed0-half.csv").is_file()
-    problems = check(results)
+    problems = check_results_folder(results)
     assert [line for line in problems if "no answer" not in line and "commit" not in line] == []
     table = exported / "repetitions.csv"
     table.write_text(table.read_text().replace(",half,,token,0,", ",half,,token,0,9"))
-    assert any("generated part" in line for line in check(results))
+    assert any("generated part" in line for line in check_results_folder(results))
     assert experiment_page(exported) != page
 
 
@@ -147,32 +154,32 @@ def test_a_contestant_in_emulated_bfloat16_is_left_out_and_said(
     tmp_path: Path, is_native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed_config, "has_native_bfloat16", lambda: is_native)
-    subject = speed_subject(tmp_path, "train", LIMIT, "float32", "bfloat16")
+    case = speed_subject(tmp_path, "train", ROOFLINE, "float32", "bfloat16")
     if is_native:
-        assert measurable(subject) == subject
+        assert measurable(case) == case
     else:
         with pytest.warns(UserWarning, match="left out bfloat16: this processor emulates"):
-            assert measurable(subject).speed.contestants == (LIMIT, "float32")
+            assert measurable(case).speed.implementations == (ROOFLINE, "float32")
         with pytest.raises(ValueError, match="nothing is left to measure"):
-            measurable(speed_subject(tmp_path, "train", LIMIT, "bfloat16"))
+            measurable(speed_subject(tmp_path, "train", ROOFLINE, "bfloat16"))
 
 
 def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
     """Its contestants run with older instructions, and none of them in bfloat16."""
-    subject = speed_subject(tmp_path, "decode", LIMIT, "half", instructions="avx2")
-    assert {part for _, name, part in turns_of(subject) if name == LIMIT} == {"read", "float32"}
-    weights = prepared(tmp_path, subject)
-    with contest.started("half", subject, weights) as (worker, _):
+    case = speed_subject(tmp_path, "decode", ROOFLINE, "half", instructions="avx2")
+    assert {part for _, name, part in turns_of(case) if name == ROOFLINE} == {"read", "float32"}
+    weights = prepared(tmp_path, case)
+    with comparison.started_process("half", case, weights) as (worker, _):
         variables = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
     assert b"ATEN_CPU_CAPABILITY=avx2" in variables and b"ONEDNN_MAX_CPU_ISA=AVX2" in variables
     with pytest.raises(ValueError, match="instructions must be one of avx2 or null, got 'sse'"):
         speed_subject(tmp_path, "decode", "half", instructions="sse")
 
 
-def prepared(folder: Path, asked: Subject) -> Path:
+def prepared(folder: Path, asked: BenchmarkCase) -> Path:
     weights = folder / "weights"
     weights.mkdir()
-    prepare(asked, weights)
+    prepare_case(asked, weights)
     return weights
 
 
@@ -192,33 +199,37 @@ def test_a_repetition_does_all_that_it_counts(
     tmp_path: Path, measure: str, name: str, units: int
 ) -> None:
     asked = speed_subject(tmp_path, measure, name)
-    contestant = CONTESTANTS[measure][name](asked, name, prepared(tmp_path, asked))
-    before = {key: value.clone() for key, value in weights_of(contestant).items()}
-    for part in MEASURES[measure].units:
+    implementation = IMPLEMENTATIONS[measure][name](asked, name, prepared(tmp_path, asked))
+    before = {key: value.clone() for key, value in weights_of(implementation).items()}
+    for part in WORKLOADS[measure].units:
         for is_short in (True, False):
-            work = contestant.run(part, is_short=is_short)
+            work = implementation.run(part, is_short=is_short)
         assert work.units == units
     if measure == "pipeline":
         assert len(list(tmp_path.glob("weights/half/*.png"))) == 2
     has_moved = any(
-        not torch.equal(value, before[key]) for key, value in weights_of(contestant).items()
+        not torch.equal(value, before[key]) for key, value in weights_of(implementation).items()
     )
     assert has_moved == (measure in ("train", "vqgan"))
 
 
-def weights_of(contestant: Any) -> dict[str, torch.Tensor]:
-    model = contestant.pipeline.decoder if hasattr(contestant, "pipeline") else contestant.model
+def weights_of(implementation: Any) -> dict[str, torch.Tensor]:
+    model = (
+        implementation.pipeline.decoder
+        if hasattr(implementation, "pipeline")
+        else implementation.model
+    )
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> None:
     asked = speed_subject(tmp_path, "memory", "float32", num_tokens=3)
     folder = prepared(tmp_path, asked)
-    contestant = CONTESTANTS["memory"]["float32"](asked, "float32", folder)
-    assert contestant.run("decode", is_short=False).units == 2 * 3
-    model = load_decoder(asked, folder)
+    implementation = IMPLEMENTATIONS["memory"]["float32"](asked, "float32", folder)
+    assert implementation.run("decode", is_short=False).units == 2 * 3
+    model = load_case_decoder(asked, folder)
     assert (
-        contestant.weights_bytes
+        implementation.weights_bytes
         == sum(value.numel() * 4 for value in model.parameters()) + model.mask_tables.numel()
     )
 
@@ -242,7 +253,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Contestants are talkers, which write what they are asked into this file."""
     log = tmp_path / "talk"
     code = TALKER.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
-    monkeypatch.setattr(contest, "command_of", lambda name: [sys.executable, "-c", code])
+    monkeypatch.setattr(comparison, "command_of", lambda name: [sys.executable, "-c", code])
     (tmp_path / "weights").mkdir()
     return log
 
@@ -252,9 +263,9 @@ def quiet(done: int, total: int, note: str) -> None:
 
 
 def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: Path) -> None:
-    asked = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", repetitions=3)
+    asked = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", num_repetitions=3)
     checked: list[str] = []
-    found = hold(
+    found = compare_implementations(
         asked, tmp_path / "weights", told=quiet, check=lambda worker: checked.append(worker.name)
     )
     names = [
@@ -263,23 +274,25 @@ def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: 
         if "'is_short': False" in line
     ]
     assert names == ["float32", REFERENCE, "int8"] * 3
-    assert [each.contestant for each in found.repetitions] == names and checked == [REFERENCE]
+    assert [each.implementation for each in found.num_repetitions] == names and checked == [
+        REFERENCE
+    ]
     assert found.versions == dict.fromkeys(("float32", REFERENCE, "int8"), "1")
 
 
 def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) -> None:
     asked = speed_subject(tmp_path, "memory", REFERENCE, "float32")
-    found = hold_memory(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
-    turns = [(each.contestant, each.part) for each in found.repetitions]
+    found = compare_memory(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
+    turns = [(each.implementation, each.part) for each in found.num_repetitions]
     assert turns == [(n, part) for n in (REFERENCE, "float32") for part in ("load", "decode")] * 2
-    assert {each.units for each in found.repetitions} == {1, 5}
+    assert {each.units for each in found.num_repetitions} == {1, 5}
     assert "True" not in talk.read_text(encoding="utf-8")
 
 
 def test_a_contestant_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
     asked = speed_subject(tmp_path, "decode", "float32", "half")
     with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
-        hold(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
+        compare_implementations(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
 
 
 def test_a_key_press_leaves_no_process(
@@ -293,19 +306,19 @@ def test_a_key_press_leaves_no_process(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hold(asked, tmp_path / "weights", told=press, check=lambda worker: None)
+        compare_implementations(asked, tmp_path / "weights", told=press, check=lambda worker: None)
 
 
-@pytest.mark.parametrize("measure", list(MEASURES))
+@pytest.mark.parametrize("measure", list(WORKLOADS))
 def test_the_reference_does_the_same_work_of_the_same_weights(
     tmp_path: Path, measure: str
 ) -> None:
     if not (reference_folder() / "rudolph").is_dir():
         pytest.skip(NO_REFERENCE)
-    folder, summary, _ = run(write_speed(tmp_path, measure, REFERENCE, repetitions=1))
+    folder, summary, _ = run(write_speed(tmp_path, measure, REFERENCE, num_repetitions=1))
     assert summary["metrics"]["check/largest_difference"] < 1e-4
     times = [name for name in summary["metrics"] if "/seconds_per_" in name]
-    assert len(times) == len(MEASURES[measure].units)
+    assert len(times) == len(WORKLOADS[measure].units)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["rudolph"] == "0.0.1rc10"
 
@@ -313,16 +326,16 @@ def test_the_reference_does_the_same_work_of_the_same_weights(
 def test_a_reference_that_is_missing_is_one_line_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(contest.REFERENCE_VARIABLE, str(tmp_path / "nowhere"))
+    monkeypatch.setenv(comparison.REFERENCE_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"pip install --no-deps --target .*nowhere rudolph=="):
         run(write_speed(tmp_path, "decode", REFERENCE, "float32"))
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
-    assert " ".join(contest.REFERENCE_PACKAGES) in makefile
+    assert " ".join(comparison.REFERENCE_PACKAGES) in makefile
 
 
 def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
     asked = speed_subject(tmp_path, "decode", "float32")
-    said, _ = prepare(asked, tmp_path)
+    said, _ = prepare_case(asked, tmp_path)
     other = {"logits": said["logits"] + 0.02}
 
     class Sayer:
@@ -332,20 +345,22 @@ def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
             save_file(other, request["path"])
 
     differences: list[float] = []
-    compare(Sayer(), said=other, folder=tmp_path, differences=differences)
+    compare_outputs(Sayer(), said=other, folder=tmp_path, differences=differences)
     assert differences == [0]
     with pytest.raises(ValueError, match=r"logits differ from ours by 0\.02 on the same"):
-        compare(Sayer(), said=said, folder=tmp_path, differences=[])
+        compare_outputs(Sayer(), said=said, folder=tmp_path, differences=[])
 
 
 def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> None:
     code = "import sys; sys.stdin.readline(); sys.exit('a trace' + chr(10) + 'out of luck')"
-    worker = Worker("half", [sys.executable, "-c", code], tmp_path / "log")
+    worker = ImplementationProcess("half", [sys.executable, "-c", code], tmp_path / "log")
     with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
         worker.ask({})
         worker.ask({})
     worker.close()
-    silent = Worker("half", [sys.executable, "-c", "input(); input()"], tmp_path / "log")
+    silent = ImplementationProcess(
+        "half", [sys.executable, "-c", "input(); input()"], tmp_path / "log"
+    )
     with pytest.raises(ValueError, match=r"^contestant half: no answer in 0.05 s$"):
         silent.ask({}, timeout=0.05)
     silent.close()

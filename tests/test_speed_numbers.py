@@ -10,8 +10,9 @@ import yaml
 from tiny_speed import speed_subject, write_speed
 from torch.utils.flop_counter import FlopCounterMode
 
-from rudolph.benchmarks.config import LIMIT, REFERENCE
-from rudolph.benchmarks.contest import Found
+from rudolph.benchmarks.benchmark_case import make_inputs
+from rudolph.benchmarks.comparison import ComparisonResult
+from rudolph.benchmarks.config import REFERENCE, ROOFLINE
 from rudolph.benchmarks.flops import (
     decode_bytes,
     train_operations,
@@ -19,13 +20,12 @@ from rudolph.benchmarks.flops import (
     vqgan_operations,
 )
 from rudolph.benchmarks.metrics import metrics_of
-from rudolph.benchmarks.subject import make_inputs
 from rudolph.config.experiment_file import load_experiment
 from rudolph.evaluation.statistics import ratio_interval, student_quantile
 from rudolph.files.settings import ConfigError
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
-from rudolph.reports.repetitions import Repetition, mebibytes_text
+from rudolph.reports.timings import Timing, mebibytes_text
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,17 @@ def test_a_ratio_is_of_pairs_and_what_slows_both_is_no_spread() -> None:
         ratio_interval([1.0], [0.0])
 
 
-def repeated(contestant: str, part: str, unit: str, *seconds: float) -> list[Repetition]:
+def repeated(implementation: str, part: str, unit: str, *seconds: float) -> list[Timing]:
     return [
-        Repetition(contestant, part, unit, number, each, 100, 1000 + number)
+        Timing(implementation, part, unit, number, each, 100, 1000 + number)
         for number, each in enumerate(seconds)
     ]
 
 
 def test_known_repetitions_give_known_numbers(tmp_path: Path) -> None:
-    asked = speed_subject(tmp_path, "decode", LIMIT, REFERENCE, "half")
-    found = Found(
-        repeated(LIMIT, "read", "byte", 1e-9, 2e-9)
+    asked = speed_subject(tmp_path, "decode", ROOFLINE, REFERENCE, "half")
+    found = ComparisonResult(
+        repeated(ROOFLINE, "read", "byte", 1e-9, 2e-9)
         + repeated(REFERENCE, "", "token", 40.0, 80.0)
         + repeated("half", "", "token", 2.0, 4.0),
         weights_bytes={"half": 7},
@@ -125,12 +125,12 @@ def test_a_tokens_bytes_are_those_of_weights_and_of_the_keys_that_it_sees(tmp_pa
     assert smaller == sorted(smaller)
 
 
-def test_a_pictures_operations_grow_with_its_area(tmp_path: Path) -> None:
+def test_a_images_operations_grow_with_its_area(tmp_path: Path) -> None:
     asked = speed_subject(tmp_path, "vqgan", "float32")
     counted = vqgan_operations(asked)
     assert counted["train"] == 3 * (counted["encode"] + counted["decode"])
     assert min(counted.values()) > 1e6
-    # The chain of blocks on the pixels of the picture makes up most of it.
+    # The chain of blocks on the pixels of the image makes up most of it.
     body = 2 * sum(p.numel() for p in Upscaler(UpscalerConfig()).body.parameters() if p.dim() > 1)
     assert 1 < upscaler_operations(asked) / (body * 32 * 32) < 1.2
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from rudolph.evaluation.statistics import (
     POWER,
-    detectable_effect,
     holm,
+    minimum_detectable_effect,
     paired_bootstrap,
     paired_t,
     pairs_needed,
@@ -96,7 +96,7 @@ def test_holm_refuses_what_its_steps_refuse(p_values: list[float]) -> None:
 def test_the_detectable_effect_is_detected_in_four_of_five_tries(
     pairs: int, spread: float
 ) -> None:
-    rng, effect = np.random.default_rng(pairs), detectable_effect(spread, pairs)
+    rng, effect = np.random.default_rng(pairs), minimum_detectable_effect(spread, pairs)
     found = [paired_t(rng.normal(effect, spread, size=pairs)) for _ in range(2000)]
     # Three standard errors of a share of 80 %.
     assert sum(each.low > 0 for each in found) / 2000 == pytest.approx(POWER, abs=0.027)
@@ -115,8 +115,8 @@ def test_rank_correlation_is_that_of_scipy(pairs: list[tuple[int, int]]) -> None
 @pytest.mark.parametrize("effect", [0.1, 0.5, 1.0, 9.0])
 def test_the_pairs_needed_are_the_fewest(effect: float) -> None:
     pairs = pairs_needed(1.0, effect)
-    assert detectable_effect(1.0, pairs) <= effect
-    assert pairs == 2 or detectable_effect(1.0, pairs - 1) > effect
+    assert minimum_detectable_effect(1.0, pairs) <= effect
+    assert pairs == 2 or minimum_detectable_effect(1.0, pairs - 1) > effect
 
 
 def test_students_quantile_is_that_of_scipy() -> None:

@@ -19,14 +19,21 @@ from rudolph.reports.report import (
     END,
     Figure,
     Report,
-    answer,
+    finding_of,
     read_curves,
     read_report,
     read_runs,
     replace_generated,
 )
-from rudolph.reports.store import POINTS_OF_A_CURVE, check, draw_pngs, export, redraw, write_index
-from rudolph.tracking.event_log import Journal
+from rudolph.reports.store import (
+    POINTS_OF_A_CURVE,
+    check_results_folder,
+    draw_pngs,
+    export_results,
+    redraw,
+    write_index,
+)
+from rudolph.tracking.event_log import EventLog
 
 LOSS, LATE = "val/loss/image", "decoder/val/late"
 REPORT = Report(
@@ -52,7 +59,7 @@ def loss_at(variant: str, seed: int, step: int) -> float:
 def write_run(runs: Path, variant: str, seed: int, **changes: Any) -> Path:
     run = f"{variant}-layers=2-s{seed}"
     folder = runs / REPORT.experiment / run
-    journal = Journal(folder, experiment=REPORT.experiment, run=run, digest=f"digest-{run}")
+    journal = EventLog(folder, experiment=REPORT.experiment, run=run, digest=f"digest-{run}")
     for step in range(0, 1000, 3):
         journal.append("metrics", step=step, metrics={LOSS: loss_at(variant, seed, step)})
     journal.close()
@@ -106,7 +113,7 @@ def answer_by_hand(readme: Path, text: str) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     runs, results = (tmp_path_factory.mktemp(name) for name in ("runs", "results"))
     write_runs(runs)
-    folder = export(runs, results, report=REPORT)
+    folder = export_results(runs, results, report=REPORT)
     answer_by_hand(folder / "README.md", "Ряд теряет 1.0 нат. Проверено дважды.")
     write_index(results)
     return runs, results
@@ -124,12 +131,12 @@ def test_a_second_export_is_equal_in_every_byte_and_keeps_the_answer(
 ) -> None:
     runs, results = exported
     again = copy_of(results, tmp_path)
-    export(runs, again, report=REPORT)
+    export_results(runs, again, report=REPORT)
     write_index(again)
     assert contents(again) == contents(results)
     page = (again / REPORT.experiment / "README.md").read_text("utf-8")
     assert "Ряд теряет 1.0 нат." in page and page.count(BEGIN) == page.count(END) == 1
-    assert check(again) == []
+    assert check_results_folder(again) == []
 
 
 def test_the_rows_are_the_finished_runs(exported: tuple[Path, Path]) -> None:
@@ -162,10 +169,10 @@ def test_curves_are_thinned_to_their_own_points_with_both_ends(
 def test_a_continued_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs", "row", 0)
     run = folder.name
-    journal = Journal(folder, experiment=REPORT.experiment, run=run, digest=f"digest-{run}")
+    journal = EventLog(folder, experiment=REPORT.experiment, run=run, digest=f"digest-{run}")
     journal.append("metrics", step=999, metrics={LOSS: 7.0, LATE: "nan", "decoder/train/loss": 1})
     journal.close()
-    curves = read_curves(export(tmp_path / "runs", tmp_path / "results", report=REPORT))
+    curves = read_curves(export_results(tmp_path / "runs", tmp_path / "results", report=REPORT))
     by_metric = curves.set_index(["metric", "step"])["value"]
     assert by_metric[LOSS, 999] == 7.0 and math.isnan(by_metric[LATE, 999])
     # A sweep's training curves would be most of its tables.
@@ -185,7 +192,7 @@ def test_the_table_says_mean_spread_and_chance(exported: tuple[Path, Path]) -> N
 
 def test_one_run_is_shown_with_its_interval(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "row", 0)
-    folder = export(tmp_path / "runs", tmp_path / "results", report=REPORT)
+    folder = export_results(tmp_path / "runs", tmp_path / "results", report=REPORT)
     assert "0.6 [0.55, 0.65]" in (folder / "README.md").read_text("utf-8")
 
 
@@ -242,7 +249,7 @@ def test_results_never_meet_the_runs_and_slides_never_the_results(
     (tmp_path / "results").symlink_to("runs")
     before = contents(tmp_path / "runs")
     with pytest.raises(ValueError, match=r"^results: expected a path apart from "):
-        export(tmp_path / "runs", tmp_path / "results", report=REPORT)
+        export_results(tmp_path / "runs", tmp_path / "results", report=REPORT)
     assert contents(tmp_path / "runs") == before
 
 
@@ -296,24 +303,29 @@ def test_a_change_by_hand_is_found(
     exported: tuple[Path, Path], tmp_path: Path, what: str, problem: str
 ) -> None:
     results = copy_of(exported[1], tmp_path)
-    assert what == "figure" or check(results) == []
+    assert what == "figure" or check_results_folder(results) == []
     forge(results / REPORT.experiment, what)
-    assert any(problem in line for line in check(results)), check(results)
+    assert any(problem in line for line in check_results_folder(results)), check_results_folder(
+        results
+    )
 
 
 def test_a_wrong_digest_and_an_old_index_are_found(
     exported: tuple[Path, Path], tmp_path: Path
 ) -> None:
     results = copy_of(exported[1], tmp_path)
-    assert check(results, digest=lambda path: f"digest-{path.stem}") == []
-    assert len(check(results, digest=lambda path: "other")) == 4
+    assert check_results_folder(results, digest=lambda path: f"digest-{path.stem}") == []
+    assert len(check_results_folder(results, digest=lambda path: "other")) == 4
     answer_by_hand(results / REPORT.experiment / "README.md", "Иначе!")
-    assert ["index" in line for line in check(results)] == [True]
+    assert ["index" in line for line in check_results_folder(results)] == [True]
 
 
 def test_the_results_of_this_repository_are_whole() -> None:
     assert (
-        check(Path(__file__).parent.parent / "results", digest=lambda p: read_run(p).digest) == []
+        check_results_folder(
+            Path(__file__).parent.parent / "results", digest=lambda p: read_run(p).digest
+        )
+        == []
     )
 
 
@@ -322,11 +334,13 @@ def test_only_the_named_runs_are_exported_and_none_is_an_error(tmp_path: Path) -
     report = Report("masks/patterns", "Title", "Question?", "x.yaml")
     places = tmp_path / "runs", tmp_path / "results"
     runs = {("row-layers=2-s0", "digest-row-layers=2-s0")}
-    assert list(read_runs(export(*places, report=report, runs=runs))["run"]) == ["row-layers=2-s0"]
+    assert list(read_runs(export_results(*places, report=report, runs=runs))["run"]) == [
+        "row-layers=2-s0"
+    ]
     # Neither a run that failed, nor one that an edited file calls by another name.
     for name in ("row-layers=2-s2", "row-layers=2-s0"):
         with pytest.raises(ValueError, match="no finished run to export"):
-            export(*places, report=report, runs={(name, "digest-row-layers=2-s2")})
+            export_results(*places, report=report, runs={(name, "digest-row-layers=2-s2")})
 
 
 @pytest.mark.parametrize("has_answer", [True, False])
@@ -337,7 +351,7 @@ def test_an_export_that_fails_changes_nothing(
     before = copy_of(results, tmp_path / "results") if has_answer else tmp_path / "results"
     kept = contents(before)
     with pytest.raises(ValueError, match="no column 'speed'"):
-        export(runs, before, report=replace(REPORT, columns=("speed",)))
+        export_results(runs, before, report=replace(REPORT, columns=("speed",)))
     assert contents(before) == kept
     assert not list(runs.glob(".export-*"))
 
@@ -346,7 +360,7 @@ def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "row", 0)
     report = Report("masks/patterns", "T", "Q?", "x.yaml", columns=("val/los",))
     with pytest.raises(ValueError, match=r"no column 'val/los'; there are .*val/loss/image"):
-        export(tmp_path / "runs", tmp_path / "results", report=report)
+        export_results(tmp_path / "runs", tmp_path / "results", report=report)
 
 
 def test_replacing_the_generated_part_keeps_the_text_around_it() -> None:
@@ -367,14 +381,14 @@ def test_replacing_the_generated_part_keeps_the_text_around_it() -> None:
 )
 def test_the_answer_is_the_first_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "README.md").write_text(f"{text}\n\n{BEGIN}\nx\n{END}\n", "utf-8")
-    assert answer(tmp_path / "README.md") == sentence
+    assert finding_of(tmp_path / "README.md") == sentence
 
 
 def test_numbers_survive_the_csv_files(tmp_path: Path) -> None:
     values = {"a": 1 / 3, "b": 1e-12, "c": float("inf"), "d": 10_000_019}
     write_run(tmp_path / "runs", "row", 0, metrics=values, intervals={}, chance={})
     report = Report("masks/patterns", "T", "Q?", "x.yaml")
-    frame = read_runs(export(tmp_path / "runs", tmp_path / "results", report=report))
+    frame = read_runs(export_results(tmp_path / "runs", tmp_path / "results", report=report))
     assert isinstance(frame, pd.DataFrame)
     assert {name: frame[name][0] for name in values} == pytest.approx(values, rel=1e-5)
     assert frame["d"][0] == 10_000_019

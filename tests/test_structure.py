@@ -36,8 +36,8 @@ LAYERS = (
 )
 OWNERS = {
     "mlflow": r"tracking/(mlflow_store|mlflow_database|artifacts)",
-    "matplotlib": r"reports/(figures|drawings|style)",
-    "seaborn": r"reports/(figures|drawings|style)",
+    "matplotlib": r"reports/(figures|image_grids|style)",
+    "seaborn": r"reports/(figures|image_grids|style)",
     "pytorch_lightning": r"training/\w+|data/loader|runs/trainer|runs/stages/(run|clip)",
     "yaml": r"files/settings",
     "scipy": r"evaluation/(statistics|regions)",

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from test_manifests import config, encoded, noise, said, train
 
-from rudolph.data.datasets.manifests import examine_table, split_of
+from rudolph.data.datasets.manifests import examine_table, split_of_image
 from rudolph.data.datasets.table_parquet import StoredBytes, parquet_cells
-from rudolph.data.funnel import centre_square
+from rudolph.data.image_files import center_crop
 
 CAPTIONS = [f"картинка {number}" for number in range(12)]
 BYTES = [encoded(noise(10, 8, seed=number)) for number in range(12)]
@@ -48,7 +48,7 @@ def test_images_of_the_table_itself_give_pairs(tmp_path: Path, images: pyarrow.A
     manifest = train(write(tmp_path / "pairs.parquet", images, row_group_size=5))
     assert manifest.report.kept == 12
     expected = {
-        caption: centre_square(noise(10, 8, seed=number), 8).tobytes()
+        caption: center_crop(noise(10, 8, seed=number), 8).tobytes()
         for number, caption in enumerate(CAPTIONS)
     }
     pairs = [manifest[index] for index in range(len(manifest))]
@@ -63,7 +63,7 @@ def test_stored_images_and_files_of_the_same_bytes_are_in_the_same_split(tmp_pat
         (tmp_path / f"{number}.png").write_bytes(data)
     files = train(write(tmp_path / "files.parquet", [f"{number}.png" for number in range(12)]))
     assert [entry.caption for entry in stored.entries] == [e.caption for e in files.entries]
-    assert all(split_of(entry.sha256) == "train" for entry in stored.entries)
+    assert all(split_of_image(entry.sha256) == "train" for entry in stored.entries)
     assert stored.entries[0].key.startswith("0.png#") and files.entries[0].key.startswith(
         "0.png |"
     )
@@ -78,17 +78,17 @@ def test_the_path_of_a_struct_serves_where_it_has_no_bytes(tmp_path: Path) -> No
     by_caption = {manifest[i].caption: manifest[i].image for i in range(len(manifest))}
     for number, caption in enumerate(CAPTIONS):
         if caption in by_caption:
-            expected = centre_square(noise(10, 8, seed=number), 8)
+            expected = center_crop(noise(10, 8, seed=number), 8)
             assert by_caption[caption].tobytes() == expected.tobytes()
 
 
 def test_rows_without_image_and_damaged_images_are_counted(tmp_path: Path) -> None:
     images = structs([*BYTES[:9], b"not an image", BYTES[0][:60], None])
     none = pyarrow.array([*images.to_pylist()[:11], None], HUGGING_FACE)
-    report = train(write(tmp_path / "pairs.parquet", none), max_bad_share=0.5).report
+    report = train(write(tmp_path / "pairs.parquet", none), max_bad_fraction=0.5).report
     counts = {reason: tally.names for reason, tally in report.skipped.items()}
     assert counts == {
-        "corrupt picture": ["row 10 9.png", "row 11 10.png"],
+        "corrupt image": ["row 10 9.png", "row 11 10.png"],
         "no image path": ["row 12"],
     }
 
@@ -169,7 +169,7 @@ def test_a_stored_image_that_changes_after_the_report_is_an_error(tmp_path: Path
     write(table, structs([encoded(Image.new("RGB", (9, 9)))] * 12))
     assert "changed after the manifest was read" in said(lambda: manifest[0])
     table.unlink()
-    assert said(lambda: manifest[0]) == f"{table}: the picture can no longer be read"
+    assert said(lambda: manifest[0]) == f"{table}: the image can no longer be read"
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.99])

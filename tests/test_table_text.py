@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_manifests import said
 
-from rudolph.data.datasets.table_text import guess_encoding, read_text, require_table
+from rudolph.data.datasets.table_text import guess_encoding, read_table_text, require_table
 
 RUSSIAN = "image,caption\na.png,ёжик и чайка на «красном» фоне\nb.png,КАРТИНКА НОМЕР 2\n"
 WESTERN = "image,caption\na.png,un café crème à Zürich\n"
@@ -18,7 +18,7 @@ WESTERN = "image,caption\na.png,un café crème à Zürich\n"
 def test_unicode_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.csv").write_bytes(RUSSIAN.encode(encoding))
     name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
-    assert read_text(tmp_path / "a.csv") == (RUSSIAN, name)
+    assert read_table_text(tmp_path / "a.csv") == (RUSSIAN, name)
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_the_command_of_the_message_makes_the_table_readable(
 ) -> None:
     table = tmp_path / "my pairs.csv"
     table.write_bytes(text.encode(encoding, errors="replace"))
-    message = said(lambda: read_text(table))
+    message = said(lambda: read_table_text(table))
     assert message.startswith(f"{table}: expected UTF-8, got ")
     command = re.search(r"Convert it: (iconv -f \S+ -t utf-8 .*)", message)
     assert command is not None
     subprocess.run(command[1], shell=True, check=True)
     expected = text.encode(encoding, errors="replace").decode(encoding)
-    assert read_text(tmp_path / "my pairs-utf8.csv") == (expected, "UTF-8")
+    assert read_table_text(tmp_path / "my pairs-utf8.csv") == (expected, "UTF-8")
 
 
 def test_the_message_shows_how_the_guess_reads(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("image,caption\na.png,красный кот\n".encode("cp1251"))
-    message = said(lambda: read_text(tmp_path / "a.csv"))
+    message = said(lambda: read_table_text(tmp_path / "a.csv"))
     assert "(line 2), which reads as cp1251 ('a.png,красный кот')" in message
 
 
@@ -61,14 +61,14 @@ def test_what_is_no_known_encoding_is_not_guessed() -> None:
 def test_damaged_bytes_of_utf_8_are_counted_and_can_be_dropped(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_bytes(RUSSIAN.encode().replace("«".encode(), b"\xff"))
-    message = said(lambda: read_text(table))
+    message = said(lambda: read_table_text(table))
     assert "it is UTF-8 with 1 damaged bytes. Drop what is damaged: iconv -c -f UTF-8" in message
 
 
 def test_damage_after_a_byte_order_mark_is_told_in_one_line(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_bytes(RUSSIAN.encode("utf-16")[:-1])
-    assert "expected UTF-16, as its byte order mark says" in said(lambda: read_text(table))
+    assert "expected UTF-16, as its byte order mark says" in said(lambda: read_table_text(table))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_is_no_text_is_told_with_what_to_do(
     tmp_path: Path, data: bytes, what: str, advice: str
 ) -> None:
     (tmp_path / "a.csv").write_bytes(data)
-    message = said(lambda: read_text(tmp_path / "a.csv"))
+    message = said(lambda: read_table_text(tmp_path / "a.csv"))
     assert f"got {what}. " in message and advice in message
 
 

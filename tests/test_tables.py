@@ -137,14 +137,14 @@ def open_quotes(folder: Path, number: int = 20) -> Path:
     return folder / "pairs.csv"
 
 
-@pytest.mark.parametrize("max_bad_share", [0.05, 0.5])
-def test_training_on_open_quotes_names_the_first(tmp_path: Path, max_bad_share: float) -> None:
+@pytest.mark.parametrize("max_bad_fraction", [0.05, 0.5])
+def test_training_on_open_quotes_names_the_first(tmp_path: Path, max_bad_fraction: float) -> None:
     table = open_quotes(tmp_path)
-    assert said(lambda: train(table, max_bad_share=max_bad_share)) == (
+    assert said(lambda: train(table, max_bad_fraction=max_bad_fraction)) == (
         f"{table}: expected closed quotes, got one that is opened in line 2 and never closed; "
         '12 of 20 rows cannot be used. Close it, or write "" for a quote inside a quoted text'
     )
-    assert train(table, max_bad_share=0.6).report.kept == 8
+    assert train(table, max_bad_fraction=0.6).report.kept == 8
 
 
 def reported(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -163,8 +163,8 @@ def test_the_report_fails_on_an_open_quote_unless_it_is_accepted(
     assert "skipped: 3 quote that is never closed (line 2, line 12, line 22)" in out
     assert reported(capsys, table, "--max-bad-share", "0.7")[0] == 0
     # A single one at the end is below every limit, and still not what its writer meant.
-    rows = "\n".join(f"pictures/{number}.png,a" for number in range(20))
-    table.write_text(f'image,caption\n{rows}\npictures/20.png,"a\n')
+    rows = "\n".join(f"images/{number}.png,a" for number in range(20))
+    table.write_text(f'image,caption\n{rows}\nimages/20.png,"a\n')
     assert reported(capsys, table)[0] == 2
     assert reported(capsys, table, "--max-bad-share", "0.5")[0] == 0
 
@@ -177,7 +177,7 @@ def test_the_report_fails_on_more_than_half_bad_rows(
     table = write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 20 - number_bad) + bad)
     found, out, err = reported(capsys, table)
     assert found == code and f"{number_bad} skipped" in out
-    assert ("legal is at most max_bad_share = 50.0%" in err) == (code == 2)
+    assert ("legal is at most max_bad_fraction = 50.0%" in err) == (code == 2)
     assert reported(capsys, table, "--max-bad-share", "0.6")[0] == 0
     assert reported(capsys, table, "--max-bad-share", "0.1")[0] == 2
 
@@ -202,7 +202,7 @@ def test_the_report_takes_columns_and_answers(
     columns = ("--image-column", "file", "--caption-column", "text")
     assert reported(capsys, table, *columns)[0] == 0
     assert reported(capsys, table)[0] == 2
-    part = [{"type": "text", "content": "кто?"}, {"type": "image", "content": "pictures/0.png"}]
+    part = [{"type": "text", "content": "кто?"}, {"type": "image", "content": "images/0.png"}]
     (tmp_path / "asked.json").write_text(json.dumps({"0": part}))
     (tmp_path / "told.json").write_text(json.dumps({"0": part[:1]}))
     arguments = (tmp_path / "asked.json", "--answers", tmp_path / "told.json")
@@ -367,7 +367,9 @@ def test_any_damage_is_read_or_told_in_one_line(
             answers = [str(told)]
         else:
             table = fuzzed(folder, generator)
-        settings = ManifestConfig(str(table), answers=next(iter(answers), None), max_bad_share=1)
+        settings = ManifestConfig(
+            str(table), answers=next(iter(answers), None), max_bad_fraction=1
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TableWarning)
             flags = [f"--answers={path}" for path in answers]

@@ -36,7 +36,7 @@ def test_an_example_is_what_a_ranker_reads_of_its_pair(opened, examples) -> None
         ranker = ClipRanker(CLIP(replace(config, image_resolution=size)), tokenizer)
         batch = source.batch(range(60, 80))
         pairs = batch.examples.tolist()
-        assert torch.equal(batch.pixel_values, ranker.pixel_values(split.pictures(pairs)))
+        assert torch.equal(batch.pixel_values, ranker.pixel_values(split.image_batch(pairs)))
         captions = [split.captions[pair] for pair in pairs]
         assert torch.equal(batch.input_ids, ranker.input_ids(captions))
         same = [[one == other for other in captions] for one in captions]

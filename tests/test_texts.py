@@ -18,7 +18,7 @@ from rudolph.data.datasets.fusion_brain_files import read_tasks
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.tables import ManifestConfig, read_rows
 from rudolph.runs.resolve import SHIPPED_RUN
-from rudolph.sequence.texts import UNPRINTABLE, clean_text, require_text, shortened
+from rudolph.sequence.texts import UNPRINTABLE, clean_text, require_text, shorten
 from rudolph.sequence.tokenizer import Tokenizer
 
 TEXT = "Ёжик и зелёный чай"
@@ -62,7 +62,7 @@ def test_a_text_that_is_not_utf_8_is_refused_with_its_flag_and_place() -> None:
 
 @pytest.mark.parametrize("length", [1, 5, 12, 13])
 def test_a_shortened_text_has_at_most_its_length(length: int) -> None:
-    found = shortened("красный круг", length)
+    found = shorten("красный круг", length)
     assert len(found) <= length and (found == "красный круг") == (length >= 12)
 
 

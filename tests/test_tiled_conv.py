@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import profile
 
-from rudolph.generation.enlarge import enlarge
+from rudolph.generation.tiled_upscaling import upscale_tiled
 from rudolph.models.cpu import group_norm, tiled_conv
-from rudolph.models.cpu.tiled_conv import enlarged_convolution, normed_convolution
+from rudolph.models.cpu.tiled_conv import norm_conv, upsample_conv
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan import model as vqgan
 from rudolph.models.vqgan.model import VQGAN, ResnetBlock, VQGANConfig
@@ -66,7 +66,7 @@ def test_an_enlarged_convolution_is_that_of_the_doubled_map_with_its_gradient(
     _, convolution = layers(6, 5)
     x = maps(batch, 6, height, width).contiguous(memory_format=layout).requires_grad_()
     doubled = convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    found = enlarged_convolution(x, convolution)
+    found = upsample_conv(x, convolution)
     torch.testing.assert_close(found, doubled)
     weights = maps(*doubled.shape, seed=1)
     read = [x, convolution.weight, convolution.bias]
@@ -106,10 +106,8 @@ def test_strips_are_the_plain_convolutions(
     small_strips(size)
     with torch.no_grad():
         # Variances come back from float64's inverse deviations, next to eps where they are 0.
-        torch.testing.assert_close(
-            normed_convolution(x, norm, convolution), expected, rtol=1e-6, atol=1e-6
-        )
-        torch.testing.assert_close(enlarged_convolution(x, convolution), doubled)
+        torch.testing.assert_close(norm_conv(x, norm, convolution), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(upsample_conv(x, convolution), doubled)
 
 
 @pytest.mark.parametrize("channels_out", [6, 9])
@@ -128,9 +126,7 @@ def test_a_block_in_strips_is_the_plain_block_and_leaves_its_input(
 
 
 @pytest.mark.parametrize("wavelet", [False, True])
-def test_a_vqgan_in_strips_finds_the_same_indices_and_pictures(
-    wavelet: bool, small_strips
-) -> None:
+def test_a_vqgan_in_strips_finds_the_same_indices_and_images(wavelet: bool, small_strips) -> None:
     model = small_vqgan(wavelet=wavelet)
     images = maps(2, 3, 28, 20).float().sigmoid()
     indices = torch.arange(2 * 7 * 5).view(2, 35) % 30
@@ -142,8 +138,8 @@ def test_a_vqgan_in_strips_finds_the_same_indices_and_pictures(
     torch.testing.assert_close(found, decoded, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("is_in_strips", [False, True])
-def test_a_vqgan_in_half_precision_gives_nearly_the_same_pictures(
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_a_vqgan_in_half_precision_gives_nearly_the_same_images(
     is_in_strips: bool, small_strips
 ) -> None:
     model = small_vqgan()
@@ -159,12 +155,12 @@ def test_a_vqgan_in_half_precision_gives_nearly_the_same_pictures(
     assert model.encode_indices(images).shape == (1, 35)
 
 
-def test_an_upscaler_in_half_precision_gives_nearly_the_same_pictures() -> None:
+def test_an_upscaler_in_half_precision_gives_nearly_the_same_images() -> None:
     torch.manual_seed(0)
     upscaler = Upscaler(UpscalerConfig(4, num_channels=8, num_blocks=2, growth=4)).eval()
     images = maps(1, 3, 11, 14).float().sigmoid()
-    expected = enlarge(upscaler, images, tile=10, overlap=2)
-    found = enlarge(upscaler.bfloat16(), images, tile=10, overlap=2)
+    expected = upscale_tiled(upscaler, images, tile=10, overlap=2)
+    found = upscale_tiled(upscaler.bfloat16(), images, tile=10, overlap=2)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
 
@@ -193,6 +189,6 @@ def test_strips_need_memory_for_two_maps_and_a_few_strips(small_strips) -> None:
     plain = [peak_bytes(call) for call in calls]
     small_strips(strip // 4)
     whole = [peak_bytes(call) for call in calls]
-    # Besides: the picture, and the copy with a border that the encoder halves.
+    # Besides: the image, and the copy with a border that the encoder halves.
     assert max(whole) < 2.6 * largest + 10 * strip
     assert min(plain) > 3.5 * largest

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rudolph.sequence.bpe import WORD_START, train
+from rudolph.sequence.bpe import WORD_START, train_bpe
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS, UNK, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, fill_texts
-from rudolph.sequence.tokenizer import Tokenizer, normalize
+from rudolph.sequence.tokenizer import Tokenizer, normalize_unicode
 
 TEXTS = [
     "Красный круг слева от зелёного квадрата",
@@ -42,7 +42,7 @@ def test_decoding_gives_the_normalised_text_wherever_all_characters_are_known(
     ids = tokenizer.encode(text)
     assert all(0 < token < tokenizer.vocab_size for token in ids)
     if UNK not in ids:
-        assert tokenizer.decode(ids) == " ".join(normalize(text).split())
+        assert tokenizer.decode(ids) == " ".join(normalize_unicode(text).split())
 
 
 def test_the_own_encoder_equals_youtokentome_when_nothing_is_dropped(
@@ -68,7 +68,7 @@ def test_dropout_changes_the_pieces_and_never_the_text(tokenizer: Tokenizer) -> 
 def test_training_takes_the_most_frequent_pair_again_and_again() -> None:
     rng = random.Random(1)
     texts = ["".join(rng.choices("абвг ", k=30)) for _ in range(20)]
-    model = train(texts, 30)
+    model = train_bpe(texts, 30)
     counts = Counter(WORD_START + word for text in texts for word in text.split())
     words = {word: [model.characters[ord(character)] for character in word] for word in counts}
     for (left, right), (_, new) in model.merges.items():
@@ -89,7 +89,7 @@ def test_training_takes_the_most_frequent_pair_again_and_again() -> None:
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 9 for the 5 characters of the texts, got 8"):
-        train(["абвг"], 8)
+        train_bpe(["абвг"], 8)
 
 
 def test_dropout_without_a_generator_is_refused(tokenizer: Tokenizer) -> None:

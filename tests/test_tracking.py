@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from rudolph.tracking import tracker as tracking
-from rudolph.tracking.event_log import JOURNAL, SENT, SentMark, read_journal
+from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, read_event_log
 from rudolph.tracking.mlflow_database import SlowStoreError
 from rudolph.tracking.tracker import Sent, Tracker, git_state, send_pending, tracking_uri
 
@@ -99,7 +99,7 @@ def tracking_uri_of(checkout: Path) -> str:
 def track(folder: Path, uri: str, *, run: str = "row-s0", timeout: float = 20.0) -> bool:
     """A whole small run: parameters, tags, metrics of 3 steps, an artifact, the end."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "samples" / "grid.png").write_bytes(b"picture")
+    (folder / "samples" / "grid.png").write_bytes(b"image")
     tracker = Tracker(folder, uri, experiment="masks/ряд", run=run, digest="d1")
     tracker.log_params(
         {"decoder": {"num_layers": 2, "mask": ["row", "conv"]}, "вопрос": "почему?"}
@@ -153,7 +153,7 @@ def test_a_run_arrives_in_the_database_beside_the_checkout(tmp_path: Path, datab
     assert track(tmp_path / "run", database, run="plain")
     assert_run_is_complete(database, "plain")
     kept = list(Path(database.removeprefix("sqlite:///")).parent.glob("mlartifacts/**/grid.png"))
-    assert [path.read_bytes() for path in kept] == [b"picture"]
+    assert [path.read_bytes() for path in kept] == [b"image"]
 
 
 def test_a_run_without_a_server_finishes_and_arrives_once_when_the_server_comes(
@@ -264,7 +264,7 @@ def test_logging_metrics_costs_less_than_a_tenth_of_a_millisecond(tmp_path: Path
         seconds.append(time.perf_counter() - started)
     tracker.finish()
     tracker.close(0.0)
-    records = [record for _, record in read_journal(tmp_path / "run" / JOURNAL)]
+    records = [record for _, record in read_event_log(tmp_path / "run" / JOURNAL)]
     logged = [record["metrics"]["loss"] for record in records if record["kind"] == "metrics"]
     assert logged == [1 / (step + 1) for step in range(500)]
     # The fastest tenth: the machine has other work to do.
@@ -342,7 +342,7 @@ class SlowStore:
             time.sleep(0.2)
             if on_progress is not None:
                 on_progress()
-        SentMark(folder, self.uri).write("id", (folder / JOURNAL).stat().st_size)
+        SendMarker(folder, self.uri).write("id", (folder / JOURNAL).stat().st_size)
         return Sent(runs=1)
 
 
@@ -370,7 +370,7 @@ def test_a_server_that_is_too_slow_is_called_slow_and_gets_the_rest_in_the_backg
     [line] = caplog.messages
     assert line.startswith("http://slow is slow: the rest of run is sent in the background")
     tracker._thread.join(20)
-    assert not SentMark(tmp_path / "run", uri).is_pending()
+    assert not SendMarker(tmp_path / "run", uri).is_pending()
 
 
 def test_an_error_after_a_slow_answer_is_told_once_with_its_reason(

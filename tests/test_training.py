@@ -104,11 +104,11 @@ def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) 
     )
     module.before = {name: each.detach().clone() for name, each in module.named_parameters()}
     module.path = folder / f"of_{on.devices}"
-    pictures = torch.rand(24, 3, 24, 24) * 2 - 1
+    images = torch.rand(24, 3, 24, 24) * 2 - 1
 
     def batch(numbers: Sequence[int]) -> ImageBatch:
         chosen = torch.tensor(list(numbers))
-        return ImageBatch(pictures[chosen], chosen)
+        return ImageBatch(images[chosen], chosen)
 
     trainer = make_trainer(
         on, num_networks=2, logger=False, val_check_interval=6 * parts, default_root_dir=folder

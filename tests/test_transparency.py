@@ -1,4 +1,4 @@
-"""Transparent ground: the picture comes back over its ground, and no fringe over another."""
+"""Transparent ground: the image comes back over its ground, and no fringe over another."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from rudolph.data.datasets.emoji import emoji_pictures
-from rudolph.generation.transparency import FLECK, around, flood, on_frame, to_rgba
+from rudolph.data.datasets.emoji import emoji_images
+from rudolph.generation.transparency import FLECK, dilate, flood_fill, frame_mask, to_rgba
 
 Array = np.ndarray
 Colour = tuple[int, int, int]
@@ -19,13 +19,13 @@ GROUNDS = [(0, 0, 0), (30, 60, 200), (128, 128, 128)]
 SIZE, FINER = 40, 16
 
 
-def over(picture: Image.Image, ground: Colour) -> Array:
-    plain = Image.new("RGBA", picture.size, (*ground, 255))
-    return np.asarray(Image.alpha_composite(plain, picture).convert("RGB")).astype(int)
+def over(image: Image.Image, ground: Colour) -> Array:
+    plain = Image.new("RGBA", image.size, (*ground, 255))
+    return np.asarray(Image.alpha_composite(plain, image).convert("RGB")).astype(int)
 
 
-def alpha_of(picture: Image.Image) -> Array:
-    return np.asarray(picture)[..., 3]
+def alpha_of(image: Image.Image) -> Array:
+    return np.asarray(image)[..., 3]
 
 
 def drawn(draw: Callable[[ImageDraw.ImageDraw], object], ground: Colour) -> Array:
@@ -61,24 +61,24 @@ def test_over_any_ground_it_looks_as_if_drawn_there(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def emoji() -> Array:
-    """Every sixtieth of the shipped pictures."""
-    return emoji_pictures(64)[1][::60]
+    """Every sixtieth of the shipped images."""
+    return emoji_images(64)[1][::60]
 
 
 def test_over_white_an_emoji_comes_back(emoji: Array) -> None:
-    for picture in emoji:
-        assert np.abs(over(to_rgba(picture, tolerance=2), WHITE) - picture).max() <= 2
-        rgba = to_rgba(picture)
-        error = np.abs(over(rgba, WHITE) - picture).max(-1)
+    for image in emoji:
+        assert np.abs(over(to_rgba(image, tolerance=2), WHITE) - image).max() <= 2
+        rgba = to_rgba(image)
+        error = np.abs(over(rgba, WHITE) - image).max(-1)
         assert error[alpha_of(rgba) > 0].max() <= 2
         assert error.max() <= FLECK * 8
 
 
-def turned(picture: Array, ground: Colour) -> Array:
+def turned(image: Array, ground: Colour) -> Array:
     """The inside of the drawing on another ground, turned: a sharp mask, so a known edge."""
-    distance = 255 - picture.min(-1)
-    is_drawing = ~around(flood(distance <= 8, on_frame(distance)), 2)
-    fine = np.dstack([picture, 255 * is_drawing]).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+    distance = 255 - image.min(-1)
+    is_drawing = ~dilate(flood_fill(distance <= 8, frame_mask(distance)), 2)
+    fine = np.dstack([image, 255 * is_drawing]).astype(np.uint8).repeat(4, 0).repeat(4, 1)
     canvas = Image.new("RGBA", fine.shape[:2], (*ground, 255))
     canvas.alpha_composite(Image.fromarray(fine).rotate(20))
     return np.asarray(canvas.convert("RGB").reduce(4)).astype(int)
@@ -86,12 +86,14 @@ def turned(picture: Array, ground: Colour) -> Array:
 
 def test_an_emoji_has_next_to_no_fringe_over_another_ground(emoji: Array) -> None:
     shares = []
-    for picture in emoji:
-        on_white = turned(picture, WHITE)
+    for image in emoji:
+        on_white = turned(image, WHITE)
         rgba = to_rgba(on_white.astype(np.uint8))
-        is_clear = flood((on_white >= 255 - 8).all(-1), on_frame(on_white[..., 0]))[..., None]
+        is_clear = flood_fill((on_white >= 255 - 8).all(-1), frame_mask(on_white[..., 0]))[
+            ..., None
+        ]
         for ground in GROUNDS:
-            expected = turned(picture, ground)
+            expected = turned(image, ground)
             error = np.abs(over(rgba, ground) - expected).mean()
             hard_cut = np.abs(np.where(is_clear, ground, on_white) - expected).mean()
             shares.append(error / max(hard_cut, 0.01))
@@ -100,41 +102,41 @@ def test_an_emoji_has_next_to_no_fringe_over_another_ground(emoji: Array) -> Non
 
 
 def test_most_of_an_emoji_is_opaque_and_most_of_its_frame_is_clear(emoji: Array) -> None:
-    alphas = np.stack([alpha_of(to_rgba(picture)) for picture in emoji])
+    alphas = np.stack([alpha_of(to_rgba(image)) for image in emoji])
     assert 0.3 < (alphas == 255).mean() < 0.7
     assert 0.3 < (alphas == 0).mean() < 0.7
-    assert (alphas[:, on_frame(alphas[0])] == 0).mean() > 0.8
+    assert (alphas[:, frame_mask(alphas[0])] == 0).mean() > 0.8
 
 
 def test_a_hole_stays_opaque_and_an_open_bay_does_not() -> None:
-    picture = np.full((24, 24, 3), 255, dtype=np.uint8)
-    picture[4:20, 4:20] = (180, 40, 40)
-    picture[8:16, 8:16] = 255
-    alpha = alpha_of(to_rgba(picture))
+    image = np.full((24, 24, 3), 255, dtype=np.uint8)
+    image[4:20, 4:20] = (180, 40, 40)
+    image[8:16, 8:16] = 255
+    alpha = alpha_of(to_rgba(image))
     assert (alpha[4:20, 4:20] == 255).all()
     assert (alpha == 255).sum() == 16 * 16
-    picture[11:13, 16:20] = 255
-    alpha = alpha_of(to_rgba(picture))
+    image[11:13, 16:20] = 255
+    alpha = alpha_of(to_rgba(image))
     assert (alpha[8:16, 8:16] == 0).all()
 
 
 def test_noise_and_flecks_of_the_ground_vanish_and_the_drawing_does_not() -> None:
     noise = np.random.default_rng(0).integers(-5, 6, (SIZE, SIZE, 3))
-    picture = np.clip(drawn(DRAWINGS["dark disc"], (248, 248, 248)) + noise, 0, 255)
-    picture[2:4, 20:22] = 230
-    alpha = alpha_of(to_rgba(picture.astype(np.uint8)))
+    image = np.clip(drawn(DRAWINGS["dark disc"], (248, 248, 248)) + noise, 0, 255)
+    image[2:4, 20:22] = 230
+    alpha = alpha_of(to_rgba(image.astype(np.uint8)))
     true = (255 - drawn(DRAWINGS["dark disc"], WHITE).min(-1).astype(int)) / (255 - 0x10)
     assert np.abs(alpha / 255 - true).max() < 0.06
     assert (alpha[:6] == 0).all()
 
 
 def test_without_near_white_on_the_frame_nothing_changes() -> None:
-    picture = np.random.default_rng(0).integers(0, 200, (9, 12, 3), dtype=np.uint8)
-    picture[3:6, 3:6] = 255
-    rgba = to_rgba(picture)
+    image = np.random.default_rng(0).integers(0, 200, (9, 12, 3), dtype=np.uint8)
+    image[3:6, 3:6] = 255
+    rgba = to_rgba(image)
     assert rgba.mode == "RGBA"
     assert (alpha_of(rgba) == 255).all()
-    assert np.array_equal(over(rgba, (0, 0, 0)), picture)
+    assert np.array_equal(over(rgba, (0, 0, 0)), image)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1), (1, 6), (2, 2)])
@@ -158,21 +160,21 @@ def test_flooding_by_runs_equals_flooding_pixel_by_pixel(
         spread = np.pad(expected, 1)
         spread = spread[:-2, 1:-1] | spread[2:, 1:-1] | spread[1:-1, :-2] | spread[1:-1, 2:]
         expected |= is_open & spread
-    assert np.array_equal(flood(is_open, seeds), expected)
+    assert np.array_equal(flood_fill(is_open, seeds), expected)
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (np.zeros((4, 4, 3)), "picture must be RGB uint8"),
-        (np.zeros((4, 4, 4), dtype=np.uint8), "picture must be RGB uint8"),
-        (np.zeros((0, 4, 3), dtype=np.uint8), "picture must be RGB uint8"),
-        (Image.new("L", (4, 4)), "picture must be RGB uint8"),
+        (np.zeros((4, 4, 3)), "image must be RGB uint8"),
+        (np.zeros((4, 4, 4), dtype=np.uint8), "image must be RGB uint8"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "image must be RGB uint8"),
+        (Image.new("L", (4, 4)), "image must be RGB uint8"),
     ],
 )
-def test_what_is_no_rgb_picture_is_refused(picture: Array | Image.Image, message: str) -> None:
+def test_what_is_no_rgb_image_is_refused(image: Array | Image.Image, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        to_rgba(picture)
+        to_rgba(image)
 
 
 @pytest.mark.parametrize("options", [{"tolerance": -1}, {"tolerance": 256}, {"edge": 0}])

@@ -11,9 +11,9 @@ from rudolph.models.rudolph.adapt import adapt
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
-from rudolph.training.memory import kept_activations, training_memory
+from rudolph.training.memory import count_activation_bytes, training_memory
 from rudolph.training.optim import OptimConfig, optimizer_bytes, optimizers_of
-from rudolph.training.tuning import PARTS, TuningConfig, apply_tuning
+from rudolph.training.tuning import FREEZABLE_PARTS, TuningConfig, apply_tuning
 
 SMALL = DecoderConfig(4, 16, 2, layer_masks=("row", "column"), last_layer_mask="conv(3)")
 LAYOUT = SequenceLayout(5, 3, 6)
@@ -57,7 +57,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "all"])
+@pytest.mark.parametrize("part", [part for part in FREEZABLE_PARTS if part != "all"])
 def test_a_frozen_part_stays_and_all_else_moves(part: str, optimizer: str) -> None:
     model = decoder()
     before = values(model)
@@ -167,7 +167,7 @@ def test_shorter_texts_lose_their_last_positions_and_the_rest_is_the_same() -> N
     torch.testing.assert_close(target(tokens), source(tokens))
 
 
-def test_longer_texts_and_larger_pictures_have_positions_between_the_old_ones() -> None:
+def test_longer_texts_and_larger_images_have_positions_between_the_old_ones() -> None:
     source = decoder()
     target = decoder(SequenceLayout(9, 5, 6), replace(VOCABULARY, num_left_paddings=9), seed=1)
     notes = adapt(source, target)
@@ -240,10 +240,10 @@ def test_expected_activations_are_those_that_a_real_pass_keeps() -> None:
         mean = segment_losses(real, tokens_of(real, 8), losses)
         weighted_mean(mean, losses.weights)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert kept_activations(empty, losses, 8) == pytest.approx(measured, rel=0.35)
-    with_layers = kept_activations(empty, losses, 8)
+    assert count_activation_bytes(empty, losses, 8) == pytest.approx(measured, rel=0.35)
+    with_layers = count_activation_bytes(empty, losses, 8)
     empty.has_checkpointing = True
-    assert kept_activations(empty.train(), losses, 8) < with_layers / 2
+    assert count_activation_bytes(empty.train(), losses, 8) < with_layers / 2
 
 
 def test_the_largest_model_is_counted_without_being_allocated() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rudolph.models.vqgan import codes
-from rudolph.models.vqgan.codes import codebook_usage, likeliest, nearest
+from rudolph.models.vqgan.codes import codebook_usage, largest_logit, nearest_codes
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.models.vqgan.quantizers import QUANTIZERS, QuantizerConfig
 
@@ -72,7 +72,7 @@ def test_gradient_reaches_the_encoder_through_every_quantizer(kind: str) -> None
 def test_nearest_is_the_nearest_by_plain_distances() -> None:
     vectors, codebook = torch.randn(40, 5), torch.randn(13, 5)
     plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
-    assert torch.equal(nearest(vectors, codebook), plain)
+    assert torch.equal(nearest_codes(vectors, codebook), plain)
 
 
 @pytest.mark.parametrize("most", [1, 30, 2**22])
@@ -81,9 +81,9 @@ def test_codes_found_in_parts_are_those_found_at_once(most: int, monkeypatch) ->
     torch.manual_seed(0)
     vectors, codebook, bias = torch.randn(41, 5), torch.randn(13, 5), torch.randn(13)
     plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
-    assert torch.equal(nearest(vectors, codebook), plain)
+    assert torch.equal(nearest_codes(vectors, codebook), plain)
     scores = vectors @ codebook.t() + bias
-    assert torch.equal(likeliest(vectors, codebook, bias), scores.argmax(1))
+    assert torch.equal(largest_logit(vectors, codebook, bias), scores.argmax(1))
 
 
 def test_gumbel_training_equals_its_one_hot_product_with_its_gradient() -> None:
@@ -245,7 +245,7 @@ def test_usage_and_perplexity_of_known_counts() -> None:
         ),
     ],
 )
-def test_pictures_and_indices_that_do_not_fit_are_told(call, words: str) -> None:
+def test_images_and_indices_that_do_not_fit_are_told(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(small_vqgan("vq").eval())
 

@@ -44,7 +44,7 @@ def decoder() -> MaskedDecoder:
 
 
 def drawn_with(work: Work, model: MaskedDecoder) -> list[tuple[int, int]]:
-    """Operations and largest memory of each token but the first, of a picture."""
+    """Operations and largest memory of each token but the first, of an image."""
     tokens: list[tuple[int, int]] = []
 
     def on_token(_: int) -> None:
@@ -60,7 +60,7 @@ def drawn_with(work: Work, model: MaskedDecoder) -> list[tuple[int, int]]:
 
 def test_a_token_costs_the_same_number_of_operations_wherever_it_stands() -> None:
     model = decoder()
-    # The first picture finds out what its masks read; later ones know it.
+    # The first image finds out what its masks read; later ones know it.
     drawn_with(Work(), model)
     operations = [count for count, _ in drawn_with(Work(), model)]
     assert len(operations) == 35

@@ -1,4 +1,4 @@
-"""What holds of every dataset that is drawn by rule; words in pictures, short texts, sums."""
+"""What holds of every dataset that is drawn by rule; words in images, short texts, sums."""
 
 import re
 from collections import Counter
@@ -25,9 +25,9 @@ from small_worlds import (
     world,
 )
 
-from rudolph.data.datasets.arithmetic import draw_options
+from rudolph.data.datasets.arithmetic import sample_options
 from rudolph.data.datasets.paragraphs import MOST_WORDS, NAMES, ParagraphsConfig
-from rudolph.data.datasets.shapes_pictures import PALETTE, cell_pixels
+from rudolph.data.datasets.shapes_rendering import PALETTE, cell_pixels
 from rudolph.data.datasets.synthetic import split_by_hash
 from rudolph.data.datasets.words import FONTS, Inscription, WordsConfig, known_words, text_opacity
 from rudolph.data.pairs import SPLITS, Pair
@@ -58,8 +58,8 @@ def test_a_digest_changes_with_whatever_decides_the_pairs(name: str) -> None:
     digests += [world(name, **change).digest for change in ({"seed": 1}, {"num_train": 9})]
     assert len(set(digests)) == 6
     assert world(name).digest == digests[0]
-    has_picture = world(name)[0].image is not None
-    assert (world(name, image_size=96).digest != digests[0]) == has_picture
+    has_image = world(name)[0].image is not None
+    assert (world(name, image_size=96).digest != digests[0]) == has_image
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_fonts_and_colours_that_are_held_out_meet_in_the_compositional_split_alo
 
 
 @pytest.mark.parametrize("image_size", [48, 64])
-def test_a_text_is_inside_the_picture_and_nothing_covers_it(image_size: int) -> None:
+def test_a_text_is_inside_the_image_and_nothing_covers_it(image_size: int) -> None:
     dataset = world("words", rotation=15.0, noise=0.0, image_size=image_size)
     for index in range(60):
         pair, written = dataset[index], dataset.inscription(index)
@@ -133,7 +133,7 @@ def test_a_text_is_inside_the_picture_and_nothing_covers_it(image_size: int) -> 
         assert (np.abs(pixels - PALETTE[written.colour]) <= 6).all()
 
 
-def test_a_picture_changes_with_its_text_its_font_and_its_angle() -> None:
+def test_a_image_changes_with_its_text_its_font_and_its_angle() -> None:
     plain = text_opacity(inscription("кошка"), 48)
     others = [
         inscription("кожка"),
@@ -141,17 +141,17 @@ def test_a_picture_changes_with_its_text_its_font_and_its_angle() -> None:
         inscription("кошка", is_at_top=False),
         *(inscription("кошка", font) for font in FONTS if font != "sans"),
     ]
-    pictures = [plain, *(text_opacity(other, 48) for other in others)]
-    for one, other in combinations(pictures, 2):
+    images = [plain, *(text_opacity(other, 48) for other in others)]
+    for one, other in combinations(images, 2):
         assert np.abs(one - other).sum() > 8
-    assert all(20 < picture.sum() < 400 for picture in pictures)
+    assert all(20 < image.sum() < 400 for image in images)
 
 
-def test_each_letter_of_every_font_has_its_own_picture() -> None:
+def test_each_letter_of_every_font_has_its_own_image() -> None:
     letters = "абвгдежзийклмнопрстуфхцчшщъыьэюяё0123456789"
     for font in FONTS:
-        pictures = [text_opacity(inscription(letter, font), 48) for letter in letters]
-        for one, other in combinations(pictures, 2):
+        images = [text_opacity(inscription(letter, font), 48) for letter in letters]
+        for one, other in combinations(images, 2):
             assert np.abs(one - other).sum() > 1.5, font
 
 
@@ -303,11 +303,13 @@ def test_every_operation_and_letter_is_as_frequent_as_the_others() -> None:
     assert set(letters) == {"а", "б", "в"} and min(letters.values()) > 0.27 * letters.total()
     ranks, rng = Counter[int](), Random(0)
     for _ in range(900):
-        options = draw_options(20, 3, rng)
+        options = sample_options(20, 3, rng)
         ranks[sorted(options).index(20)] += 1
         assert len(set(options)) == 3
     assert max(ranks.values()) < 360
-    assert all(min(draw_options(value, 5, rng)) >= 0 for value in (0, 1, 2, 3) for _ in range(50))
+    assert all(
+        min(sample_options(value, 5, rng)) >= 0 for value in (0, 1, 2, 3) for _ in range(50)
+    )
 
 
 def test_an_expression_is_in_one_split_in_either_form_and_order() -> None:

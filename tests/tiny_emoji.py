@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from rudolph.data.datasets.emoji import COLUMNS, EmojiRecord
+from rudolph.data.datasets.emoji import EMOJI_COLUMNS, EmojiRecord
 
 NAMES = [field.name for field in fields(EmojiRecord)]
 
@@ -21,8 +21,8 @@ def write_set(folder: Path, rows: list[dict[str, Any]]) -> str:
         writer.writeheader()
         for at, row in enumerate(rows):
             writer.writerow(plain | {"key": f"{at:x}", "base": f"{at:x}"} | row)
-    atlas = Image.new("RGB", (2 * COLUMNS, 2))
-    for tile in range(COLUMNS):
+    atlas = Image.new("RGB", (2 * EMOJI_COLUMNS, 2))
+    for tile in range(EMOJI_COLUMNS):
         atlas.paste((4 * tile,) * 3, (2 * tile, 0, 2 * tile + 2, 2))
     atlas.save(folder / "emoji.png")
     return str(folder)

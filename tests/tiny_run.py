@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
         "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
         "decoder_optim": {**OPTIM, "ema_decay": 0.9},
         "evaluation": {
-            "questions": ["scene_right", "caption_f1", "reconstruction", "likelihood"],
+            "questions": ["scene_accuracy", "caption_f1", "reconstruction", "likelihood"],
             "splits": ["train", "test"],
             "num_examples": 4,
             "grid_prompts": ["красный круг в центре"],

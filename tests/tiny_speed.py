@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
-from rudolph.benchmarks.subject import Subject
+from rudolph.benchmarks.benchmark_case import BenchmarkCase
 from rudolph.config.experiment_file import load_experiment
-from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
-from rudolph.runs.measuring import subject_of
+from rudolph.runs.benchmark_run import benchmark_case_of
+from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 
 TINY: dict[str, Any] = {
     "data": {"image_size": 32},
@@ -23,13 +23,13 @@ TINY: dict[str, Any] = {
         "quantizer": {"num_codes": 32, "embedding_dim": 32},
     },
     "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
-    "speed": {"batch_size": 2, "repetitions": 2, "limit_bytes": 2**16, "limit_side": 32},
+    "speed": {"batch_size": 2, "repetitions": 2, "roofline_bytes": 2**16, "roofline_side": 32},
 }
 
 
-def write_speed(folder: Path, measure: str, *contestants: str, **changes: Any) -> Path:
+def write_speed(folder: Path, measure: str, *implementations: str, **changes: Any) -> Path:
     """A tiny experiment on speed; ``changes`` are of its speed's settings."""
-    speed = {**TINY["speed"], "measure": measure, "contestants": list(contestants), **changes}
+    speed = {**TINY["speed"], "measure": measure, "contestants": list(implementations), **changes}
     content = {"title": "Tiny", "question": "Is it fast?", "settings": {**TINY, "speed": speed}}
     path = folder / "experiments" / "speed" / f"{measure}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,10 @@ def write_speed(folder: Path, measure: str, *contestants: str, **changes: Any) -
     return path
 
 
-def speed_subject(folder: Path, measure: str, *contestants: str, **changes: Any) -> Subject:
-    run = load_experiment(write_speed(folder, measure, *contestants, **changes)).runs[0]
+def speed_subject(
+    folder: Path, measure: str, *implementations: str, **changes: Any
+) -> BenchmarkCase:
+    run = load_experiment(write_speed(folder, measure, *implementations, **changes)).runs[0]
     folders = Folders(folder, folder / "runs")
-    execution = Execution(run, folder, folders, Hardware(), Unrecorded(), lambda *told: None)
-    return subject_of(execution)
+    execution = Execution(run, folder, folders, Hardware(), NullRecorder(), lambda *told: None)
+    return benchmark_case_of(execution)

@@ -71,7 +71,7 @@ def write_weights(folder: Path, name: str, tokenizer: Tokenizer) -> None:
         for parameter in model.parameters():
             parameter.mul_(2)
     family, config, tensors = to_reference(model)
-    store.write(folder, tensors, family=family, config=config)
+    store.write_checkpoint(folder, tensors, family=family, config=config)
     tokenizer.save(folder / store.TOKENIZER_FILE)
     if is_decoder:
         write_weights(folder / "vqgan", "vqgan", tokenizer)

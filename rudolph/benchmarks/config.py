@@ -1,6 +1,6 @@
 """What a speed experiment measures, and who takes part.
 
-To add a contestant, name it here in ``MEASURES`` and write it in ``worker.CONTESTANTS``.
+To add a contestant, name it here in ``WORKLOADS`` and write it in ``worker.CONTESTANTS``.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from rudolph.models.layers.native_types import has_native_bfloat16
 
 # Built from this project; the others are packages of other people and the machine itself.
-WEIGHTS = ("float32", "half", "int8")
-COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHTS)
-OURS = (*WEIGHTS, *COMPILED, "bfloat16")
-REFERENCE, LIMIT, TRANSFORMERS = "reference", "limit", "transformers"
+WEIGHT_DTYPES = ("float32", "half", "int8")
+COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHT_DTYPES)
+OURS = (*WEIGHT_DTYPES, *COMPILED, "bfloat16")
+REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "limit", "transformers"
 # Contestants that would measure an emulation on a processor without native bfloat16 products.
 WITH_BFLOAT16 = ("bfloat16",)
 LIMIT_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
@@ -28,34 +28,34 @@ INSTRUCTIONS = {
         "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
-DECODERS = (REFERENCE, TRANSFORMERS, *WEIGHTS, *COMPILED)
+DECODERS = (REFERENCE, TRANSFORMERS, *WEIGHT_DTYPES, *COMPILED)
 
 
 @dataclass(frozen=True)
-class Measure:
+class Workload:
     """Its contestants, and the unit of each part of a repetition."""
 
-    contestants: tuple[str, ...]
+    implementations: tuple[str, ...]
     units: Mapping[str, str]
 
-    def units_of(self, contestant: str, *, has_bfloat16: bool) -> Mapping[str, str]:
+    def units_of(self, implementation: str, *, has_bfloat16: bool) -> Mapping[str, str]:
         """Return the parts of a contestant's repetition and their units; the limit has its own."""
-        if contestant != LIMIT:
+        if implementation != ROOFLINE:
             return self.units
         left_out = () if has_bfloat16 else LIMIT_WITH_BFLOAT16
         return {part: unit for part, unit in LIMIT_UNITS.items() if part not in left_out}
 
 
-MEASURES = {
-    "decode": Measure((LIMIT, *DECODERS), {"decode": "token"}),
-    "train": Measure((LIMIT, REFERENCE, "float32", "bfloat16"), {"train": "token"}),
-    "vqgan": Measure(
-        (LIMIT, REFERENCE, "float32", "bfloat16"),
-        {"encode": "picture", "decode": "picture", "train": "picture"},
+WORKLOADS = {
+    "decode": Workload((ROOFLINE, *DECODERS), {"decode": "token"}),
+    "train": Workload((ROOFLINE, REFERENCE, "float32", "bfloat16"), {"train": "token"}),
+    "vqgan": Workload(
+        (ROOFLINE, REFERENCE, "float32", "bfloat16"),
+        {"encode": "image", "decode": "image", "train": "image"},
     ),
-    "upscaler": Measure((LIMIT, REFERENCE, "float32", "bfloat16"), {"upscale": "picture"}),
-    "pipeline": Measure((REFERENCE, *WEIGHTS, *COMPILED), {"pipeline": "picture"}),
-    "memory": Measure(DECODERS, {"load": "load", "decode": "token"}),
+    "upscaler": Workload((ROOFLINE, REFERENCE, "float32", "bfloat16"), {"upscale": "image"}),
+    "pipeline": Workload((REFERENCE, *WEIGHT_DTYPES, *COMPILED), {"pipeline": "image"}),
+    "memory": Workload(DECODERS, {"load": "load", "decode": "token"}),
 }
 
 
@@ -64,20 +64,20 @@ class SpeedConfig:
     """``measure: null`` is an ordinary run; otherwise ``contestants`` do the same work in turn.
 
     Each contestant is a process of its own on the CPU, and repetition k of all of them comes
-    before repetition k + 1 of any.  ``batch_size`` pictures or sequences are done at once.
-    ``num_tokens`` are drawn of each picture where pictures are decoded (null: all of them).  The
-    machine's limit is the sum of a tensor of ``limit_bytes`` and the product of two square
-    matrices of side ``limit_side``.  ``instructions: avx2`` makes every contestant use AVX2 only,
-    as most laptops do (null: all that the processor has).
+    before repetition k + 1 of any.  ``batch_size`` images or sequences are done at once.
+    ``num_tokens`` are drawn of each image where images are decoded (null: all of them).  The
+    machine's limit is the sum of a tensor of ``roofline_bytes`` and the product of two square
+    matrices of side ``roofline_side``.  ``instructions: avx2`` makes every contestant use AVX2
+    only, as most laptops do (null: all that the processor has).
     """
 
     measure: str | None = None
-    contestants: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()
     batch_size: int = 1
     num_tokens: int | None = None
-    repetitions: int = 5
-    limit_bytes: int = 2**29
-    limit_side: int = 4096
+    num_repetitions: int = 5
+    roofline_bytes: int = 2**29
+    roofline_side: int = 4096
     instructions: str | None = None
 
     @property
@@ -89,7 +89,7 @@ class SpeedConfig:
     def measurable(self) -> tuple[str, ...]:
         """The contestants without those that would measure an emulation."""
         left_out = () if self.has_bfloat16 else WITH_BFLOAT16
-        return tuple(name for name in self.contestants if name not in left_out)
+        return tuple(name for name in self.implementations if name not in left_out)
 
     def __post_init__(self) -> None:
         if self.instructions is not None and self.instructions not in INSTRUCTIONS:
@@ -97,30 +97,30 @@ class SpeedConfig:
             raise ValueError(
                 f"instructions must be one of {names} or null, got {self.instructions!r}"
             )
-        if self.measure is not None and self.measure not in MEASURES:
-            names = ", ".join(MEASURES)
+        if self.measure is not None and self.measure not in WORKLOADS:
+            names = ", ".join(WORKLOADS)
             raise ValueError(f"measure must be one of {names}, got {self.measure!r}")
         self._check_contestants()
-        for name in ("batch_size", "repetitions", "limit_side"):
+        for name in ("batch_size", "repetitions", "roofline_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.limit_bytes < 8:
-            raise ValueError(f"limit_bytes must be at least 8, got {self.limit_bytes}")
+        if self.roofline_bytes < 8:
+            raise ValueError(f"roofline_bytes must be at least 8, got {self.roofline_bytes}")
         if self.num_tokens is not None and self.num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1 or null, got {self.num_tokens}")
         if self.num_tokens is not None and self.measure not in (None, "decode", "memory"):
             raise ValueError(f"num_tokens must be null for {self.measure}, got {self.num_tokens}")
 
     def _check_contestants(self) -> None:
-        legal = MEASURES[self.measure].contestants if self.measure is not None else ()
-        if self.measure is None and self.contestants:
+        legal = WORKLOADS[self.measure].implementations if self.measure is not None else ()
+        if self.measure is None and self.implementations:
             raise ValueError(
-                f"contestants must be empty when measure is null, got {list(self.contestants)}"
+                f"contestants must be empty when measure is null, got {list(self.implementations)}"
             )
-        if self.measure is not None and not self.contestants:
+        if self.measure is not None and not self.implementations:
             raise ValueError(f"contestants must be some of {', '.join(legal)}, got none")
-        for name in self.contestants:
+        for name in self.implementations:
             if name not in legal:
                 raise ValueError(f"contestants must be of {', '.join(legal)}, got {name!r}")
-        if len(set(self.contestants)) < len(self.contestants):
-            raise ValueError(f"contestants must differ, got {list(self.contestants)}")
+        if len(set(self.implementations)) < len(self.implementations):
+            raise ValueError(f"contestants must differ, got {list(self.implementations)}")

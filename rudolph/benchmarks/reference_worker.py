@@ -107,10 +107,10 @@ def chunked(values: Any, size: int) -> list[list[Any]]:
     return [values[first : first + size] for first in range(0, len(values), size)]
 
 
-def to_pil_image(picture: Tensor) -> Any:
+def to_pil_image(image: Tensor) -> Any:
     from PIL import Image
 
-    return Image.fromarray(picture.mul(255).byte().permute(1, 2, 0).numpy())
+    return Image.fromarray(image.mul(255).byte().permute(1, 2, 0).numpy())
 
 
 class Namespace(dict[str, Any]):
@@ -140,11 +140,11 @@ class Reference:
     """All measures; the models are those that a measure needs."""
 
     def __init__(self, asked: Mapping[str, Any], versions: dict[str, str]) -> None:
-        self.subject, self.versions = asked["subject"], versions
+        self.case, self.versions = asked["case"], versions
         self.folder, self.caption = Path(asked["folder"]), asked["caption"]
         self.seed = asked["seed"] % 2**31
         self.inputs = load_file(self.folder / "inputs.safetensors")
-        self.size, self._cache_bytes = self.subject["speed"]["batch_size"], 0
+        self.size, self._cache_bytes = self.case["speed"]["batch_size"], 0
         self.decoder: Any = self.load_decoder() if self.path("decoder").is_file() else None
         self.vqgan: Any = self.load_vqgan() if self.path("vqgan").is_file() else None
         self.upscaler: Any = self.load_upscaler() if self.path("upscaler").is_file() else None
@@ -187,8 +187,8 @@ class Reference:
         """The reference's own loop of decoding, for the prompt or for the pipeline's text."""
         package = importlib.import_module("rudolph.api")
         tokenizer: Any = GivenTokens(self.inputs["left"])
-        vocabulary, sampling = self.subject["vocabulary"], self.subject["sampling"]
-        if self.subject["speed"]["measure"] == "pipeline":
+        vocabulary, sampling = self.case["vocabulary"], self.case["sampling"]
+        if self.case["speed"]["measure"] == "pipeline":
             yttm: Any = importlib.import_module("youtokentome")
             wrapper: Any = importlib.import_module("rudalle.tokenizer").YTTMTokenizerWrapper
             tokenizer = wrapper(yttm.BPE(model=str(self.folder / "bpe.model")))
@@ -216,26 +216,26 @@ class Reference:
         return self._cache_bytes
 
     def run(self, part: str, *, is_short: bool) -> Any:
-        return WORKS[self.subject["speed"]["measure"], part](self, is_short)
+        return WORKS[self.case["speed"]["measure"], part](self, is_short)
 
     def draw_tokens(self, is_short: bool) -> Any:
         self.draw(self.num_tokens(is_short))
         return serving.Work(self.size * self.num_tokens(is_short))
 
     def num_tokens(self, is_short: bool) -> int:
-        whole = self.subject["layout"]["image_tokens_per_dim"] ** 2
-        most = min(self.subject["speed"]["num_tokens"] or whole, whole)
+        whole = self.case["layout"]["image_tokens_per_dim"] ** 2
+        most = min(self.case["speed"]["num_tokens"] or whole, whole)
         return min(SHORT, most) if is_short else most
 
     def draw(self, num_tokens: int) -> Tensor:
-        # The loop draws as many tokens as the API believes a picture to have.
+        # The loop draws as many tokens as the API believes an image to have.
         self.api.image_seq_length = num_tokens
         found: Tensor = self.api.generate_codebooks(
             self.caption, images_num=self.size, bs=self.size, seed=self.seed
         )
         return found
 
-    def make_pictures(self, is_short: bool) -> Any:
+    def make_images(self, is_short: bool) -> Any:
         utilities = importlib.import_module("rudolph.utils")
         indices = self.draw(self.num_tokens(is_short))
         if is_short:
@@ -293,9 +293,9 @@ class Reference:
                 mask = torch.tril(torch.ones(1, 1, length, length))
                 said["logits"] = self.decoder.eval()(tokens, mask, return_loss=False)[0]
             if self.vqgan is not None:
-                said["pictures"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
+                said["images"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
             if self.upscaler is not None:
-                said["pictures"] = self.upscaler(self.inputs["images"][:1])
+                said["images"] = self.upscaler(self.inputs["images"][:1])
         save_file({name: value.contiguous() for name, value in said.items()}, path)
 
 
@@ -303,7 +303,7 @@ class Reference:
 WORKS = {
     ("decode", "decode"): Reference.draw_tokens,
     ("memory", "decode"): Reference.draw_tokens,
-    ("pipeline", "pipeline"): Reference.make_pictures,
+    ("pipeline", "pipeline"): Reference.make_images,
     ("train", "train"): Reference.train_decoder,
     ("vqgan", "encode"): Reference.encode,
     ("vqgan", "decode"): Reference.decode,

@@ -7,30 +7,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rudolph.benchmarks.serving import Work
-from rudolph.benchmarks.subject import Subject
+from rudolph.benchmarks.benchmark_case import BenchmarkCase
+from rudolph.benchmarks.serving import WorkResult
 
 PASSES = {"read": 5, "bfloat16": 2, "packed": 2, "float32": 2}
 
 
-class Limit:
-    """The best of a few passes; a sum is of ``limit_bytes``, a product of ``limit_side`` squares.
+class RooflineWorkload:
+    """The best of a few passes; a sum is of ``roofline_bytes``, a product of ``roofline_side``
+    squares.
 
     ``packed`` is the product with a weight in oneDNN's own order, in bfloat16.  Both
     products in bfloat16 are left out where the processor emulates them.
     """
 
-    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
-        speed = subject.speed
-        self.side = side = speed.limit_side
-        self.read = torch.ones(speed.limit_bytes // 8, dtype=torch.int64)
-        generator = torch.Generator().manual_seed(subject.seed)
+    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+        speed = case.speed
+        self.side = side = speed.roofline_side
+        self.read = torch.ones(speed.roofline_bytes // 8, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(case.seed)
         x, weight = (torch.randn(side, side, generator=generator) for _ in range(2))
         self.works: dict[str, Callable[[], Tensor]] = {
             "read": lambda: self.read.sum(),
             "float32": lambda: x @ weight,
         }
-        if subject.speed.has_bfloat16:
+        if case.speed.has_bfloat16:
             x_half, weight_half = x.bfloat16(), weight.bfloat16()
             packed = packed_weight(weight_half, num_rows=side)
             self.works["bfloat16"] = lambda: x_half @ weight_half
@@ -38,14 +39,14 @@ class Limit:
         self.weights_bytes = 0
         self.versions: dict[str, str] = {}
 
-    def run(self, part: str, *, is_short: bool) -> Work:
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
         seconds = []
         for _ in range(1 if is_short else PASSES[part]):
             started = time.perf_counter()
             self.works[part]()
             seconds.append(time.perf_counter() - started)
         units = self.read.nbytes if part == "read" else 2 * self.side**3
-        return Work(units, min(seconds))
+        return WorkResult(units, min(seconds))
 
     def cache_bytes(self) -> int:
         return 0

@@ -16,23 +16,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 # Read by the parent from the end of the log of a process that failed.
-Answer = dict[str, Any]
+ServerAnswer = dict[str, Any]
 
 
-class Work(NamedTuple):
+class WorkResult(NamedTuple):
     """What one repetition did; ``seconds`` None are those that the clock says around it."""
 
     units: int
     seconds: float | None = None
 
 
-class Contestant(Protocol):
+class Implementation(Protocol):
     """One way of doing the work; ``weights_bytes`` are those of all its tensors."""
 
     weights_bytes: int
     versions: dict[str, str]
 
-    def run(self, part: str, *, is_short: bool) -> Work:
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
         """One repetition; a short one only warms up."""
         ...
 
@@ -45,7 +45,7 @@ class Contestant(Protocol):
         ...
 
 
-def serve(make: Callable[[Mapping[str, Any]], Contestant]) -> None:
+def serve_implementation(make: Callable[[Mapping[str, Any]], Implementation]) -> None:
     """Read what to be, become it, and answer requests.
 
     Requests are ``run`` (``part``, ``is_short``), ``check`` (``path``) and ``profile``
@@ -58,47 +58,47 @@ def serve(make: Callable[[Mapping[str, Any]], Contestant]) -> None:
     torch.set_num_threads(asked["threads"])
     torch.manual_seed(asked["seed"])
     started = time.perf_counter()
-    contestant = make(asked)
+    implementation = make(asked)
     ready = {
         "seconds": time.perf_counter() - started,
         "peak_bytes": peak_bytes(),
-        "weights_bytes": contestant.weights_bytes,
-        "versions": contestant.versions,
+        "weights_bytes": implementation.weights_bytes,
+        "versions": implementation.versions,
     }
     _answer(answers, ready)
     for line in sys.stdin:
         request = json.loads(line)
-        _answer(answers, VERBS[request["do"]](contestant, request))
+        _answer(answers, REQUESTS[request["do"]](implementation, request))
 
 
-def _answer(answers: Any, content: Answer) -> None:
+def _answer(answers: Any, content: ServerAnswer) -> None:
     answers.write(json.dumps(content) + "\n")
     answers.flush()
 
 
-def _run(contestant: Contestant, request: Mapping[str, Any]) -> Answer:
+def _run(implementation: Implementation, request: Mapping[str, Any]) -> ServerAnswer:
     gc.collect()
     restart_peak()
     started = time.perf_counter()
-    work = contestant.run(request["part"], is_short=request["is_short"])
+    work = implementation.run(request["part"], is_short=request["is_short"])
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds if work.seconds is None else work.seconds,
         "units": work.units,
         "peak_bytes": peak_bytes(),
-        "cache_bytes": contestant.cache_bytes(),
+        "cache_bytes": implementation.cache_bytes(),
     }
 
 
-def _check(contestant: Contestant, request: Mapping[str, Any]) -> Answer:
-    contestant.check(Path(request["path"]))
+def _check(implementation: Implementation, request: Mapping[str, Any]) -> ServerAnswer:
+    implementation.check(Path(request["path"]))
     return {}
 
 
-def _profile(contestant: Contestant, request: Mapping[str, Any]) -> Answer:
+def _profile(implementation: Implementation, request: Mapping[str, Any]) -> ServerAnswer:
     """Each operation's own time, without those that it calls, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        contestant.run(request["part"], is_short=True)
+        implementation.run(request["part"], is_short=True)
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     rows = [
@@ -108,7 +108,7 @@ def _profile(contestant: Contestant, request: Mapping[str, Any]) -> Answer:
     return {"operations": rows}
 
 
-VERBS = {"run": _run, "check": _check, "profile": _profile}
+REQUESTS = {"run": _run, "check": _check, "profile": _profile}
 
 
 def peak_bytes() -> int:

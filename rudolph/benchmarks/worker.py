@@ -11,38 +11,46 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rudolph.benchmarks.config import COMPILED, LIMIT, TRANSFORMERS, WEIGHTS
-from rudolph.benchmarks.decoding import Decoding
-from rudolph.benchmarks.drawing import Drawing, Upscaling
-from rudolph.benchmarks.peers import Transformers
-from rudolph.benchmarks.roofline import Limit
-from rudolph.benchmarks.serving import Contestant, serve
-from rudolph.benchmarks.subject import Subject, read_subject
-from rudolph.benchmarks.training import DecoderTraining, Pictures
+from rudolph.benchmarks.benchmark_case import BenchmarkCase, read_case
+from rudolph.benchmarks.config import COMPILED, ROOFLINE, TRANSFORMERS, WEIGHT_DTYPES
+from rudolph.benchmarks.decoding_workload import DecodingWorkload
+from rudolph.benchmarks.huggingface import HuggingFaceDecoding
+from rudolph.benchmarks.image_workloads import GenerationWorkload, UpscalingWorkload
+from rudolph.benchmarks.roofline import RooflineWorkload
+from rudolph.benchmarks.serving import Implementation, serve_implementation
+from rudolph.benchmarks.training_workloads import DecoderTrainingWorkload, VQGANWorkload
 
-Make = Callable[[Subject, str, Path], Contestant]
+Make = Callable[[BenchmarkCase, str, Path], Implementation]
 
 DECODING: dict[str, Make] = {
-    LIMIT: Limit,
-    TRANSFORMERS: Transformers,
-    **dict.fromkeys((*WEIGHTS, *COMPILED), Decoding),
+    ROOFLINE: RooflineWorkload,
+    TRANSFORMERS: HuggingFaceDecoding,
+    **dict.fromkeys((*WEIGHT_DTYPES, *COMPILED), DecodingWorkload),
 }
-CONTESTANTS: dict[str, dict[str, Make]] = {
+IMPLEMENTATIONS: dict[str, dict[str, Make]] = {
     "decode": DECODING,
-    "train": {LIMIT: Limit, "float32": DecoderTraining, "bfloat16": DecoderTraining},
-    "vqgan": {LIMIT: Limit, "float32": Pictures, "bfloat16": Pictures},
-    "upscaler": {LIMIT: Limit, "float32": Upscaling, "bfloat16": Upscaling},
-    "pipeline": dict.fromkeys((*WEIGHTS, *COMPILED), Drawing),
-    "memory": {name: make for name, make in DECODING.items() if name != LIMIT},
+    "train": {
+        ROOFLINE: RooflineWorkload,
+        "float32": DecoderTrainingWorkload,
+        "bfloat16": DecoderTrainingWorkload,
+    },
+    "vqgan": {ROOFLINE: RooflineWorkload, "float32": VQGANWorkload, "bfloat16": VQGANWorkload},
+    "upscaler": {
+        ROOFLINE: RooflineWorkload,
+        "float32": UpscalingWorkload,
+        "bfloat16": UpscalingWorkload,
+    },
+    "pipeline": dict.fromkeys((*WEIGHT_DTYPES, *COMPILED), GenerationWorkload),
+    "memory": {name: make for name, make in DECODING.items() if name != ROOFLINE},
 }
 
 
-def contestant(asked: Mapping[str, Any]) -> Contestant:
+def implementation(asked: Mapping[str, Any]) -> Implementation:
     """The contestant that a request names."""
-    subject = read_subject(asked["subject"])
-    make = CONTESTANTS[subject.speed.measure or ""][asked["contestant"]]
-    return make(subject, asked["contestant"], Path(asked["folder"]))
+    case = read_case(asked["case"])
+    make = IMPLEMENTATIONS[case.speed.measure or ""][asked["contestant"]]
+    return make(case, asked["contestant"], Path(asked["folder"]))
 
 
 if __name__ == "__main__":
-    serve(contestant)
+    serve_implementation(implementation)

@@ -33,12 +33,12 @@ SECONDS_FOR_LOCK = 1.0
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
-RECORD = re.compile(r"# (?P<repo>\S+)@(?P<commit>\S+)\n(?P<sha256>[0-9a-f]{64})  .+\n")
+HASH_RECORD = re.compile(r"# (?P<repo>\S+)@(?P<commit>\S+)\n(?P<sha256>[0-9a-f]{64})  .+\n")
 
 OnBytes = Callable[[int, int], None]
 
 
-class Fetched(NamedTuple):
+class FetchedFile(NamedTuple):
     """A whole file on this disk, the hash of its bytes, and the commit they are of."""
 
     path: Path
@@ -58,7 +58,9 @@ class HubFile(NamedTuple):
     hash: str
 
 
-def fetch(repo: str, file: str, folder: Path, *, on_progress: OnBytes | None = None) -> Fetched:
+def fetch(
+    repo: str, file: str, folder: Path, *, on_progress: OnBytes | None = None
+) -> FetchedFile:
     """Bring a file of a repository's newest commit to ``folder / file``, whole and checked.
 
     Nothing is downloaded when the file there is the hub's already.  When the hub cannot be asked,
@@ -73,7 +75,7 @@ def fetch(repo: str, file: str, folder: Path, *, on_progress: OnBytes | None = N
     import httpx2
 
     path = folder / file
-    with plain_errors(repo, file, folder):
+    with hub_errors(repo, file, folder):
         try:
             wanted = ask_hub(repo, file)
         except (ConnectionError, httpx2.TransportError):
@@ -91,7 +93,7 @@ def ask_hub(repo: str, file: str) -> HubFile:
 
     Raises:
         ValueError: the answer is not a hub's.
-        Exception: what huggingface_hub and httpx2 raise; ``plain_errors`` translates it.
+        Exception: what huggingface_hub and httpx2 raise; ``hub_errors`` translates it.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
@@ -135,7 +137,7 @@ def download(
             for other in path.parent.glob(f"{escape(path.name)}.*.part"):
                 if other != part:
                     other.unlink()
-            bring_all(wanted, part, on_progress or (lambda done, total: None))
+            download_to_end(wanted, part, on_progress or (lambda done, total: None))
             found = file_hash(part, like=wanted.hash)
             if found != wanted.hash:
                 part.unlink()
@@ -147,7 +149,7 @@ def download(
     lock.unlink(missing_ok=True)
 
 
-def bring_all(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
+def download_to_end(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
     """Fill ``part`` up to the file's size; a broken connection is taken up where it broke."""
     import httpx2
 
@@ -162,7 +164,7 @@ def bring_all(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
     num_idle = 0
     while (done := part.stat().st_size) < wanted.size:
         try:
-            bring_more(wanted, part, done, on_progress)
+            download_chunk(wanted, part, done, on_progress)
         except httpx2.TransportError:
             num_idle = 0 if part.stat().st_size > done else num_idle + 1
             if num_idle == MAX_IDLE_CONNECTIONS:
@@ -170,7 +172,7 @@ def bring_all(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
             time.sleep(SECONDS_BETWEEN_CONNECTIONS)
 
 
-def bring_more(wanted: HubFile, part: Path, done: int, on_progress: OnBytes) -> None:
+def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes) -> None:
     """One connection: append to ``part``, which holds ``done`` bytes.
 
     Raises:
@@ -220,47 +222,47 @@ def file_hash(path: Path, *, like: str) -> str:
         return hashlib.file_digest(content, lambda: hashlib.sha1(blob)).hexdigest()
 
 
-def write_record(repo: str, path: Path, wanted: HubFile) -> Fetched:
+def write_record(repo: str, path: Path, wanted: HubFile) -> FetchedFile:
     """Note the SHA-256 of a checked file beside it."""
     is_sha256 = SHA256.fullmatch(wanted.hash)
     sha256 = wanted.hash if is_sha256 else file_hash(path, like="0" * 64)
     record = f"# {repo}@{wanted.commit}\n{sha256}  {path.name}\n"
     # A file that is right already may lie in a folder that cannot be written.
-    if read_text(record_path(path)) != record:
+    if read_response_text(record_path(path)) != record:
         record_path(path).write_text(record, encoding="utf-8")
-    return Fetched(path, sha256, wanted.commit)
+    return FetchedFile(path, sha256, wanted.commit)
 
 
-def read_record(repo: str, path: Path) -> Fetched | None:
+def read_record(repo: str, path: Path) -> FetchedFile | None:
     """A file as an earlier call has checked it; None if there was none, or it has changed."""
-    record = RECORD.fullmatch(read_text(record_path(path)))
+    record = HASH_RECORD.fullmatch(read_response_text(record_path(path)))
     if record is None or record["repo"] != repo or not path.is_file():
         return None
     if file_hash(path, like=record["sha256"]) != record["sha256"]:
         return None
-    return Fetched(path, record["sha256"], record["commit"])
+    return FetchedFile(path, record["sha256"], record["commit"])
 
 
 def record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def read_text(path: Path) -> str:
+def read_response_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 @contextmanager
-def plain_errors(repo: str, file: str, folder: Path) -> Iterator[None]:
+def hub_errors(repo: str, file: str, folder: Path) -> Iterator[None]:
     """Every failure of the network, hub or disk becomes a ``ValueError`` of one line."""
     import httpx2
 
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise ValueError(explain(error, repo, file, folder)) from error
+        raise ValueError(explain_hub_error(error, repo, file, folder)) from error
 
 
-def explain(error: Exception, repo: str, file: str, folder: Path) -> str:
+def explain_hub_error(error: Exception, repo: str, file: str, folder: Path) -> str:
     """What failed and what to do, in one line."""
     from huggingface_hub import constants, errors
 
@@ -274,7 +276,7 @@ def explain(error: Exception, repo: str, file: str, folder: Path) -> str:
         case errors.RemoteEntryNotFoundError():
             return f"{repo} has no file {file}: {page}/tree/main lists what it has"
         case errors.HfHubHTTPError():
-            return explain_status(error.response.status_code, hub, f"{repo} {file}")
+            return explain_http_status(error.response.status_code, hub, f"{repo} {file}")
         case errors.OfflineModeIsEnabled():
             return (
                 f"HF_HUB_OFFLINE is set, and {folder / file} is not there whole: unset it and "
@@ -286,15 +288,17 @@ def explain(error: Exception, repo: str, file: str, folder: Path) -> str:
             reason = f"no room for {file} in {folder} ({error.strerror})"
             return f"{reason}: free some and pull again, which goes on where this stopped"
         case OSError():
-            return f"cannot use {error.filename or folder}: {error.strerror or one_line(error)}"
+            return (
+                f"cannot use {error.filename or folder}: {error.strerror or collapse_lines(error)}"
+            )
         case _:
             return (
-                f"no connection to {hub} ({one_line(error)}): check the network, or set "
+                f"no connection to {hub} ({collapse_lines(error)}): check the network, or set "
                 "HF_ENDPOINT to a mirror, and pull again, which goes on where this stopped"
             )
 
 
-def explain_status(status: int, hub: str, label: str) -> str:
+def explain_http_status(status: int, hub: str, label: str) -> str:
     """What a refusal without further words means, and what to do."""
     if status == 401:
         return (
@@ -311,5 +315,5 @@ def explain_status(status: int, hub: str, label: str) -> str:
     return f"{hub} answers {status} for {label}: pull again later, or from another HF_ENDPOINT"
 
 
-def one_line(error: Exception) -> str:
+def collapse_lines(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -19,15 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rudolph.checkpoints.files import Converted, one_line, read_tensors
-from rudolph.checkpoints.hub import Fetched, fetch
-from rudolph.checkpoints.table import RELEASED, Release
+from rudolph.checkpoints.checkpoint_files import ConvertedTensors, first_sentence, read_tensors
+from rudolph.checkpoints.hub import FetchedFile, fetch
+from rudolph.checkpoints.releases import RELEASED, Release
 from rudolph.files.atomic import json_text, read_json, require_apart
 from rudolph.models.cpu.int8 import use_int8
-from rudolph.models.reference import FAMILIES, empty_model, load_reference, unwrapped
+from rudolph.models.reference import FAMILIES, empty_model, load_reference, unwrap_state_dict
 from rudolph.sequence.bpe import read_model
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 CONFIG = "config.json"
 TOKENIZER_FILE = "bpe.model"
 
@@ -56,18 +56,18 @@ def is_released(name: str) -> bool:
     return name.lower() in {known.lower() for known in RELEASED}
 
 
-def folder_of(name: str) -> Path:
+def release_folder(name: str) -> Path:
     """Where a release lies once it is pulled."""
     names = {known.lower(): known for known in RELEASED}
     return weights_home() / names[name.lower()]
 
 
-def is_here(name: str) -> bool:
+def is_pulled(name: str) -> bool:
     """Whether a release is on this disk, converted and whole."""
     release = release_of(name)
     is_tokenizer = release.family == "tokenizer"
-    files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS, CONFIG, *release.companions)
-    return all((folder_of(name) / file).is_file() for file in files)
+    files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS_FILE, CONFIG, *release.companions)
+    return all((release_folder(name) / file).is_file() for file in files)
 
 
 def locate(source: str) -> Path:
@@ -79,12 +79,12 @@ def locate(source: str) -> Path:
     if Path(source).exists():
         return Path(source)
     release_of(source)
-    if not is_here(source):
+    if not is_pulled(source):
         raise ValueError(f"{source}: is not on this disk; `rudolph pull {source}` gets it")
-    return folder_of(source)
+    return release_folder(source)
 
 
-def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
+def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
     """Get a release and write it as one safetensors file with its config; its folder.
 
     Args:
@@ -95,12 +95,12 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
     Raises:
         ValueError: one line that says what to do.
     """
-    release, folder = release_of(name), folder_of(name)
+    release, folder = release_of(name), release_folder(name)
     download = folder / "download"
     told = on_bytes or (lambda file, done, total: None)
     origin = {"repository": release.repository, "file": release.file, "licence": release.licence}
 
-    def bring(wanted: str) -> Fetched:
+    def bring(wanted: str) -> FetchedFile:
         return fetch(release.repository, wanted, download, on_progress=partial(told, wanted))
 
     if file is not None and not file.is_file():
@@ -118,7 +118,9 @@ def pull(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None
     if release.family == "tokenizer":
         copy_whole(file, folder / TOKENIZER_FILE)
     else:
-        convert(file, folder, family=release.family, config=release.config, origin=origin)
+        convert_checkpoint(
+            file, folder, family=release.family, config=release.config, origin=origin
+        )
     shutil.rmtree(download, ignore_errors=True)
     return folder
 
@@ -137,7 +139,7 @@ def copy_whole(file: Path, path: Path) -> None:
     os.replace(new, path)
 
 
-def convert(
+def convert_checkpoint(
     file: Path,
     folder: Path,
     *,
@@ -153,7 +155,7 @@ def convert(
     Raises:
         ValueError: naming the first tensor that does not fit the family.
     """
-    tensors = unwrapped(read_tensors(file))
+    tensors = unwrap_state_dict(read_tensors(file))
     for key, value in tensors.items():
         if not isinstance(key, str) or not key.isprintable():
             raise ValueError(f"{file}: every tensor must have a name, got {key!r}")
@@ -164,10 +166,10 @@ def convert(
     model = empty_model(family, config)
     load_reference(model, family, tensors)
     kept = {key: tensors[key] for key in tensors if FAMILIES[family].keeps(key)}
-    write(folder, kept, family=family, config=config, origin=origin)
+    write_checkpoint(folder, kept, family=family, config=config, origin=origin)
 
 
-def write(
+def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, Tensor],
     *,
@@ -182,16 +184,18 @@ def write(
     """
     content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
     folder.mkdir(parents=True, exist_ok=True)
-    weights, words = folder / f"{WEIGHTS}.new", folder / f"{CONFIG}.new"
+    weights, words = folder / f"{WEIGHTS_FILE}.new", folder / f"{CONFIG}.new"
     try:
-        save_file(apart(tensors), weights)
+        save_file(contiguous_tensors(tensors), weights)
         words.write_text(json_text(content, indent=1) + "\n", "utf-8")
         # An old config must not stand beside new weights, not for a moment.
         (folder / CONFIG).unlink(missing_ok=True)
-        os.replace(weights, folder / WEIGHTS)
+        os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(words, folder / CONFIG)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot write {WEIGHTS}: {one_line(error)}") from error
+        raise ValueError(
+            f"{folder}: cannot write {WEIGHTS_FILE}: {first_sentence(error)}"
+        ) from error
     finally:
         weights.unlink(missing_ok=True)
         words.unlink(missing_ok=True)
@@ -206,7 +210,7 @@ def is_exported(folder: Path) -> bool:
         return False
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def contiguous_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that lie whole and share no memory, as safetensors demands; a copy where needed."""
     found: dict[str, Tensor] = {}
     end = 0
@@ -239,7 +243,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return family, config
 
 
-def load(
+def load_weights(
     source: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -264,7 +268,7 @@ def load(
         try:
             model = empty_model(family, config)
         except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
-            words = f"{folder / CONFIG}: no {family} model ({one_line(error)})"
+            words = f"{folder / CONFIG}: no {family} model ({first_sentence(error)})"
             raise ValueError(words) from error
     if int8:
         layers = getattr(model, "layers", None)
@@ -272,7 +276,7 @@ def load(
             raise ValueError(f"{source}: a {family} model has no decoder layers for int8")
         use_int8_on_meta(layers)
     with _naming_folder(folder):
-        tensors = Converted(read_tensors(folder / WEIGHTS), dtype=dtype, device=device)
+        tensors = ConvertedTensors(read_tensors(folder / WEIGHTS_FILE), dtype=dtype, device=device)
         load_reference(model, family, tensors)
     # Buffers that are in no file, such as masks, are made on the CPU.
     return model.to(device).eval()

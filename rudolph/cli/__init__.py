@@ -17,9 +17,9 @@ from rudolph.cli.experiments import add_run, add_show
 from rudolph.cli.results import add_report_card, add_results
 from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
-from rudolph.files.atomic import explain
-from rudolph.runs.console import say, silence_libraries
-from rudolph.sequence.texts import read_argument
+from rudolph.files.atomic import explain_os_error
+from rudolph.runs.console import print_line, silence_libraries
+from rudolph.sequence.texts import decode_argument
 
 VERBS = (
     add_run,
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.settings += late
     for name in ("text", "question"):
         if isinstance(value := getattr(given, name, None), str):
-            setattr(given, name, read_argument(value))
+            setattr(given, name, decode_argument(value))
     silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal cannot show, such as an answer in Cyrillic, must not end a command.
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        say(f"rudolph: {explain(error)}")
+        print_line(f"rudolph: {explain_os_error(error)}")
         return 2
     except ValueError as error:
-        say(f"rudolph: {error}")
+        print_line(f"rudolph: {error}")
         return 2
     except KeyboardInterrupt:
-        say("rudolph: interrupted; the same command goes on from where it was")
+        print_line("rudolph: interrupted; the same command goes on from where it was")
         return 130
 
 

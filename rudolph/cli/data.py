@@ -44,10 +44,10 @@ def add_data(verbs: Any) -> None:
 
 
 def build_emoji(given: Any) -> int:
-    from rudolph.data.datasets.emoji_builder import FONT, build
+    from rudolph.data.datasets.emoji_builder import FONT, build_emoji_set
 
     with stage_progress() as progress:
-        report = build(
+        report = build_emoji_set(
             given.target,
             font=given.font or FONT,
             size=given.size,
@@ -58,37 +58,37 @@ def build_emoji(given: Any) -> int:
 
 
 def name_emoji(given: Any) -> int:
-    from rudolph.data.datasets.emoji import name_pictures
+    from rudolph.data.datasets.emoji import write_emoji_tables
 
-    number, strangers = name_pictures(given.folder)
+    number, strangers = write_emoji_tables(given.folder)
     table = given.folder / "captions.csv"
-    print(f"{table}: {number} pairs; {len(strangers)} pictures have no name")
+    print(f"{table}: {number} pairs; {len(strangers)} images have no name")
     return 0
 
 
 def inspect_manifest(given: Any) -> int:
-    from rudolph.data.datasets.manifests import examine_table, split_of
+    from rudolph.data.datasets.manifests import examine_table, split_of_image
     from rudolph.data.datasets.tables import ManifestConfig
 
     keys = ("image_column", "caption_column", "question_column", "answers")
     named = {name: getattr(given, name) for name in keys if getattr(given, name) is not None}
-    is_strict = given.max_bad_share is None
-    max_bad_share = MAX_BAD_SHARE if is_strict else given.max_bad_share
-    config = ManifestConfig(path=given.table, max_bad_share=max_bad_share, **named)
+    is_strict = given.max_bad_fraction is None
+    max_bad_fraction = MAX_BAD_SHARE if is_strict else given.max_bad_fraction
+    config = ManifestConfig(path=given.table, max_bad_fraction=max_bad_fraction, **named)
     with stage_progress() as progress:
         table, entries, report = examine_table(
             config,
             image_size=given.image_size,
-            progress=lambda done, total: progress("pictures", done, total, ""),
+            progress=lambda done, total: progress("images", done, total, ""),
         )
     print(report.summary())
-    splits = Counter(split_of(entry.sha256) for entry in entries)
+    splits = Counter(split_of_image(entry.sha256) for entry in entries)
     print(", ".join(f"{name}: {splits[name]}" for name in ("train", "validation", "test")))
     # The report stands above the reason why it is not good enough.
     sys.stdout.flush()
     if is_strict:
         report.require_closed_quotes(str(table))
-    report.require_usable(str(table), max_bad_share=max_bad_share)
+    report.require_usable(str(table), max_bad_fraction=max_bad_fraction)
     return 0
 
 
@@ -99,7 +99,7 @@ def score_fusion_brain(given: Any) -> int:
 
     truths = fusion_brain.variants(read_tasks(given.questions, given.truths))
     answers = fusion_brain.first_texts(read_tasks(given.questions, given.answers))
-    quirks = fusion_brain.PLAIN if given.plain else fusion_brain.CHALLENGE
+    quirks = fusion_brain.PLAIN_RULES if given.plain else fusion_brain.CHALLENGE
     values = fusion_brain.TEXT_SCORES[given.task](answers, truths, quirks)
     value, low, high = mean_interval(values, seed=0)
     threshold = fusion_brain.THRESHOLDS[given.task]

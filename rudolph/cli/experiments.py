@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rudolph.cli.results import RESULTS, folders_here, write_results
-from rudolph.files.atomic import explain
-from rudolph.runs.console import say, stage_progress
+from rudolph.cli.results import RESULTS_FOLDER, folders_here, write_results
+from rudolph.files.atomic import explain_os_error
+from rudolph.runs.console import print_line, stage_progress
 
 HARDWARE_FLAGS = (
     "accelerator",
@@ -75,7 +75,7 @@ def run_experiment(given: Any) -> int:
         raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
     files = experiment_files(given.file)
     loaded = {file: load_experiment(file, given.settings) for file in files}
-    require_own_experiments(list(loaded.values()), folders_here(), RESULTS)
+    require_own_experiments(list(loaded.values()), folders_here(), RESULTS_FOLDER)
     settings = tuple(given.settings)
     jobs = [
         Job(file, settings, run.name, run)
@@ -91,7 +91,7 @@ def run_experiment(given: Any) -> int:
     for _, run in named.values():
         hardware.check(run.config)
     if hardware.warning:
-        say(hardware.warning)
+        print_line(hardware.warning)
     if given.dry_run:
         print_runs(list(named.values()), list(loaded.values()))
         return 0
@@ -101,7 +101,7 @@ def run_experiment(given: Any) -> int:
     if given.index is None:
         for file, experiment in loaded.items():
             failed |= execute_search(file, experiment, named, given)
-    return tell_results(named, failed, given)
+    return export_and_report(named, failed, given)
 
 
 def print_runs(runs: list[Any], experiments: list[Any]) -> None:
@@ -122,7 +122,7 @@ def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, 
     """
     from rudolph.runs.runner import run_at_once
 
-    place = place_here(given)
+    place = run_context(given)
     failed: dict[Any, str] = {}
     if min(given.jobs, len(named)) == 1:
         others = () if is_only else [run for _, run in named.values()]
@@ -170,15 +170,15 @@ def hardware_of(given: Any) -> Any:
     return hardware
 
 
-def place_here(given: Any) -> Any:
+def run_context(given: Any) -> Any:
     """Where and on what the runs of a command are executed."""
-    from rudolph.runs.runner import Place
+    from rudolph.runs.runner import RunContext
     from rudolph.tracking.tracker import tracking_uri
 
-    return Place(folders_here(), hardware_of(given), tracking_uri(Path.cwd()))
+    return RunContext(folders_here(), hardware_of(given), tracking_uri(Path.cwd()))
 
 
-def tell_results(named: Any, failed: Any, given: Any) -> int:
+def export_and_report(named: Any, failed: Any, given: Any) -> int:
     """Export every experiment that has a finished run, and name the runs that failed."""
     from rudolph.runs.execution import is_main_process
     from rudolph.tracking.tracker import send_results, tracking_uri
@@ -189,28 +189,30 @@ def tell_results(named: Any, failed: Any, given: Any) -> int:
     ended = {job.file for job in named if job not in failed}
     faults = {}
     if given.settings:
-        say("results/ stay as they are: with settings of the command line it is another question")
+        print_line(
+            "results/ stay as they are: with settings of the command line it is another question"
+        )
     elif not given.no_export:
         for file in sorted(experiments.keys() & ended):
             try:
                 folder = write_results(experiments[file], folders_here())
             except (ValueError, OSError) as error:
                 # The other experiments have results too.
-                faults[file] = mistake_line(error)
+                faults[file] = error_message(error)
                 continue
-            say(f"results: {folder}")
+            print_line(f"results: {folder}")
             send_results(experiments[file].name, folder, tracking_uri(Path.cwd()))
     for job, why in failed.items():
         experiment, run = named[job]
-        say(f"failed: {experiment.name} / {run.name}: {why}")
+        print_line(f"failed: {experiment.name} / {run.name}: {why}")
     for file, fault in faults.items():
-        say(f"no results: {experiments[file].name}: {fault}")
+        print_line(f"no results: {experiments[file].name}: {fault}")
     return 1 if failed or faults else 0
 
 
-def mistake_line(error: ValueError | OSError) -> str:
+def error_message(error: ValueError | OSError) -> str:
     """Return a mistake of the user, or of the system, in one line."""
-    return explain(error) if isinstance(error, OSError) else " ".join(str(error).split())
+    return explain_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
 
 
 def execute_run(
@@ -225,9 +227,9 @@ def execute_run(
     from rudolph.runs.runner import failure_of, is_shared_mistake
 
     folder = run_folder(place.folders, experiment, run)
-    say(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
+    print_line(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
     if is_finished(folder):
-        say(f"  finished before: {folder}")
+        print_line(f"  finished before: {folder}")
         return ""
     try:
         with stage_progress() as progress:
@@ -235,13 +237,13 @@ def execute_run(
     except (ValueError, OSError) as error:
         if is_only or (others and is_shared_mistake(folder, run, others)):
             raise
-        why = mistake_line(error)
+        why = error_message(error)
     if why:
-        say(f"  failed: {why}")
+        print_line(f"  failed: {why}")
         return why
     if is_main_process():
         print_scores(read_summary(folder))
-    say(f"  weights, samples and metrics: {folder}")
+    print_line(f"  weights, samples and metrics: {folder}")
     return ""
 
 
@@ -253,12 +255,12 @@ def print_scores(summary: dict[str, Any]) -> None:
         against = f"  chance {chance:.3g}" if chance is not None else ""
         target = summary["target"].get(name)
         wanted = f"  target {target:g}" if target is not None else ""
-        say(f"  {name:44} {value:8.4g}{interval}{against}{wanted}")
+        print_line(f"  {name:44} {value:8.4g}{interval}{against}{wanted}")
 
 
 def show_experiment(given: Any) -> int:
     from rudolph.config.experiment_file import load_experiment
-    from rudolph.config.run import RunConfig, to_yaml
+    from rudolph.config.run import RunConfig, run_yaml
     from rudolph.files.settings import json_schema
 
     if given.schema:
@@ -272,7 +274,7 @@ def show_experiment(given: Any) -> int:
         print(f"# {number}: {run.name}, digest {run.config.digest}")
         for line in memory_lines(run.config, micro, has_checkpointing=given.checkpointing):
             print(f"# {line}")
-        print(to_yaml(run.config))
+        print(run_yaml(run.config))
     return 0
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.files.atomic import json_text, require_apart, write_text
-from rudolph.runs.console import say
+from rudolph.runs.console import print_line
 
 # Written where an output is checked: a full disk still takes an empty file.
 PROBE = b"0" * 4096
 # Text fields in the metadata of each generated PNG.
-RECORD = ("prompt", "model", "parameters", "seed", "scores")
+RECORD_FILE = ("prompt", "model", "parameters", "seed", "scores")
 
 
 def check_output(path: Path, *, suffix: str, has_folder: bool = False) -> None:
@@ -95,9 +95,9 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
     """
     import numpy as np
 
-    from rudolph.generation.pictures import save_png, to_image
+    from rudolph.generation.png import save_png, to_image
     from rudolph.generation.transparency import to_rgba
-    from rudolph.reports.drawings import sample_grid
+    from rudolph.reports.image_grids import sample_grid
     from rudolph.reports.style import DrawingError
 
     folder, images, lines = path.with_suffix(""), [], []
@@ -121,7 +121,7 @@ def write_images(path: Path, candidates: list[Any], told: dict[str, Any], *, alp
     except DrawingError as error:
         remove({path} if earlier else set())
         raise ValueError(f"{error}. The single images are in {folder}") from error
-    say(f"{path}, {path.with_suffix('.jsonl')} and {len(lines)} pictures in {folder}")
+    print_line(f"{path}, {path.with_suffix('.jsonl')} and {len(lines)} images in {folder}")
 
 
 def write_codes(path: Path, records: list[dict[str, Any]]) -> None:
@@ -134,10 +134,10 @@ def write_codes(path: Path, records: list[dict[str, Any]]) -> None:
 
 def earlier_images(folder: Path) -> set[Path]:
     """Return the single images that ``write_images`` left in a folder, as far as they tell so."""
-    from rudolph.generation.pictures import is_told
+    from rudolph.generation.png import has_text_fields
 
     numbered = (path for path in folder.glob("*.png") if re.fullmatch(r"\d{3,}", path.stem))
-    return {path for path in numbered if is_told(path, RECORD)}
+    return {path for path in numbered if has_text_fields(path, RECORD_FILE)}
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -151,7 +151,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, "".join(lines))
 
 
-def kept_codes(failure: Any, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def unsaved_codes(failure: Any, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a record for each sample of a failed generation: its seed and its image codes."""
     for seed, indices in zip(failure.seeds, failure.indices.tolist(), strict=True):
         yield told | {"seed": seed, "indices": indices}

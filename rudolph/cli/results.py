@@ -5,23 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rudolph.runs.console import say, stage_progress
+from rudolph.runs.console import print_line, stage_progress
 
-RESULTS = Path("results")
+RESULTS_FOLDER = Path("results")
 # Quantities of a speed experiment whose contestants stand on one axis.
 ON_ONE_AXIS = ("/times_reference", "/peak_bytes")
 
 
 def add_results(verbs: Any) -> None:
-    export = verbs.add_parser("export", help="write results/ from the finished runs")
-    export.add_argument("file", type=Path)
-    export.set_defaults(verb=export_experiment)
+    export_results = verbs.add_parser("export", help="write results/ from the finished runs")
+    export_results.add_argument("file", type=Path)
+    export_results.set_defaults(verb=export_experiment)
     figures = verbs.add_parser("figures", help="figures and pages of results/, anew from CSV")
     figures.add_argument("experiment", nargs="?")
     figures.add_argument("--png", type=Path, metavar="FOLDER", help="as PNG, in another folder")
     figures.set_defaults(verb=redraw_figures)
-    check = verbs.add_parser("check", help="recompute results/ and every number in its texts")
-    check.set_defaults(verb=check_results)
+    check_results_folder = verbs.add_parser(
+        "check", help="recompute results/ and every number in its texts"
+    )
+    check_results_folder.set_defaults(verb=check_results)
     sync = verbs.add_parser("sync", help="send to MLflow what a server that was away missed")
     sync.add_argument("--again", action="store_true", help="everything, for a store that was lost")
     sync.set_defaults(verb=sync_runs)
@@ -51,7 +53,7 @@ def folders_here() -> Any:
     return Folders(Path.cwd(), Path.cwd() / "runs")
 
 
-def run_folder(run: str) -> Path:
+def local_run_folder(run: str) -> Path:
     """The folder of a run, fetched if it is one of MLflow; ``ValueError`` for other sources."""
     from rudolph.runs.resolve import find_folder, is_run
     from rudolph.tracking.tracker import tracking_uri
@@ -65,11 +67,11 @@ def run_folder(run: str) -> Path:
 
 def write_results(loaded: Any, folders: Any) -> Path:
     from rudolph.reports.report import Report
-    from rudolph.reports.store import export, write_index
+    from rudolph.reports.store import export_results, write_index
     from rudolph.runs.runner import all_runs, missing_runs, require_own_experiments
-    from rudolph.runs.search import groups_of_the_same_pairs
+    from rudolph.runs.search import groups_sharing_pairs
 
-    require_own_experiments([loaded], folders, RESULTS)
+    require_own_experiments([loaded], folders, RESULTS_FOLDER)
     source = loaded.path
     if source.resolve().is_relative_to(Path.cwd()):
         source = source.resolve().relative_to(Path.cwd())
@@ -90,11 +92,11 @@ def write_results(loaded: Any, folders: Any) -> Path:
         against=loaded.report.against,
         search=loaded.search,
         missing=missing_runs(loaded, folders),
-        same_pairs=groups_of_the_same_pairs(loaded),
+        same_pairs=groups_sharing_pairs(loaded),
     )
     belonging = {(run.name, run.config.digest) for run in runs}
-    folder = export(folders.runs, RESULTS, report=report, runs=belonging)
-    write_index(RESULTS)
+    folder = export_results(folders.runs, RESULTS_FOLDER, report=report, runs=belonging)
+    write_index(RESULTS_FOLDER)
     return folder
 
 
@@ -132,21 +134,21 @@ def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
 def export_experiment(given: Any) -> int:
     from rudolph.config.experiment_file import load_experiment
 
-    say(f"results: {write_results(load_experiment(given.file), folders_here())}")
+    print_line(f"results: {write_results(load_experiment(given.file), folders_here())}")
     return 0
 
 
 def report_card(given: Any) -> int:
-    from rudolph.reports.cards import require_same_data
+    from rudolph.reports.report_cards import require_same_data
 
-    folders = [writable(run_folder(run)) for run in (given.run, given.other) if run]
+    folders = [writable(local_run_folder(run)) for run in (given.run, given.other) if run]
     cards = [_card(folder, again=given.again) for folder in folders]
     if given.other:
         both = set(cards[0]["score"]) & set(cards[1]["score"])
         asked = cards[0][cards[0]["score"].isin(both)]
         require_same_data(folders[0], folders[1], set(asked["split"]))
     for line in _card_lines(*cards):
-        say(line)
+        print_line(line)
     return 0
 
 
@@ -163,20 +165,20 @@ def writable(folder: Path) -> Path:
 
 def _card(folder: Path, *, again: bool) -> Any:
     """The card of a run's folder: the one that it has, or its questions asked now."""
-    from rudolph.reports.cards import CARD, draw_card, read_card
-    from rudolph.runs.stages.evaluation import ask_again
+    from rudolph.reports.report_cards import CARD, draw_card, read_card
+    from rudolph.runs.stages.evaluation import evaluate_again
 
     path = folder / CARD
     if again or not path.is_file():
         with stage_progress() as progress:
-            ask_again(folder, folders_here(), progress)
-    say(f"{path}, {draw_card(path)}")
+            evaluate_again(folder, folders_here(), progress)
+    print_line(f"{path}, {draw_card(path)}")
     return read_card(path)
 
 
 def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
     """A line a score; of two cards those that both have, if they were measured alike."""
-    from rudolph.evaluation.metrics.answers import Measure, require_comparable
+    from rudolph.evaluation.metrics.answers import MetricProtocol, require_comparable
 
     beside = {} if other is None else {row["score"]: row for row in other.to_dict("records")}
     for row in card.to_dict("records"):
@@ -187,7 +189,7 @@ def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
             second = beside[row["score"]]
             measures = [str(each["measure"]) for each in (row, second)]
             try:
-                require_comparable(*(Measure.parse(each) for each in measures))
+                require_comparable(*(MetricProtocol.parse(each) for each in measures))
             except ValueError as error:
                 raise ValueError(f"{row['score']}: {error}") from error
             line += f"   {_told(second)}"
@@ -204,19 +206,21 @@ def redraw_figures(given: Any) -> int:
     from rudolph.reports.store import draw_pngs, redraw
 
     if given.png:
-        drawn = draw_pngs(RESULTS, given.png, experiment=given.experiment)
+        drawn = draw_pngs(RESULTS_FOLDER, given.png, experiment=given.experiment)
     else:
-        drawn = redraw(RESULTS, experiment=given.experiment)
-    say("\n".join(map(str, drawn)))
+        drawn = redraw(RESULTS_FOLDER, experiment=given.experiment)
+    print_line("\n".join(map(str, drawn)))
     return 0
 
 
 def check_results(given: Any) -> int:
     from rudolph.config.run import read_run
-    from rudolph.reports.store import check
+    from rudolph.reports.store import check_results_folder
 
-    problems = check(RESULTS, digest=lambda path: read_run(path).digest)
-    say("\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole")
+    problems = check_results_folder(RESULTS_FOLDER, digest=lambda path: read_run(path).digest)
+    print_line(
+        "\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole"
+    )
     return 1 if problems else 0
 
 
@@ -224,24 +228,24 @@ def sync_runs(given: Any) -> int:
     from rudolph.tracking.tracker import send_pending, tracking_uri
 
     sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=given.again)
-    say(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs wait")
+    print_line(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs wait")
     return 1 if sent.waiting else 0
 
 
 def share_runs(given: Any) -> int:
     from rudolph.reports import share
 
-    runs, results = folders_here().runs / given.experiment, RESULTS / given.experiment
+    runs, results = folders_here().runs / given.experiment, RESULTS_FOLDER / given.experiment
     if not runs.is_dir():
         runs = Path(given.experiment)
-        results = runs / share.RESULTS
+        results = runs / share.RESULT_FILES
     if not runs.is_dir():
         raise ValueError(f"{given.experiment}: neither an experiment in runs/ nor a folder")
     if "://" in given.to:
         for name, run_id in share.send_runs(runs, results, given.to).items():
-            say(f"{name}: MLflow run {run_id}")
+            print_line(f"{name}: MLflow run {run_id}")
         return 0
     target = Path(given.to)
     packed = share.pack_runs(runs, results, target, has_weights=not given.no_weights)
-    say("\n".join(map(str, packed)))
+    print_line("\n".join(map(str, packed)))
     return 0

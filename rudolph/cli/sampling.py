@@ -7,28 +7,28 @@ from typing import Any
 from rudolph.cli.outputs import (
     check_apart,
     check_output,
-    kept_codes,
+    unsaved_codes,
     write_codes,
     write_images,
     write_or_rescue,
 )
 from rudolph.cli.results import folders_here
 from rudolph.files.atomic import write_json
-from rudolph.runs.console import say, stage_progress
+from rudolph.runs.console import print_line, stage_progress
 from rudolph.sequence.texts import clean_text, require_text
 
 DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
 DTYPES = ("float32", "bfloat16", "float16")
 # More would not fit into memory, where all of them are ranked and drawn.
 MOST_IMAGES = 10_000
-POSITIONAL = ("text", "picture")
+POSITIONAL = ("text", "image")
 # Arguments that name what is read; two words name runs by themselves.
-WEIGHTS, IMAGES = ("model", "clip", "upscaler"), ("picture", "image_prompt", "mask")
+WEIGHTS, IMAGES = ("model", "clip", "upscaler"), ("image", "image_prompt", "mask")
 NO_PATHS = (None, "", "shipped", "newest")
 
 
 def add_generate(verbs: Any) -> None:
-    generate = verbs.add_parser("generate", help="draw pictures for a text")
+    generate = verbs.add_parser("generate", help="draw images for a text")
     generate.add_argument("text")
     add_sampling_arguments(generate)
     generate.add_argument("--guidance", type=float)
@@ -46,27 +46,27 @@ def add_generate(verbs: Any) -> None:
     )
     generate.add_argument("--upscale", type=int, choices=(2, 4, 8), help="with Real-ESRGAN")
     generate.add_argument("--upscaler", help="weights of the upscaler; RealESRGAN-x<scale>")
-    given = generate.add_argument_group("a picture that is partly given")
-    given.add_argument("--image-prompt", type=Path, metavar="PICTURE")
+    given = generate.add_argument_group("an image that is partly given")
+    given.add_argument("--image-prompt", type=Path, metavar="IMAGE")
     given.add_argument("--borders", help="what stays, in tokens: up=4,left=2")
-    given.add_argument("--mask", type=Path, help="a picture that is white where to draw")
+    given.add_argument("--mask", type=Path, help="an image that is white where to draw")
     given.add_argument("--vary", type=float, help="the share to draw anew, at random places")
     generate.add_argument(
         "--window",
         type=int,
         default=1,
-        help="tokens guessed at once; fewer calls for few pictures",
+        help="tokens guessed at once; fewer calls for few images",
     )
     generate.add_argument("--transparent", action="store_true", help="the ground of an emoji")
-    generate.set_defaults(verb=generate_pictures, output=Path("generated.png"))
+    generate.set_defaults(verb=generate_images, output=Path("generated.png"))
 
 
 def add_caption(verbs: Any) -> None:
-    caption = verbs.add_parser("caption", help="describe a picture")
-    caption.add_argument("picture", type=Path)
+    caption = verbs.add_parser("caption", help="describe an image")
+    caption.add_argument("image", type=Path)
     caption.add_argument("--question", help="answered instead of a description")
     add_sampling_arguments(caption)
-    caption.set_defaults(verb=caption_picture, output=Path("captioned.png"))
+    caption.set_defaults(verb=caption_image, output=Path("captioned.png"))
 
 
 def add_sampling_arguments(verb: Any) -> None:
@@ -138,15 +138,15 @@ def sources_of(given: Any) -> list[Path]:
     ]
 
 
-def opened(given: Any) -> Any:
+def load_requested(given: Any) -> Any:
     """The source that a verb was given."""
     import torch
 
-    from rudolph.runs.resolve import Precision, open_source
+    from rudolph.runs.resolve import Precision, open_model
     from rudolph.tracking.tracker import tracking_uri
 
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    return open_source(
+    return open_model(
         given.model,
         runs=folders_here().runs,
         uri=tracking_uri(Path.cwd()),
@@ -154,7 +154,7 @@ def opened(given: Any) -> Any:
     )
 
 
-def generate_pictures(given: Any) -> int:
+def generate_images(given: Any) -> int:
     from dataclasses import replace
 
     check_arguments(given, suffix=".jsonl", has_folder=True)
@@ -162,7 +162,7 @@ def generate_pictures(given: Any) -> int:
 
     if given.compile and given.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
-    pictures = read_image_prompt(given)
+    images = read_image_prompt(given)
     request = Request(
         given.number,
         given.keep,
@@ -171,18 +171,22 @@ def generate_pictures(given: Any) -> int:
         given.seed,
         window=given.window,
     )
-    source = opened(given)
+    source = load_requested(given)
     pipeline = source.pipeline
     sampling = sampling_of(source.sampling.image, given)
     if given.guidance_kind and sampling.guidance is None:
         raise ValueError("--guidance-kind needs the number of --guidance")
     add_stages(pipeline, given)
     pipeline.pack(given.number, sampling, window=given.window, is_compiled=given.compile)
-    if pictures:
-        request = replace(request, known=given_tokens(given, pictures, source))
+    if images:
+        request = replace(request, known=given_tokens(given, images, source))
     text = clean_text(given.text)
-    tell_reading(pipeline, "text", text, pipeline.texts("text_to_image", text).num_cut)
-    told = {"prompt": text, "model": source.name, "parameters": asked_for(given) | vars(sampling)}
+    warn_unreadable(pipeline, "text", text, pipeline.texts("text_to_image", text).num_cut)
+    told = {
+        "prompt": text,
+        "model": source.name,
+        "parameters": request_record(given) | vars(sampling),
+    }
     try:
         with stage_progress() as progress:
             candidates = pipeline.generate(
@@ -192,21 +196,21 @@ def generate_pictures(given: Any) -> int:
                 on_stage=lambda stage, done, total: progress(stage, done, total, ""),
             )
     except StageError as failure:
-        raise ValueError(f"{failure}. {keep_sampled(failure, told, given)}") from failure
+        raise ValueError(f"{failure}. {rescue_sampled(failure, told, given)}") from failure
     write_candidates(candidates, told, given)
     return 0
 
 
-def tell_reading(pipeline: Any, name: str, text: str, num_cut: int) -> None:
+def warn_unreadable(pipeline: Any, name: str, text: str, num_cut: int) -> None:
     """Say, before anything is sampled, what of a text the model cannot read."""
     note = pipeline.tokenizer.unknown_note(text, name)
     if note:
-        say(note)
+        print_line(note)
     if num_cut:
-        say(f"the {name} is too long: its last {num_cut} BPE ids are cut")
+        print_line(f"the {name} is too long: its last {num_cut} BPE ids are cut")
 
 
-def keep_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
+def rescue_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
     """Write what was sampled before a stage failed and return where it is.
 
     These are the images as they were sampled or, where none could be decoded, their codes.
@@ -217,7 +221,7 @@ def keep_sampled(failure: Any, told: dict[str, Any], given: Any) -> str:
             write_candidates(failure.candidates, told, given)
             return f"All {len(failure.candidates)} images are kept as sampled in {path}"
         path = path.with_suffix(".jsonl")
-        records = list(kept_codes(failure, told))
+        records = list(unsaved_codes(failure, told))
         write_or_rescue(path, lambda file: write_codes(file, records))
         return f"The image codes of all {len(records)} samples are kept in {path}"
     except ValueError as error:
@@ -238,8 +242,8 @@ def add_stages(pipeline: Any, given: Any) -> None:
     pipeline.to(pipeline.device)
 
 
-def asked_for(given: Any) -> dict[str, Any]:
-    """What pictures depend on beside their text and model, as far as it was given."""
+def request_record(given: Any) -> dict[str, Any]:
+    """What images depend on beside their text and model, as far as it was given."""
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(given).items()
@@ -257,7 +261,7 @@ def read_image_prompt(given: Any) -> dict[str, Any]:
 
     told = [name for name in ("borders", "mask", "vary") if getattr(given, name) is not None]
     if given.image_prompt is None and told:
-        raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt PICTURE")
+        raise ValueError(f"--{told[0]} is of an image prompt: give --image-prompt IMAGE")
     if given.image_prompt is None:
         return {}
     if len(told) != 1:
@@ -265,12 +269,12 @@ def read_image_prompt(given: Any) -> dict[str, Any]:
     if given.borders is not None:
         image_prompts.parse_borders(given.borders)
     if given.vary is not None:
-        image_prompts.require_share(given.vary)
+        image_prompts.require_fraction(given.vary)
     paths = {"image_prompt": given.image_prompt, "mask": given.mask}
-    return {name: read_picture(path) for name, path in paths.items() if path is not None}
+    return {name: read_image(path) for name, path in paths.items() if path is not None}
 
 
-def given_tokens(given: Any, pictures: dict[str, Any], source: Any) -> Any:
+def given_tokens(given: Any, images: dict[str, Any], source: Any) -> Any:
     """Indices of the image prompt where it stays."""
     import torch
 
@@ -282,24 +286,24 @@ def given_tokens(given: Any, pictures: dict[str, Any], source: Any) -> Any:
     if given.borders is not None:
         stays = image_prompts.border_mask(image_prompts.parse_borders(given.borders), side)
     elif given.mask is not None:
-        white = pixels_of(pictures["mask"], source.image_size).mean(0) > 0.5
-        stays = image_prompts.mask_of_picture(~white, side)
+        white = pixels_of(images["mask"], source.image_size).mean(0) > 0.5
+        stays = image_prompts.token_mask(~white, side)
     else:
         generator = torch.Generator().manual_seed(mixed_seed(given.seed, "vary"))
         stays = image_prompts.variation_mask(given.vary, side, generator)
-    picture = pixels_of(pictures["image_prompt"], source.image_size)
-    return image_prompts.known_indices(pipeline.vqgan, picture.to(pipeline.device), stays).cpu()
+    image = pixels_of(images["image_prompt"], source.image_size)
+    return image_prompts.known_indices(pipeline.vqgan, image.to(pipeline.device), stays).cpu()
 
 
-def read_picture(path: Path) -> Any:
+def read_image(path: Path) -> Any:
     """Return the image in a file, upright and in RGB."""
-    from rudolph.data.funnel import Rejected, open_picture
+    from rudolph.data.image_files import RejectedError, decode_image
 
     if path.is_char_device() or path.is_block_device():
         raise ValueError(f"{path}: expected an image file, got a device")
     try:
-        return open_picture(path.read_bytes()).image
-    except Rejected as error:
+        return decode_image(path.read_bytes()).image
+    except RejectedError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -308,9 +312,9 @@ def pixels_of(image: Any, size: int) -> Any:
     import numpy as np
     import torch
 
-    from rudolph.data.funnel import centre_square
+    from rudolph.data.image_files import center_crop
 
-    pixels = np.asarray(centre_square(image, size)).copy()
+    pixels = np.asarray(center_crop(image, size)).copy()
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -323,41 +327,39 @@ def write_candidates(candidates: list[Any], told: dict[str, Any], given: Any) ->
     write_or_rescue(given.output, write)
 
 
-def caption_picture(given: Any) -> int:
+def caption_image(given: Any) -> int:
     from rudolph.data.seeds import mixed_seed
 
     check_arguments(given, suffix=".json")
-    image = read_picture(given.picture)
-    source = opened(given)
-    picture = pixels_of(image, source.image_size)
+    image = read_image(given.image)
+    source = load_requested(given)
+    pixels = pixels_of(image, source.image_size)
     sampling = sampling_of(source.sampling.text, given)
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
     asked = None if given.question is None else [clean_text(given.question)]
     if asked is not None:
         texts = source.pipeline.texts("question_answering", "", beside=asked[0])
-        tell_reading(source.pipeline, "question", asked[0], texts.num_cut)
+        warn_unreadable(source.pipeline, "question", asked[0], texts.num_cut)
     source.pipeline.pack(given.number, sampling, is_compiled=given.compile)
-    captions = source.pipeline.caption(
-        picture[None], config=sampling, seeds=seeds, questions=asked
-    )
+    captions = source.pipeline.caption(pixels[None], config=sampling, seeds=seeds, questions=asked)
     counts = {text: captions.count(text) for text in captions}
     for text, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:4}  {text}")
-    record = {"picture": str(given.picture), "model": source.name, "seed": given.seed}
+    record = {"image": str(given.image), "model": source.name, "seed": given.seed}
     record |= {} if asked is None else {"question": asked[0]}
     content = record | {"sampling": vars(sampling), "captions": counts}
-    write_or_rescue(given.output, lambda path: write_captions(path, picture, content))
+    write_or_rescue(given.output, lambda path: write_captions(path, pixels, content))
     return 0
 
 
-def write_captions(path: Path, picture: Any, content: dict[str, Any]) -> None:
-    """Write the JSON of captions, and then the picture with each of them below it."""
+def write_captions(path: Path, image: Any, content: dict[str, Any]) -> None:
+    """Write the JSON of captions, and then the image with each of them below it."""
     import numpy as np
 
-    from rudolph.generation.pictures import to_image
-    from rudolph.reports.drawings import sample_grid
+    from rudolph.generation.png import to_image
+    from rudolph.reports.image_grids import sample_grid
 
     beside, counts = path.with_suffix(".json"), content["captions"]
     write_json(beside, content)
-    sample_grid([np.asarray(to_image(picture))] * len(counts), list(counts), path, columns=4)
-    say(f"{path} and {beside}")
+    sample_grid([np.asarray(to_image(image))] * len(counts), list(counts), path, columns=4)
+    print_line(f"{path} and {beside}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rudolph.config.metric_names import COST, QUESTION_METRICS, all_names, metric_names
+from rudolph.config.metric_names import COST, EVALUATOR_METRICS, all_names, metric_names
 from rudolph.config.names import (
     experiment_name,
     require_domains,
@@ -20,20 +20,20 @@ from rudolph.config.names import (
     run_name,
     value_labels,
 )
-from rudolph.config.run import RunConfig, overrides_of, resolved
+from rudolph.config.run import RunConfig, overrides_of, resolve_run
 from rudolph.files import settings
 from rudolph.files.settings import (
     STRICT,
     ConfigError,
     did_you_mean,
     flat_settings,
-    mistake,
     read_yaml,
-    short,
-    typed,
+    setting_error,
+    short_repr,
+    validate,
 )
 from rudolph.reports.claims import Claim, group_of
-from rudolph.reports.searches import REGION, Search
+from rudolph.reports.search_tables import REGION, Search
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     for key in ("title", "question"):
         if not content.get(key, "").strip():
             raise ConfigError(f"{path}: {key}: is missing; every experiment has one")
-    report = typed(path, ReportConfig, content.get("report", {}), "report")
-    targets = typed(path, dict[str, float], content.get("targets", {}), "targets")
-    claim = typed(path, Claim, content["claim"], "claim") if "claim" in content else None
+    report = validate(path, ReportConfig, content.get("report", {}), "report")
+    targets = validate(path, dict[str, float], content.get("targets", {}), "targets")
+    claim = validate(path, Claim, content["claim"], "claim") if "claim" in content else None
     given = overrides_of(overrides)
     runs, search = tuple(_expand(path, content, given)), _search(path, content)
     groups = {group_of(run.name, run.config.seed) for run in runs}
@@ -165,7 +165,7 @@ def _check_compared(
         if name not in groups:
             rule = f"must be one of {', '.join(sorted(groups))}"
             hint = did_you_mean(name, groups)
-            raise ConfigError(f"{path}: {key}: {rule}, got {short(name)}{hint}")
+            raise ConfigError(f"{path}: {key}: {rule}, got {short_repr(name)}{hint}")
 
 
 def _check_metrics(
@@ -197,14 +197,14 @@ def _check_metrics(
 def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
     metric = name.rpartition("/")[0]
     is_asked = any(each.startswith(f"{metric}/") for each in legal)
-    asks = [question for question, own in QUESTION_METRICS.items() if metric in own]
+    asks = [question for question, own in EVALUATOR_METRICS.items() if metric in own]
     if asks and not is_asked:
         hint = f"; {asks[0]} is not among evaluation.questions"
     else:
         others = ", ..." if len(legal) > 8 else ""
         known = f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
         hint = did_you_mean(name, legal) or known
-    return ConfigError(f"{path}: {key}: no run of this file reports {short(name)}{hint}")
+    return ConfigError(f"{path}: {key}: no run of this file reports {short_repr(name)}{hint}")
 
 
 def _check_domains(
@@ -212,8 +212,8 @@ def _check_domains(
 ) -> None:
     """Raise ``ConfigError`` for a domain that is not one metric of trials and of their tests."""
     flat = _shared_settings(path, content) | search.settings
-    trial = resolved(path, flat | {name: axis.low for name, axis in search.space.items()})
-    tested = resolved(path, _shared_settings(path, content))
+    trial = resolve_run(path, flat | {name: axis.low for name, axis in search.space.items()})
+    tested = resolve_run(path, _shared_settings(path, content))
     for config in (trial, tested, *(run.config for run in runs)):
         metrics = metric_names(config)
         for domain, metric in search.domains.items():
@@ -224,7 +224,7 @@ def _check_domains(
                 raise _no_metric(path, key, metric, without)
             if len(splits) > 1:
                 rule = "must be a metric without its split, asked on one split"
-                raise mistake(path, key, rule, ", ".join(splits))
+                raise setting_error(path, key, rule, ", ".join(splits))
 
 
 def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
@@ -243,7 +243,7 @@ def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -
             place = dict(zip(grid, point, strict=True))
             named = dict(zip(grid, label, strict=True))
             for seed in seeds:
-                config = resolved(path, changed | place | {"seed": seed} | overrides)
+                config = resolve_run(path, changed | place | {"seed": seed} | overrides)
                 run = Run(run_name(variant, named, config.seed), variant, place, config)
                 # With a seed on the command line all seeds of the file are one.
                 found.setdefault((run.name, config.digest), run)
@@ -255,14 +255,14 @@ def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
     """The search of a file, if it has one, with the names of its settings checked."""
     if "search" not in content:
         return None
-    found = typed(path, Search, content["search"], "search")
+    found = validate(path, Search, content["search"], "search")
     least = {name: axis.low for name, axis in found.space.items()}
     _seedless(path, least, "search.space")
     flat = _seedless(path, found.settings, "search.settings")
     require_domains(path, found.domains)
     shared = _shared_settings(path, content)
     for place in (least, {name: axis.high for name, axis in found.space.items()}):
-        resolved(path, shared | flat | place)
+        resolve_run(path, shared | flat | place)
     return replace(found, settings=flat)
 
 
@@ -271,7 +271,7 @@ def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     if "base" in content:
         base = path.parent / content["base"]
         shared = _seedless(base, read_yaml(base))
-        resolved(base, shared)
+        resolve_run(base, shared)
     return shared | _seedless(path, content.get("settings", {}), "settings")
 
 
@@ -280,7 +280,7 @@ def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> di
         return {}
     require_variant(path, variant, is_searched=is_searched)
     if not isinstance(changes, dict):
-        raise mistake(path, f"variants.{variant}", "must be a mapping of settings", changes)
+        raise setting_error(path, f"variants.{variant}", "must be a mapping of settings", changes)
     return _seedless(path, changes, f"variants.{variant}")
 
 
@@ -298,5 +298,5 @@ def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[s
     """Flat settings of a file, in which seeds have a key of their own."""
     if "seed" in content:
         where = f"{place}.seed" if place else "seed"
-        raise mistake(path, where, "seeds are listed under `seeds:`", content["seed"])
+        raise setting_error(path, where, "seeds are listed under `seeds:`", content["seed"])
     return flat_settings(path, RunConfig, content, place)

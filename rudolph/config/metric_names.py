@@ -4,47 +4,47 @@
 what trainings log.  A name may be missing in the end, such as that of a family of scenes of which
 no example was drawn, but no run reports a name that is not here.
 
-A question's metrics stand in ``QUESTION_METRICS``, or in ``question_metrics`` where they depend
+A question's metrics stand in ``EVALUATOR_METRICS``, or in ``evaluator_metrics`` where they depend
 on the configuration.  To add a question, name its metrics here.
 """
 
 from collections.abc import Iterable, Iterator
 
-from rudolph.benchmarks.config import LIMIT, MEASURES, REFERENCE, SpeedConfig
+from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS, SpeedConfig
 from rudolph.config.run import RunConfig
 from rudolph.data.datasets.emoji import GROUPS
-from rudolph.data.splits import Source
-from rudolph.evaluation.evaluators.numerics import SURVIVED
-from rudolph.evaluation.evaluators.reranking import NUMBERS
+from rudolph.data.splits import MixtureEntry
+from rudolph.evaluation.evaluators.numerics import CONVERGED
+from rudolph.evaluation.evaluators.reranking import CANDIDATE_COUNTS
 from rudolph.evaluation.evaluators.retrieval import RECALLS_AT
-from rudolph.reports.repetitions import subject_of
 from rudolph.reports.report import OVERHEAD
+from rudolph.reports.timings import implementation_name
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
 
 # Columns of ``runs.csv`` that every run has.
 COST = ("seconds", OVERHEAD)
-NEAREST, SCENE_RIGHT = "text_to_image/nearest_1_percent", "text_to_image/scene_right"
-CAPTIONS = ("cider-d", "rouge-l", "meteor-nltk", "bleu-4", "distinct")
+NEAREST, SCENE_RIGHT = "text_to_image/nearest_1_percent", "text_to_image/scene_accuracy"
+CAPTION_METRICS = ("cider-d", "rouge-l", "meteor-nltk", "bleu-4", "distinct")
 RANKINGS = ("likelihood", "inverse_prompting", "truth")
-WITHOUT_PICTURES = ("arithmetic", "paragraphs")
+WITHOUT_IMAGES = ("arithmetic", "paragraphs")
 
 # Metrics of a question, whatever its pairs.
-QUESTION_METRICS: dict[str, tuple[str, ...]] = {
-    "nearest_picture": (NEAREST,),
-    "nearest_in_groups": tuple(f"{NEAREST}_{group.split()[0].lower()}" for group in GROUPS),
-    "scene_right": (SCENE_RIGHT, "text_to_image/objects_right"),
+EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
+    "nearest_image": (NEAREST,),
+    "nearest_image_by_group": tuple(f"{NEAREST}_{group.split()[0].lower()}" for group in GROUPS),
+    "scene_accuracy": (SCENE_RIGHT, "text_to_image/objects_right"),
     "caption_f1": ("image_to_text/token_f1", "image_to_text/exact"),
-    "caption_metrics": tuple(f"image_to_text/{name}" for name in CAPTIONS),
-    "picture_distance": ("text_to_image/fid", "text_to_image/kid"),
-    "clip_scores": ("text_to_image/clip_score", "real_pictures/clip_score"),
+    "caption_metrics": tuple(f"image_to_text/{name}" for name in CAPTION_METRICS),
+    "fid_kid": ("text_to_image/fid", "text_to_image/kid"),
+    "clip_score_evaluator": ("text_to_image/clip_score", "real_images/clip_score"),
     "answer_f1": ("answers/token_f1", "answers/exact"),
     "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact"),
     "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact"),
     "recognition": tuple(f"text_recognition/{name}" for name in ("1-ned", "cer", "exact")),
     "continuation": ("text_to_text/is_sentence",),
     "multiple_choice": (),
-    "zero_shot": (
+    "zero_shot_classification": (
         "zero_shot_classification/accuracy",
         "zero_shot_classification/calibration_error",
     ),
@@ -55,7 +55,7 @@ QUESTION_METRICS: dict[str, tuple[str, ...]] = {
     "self_reranking": ("self_reranking/objects_right",),
     "rerank_curve": (),
     "likelihood": ("text_to_image/nats", "text_to_image/bits_per_pixel", "image_to_text/nats"),
-    "survival": (SURVIVED,),
+    "survival": (CONVERGED,),
     "attention_logits": ("decoder/max_attention_logit", "decoder/attention_overflows"),
     "reconstruction": (
         *("vqgan/psnr", "vqgan/ssim"),
@@ -76,7 +76,7 @@ def metric_names(config: RunConfig) -> list[str]:
             for dataset, _, question in (
                 place.rpartition("/") for place in config.evaluation.questions
             )
-            for metric in question_metrics(question, dataset, config)
+            for metric in evaluator_metrics(question, dataset, config)
         ]
     return [f"{name}/{split}" for split in config.evaluation.splits for name in own]
 
@@ -84,56 +84,54 @@ def metric_names(config: RunConfig) -> list[str]:
 _WAYS = ("image_to_text", "text_to_image")
 
 
-def question_metrics(question: str, dataset: str, config: RunConfig) -> list[str]:
+def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[str]:
     """Return the metrics of a question, without their split, about pairs of a dataset.
 
     Args:
         dataset: empty for that of the run.
     """
-    dataset, found = dataset or config.data.dataset, list(QUESTION_METRICS[question])
-    if question == "scene_right":
+    dataset, found = dataset or config.data.dataset, list(EVALUATOR_METRICS[question])
+    if question == "scene_accuracy":
         found += [f"{SCENE_RIGHT}_{family}" for family in config.data.shapes.families]
     elif question == "caption_f1" and dataset == "shapes":
         found.append("image_to_text/true")
     elif question == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
-        # Those of other datasets have pictures or not, as their files say.
-        known = (
-            dataset in WITHOUT_PICTURES if dataset not in ("manifest", "fusion_brain") else None
-        )
+        # Those of other datasets have images or not, as their files say.
+        known = dataset in WITHOUT_IMAGES if dataset not in ("manifest", "fusion_brain") else None
         found += [f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)]
     elif question == "rerank_curve":
         for ranking in RANKINGS + (("clip",) if config.evaluation.clip is not None else ()):
-            found += [f"rerank_{ranking}/best_of_{number}" for number in NUMBERS]
-            found += [f"rerank_{ranking}/gain_at_{number}" for number in NUMBERS[1:]]
+            found += [f"rerank_{ranking}/best_of_{number}" for number in CANDIDATE_COUNTS]
+            found += [f"rerank_{ranking}/gain_at_{number}" for number in CANDIDATE_COUNTS[1:]]
     return found
 
 
 def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
     """Names of what ``rudolph.benchmarks.metrics`` computes of a contest."""
-    measure = MEASURES[speed.measure or ""]
-    for contestant in speed.contestants:
+    measure = WORKLOADS[speed.measure or ""]
+    for implementation in speed.implementations:
         # Only the machine that runs the benchmark knows which parts it can measure.
-        units = measure.units_of(contestant, has_bfloat16=True)
+        units = measure.units_of(implementation, has_bfloat16=True)
         for part, unit in units.items():
-            name = subject_of(contestant, part if len(units) > 1 else "")
+            name = implementation_name(implementation, part if len(units) > 1 else "")
             yield f"{name}/{unit}s_per_second"
-            if contestant != LIMIT:
-                own = _quantities(speed, contestant)
+            if implementation != ROOFLINE:
+                own = _quantities(speed, implementation)
                 yield from (f"{name}/{each}" for each in (f"seconds_per_{unit}", *own))
-        if contestant != LIMIT:
-            yield from (f"{contestant}/{size}_bytes" for size in ("weights", "cache"))
-    if REFERENCE in speed.contestants:
+        if implementation != ROOFLINE:
+            yield from (f"{implementation}/{size}_bytes" for size in ("weights", "cache"))
+    if REFERENCE in speed.implementations:
         yield "check/largest_difference"
 
 
-def _quantities(speed: SpeedConfig, contestant: str) -> Iterator[str]:
+def _quantities(speed: SpeedConfig, implementation: str) -> Iterator[str]:
     yield "peak_bytes"
-    if contestant != REFERENCE and REFERENCE in speed.contestants:
+    if implementation != REFERENCE and REFERENCE in speed.implementations:
         yield "times_reference"
     if speed.measure in ("train", "vqgan", "upscaler"):
         yield "operations_per_second"
-    if LIMIT in speed.contestants and speed.measure != "memory":
+    if ROOFLINE in speed.implementations and speed.measure != "memory":
         yield "share_of_limit"
 
 
@@ -170,7 +168,7 @@ def _of_decoder(config: RunConfig) -> Iterator[str]:
         yield from (f"train/weight/{name}" for name in SEGMENTS)
 
 
-def _scored(source: Source, config: RunConfig) -> list[str]:
+def _scored(source: MixtureEntry, config: RunConfig) -> list[str]:
     """The segments of a row of the mixture that have labels."""
     weights = config.decoder_losses.task_weights.get(source.task, TASKS[source.task].weights)
     return [name for name, weight in zip(SEGMENTS, weights, strict=True) if weight > 0]

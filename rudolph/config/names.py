@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rudolph.files.settings import ConfigError, mistake, short
+from rudolph.files.settings import ConfigError, setting_error, short_repr
 from rudolph.reports.claims import group_of
-from rudolph.reports.report import cell
-from rudolph.reports.searches import REGION, TRIAL
+from rudolph.reports.report import format_cell_value
+from rudolph.reports.search_tables import REGION, TRIAL
 
 EXPERIMENTS = "experiments"
 # Experiments whose results were published under the name of the file alone.
@@ -93,10 +93,10 @@ def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
     """
     cells: dict[str, Any] = {}
     for value in values:
-        text = _read_back(cell(json.loads(json.dumps(value, default=str))))
+        text = _read_back(format_cell_value(json.loads(json.dumps(value, default=str))))
         if text in cells:
             rule = "values must differ in their first six digits, as in tables"
-            raise mistake(path, f"grid.{key}", rule, [cells[text], value])
+            raise setting_error(path, f"grid.{key}", rule, [cells[text], value])
         cells[text] = value
     labels = [re.sub(r"[^A-Za-z0-9_.=-]+", "_", str(value)) for value in values]
     folded = [label.casefold() for label in labels]
@@ -133,14 +133,14 @@ def require_variant(path: Path, variant: str, *, is_searched: bool) -> None:
     """Raise ``ConfigError`` for a variant whose name cannot be part of a run's."""
     if not NAME.fullmatch(variant) or re.search(r"-seed\d+(-|$)", variant):
         rule = "names must be letters, digits, _ . - and no -seed0"
-        raise mistake(path, "variants", rule, variant)
+        raise setting_error(path, "variants", rule, variant)
     if variant in READ_AS_NOTHING:
         rule = f"names must not be {', '.join(sorted(READ_AS_NOTHING))}, empty cells of tables"
-        raise mistake(path, "variants", rule, variant)
+        raise setting_error(path, "variants", rule, variant)
     is_own = variant.casefold().startswith((TRIAL, REGION))
     if is_searched and is_own:
         rule = f"names must not start with {TRIAL} or {REGION} beside a search"
-        raise mistake(path, "variants", rule, variant)
+        raise setting_error(path, "variants", rule, variant)
 
 
 def require_domains(path: Path, domains: Iterable[str]) -> None:
@@ -149,10 +149,10 @@ def require_domains(path: Path, domains: Iterable[str]) -> None:
     for domain in domains:
         if not NAME.fullmatch(domain) or domain in READ_AS_NOTHING:
             rule = "names must be letters, digits, _ . -, and no word for an empty cell"
-            raise mistake(path, "search.domains", rule, domain)
+            raise setting_error(path, "search.domains", rule, domain)
         if known.setdefault(domain.casefold(), domain) != domain:
             rule = "names must differ in more than case"
-            raise mistake(path, "search.domains", rule, [known[domain.casefold()], domain])
+            raise setting_error(path, "search.domains", rule, [known[domain.casefold()], domain])
 
 
 def require_own_names(path: Path, runs: Iterable[tuple[str, int]]) -> None:
@@ -162,9 +162,9 @@ def require_own_names(path: Path, runs: Iterable[tuple[str, int]]) -> None:
         group = group_of(name, seed) or name
         if len(name) > LONGEST:
             rule = f"run names must have at most {LONGEST} characters"
-            raise ConfigError(f"{path}: {rule}, got {len(name)} in {short(group)}")
+            raise ConfigError(f"{path}: {rule}, got {len(name)} in {short_repr(group)}")
         if name.casefold() in known:
             rule = "names of runs must differ in more than the case of letters"
-            both = f"{short(known[name.casefold()])} and {short(name)}"
+            both = f"{short_repr(known[name.casefold()])} and {short_repr(name)}"
             raise ConfigError(f"{path}: {rule}, got {both}")
         known[name.casefold()] = name

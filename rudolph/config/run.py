@@ -10,19 +10,19 @@ from typing import Any
 from rudolph.benchmarks.config import SpeedConfig
 from rudolph.data.splits import DATASETS, DataConfig
 from rudolph.evaluation.report_card import (
-    DATASET_OF_QUESTION,
-    MEMBER_OF_QUESTION,
+    DATASET_OF_EVALUATOR,
+    MEMBER_OF_EVALUATOR,
     EvaluationConfig,
 )
 from rudolph.files import settings
-from rudolph.files.settings import STRICT, ConfigError, flat_settings, read_yaml, typed
+from rudolph.files.settings import STRICT, ConfigError, flat_settings, read_yaml, validate
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.rudolph.decoder import DecoderConfig
 from rudolph.models.vision.clip import CLIPConfig
 from rudolph.models.vqgan.model import VQGANConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
-from rudolph.training.adversary import least_side
+from rudolph.training.adversary import min_image_size
 from rudolph.training.clip_losses import CLIPLossConfig, require_bias
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
@@ -93,7 +93,7 @@ class RunConfig:
         self._take_parts_of_init()
         if self.model not in MODELS:
             raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {self.model!r}")
-        # A VQ-GAN that is taken as it is reads pictures of any size that its factor divides.
+        # A VQ-GAN that is taken as it is reads images of any size that its factor divides.
         is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
         if (
             self.model == "decoder"
@@ -141,19 +141,21 @@ class RunConfig:
         for place in self.evaluation.questions:
             named, _, question = place.rpartition("/")
             dataset = named or self.data.dataset
-            if DATASET_OF_QUESTION.get(question, dataset) != dataset:
+            if DATASET_OF_EVALUATOR.get(question, dataset) != dataset:
                 raise ValueError(
                     f"evaluation.questions: {question} needs data.dataset "
-                    f"{DATASET_OF_QUESTION[question]}, got {dataset!r}"
+                    f"{DATASET_OF_EVALUATOR[question]}, got {dataset!r}"
                 )
-            member = MEMBER_OF_QUESTION.get(question)
+            member = MEMBER_OF_EVALUATOR.get(question)
             if member is not None and not hasattr(DATASETS[dataset], member):
                 able = ", ".join(name for name, kind in DATASETS.items() if hasattr(kind, member))
                 raise ValueError(
                     f"evaluation.questions: {question} needs a dataset of {able}, got {dataset!r}"
                 )
-            if question == "clip_scores" and self.evaluation.clip is None:
-                raise ValueError("evaluation.clip: expected a CLIP for clip_scores, got null")
+            if question == "clip_score_evaluator" and self.evaluation.clip is None:
+                raise ValueError(
+                    "evaluation.clip: expected a CLIP for clip_score_evaluator, got null"
+                )
 
     def _check_side(self) -> None:
         """Raise ``ValueError`` for images that are too small for what judges a VQ-GAN."""
@@ -164,9 +166,9 @@ class RunConfig:
             raise ValueError(
                 f"data.image_size: expected at least {SSIM_SIDE} for SSIM, got {side}"
             )
-        if start is not None and start < self.vqgan_optim.num_steps and side < least_side():
+        if start is not None and start < self.vqgan_optim.num_steps and side < min_image_size():
             raise ValueError(
-                f"data.image_size: expected at least {least_side()} for the discriminator of "
+                f"data.image_size: expected at least {min_image_size()} for the discriminator of "
                 f"vqgan_losses.adversary_start, got {side}"
             )
 
@@ -231,7 +233,7 @@ class RunConfig:
         return digest_of(self)
 
 
-def plain(config: Any) -> Any:
+def to_plain(config: Any) -> Any:
     """A dataclass as JSON holds it: mappings, lists, numbers and text."""
     return json.loads(json.dumps(asdict(config)))
 
@@ -257,7 +259,7 @@ def _changes(config: Any, usual: Any = None) -> dict[str, Any]:
             nested = _changes(value, default)
             found |= {each.name: nested} if nested else {}
         elif value != default:
-            found[each.name] = plain(value) if is_dataclass(value) else value
+            found[each.name] = to_plain(value) if is_dataclass(value) else value
     return found
 
 
@@ -266,18 +268,18 @@ def _default(each: Field[Any]) -> Any:
 
 
 def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A resolved configuration as ``to_yaml`` wrote it, with ``key=value`` settings over it.
+    """A resolved configuration as ``run_yaml`` wrote it, with ``key=value`` settings over it.
 
     Raises:
         ConfigError: when the file is missing or no such configuration.
     """
     written = flat_settings(path, RunConfig, read_yaml(path))
-    return resolved(path, written | overrides_of(overrides))
+    return resolve_run(path, written | overrides_of(overrides))
 
 
-def to_yaml(config: RunConfig) -> str:
+def run_yaml(config: RunConfig) -> str:
     """The resolved configuration, every default written out."""
-    return settings.to_yaml(plain(config))
+    return settings.dump_yaml(to_plain(config))
 
 
 def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
@@ -292,6 +294,6 @@ def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
     return given
 
 
-def resolved(path: Path, flat: Mapping[str, Any]) -> RunConfig:
+def resolve_run(path: Path, flat: Mapping[str, Any]) -> RunConfig:
     """A run of flat settings; ``path`` is named in messages."""
-    return typed(path, RunConfig, settings.nested(flat))
+    return validate(path, RunConfig, settings.nest_settings(flat))

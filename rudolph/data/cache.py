@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from rudolph.files.atomic import set_aside
+from rudolph.files.atomic import rename_damaged
 
 try:
     import fcntl
@@ -35,7 +35,7 @@ NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 log = logging.getLogger(__name__)
 
 
-class Parts(NamedTuple):
+class ArrayWriter(NamedTuple):
     """An array that is too large for the memory: it is written one row after the other."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,10 @@ class Parts(NamedTuple):
 
 
 def cached_array(
-    folder: Path, *, parts: Mapping[str, str], compute: Callable[[], np.ndarray[Any, Any] | Parts]
+    folder: Path,
+    *,
+    parts: Mapping[str, str],
+    compute: Callable[[], np.ndarray[Any, Any] | ArrayWriter],
 ) -> np.ndarray[Any, Any]:
     """The array named by ``parts``, memory-mapped and read-only; computed only if not on disk.
 
@@ -82,7 +85,7 @@ def cached_array(
         array = compute()
         for path in (array_path, record_path):
             if path.is_dir():
-                set_aside(path)
+                rename_damaged(path)
         if is_locked:
             _remove_leftovers(folder, name)
         _write(array_path, lambda file: _save(file, array))
@@ -90,7 +93,7 @@ def cached_array(
         return _mapped(array_path)
 
 
-def _save(file: IO[bytes], array: np.ndarray[Any, Any] | Parts) -> None:
+def _save(file: IO[bytes], array: np.ndarray[Any, Any] | ArrayWriter) -> None:
     if isinstance(array, np.ndarray):
         np.save(file, array, allow_pickle=False)
         return

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rudolph.data.cache import cached_array
-from rudolph.data.seeds import draws, mixed_seed, shuffled
-from rudolph.data.splits import DataConfig, Source, Split
+from rudolph.data.seeds import mixed_seed, shuffled_pairs, uniform_per_example
+from rudolph.data.splits import DataConfig, MixtureEntry, Split
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import (
     NO_IMAGE_CODE,
@@ -52,7 +52,7 @@ def task_texts(
     """Token ids of the texts of every pair for a task; computed once, then read from disk.
 
     Raises:
-        ValueError: for a task whose question or picture some pair lacks.
+        ValueError: for a task whose question or image some pair lacks.
     """
     _require_fitting(split, task)
 
@@ -90,7 +90,7 @@ def _require_fitting(split: Split, task: str) -> None:
         )
     if TASKS[task].image != "none" and split.images is None:
         raise ValueError(
-            f"data.tasks: {task} needs pictures, and the pairs of {split.dataset_name} have none"
+            f"data.tasks: {task} needs images, and the pairs of {split.dataset_name} have none"
         )
 
 
@@ -121,7 +121,7 @@ class TokenBatch(NamedTuple):
 
 
 class ImageExamples:
-    """Examples of the VQ-GAN: a picture of one of some splits, mirrored or not."""
+    """Examples of the VQ-GAN: an image of one of some splits, mirrored or not."""
 
     def __init__(self, *splits: Split, seed: int, flip: float = 0.0) -> None:
         self.splits, self.seed, self.flip = splits, seed, flip
@@ -129,37 +129,39 @@ class ImageExamples:
         self.num_pairs = int(self.ends[-1])
 
     def batch(self, numbers: Sequence[int]) -> ImageBatch:
-        indices = shuffled(numbers, self.num_pairs, self.seed)
-        images = self._pictures(indices) * 2 - 1
+        indices = shuffled_pairs(numbers, self.num_pairs, self.seed)
+        images = self._images(indices) * 2 - 1
         if self.flip:
-            is_flipped = torch.from_numpy(draws(numbers, self.seed, 1)[:, 0] < self.flip)
+            is_flipped = torch.from_numpy(
+                uniform_per_example(numbers, self.seed, 1)[:, 0] < self.flip
+            )
             images = torch.where(is_flipped[:, None, None, None], images.flip(3), images)
         return ImageBatch(images, torch.from_numpy(indices))
 
     def whole(self, indices: Sequence[int]) -> ImageBatch:
         """The pairs themselves, unshuffled and unchanged, for validation."""
-        return ImageBatch(self._pictures(np.asarray(indices)) * 2 - 1, torch.tensor(indices))
+        return ImageBatch(self._images(np.asarray(indices)) * 2 - 1, torch.tensor(indices))
 
-    def _pictures(self, indices: np.ndarray[Any, Any]) -> Tensor:
+    def _images(self, indices: np.ndarray[Any, Any]) -> Tensor:
         if len(self.splits) == 1:
-            return self.splits[0].pictures(indices)
+            return self.splits[0].image_batch(indices)
         owners = np.searchsorted(self.ends, indices, side="right")
         starts = self.ends - [len(split) for split in self.splits]
         rows = [
-            self.splits[owner].pictures([index - starts[owner]])
+            self.splits[owner].image_batch([index - starts[owner]])
             for owner, index in zip(owners, indices, strict=True)
         ]
         return torch.cat(rows)
 
 
-class FilledSource(NamedTuple):
-    """A row of the mixture with its texts and, where its pairs have pictures, their indices.
+class MixtureExamples(NamedTuple):
+    """A row of the mixture with its texts and, where its pairs have images, their indices.
 
     ``indices`` is ``(N, I)``, or of several drawn sets of codes ``(N, S, I)``; ``redraw`` encodes
     a pair's texts anew, with BPE-dropout.
     """
 
-    source: Source
+    source: MixtureEntry
     texts: TaskTexts
     indices: np.ndarray[Any, Any] | None
     redraw: Callable[[int, torch.Generator], Texts] | None = None
@@ -170,7 +172,7 @@ class TokenExamples:
 
     def __init__(
         self,
-        sources: Sequence[FilledSource],
+        sources: Sequence[MixtureExamples],
         config: DataConfig,
         *,
         layout: SequenceLayout,
@@ -209,7 +211,7 @@ class TokenExamples:
 
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
         size = self.layout.num_image_tokens
-        drawn = draws(numbers, self.seed, 4 + 2 * size)
+        drawn = uniform_per_example(numbers, self.seed, 4 + 2 * size)
         # The last number below 1 may lie above the last bound by rounding.
         rows = np.searchsorted(self.bounds[:-1], drawn[:, 0], side="right")
         pairs = self._pairs(numbers, rows)
@@ -234,7 +236,7 @@ class TokenExamples:
 
     def _pairs(self, numbers: Sequence[int], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The pair of each example: in every epoch of a row's pairs its order is another."""
-        orders = {size: shuffled(numbers, size, self.seed) for size in set(self.sizes)}
+        orders = {size: shuffled_pairs(numbers, size, self.seed) for size in set(self.sizes)}
         return np.array([orders[self.sizes[row]][at] for at, row in enumerate(rows)])
 
     def _with_unknown(self, batch: TokenBatch, drawn: np.ndarray[Any, Any]) -> TokenBatch:
@@ -257,7 +259,7 @@ class TokenExamples:
     def _noisy(
         self, batch: TokenBatch, numbers: Sequence[int], drawn: np.ndarray[Any, Any]
     ) -> Tensor:
-        """Tokens with a share of the image tokens random, where a picture is to be drawn."""
+        """Tokens with a share of the image tokens random, where an image is to be drawn."""
         where, codes = np.split(drawn, 2, axis=1)
         share = self.config.image_token_noise * (1 - np.asarray(numbers) / self.num_examples)
         is_drawn = torch.tensor(
@@ -270,7 +272,7 @@ class TokenExamples:
         inputs[:, image] = torch.where(is_noise, random, inputs[:, image])
         return inputs
 
-    def _texts(self, number: int, pair: int, filled: FilledSource, *, is_dropped: bool) -> Any:
+    def _texts(self, number: int, pair: int, filled: MixtureExamples, *, is_dropped: bool) -> Any:
         texts, task = filled.texts, TASKS[filled.source.task]
         if is_dropped and task.image == "drawn":
             return texts.empty.left.numpy(), texts.empty.right.numpy()
@@ -299,7 +301,7 @@ class TokenExamples:
         sources, examples = torch.from_numpy(rows.copy()), torch.from_numpy(pairs.copy())
         return TokenBatch(tokens, tokens, self.weights[sources], sources, examples)
 
-    def _image(self, filled: FilledSource, pair: int, number: int) -> np.ndarray[Any, Any]:
+    def _image(self, filled: MixtureExamples, pair: int, number: int) -> np.ndarray[Any, Any]:
         if filled.indices is None or TASKS[filled.source.task].image == "none":
             return np.full(self.layout.num_image_tokens, NO_IMAGE_CODE)
         row: np.ndarray[Any, Any] = filled.indices[pair]

@@ -1,4 +1,4 @@
-"""A pair of picture and text, and what every dataset of pairs offers.
+"""A pair of image and text, and what every dataset of pairs offers.
 
 To add a dataset, write a class with the three members of ``PairDataset`` and name it in
 ``rudolph.data.splits.DATASETS``.
@@ -16,10 +16,10 @@ SPLITS = ("train", "validation", "test", "compositional")
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture with its caption, or a question with, as its caption, the answer.
+    """One image with its caption, or a question with, as its caption, the answer.
 
     ``key`` names the pair for ever (splits and sample files use it); ``image`` is RGB and square,
-    or None where no picture is asked about; ``attributes`` is what else is known of it, by name;
+    or None where no image is asked about; ``attributes`` is what else is known of it, by name;
     ``choices`` are the answers there are to choose from, the caption among them, or nothing.
     """
 
@@ -45,10 +45,10 @@ class PairDataset(Protocol):
 
 
 @runtime_checkable
-class Ranked(Protocol):
+class HasHardNegatives(Protocol):
     """A dataset that knows pairs that are easily taken for another."""
 
-    def rivals(self, index: int, number: int) -> list[Pair]:
+    def hard_negatives(self, index: int, number: int) -> list[Pair]:
         """``number`` pairs that differ from the one at ``index`` in one thing, in any split.
 
         All captions differ from one another and from that pair's; fewer where there are no more.
@@ -57,13 +57,13 @@ class Ranked(Protocol):
 
 
 @runtime_checkable
-class Classified(Protocol):
-    """A dataset whose pictures fall into classes; ``classes`` are captions that name them."""
+class HasClasses(Protocol):
+    """A dataset whose images fall into classes; ``classes`` are captions that name them."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
 
-    def class_of(self, index: int) -> int | None:
+    def class_index(self, index: int) -> int | None:
         """The class of the pair at ``index``; None for a pair of no class."""
         ...
 

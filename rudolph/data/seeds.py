@@ -16,7 +16,7 @@ def mixed_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def shuffled(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
+def shuffled_pairs(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
     """The pair of each example: every epoch of ``num_pairs`` examples is a permutation."""
     epochs, places = np.divmod(np.asarray(numbers), num_pairs)
     pairs = np.empty_like(places)
@@ -26,7 +26,7 @@ def shuffled(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[An
     return pairs
 
 
-def draws(numbers: Sequence[int], seed: int, size: int) -> np.ndarray[Any, Any]:
+def uniform_per_example(numbers: Sequence[int], seed: int, size: int) -> np.ndarray[Any, Any]:
     """Numbers in [0, 1), ``(len(numbers), size)``: a row depends on its example's number alone."""
     streams = (np.random.Philox(key=seed, counter=[0, 0, 0, number]) for number in numbers)
     return np.stack([np.random.Generator(stream).random(size) for stream in streams])

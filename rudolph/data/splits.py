@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.cache import Parts, cached_array
+from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
 from rudolph.data.datasets.emoji import Emoji, EmojiConfig
 from rudolph.data.datasets.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
@@ -33,7 +33,7 @@ from rudolph.data.pairs import PairDataset
 from rudolph.sequence.tasks import TASKS
 
 
-class Source(NamedTuple):
+class MixtureEntry(NamedTuple):
     """A row of the mixture: its name in the configuration, pairs of which dataset, which task."""
 
     name: str
@@ -50,11 +50,11 @@ class DataConfig:
     pairs of ``dataset``, or, as ``words/text_recognition``, of those of the dataset that it names.
     ``caption_dropout`` is the share of text-to-image examples without their caption, for guidance.
     Of their image tokens the decoder reads a share as random ones, while their labels stay: it
-    learns to listen to the text rather than to continue pictures that it knows (word dropout,
+    learns to listen to the text rather than to continue images that it knows (word dropout,
     Bowman 2016, arXiv:1511.06349).  The share falls evenly from ``image_token_noise`` at the first
-    example of a training to 0 at its last, since pictures are generated without noise.
+    example of a training to 0 at its last, since images are generated without noise.
     ``unknown_task_share`` is the share of texts whose task token is that of an unknown task, left
-    and right by themselves (fbc2_aij2022: 0.25).  ``flip`` is the share of pictures that the
+    and right by themselves (fbc2_aij2022: 0.25).  ``flip`` is the share of images that the
     VQ-GAN sees mirrored.  With ``code_draws`` an example's image tokens are one of so many drawn
     sets of codes, by the weights of a Gumbel quantizer, instead of the best code of each cell
     (DALL-E, arXiv:2102.12092, section 2.2).
@@ -86,7 +86,7 @@ class DataConfig:
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         for name, weight in self.tasks.items():
-            require_place(name, "tasks")
+            require_dataset_prefix(name, "tasks")
             task = name.rpartition("/")[2]
             if task not in TASKS:
                 raise ValueError(f"tasks must be of {', '.join(TASKS)}, got {task!r}")
@@ -106,13 +106,13 @@ class DataConfig:
             raise ValueError(f"code_draws must be at least 0, got {self.code_draws}")
 
     @property
-    def mixture(self) -> list[Source]:
+    def mixture(self) -> list[MixtureEntry]:
         """The rows of the mixture that weigh anything, in the order of the configuration."""
         rows = []
         for name, weight in self.tasks.items():
             dataset, _, task = name.rpartition("/")
             if weight > 0:
-                rows.append(Source(name, dataset or self.dataset, task, weight))
+                rows.append(MixtureEntry(name, dataset or self.dataset, task, weight))
         return rows
 
     @property
@@ -134,7 +134,7 @@ DATASETS: dict[str, Callable[..., PairDataset]] = {
 }
 
 
-def require_place(name: str, field: str) -> None:
+def require_dataset_prefix(name: str, field: str) -> None:
     """Raise ``ValueError`` for ``dataset/...`` of a dataset that is not."""
     dataset, slash, _ = name.rpartition("/")
     if slash and dataset not in DATASETS:
@@ -151,7 +151,7 @@ class Split:
     """One split as arrays: ``images`` (N, 3, H, W) uint8, and ``keys``, ``captions`` and
     ``questions`` (N,) str; a pair without a question has an empty one.
 
-    ``images`` is None where pairs have no picture.
+    ``images`` is None where pairs have no image.
     """
 
     def __init__(
@@ -172,12 +172,12 @@ class Split:
         return len(self.captions)
 
     def _cached(
-        self, kind: str, compute: Callable[[], np.ndarray[Any, Any] | Parts]
+        self, kind: str, compute: Callable[[], np.ndarray[Any, Any] | ArrayWriter]
     ) -> np.ndarray[Any, Any]:
         parts = {"dataset": self.dataset_name, "data": self.digest, "kind": kind}
         return cached_array(self.cache, parts=parts, compute=compute)
 
-    def _images(self) -> Parts:
+    def _images(self) -> ArrayWriter:
         """Each image once, and at the same time the texts, so that no pair is read twice."""
         first = np.asarray(self.dataset[0].image)
         texts: list[tuple[str, str, str]] = []
@@ -190,7 +190,7 @@ class Split:
             self.texts_read = texts
 
         shape = (len(self.dataset), first.shape[2], *first.shape[:2])
-        return Parts(shape, first.dtype, images())
+        return ArrayWriter(shape, first.dtype, images())
 
     def _texts(self) -> np.ndarray[Any, Any]:
         """Keys, captions and questions as bytes of JSON: as large as the texts, no more."""
@@ -227,10 +227,10 @@ class Split:
             members.setdefault(cluster, []).append(caption)
         return [list(dict.fromkeys([self.captions[at], *members[clusters[at]]])) for at in indices]
 
-    def pictures(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Pictures ``(len(indices), 3, H, W)`` in [0, 1]."""
+    def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Images ``(len(indices), 3, H, W)`` in [0, 1]."""
         if self.images is None:
-            raise ValueError(f"{self.dataset_name}: its pairs have no pictures")
+            raise ValueError(f"{self.dataset_name}: its pairs have no images")
         return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
 
 
@@ -252,8 +252,8 @@ class Splits:
         """That split of every dataset of the mixture, the main one's first."""
         return [self(name, dataset) for dataset in self.config.datasets]
 
-    def with_pictures(self, name: str) -> list[Split]:
-        """That split of every dataset whose pairs have pictures."""
+    def with_images(self, name: str) -> list[Split]:
+        """That split of every dataset whose pairs have images."""
         return [split for split in self.all(name) if split.images is not None]
 
     @property

@@ -1,7 +1,7 @@
-"""Examples of CLIP: the caption and the picture of one pair, each as the model reads it.
+"""Examples of CLIP: the caption and the image of one pair, each as the model reads it.
 
 Nothing is drawn but the order of the pairs: captions of the made world tell left from right, so
-that no picture may be mirrored.
+that no image may be mirrored.
 
 Shapes: N pairs, B batch, L text tokens, H and W pixels.
 """
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rudolph.data.cache import cached_array
-from rudolph.data.seeds import shuffled
+from rudolph.data.seeds import shuffled_pairs
 from rudolph.data.splits import Split
 from rudolph.models.vision.clip import CLIPConfig, pixel_values
-from rudolph.sequence.tokenizer import Tokenizer, normalize
+from rudolph.sequence.tokenizer import Tokenizer, normalize_unicode
 
 
 class TextImageBatch(NamedTuple):
@@ -57,18 +57,18 @@ class TextImageExamples:
 
     def batch(self, numbers: Sequence[int]) -> TextImageBatch:
         """Examples of the stream; every epoch is another permutation of the pairs."""
-        return self._pairs(shuffled(numbers, self.num_pairs, self.seed))
+        return self._pairs(shuffled_pairs(numbers, self.num_pairs, self.seed))
 
     def whole(self, indices: Sequence[int]) -> TextImageBatch:
         """The pairs themselves, unshuffled, for validation."""
         return self._pairs(np.asarray(indices))
 
     def _pairs(self, indices: np.ndarray[Any, Any]) -> TextImageBatch:
-        pictures = pixel_values(self.split.pictures(indices), self.image_resolution)
+        pixels = pixel_values(self.split.image_batch(indices), self.image_resolution)
         ids = torch.from_numpy(self.input_ids[indices].astype(np.int64))
         captions = torch.from_numpy(self.captions[indices])
         images = torch.from_numpy(self.split.clusters(indices))
-        return TextImageBatch(ids, pictures, captions, images, torch.from_numpy(indices))
+        return TextImageBatch(ids, pixels, captions, images, torch.from_numpy(indices))
 
 
 def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.ndarray[Any, Any]:
@@ -94,5 +94,5 @@ def caption_numbers(captions: Sequence[str]) -> np.ndarray[Any, Any]:
     >>> caption_numbers(["Синий круг", "красный круг", " синий круг"]).tolist()
     [1, 0, 1]
     """
-    normalized = [normalize(caption) for caption in captions]
+    normalized = [normalize_unicode(caption) for caption in captions]
     return np.unique(normalized, return_inverse=True)[1].astype(np.int64)

@@ -71,13 +71,13 @@ def settings_at(space: Space, places: Sequence[float]) -> dict[str, float | int]
     return {name: axis.value(at) for (name, axis), at in zip(space.items(), places, strict=True)}
 
 
-def places_of(space: Space, settings: Sequence[Mapping[str, float]]) -> Points:
+def unit_coordinates(space: Space, settings: Sequence[Mapping[str, float]]) -> Points:
     """Where settings lie in the unit cube, ``(N, A)``."""
     rows = [[axis.unit(each[name]) for name, axis in space.items()] for each in settings]
     return np.array(rows, dtype=np.float64).reshape(len(settings), len(space))
 
 
-def spread_points(number: int, axes: int, seed: int) -> Points:
+def low_discrepancy_points(number: int, axes: int, seed: int) -> Points:
     """Points that fill the unit cube evenly, ``(number, axes)``; the first of more are these."""
     from scipy.stats import qmc
 
@@ -88,7 +88,7 @@ def spread_points(number: int, axes: int, seed: int) -> Points:
     return found
 
 
-def surface(
+def smoothed_scores(
     places: Points, scores: NDArray[np.float64], errors: NDArray[np.float64]
 ) -> Callable[[Points], Points]:
     """The smoothed score of any place, from noisy scores at some.
@@ -134,7 +134,7 @@ class Region(NamedTuple):
 
 def find_region(smoothed: Callable[[Points], Points], axes: int, *, tolerance: float) -> Region:
     """The box of settings that are within ``tolerance`` of the best."""
-    grid = spread_points(GRID, axes, seed=0)
+    grid = low_discrepancy_points(GRID, axes, seed=0)
     values = smoothed(grid)
     best = float(values.max())
     is_good = values >= best - tolerance
@@ -192,7 +192,7 @@ def _pasted(
 
 def points_within(region: Region, number: int) -> Points:
     """Points spread over a region, ``(number, A)``."""
-    spread = spread_points(number, len(region.low), seed=1)
+    spread = low_discrepancy_points(number, len(region.low), seed=1)
     return np.asarray(region.low + spread * (region.high - region.low))
 
 

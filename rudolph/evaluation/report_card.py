@@ -1,7 +1,7 @@
 """What a trained model is asked.
 
 To add a question, write a function ``(Subject, Split) -> list[Score]`` and name it in
-``QUESTIONS``.
+``EVALUATORS``.
 """
 
 import time
@@ -12,34 +12,34 @@ from functools import partial
 from typing import Any
 
 from rudolph.data.pairs import SPLITS
-from rudolph.data.splits import Split, Splits, require_place
-from rudolph.evaluation.evaluator import NO_IMAGE, Score, Subject, without_note
+from rudolph.data.splits import Split, Splits, require_dataset_prefix
+from rudolph.evaluation.context import NO_IMAGE, EvaluationContext, Score, ignore_notes
 from rudolph.evaluation.evaluators.captions import caption_f1, caption_metrics
 from rudolph.evaluation.evaluators.choices import (
     image_ranking,
     multiple_choice,
     text_ranking,
-    zero_shot,
+    zero_shot_classification,
 )
-from rudolph.evaluation.evaluators.distributions import clip_scores, picture_distance
+from rudolph.evaluation.evaluators.distributions import clip_score_evaluator, fid_kid
 from rudolph.evaluation.evaluators.images import (
     image_variation,
     inpainting,
-    nearest_in_groups,
-    nearest_picture,
+    nearest_image,
+    nearest_image_by_group,
     reconstruction,
-    scene_right,
+    scene_accuracy,
     self_reranking,
 )
-from rudolph.evaluation.evaluators.numerics import attention_logits, survival
+from rudolph.evaluation.evaluators.numerics import attention_logits, convergence
 from rudolph.evaluation.evaluators.reranking import rerank_curve
 from rudolph.evaluation.evaluators.texts import (
     answer_f1,
-    continuation,
     likelihood,
     math_answers,
-    recognition,
     text_answers,
+    text_continuation,
+    text_recognition,
 )
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -54,11 +54,11 @@ class EvaluationConfig:
     """``questions`` are asked on ``num_examples`` pairs of each of ``splits``.
 
     A question is asked about the pairs of ``data.dataset``, or, as ``words/recognition``, about
-    those of the dataset that it names.  ``clip`` is a source of one that ranks pictures, too.
-    ``no_image`` is what a task without a picture is answered after: ``zeros``, as it was trained,
-    or, ``legacy``, a picture that is drawn for the question first (fbc2_aij2022, inference.py).
+    those of the dataset that it names.  ``clip`` is a source of one that ranks images, too.
+    ``no_image`` is what a task without an image is answered after: ``zeros``, as it was trained,
+    or, ``legacy``, an image that is drawn for the question first (fbc2_aij2022, inference.py).
     With ``half`` 0 or 1 one half of the pairs is asked about: what was chosen on one can be tested
-    on the other.  ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` pictures
+    on the other.  ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` images
     each.
     """
 
@@ -73,10 +73,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for place in self.questions:
-            require_place(place, "questions")
+            require_dataset_prefix(place, "questions")
             name = place.rpartition("/")[2]
-            if name not in QUESTIONS:
-                raise ValueError(f"questions must be of {', '.join(QUESTIONS)}, got {name!r}")
+            if name not in EVALUATORS:
+                raise ValueError(f"questions must be of {', '.join(EVALUATORS)}, got {name!r}")
         for name in self.splits:
             if name not in SPLITS:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
@@ -94,10 +94,10 @@ class EvaluationConfig:
 
 
 # Questions that only pairs of one dataset can answer.
-DATASET_OF_QUESTION = {
-    "nearest_picture": "emoji",
-    "nearest_in_groups": "emoji",
-    "scene_right": "shapes",
+DATASET_OF_EVALUATOR = {
+    "nearest_image": "emoji",
+    "nearest_image_by_group": "emoji",
+    "scene_accuracy": "shapes",
     "inpainting": "shapes",
     "image_variation": "shapes",
     "self_reranking": "shapes",
@@ -105,26 +105,26 @@ DATASET_OF_QUESTION = {
     "continuation": "shapes",
 }
 # Members that an evaluator needs of a dataset: classes, or pairs that are easily mistaken.
-MEMBER_OF_QUESTION = {
-    "zero_shot": "class_of",
-    "text_ranking": "rivals",
-    "image_ranking": "rivals",
+MEMBER_OF_EVALUATOR = {
+    "zero_shot_classification": "class_index",
+    "text_ranking": "hard_negatives",
+    "image_ranking": "hard_negatives",
 }
-QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
-    "nearest_picture": nearest_picture,
-    "nearest_in_groups": nearest_in_groups,
-    "scene_right": scene_right,
+EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
+    "nearest_image": nearest_image,
+    "nearest_image_by_group": nearest_image_by_group,
+    "scene_accuracy": scene_accuracy,
     "caption_f1": caption_f1,
     "caption_metrics": caption_metrics,
-    "picture_distance": picture_distance,
-    "clip_scores": clip_scores,
+    "fid_kid": fid_kid,
+    "clip_score_evaluator": clip_score_evaluator,
     "answer_f1": answer_f1,
     "text_answers": text_answers,
     "math_answers": math_answers,
-    "recognition": recognition,
-    "continuation": continuation,
+    "recognition": text_recognition,
+    "continuation": text_continuation,
     "multiple_choice": multiple_choice,
-    "zero_shot": zero_shot,
+    "zero_shot_classification": zero_shot_classification,
     "text_ranking": text_ranking,
     "image_ranking": image_ranking,
     "inpainting": inpainting,
@@ -132,13 +132,13 @@ QUESTIONS: dict[str, Callable[[Subject, Split], list[Score]]] = {
     "self_reranking": self_reranking,
     "rerank_curve": rerank_curve,
     "likelihood": likelihood,
-    "survival": survival,
+    "survival": convergence,
     "attention_logits": attention_logits,
     "reconstruction": reconstruction,
 }
 
 
-def ask(
+def evaluate_all(
     pipeline: Pipeline,
     config: EvaluationConfig,
     splits: Splits,
@@ -159,19 +159,19 @@ def ask(
             dataset, _, question = place.rpartition("/")
             with stage(f"{place} on {name}") as advance:
                 split = splits(name, dataset or None)
-                subject = Subject(
+                context = EvaluationContext(
                     pipeline,
                     *samplings,
                     num_examples=min(config.num_examples, len(split)),
                     seed=seed,
                     no_image=config.no_image,
                     half=config.half,
-                    on_token=partial(without_note, advance),
+                    on_token=partial(ignore_notes, advance),
                     drawn=drawn,
                 )
                 started = time.monotonic()
-                found = [score.of(dataset) for score in QUESTIONS[question](subject, split)]
-                rate = subject.num_examples / (time.monotonic() - started)
+                found = [score.of(dataset) for score in EVALUATORS[question](context, split)]
+                rate = context.num_examples / (time.monotonic() - started)
                 first = found[0]
                 told = f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}]"
                 advance(1, 1, f"{told}, {rate:.3g} a second")
@@ -180,5 +180,5 @@ def ask(
 
 
 def card_rows(scores: list[Score]) -> list[dict[str, Any]]:
-    """Scores as the rows of a report card, see ``rudolph.reports.cards``."""
+    """Scores as the rows of a report card, see ``rudolph.reports.report_cards``."""
     return [vars(score) | {"score": score.name, "count": score.num_examples} for score in scores]

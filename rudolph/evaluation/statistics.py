@@ -51,11 +51,11 @@ def mean_interval(
     members = cluster_members(clusters, sample.size)
     is_share = bool(np.isin(sample, (0.0, 1.0)).all())
     if is_share and members is None:
-        return share_interval(int(sample.sum()), sample.size)
+        return proportion_interval(int(sample.sum()), sample.size)
     if is_share:
         assert members is not None
         share, size = float(sample.mean()), effective_size(sample, members)
-        return share_interval(share * size, size)._replace(value=share)
+        return proportion_interval(share * size, size)._replace(value=share)
     rng = np.random.default_rng(seed)
     if members is None:
         means = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(1)
@@ -108,7 +108,7 @@ def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, A
     return float(number * min(1.0, independent / clustered)) if clustered > 0 else float(number)
 
 
-def share_interval(successes: float, total: float) -> Estimate:
+def proportion_interval(successes: float, total: float) -> Estimate:
     """A share and Wilson's interval, which holds at 0 and at 1 too.
 
     Args:
@@ -124,7 +124,7 @@ def share_interval(successes: float, total: float) -> Estimate:
     return Estimate(share, low, high)
 
 
-def mean_of_few(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
+def mean_over_seeds(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
     """The mean of a few values, as of seeds, and Student's interval; of one value no interval.
 
     Raises:
@@ -140,7 +140,7 @@ def mean_of_few(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def repeated_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
+def geometric_mean_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
     """The geometric mean of a few repetitions of one measurement and Student's interval.
 
     On logarithms, since times and rates are above 0 and a rate is one over a time.  One value has
@@ -152,14 +152,14 @@ def repeated_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimat
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not (np.isfinite(sample) & (sample > 0)).all():
         raise ValueError(f"an interval needs finite values above 0, got {sample.tolist()}")
-    return Estimate(*map(math.exp, mean_of_few(np.log(sample))))
+    return Estimate(*map(math.exp, mean_over_seeds(np.log(sample))))
 
 
 def ratio_interval(
     numerators: Sequence[float] | np.ndarray[Any, Any],
     denominators: Sequence[float] | np.ndarray[Any, Any],
 ) -> Estimate:
-    """``repeated_interval`` of the ratios of pairs.
+    """``geometric_mean_interval`` of the ratios of pairs.
 
     Repetition k of one is paired with repetition k of the other, so what slows both is no spread.
 
@@ -169,7 +169,7 @@ def ratio_interval(
     above, below = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
     if above.shape != below.shape or not (below > 0).all():
         raise ValueError("ratios need pairs of values above 0")
-    return repeated_interval(above / below)
+    return geometric_mean_interval(above / below)
 
 
 @cache
@@ -207,7 +207,7 @@ def _student_inside(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
 
 
-def resampled_interval(
+def bootstrap_interval(
     statistic: Callable[[np.ndarray[Any, Any]], float],
     number: int,
     *,
@@ -292,7 +292,7 @@ def jackknife_interval(
     return Estimate(value, max(value - half, least), min(value + half, most))
 
 
-class Compared(NamedTuple):
+class PairedDifference(NamedTuple):
     """A mean difference of pairs, the bounds of its 95 % interval, and p of no difference."""
 
     value: float
@@ -301,7 +301,7 @@ class Compared(NamedTuple):
     p_value: float
 
 
-def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> Compared:
+def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
     """The mean of paired differences by Student's t: for a few seeds, whose spread is unknown.
 
     Differences that are all equal have no spread: their bounds are the value and p is 0, or 1
@@ -313,16 +313,16 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> Compared:
     from scipy.stats import t
 
     sample = _differences(differences)
-    found, error = mean_of_few(sample), float(sample.std(ddof=1)) / math.sqrt(sample.size)
+    found, error = mean_over_seeds(sample), float(sample.std(ddof=1)) / math.sqrt(sample.size)
     p_value = float(found.value == 0)
     if error > 0:
         p_value = 2 * float(t.sf(abs(found.value) / error, sample.size - 1))
-    return Compared(*found, p_value)
+    return PairedDifference(*found, p_value)
 
 
 def paired_bootstrap(
     differences: Sequence[float] | np.ndarray[Any, Any], *, seed: int
-) -> Compared:
+) -> PairedDifference:
     """The mean of paired differences by percentile bootstrap over pairs: for tens of examples.
 
     With fewer its interval is too narrow: five resampled pairs have four fifths of the spread.
@@ -337,7 +337,7 @@ def paired_bootstrap(
     # The resample that was seen counts as one, so that p is never 0.
     tails = [(float((means <= 0).sum()) + 1), (float((means >= 0).sum()) + 1)]
     p_value = min(1.0, 2 * min(tails) / (RESAMPLES + 1))
-    return Compared(float(sample.mean()), float(low), float(high), p_value)
+    return PairedDifference(float(sample.mean()), float(low), float(high), p_value)
 
 
 def _differences(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -374,7 +374,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def detectable_effect(spread: float, pairs: int) -> float:
+def minimum_detectable_effect(spread: float, pairs: int) -> float:
     """The difference that so many pairs show with a power of 80 %, by Student's t.
 
     Args:
@@ -403,11 +403,11 @@ def pairs_needed(spread: float, effect: float) -> int:
     if effect <= 0:
         raise ValueError(f"an effect must be above 0, got {effect}")
     low, high = 1, 2
-    while detectable_effect(spread, high) > effect:
+    while minimum_detectable_effect(spread, high) > effect:
         low, high = high, 2 * high
     # Between what is too few and what is enough.
     while high - low > 1:
         middle = (low + high) // 2
-        is_enough = detectable_effect(spread, middle) <= effect
+        is_enough = minimum_detectable_effect(spread, middle) <= effect
         low, high = (low, middle) if is_enough else (middle, high)
     return high

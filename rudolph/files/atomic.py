@@ -2,7 +2,8 @@
 
 A file is written beside its place and renamed, so a killed process or a full disk leaves the old
 file or the new one.  Libraries report failed writes in many ways, often without a file name;
-``naming`` turns all of them into one ``OSError`` with the path, which ``explain`` puts in a line.
+``naming_file`` turns all of them into one ``OSError`` with the path, which ``explain_os_error``
+puts in a line.
 """
 
 import errno
@@ -47,7 +48,7 @@ class DamagedFileError(ValueError):
         self.path, self.reason = path, reason
 
 
-def explain(error: OSError) -> str:
+def explain_os_error(error: OSError) -> str:
     """Return one line: the file, what failed and what to do."""
     number: int | None = error.errno
     reason, name = error.strerror, error.filename
@@ -65,7 +66,7 @@ def explain(error: OSError) -> str:
 
 
 @contextmanager
-def naming(path: Path, *, written: Path | None = None) -> Iterator[None]:
+def naming_file(path: Path, *, written: Path | None = None) -> Iterator[None]:
     """Give every failed read or write inside the name of the file.
 
     Args:
@@ -93,7 +94,7 @@ def naming(path: Path, *, written: Path | None = None) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file with ``write(new)`` beside its place, then rename it.
 
     A link stays, and so does a device such as ``/dev/stdout``, which is written directly.
@@ -103,7 +104,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     place = Path(os.path.realpath(path))
     new = place.with_name(f"{place.name}.{os.getpid()}.new")
-    with naming(path, written=new):
+    with naming_file(path, written=new):
         if place.exists() and not (place.is_file() or place.is_dir()):
             write(place)
             return
@@ -120,7 +121,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8, whole or not at all."""
-    write_whole(path, lambda new: new.write_bytes(text.encode()))
+    write_atomic(path, lambda new: new.write_bytes(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -195,7 +196,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OSError: naming the file.
     """
-    with naming(path):
+    with naming_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -253,7 +254,7 @@ def read_mapping(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]
     return content
 
 
-def set_aside(path: Path) -> Path:
+def rename_damaged(path: Path) -> Path:
     """Rename a damaged file or folder to ``<name>.damaged``; return its new path."""
     aside, count = path.with_name(f"{path.name}{DAMAGED}"), 1
     while os.path.lexists(aside):
@@ -263,7 +264,7 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def say_once(line: str) -> None:
+def warn_once(line: str) -> None:
     """Warn with a line that this process has not said before."""
     if line not in _said:
         _said.add(line)

@@ -48,7 +48,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML ({_reason(error)})") from error
     _require_tree(path, content)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got {short(content)}")
+        raise ConfigError(f"{path}: must be a mapping of keys, got {short_repr(content)}")
     return content
 
 
@@ -57,9 +57,9 @@ def parse_yaml(text: str) -> Any:
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML, got {short(text)}") from error
+        raise ConfigError(f"not YAML, got {short_repr(text)}") from error
     except YAML_ERRORS as error:
-        raise ConfigError(f"not YAML ({_reason(error)}), got {short(text)}") from error
+        raise ConfigError(f"not YAML ({_reason(error)}), got {short_repr(text)}") from error
     _require_tree(Path("command line"), content)
     return content
 
@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
         return "nested too deeply"
     if isinstance(error, AttributeError | KeyError):
         return "a value does not fit its tag"
-    return short(str(error)).strip("'\"")
+    return short_repr(str(error)).strip("'\"")
 
 
 def _require_tree(path: Path, content: Any) -> None:
@@ -94,7 +94,7 @@ def _require_tree(path: Path, content: Any) -> None:
         )
 
 
-def to_yaml(content: Mapping[str, Any]) -> str:
+def dump_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
 
 
@@ -106,17 +106,17 @@ def require_keys(path: Path, content: Mapping[str, Any], kinds: Mapping[str, typ
     """Raise ``ConfigError`` for a key that is not legal or a value that is of another kind."""
     for key, value in content.items():
         if key not in kinds:
-            raise unknown_key(path, key, key, kinds)
+            raise unknown_key_error(path, key, key, kinds)
         if not isinstance(value, kinds[key]):
-            raise mistake(path, key, f"must be a {KIND_NAMES[kinds[key]]}", value)
+            raise setting_error(path, key, f"must be a {KIND_NAMES[kinds[key]]}", value)
 
 
 def require_distinct(path: Path, place: str, values: Any) -> None:
     """Raise ``ConfigError`` unless ``values`` is a list of different values, at least one."""
     if not isinstance(values, list) or not values:
-        raise mistake(path, place, "must be a list with at least one value", values)
+        raise setting_error(path, place, "must be a list with at least one value", values)
     if len({json.dumps(value, default=str) for value in values}) < len(values):
-        raise mistake(path, place, "must not hold a value twice", values)
+        raise setting_error(path, place, "must not hold a value twice", values)
 
 
 def flat_settings(
@@ -129,10 +129,10 @@ def flat_settings(
     def add(key: str, value: Any) -> None:
         where = f"{place}.{key}" if place else key
         if key not in known:
-            raise unknown_key(path, where, key, known)
+            raise unknown_key_error(path, where, key, known)
         if known[key]:
             if not isinstance(value, dict):
-                raise mistake(path, where, "must be a mapping", value)
+                raise setting_error(path, where, "must be a mapping", value)
             for inner, below in value.items():
                 add(f"{key}.{inner}", below)
         elif key in flat:
@@ -145,7 +145,7 @@ def flat_settings(
     return flat
 
 
-def typed(path: Path, kind: Any, content: Any, place: str = "") -> Any:
+def validate(path: Path, kind: Any, content: Any, place: str = "") -> Any:
     """``content`` as ``kind``; ``ConfigError`` for its first mistake."""
     # Needed only to read files, not to build a configuration in code.
     from pydantic import ValidationError
@@ -158,7 +158,7 @@ def typed(path: Path, kind: Any, content: Any, place: str = "") -> Any:
         raise ConfigError(f"{path}: {_line(first, kind, place)}") from error
     for where, value in _leaves(content, place):
         if isinstance(value, float) and not math.isfinite(value):
-            raise mistake(path, where, "must be a finite number", value)
+            raise setting_error(path, where, "must be a finite number", value)
     return found
 
 
@@ -172,7 +172,7 @@ def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, content
 
 
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as nested mappings."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():
@@ -184,7 +184,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def unknown_key(path: Path, place: str, key: str, legal: Iterable[str]) -> ConfigError:
+def unknown_key_error(path: Path, place: str, key: str, legal: Iterable[str]) -> ConfigError:
     legal = list(legal)
     parent = key.rpartition(".")[0]
     beside = [each for each in legal if each.rpartition(".")[0] == parent]
@@ -195,8 +195,8 @@ def unknown_key(path: Path, place: str, key: str, legal: Iterable[str]) -> Confi
     )
 
 
-def mistake(path: Path, place: str, rule: str, value: Any) -> ConfigError:
-    return ConfigError(f"{path}: {place}: {rule}, got {short(value)}")
+def setting_error(path: Path, place: str, rule: str, value: Any) -> ConfigError:
+    return ConfigError(f"{path}: {place}: {rule}, got {short_repr(value)}")
 
 
 def did_you_mean(given: str, legal: Iterable[str]) -> str:
@@ -209,7 +209,7 @@ def did_you_mean(given: str, legal: Iterable[str]) -> str:
     return f"; did you mean {best[0]}?" if best else ""
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value on one line, cut to 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -293,7 +293,7 @@ def _line(found: Any, kind: Any, place: str) -> str:
         names = [each.name for each in fields(kind)]
         return f"{key}: unknown key; legal are {', '.join(names)}{did_you_mean(parts[-1], names)}"
     expected = found["msg"].removeprefix("Input should be ")
-    return f"{key}: must be {expected}, got {short(found['input'])}"
+    return f"{key}: must be {expected}, got {short_repr(found['input'])}"
 
 
 def _nearest_value(message: str) -> str:

@@ -26,14 +26,14 @@ from rudolph.sequence.tasks import NO_IMAGE_CODE, TASKS
 OnToken = Callable[[int, int], None]
 
 
-class Answer(NamedTuple):
+class GeneratedText(NamedTuple):
     """A text and its log-likelihood in nats, of its ``EOS`` too where it has one."""
 
     text: str
     log_likelihood: float
 
 
-def prompts(
+def answer_prompts(
     pipeline: TrainedModels,
     task: str,
     *,
@@ -44,23 +44,23 @@ def prompts(
     """What stands before the answers of a task with a right text, ``(B, T)``.
 
     Args:
-        indices: ``(B, I)``, the pictures; None, for the codes that stand for none, where the task
-            has no pictures.
+        indices: ``(B, I)``, the images; None, for the codes that stand for none, where the task
+            has no images.
         questions: one for each prompt, where the task has them.
         number: of prompts, where neither says it.
 
     Raises:
-        ValueError: when pictures or questions are missing, too many, or not as many.
+        ValueError: when images or questions are missing, too many, or not as many.
     """
     row = TASKS[task]
     if row.image != "none" and indices is None:
-        raise ValueError(f"{task}: pictures must be given")
+        raise ValueError(f"{task}: images must be given")
     if row.has_question != (questions is not None):
         raise ValueError(f"{task}: questions must be given exactly where a task has them")
     counts = [len(each) for each in (indices, questions) if each is not None] or [number or 1]
     size = counts[0]
     if counts[-1] != size:
-        raise ValueError(f"questions must be one for each of {size} pictures, got {counts[-1]}")
+        raise ValueError(f"questions must be one for each of {size} images, got {counts[-1]}")
     left = _lefts(pipeline, task, list(questions or [""] * size))
     if indices is None:
         layout = pipeline.decoder.layout
@@ -70,7 +70,7 @@ def prompts(
     return torch.cat([left, indices.to(left), begun.expand(size, -1)], dim=1)
 
 
-def imagined(
+def imagined_images(
     pipeline: TrainedModels,
     task: str,
     questions: Sequence[str],
@@ -78,9 +78,9 @@ def imagined(
     config: TokenSamplingConfig,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Pictures ``(B, I)`` drawn for questions, one each by its seed, without guidance.
+    """Images ``(B, I)`` drawn for questions, one each by its seed, without guidance.
 
-    fbc2_aij2022 answers questions that have no picture after such a one.
+    fbc2_aij2022 answers questions that have no image after such a one.
     """
     left = _lefts(pipeline, task, questions).to(pipeline.device)
     plain = replace(config, guidance=None)
@@ -98,7 +98,7 @@ def _lefts(pipeline: TrainedModels, task: str, questions: Sequence[str]) -> Tens
     return torch.stack([lefts[text] for text in questions])
 
 
-def answer(
+def sample_answers(
     pipeline: TrainedModels,
     tokens: Tensor,
     *,
@@ -124,13 +124,13 @@ def answer(
             config=config,
             seeds=seeds[own],
             allowed=allowed,
-            on_token=counted(on_token, own, len(seeds), pipeline.decoder, tokens.shape[1]),
+            on_token=batch_progress(on_token, own, len(seeds), pipeline.decoder, tokens.shape[1]),
         )
         texts += [pipeline.tokenizer.decode(ids) for ids in drawn.tolist()]
     return texts
 
 
-def likeliest(
+def beam_answers(
     pipeline: TrainedModels,
     tokens: Tensor,
     *,
@@ -138,14 +138,14 @@ def likeliest(
     num_beams: int | None = None,
     length_penalty: float = 0.0,
     allowed: Tensor | None = None,
-) -> list[list[Answer]]:
+) -> list[list[GeneratedText]]:
     """Of each prompt ``(B, T)`` the ``number`` likeliest texts that beam search finds, best first.
 
     Args:
         num_beams: as many as ``number`` when None.
     """
     width = max(num_beams or number, number)
-    found: list[list[Answer]] = []
+    found: list[list[GeneratedText]] = []
     for first in range(0, len(tokens), max(pipeline.batch_size // width, 1)):
         part = tokens[first : first + max(pipeline.batch_size // width, 1)]
         beams = search_text(
@@ -157,31 +157,33 @@ def likeliest(
         )
         for ids, values in zip(beams.ids.tolist(), beams.log_likelihoods.tolist(), strict=True):
             pairs = zip(ids[:number], values[:number], strict=True)
-            found.append([Answer(pipeline.tokenizer.decode(text), value) for text, value in pairs])
+            found.append(
+                [GeneratedText(pipeline.tokenizer.decode(text), value) for text, value in pairs]
+            )
     return found
 
 
-class Judged(NamedTuple):
+class ChoiceLogLikelihoods(NamedTuple):
     """Log-likelihoods of choices ``(B, C)``, in nats, and their numbers of tokens ``(B, C)``."""
 
     log_likelihoods: Tensor
     num_tokens: Tensor
 
     @property
-    def a_token(self) -> Tensor:
+    def per_token(self) -> Tensor:
         """Log-likelihood a token, ``(B, C)``: what orders texts of different lengths."""
         return self.log_likelihoods / self.num_tokens
 
 
 @torch.inference_mode()
-def judge(
+def score_choices(
     pipeline: TrainedModels,
     task: str,
     tokens: Tensor,
     choices: Sequence[Sequence[str]],
     *,
     on_batch: Callable[[int, int], None] | None = None,
-) -> Judged:
+) -> ChoiceLogLikelihoods:
     """How likely each of C choices is as the right text after its prompt ``(B, T)``.
 
     The distribution is that which texts are drawn from at temperature 1, without filters.  Every
@@ -194,37 +196,39 @@ def judge(
     rights = {name: pipeline.texts(task, name).right for name in names}
     start = tokens.shape[1] - pipeline.decoder.layout.right_text_start
     longest = max(int((right != PAD).sum()) for right in rights.values())
-    parts: list[Judged] = []
+    parts: list[ChoiceLogLikelihoods] = []
     step = max(pipeline.batch_size // counts.pop(), 1)
     for first in range(0, len(tokens), step):
         own = choices[first : first + step]
         texts = torch.stack([rights[name][start:longest] for each in own for name in each])
         found = _judged(pipeline.decoder, tokens[first : first + step], texts, pipeline.device)
-        parts.append(Judged(*(each.view(len(own), -1).cpu() for each in found)))
+        parts.append(ChoiceLogLikelihoods(*(each.view(len(own), -1).cpu() for each in found)))
         if on_batch is not None:
             on_batch(min(first + step, len(tokens)), len(tokens))
-    return Judged(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    return ChoiceLogLikelihoods(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def _judged(
-    model: MaskedDecoder, prompts: Tensor, texts: Tensor, device: torch.device
+    model: MaskedDecoder, answer_prompts: Tensor, texts: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihoods and lengths ``(B * C,)`` of texts ``(B * C, N)``, after ``(B, T)``."""
-    prompts, texts = prompts.to(device), texts.to(device)
-    num_choices, length = len(texts) // len(prompts), texts.shape[1]
-    cache = model.new_cache(len(prompts), num_positions=model.num_leading + prompts.shape[1])
-    hidden = model.hidden(prompts, cache)[:, -1:].repeat_interleave(num_choices, dim=0)
+    answer_prompts, texts = answer_prompts.to(device), texts.to(device)
+    num_choices, length = len(texts) // len(answer_prompts), texts.shape[1]
+    cache = model.new_cache(
+        len(answer_prompts), num_positions=model.num_leading + answer_prompts.shape[1]
+    )
+    hidden = model.hidden(answer_prompts, cache)[:, -1:].repeat_interleave(num_choices, dim=0)
     if length > 1:
         cache = cache.repeat(num_choices, num_positions=length - 1)
         hidden = torch.cat([hidden, model.hidden(texts[:, :-1], cache)], dim=1)
-    is_judged = texts != PAD
+    uses_discriminator = texts != PAD
     is_legal = legal_ids(model, None)
-    logits = model.text_logits(hidden[is_judged])[:, : len(is_legal)].float()
+    logits = model.text_logits(hidden[uses_discriminator])[:, : len(is_legal)].float()
     logits = logits.masked_fill(~is_legal, -torch.inf)
-    losses = F.cross_entropy(logits, texts[is_judged], reduction="none").double()
+    losses = F.cross_entropy(logits, texts[uses_discriminator], reduction="none").double()
     total = torch.zeros(texts.shape, dtype=torch.float64, device=device)
-    total[is_judged] = -losses
-    return total.sum(1), is_judged.sum(1)
+    total[uses_discriminator] = -losses
+    return total.sum(1), uses_discriminator.sum(1)
 
 
 def continue_texts(
@@ -254,18 +258,18 @@ def continue_texts(
     known = torch.full((len(texts), length - shared), FREE)
     for row, each in enumerate(begun):
         known[row, : len(each) - shared] = each[shared:]
-    prompts = torch.stack([each[:shared] for each in begun])
+    answer_prompts = torch.stack([each[:shared] for each in begun])
     found: list[str] = []
     for rows, own in pipeline.batches(len(texts), len(seeds)):
         drawn = generate_text(
             pipeline.decoder,
-            prompts[rows].to(pipeline.device),
+            answer_prompts[rows].to(pipeline.device),
             config=config,
             seeds=seeds[own],
             known=known[rows],
-            on_token=counted(on_token, own, len(seeds), pipeline.decoder, shared),
+            on_token=batch_progress(on_token, own, len(seeds), pipeline.decoder, shared),
         )
-        whole = torch.cat([prompts[rows].to(drawn), drawn], dim=1)
+        whole = torch.cat([answer_prompts[rows].to(drawn), drawn], dim=1)
         found += [pipeline.tokenizer.decode(ids) for ids in whole.tolist()]
     return found
 
@@ -279,7 +283,7 @@ def ids_of(pipeline: TrainedModels, characters: str) -> Tensor:
     return is_legal
 
 
-def counted(
+def batch_progress(
     on_token: OnToken | None, rows: slice, num_rows: int, model: MaskedDecoder, start: int
 ) -> Callable[[int], None] | None:
     """Progress of the rows of one batch, whose segment goes on at ``start``, as that of all."""

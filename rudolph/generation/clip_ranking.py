@@ -1,9 +1,9 @@
-"""Which pictures fit a text best, by CLIP; zero-shot classes; retrieval among many pairs.
+"""Which images fit a text best, by CLIP; zero-shot classes; retrieval among many pairs.
 
 Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``; Radford 2021
 (arXiv:2103.00020) for retrieval.
 
-Shapes: B texts, P pictures, C classes, N pairs, L text tokens, E embedding dim, H and W pixels.
+Shapes: B texts, P images, C classes, N pairs, L text tokens, E embedding dim, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class ClipRanker:
         return torch.stack([self.tokenizer.encode_segment(text, length).ids for text in texts])
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Pictures ``(P, 3, H, W)`` in [0, 1] as the model reads them: centre square, resized."""
+        """Images ``(P, 3, H, W)`` in [0, 1] as the model reads them: centre square, resized."""
         size = self.clip.config.image_resolution
         return pixel_values(images, size, mean=self.mean, std=self.std)
 
@@ -71,9 +71,9 @@ class ClipRanker:
     def features(
         self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1], not normalised, on the CPU.
+        """Features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1], not normalised, on the CPU.
 
-        What distances between sets of pictures (FID, KID) are taken of.
+        What distances between sets of images (FID, KID) are taken of.
         """
         dtype = self.clip.visual.conv1.weight.dtype
         features = torch.zeros(len(images), self.clip.config.embed_dim)
@@ -88,7 +88,7 @@ class ClipRanker:
     def image_features(
         self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Normalised features ``(P, E)`` of pictures ``(P, 3, H, W)`` in [0, 1]."""
+        """Normalised features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1]."""
         return F.normalize(self.features(images, on_batch=on_batch), dim=-1)
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class ClipRanker:
         *,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Cosines ``(P, B)`` of pictures ``(P, 3, H, W)`` in [0, 1] and texts; more is better."""
+        """Cosines ``(P, B)`` of images ``(P, 3, H, W)`` in [0, 1] and texts; more is better."""
         return self.image_features(images, on_batch=on_batch) @ self.text_features(texts).t()
 
     def classify(self, images: Tensor, classes: Sequence[str]) -> Tensor:
@@ -133,7 +133,7 @@ def retrieval_recalls(
     that are all alike find nothing.
 
     Args:
-        images: ``(N, E)``, normalised features of the pictures.
+        images: ``(N, E)``, normalised features of the images.
         texts: ``(N, E)``, those of their captions.
         image_numbers: ``(N,)`` int64, equal where images are equal.
         captions: ``(N,)`` int64, equal where captions are equal texts.
@@ -141,7 +141,7 @@ def retrieval_recalls(
     Returns:
         ``image_to_text/recall_at_1`` and so on, each in [0, 1].
     """
-    gallery = Gallery.of(image_numbers, captions)
+    gallery = RetrievalSet.of(image_numbers, captions)
     ranks = gallery.ranks(images[gallery.images], texts[gallery.texts])
     return {
         f"{way}/recall_at_{k}": (rank <= k).double().mean().item()
@@ -150,7 +150,7 @@ def retrieval_recalls(
     }
 
 
-class Gallery(NamedTuple):
+class RetrievalSet(NamedTuple):
     """The different images and texts of pairs, and which of them belong together.
 
     ``images`` (P,) and ``texts`` (B,) are the pairs in which each stands first; ``right`` (R, 2)
@@ -162,7 +162,7 @@ class Gallery(NamedTuple):
     right: Tensor
 
     @classmethod
-    def of(cls, image_numbers: Tensor, captions: Tensor) -> "Gallery":
+    def of(cls, image_numbers: Tensor, captions: Tensor) -> "RetrievalSet":
         """The gallery of pairs whose images and captions have these numbers, ``(N,)`` each."""
         sides = [
             np.unique(numbers.cpu().numpy(), return_index=True, return_inverse=True)[1:]

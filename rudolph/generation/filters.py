@@ -123,7 +123,7 @@ FILTERS: dict[str, Callable[[Tensor, TokenSamplingConfig], Tensor]] = {
 }
 
 
-def next_shares(
+def next_probabilities(
     logits: Tensor, config: TokenSamplingConfig, unconditional: Tensor | None = None
 ) -> Tensor:
     """The distribution that a next token is drawn from, ``(B, V)``.
@@ -134,14 +134,14 @@ def next_shares(
     if config.guidance is None or unconditional is None:
         return filter_logits(logits.float(), config).softmax(-1)
     if config.guidance_kind == "extrapolation":
-        led = guided(logits.float(), unconditional.float(), config.guidance)
+        led = apply_guidance(logits.float(), unconditional.float(), config.guidance)
         return filter_logits(led, config).softmax(-1)
     both = torch.stack([logits, unconditional]).float()
     shares = filter_logits(both.flatten(0, 1), config).softmax(-1).view_as(both)
     return torch.lerp(shares[0], shares[1], config.guidance)
 
 
-def draw(shares: Tensor, uniform: Tensor) -> Tensor:
+def sample_token(shares: Tensor, uniform: Tensor) -> Tensor:
     """One token a row of ``(B, V)``, by inverting the distribution function at ``uniform`` (B,).
 
     A row depends on its own number alone, so a sample is the same in a batch of any size.
@@ -153,6 +153,6 @@ def draw(shares: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(drawn, last).squeeze(-1)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """``u + s (c - u)`` (Ho and Salimans 2022): 1 is no guidance, 0 no condition."""
     return unconditional + scale * (conditional - unconditional)

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rudolph.generation.filters import TokenSamplingConfig, next_shares
-from rudolph.generation.noise import COUPLINGS
+from rudolph.generation.filters import TokenSamplingConfig, next_probabilities
+from rudolph.generation.noise import NOISES
 from rudolph.models.layers.kv_cache import KeyValueCache
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD
@@ -52,7 +52,7 @@ def generate_image(
         unconditional: ``(l,)``, the left text that guidance leads away from.
         known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
         window: tokens a call; the indices are the same for every window, up to rounding.
-        coupling: a name in ``COUPLINGS``.
+        coupling: a name in ``NOISES``.
         on_token: called after each call with the number of tokens done.
 
     Raises:
@@ -61,24 +61,26 @@ def generate_image(
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+    if coupling not in NOISES:
+        raise ValueError(f"coupling must be one of {', '.join(NOISES)}, got {coupling!r}")
     num_new, num_codes = model.layout.num_image_tokens, model.vocabulary.codebook_size
     prompts = left
     if config.guidance is not None:
         if unconditional is None:
             raise ValueError("guidance needs an unconditional left text")
         prompts = torch.cat([left, unconditional.expand_as(left)])
-    noise = COUPLINGS[coupling].noise(seeds, num_new, num_codes).to(left.device)
+    noise = NOISES[coupling].noise(seeds, num_new, num_codes).to(left.device)
     if known is None:
         known = torch.full((len(left), num_new), FREE)
 
     def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
         width = hidden.shape[1]
         logits = model.image_logits(hidden)[..., :num_codes].flatten(0, 1)
-        shares = next_shares(logits[: len(rows) * width], config, logits[len(rows) * width :])
+        shares = next_probabilities(
+            logits[: len(rows) * width], config, logits[len(rows) * width :]
+        )
         own = noise[:, start : start + width].flatten(0, 1)
-        return COUPLINGS[coupling].draw(shares, own).view(-1, width)
+        return NOISES[coupling].draw(shares, own).view(-1, width)
 
     return _generate(
         model,
@@ -112,7 +114,7 @@ def generate_text(
         allowed: ``(V,)`` bool over BPE ids, those that may be drawn; ``EOS`` always may.
     """
     num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
-    noise = COUPLINGS["inversion"].noise(seeds, num_new, 0).to(tokens.device)
+    noise = NOISES["inversion"].noise(seeds, num_new, 0).to(tokens.device)
     if known is None:
         known = torch.full((len(tokens), num_new), FREE)
     is_legal = legal_ids(model, allowed)
@@ -121,7 +123,7 @@ def generate_text(
         logits = model.text_logits(hidden[:, 0])[:, : len(is_legal)]
         logits = logits.masked_fill(~is_legal, -torch.inf)
         own = noise[rows, start]
-        return COUPLINGS["inversion"].draw(next_shares(logits, config), own)[:, None]
+        return NOISES["inversion"].draw(next_probabilities(logits, config), own)[:, None]
 
     drawn = _generate(
         model,
@@ -185,8 +187,8 @@ def _generate(
     given, last, copies = places[0], places[-1], len(prompts) // len(known)
     # What all have at the beginning is read with the prompt, once for all of its samples.
     prompts = torch.cat([prompts, known[:, :given].repeat(copies, 1)], dim=1)
-    num_shared = model.num_leading + prompts.shape[1]
-    cache = model.new_cache(len(prompts), num_positions=num_shared)
+    num_prefix = model.num_leading + prompts.shape[1]
+    cache = model.new_cache(len(prompts), num_positions=num_prefix)
     hidden = model.hidden(prompts, cache)[:, -1:].repeat_interleave(num_samples, dim=0)
     cache = cache.repeat(num_samples, num_positions=last - given)
     is_free, tokens = tokens == FREE, tokens.clamp(min=PAD)
@@ -215,7 +217,7 @@ def _generate(
         guessed, end = end, min(done + window, last + 1)
         _guess(tokens, is_free, range(guessed, end - 1), model.layout.image_tokens_per_dim)
         # What was read after a wrong guess is forgotten, and the guess itself is read anew.
-        cache.length = num_shared + final - 1 - given
+        cache.length = num_prefix + final - 1 - given
         new = tokens[rows.flatten(), final - 1 : end - 1].repeat(copies, 1)
         hidden = model.hidden(new, cache)[:, done - end :]
 

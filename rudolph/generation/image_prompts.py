@@ -1,4 +1,4 @@
-"""A picture that is partly given: borders, any region, or a share of it to be kept.
+"""An image that is partly given: borders, any region, or a share of it to be kept.
 
 What is given is read by the VQ-GAN and stands in the sequence as it is; the rest is drawn.  The
 decoder draws row by row, so it sees what is given above and left of a token, and what is below
@@ -30,7 +30,7 @@ def border_mask(borders: Mapping[str, int], side: int) -> Tensor:
             [1, 1, 0]], dtype=torch.int32)
 
     Raises:
-        ValueError: for an unknown side, or a border that is no part of the picture.
+        ValueError: for an unknown side, or a border that is no part of the image.
     """
     is_given = torch.zeros(side, side, dtype=torch.bool)
     for name, width in borders.items():
@@ -62,7 +62,7 @@ def parse_borders(text: str) -> dict[str, int]:
     return borders
 
 
-def mask_of_picture(mask: Tensor, side: int) -> Tensor:
+def token_mask(mask: Tensor, side: int) -> Tensor:
     """Which tokens of a grid are given, from a mask ``(H, W)`` that is true where pixels are.
 
     A token is given when all of its pixels are.
@@ -77,19 +77,19 @@ def mask_of_picture(mask: Tensor, side: int) -> Tensor:
 def known_indices(
     vqgan: VQGAN, image: Tensor, is_given: Tensor, *, crop_first: bool = False
 ) -> Tensor:
-    """Indices ``(I,)`` of a picture ``(3, H, W)`` in [0, 1] where given (h, w), else ``FREE``.
+    """Indices ``(I,)`` of an image ``(3, H, W)`` in [0, 1] where given (h, w), else ``FREE``.
 
     Args:
         crop_first: nothing but what is given may tell its indices: what is free is grey while
-            the picture is read.  The reference reads each border as a picture of its own instead.
+            the image is read.  The reference reads each border as an image of its own instead.
 
     Raises:
-        ValueError: when the picture is not of the grid's size.
+        ValueError: when the image is not of the grid's size.
     """
     factor = vqgan.config.factor
     expected = (3, *(side * factor for side in is_given.shape))
     if image.shape != expected:
-        raise ValueError(f"the picture must be {expected}, got {tuple(image.shape)}")
+        raise ValueError(f"the image must be {expected}, got {tuple(image.shape)}")
     if crop_first:
         pixels = is_given.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         image = torch.where(pixels.to(image.device), image, 0.5)
@@ -99,11 +99,11 @@ def known_indices(
 
 def variation_mask(share: float, side: int, generator: torch.Generator) -> Tensor:
     """Tokens of a ``(side, side)`` grid that stay when a share of them is drawn anew at random."""
-    require_share(share)
+    require_fraction(share)
     return torch.rand(side, side, generator=generator) >= share
 
 
-def require_share(share: float) -> None:
+def require_fraction(share: float) -> None:
     """Raise ``ValueError`` unless a fraction of an image can be sampled again."""
     if not 0 < share <= 1:
         raise ValueError(f"the share to draw anew must be in (0, 1], got {share}")

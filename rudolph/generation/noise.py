@@ -1,11 +1,11 @@
 """How a token follows from its distribution and from noise that is fixed before it.
 
-``inversion`` takes one number a token and inverts the distribution function.  ``race`` takes a
-time for every code, and the code that comes first is drawn; it draws other tokens, of the same
-probabilities, and draws from two distributions that are near differ less often, so guesses of
-several tokens at once (``generate``) are right more often.
+``inversion`` takes one number a token and inverts the distribution function.
+``exponential_race`` takes a time for every code, and the code that comes first is drawn; it draws
+other tokens, of the same probabilities, and draws from two distributions that are near differ
+less often, so guesses of several tokens at once (``generate``) are right more often.
 
-To add a coupling, write its noise and its draw and name them in ``COUPLINGS``.
+To add a coupling, write its noise and its draw and name them in ``NOISES``.
 
 Shapes: B samples, N new tokens, V codes.
 """
@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rudolph.generation.filters import draw
+from rudolph.generation.filters import sample_token
 
 
-class Coupling(NamedTuple):
-    """``noise(seeds, N, V)`` is ``(B, N, ...)``; ``draw(shares, noise)`` has a row a token."""
+class SamplingNoise(NamedTuple):
+    """``noise(seeds, N, V)`` is ``(B, N, ...)``; ``sample_token(shares, noise)`` has a row a
+    token."""
 
     noise: Callable[[Sequence[int], int, int], Tensor]
     draw: Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +36,7 @@ def uniform_numbers(seeds: Sequence[int], num_new: int, num_codes: int = 0) -> T
     return torch.stack(rows)
 
 
-def race_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Tensor:
+def exponential_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Tensor:
     """Exponential times above 0, ``(len(seeds), N, V)``: one stream a sample, by its seed.
 
     Of 1024 tokens of 8192 codes these are 32 MiB a sample.
@@ -49,7 +50,7 @@ def race_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Tensor:
     return torch.stack(rows).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def race(shares: Tensor, times: Tensor) -> Tensor:
+def exponential_race(shares: Tensor, times: Tensor) -> Tensor:
     """One token a row of ``(B, V)``: the first, as each comes at its time over its share.
 
     From distributions of total variation d the tokens are the same with a probability of at least
@@ -58,7 +59,7 @@ def race(shares: Tensor, times: Tensor) -> Tensor:
     return (shares / times).argmax(-1)
 
 
-COUPLINGS = {
-    "inversion": Coupling(uniform_numbers, draw),
-    "race": Coupling(race_times, race),
+NOISES = {
+    "inversion": SamplingNoise(uniform_numbers, sample_token),
+    "race": SamplingNoise(exponential_times, exponential_race),
 }

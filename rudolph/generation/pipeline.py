@@ -1,6 +1,6 @@
-"""Text to pictures and pictures to text with a trained tokenizer, VQ-GAN and decoder.
+"""Text to images and images to text with a trained tokenizer, VQ-GAN and decoder.
 
-Shapes: B texts or pictures, S samples of each, I image tokens, H and W pixels.
+Shapes: B texts or images, S samples of each, I image tokens, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
-from rudolph.generation.answering import answer, counted, prompts
+from rudolph.generation.answering import answer_prompts, batch_progress, sample_answers
 from rudolph.generation.clip_ranking import ClipRanker
-from rudolph.generation.enlarge import enlarge
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.generate import generate_image
-from rudolph.generation.ranking import PERPLEXITIES, rank_pictures
+from rudolph.generation.ranking import PERPLEXITIES, rank_images
+from rudolph.generation.tiled_upscaling import upscale_tiled
 from rudolph.generation.trained_models import TrainedModels
-from rudolph.models.cpu.prepacked_linear import pack_as_held
+from rudolph.models.cpu.prepacked_linear import prepack_in_own_dtype
 from rudolph.models.upscaler import Upscaler
 
 OnToken = Callable[[int, int], None]
@@ -30,10 +30,10 @@ RANKS = ("none", "self", "clip")
 class Request:
     """What ``Pipeline.generate`` is asked for beside the text.
 
-    ``keep`` of ``number`` pictures stay, the best by ``rank``: ``self`` (the decoder's own
+    ``keep`` of ``number`` images stay, the best by ``rank``: ``self`` (the decoder's own
     perplexity), ``clip`` or ``none``.  ``known`` (I,) are indices that are given and not drawn,
     ``FREE`` where they are.  With a ``window`` above 1 so many tokens are guessed at once, and
-    other pictures are drawn, of the same distribution.
+    other images are drawn, of the same distribution.
     """
 
     number: int = 8
@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture ``(3, H, W)`` in [0, 1], its indices ``(I,)``, its seed and its scores."""
+    """An image ``(3, H, W)`` in [0, 1], its indices ``(I,)``, its seed and its scores."""
 
     image: Tensor
     indices: Tensor
@@ -94,14 +94,14 @@ class Pipeline(TrainedModels):
     upscaler: Upscaler | None = None
 
     def to(
-        self, device: torch.device | str, *, picture_dtype: torch.dtype | None = None
+        self, device: torch.device | str, *, image_dtype: torch.dtype | None = None
     ) -> "Pipeline":
-        """Move the networks; ``picture_dtype`` is for the VQ-GAN and the upscaler."""
+        """Move the networks; ``image_dtype`` is for the VQ-GAN and the upscaler."""
         clip = self.clip.clip if self.clip is not None else None
         for network in (self.vqgan, self.decoder, clip, self.upscaler):
             if network is not None:
-                is_of_pictures = network is self.vqgan or network is self.upscaler
-                network.to(device, picture_dtype if is_of_pictures else None)
+                is_of_images = network is self.vqgan or network is self.upscaler
+                network.to(device, image_dtype if is_of_images else None)
         return self
 
     def pack(
@@ -124,7 +124,7 @@ class Pipeline(TrainedModels):
             ValueError: where torch cannot compile.
         """
         num_rows = min(number, self.batch_size) * (1 if config.guidance is None else 2) * window
-        pack_as_held(self.decoder, num_rows=num_rows, is_compiled=is_compiled)
+        prepack_in_own_dtype(self.decoder, num_rows=num_rows, is_compiled=is_compiled)
 
     def generate(
         self,
@@ -195,7 +195,7 @@ class Pipeline(TrainedModels):
         order = list(range(len(candidates)))
         if request.rank == "self":
             indices = torch.stack([each.indices for each in candidates])
-            ranking = rank_pictures(
+            ranking = rank_images(
                 self, indices, text, kind=request.perplexity, on_batch=begin("rank")
             )
             order = ranking.order()
@@ -213,13 +213,13 @@ class Pipeline(TrainedModels):
         return [candidates[at] for at in order]
 
     def enlarge(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
-        """Pictures ``(B, 3, H, W)`` in [0, 1], enlarged tile by tile."""
+        """Images ``(B, 3, H, W)`` in [0, 1], enlarged tile by tile."""
         if self.upscaler is None:
             raise ValueError("enlarging needs an upscaler")
         device = self.upscaler.conv_first.weight.device
-        return enlarge(self.upscaler, images.to(device), on_tile=on_tile).cpu()
+        return upscale_tiled(self.upscaler, images.to(device), on_tile=on_tile).cpu()
 
-    def pictures(
+    def generate_images(
         self,
         captions: Sequence[str],
         *,
@@ -227,7 +227,7 @@ class Pipeline(TrainedModels):
         seeds: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Pictures ``(B * S, 3, H, W)`` in [0, 1], S of each caption by ``seeds`` (B * S)."""
+        """Images ``(B * S, 3, H, W)`` in [0, 1], S of each caption by ``seeds`` (B * S)."""
         indices = self.generate_indices(captions, config=config, seeds=seeds, on_token=on_token)
         return self.decode(indices)
 
@@ -241,7 +241,7 @@ class Pipeline(TrainedModels):
         window: int = 1,
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Image indices ``(B * S, I)``; see ``pictures``.
+        """Image indices ``(B * S, I)``; see ``generate_images``.
 
         Args:
             known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
@@ -266,7 +266,7 @@ class Pipeline(TrainedModels):
                     known=None if known is None else known[rows].to(self.device),
                     window=window,
                     coupling="inversion" if window == 1 else "race",
-                    on_token=counted(on_token, own, len(seeds), self.decoder, start),
+                    on_token=batch_progress(on_token, own, len(seeds), self.decoder, start),
                 ).cpu()
             )
         return torch.cat(parts)
@@ -280,14 +280,14 @@ class Pipeline(TrainedModels):
         questions: Sequence[str] | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
-        """Captions of pictures ``(B, 3, H, W)`` in [0, 1], S of each by ``seeds`` (B * S).
+        """Captions of images ``(B, 3, H, W)`` in [0, 1], S of each by ``seeds`` (B * S).
 
         Args:
-            questions: one of each picture; then the texts are answers to them.
+            questions: one of each image; then the texts are answers to them.
         """
         task = "image_captioning" if questions is None else "question_answering"
-        tokens = prompts(self, task, indices=self.encode(images), questions=questions)
-        return answer(self, tokens, config=config, seeds=seeds, on_token=on_token)
+        tokens = answer_prompts(self, task, indices=self.encode(images), questions=questions)
+        return sample_answers(self, tokens, config=config, seeds=seeds, on_token=on_token)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Which of several pictures or texts fit best, by the decoder's own perplexity.
+"""Which of several images or texts fit best, by the decoder's own perplexity.
 
 A perplexity is of one segment of a sequence, given what stands before it.  Two are known:
 ``exp_mean_ce``, the exponential of the mean cross-entropy, is the proper one and the default;
@@ -8,7 +8,7 @@ token can decide.
 Source: ru-dolph, ``rudolph/api.py`` (``self_reranking_by_text``, ``self_reranking_by_image``,
 ``zs_clf``); rudalle, ``pipelines.py`` (``generate_images``).
 
-Shapes: B sequences, M labels of a segment, T tokens, P pictures, C classes.
+Shapes: B sequences, M labels of a segment, T tokens, P images, C classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,9 @@ class Ranking(NamedTuple):
         return torch.sort(self.score, stable=True).indices.tolist()
 
 
-def balanced(text: Tensor, image: Tensor, *, text_weight: float, quantile: float = 0.5) -> Ranking:
+def balanced_sum(
+    text: Tensor, image: Tensor, *, text_weight: float, quantile: float = 0.5
+) -> Ranking:
     """The reference's sum of two perplexities ``(B,)``, each on a scale from best to median.
 
     Where all candidates are equal, or half of them and more, the scale is that of the worst one,
@@ -128,7 +130,7 @@ def _scaled(values: Tensor, quantile: float) -> Tensor:
     return (values - low) / scale if scale > 0 else torch.zeros_like(values)
 
 
-def rank_pictures(
+def rank_images(
     pipeline: TrainedModels,
     indices: Tensor,
     caption: str,
@@ -137,10 +139,10 @@ def rank_pictures(
     text_weight: float = BY_TEXT_WEIGHT,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Ranking:
-    """How well pictures ``(P, I)`` in indices fit a caption: is it told when they are seen?
+    """How well images ``(P, I)`` in indices fit a caption: is it told when they are seen?
 
-    A decoder without right text is asked how likely the picture is after the caption, and then
-    ``text`` is that of the caption before any picture, the same for all.
+    A decoder without right text is asked how likely the image is after the caption, and then
+    ``text`` is that of the caption before any image, the same for all.
     """
     has_right = pipeline.decoder.layout.right_text_length > 0
     task = "image_captioning" if has_right else "text_to_image"
@@ -157,7 +159,7 @@ def rank_pictures(
         on_batch=on_batch,
     )
     weight = text_weight if has_right else 0.0
-    return balanced(found[segment], found["image"], text_weight=weight)
+    return balanced_sum(found[segment], found["image"], text_weight=weight)
 
 
 def rank_captions(
@@ -168,7 +170,7 @@ def rank_captions(
     kind: str = "exp_mean_ce",
     text_weight: float = BY_IMAGE_WEIGHT,
 ) -> Ranking:
-    """How well captions fit one picture ``(I,)`` in indices: is it drawn when they are read?"""
+    """How well captions fit one image ``(I,)`` in indices: is it drawn when they are read?"""
     left = torch.stack([pipeline.texts("text_to_image", caption).left for caption in captions])
     tokens = torch.cat([left, indices.expand(len(captions), -1)], dim=1)
     found = perplexities(
@@ -178,10 +180,10 @@ def rank_captions(
         kind=kind,
         batch_size=pipeline.batch_size,
     )
-    return balanced(found["left_text"], found["image"], text_weight=text_weight)
+    return balanced_sum(found["left_text"], found["image"], text_weight=text_weight)
 
 
-def classify(
+def classify_images(
     pipeline: TrainedModels,
     indices: Tensor,
     classes: Sequence[str],
@@ -190,13 +192,13 @@ def classify(
     right_template: str = "{}",
     kind: str = "exp_mean_ce",
 ) -> Tensor:
-    """Zero-shot: perplexities ``(P, C)`` of each class's name after each picture; lowest wins.
+    """Zero-shot: perplexities ``(P, C)`` of each class's name after each image; lowest wins.
 
     Templates hold ``{}`` where the class is named, or nothing of it; each class is judged with its
     own, and any number of classes fits.
 
     Args:
-        indices: ``(P, I)``, pictures as the VQ-GAN's indices.
+        indices: ``(P, I)``, images as the VQ-GAN's indices.
     """
     texts = [
         pipeline.texts(

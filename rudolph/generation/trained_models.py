@@ -61,7 +61,7 @@ class TrainedModels:
                 yield slice(first, first + step), slice(row, min(row + self.batch_size, end))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Indices ``(B, I)`` of pictures ``(B, 3, H, W)`` in [0, 1], batch by batch."""
+        """Indices ``(B, I)`` of images ``(B, 3, H, W)`` in [0, 1], batch by batch."""
         batches = torch.split(images, self.batch_size)
         return torch.cat(
             [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
@@ -70,7 +70,7 @@ class TrainedModels:
     def decode(
         self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Pictures of indices ``(B, I)``, batch by batch."""
+        """Images of indices ``(B, I)``, batch by batch."""
         parts = []
         for first in range(0, len(indices), self.batch_size):
             part = indices[first : first + self.batch_size].to(self.device)

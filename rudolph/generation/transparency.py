@@ -1,4 +1,4 @@
-"""The ground of an emoji made transparent, from the picture alone.
+"""The ground of an emoji made transparent, from the image alone.
 
 A drawing with an antialiased edge on a plain ground is a mixture: ``p = alpha f + (1 - alpha) g``
 in each pixel, of the colours of its foreground f and its ground g.  *Contrast* is g - p.  The
@@ -11,9 +11,9 @@ inverse takes three steps:
    the *solid* pixels is carried from inside: of those deeper than the edge is wide, and of the
    most contrasting ones of thin strokes;
 3. in the edge, alpha is how far the pixel lies on the way from g to that colour, and its own
-   colour is then unmixed from g, so that over g the result gives the picture back.
+   colour is then unmixed from g, so that over g the result gives the image back.
 
-The picture alone cannot tell white from white: a white part that is open to the ground goes with
+The image alone cannot tell white from white: a white part that is open to the ground goes with
 it, and a soft shadow wider than the edge stays as it is, opaque.
 
 Source: rudalle, ``pipelines.py``, ``convert_emoji_to_rgba``: a U-Net and, where it is unsure,
@@ -26,7 +26,7 @@ Shapes: H and W pixels.  Colours are 0 to 255.
 import numpy as np
 from PIL import Image
 
-Array = np.ndarray
+PixelArray = np.ndarray
 
 # What of the frame may be ground, in its darkest channel.
 MIN_GROUND = 216
@@ -34,26 +34,26 @@ MIN_GROUND = 216
 FLECK = 3
 
 
-def to_rgba(picture: Image.Image | Array, *, tolerance: int = 8, edge: int = 2) -> Image.Image:
-    """The picture, RGB or uint8 ``(H, W, 3)``, with its near-white ground transparent: RGBA.
+def to_rgba(image: Image.Image | PixelArray, *, tolerance: int = 8, edge: int = 2) -> Image.Image:
+    """The image, RGB or uint8 ``(H, W, 3)``, with its near-white ground transparent: RGBA.
 
-    Over its own ground the result is the picture again, to rounding, but for noise: from the open
+    Over its own ground the result is the image again, to rounding, but for noise: from the open
     ground, ``edge`` pixels away from the drawing, what is within the tolerance is lost, and so are
     flecks within three times the tolerance; edges lose what is lighter than the ground by it.  A
-    picture without near-white on its frame comes back opaque.
+    image without near-white on its frame comes back opaque.
 
     Args:
         tolerance: how far, in the channel where it is farthest, a pixel of the ground may lie
-            from the ground's colour.  8 suits decoded pictures; 2 drawn ones, whose white parts
+            from the ground's colour.  8 suits decoded images; 2 drawn ones, whose white parts
             are then kept where they have a faint outline.
         edge: how many pixels wide the antialiased edge is: 2 where nothing was enlarged.
 
     Raises:
-        ValueError: when the picture is not RGB, or tolerance or edge is out of bounds.
+        ValueError: when the image is not RGB, or tolerance or edge is out of bounds.
     """
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"picture must be RGB uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
+        raise ValueError(f"image must be RGB uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     if not 0 <= tolerance <= 255:
         raise ValueError(f"tolerance must be in 0 to 255, got {tolerance}")
     if edge < 1:
@@ -63,12 +63,12 @@ def to_rgba(picture: Image.Image | Array, *, tolerance: int = 8, edge: int = 2) 
         return Image.fromarray(pixels).convert("RGBA")
     contrast = ground - pixels  # (H, W, 3), above 0 where darker than the ground
     distance = np.abs(contrast).max(-1)
-    is_ground = flood(distance <= tolerance, on_frame(distance))
+    is_ground = flood_fill(distance <= tolerance, frame_mask(distance))
     # What is nowhere clearly of another colour is noise of the ground, not drawing.
-    is_ground = ~flood(~is_ground, distance > FLECK * tolerance)
-    foreground = carried_outward(contrast, is_ground, edge)
+    is_ground = ~flood_fill(~is_ground, distance > FLECK * tolerance)
+    foreground = extend_outward(contrast, is_ground, edge)
     alpha = unmixed_alpha(contrast, foreground, is_ground, ground=ground, tolerance=tolerance)
-    is_edge = climbed(distance, is_ground, edge) & around(~is_ground, edge)
+    is_edge = grow_along_edges(distance, is_ground, edge) & dilate(~is_ground, edge)
     alpha = np.where(is_edge, alpha, ~is_ground)
     # Upward: a lower alpha could ask for a colour below black.
     alpha = np.ceil(np.round(alpha * 255, 6))
@@ -79,32 +79,32 @@ def to_rgba(picture: Image.Image | Array, *, tolerance: int = 8, edge: int = 2) 
     return Image.fromarray(np.clip(np.round(rgba), 0, 255).astype(np.uint8))
 
 
-def ground_colour(pixels: Array) -> Array | None:
+def ground_colour(pixels: PixelArray) -> PixelArray | None:
     """The median colour (3,) of what is near-white on the frame, ``None`` when nothing is."""
-    frame = pixels[on_frame(pixels[..., 0])]
+    frame = pixels[frame_mask(pixels[..., 0])]
     candidates = frame[frame.min(-1) >= MIN_GROUND]
     return np.median(candidates, axis=0) if len(candidates) else None
 
 
-def on_frame(plane: Array) -> Array:
+def frame_mask(plane: PixelArray) -> PixelArray:
     """True on the outermost pixels: ``(H, W)`` as ``plane``."""
     is_frame = np.ones(plane.shape, dtype=bool)
     is_frame[1:-1, 1:-1] = False
     return is_frame
 
 
-def flood(is_open: Array, seeds: Array) -> Array:
+def flood_fill(is_open: PixelArray, seeds: PixelArray) -> PixelArray:
     """What of ``is_open`` is reached from ``seeds`` by steps to four neighbours; all (H, W).
 
     >>> is_open = np.array([list(row) for row in (".#...", ".###.", ".#.#.", ".###.")]) == "."
-    >>> for row in np.where(flood(is_open, on_frame(is_open)), "o", "#"):
+    >>> for row in np.where(flood(is_open, frame_mask(is_open)), "o", "#"):
     ...     print("".join(row))
     o#ooo
     o###o
     o###o
     o###o
     """
-    rows, columns = numbered_runs(is_open), numbered_runs(is_open.T).T
+    rows, columns = label_runs(is_open), label_runs(is_open.T).T
     reached = is_open & seeds
     while True:
         num_reached = reached.sum()
@@ -117,14 +117,14 @@ def flood(is_open: Array, seeds: Array) -> Array:
             return reached
 
 
-def numbered_runs(is_open: Array) -> Array:
+def label_runs(is_open: PixelArray) -> PixelArray:
     """A number for each horizontal run of open pixels; on the others it means nothing."""
     before = np.pad(is_open, ((0, 0), (1, 0)))[:, :-1]
     return (is_open & ~before).ravel().cumsum().reshape(is_open.shape)
 
 
-def over_square(plane: Array, radius: int, combine: np.ufunc) -> Array:
-    """Each pixel (H, W, ...) combined with the square around it; outside the picture is zero."""
+def reduce_neighborhood(plane: PixelArray, radius: int, combine: np.ufunc) -> PixelArray:
+    """Each pixel (H, W, ...) combined with the square around it; outside the image is zero."""
     # Down the columns, twice: the second time they are the rows.
     for _ in range(2):
         padded = np.pad(plane, ((radius, radius), *((0, 0),) * (plane.ndim - 1)))
@@ -133,33 +133,33 @@ def over_square(plane: Array, radius: int, combine: np.ufunc) -> Array:
     return plane
 
 
-def around(is_set: Array, radius: int) -> Array:
+def dilate(is_set: PixelArray, radius: int) -> PixelArray:
     """True within ``radius`` pixels, diagonals too, of what is set."""
-    return over_square(is_set, radius, np.logical_or)
+    return reduce_neighborhood(is_set, radius, np.logical_or)
 
 
-def climbed(distance: Array, is_ground: Array, edge: int) -> Array:
+def grow_along_edges(distance: PixelArray, is_ground: PixelArray, edge: int) -> PixelArray:
     """The ground and what ``edge`` steps from it reach, to eight neighbours and never down.
 
     So not the white behind a thin outline, which is as near to the ground as its other side.
     """
     reached, headroom = is_ground, 256 - distance
     for _ in range(edge):
-        reached = reached | (over_square(reached * headroom, 1, np.maximum) >= headroom)
+        reached = reached | (reduce_neighborhood(reached * headroom, 1, np.maximum) >= headroom)
     return reached
 
 
-def carried_outward(contrast: Array, is_ground: Array, edge: int) -> Array:
+def extend_outward(contrast: PixelArray, is_ground: PixelArray, edge: int) -> PixelArray:
     """The contrast of the nearest solid pixels, ``(H, W, 3)``; 0 where none is near."""
     distance = np.abs(contrast).max(-1)
-    is_strongest = distance >= over_square(distance, edge, np.maximum)
-    is_known = ~is_ground & (~around(is_ground, edge) | is_strongest)
+    is_strongest = distance >= reduce_neighborhood(distance, edge, np.maximum)
+    is_known = ~is_ground & (~dilate(is_ground, edge) | is_strongest)
     carried = contrast * is_known[..., None]
     for _ in range(2 * edge):
         # By contrast, lest the white inside of an outline count as much as the outline.
         weight = is_known * (1 + np.abs(carried).max(-1))
-        total = over_square(weight, 1, np.add)
-        mean = over_square(carried * weight[..., None], 1, np.add)
+        total = reduce_neighborhood(weight, 1, np.add)
+        mean = reduce_neighborhood(carried * weight[..., None], 1, np.add)
         mean /= np.maximum(total, 1)[..., None]
         is_solid = ~is_ground & (total > 0) & (distance > np.abs(mean).max(-1))
         nearest = np.where(is_solid[..., None], contrast, mean)
@@ -169,8 +169,13 @@ def carried_outward(contrast: Array, is_ground: Array, edge: int) -> Array:
 
 
 def unmixed_alpha(
-    contrast: Array, foreground: Array, is_ground: Array, *, ground: Array, tolerance: int
-) -> Array:
+    contrast: PixelArray,
+    foreground: PixelArray,
+    is_ground: PixelArray,
+    *,
+    ground: PixelArray,
+    tolerance: int,
+) -> PixelArray:
     """How far the pixel lies from the ground to the foreground, ``(H, W)`` in 0 to 1.
 
     Never so low that the unmixed colour would leave 0 to 255; lighter than the ground by up to

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rudolph.gpu_check.plan import PLAN
-from rudolph.gpu_check.runner import ENVIRONMENT, PARTS, ROOT, Check, worker_command
+from rudolph.gpu_check.runner import ENVIRONMENT, PART_NAMES, ROOT, Check, worker_command
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -58,10 +58,10 @@ def main() -> int:
         raise ValueError("--out: expected a folder with --smoke, got none. Name one")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {folder}. Name another")
-    if (folder / ENVIRONMENT).exists() and not (folder / PARTS).exists():
+    if (folder / ENVIRONMENT).exists() and not (folder / PART_NAMES).exists():
         raise ValueError(
             f"--out: expected a new folder or one of an earlier check, got {folder} with "
-            f"{ENVIRONMENT} and no {PARTS}. Name another"
+            f"{ENVIRONMENT} and no {PART_NAMES}. Name another"
         )
     # Budgets are for a GPU; a slow core may take its time.
     plan = {name: replace(part, seconds=1800.0) for name, part in PLAN.items()}

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rudolph.gpu_check.equalities import gradient_of, relative_error
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.consistency import gradient_of, relative_error
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import Geometry, Sizes
 from rudolph.models.layers.kv_cache import KeyValueCache
 from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
-from rudolph.models.rudolph.static_decode import SteadyLook, SteadyReads
+from rudolph.models.rudolph.static_decode import StaticSelection, StaticView
 
 NUM_STEPS = 6
 
@@ -27,17 +27,17 @@ def compile_cases(sizes: Sizes) -> Iterator[Case]:
     yield Case("reduce-overhead training step", partial(compare_reduced_overhead, sizes))
 
 
-def compare_training(sizes: Sizes, has_checkpointing: bool) -> Iterator[Row]:
+def compare_training(sizes: Sizes, has_checkpointing: bool) -> Iterator[CheckRow]:
     torch._dynamo.reset()
     tokens, gradients = sizes.checked.tokens(4, sizes.device), []
     for is_compiled in (False, True):
         model = sizes.checked.model(sizes.device).train()
         model.has_compiled_layers, model.has_checkpointing = is_compiled, has_checkpointing
         gradients.append(gradient_of(model, tokens))
-    yield Row("gradient", relative_error(*reversed(gradients)), "relative error", 1e-4)
+    yield CheckRow("gradient", relative_error(*reversed(gradients)), "relative error", 1e-4)
 
 
-def compare_reduced_overhead(sizes: Sizes) -> Iterator[Row]:
+def compare_reduced_overhead(sizes: Sizes) -> Iterator[CheckRow]:
     """Compare the gradient of a model compiled whole, whose kernels are replayed as a graph."""
     torch._dynamo.reset()
     tokens = sizes.checked.tokens(4, sizes.device)
@@ -49,11 +49,11 @@ def compare_reduced_overhead(sizes: Sizes) -> Iterator[Row]:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
         found = gradient_of(model, tokens, reduced).clone()
-    yield Row("gradient", relative_error(found, plain), "relative error", 1e-4)
+    yield CheckRow("gradient", relative_error(found, plain), "relative error", 1e-4)
 
 
 @torch.inference_mode()
-def compare_decoding(sizes: Sizes) -> Iterator[Row]:
+def compare_decoding(sizes: Sizes) -> Iterator[CheckRow]:
     """Compare the hidden states of some compiled steps, at several batch sizes."""
     for batch in (1, 8):
         torch._dynamo.reset()
@@ -64,13 +64,13 @@ def compare_decoding(sizes: Sizes) -> Iterator[Row]:
             cache, steps = started_decoding(model, sizes.checked, batch)
             hidden.append(torch.cat([model.hidden(step, cache) for step in steps], dim=1))
         error = relative_error(*reversed(hidden))
-        yield Row(f"batch {batch}, hidden states", error, "relative error", 1e-4)
+        yield CheckRow(f"batch {batch}, hidden states", error, "relative error", 1e-4)
         if sizes.is_smoke:
             return
 
 
 @torch.inference_mode()
-def compare_graph(sizes: Sizes) -> Iterator[Row]:
+def compare_graph(sizes: Sizes) -> Iterator[CheckRow]:
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     model = sizes.checked.model(sizes.device).eval()
@@ -81,7 +81,7 @@ def compare_graph(sizes: Sizes) -> Iterator[Row]:
         graph = GraphedStep(model, cache, run_layer)
         replayed = torch.cat([graph(step).clone() for step in steps], dim=1)
         error = relative_error(replayed, plain)
-        yield Row(f"batch {batch}, logits", error, "relative error", 1e-5)
+        yield CheckRow(f"batch {batch}, logits", error, "relative error", 1e-5)
 
 
 def started_decoding(
@@ -110,18 +110,18 @@ class GraphedStep:
         self, model: MaskedDecoder, cache: KeyValueCache, run: Callable[..., Tensor]
     ) -> None:
         self.model, self.cache, self.run_layer = model, cache, run
-        looks = cache.steady_looks(model.mask_of_layer)
+        looks = cache.static_views(model.mask_of_layer)
         weight = model.final_norm.weight
         batch = cache.own.shape[2] * cache.own.shape[4]
         self.x = weight.new_zeros(batch, 1, len(weight))
         self.place = looks[0].place.clone()
         # One copy for each mask, which its layers share.
         self.reads: dict[int, Any] = {
-            mask: tuple(read and SteadyReads(*map(_copy, read)) for read in look.reads)
+            mask: tuple(read and StaticSelection(*map(_copy, read)) for read in look.reads)
             for mask, look in zip(model.mask_of_layer, looks, strict=True)
         }
         self.looks = [
-            SteadyLook(look.shared, look.own, self.place, self.reads[mask])
+            StaticView(look.shared, look.own, self.place, self.reads[mask])
             for mask, look in zip(model.mask_of_layer, looks, strict=True)
         ]
         self._record()
@@ -146,7 +146,7 @@ class GraphedStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits after tokens ``(B, 1)``; the next call overwrites them."""
         self.x.copy_(self.model.embed(tokens, self.cache.length))
-        looks = self.cache.steady_looks(self.model.mask_of_layer)
+        looks = self.cache.static_views(self.model.mask_of_layer)
         self.place.copy_(looks[0].place)
         for mask, look in dict(zip(self.model.mask_of_layer, looks, strict=True)).items():
             for own, read in zip(self.reads[mask], look.reads, strict=True):

@@ -9,12 +9,12 @@ from statistics import median
 
 import torch
 
-from rudolph.benchmarks.decoding import EnoughError
+from rudolph.benchmarks.decoding_workload import StopDecodingError
 from rudolph.benchmarks.flops import decode_bytes
 from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.compiling import GraphedStep, started_decoding
-from rudolph.gpu_check.equalities import short
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.consistency import round_digits
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Geometry, Sizes
 from rudolph.gpu_check.timing import copy_limit, synchronize
 from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
@@ -30,13 +30,13 @@ def decoding_cases(name: str, sizes: Sizes) -> Iterator[Case]:
     ways += [(BF16, "compiled", (batches[0], batches[-1])), (FP16, "plain", batches)]
     for dtype, way, own in ways:
         for batch in own:
-            case = f"{short(dtype)}, {way}, batch {batch}"
+            case = f"{round_digits(dtype)}, {way}, batch {batch}"
             yield Case(case, partial(MEASURES[way], sizes, geometry, dtype, batch, way))
 
 
 def measure_loop(
     sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """Time the tokens of ``generate_image``, sampling included."""
     torch._dynamo.reset()
     model = geometry.model(sizes.device).eval().to(dtype)
@@ -48,19 +48,19 @@ def measure_loop(
         synchronize(sizes.device)
         times.append(time.perf_counter())
         if len(times) > geometry.num_tokens:
-            raise EnoughError
+            raise StopDecodingError
 
     started = time.perf_counter()
-    with suppress(EnoughError):
+    with suppress(StopDecodingError):
         generate_image(model, left, config=SAMPLING, seeds=range(batch), on_token=on_token)
-    yield Row("first token", times[0] - started, "s")
+    yield CheckRow("first token", times[0] - started, "s")
     seconds = median(later - earlier for earlier, later in pairwise(times))
     yield from token_rows(sizes, geometry, dtype, batch, seconds, note="with sampling")
 
 
 def measure_graph(
     sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """Time steps that are replayed as a CUDA graph, without sampling."""
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
@@ -71,7 +71,7 @@ def measure_graph(
 @torch.inference_mode()
 def graph_rows(
     sizes: Sizes, geometry: Geometry, model: MaskedDecoder, batch: int
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     dtype = model.final_norm.weight.dtype
     cache, steps = started_decoding(model, geometry, batch, geometry.num_tokens)
     graph = GraphedStep(model, cache, run_layer)
@@ -92,16 +92,18 @@ def token_rows(
     seconds: float,
     *,
     note: str,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """Give the rows of a step that takes some seconds for one token of each image."""
-    yield Row("token", 1e3 * seconds, "ms", note=note)
-    yield Row("tokens", batch / seconds, "tokens/s")
-    rate = decode_bytes(sizes.subject(geometry, batch), short(dtype)) * batch / seconds
-    yield Row("needed bytes", rate / 1e9, "GB/s")
-    yield Row("fraction of measured copy", rate / copy_limit(sizes.limit_bytes, sizes.device))
+    yield CheckRow("token", 1e3 * seconds, "ms", note=note)
+    yield CheckRow("tokens", batch / seconds, "tokens/s")
+    rate = decode_bytes(sizes.case(geometry, batch), round_digits(dtype)) * batch / seconds
+    yield CheckRow("needed bytes", rate / 1e9, "GB/s")
+    yield CheckRow(
+        "fraction of measured copy", rate / copy_limit(sizes.roofline_bytes, sizes.device)
+    )
 
 
-MEASURES: dict[str, Callable[..., Iterator[Row]]] = {
+MEASURES: dict[str, Callable[..., Iterator[CheckRow]]] = {
     "plain": measure_loop,
     "compiled": measure_loop,
     "graph": measure_graph,

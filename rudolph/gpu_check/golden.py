@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.generate import generate_image
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.models.reference import from_reference
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
@@ -40,11 +40,11 @@ Io = Mapping[str, Tensor]
 def golden(sizes: Sizes) -> Iterator[Case]:
     """Give one case for each model of the golden data."""
     for name in FAMILIES:
-        yield Case(name, partial(compare, name, sizes.device))
+        yield Case(name, partial(compare_golden, name, sizes.device))
 
 
 @torch.no_grad()
-def compare(name: str, device: torch.device) -> Iterator[Row]:
+def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
     """Yield the largest error of each output of a case."""
     folder = PARITY / name
     if not folder.is_dir():
@@ -62,10 +62,10 @@ def compare(name: str, device: torch.device) -> Iterator[Row]:
         expected = io[output]
         if found.dtype == torch.int64:
             differing = (found != expected).sum().item()
-            yield Row(output, differing, "differing tokens", limit=0)
+            yield CheckRow(output, differing, "differing tokens", limit=0)
         else:
             error = (found - expected).abs().max().item()
-            yield Row(output, error, "largest error", limit=LIMITS[device.type])
+            yield CheckRow(output, error, "largest error", limit=LIMITS[device.type])
 
 
 def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:

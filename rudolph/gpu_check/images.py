@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rudolph.benchmarks.flops import upscaler_operations, vqgan_operations
-from rudolph.gpu_check.equalities import relative_error
-from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.consistency import relative_error
+from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.gpu_check.timing import median_seconds
 from rudolph.gpu_check.training import operation_rows
@@ -29,21 +29,21 @@ LARGEST_ERROR = 0.1
 
 def image_cases(sizes: Sizes) -> Iterator[Case]:
     """Give both networks in each setting."""
-    subject = sizes.subject(sizes.checked)
+    case = sizes.case(sizes.checked)
     measures = {
-        "VQ-GAN": partial(measure_vqgan, vqgan_operations(subject)),
-        "upscaler": partial(measure_upscaler, upscaler_operations(subject)),
+        "VQ-GAN": partial(measure_vqgan, vqgan_operations(case)),
+        "upscaler": partial(measure_upscaler, upscaler_operations(case)),
     }
     for name, measure in measures.items():
         for setting in SETTINGS:
-            yield Case(f"{name}, {setting}", partial(in_setting, measure, sizes, setting))
+            yield Case(f"{name}, {setting}", partial(use_setting, measure, sizes, setting))
 
 
-def in_setting(
-    measure: Callable[[Sizes, torch.dtype, torch.memory_format], Iterator[Row]],
+def use_setting(
+    measure: Callable[[Sizes, torch.dtype, torch.memory_format], Iterator[CheckRow]],
     sizes: Sizes,
     setting: str,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """Measure with TF32 and the memory layout of a setting, and put both back."""
     dtype, has_tf32, is_last = SETTINGS[setting]
     layout = torch.channels_last if is_last else torch.contiguous_format
@@ -51,7 +51,7 @@ def in_setting(
     torch.backends.cudnn.allow_tf32 = has_tf32
     try:
         # The networks choose the layout by the device; here both are tried on it.
-        with patch.object(tiled_conv, "layout_of", lambda x: layout), torch.no_grad():
+        with patch.object(tiled_conv, "memory_format_of", lambda x: layout), torch.no_grad():
             yield from measure(sizes, dtype, layout)
     finally:
         torch.backends.cudnn.allow_tf32 = before
@@ -69,7 +69,7 @@ def measure_vqgan(
     sizes: Sizes,
     dtype: torch.dtype,
     layout: torch.memory_format,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     torch.manual_seed(0)
     with sizes.device:
         model = VQGAN(sizes.vqgan).eval()
@@ -84,12 +84,12 @@ def measure_vqgan(
     for part, work in works.items():
         yield from image_rows(sizes, part, work, operations[part])
     error = relative_error(model.decode_indices(indices), exact)
-    yield Row("decode", error, "relative error", LARGEST_ERROR)
+    yield CheckRow("decode", error, "relative error", LARGEST_ERROR)
 
 
 def measure_upscaler(
     operations: float, sizes: Sizes, dtype: torch.dtype, layout: torch.memory_format
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     torch.manual_seed(0)
     with sizes.device:
         model = Upscaler(sizes.upscaler).eval()
@@ -99,7 +99,7 @@ def measure_upscaler(
     model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     given = images.to(dtype)
     yield from image_rows(sizes, "upscale", lambda: model(given), operations, len(given))
-    yield Row("upscale", relative_error(model(given), exact), "relative error", LARGEST_ERROR)
+    yield CheckRow("upscale", relative_error(model(given), exact), "relative error", LARGEST_ERROR)
 
 
 def image_rows(
@@ -108,11 +108,11 @@ def image_rows(
     work: Callable[[], Tensor],
     operations: float,
     batch: int | None = None,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """Time a batch and give images and operations per second."""
     batch = batch or sizes.image_batch
-    seconds = median_seconds(work, sizes.device, repetitions=sizes.repetitions)
+    seconds = median_seconds(work, sizes.device, num_repetitions=sizes.num_repetitions)
     note = f"batch {batch}, {sizes.vqgan.resolution} px"
-    yield Row(part, batch / seconds, "images/s", note=note)
+    yield CheckRow(part, batch / seconds, "images/s", note=note)
     for row in operation_rows(operations * batch / seconds, sizes):
-        yield Row(f"{part}, {row.quantity}", row.value, row.unit, note=row.note)
+        yield CheckRow(f"{part}, {row.quantity}", row.value, row.unit, note=row.note)

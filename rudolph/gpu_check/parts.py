@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from rudolph.gpu_check.compiling import compile_cases
+from rudolph.gpu_check.consistency import mask_cases, precision_cases, step_cases
 from rudolph.gpu_check.decoding import decoding_cases
-from rudolph.gpu_check.equalities import mask_cases, precision_cases, step_cases
 from rudolph.gpu_check.golden import golden
 from rudolph.gpu_check.images import image_cases
 from rudolph.gpu_check.quickstart import quickstart_cases
 from rudolph.gpu_check.resuming import resume_cases
 from rudolph.gpu_check.rows import Case
 from rudolph.gpu_check.sizes import Sizes
-from rudolph.gpu_check.timing import limits
+from rudolph.gpu_check.timing import device_limits
 from rudolph.gpu_check.training import adam8bit_cases, training_cases
 
 PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
-    "limits": limits,
+    "limits": device_limits,
     "golden": golden,
     "decoding_steps": step_cases,
     "precision": precision_cases,

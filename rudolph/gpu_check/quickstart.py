@@ -21,24 +21,24 @@ from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.report_card import EvaluationConfig
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
-from rudolph.gpu_check.resuming import quiet
-from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.resuming import ignore_progress
+from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.models.rudolph.decoder import DecoderConfig
 from rudolph.models.vqgan.model import VQGANConfig
 from rudolph.models.vqgan.quantizers import QuantizerConfig
-from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.stages.decoder import examples_of, new_decoder, train_decoder
-from rudolph.runs.stages.evaluation import ask_all
+from rudolph.runs.stages.evaluation import run_evaluators
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
 from rudolph.runs.stages.tokenizer import open_data
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
-QUESTIONS = ("reconstruction", "nearest_picture", "caption_f1")
-SPLITS = ("validation", "train", "compositional")
+QUICKSTART_RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
+QUESTIONS = ("reconstruction", "nearest_image", "caption_f1")
+SCORED_SPLITS = ("validation", "train", "compositional")
 
 
 def quickstart_config() -> RunConfig:
@@ -81,7 +81,7 @@ def quickstart_config() -> RunConfig:
             checkpoint_every=625,
         ),
         sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
-        evaluation=EvaluationConfig(QUESTIONS, SPLITS, grid_samples=1),
+        evaluation=EvaluationConfig(QUESTIONS, SCORED_SPLITS, grid_samples=1),
     )
 
 
@@ -111,7 +111,7 @@ def quickstart_decoder() -> DecoderConfig:
     )
 
 
-def smallest(config: RunConfig) -> RunConfig:
+def smallest_config(config: RunConfig) -> RunConfig:
     """Return the quickstart with two steps of each training and few images to score."""
     steps: dict[str, Any] = {"num_steps": 2, "global_batch_size": 2, "validate_every": 2}
     return replace(
@@ -128,18 +128,18 @@ def smallest(config: RunConfig) -> RunConfig:
 def quickstart_cases(sizes: Sizes) -> Iterator[Case]:
     """Give the stages one after the other; each needs those before it."""
     config = quickstart_config()
-    config = smallest(config) if sizes.is_smoke else config
+    config = smallest_config(config) if sizes.is_smoke else config
     with TemporaryDirectory() as folder:
         quickstart = Quickstart(config, sizes, Path(folder))
         for name, run in quickstart.stages().items():
             yield Case(name, partial(timed, run))
 
 
-def timed(run: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+def timed(run: Callable[[], Iterator[CheckRow]]) -> Iterator[CheckRow]:
     """Yield the rows of a stage, then its time."""
     started = perf_counter()
     yield from run()
-    yield Row("stage", perf_counter() - started, "s")
+    yield CheckRow("stage", perf_counter() - started, "s")
 
 
 class Quickstart:
@@ -149,11 +149,13 @@ class Quickstart:
         hardware = Hardware(accelerator="cpu" if sizes.is_smoke else "auto")
         self.config, run = config, Run("seed0", "", {}, config)
         folders = Folders(folder, folder / "runs")
-        self.execution = Execution(run, folder / "run", folders, hardware, Unrecorded(), quiet)
+        self.execution = Execution(
+            run, folder / "run", folders, hardware, NullRecorder(), ignore_progress
+        )
         self.execution.folder.mkdir()
         self.splits = Splits(config.data, folders.cache)
 
-    def stages(self) -> dict[str, Callable[[], Iterator[Row]]]:
+    def stages(self) -> dict[str, Callable[[], Iterator[CheckRow]]]:
         return {
             "data and tokenizer": self.open_data,
             "VQ-GAN training": self.train_vqgan,
@@ -162,25 +164,25 @@ class Quickstart:
             "sampling and scores": self.score,
         }
 
-    def open_data(self) -> Iterator[Row]:
+    def open_data(self) -> Iterator[CheckRow]:
         torch.manual_seed(self.config.seed)
         self.tokenizer = open_data(self.execution, self.splits)
-        yield Row("BPE ids", self.tokenizer.vocab_size)
+        yield CheckRow("BPE ids", self.tokenizer.vocab_size)
 
-    def train_vqgan(self) -> Iterator[Row]:
+    def train_vqgan(self) -> Iterator[CheckRow]:
         self.vqgan = make_vqgan(self.execution, self.splits)
         seconds = self.execution.seconds["vqgan"]
-        yield Row("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
+        yield CheckRow("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
 
-    def encode_images(self) -> Iterator[Row]:
+    def encode_images(self) -> Iterator[CheckRow]:
         self.indices = {
             (split.name, split.dataset_name): image_indices(self.execution, self.vqgan, split)
             for name in ("train", "validation")
-            for split in self.splits.with_pictures(name)
+            for split in self.splits.with_images(name)
         }
-        yield Row("images", sum(map(len, self.indices.values())))
+        yield CheckRow("images", sum(map(len, self.indices.values())))
 
-    def train_decoder(self) -> Iterator[Row]:
+    def train_decoder(self) -> Iterator[CheckRow]:
         self.decoder = new_decoder(self.config, self.vqgan)
         examples = examples_of(self.execution, self.splits, self.indices, self.tokenizer)
         # A folder of its own: a stage names its training after the folder of the weights.
@@ -188,22 +190,22 @@ class Quickstart:
         weights.parent.mkdir()
         train_decoder(self.execution, self.decoder, examples, weights)
         seconds = self.execution.seconds["decoder"]
-        yield Row("steps", self.config.decoder_optim.num_steps / seconds, "steps/s")
+        yield CheckRow("steps", self.config.decoder_optim.num_steps / seconds, "steps/s")
 
-    def score(self) -> Iterator[Row]:
+    def score(self) -> Iterator[CheckRow]:
         """Score images and captions; notes have the value that two CPU cores reached."""
         parts = self.vqgan, self.decoder.requires_grad_(False)
         pipeline = Pipeline(self.tokenizer, *parts).to(self.execution.hardware.device)
         on_cpu = scores_on_cpu()
-        for score in ask_all(self.config, pipeline, self.splits, self.execution.stage):
+        for score in run_evaluators(self.config, pipeline, self.splits, self.execution.stage):
             known = on_cpu.get(score.name)
             note = f"[{score.low:.4g}, {score.high:.4g}]"
-            yield Row(score.name, score.value, note=f"{note}; CPU {known}" if known else note)
+            yield CheckRow(score.name, score.value, note=f"{note}; CPU {known}" if known else note)
 
 
 def scores_on_cpu() -> dict[str, str]:
     """Return the committed scores of the quickstart by name."""
-    if not RESULTS.is_file():
+    if not QUICKSTART_RESULTS.is_file():
         return {}
-    with RESULTS.open(encoding="utf-8", newline="") as file:
+    with QUICKSTART_RESULTS.open(encoding="utf-8", newline="") as file:
         return next(csv.DictReader(file))

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from rudolph.config.experiment_file import Run
 from rudolph.config.run import RunConfig
 from rudolph.data.examples import TokenBatch
-from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.models.vqgan.model import VQGANConfig
-from rudolph.runs.execution import Execution, Folders, Hardware, Unrecorded
+from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.trainer import fit
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import DecoderLossConfig
@@ -32,18 +32,18 @@ def resume_cases(sizes: Sizes) -> Iterator[Case]:
             yield Case(f"{optimizer}, {precision}", run)
 
 
-def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[Row]:
+def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[CheckRow]:
     """Compare the weights of two trainings, one of which was interrupted, bit by bit."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         with TemporaryDirectory() as folder:
             whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-            train(sizes, optimizer, precision, whole, stop_at=None)
+            train_checked(sizes, optimizer, precision, whole, stop_at=None)
             try:
-                train(sizes, optimizer, precision, broken, stop_at=STOPPED_AT)
+                train_checked(sizes, optimizer, precision, broken, stop_at=STOPPED_AT)
             except KeyboardInterrupt:
-                train(sizes, optimizer, precision, broken, stop_at=None)
+                train_checked(sizes, optimizer, precision, broken, stop_at=None)
             tensors = [load_file(path / "weights.safetensors") for path in (whole, broken)]
     finally:
         torch.use_deterministic_algorithms(before)
@@ -51,10 +51,10 @@ def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[Ro
         name for name, value in tensors[0].items() if not torch.equal(value, tensors[1][name])
     ]
     note = f"of {len(tensors[0])}; {NUM_STEPS} steps, interrupted after {STOPPED_AT}"
-    yield Row("weights", len(differing), "differing tensors", limit=0, note=note)
+    yield CheckRow("weights", len(differing), "differing tensors", limit=0, note=note)
 
 
-def train(
+def train_checked(
     sizes: Sizes, optimizer: str, precision: str, folder: Path, *, stop_at: int | None
 ) -> None:
     """Train the checked decoder, from the checkpoint in the folder if there is one."""
@@ -70,7 +70,9 @@ def train(
     accelerator = "cpu" if sizes.is_smoke else "auto"
     hardware = Hardware(accelerator=accelerator, precision=precision)
     run = Run("resume", "", {}, RunConfig(vqgan=VQGANConfig(resolution=32)))
-    execution = Execution(run, folder, Folders(folder, folder), hardware, Unrecorded(), quiet)
+    execution = Execution(
+        run, folder, Folders(folder, folder), hardware, NullRecorder(), ignore_progress
+    )
     model = geometry.model(torch.device("cpu"), **DROPOUT)
     module = DecoderTraining(model, DecoderLossConfig(), config)
 
@@ -98,5 +100,5 @@ def train(
     )
 
 
-def quiet(stage: str, done: int, total: int, note: str) -> None:
+def ignore_progress(stage: str, done: int, total: int, note: str) -> None:
     """Report no progress."""

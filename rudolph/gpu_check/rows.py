@@ -13,7 +13,7 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One number of a case.  With a ``limit`` it is a check: the value must not exceed it."""
 
     quantity: str
@@ -32,4 +32,4 @@ class Case(NamedTuple):
     """A piece of a part that fails alone."""
 
     name: str
-    run: Callable[[], Iterable[Row]]
+    run: Callable[[], Iterable[CheckRow]]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROW_COLUMNS = ("part", "case", "quantity", "value", "unit", "limit", "status", "note")
 KEY_COLUMNS = ("code", "sizes", "device", "torch")
 PART_COLUMNS = ("part", "status", "seconds", "rows", "commit", *KEY_COLUMNS)
-PARTS = "parts.csv"
+PART_NAMES = "parts.csv"
 ENVIRONMENT = "environment.json"
 # What a part may take longer than its budget, in its last case, before it is ended.
 GRACE_SECONDS = 20.0
@@ -42,7 +42,7 @@ FINISHED = "ok"
 
 
 @dataclass
-class Worker:
+class CheckProcess:
     """The process that runs parts, see ``serving``."""
 
     command: Sequence[str]
@@ -92,10 +92,10 @@ class Worker:
             left = max(deadline - time.monotonic(), 0.0)
             if not select.select([self.process.stdout], [], [], left)[0]:
                 return
-            read = self.process.stdout.read(65536)
-            if not read:
+            read_lines = self.process.stdout.read(65536)
+            if not read_lines:
                 return
-            self.buffer += read
+            self.buffer += read_lines
 
     def close(self) -> None:
         # With the compilers that it started.
@@ -130,7 +130,7 @@ class Check:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("ab") as log:
             self.log = log
-            self.worker: Worker | None = Worker(self.command, log)
+            self.worker: CheckProcess | None = CheckProcess(self.command, log)
             self.key = self._key(self.worker.environment)
             self._write_environment(self.worker.environment)
             try:
@@ -140,7 +140,7 @@ class Check:
             finally:
                 if self.worker is not None:
                     self.worker.close()
-        print(table(self.folder, names))
+        print(results_table(self.folder, names))
         return int(any(self._lines()[name]["status"] == "failed" for name in names))
 
     def _run_or_skip(self, name: str, left: float) -> None:
@@ -155,18 +155,20 @@ class Check:
             status, num_rows = self._run_part(name, min(self.plan[name].seconds, left))
         seconds = round(time.monotonic() - started, 1)
         line = {"part": name, "status": status, "seconds": seconds, "rows": num_rows}
-        append(self.folder / PARTS, PART_COLUMNS, {**line, "commit": self.commit, **self.key})
+        append_row(
+            self.folder / PART_NAMES, PART_COLUMNS, {**line, "commit": self.commit, **self.key}
+        )
         print(f"{name}: {status}, {num_rows} rows in {seconds} s", flush=True)
 
     def _run_part(self, name: str, seconds: float) -> tuple[str, int]:
         """Run one part in the worker; return its status and the number of its rows."""
         if self.worker is None:
-            self.worker = Worker(self.command, self.log)
+            self.worker = CheckProcess(self.command, self.log)
         started, num_rows, status = time.monotonic(), 0, ""
         path = self.folder / self.plan[name].table
         for message in self.worker.run(name, seconds):
             if "row" in message:
-                append(path, ROW_COLUMNS, {"part": name, **message["row"]})
+                append_row(path, ROW_COLUMNS, {"part": name, **message["row"]})
                 num_rows += 1
             else:
                 status = message["end"]
@@ -179,7 +181,7 @@ class Check:
             note = "killed after its time" if is_late else f"the process ended ({code})"
             note = "the device was lost" if status else note
             error = {"case": "", "quantity": "error", "status": "failed", "note": note}
-            append(path, ROW_COLUMNS, {"part": name, **error})
+            append_row(path, ROW_COLUMNS, {"part": name, **error})
             return "failed", num_rows + 1
         return status, num_rows
 
@@ -193,20 +195,20 @@ class Check:
         (self.folder / ENVIRONMENT).write_text(text, encoding="utf-8")
 
     def _lines(self) -> dict[str, dict[str, str]]:
-        return {line["part"]: line for line in read(self.folder / PARTS)}
+        return {line["part"]: line for line in read_lines(self.folder / PART_NAMES)}
 
     def _forget(self, name: str) -> None:
         """Drop what an earlier call wrote of a part."""
-        tables = dict.fromkeys((CHECKS, SPEED), ROW_COLUMNS) | {PARTS: PART_COLUMNS}
+        tables = dict.fromkeys((CHECKS, SPEED), ROW_COLUMNS) | {PART_NAMES: PART_COLUMNS}
         for file, columns in tables.items():
-            lines = [line for line in read(self.folder / file) if line["part"] != name]
+            lines = [line for line in read_lines(self.folder / file) if line["part"] != name]
             with (self.folder / file).open("w", encoding="utf-8", newline="") as out:
                 writer = csv.DictWriter(out, columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(lines)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read_lines(path: Path) -> list[dict[str, str]]:
     """Return the lines of a table; none where there is no file."""
     if not path.is_file():
         return []
@@ -214,7 +216,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, columns: Sequence[str], line: Mapping[str, Any]) -> None:
+def append_row(path: Path, columns: Sequence[str], line: Mapping[str, Any]) -> None:
     """Add a line to a table and bring it to the disk."""
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, columns, lineterminator="\n").writerow(line)
@@ -231,12 +233,12 @@ def code_digest() -> str:
     return sha.hexdigest()[:16]
 
 
-def table(folder: Path, names: Sequence[str]) -> str:
+def results_table(folder: Path, names: Sequence[str]) -> str:
     """Return all rows of some parts as one aligned table, and a line for each part."""
-    rows = [line for file in (CHECKS, SPEED) for line in read(folder / file)]
+    rows = [line for file in (CHECKS, SPEED) for line in read_lines(folder / file)]
     rows.sort(key=lambda line: list(PLAN).index(line["part"]) if line["part"] in PLAN else 0)
     columns = [name for name in ROW_COLUMNS if name != "limit"]
-    cells = [columns, *([shown(line, name) for name in columns] for line in rows)]
+    cells = [columns, *([format_cell(line, name) for name in columns] for line in rows)]
     cells = [line for line in cells if line is cells[0] or line[0] in names]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -251,12 +253,12 @@ def table(folder: Path, names: Sequence[str]) -> str:
             if row["part"] in names and row["status"] == "failed"
         ),
     ]
-    parts = [line for line in read(folder / PARTS) if line["part"] in names]
+    parts = [line for line in read_lines(folder / PART_NAMES) if line["part"] in names]
     lines += [f"{line['part']}: {line['status']}" for line in parts]
     return "\n".join(lines)
 
 
-def shown(line: Mapping[str, str], column: str) -> str:
+def format_cell(line: Mapping[str, str], column: str) -> str:
     """Return a cell of the printed table: numbers with four digits, notes cut."""
     text = line[column]
     if column == "value" and text:

@@ -22,7 +22,7 @@ Cases = Callable[[], Iterator[Case]]
 OUT_OF_TIME, OUT_OF_MEMORY, LOST = "out of time", "out of memory", "lost"
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Do nothing."""
 
 
@@ -38,7 +38,7 @@ class Server:
 
     say: Callable[[Mapping[str, Any]], None]
     memory_errors: tuple[type[Exception], ...] = (MemoryError,)
-    release: Callable[[], None] = nothing
+    release: Callable[[], None] = do_nothing
 
     def run_part(self, cases: Cases, seconds: float) -> str:
         """Run the cases of a part until its time is over and return its status."""
@@ -79,7 +79,7 @@ class Server:
         return statuses
 
 
-def serve(
+def serve_parts(
     open_parts: Callable[[], Mapping[str, Cases]], environment: Mapping[str, Any], **settings: Any
 ) -> None:
     """Say what the machine is, then run the parts that are asked for until stdin ends.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rudolph.benchmarks.benchmark_case import BenchmarkCase
 from rudolph.benchmarks.config import SpeedConfig
-from rudolph.benchmarks.subject import Subject
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.upscaler import UpscalerConfig
@@ -61,8 +61,8 @@ class Sizes:
     """All sizes of a check.
 
     ``checked`` is the decoder whose results are compared, with masks of every kind on an uneven
-    layout.  ``limit_side`` is that of the square matrices whose product is the machine's limit,
-    and ``limit_bytes`` what is copied.
+    layout.  ``roofline_side`` is that of the square matrices whose product is the machine's limit,
+    and ``roofline_bytes`` what is copied.
     """
 
     is_smoke: bool
@@ -75,13 +75,13 @@ class Sizes:
     vqgan: VQGANConfig
     upscaler: UpscalerConfig
     image_batch: int
-    repetitions: int
-    limit_side: int
-    limit_bytes: int
+    num_repetitions: int
+    roofline_side: int
+    roofline_bytes: int
 
-    def subject(self, geometry: Geometry, batch: int = 1) -> Subject:
+    def case(self, geometry: Geometry, batch: int = 1) -> BenchmarkCase:
         """Return what operations and bytes are counted from, see ``benchmarks.flops``."""
-        return Subject(
+        return BenchmarkCase(
             seed=0,
             speed=SpeedConfig("decode", ("float32",), batch, geometry.num_tokens),
             decoder=geometry.decoder,
@@ -96,7 +96,7 @@ class Sizes:
         )
 
 
-def rudolph(
+def rudolph_geometry(
     hidden_size: int,
     kernel: int,
     *,
@@ -121,7 +121,7 @@ def rudolph(
     return Geometry(decoder, layout, vocabulary, train_batch, num_tokens)
 
 
-def small(
+def small_geometry(
     masks: tuple[str, ...], hidden_size: int, num_heads: int, layout: SequenceLayout
 ) -> Geometry:
     """Return a decoder with a small vocabulary and one layer for each mask."""
@@ -145,9 +145,9 @@ def full_sizes(device: torch.device) -> Sizes:
     return Sizes(
         is_smoke=False,
         device=device,
-        checked=small(masks, 256, 4, SequenceLayout(13, 9, 22)),
+        checked=small_geometry(masks, 256, 4, SequenceLayout(13, 9, 22)),
         decoders={
-            "350m": rudolph(
+            "350m": rudolph_geometry(
                 1024,
                 7,
                 text_length=64,
@@ -156,7 +156,7 @@ def full_sizes(device: torch.device) -> Sizes:
                 train_batch=32,
                 num_tokens=40,
             ),
-            "1.3b": rudolph(
+            "1.3b": rudolph_geometry(
                 2048,
                 9,
                 text_length=128,
@@ -172,16 +172,16 @@ def full_sizes(device: torch.device) -> Sizes:
         vqgan=VQGANConfig(),
         upscaler=UpscalerConfig(),
         image_batch=16,
-        repetitions=5,
-        limit_side=8192,
-        limit_bytes=2**32,
+        num_repetitions=5,
+        roofline_side=8192,
+        roofline_bytes=2**32,
     )
 
 
 def smoke_sizes() -> Sizes:
     """Return sizes that take seconds on one core."""
     layout = SequenceLayout(3, 3, 4)
-    checked = small(("row", "column"), 32, 2, layout)
+    checked = small_geometry(("row", "column"), 32, 2, layout)
     return Sizes(
         is_smoke=True,
         device=torch.device("cpu"),
@@ -201,7 +201,7 @@ def smoke_sizes() -> Sizes:
         ),
         upscaler=UpscalerConfig(num_channels=8, num_blocks=1, growth=4),
         image_batch=2,
-        repetitions=2,
-        limit_side=64,
-        limit_bytes=2**16,
+        num_repetitions=2,
+        roofline_side=64,
+        roofline_bytes=2**16,
     )

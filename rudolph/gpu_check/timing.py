@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from rudolph.gpu_check.rows import Case, Row
+from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 
 # Dense bfloat16 products in operations per second, by a part of the device's name; the first that
@@ -33,13 +33,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def median_seconds(
-    work: Callable[[], object], device: torch.device, *, repetitions: int, warm_up: int = 2
+    work: Callable[[], object], device: torch.device, *, num_repetitions: int, warm_up: int = 2
 ) -> float:
     """Return the median time of some repetitions, by CUDA events where there are any."""
     for _ in range(warm_up):
         work()
     synchronize(device)
-    return statistics.median(_seconds(work, device) for _ in range(repetitions))
+    return statistics.median(_seconds(work, device) for _ in range(num_repetitions))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -63,7 +63,7 @@ def product_limit(side: int, device: torch.device, dtype: torch.dtype) -> float:
     """Return operations per second of the product of two square random matrices."""
     # Random numbers: products of zeros draw less power and run faster.
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = median_seconds(lambda: left @ right, device, repetitions=10, warm_up=3)
+    seconds = median_seconds(lambda: left @ right, device, num_repetitions=10, warm_up=3)
     return 2 * side**3 / seconds
 
 
@@ -72,19 +72,21 @@ def copy_limit(num_bytes: int, device: torch.device) -> float:
     """Return bytes per second, read and written, of a copy on the device."""
     source = torch.randint(127, (num_bytes // 2,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), device, repetitions=10)
+    seconds = median_seconds(lambda: target.copy_(source), device, num_repetitions=10)
     return 2 * source.nbytes / seconds
 
 
-def limits(sizes: Sizes) -> Iterator[Case]:
+def device_limits(sizes: Sizes) -> Iterator[Case]:
     """Give what the machine can do: products of each type, and copies."""
 
-    def run() -> Iterator[Row]:
+    def run() -> Iterator[CheckRow]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rate = product_limit(sizes.limit_side, sizes.device, dtype)
+            rate = product_limit(sizes.roofline_side, sizes.device, dtype)
             name = str(dtype).removeprefix("torch.")
-            yield Row(f"{name}_product", rate / 1e12, "TFLOP/s", note=f"side {sizes.limit_side}")
-        rate = copy_limit(sizes.limit_bytes, sizes.device)
-        yield Row("copy", rate / 1e9, "GB/s", note="bytes read and written")
+            yield CheckRow(
+                f"{name}_product", rate / 1e12, "TFLOP/s", note=f"side {sizes.roofline_side}"
+            )
+        rate = copy_limit(sizes.roofline_bytes, sizes.device)
+        yield CheckRow("copy", rate / 1e9, "GB/s", note="bytes read and written")
 
     yield Case("machine", run)

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from rudolph.benchmarks.flops import train_operations
-from rudolph.benchmarks.training import Stepping
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.benchmarks.training_workloads import TrainingStep
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import Geometry, Sizes
 from rudolph.gpu_check.timing import median_seconds, peak_bfloat16, product_limit, synchronize
 from rudolph.models.rudolph.decoder import MaskedDecoder
@@ -35,7 +35,7 @@ def training_cases(name: str, sizes: Sizes) -> Iterator[Case]:
         yield Case(variant, partial(measure_training, sizes, sizes.decoders[name], variant))
 
 
-def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator[Row]:
+def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator[CheckRow]:
     device, switches = sizes.device, VARIANTS[variant]
     if device.type != "cuda" and "has_block_masks" in switches:
         raise UnavailableError("needs CUDA")
@@ -49,21 +49,21 @@ def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator
     started = time.perf_counter()
     step()
     synchronize(device)
-    yield Row("first step", time.perf_counter() - started, "s", note="with compilation")
-    seconds = median_seconds(step, device, repetitions=sizes.repetitions, warm_up=1)
+    yield CheckRow("first step", time.perf_counter() - started, "s", note="with compilation")
+    seconds = median_seconds(step, device, num_repetitions=sizes.num_repetitions, warm_up=1)
     num_tokens = geometry.train_batch * geometry.layout.length
     note = f"batch {geometry.train_batch}, {geometry.layout.length} tokens, bf16 autocast, AdamW"
-    yield Row("step", 1e3 * seconds, "ms", note=note)
-    yield Row("tokens", num_tokens / seconds, "tokens/s")
-    rate = train_operations(sizes.subject(geometry)) * num_tokens / seconds
+    yield CheckRow("step", 1e3 * seconds, "ms", note=note)
+    yield CheckRow("tokens", num_tokens / seconds, "tokens/s")
+    rate = train_operations(sizes.case(geometry)) * num_tokens / seconds
     yield from operation_rows(rate, sizes)
     if device.type == "cuda":
-        yield Row("peak memory", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
+        yield CheckRow("peak memory", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
 
 
 def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], None]:
     """Return a function that makes one step on the same batch."""
-    stepping, losses = Stepping(model, OptimConfig()), DecoderLossConfig()
+    stepping, losses = TrainingStep(model, OptimConfig()), DecoderLossConfig()
 
     def step() -> None:
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -74,15 +74,17 @@ def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], No
     return step
 
 
-def operation_rows(rate: float, sizes: Sizes) -> Iterator[Row]:
+def operation_rows(rate: float, sizes: Sizes) -> Iterator[CheckRow]:
     """Give operations per second, and their fraction of what the device can do in bfloat16."""
-    yield Row("operations", rate / 1e12, "TFLOP/s")
-    limit = product_limit(sizes.limit_side, sizes.device, torch.bfloat16)
-    yield Row("fraction of measured product", rate / limit)
+    yield CheckRow("operations", rate / 1e12, "TFLOP/s")
+    limit = product_limit(sizes.roofline_side, sizes.device, torch.bfloat16)
+    yield CheckRow("fraction of measured product", rate / limit)
     if sizes.device.type == "cuda":
         peak = peak_bfloat16(torch.cuda.get_device_name(sizes.device))
         if peak is not None:
-            yield Row("model FLOPs utilisation", rate / peak, note=f"peak {peak / 1e12:g} TFLOP/s")
+            yield CheckRow(
+                "model FLOPs utilisation", rate / peak, note=f"peak {peak / 1e12:g} TFLOP/s"
+            )
 
 
 def adam8bit_cases(sizes: Sizes) -> Iterator[Case]:
@@ -90,7 +92,7 @@ def adam8bit_cases(sizes: Sizes) -> Iterator[Case]:
     yield Case("some steps", partial(compare_adam8bit, sizes))
 
 
-def compare_adam8bit(sizes: Sizes) -> Iterator[Row]:
+def compare_adam8bit(sizes: Sizes) -> Iterator[CheckRow]:
     """Compare the loss after some steps on one batch, and the memory of the moments."""
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
@@ -111,4 +113,4 @@ def compare_adam8bit(sizes: Sizes) -> Iterator[Row]:
         last.append(loss.item())
     difference = abs(last[1] - last[0]) / last[0]
     note = f"bitsandbytes {bitsandbytes.__version__}"
-    yield Row("loss after 20 steps", difference, "relative difference", 0.02, note)
+    yield CheckRow("loss after 20 steps", difference, "relative difference", 0.02, note)

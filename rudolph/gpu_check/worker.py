@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rudolph.gpu_check.serving import Cases, serve
+from rudolph.gpu_check.serving import Cases, serve_parts
 
 PACKAGES = ("numpy", "pytorch-lightning", "torchmetrics", "triton", "bitsandbytes", "safetensors")
 
@@ -78,7 +78,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def main(name: str) -> None:
+def serve_sizes(name: str) -> None:
     """Serve the parts at the sizes of that name."""
     if name == "full" and not torch.cuda.is_available():
         sys.exit("expected a CUDA GPU, got none. Add --smoke to try the check on the CPU")
@@ -91,7 +91,7 @@ def main(name: str) -> None:
         # C++ takes a minute to compile; what is called the compiled way still runs, uncompiled.
         torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore", FutureWarning)
-    serve(
+    serve_parts(
         partial(open_parts, device),
         environment(device),
         memory_errors=(MemoryError, torch.OutOfMemoryError),
@@ -100,4 +100,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve_sizes(sys.argv[1])

@@ -1,4 +1,4 @@
-"""How near a reconstructed picture is to the original.
+"""How near a reconstructed image is to the original.
 
 Source: Wang 2004 (SSIM), as torchmetrics computes it.
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures ``(B, 3, H, W)`` in [0, 1], in dB, ``(B,)``."""
+    """Peak signal-to-noise ratio of images ``(B, 3, H, W)`` in [0, 1], in dB, ``(B,)``."""
     mse = (images - truth).pow(2).mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of pictures ``(B, 3, H, W)`` in [0, 1], at most 1, ``(B,)``."""
+    """Structural similarity of images ``(B, 3, H, W)`` in [0, 1], at most 1, ``(B,)``."""
     # Its import takes five seconds, which whoever asks for no SSIM need not wait for.
     from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 

@@ -1,4 +1,4 @@
-"""The upscaler of finished pictures: Real-ESRGAN's generator, a chain of dense residual blocks.
+"""The upscaler of finished images: Real-ESRGAN's generator, a chain of dense residual blocks.
 
 ``images -> conv_first -> body -> conv_body -> (nearest x2, conv) ... -> conv_hr -> conv_last``
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.cpu.tiled_conv import enlarged_convolution, fast_layout
+from rudolph.models.cpu.tiled_conv import fast_memory_format, upsample_conv
 
-SCALES = (2, 4, 8)
+UPSCALER_SCALES = (2, 4, 8)
 NUM_DENSE = 5
 
 
@@ -31,14 +31,14 @@ class UpscalerConfig:
     growth: int = 32
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
+        if self.scale not in UPSCALER_SCALES:
             raise ValueError(f"scale must be one of 2, 4, 8, got {self.scale}")
         for name in ("num_channels", "num_blocks", "growth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 
@@ -50,7 +50,7 @@ class DenseBlock(nn.Module):
         size, growth = config.num_channels, config.growth
         for index in range(NUM_DENSE):
             is_last = index == NUM_DENSE - 1
-            layer = conv(size + index * growth, size if is_last else growth)
+            layer = conv3x3(size + index * growth, size if is_last else growth)
             self.add_module(f"conv{index + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,23 +82,23 @@ class Upscaler(nn.Module):
         super().__init__()
         self.config = config
         size = config.num_channels
-        self.conv_first = conv(12 if config.scale == 2 else 3, size)
+        self.conv_first = conv3x3(12 if config.scale == 2 else 3, size)
         self.body = nn.Sequential(*(ResidualBlock(config) for _ in range(config.num_blocks)))
-        self.conv_body = conv(size, size)
-        self.conv_up1 = conv(size, size)
-        self.conv_up2 = conv(size, size)
+        self.conv_body = conv3x3(size, size)
+        self.conv_up1 = conv3x3(size, size)
+        self.conv_up2 = conv3x3(size, size)
         if config.scale == 8:
-            self.conv_up3 = conv(size, size)
-        self.conv_hr = conv(size, size)
-        self.conv_last = conv(size, 3)
+            self.conv_up3 = conv3x3(size, size)
+        self.conv_hr = conv3x3(size, size)
+        self.conv_last = conv3x3(size, 3)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.config.scale == 2:
             images = F.pixel_unshuffle(images, 2)
-        x = self.conv_first(fast_layout(images))
+        x = self.conv_first(fast_memory_format(images))
         x = x + self.conv_body(self.body(x))
         for name in ("conv_up1", "conv_up2", "conv_up3"):
             if hasattr(self, name):
-                larger = enlarged_convolution(x, getattr(self, name))
+                larger = upsample_conv(x, getattr(self, name))
                 x = F.leaky_relu(larger, 0.2, inplace=True)
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2, inplace=True))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rudolph.files.atomic import DamagedFileError, naming, write_whole
+from rudolph.files.atomic import DamagedFileError, naming_file, write_atomic
 
 
 def load_exactly(
@@ -74,7 +74,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     for leftover in path.parent.glob(f"{path.name}.*.new"):
         leftover.unlink(missing_ok=True)
     dense = {name: value.contiguous() for name, value in tensors.items()}
-    write_whole(path, lambda new: save_file(dense, new))
+    write_atomic(path, lambda new: save_file(dense, new))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -86,20 +86,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         # Opened first: Rust reports a folder as a device that does not exist.
-        with naming(path), path.open("rb"):
+        with naming_file(path), path.open("rb"):
             return load_file(path)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise DamagedFileError(path, f"not a whole safetensors file: {_words(error)}") from error
 
 
-def weights_fault(path: Path, model: nn.Module | None = None) -> str:
+def weights_error(path: Path, model: nn.Module | None = None) -> str:
     """Return what is wrong with a safetensors file, empty if nothing; its numbers are not read.
 
     Args:
         model: whose tensors it must hold, by name and shape.
     """
     try:
-        with naming(path), path.open("rb"), safe_open(path, "pt") as file:
+        with naming_file(path), path.open("rb"), safe_open(path, "pt") as file:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

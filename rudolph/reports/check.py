@@ -18,11 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rudolph.evaluation.statistics import repeated_interval, student_quantile
-from rudolph.reports.cards import CARD, read_card
+from rudolph.evaluation.statistics import geometric_mean_interval, student_quantile
 from rudolph.reports.claims import group_of
-from rudolph.reports.repetitions import FILE as REPETITIONS
-from rudolph.reports.repetitions import PROFILES
 from rudolph.reports.report import (
     BEGIN,
     END,
@@ -31,20 +28,23 @@ from rudolph.reports.report import (
     read_curves,
     read_runs,
 )
+from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.timings import FILE as REPETITIONS
+from rudolph.reports.timings import PROFILES
 
 RUNS, README = "runs.csv", "README.md"
 
-# What is not read: code, pictures, links' targets, comments, geometry (6 x 6), the unfounded.
+# What is not read: code, images, links' targets, comments, geometry (6 x 6), the unfounded.
 UNREAD = re.compile(
     r"`[^`]*`|!\[[^]]*\]\([^)]*\)|\]\([^)]*\)|<!--.*?-->|https?://\S+|\b\d+ x \d+\b"
     r"|\(not recomputed: [^)]*\)",
     re.S,
 )
 NAMED = re.compile(r"`([\w./-]+)`|\]\(([^)#]+)")
-NUMBER = re.compile(
+NUMBER_PATTERN = re.compile(
     r"(?<![\w.:/-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w:]|\.\d|,\d|-\w|/\d)"
 )
-INTERVAL = re.compile(rf"\[({NUMBER.pattern}), ({NUMBER.pattern})\]")
+INTERVAL = re.compile(rf"\[({NUMBER_PATTERN.pattern}), ({NUMBER_PATTERN.pattern})\]")
 # Between a value and its interval: its unit and a few words, but no other number.
 BETWEEN = re.compile(r"[^\d\[\].;]{0,40}")
 # Of the unit in which a text says it, how much is one of the files' unit.
@@ -65,7 +65,7 @@ UNIT = re.compile(
 )
 
 
-class Said(NamedTuple):
+class WrittenNumber(NamedTuple):
     """A number of a text: as written, its value, the unit of its last digit, possible scales."""
 
     text: str
@@ -81,23 +81,23 @@ class Said(NamedTuple):
         return near
 
 
-class Facts(NamedTuple):
+class KnownNumbers(NamedTuple):
     """What an experiment's files say: values with bounds ``(N, 3)``, and values alone ``(M,)``."""
 
     estimates: NDArray[Any]
     values: NDArray[Any]
 
     @classmethod
-    def none(cls) -> "Facts":
+    def none(cls) -> "KnownNumbers":
         return cls(np.empty((0, 3)), np.empty(0))
 
-    def joined(self, other: "Facts") -> "Facts":
+    def joined(self, other: "KnownNumbers") -> "KnownNumbers":
         """These facts and those of another experiment."""
-        return Facts(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+        return KnownNumbers(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
-def unfounded_of(
-    readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], Facts]
+def unverified_on_page(
+    readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], KnownNumbers]
 ) -> Iterator[str]:
     """The numbers of a page, outside its generated part, that no file founds.
 
@@ -111,10 +111,10 @@ def unfounded_of(
     folders = set(map(Path.resolve, experiment_folders(results_folder)))
     if is_of_one:
         folders = _named(readme, by_hand, results_folder)
-    facts = Facts.none()
+    facts = KnownNumbers.none()
     for folder in sorted(folders):
         facts = facts.joined(facts_of_folder(folder))
-    yield from unfounded(by_hand, facts, has_alone=is_of_one)
+    yield from unverified_numbers(by_hand, facts, has_alone=is_of_one)
 
 
 def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
@@ -126,7 +126,7 @@ def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
     return {each.resolve() for each in found if any((each / n).is_file() for n in (RUNS, CARD))}
 
 
-def unfounded(text: str, facts: Facts, *, has_alone: bool = True) -> Iterator[str]:
+def unverified_numbers(text: str, facts: KnownNumbers, *, has_alone: bool = True) -> Iterator[str]:
     """The numbers of a text that are none of the facts, as they are written.
 
     Args:
@@ -135,7 +135,7 @@ def unfounded(text: str, facts: Facts, *, has_alone: bool = True) -> Iterator[st
     text = UNREAD.sub(lambda found: "]" if found[0].startswith("](") else " _ ", text)
     told: set[int] = set()
     for found in INTERVAL.finditer(text):
-        before = list(NUMBER.finditer(text, 0, found.start()))[-1:]
+        before = list(NUMBER_PATTERN.finditer(text, 0, found.start()))[-1:]
         bounds = [_said(text, *found.span(part)) for part in (1, 2)]
         told |= {found.start(1), found.start(2)}
         value = None
@@ -144,22 +144,24 @@ def unfounded(text: str, facts: Facts, *, has_alone: bool = True) -> Iterator[st
             told.add(before[0].start())
         if not _is_estimate(value, bounds, facts.estimates):
             yield f"{value.text if value else ''} {found[0]}".strip()
-    alone = [each for each in NUMBER.finditer(text) if each.start() not in told]
+    alone = [each for each in NUMBER_PATTERN.finditer(text) if each.start() not in told]
     for found in alone if has_alone else []:
         said = _said(text, *found.span())
         if not said.is_one_of(facts.values).any():
             yield said.text
 
 
-def _said(text: str, start: int, end: int) -> Said:
+def _said(text: str, start: int, end: int) -> WrittenNumber:
     digits = text[start:end].replace(",", "")
     mantissa, _, power = digits.partition("e")
     step = 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
     unit = UNIT.match(text, end)
-    return Said(text[start:end], float(digits), step, UNITS[unit[1]] if unit else (1.0,))
+    return WrittenNumber(text[start:end], float(digits), step, UNITS[unit[1]] if unit else (1.0,))
 
 
-def _is_estimate(value: Said | None, bounds: list[Said], estimates: NDArray[Any]) -> bool:
+def _is_estimate(
+    value: WrittenNumber | None, bounds: list[WrittenNumber], estimates: NDArray[Any]
+) -> bool:
     """Whether value and bounds are those of one estimate, in one unit, or of its negative."""
     scales = (1.0, 100.0) if value is None or value.scales == (1.0,) else value.scales
     for scale in scales:
@@ -173,7 +175,7 @@ def _is_estimate(value: Said | None, bounds: list[Said], estimates: NDArray[Any]
     return False
 
 
-def facts_of(folder: Path) -> Facts:
+def known_numbers(folder: Path) -> KnownNumbers:
     """All that the CSV files of a folder, the tables of its page and its settings say."""
     estimates: list[list[float]] = []
     values: list[float] = []
@@ -198,7 +200,7 @@ def facts_of(folder: Path) -> Facts:
     if (folder / REPETITIONS).is_file():
         values += _of_repetitions(folder)
     known = np.array(estimates, dtype=float).reshape(-1, 3)
-    return Facts(known[np.isfinite(known).all(1)], _finite(values))
+    return KnownNumbers(known[np.isfinite(known).all(1)], _finite(values))
 
 
 def _of_texts(folder: Path) -> Iterator[float]:
@@ -206,14 +208,14 @@ def _of_texts(folder: Path) -> Iterator[float]:
     texts = [generated_part(folder / README), (folder / "report.json").read_text("utf-8")]
     texts += [path.read_text("utf-8") for path in sorted((folder / "configs").glob("*.yaml"))]
     for text in texts:
-        for found in NUMBER.finditer(text):
+        for found in NUMBER_PATTERN.finditer(text):
             yield _said(text, *found.span()).value
 
 
 def _of_page(folder: Path) -> Iterator[list[float]]:
     """Values with their intervals in the page's generated part."""
     page = generated_part(folder / README)
-    for found in re.finditer(rf"({NUMBER.pattern}) {INTERVAL.pattern}", page):
+    for found in re.finditer(rf"({NUMBER_PATTERN.pattern}) {INTERVAL.pattern}", page):
         yield [_said(page, *found.span(part)).value for part in (1, 2, 3)]
 
 
@@ -256,8 +258,8 @@ def _of_repetitions(folder: Path) -> Iterator[float]:
     table = pd.read_csv(folder / REPETITIONS, keep_default_na=False)
     yield from table["peak_bytes"]
     for _, own in table.groupby(["run", "contestant", "part"]):
-        yield repeated_interval(own["seconds"].to_numpy()).value
-        yield repeated_interval((own["seconds"] / own["units"]).to_numpy()).value
+        yield geometric_mean_interval(own["seconds"].to_numpy()).value
+        yield geometric_mean_interval((own["seconds"] / own["units"]).to_numpy()).value
 
 
 def _of_validations(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rudolph.evaluation.statistics import detectable_effect, holm, paired_t, pairs_needed
+from rudolph.evaluation.statistics import holm, minimum_detectable_effect, paired_t, pairs_needed
 from rudolph.reports.markdown import table_row
 
 # Parts of the names of metrics that are better when they are less.
@@ -83,7 +83,7 @@ def group_of(run: str, seed: int) -> str:
     return run.removesuffix(f"seed{seed}").rstrip("-")
 
 
-def by_number(name: str) -> str:
+def natural_order(name: str) -> str:
     """A key that sorts names as their numbers go, ``k=2`` before ``k=10``."""
     numbers = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
     # Names of equal numbers, 1_001 and 001_1, have an order too.
@@ -106,7 +106,7 @@ def effects(
     asked = [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
     if against is not None:
         for metric in metrics:
-            others = sorted(set(groups) - {against}, key=by_number)
+            others = sorted(set(groups) - {against}, key=natural_order)
             asked += [(metric, name, against, 0.0) for name in others]
     if claim is not None:
         # Neither is it made again the other way round.
@@ -149,13 +149,13 @@ def _effect(
         compared.low,
         compared.high,
         paired_t(pairs - least).p_value,
-        detectable_effect(spread, len(pairs)),
+        minimum_detectable_effect(spread, len(pairs)),
         _needed(spread, abs(value)),
     )
 
 
 def _needed(spread: float, effect: float) -> float:
-    if effect == 0 or detectable_effect(spread, MANY_SEEDS) > effect:
+    if effect == 0 or minimum_detectable_effect(spread, MANY_SEEDS) > effect:
         return np.inf
     return pairs_needed(spread, effect)
 
@@ -170,7 +170,7 @@ def claim_lines(claim: Claim, found: Effect, number: int) -> Iterator[str]:
         yield f"{line}A claim needs two seeds of both, and has {found.pairs}."
         return
     among = f" (Holm, {number} comparisons)" if number > 1 else ""
-    line += f"Better by {interval_text(found)} over {found.pairs} seeds, p {found.p_value:.2g}"
+    line += f"Better by {format_interval(found)} over {found.pairs} seeds, p {found.p_value:.2g}"
     line += f"{among}. So many seeds show a difference of {found.detectable:.2g} in four of five "
     yield f"{line}tries; {_seeds_text(found.needed)} would show the one seen."
 
@@ -181,7 +181,7 @@ def effects_table(found: Sequence[Effect]) -> list[str]:
     head += ["detectable", "seeds needed"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for each in found:
-        cells = [f"`{each.metric}`", each.group, each.than, interval_text(each)]
+        cells = [f"`{each.metric}`", each.group, each.than, format_interval(each)]
         cells += [f"{each.p_value:.2g}", str(each.pairs)]
         known = each.pairs >= 2
         cells += [f"{each.detectable:.2g}" if known else "", _seeds_text(each.needed)]
@@ -189,7 +189,7 @@ def effects_table(found: Sequence[Effect]) -> list[str]:
     return lines
 
 
-def interval_text(found: Effect) -> str:
+def format_interval(found: Effect) -> str:
     """``0.12 [0.05, 0.19]``."""
     if found.pairs < 2:
         return f"{found.value:.3g}"

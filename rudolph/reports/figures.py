@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from rudolph.evaluation.statistics import mean_of_few
-from rudolph.reports.claims import LESS_IS_BETTER, SURE, by_number
+from rudolph.evaluation.statistics import mean_over_seeds
+from rudolph.reports.claims import LESS_IS_BETTER, SURE, natural_order
 from rudolph.reports.style import (
     INTERVAL_STYLE,
     LEVEL_STYLES,
     MARKERS,
-    drawn_text,
+    drawable_text,
     finish,
     interval,
     line,
@@ -46,17 +46,19 @@ def report_figure(draw: Draw) -> Draw:
     @styled
     @wraps(draw)
     def drawn(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-        metrics = [drawn_text(metric) for metric in y]
-        draw(_with_drawn_texts(frame), path, y=metrics, x=drawn_text(x), by=drawn_text(by))
+        metrics = [drawable_text(metric) for metric in y]
+        draw(_with_drawn_texts(frame), path, y=metrics, x=drawable_text(x), by=drawable_text(by))
 
     return drawn
 
 
 def _with_drawn_texts(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with every text in it, and every name of a column, as it is drawn."""
-    frame = frame.rename(columns=drawn_text)
+    frame = frame.rename(columns=drawable_text)
     for name in frame.select_dtypes(include=["object", "string"]).columns:
-        texts = frame[name].map(lambda cell: drawn_text(cell) if isinstance(cell, str) else cell)
+        texts = frame[name].map(
+            lambda cell: drawable_text(cell) if isinstance(cell, str) else cell
+        )
         # An ordinary column keeps its type.
         if not texts.equals(frame[name]):
             frame = frame.assign(**{name: texts})
@@ -171,7 +173,7 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     figure.set_figwidth(figure.get_figwidth() + 0.08 * len(y) * max(0, longest - 16))
     for axes, metric in zip(panels, y, strict=True):
         own = frame[frame[x] == metric]
-        own = own.sort_values([by, "than"], key=lambda names: names.map(by_number))
+        own = own.sort_values([by, "than"], key=lambda names: names.map(natural_order))
         records = own.to_dict("records")
         for row, record in enumerate(records):
             ends = [record["low"], record["value"], record["high"]]
@@ -244,7 +246,7 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) 
 
 
 @report_figure
-def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
+def best_of_n(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
     """Best of N: a curve with its interval for each ranking, of the scores ``y/best_of_N/split``.
 
     Args:
@@ -269,7 +271,7 @@ def best_of(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
             drawn |= set(own["N"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(drawn), [str(number) for number in sorted(drawn)])
-    axes.set(xlabel="pictures to choose from", ylabel="right, 95 % interval")
+    axes.set(xlabel="images to choose from", ylabel="right, 95 % interval")
     finish(figure, [axes], path, title="ranked by")
 
 
@@ -298,7 +300,7 @@ def _cell_text(values: "pd.Series[float]") -> str:
     mean = f"{values.mean():.3g}"
     if len(values) < 2:
         return mean
-    found = mean_of_few(values.to_numpy())
+    found = mean_over_seeds(values.to_numpy())
     return f"{mean}\n± {(found.high - found.low) / 2:.1g}"
 
 
@@ -318,7 +320,7 @@ def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     figure, [axes] = panels_of(1, height=4.2)
     palette, places = seaborn.color_palette("colorblind"), []
     for number, (name, group) in enumerate(_groups(frame, by)):
-        found = [mean_of_few(group[metric].dropna().to_numpy()) for metric in y]
+        found = [mean_over_seeds(group[metric].dropna().to_numpy()) for metric in y]
         widths = [[[each.value - each.low], [each.high - each.value]] for each in found]
         axes.errorbar(
             found[0].value,
@@ -333,7 +335,7 @@ def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
             label=str(name),
         )
         places.append([each.value for each in found])
-    front = front_of(np.array(places), [bool(LESS_IS_BETTER.search(metric)) for metric in y])
+    front = pareto_front(np.array(places), [bool(LESS_IS_BETTER.search(metric)) for metric in y])
     axes.plot(*front.T, color="0.5", linewidth=1, linestyle=":", zorder=0)
     better = ["left" if LESS_IS_BETTER.search(y[0]) else "right"]
     better.append("down" if LESS_IS_BETTER.search(y[1]) else "up")
@@ -375,7 +377,7 @@ def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
     save(figure, path)
 
 
-def front_of(places: NDArray[Any], is_less_better: Sequence[bool]) -> NDArray[Any]:
+def pareto_front(places: NDArray[Any], is_less_better: Sequence[bool]) -> NDArray[Any]:
     """Of points ``(N, 2)`` those that none is better than in both, from left to right."""
     signed = np.where(is_less_better, places, -places)
     kept = [not ((signed <= point).all(1) & (signed < point).any(1)).any() for point in signed]
@@ -410,5 +412,5 @@ FIGURES = {
     "pareto": pareto,
     "regions": regions,
     "card": card,
-    "best_of": best_of,
+    "best_of": best_of_n,
 }

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from rudolph.reports.cards import CARD, read_card
 from rudolph.reports.claims import group_of
 from rudolph.reports.report import Figure, Report, read_curves, read_runs
-from rudolph.reports.searches import is_trial
+from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.search_tables import is_trial
 
 
-def of_what_is_there(report: Report, folder: Path) -> Report:
+def available_report(report: Report, folder: Path) -> Report:
     """Return a report without what only missing runs have: metrics, comparisons, regions.
 
     Where no run is missing the report stays, so that a metric that nothing has is an error.

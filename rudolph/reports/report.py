@@ -15,21 +15,21 @@ import numpy as np
 import pandas as pd
 
 from rudolph.evaluation.regions import Axis
-from rudolph.evaluation.statistics import mean_of_few, rank_correlation
+from rudolph.evaluation.statistics import mean_over_seeds, rank_correlation
 from rudolph.files.atomic import DamagedFileError, read_json, read_mapping
-from rudolph.reports.cards import CARD, card_table, read_card
 from rudolph.reports.claims import (
     Claim,
     Effect,
     claim_lines,
     effects,
     effects_table,
+    format_interval,
     group_of,
-    interval_text,
 )
 from rudolph.reports.markdown import table_row
-from rudolph.reports.repetitions import is_speed, speed_tables
-from rudolph.reports.searches import TRIAL, Search, is_trial, search_lines
+from rudolph.reports.report_cards import CARD, card_table, read_card
+from rudolph.reports.search_tables import TRIAL, Search, is_trial, search_lines
+from rudolph.reports.timings import is_speed, speed_tables
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
@@ -214,7 +214,7 @@ def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
     number = groups.nunique()
     if number < 3 or not known:
         return []
-    value, low, high = mean_of_few(known)
+    value, low, high = mean_over_seeds(known)
     between = f" [{low:.2g}, {high:.2g}]" if len(known) > 1 else ""
     names = " and ".join(f"`{name}`" for name in metrics)
     return [f"Rank correlation of {names} over {number} groups of runs: {value:.2g}{between}."]
@@ -239,7 +239,7 @@ def _table(report: Report, runs: pd.DataFrame) -> list[str]:
     head = [*report.rows, "runs", *metrics]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for key, group in runs.groupby(list(report.rows), sort=True, dropna=False):
-        cells = [*(cell(part) for part in key), str(len(group))]
+        cells = [*(format_cell_value(part) for part in key), str(len(group))]
         lines.append(table_row([*cells, *(_spread(group, metric) for metric in metrics)]))
     chances = [_only(runs, f"{metric}_chance") for metric in metrics]
     if any(chances):
@@ -254,7 +254,7 @@ def _only(runs: pd.DataFrame, column: str) -> str:
 
 
 def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
-    """The pictures of the first run of each variant, of which alone an export has some."""
+    """The images of the first run of each variant, of which alone an export has some."""
     first = (
         runs.sort_values("run")
         .groupby("variant", sort=True)["run"]
@@ -293,7 +293,7 @@ def _claims_table(results_folder: Path) -> list[str]:
         name = folder.relative_to(results_folder).as_posix()
         said = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
         cells = [f"[{report.title}]({name}/README.md)<br>{said}", found.verdict]
-        cells += [interval_text(found), f"{core_minutes(folder):.3g}", _commits(runs)]
+        cells += [format_interval(found), f"{core_minutes(folder):.3g}", _commits(runs)]
         lines.append(table_row(cells))
     return lines if len(lines) > 2 else []
 
@@ -305,7 +305,7 @@ def _experiments_table(results_folder: Path) -> list[str]:
         report, runs = read_report(folder), read_runs(folder)
         name = folder.relative_to(results_folder).as_posix()
         link = f"[{report.title}]({name}/README.md)<br>`{name}`"
-        cells = [link, report.question, answer(folder / "README.md"), str(len(runs))]
+        cells = [link, report.question, finding_of(folder / "README.md"), str(len(runs))]
         lines.append(table_row([*cells, f"{runs['seconds'].sum() / 60:.3g}", _commits(runs)]))
     return lines
 
@@ -315,7 +315,7 @@ def experiment_folders(results_folder: Path) -> list[Path]:
     return sorted(path.parent for path in results_folder.rglob("report.json"))
 
 
-def answer(readme: Path) -> str:
+def finding_of(readme: Path) -> str:
     """The first sentence of the text written by hand; empty while there is none."""
     by_hand = readme.read_text("utf-8").partition(BEGIN)[0]
     paragraphs = [part.strip() for part in by_hand.split("\n\n")]
@@ -344,7 +344,7 @@ def _commits(runs: pd.DataFrame) -> str:
     return ", ".join(f"`{commit[:10]}`" for commit in sorted(runs["commit"].unique()))
 
 
-def cell(value: object) -> str:
+def format_cell_value(value: object) -> str:
     """A value as the CSV files and tables have it: floats with six digits, no value empty."""
     if value is None:
         return ""

@@ -10,20 +10,20 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rudolph.files.atomic import DamagedFileError, naming, read_mapping, say_once
-from rudolph.reports.cards import CARD
-from rudolph.reports.cards import COLUMNS as CARD_COLUMNS
-from rudolph.reports.repetitions import FILE as REPETITIONS
-from rudolph.reports.repetitions import FOLDER as SPEED
-from rudolph.reports.repetitions import REPETITION_COLUMNS
-from rudolph.tracking.event_log import JOURNAL, STATUSES, read_header, read_journal
+from rudolph.files.atomic import DamagedFileError, naming_file, read_mapping, warn_once
+from rudolph.reports.report_cards import CARD
+from rudolph.reports.report_cards import CARD_COLUMNS as CARD_COLUMNS
+from rudolph.reports.timings import FILE as REPETITIONS
+from rudolph.reports.timings import FOLDER as SPEED
+from rudolph.reports.timings import REPETITION_COLUMNS
+from rudolph.tracking.event_log import JOURNAL, STATUSES, read_event_log, read_header
 
 SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
 AGAIN = "run its experiment again to mend it"
-NUMBER = (int, float)
+FINITE_NUMBER = (int, float)
 # As `json_number` writes them.
 NOT_FINITE = ("nan", "inf", "-inf")
-NUMBERS = ("metrics", "chance", "target", "seconds")
+NUMERIC_COLUMNS = ("metrics", "chance", "target", "seconds")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -38,11 +38,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
     content = read_mapping(path, seed=int, dirty=bool, metrics=dict, seconds=dict, **texts)
     if content["status"] not in STATUSES:
         raise DamagedFileError(path, f"unknown status {content['status'][:20]!r}")
-    for name in (*NUMBERS, "grid", "intervals"):
+    for name in (*NUMERIC_COLUMNS, "grid", "intervals"):
         values = content.get(name, {})
         if not isinstance(values, dict):
             raise DamagedFileError(path, f"{name} is a {type(values).__name__}")
-        if name in NUMBERS:
+        if name in NUMERIC_COLUMNS:
             content[name] = values = {key: _number(each) for key, each in values.items()}
             if None in values.values():
                 raise DamagedFileError(path, f"{name} must hold numbers")
@@ -58,7 +58,7 @@ def _number(value: Any) -> Any:
     """Return a number of a JSON file, also one that JSON has no word for; None for all else."""
     if isinstance(value, str) and value in NOT_FINITE:
         return float(value)
-    return value if isinstance(value, NUMBER) else None
+    return value if isinstance(value, FINITE_NUMBER) else None
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """
     path = folder / ENVIRONMENT
     content = read_mapping(path, machine=dict)
-    if not isinstance(content["machine"].get("threads"), NUMBER):
+    if not isinstance(content["machine"].get("threads"), FINITE_NUMBER):
         raise DamagedFileError(path, "machine.threads must be a number")
     if not isinstance(content.get("digests", {}), dict):
         raise DamagedFileError(path, "digests must be a mapping")
@@ -93,12 +93,12 @@ def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | N
             return None
         check_files(folder, summary)
     except FileNotFoundError as error:
-        say_once(f"{error.filename}: is missing; the run counts as unfinished, {advice}")
+        warn_once(f"{error.filename}: is missing; the run counts as unfinished, {advice}")
     except OSError as error:
         reason = str(error.strerror).lower()
-        say_once(f"{error.filename}: {reason}; the run counts as unfinished, {advice}")
+        warn_once(f"{error.filename}: {reason}; the run counts as unfinished, {advice}")
     except DamagedFileError as error:
-        say_once(f"{error}; the run counts as unfinished, {advice}")
+        warn_once(f"{error}; the run counts as unfinished, {advice}")
     else:
         return summary
     return None
@@ -122,7 +122,7 @@ def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
     header = read_header(folder / JOURNAL)
     if header["digest"] != summary["digest"]:
         raise DamagedFileError(folder / JOURNAL, "it belongs to another run")
-    for _ in read_journal(folder / JOURNAL):
+    for _ in read_event_log(folder / JOURNAL):
         """Reading a record checks it."""
     check_config(folder / CONFIG)
     check_table(folder / CARD, CARD_COLUMNS, numbers=("value", "low", "high", "count"))
@@ -139,7 +139,7 @@ def check_config(path: Path) -> None:
     Raises:
         DamagedFileError: when it is not.
     """
-    with naming(path):
+    with naming_file(path):
         content = path.read_bytes()
     try:
         text = content.decode()
@@ -160,7 +160,7 @@ def check_table(path: Path, columns: Collection[str], *, numbers: Collection[str
     if not path.exists():
         return
     try:
-        with naming(path), path.open(encoding="utf-8", newline="") as file:
+        with naming_file(path), path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file, strict=True)
             if not set(columns) <= set(rows.fieldnames or ()):
                 raise DamagedFileError(path, f"expected the columns {', '.join(columns)}")

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rudolph.files.atomic import DAMAGED, DamagedFileError, require_apart, write_whole
+from rudolph.files.atomic import DAMAGED, DamagedFileError, require_apart, write_atomic
 from rudolph.reports.run_files import AGAIN, finished_runs
-from rudolph.tracking.event_log import JOURNAL, SENT, SentMark, pending_folders, read_header
+from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, pending_folders, read_header
 from rudolph.tracking.tracker import send_pending, send_results
 
-RESULTS = "results"
-WEIGHTS = "checkpoints"
+RESULT_FILES = "results"
+WEIGHT_PATTERNS = "checkpoints"
 # Files that belong to the machine on which a run was executed.
 PARTIAL = ("*.new", "*.part", f"*{DAMAGED}*")
 LEFT = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
@@ -41,16 +41,16 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
         raise ValueError(f"{runs}: no finished run to share")
     sources = {folder.name: folder for folder in finished}
     if results.is_dir():
-        sources[RESULTS] = results
+        sources[RESULT_FILES] = results
     folder = _place(target, finished[0] / JOURNAL)
     for source in (runs, *sources.values()):
         require_apart(folder, source, "--to")
-    left = LEFT if has_weights else (*LEFT, WEIGHTS)
+    left = LEFT if has_weights else (*LEFT, WEIGHT_PATTERNS)
     with _exchanged(folder) as new:
         for name, source in sources.items():
-            ignored = () if name == RESULTS else left
+            ignored = () if name == RESULT_FILES else left
             shutil.copytree(source, new / name, ignore=shutil.ignore_patterns(*ignored))
-            if not has_weights and name != RESULTS:
+            if not has_weights and name != RESULT_FILES:
                 _forget_weights(new / name / JOURNAL)
     return [folder / run.name for run in finished]
 
@@ -82,7 +82,7 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
     header = read_header(folders[0] / JOURNAL)
     if results.is_dir() and not send_results(header["experiment"], results, uri):
         raise ValueError(f"{uri}: {results} was not taken")
-    return {folder.name: SentMark(folder, uri).read()[0] for folder in folders}
+    return {folder.name: SendMarker(folder, uri).read()[0] for folder in folders}
 
 
 @contextmanager
@@ -127,8 +127,8 @@ def _forget_weights(journal: Path) -> None:
     # A line ends with a line feed alone: texts may hold U+2028, which other splitters end at.
     lines = journal.read_bytes().split(b"\n")
     kept = [line for line in lines[:-1] if not _is_of_weights(json.loads(line))]
-    write_whole(journal, lambda new: new.write_bytes(b"".join(line + b"\n" for line in kept)))
+    write_atomic(journal, lambda new: new.write_bytes(b"".join(line + b"\n" for line in kept)))
 
 
 def _is_of_weights(record: dict[str, str]) -> bool:
-    return record["kind"] == "artifact" and record["path"].startswith(f"{WEIGHTS}/")
+    return record["kind"] == "artifact" and record["path"].startswith(f"{WEIGHT_PATTERNS}/")

@@ -27,20 +27,18 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.files.atomic import json_text, require_apart, say_once, write_json, write_text
-from rudolph.reports.cards import CARD, export_cards, read_card
-from rudolph.reports.check import facts_of, unfounded_of
-from rudolph.reports.partial import of_what_is_there
-from rudolph.reports.repetitions import export_repetitions
+from rudolph.files.atomic import json_text, require_apart, warn_once, write_json, write_text
+from rudolph.reports.check import known_numbers, unverified_on_page
+from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
     OVERHEAD,
     UNANSWERED,
     Report,
-    answer,
-    cell,
     experiment_folders,
     experiment_page,
+    finding_of,
+    format_cell_value,
     generated_part,
     index_page,
     read_curves,
@@ -49,9 +47,11 @@ from rudolph.reports.report import (
     read_runs,
     replace_generated,
 )
+from rudolph.reports.report_cards import CARD, export_cards, read_card
 from rudolph.reports.run_files import AGAIN, finished_runs, finished_summary, read_environment
-from rudolph.reports.searches import read_regions, write_regions
-from rudolph.tracking.event_log import JOURNAL, exclusive, read_journal
+from rudolph.reports.search_tables import read_regions, write_regions
+from rudolph.reports.timings import export_timings
+from rudolph.tracking.event_log import JOURNAL, exclusive, read_event_log
 
 INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
 POINTS_OF_A_CURVE = 200
@@ -61,7 +61,7 @@ _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
 FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
 
 
-def export(
+def export_results(
     runs_folder: Path,
     results_folder: Path,
     *,
@@ -106,7 +106,7 @@ def _write_experiment(
     write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
     write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
     write_text(folder / "environment.json", _environments(finished))
-    # Pictures of the first run of each variant, else a sweep's would be most of the repository.
+    # Images of the first run of each variant, else a sweep's would be most of the repository.
     shown: dict[str, str] = {}
     for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
         shown.setdefault(variant, name)
@@ -117,9 +117,9 @@ def _write_experiment(
         for sample in _last_samples(run_folder / "samples"):
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
-    export_repetitions(runs, folder)
+    export_timings(runs, folder)
     export_cards(runs, folder)
-    report = of_what_is_there(report, folder)
+    report = available_report(report, folder)
     content = asdict(report)
     if not report.missing:
         del content["missing"]
@@ -155,11 +155,11 @@ def _keep_answer_apart(
     if page.startswith(heading):
         page = f"# {report.title}\n{page.removeprefix(heading)}"
     is_other = old.question != report.question and not digests & old_digests
-    if is_other and answer(readme):
+    if is_other and finding_of(readme):
         title, _, rest = page.partition("\n")
         title, rest = (title, rest) if title.startswith("# ") else (f"# {report.title}", page)
         page = f"{title}\n\n{UNANSWERED}\n\n{rest.lstrip()}"
-        say_once(f"{report.experiment}: its answer was written for another question; renew it")
+        warn_once(f"{report.experiment}: its answer was written for another question; renew it")
     write_text(readme, page)
 
 
@@ -202,7 +202,9 @@ def write_index(results_folder: Path) -> Path:
     return path
 
 
-def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) -> list[str]:
+def check_results_folder(
+    results_folder: Path, *, digest: Callable[[Path], str] | None = None
+) -> list[str]:
     """What is wrong with the results, a line each; none when all is as an export left it.
 
     Args:
@@ -213,10 +215,10 @@ def check(results_folder: Path, *, digest: Callable[[Path], str] | None = None) 
     problems = [line for folder in folders for line in _check(folder, digest)]
     if not problems:
         # Each page may name any experiment.
-        facts = cache(facts_of)
+        facts = cache(known_numbers)
         pages = [folder / "README.md" for folder in folders]
         for page in (*pages, results_folder.parent / "README.md"):
-            numbers = unfounded_of(page, results_folder, facts) if page.is_file() else ()
+            numbers = unverified_on_page(page, results_folder, facts) if page.is_file() else ()
             problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
         index = results_folder / "README.md"
         if not index.exists() or index_page(results_folder) != generated_part(index):
@@ -247,7 +249,7 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     header += [name for name in values if name in given]
     yield header
     for row in sorted(rows, key=lambda row: str(row["run"])):
-        yield [cell(row.get(name)) for name in header]
+        yield [format_cell_value(row.get(name)) for name in header]
 
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
@@ -256,7 +258,7 @@ def finished_row(folder: Path) -> dict[str, Any] | None:
     if summary is None:
         return None
     return {
-        name: float(cell(value)) if isinstance(value, float) else value
+        name: float(format_cell_value(value)) if isinstance(value, float) else value
         for name, value in _run_row(summary).items()
     }
 
@@ -282,14 +284,14 @@ def _curve_rows(
     yield ["run", "metric", "step", "value"]
     for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
         points: dict[str, dict[int, float]] = {}
-        for _, record in read_journal(folder / JOURNAL):
+        for _, record in read_event_log(folder / JOURNAL):
             # A run that was continued repeats steps: the later value is the one that counted.
             for name, value in record.get("metrics", {}).items():
                 points.setdefault(name, {})[record["step"]] = value
         kept = {name for name in points if name in shown or "/val/" in name}
         for name, curve in sorted((name, points[name]) for name in kept):
             for step, value in _thinned(sorted(curve.items())):
-                yield [summary["run"], name, str(step), cell(value)]
+                yield [summary["run"], name, str(step), format_cell_value(value)]
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -319,12 +321,12 @@ def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
 
 
 def _last_samples(folder: Path) -> list[Path]:
-    """Of pictures whose names differ in the number at their end, the last; all others."""
+    """Of images whose names differ in the number at their end, the last; all others."""
     series: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.png")):
         stem = path.stem.rstrip("0123456789")
         series.setdefault(stem, []).append((int(path.stem[len(stem) :] or 0), path))
-    return [max(pictures)[1] for _, pictures in sorted(series.items())]
+    return [max(images)[1] for _, images in sorted(series.items())]
 
 
 # What a figure is drawn from, where it is not ``runs.csv``.
@@ -368,7 +370,7 @@ def _check(folder: Path, digest: Callable[[Path], str] | None) -> Iterator[str]:
             yield f"{folder}/README.md: the generated part is not what runs.csv says; export again"
     except ValueError as error:
         yield f"{folder}: {error}"
-    if not answer(folder / "README.md"):
+    if not finding_of(folder / "README.md"):
         yield f"{folder}/README.md: no answer is written above the generated part"
 
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from rudolph.sequence.texts import clean_text, shortened
+from rudolph.sequence.texts import clean_text, shorten
 
 # Longer names are cut: a figure grows with its names, and no renderer takes any size.
 LONGEST_NAME = 200
@@ -56,7 +56,7 @@ class DrawingError(ValueError):
 
 
 @contextmanager
-def drawing(path: Path) -> Iterator[Path]:
+def protected_drawing(path: Path) -> Iterator[Path]:
     """Yield where to write a figure; it takes its place at ``path`` when it is whole.
 
     Raises:
@@ -69,7 +69,7 @@ def drawing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     except (ValueError, RuntimeError, OverflowError, MemoryError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = shortened(" ".join(reason.split()) or type(error).__name__, LONGEST_NAME)
+        reason = shorten(" ".join(reason.split()) or type(error).__name__, LONGEST_NAME)
         raise DrawingError(f"{path}: cannot be drawn ({reason})") from error
     finally:
         if new.is_file():
@@ -89,13 +89,13 @@ def warned_drawing() -> Iterator[None]:
         warnings.warn(str(error), DrawingWarning, stacklevel=3)
 
 
-def drawn_text(text: str) -> str:
+def drawable_text(text: str) -> str:
     r"""Return a text that matplotlib draws as it stands: cleaned, not too long, "$" no formula.
 
-    >>> print(drawn_text("top_k $5$"))
+    >>> print(drawable_text("top_k $5$"))
     top_k \$5\$
     """
-    return shortened(clean_text(text), LONGEST_NAME).replace("$", r"\$")
+    return shorten(clean_text(text), LONGEST_NAME).replace("$", r"\$")
 
 
 def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -151,7 +151,7 @@ def save(figure: Figure, path: Path) -> None:
         DrawingError: for what cannot be drawn or written.
     """
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with drawing(path) as new, warnings.catch_warnings():
+    with protected_drawing(path) as new, warnings.catch_warnings():
         # Of letters that the font lacks, and of names that leave no room for the axes.
         warnings.filterwarnings("ignore", message="Glyph |constrained_layout not applied")
         figure.savefig(new, dpi=120, metadata=metadata)

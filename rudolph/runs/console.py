@@ -71,10 +71,10 @@ class LogProgress:
         self.last = now
         left = (now - started) * (total - done) / done if done else 0.0
         times = f"{now - started:.0f} s" + (f", {left:.0f} s left" if left else "")
-        say(f"  {stage}: {done}/{total}  {times}  {note}".rstrip())
+        print_line(f"  {stage}: {done}/{total}  {times}  {note}".rstrip())
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -82,14 +82,14 @@ def silence_libraries() -> None:
     """Libraries report what users of this program cannot act on."""
     for name in ("pytorch_lightning", "lightning.pytorch", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.showwarning = say_warning
+    warnings.showwarning = print_warning
     warnings.filterwarnings("ignore", module="pytorch_lightning|mlflow|torch|lightning|urllib3")
 
 
 _show_plainly = warnings.showwarning
 
 
-def say_warning(
+def print_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -99,6 +99,6 @@ def say_warning(
 ) -> None:
     """A warning of this package in one line of its own, any other as Python shows it."""
     if category.__module__.startswith("rudolph."):
-        say(f"  {message}")
+        print_line(f"  {message}")
     else:
         _show_plainly(message, category, filename, lineno, file, line)

@@ -14,20 +14,20 @@ from typing import Any, Protocol
 import torch
 
 from rudolph.config.experiment_file import Experiment, Run
-from rudolph.config.run import RunConfig, plain
-from rudolph.files.atomic import say_once, write_whole
-from rudolph.files.settings import did_you_mean, short
+from rudolph.config.run import RunConfig, to_plain
+from rudolph.files.atomic import warn_once, write_atomic
+from rudolph.files.settings import did_you_mean, short_repr
 from rudolph.models.layers.native_types import native_types
 from rudolph.models.rudolph.compiled import check_compiler
-from rudolph.models.weights import weights_fault
+from rudolph.models.weights import weights_error
 from rudolph.reports.run_files import AGAIN, finished_summary
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
 
-Progress = Callable[[str, int, int, str], None]
+ProgressCallback = Callable[[str, int, int, str], None]
 
 
 # Number type of the products of each precision, by Lightning's names.
-PRECISIONS = {
+LIGHTNING_PRECISIONS = {
     "32-true": torch.float32,
     "64-true": torch.float64,
     "bf16-mixed": torch.bfloat16,
@@ -144,12 +144,12 @@ class Hardware:
     def record(self) -> dict[str, Any]:
         """All flags as the environment of a run keeps them: what was used, not what was given."""
         used = {"devices": self.num_devices, "precision": self.used_precision}
-        return {**plain(self), **used}
+        return {**to_plain(self), **used}
 
     @property
     def warning(self) -> str:
         """One line on a precision whose products this machine only emulates, or nothing."""
-        dtype = PRECISIONS[self.used_precision]
+        dtype = LIGHTNING_PRECISIONS[self.used_precision]
         if dtype == torch.float64 or dtype in native_types(self.kind).products:
             return ""
         told = "processor and are 8 to 60 times slower" if self.kind == "cpu" else "GPU and slow"
@@ -219,7 +219,7 @@ class Hardware:
 
 def legal_precisions(kind: str) -> tuple[str, ...]:
     """Return the precisions that trainings can have on ``cpu``, ``cuda`` or ``mps``."""
-    return tuple(name for name in PRECISIONS if name not in NOT_ON[kind])
+    return tuple(name for name in LIGHTNING_PRECISIONS if name not in NOT_ON[kind])
 
 
 def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
@@ -243,7 +243,7 @@ def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
     if not re.fullmatch(r"-?\d{1,6}", text, re.ASCII):
         raise ValueError(
             "--devices: expected auto, -1 (all), a number or indices such as 0,1, "
-            f"got {short(text)}"
+            f"got {short_repr(text)}"
         )
     number = int(text)
     if number < 1:
@@ -258,7 +258,9 @@ def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
 def _require_one_of(flag: str, given: str, legal: Sequence[str]) -> None:
     if given not in legal:
         hint = did_you_mean(given, legal)
-        raise ValueError(f"--{flag}: expected one of {', '.join(legal)}, got {short(given)}{hint}")
+        raise ValueError(
+            f"--{flag}: expected one of {', '.join(legal)}, got {short_repr(given)}{hint}"
+        )
 
 
 @dataclass(frozen=True)
@@ -286,14 +288,14 @@ def is_finished(folder: Path) -> bool:
     if finished_summary(folder) is None:
         return False
     for path in sorted((folder / "checkpoints").rglob("*.safetensors")):
-        fault = weights_fault(path)
+        fault = weights_error(path)
         if fault:
-            say_once(f"{path}: damaged ({fault}); the run counts as unfinished, {AGAIN}")
+            warn_once(f"{path}: damaged ({fault}); the run counts as unfinished, {AGAIN}")
             return False
     return True
 
 
-def keep_file(source: Path, path: Path) -> None:
+def copy_to_run(source: Path, path: Path) -> None:
     """Put a file of the cache into a run's folder, which can be moved alone, or the reverse.
 
     On one disk they stay one file.
@@ -306,7 +308,7 @@ def keep_file(source: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(source, new)
 
-    write_whole(path, put)
+    write_atomic(path, put)
 
 
 def is_main_process() -> bool:
@@ -325,7 +327,7 @@ class Recorder(Protocol):
     def log_artifact(self, path: Path, folder: str = "") -> None: ...
 
 
-class Unrecorded:
+class NullRecorder:
     """The recorder of all processes but the main one: it keeps nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -351,7 +353,7 @@ class Execution:
     folders: Folders
     hardware: Hardware
     tracker: Recorder
-    progress: Progress
+    progress: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -15,23 +15,23 @@ from typing import Any
 import torch
 
 from rudolph.config.experiment_file import Experiment, Run
-from rudolph.config.run import plain, to_yaml
-from rudolph.evaluation.evaluator import Score
-from rudolph.evaluation.evaluators.numerics import lost
-from rudolph.files.atomic import DamagedFileError, say_once, write_json, write_text
+from rudolph.config.run import run_yaml, to_plain
+from rudolph.evaluation.context import Score
+from rudolph.evaluation.evaluators.numerics import diverged_score
+from rudolph.files.atomic import DamagedFileError, warn_once, write_json, write_text
 from rudolph.models.layers.native_types import native_product_names
 from rudolph.reports.report import OVERHEAD
 from rudolph.reports.run_files import CONFIG, ENVIRONMENT, SUMMARY, read_summary
+from rudolph.runs.benchmark_run import run_benchmark
 from rudolph.runs.execution import (
     Execution,
     Folders,
     Hardware,
-    Progress,
-    Unrecorded,
+    NullRecorder,
+    ProgressCallback,
     is_main_process,
     run_folder,
 )
-from rudolph.runs.measuring import measure
 from rudolph.runs.stages.clip import run_clip_stages
 from rudolph.runs.stages.run import run_stages
 from rudolph.runs.stages.shared import TAKEN
@@ -49,7 +49,7 @@ def execute(
     folders: Folders,
     hardware: Hardware,
     uri: str,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Execute one run and return its summary.
 
@@ -60,7 +60,7 @@ def execute(
     """
     folder = run_folder(folders, experiment, run)
     if not is_main_process():
-        work_of(run)(Execution(run, folder, folders, hardware, Unrecorded(), progress))
+        work_of(run)(Execution(run, folder, folders, hardware, NullRecorder(), progress))
         return _summary(experiment, run)
     with exclusive(folder / "running.lock", 0) as is_alone:
         if not is_alone:
@@ -77,10 +77,10 @@ def _execute_alone(
     folders: Folders,
     hardware: Hardware,
     uri: str,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> dict[str, Any]:
     folder, started = run_folder(folders, experiment, run), time.monotonic()
-    write_text(folder / CONFIG, to_yaml(run.config))
+    write_text(folder / CONFIG, run_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
@@ -91,7 +91,7 @@ def _execute_alone(
         digest=run.config.digest,
         runs_folder=folders.runs,
     ) as tracker:
-        tracker.log_params(plain(run.config))
+        tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
             # Curves of stages that other runs trained are missing too; they are recorded again.
             (folder / TAKEN).unlink(missing_ok=True)
@@ -127,11 +127,11 @@ def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     except NonFiniteLossError:
         if "survival" not in run.config.evaluation.questions:
             raise
-        return [lost(split) for split in run.config.evaluation.splits], {}
+        return [diverged_score(split) for split in run.config.evaluation.splits], {}
 
 
 def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: float) -> None:
-    """What a run took beside its stages: tracking, pictures, records."""
+    """What a run took beside its stages: tracking, images, records."""
     staged = sum(seconds.values()) - sum(earlier.values())
     seconds[OVERHEAD] = round(earlier.get(OVERHEAD, 0.0) + passed - staged, 3)
 
@@ -139,7 +139,7 @@ def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: 
 def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
     """What makes the scores of a run: its stages, or its contestants."""
     if run.config.speed.measure is not None:
-        return measure
+        return run_benchmark
     return run_clip_stages if run.config.model == "clip" else run_stages
 
 
@@ -174,7 +174,7 @@ def _earlier_seconds(folder: Path) -> dict[str, float]:
     try:
         seconds: dict[str, float] = read_summary(folder)["seconds"]
     except (DamagedFileError, OSError) as error:
-        say_once(f"{error}; the seconds of earlier attempts are lost")
+        warn_once(f"{error}; the seconds of earlier attempts are lost")
         return {}
     return seconds
 
@@ -202,7 +202,8 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
         },
-        "hardware": plain(execution.hardware) | {"precision": execution.hardware.used_precision},
+        "hardware": to_plain(execution.hardware)
+        | {"precision": execution.hardware.used_precision},
         "digests": digests,
     }
     write_json(execution.folder / ENVIRONMENT, content)

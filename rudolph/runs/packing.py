@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rudolph.config.run import RunConfig, read_run, to_yaml
+from rudolph.config.run import RunConfig, read_run, run_yaml
 from rudolph.files.atomic import read_mapping, require_apart, write_json, write_text
 from rudolph.models.cpu.int8 import pack_int8
 from rudolph.models.weights import save_tensors
-from rudolph.reports.cards import CARD, card_table, read_card
 from rudolph.reports.markdown import table_row
 from rudolph.reports.report import replace_generated
+from rudolph.reports.report_cards import CARD, card_table, read_card
 from rudolph.reports.run_files import ENVIRONMENT, SUMMARY, read_environment, read_summary
-from rudolph.runs.execution import Folders, Progress
+from rudolph.runs.execution import Folders, ProgressCallback
 from rudolph.runs.resolve import RUN_FILES, load_run
-from rudolph.runs.samples import draw_prompts
-from rudolph.runs.stages.evaluation import ask_again
+from rudolph.runs.samples import generate_prompts
+from rudolph.runs.stages.evaluation import evaluate_again
 
 MADE = "made.json"
 MODEL_CARD = "README.md"
@@ -33,11 +33,11 @@ NEW_CARD = (
 )
 
 
-def pack(
+def pack_run_folder(
     run: Path,
     target: Path,
     folders: Folders,
-    progress: Progress,
+    progress: ProgressCallback,
     *,
     int8: bool = False,
     settings: Sequence[str] = (),
@@ -64,8 +64,8 @@ def pack(
     _require_place(target, run)
     with _made_beside(target) as made:
         _write(run, made, int8=int8, settings=settings)
-        ask_again(made, folders, progress)
-        draw(made)
+        evaluate_again(made, folders, progress)
+        generate_samples(made)
         by_hand = target / MODEL_CARD
         new = NEW_CARD.format(name=read_summary(run)["experiment"])
         text = by_hand.read_text("utf-8") if by_hand.is_file() else new
@@ -114,18 +114,18 @@ def _write(run: Path, target: Path, *, int8: bool, settings: Sequence[str]) -> N
     save_tensors(pack_int8(decoder) if int8 else _halved(decoder), checkpoints / RUN_FILES[0])
     save_tensors(_halved(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
     pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
-    write_text(target / "config.yaml", to_yaml(read_run(run / "config.yaml", settings)))
+    write_text(target / "config.yaml", run_yaml(read_run(run / "config.yaml", settings)))
     kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
     made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
     made["bits"] = 8 if int8 else 16
     write_json(target / MADE, made)
 
 
-def draw(folder: Path) -> None:
-    """Pictures of the fixed prompts by what was written, if there are such prompts."""
+def generate_samples(folder: Path) -> None:
+    """Images of the fixed prompts by what was written, if there are such prompts."""
     pipeline, config = load_run(folder)
     if config.evaluation.grid_prompts:
-        draw_prompts(pipeline, config, folder / DRAWN)
+        generate_prompts(pipeline, config, folder / DRAWN)
 
 
 def model_card(folder: Path) -> str:

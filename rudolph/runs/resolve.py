@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from rudolph.checkpoints import store
-from rudolph.checkpoints.table import PICTURES, TOKENIZER
+from rudolph.checkpoints.releases import IMAGE_TOKENIZER, TOKENIZER
 from rudolph.config.run import RunConfig, SamplingConfig, read_run
-from rudolph.files.atomic import require_apart, say_once, set_aside, write_whole
+from rudolph.files.atomic import rename_damaged, require_apart, warn_once, write_atomic
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -27,7 +27,7 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vision.clip import CLIP
 from rudolph.models.vqgan.model import VQGAN
-from rudolph.models.weights import load_exactly, read_weights, weights_fault
+from rudolph.models.weights import load_exactly, read_weights, weights_error
 from rudolph.runs.execution import Hardware, is_finished
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.artifacts import fetch_run, local_run
@@ -59,7 +59,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Source:
+class LoadedModel:
     """A pipeline, how it draws unless it is told otherwise, and what it is called."""
 
     pipeline: Pipeline
@@ -68,9 +68,9 @@ class Source:
     name: str
 
 
-def open_source(
+def open_model(
     source: str, *, runs: Path, uri: str, precision: Precision | None = None
-) -> Source:
+) -> LoadedModel:
     """The pipeline of a source.
 
     Args:
@@ -86,11 +86,11 @@ def open_source(
     folder = find_folder(source, runs=runs, uri=uri)
     found = (_of_run if is_run(folder) else _of_reference)(folder, precision)
     device = Hardware().device
-    pictures = None
+    images = None
     if precision.dtype not in (None, torch.float32) and device.type == "cpu":
         # Processors convolve in bfloat16 where they have any 16 bits.
-        pictures = torch.bfloat16 if has_native_bfloat16() else torch.float32
-    found.pipeline.to(device, picture_dtype=pictures)
+        images = torch.bfloat16 if has_native_bfloat16() else torch.float32
+    found.pipeline.to(device, image_dtype=images)
     return found
 
 
@@ -111,15 +111,15 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
 def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
     """Return the folder of an MLflow run in the cache; a damaged one is fetched again."""
     paths = sorted((folder / "checkpoints").rglob("*.safetensors"))
-    faults = [f"{path}: damaged ({fault})" for path in paths if (fault := weights_fault(path))]
+    faults = [f"{path}: damaged ({fault})" for path in paths if (fault := weights_error(path))]
     if (folder / "config.yaml").is_file():
         try:
             read_run(folder / "config.yaml")
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        aside = set_aside(folder)
-        say_once(f"{faults[0]}; renamed {aside.name}, the run is fetched again")
+        aside = rename_damaged(folder)
+        warn_once(f"{faults[0]}; renamed {aside.name}, the run is fetched again")
     return fetch_run(run_id, uri, folder)
 
 
@@ -163,7 +163,7 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
 
 
-def _of_run(folder: Path, precision: Precision) -> Source:
+def _of_run(folder: Path, precision: Precision) -> LoadedModel:
     pipeline, config = load_run(folder)
     pipeline.decoder.to(precision.dtype or torch.float32)
     if precision.int8:
@@ -172,22 +172,22 @@ def _of_run(folder: Path, precision: Precision) -> Source:
         use_int8(layers)
         layers.load_state_dict(weights)
     name = SHIPPED if folder == SHIPPED_RUN else str(folder)
-    return Source(pipeline, config.sampling, config.data.image_size, name)
+    return LoadedModel(pipeline, config.sampling, config.data.image_size, name)
 
 
-def _of_reference(folder: Path, precision: Precision) -> Source:
+def _of_reference(folder: Path, precision: Precision) -> LoadedModel:
     """A released decoder, or one in a folder of its own, with the VQ-GAN and BPE that it needs."""
     family, _ = store.read_config(folder)
     if family not in RELEASED_SAMPLING:
-        raise ValueError(f"{folder}: holds a {family} model, which draws no pictures")
+        raise ValueError(f"{folder}: holds a {family} model, which draws no images")
     beside = folder / store.TOKENIZER_FILE
     bpe = beside if beside.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
-    vqgan = store.load(_vqgan_beside(folder), dtype=precision.dtype)
-    decoder = store.load(folder, dtype=precision.dtype, int8=precision.int8)
+    vqgan = store.load_weights(_vqgan_beside(folder), dtype=precision.dtype)
+    decoder = store.load_weights(folder, dtype=precision.dtype, int8=precision.int8)
     assert isinstance(vqgan, VQGAN) and isinstance(decoder, MaskedDecoder)
     pipeline = Pipeline(Tokenizer(bpe), vqgan, decoder)
     size = decoder.layout.image_tokens_per_dim * vqgan.config.factor
-    return Source(pipeline, RELEASED_SAMPLING[family], size, folder.name)
+    return LoadedModel(pipeline, RELEASED_SAMPLING[family], size, folder.name)
 
 
 def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterator[str]:
@@ -211,7 +211,7 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         target.mkdir(parents=True, exist_ok=True)
         pipeline.tokenizer.save(target / store.TOKENIZER_FILE)
     else:
-        parts = {target: store.load(folder)}
+        parts = {target: store.load_weights(folder)}
     for place, model in parts.items():
         try:
             family, config, tensors = to_reference(model)
@@ -222,16 +222,18 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         if not has_pickle and store.is_exported(place):
             # It would hold the weights of an earlier call.
             pickled.unlink(missing_ok=True)
-        store.write(place, tensors, family=family, config=config, origin={"from": str(folder)})
+        store.write_checkpoint(
+            place, tensors, family=family, config=config, origin={"from": str(folder)}
+        )
         if has_pickle:
-            write_whole(pickled, partial(torch.save, tensors))
+            write_atomic(pickled, partial(torch.save, tensors))
         yield f"{place}: {family}, {len(tensors)} tensors"
 
 
 def open_decoder(source: str, *, runs: Path, uri: str) -> MaskedDecoder:
     """The decoder of a source, on the CPU."""
     folder = find_folder(source, runs=runs, uri=uri)
-    model = load_run(folder)[0].decoder if is_run(folder) else store.load(folder)
+    model = load_run(folder)[0].decoder if is_run(folder) else store.load_weights(folder)
     return _checked(model, MaskedDecoder, source)
 
 
@@ -241,13 +243,15 @@ def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
     if is_run(folder):
         return _checked(load_run(folder)[0].vqgan, VQGAN, source)
     is_decoder = store.read_config(folder)[0] in RELEASED_SAMPLING
-    return _checked(store.load(_vqgan_beside(folder) if is_decoder else folder), VQGAN, source)
+    return _checked(
+        store.load_weights(_vqgan_beside(folder) if is_decoder else folder), VQGAN, source
+    )
 
 
 def _vqgan_beside(folder: Path) -> Path | str:
     """Return where the VQ-GAN of a decoder in the reference's format is."""
     own = folder / "vqgan"
-    return own if own.is_dir() else PICTURES
+    return own if own.is_dir() else IMAGE_TOKENIZER
 
 
 def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
@@ -272,13 +276,13 @@ def open_clip(source: str) -> ClipRanker:
     if not bpe.is_file():
         raise ValueError(f"{folder}: a CLIP needs its own {store.TOKENIZER_FILE} beside it")
     templates = PLAIN_TEMPLATES if is_trained_here else TEMPLATES
-    model = _checked(store.load(folder), CLIP, source)
+    model = _checked(store.load_weights(folder), CLIP, source)
     return ClipRanker(model, Tokenizer(bpe), templates=templates)
 
 
 def open_upscaler(source: str) -> Upscaler:
     """An upscaler of a released name or a folder."""
-    return _checked(store.load(source), Upscaler, source)
+    return _checked(store.load_weights(source), Upscaler, source)
 
 
 def _checked(model: nn.Module, kind: type[Kind], source: str) -> Kind:

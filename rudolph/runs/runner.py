@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from rudolph.config.experiment_file import Experiment, Run, load_experiment
-from rudolph.files.atomic import DamagedFileError, explain, write_text
+from rudolph.files.atomic import DamagedFileError, explain_os_error, write_text
 from rudolph.files.settings import ConfigError
 from rudolph.reports.report import read_report
 from rudolph.reports.run_files import SUMMARY, read_summary
 from rudolph.reports.store import finished_row
-from rudolph.runs.execution import Folders, Hardware, Progress, is_finished, run_folder
+from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
 
 BASES = "base"
 # In the folder of an experiment's runs, the file that they are of.
@@ -35,13 +35,13 @@ OWNER = "experiment.txt"
 TRACEBACK = "traceback.txt"
 KILLED = "its process was killed, by the system or for its memory"
 # Seconds that runs at once have to end after Ctrl-C, and the exit code of their processes.
-SECONDS_TO_END = 3.0
+SECONDS_TO_STOP = 3.0
 INTERRUPTED = 130
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
-class Place:
+class RunContext:
     """Where runs are executed and on what; ``uri`` is that of the tracking server."""
 
     folders: Folders
@@ -138,7 +138,9 @@ def keep_owner(experiment: Experiment, folders: Folders) -> None:
     write_text(folders.runs / experiment.name / OWNER, f"{shown.as_posix()}\n")
 
 
-def failure_of(experiment: Experiment, run: Run, place: Place, progress: Progress) -> str:
+def failure_of(
+    experiment: Experiment, run: Run, place: RunContext, progress: ProgressCallback
+) -> str:
     """Execute a run unless it is finished; return the error that ended it, empty if none did.
 
     The traceback of an error that is no user's mistake is kept in the run's folder.
@@ -255,7 +257,9 @@ def _runs_of_search(experiment: Experiment, folders: Folders) -> list[Run]:
     return runs
 
 
-def run_at_once(jobs: Sequence[Job], place: Place, *, number: int) -> Iterator[tuple[Job, str]]:
+def run_at_once(
+    jobs: Sequence[Job], place: RunContext, *, number: int
+) -> Iterator[tuple[Job, str]]:
     """Execute jobs in ``number`` processes; each as it ends, with why it failed."""
     broken = yield from _in_processes(jobs, place, number)
     # One that is killed takes all others of its pool along, so each is tried by itself.
@@ -265,7 +269,7 @@ def run_at_once(jobs: Sequence[Job], place: Place, *, number: int) -> Iterator[t
 
 
 def _in_processes(
-    jobs: Sequence[Job], place: Place, number: int
+    jobs: Sequence[Job], place: RunContext, number: int
 ) -> Generator[tuple[Job, str], None, list[Job]]:
     """Execute jobs in one pool of processes; return those that a killed process left."""
     threads = max(1, (os.cpu_count() or 1) // number)
@@ -293,7 +297,7 @@ def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
         yield
     except BaseException:
         # Jobs that wait in the pool would still start.
-        deadline = time.monotonic() + SECONDS_TO_END
+        deadline = time.monotonic() + SECONDS_TO_STOP
         children = [child for child in active_children() if child not in others]
         for child in children:
             child.join(max(0.0, deadline - time.monotonic()))
@@ -320,11 +324,11 @@ def _end_with_parent() -> None:
         os._exit(INTERRUPTED)
 
 
-def _execute_job(job: Job, place: Place) -> str:
+def _execute_job(job: Job, place: RunContext) -> str:
     try:
         return failure_of(*job.load(), place, _unseen)
     except OSError as error:
-        return explain(error)
+        return explain_os_error(error)
     except ValueError as error:
         return " ".join(str(error).split())
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""Pictures of a run: its masks, reconstructions, captions and the grid of fixed prompts.
+"""Images of a run: its masks, reconstructions, captions and the grid of fixed prompts.
 
 Those that runs have in common are drawn by the first of them.  One that cannot be drawn is a
-warning and fails no run.  Matplotlib is imported only where a picture is drawn.
+warning and fails no run.  Matplotlib is imported only where an image is drawn.
 """
 
 import os
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rudolph.config.run import RunConfig, digest_of, plain
+from rudolph.config.run import RunConfig, digest_of, to_plain
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
-from rudolph.evaluation.evaluator import without_note
-from rudolph.files.atomic import say_once, set_aside
-from rudolph.generation.pictures import is_whole_png
+from rudolph.evaluation.context import ignore_notes
+from rudolph.files.atomic import rename_damaged, warn_once
 from rudolph.generation.pipeline import OnToken, Pipeline
+from rudolph.generation.png import is_whole_png
 from rudolph.models.rudolph.decoder import MaskedDecoder
-from rudolph.runs.execution import Execution, is_main_process, keep_file
+from rudolph.runs.execution import Execution, copy_to_run, is_main_process
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.texts import UnknownTextWarning
 from rudolph.sequence.tokenizer import Tokenizer
@@ -31,28 +31,28 @@ GRID_COLUMNS = 8
 NUM_SHOWN = 10
 
 
-def draw_masks(execution: Execution, model: MaskedDecoder) -> None:
-    """The different masks of the decoder as one picture."""
+def save_masks(execution: Execution, model: MaskedDecoder) -> None:
+    """The different masks of the decoder as one image."""
     if not is_main_process():
         return
     names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_sees_left
 
     def draw(path: Path) -> None:
-        from rudolph.reports import drawings
+        from rudolph.reports import image_grids
 
         rules = {name: parse_mask(name) for name in names}
         if not sees_left:
             rules = {name: right_without_left(rule) for name, rule in rules.items()}
         tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
-        drawings.mask_picture(tables, path, segments=model.layout.segment_lengths)
+        image_grids.draw_masks_image(tables, path, segments=model.layout.segment_lengths)
 
     path = execution.folder / "samples" / "masks.png"
-    draw_once(execution, path, draw, decided_by=(names, sees_left, plain(model.layout)))
+    save_once(execution, path, draw, decided_by=(names, sees_left, to_plain(model.layout)))
     if path.is_file():
         execution.tracker.log_artifact(path)
 
 
-def draw_samples(
+def save_samples(
     execution: Execution, pipeline: Pipeline, splits: Splits, *, made_of: str
 ) -> None:
     """Reconstructions, and what the decoder learned: captions of each split, fixed prompts.
@@ -63,66 +63,66 @@ def draw_samples(
     folder = execution.folder / "samples"
 
     def draw(path: Path) -> None:
-        from rudolph.reports import drawings
+        from rudolph.reports import image_grids
 
-        seen = splits.with_pictures("validation")
-        originals = torch.cat([split.pictures(_spread(split, len(seen))) for split in seen])
+        seen = splits.with_images("validation")
+        originals = torch.cat([split.image_batch(_spread(split, len(seen))) for split in seen])
         decoded = pipeline.decode(pipeline.encode(originals))
-        drawings.reconstructions(to_bytes(originals), to_bytes(decoded), path)
+        image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
-    draw_once(execution, folder / "reconstructions.png", draw, decided_by=(made_of,))
+    save_once(execution, folder / "reconstructions.png", draw, decided_by=(made_of,))
     tasks = {(row.dataset, row.task) for row in splits.config.mixture}
     main = splits.config.dataset
     if (main, "image_captioning") in tasks:
         for name in execution.config.evaluation.splits:
-            draw_captions(execution, pipeline, splits(name))
-    if shown_prompts(execution.config):
-        draw_grid(execution, pipeline)
+            save_captions(execution, pipeline, splits(name))
+    if grid_prompts_of(execution.config):
+        save_grid(execution, pipeline)
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, "samples")
 
 
-def draw_once(
+def save_once(
     execution: Execution,
     path: Path,
     draw: Callable[[Path], None],
     *,
     decided_by: tuple[Any, ...],
 ) -> None:
-    """A picture in the run's folder; ``draw(path)`` if no run before drew it.
+    """An image in the run's folder; ``draw(path)`` if no run before drew it.
 
     It is missing, with a warning, where it cannot be drawn.
     """
     name = f"{path.stem}-{digest_of(*decided_by)[:16]}{path.suffix}"
-    cached = execution.folders.cache / "pictures" / name
+    cached = execution.folders.cache / "images" / name
     if is_whole_png(cached):
-        keep_file(cached, path)
+        copy_to_run(cached, path)
         return
     if os.path.lexists(cached):
-        aside = set_aside(cached)
-        say_once(f"{cached}: damaged, renamed {aside.name}; it is drawn again")
+        aside = rename_damaged(cached)
+        warn_once(f"{cached}: damaged, renamed {aside.name}; it is drawn again")
     from rudolph.reports.style import warned_drawing
 
     with warned_drawing():
         draw(path)
-        keep_file(path, cached)
+        copy_to_run(path, cached)
 
 
-def draw_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
-    """Pictures of a split with what the decoder says of them."""
-    from rudolph.reports import drawings
+def save_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
+    """Images of a split with what the decoder says of them."""
+    from rudolph.reports import image_grids
     from rudolph.reports.style import warned_drawing
 
-    pictures = split.pictures(_spread(split))
+    images = split.image_batch(_spread(split))
     sampling = execution.config.sampling.text
-    captions = pipeline.caption(pictures, config=sampling, seeds=range(len(pictures)))
+    captions = pipeline.caption(images, config=sampling, seeds=range(len(images)))
     path = execution.folder / "samples" / f"captions-{split.name}.png"
     with warned_drawing():
         labels = [text or "-" for text in captions]
-        drawings.sample_grid(to_bytes(pictures), labels, path, columns=5)
+        image_grids.sample_grid(to_bytes(images), labels, path, columns=5)
 
 
-def shown_prompts(config: RunConfig) -> tuple[str, ...]:
+def grid_prompts_of(config: RunConfig) -> tuple[str, ...]:
     """Return the fixed prompts of a run that learns to draw what they say, or none."""
     tasks = {(row.dataset, row.task) for row in config.data.mixture}
     is_drawing = (config.data.dataset, "text_to_image") in tasks
@@ -131,43 +131,43 @@ def shown_prompts(config: RunConfig) -> tuple[str, ...]:
 
 def warn_of_unknown(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Warn, before any training, of fixed prompts that the tokenizer of a run cannot read."""
-    for at, prompt in enumerate(shown_prompts(config)):
+    for at, prompt in enumerate(grid_prompts_of(config)):
         note = tokenizer.unknown_note(prompt, f"evaluation.grid_prompts[{at}]")
         if note:
             warnings.warn(note, UnknownTextWarning, stacklevel=2)
 
 
-def draw_grid(execution: Execution, pipeline: Pipeline) -> None:
-    """Pictures of the fixed prompts, so that runs can be compared by eye."""
+def save_grid(execution: Execution, pipeline: Pipeline) -> None:
+    """Images of the fixed prompts, so that runs can be compared by eye."""
     path = execution.folder / "samples" / "grid.png"
     with execution.stage("samples") as advance:
-        draw_prompts(pipeline, execution.config, path, on_token=partial(without_note, advance))
+        generate_prompts(pipeline, execution.config, path, on_token=partial(ignore_notes, advance))
 
 
-def draw_prompts(
+def generate_prompts(
     pipeline: Pipeline, config: RunConfig, path: Path, *, on_token: OnToken | None = None
 ) -> None:
-    """Pictures of the fixed prompts of a configuration, as it draws and seeds them."""
-    from rudolph.reports import drawings
+    """Images of the fixed prompts of a configuration, as it draws and seeds them."""
+    from rudolph.reports import image_grids
     from rudolph.reports.style import warned_drawing
 
     prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
     seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
-    pictures = pipeline.pictures(
+    images = pipeline.generate_images(
         prompts, config=config.sampling.image, seeds=seeds, on_token=on_token
     )
     labels = [prompt for prompt in prompts for _ in range(number)]
     columns = max(GRID_COLUMNS // number, 1) * number
     with warned_drawing():
-        drawings.sample_grid(to_bytes(pictures), labels, path, columns=columns)
+        image_grids.sample_grid(to_bytes(images), labels, path, columns=columns)
 
 
 def _spread(split: Split, num_splits: int = 1) -> list[int]:
-    """A few pairs from all over a split, always the same; fewer where several share a picture."""
+    """A few pairs from all over a split, always the same; fewer where several share an image."""
     number = min(NUM_SHOWN // num_splits, len(split))
     return [at * len(split) // number for at in range(number)]
 
 
-def to_bytes(pictures: torch.Tensor) -> list[np.ndarray[Any, Any]]:
+def to_bytes(images: torch.Tensor) -> list[np.ndarray[Any, Any]]:
     """``(B, 3, H, W)`` in [0, 1] to a list of ``(H, W, 3)`` uint8."""
-    return list(pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
+    return list(images.mul(255).round().byte().permute(0, 2, 3, 1).numpy())

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from rudolph.config.experiment_file import Experiment, Run
-from rudolph.config.run import RunConfig, resolved
-from rudolph.evaluation.regions import Axis, points_within, settings_at, spread_points
-from rudolph.reports.searches import REGION, TRIAL, Search, region_of
+from rudolph.config.run import RunConfig, resolve_run
+from rudolph.evaluation.regions import Axis, low_discrepancy_points, points_within, settings_at
+from rudolph.reports.search_tables import REGION, TRIAL, Search, find_domain_region
 
 # Optuna has no seed of its own for each proposal.
 SEEDS_APART = 1000
@@ -38,7 +38,7 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
         seed = seeds[number % len(seeds)]
         return _run(experiment, TRIAL, f"{number:03d}", point, seed, search.settings)
 
-    evenly = spread_points(search.trials, len(search.space), seed=seeds[0])[:num_even]
+    evenly = low_discrepancy_points(search.trials, len(search.space), seed=seeds[0])[:num_even]
     found = [
         trial(at, settings_at(search.space, place)) for at, place in enumerate(evenly.tolist())
     ]
@@ -59,7 +59,9 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
         _run(experiment, f"{REGION}{domain}", "", settings_at(search.space, place), seed, {})
         for domain in domains
         for place, seed in zip(
-            points_within(region_of(search, domain, pd.DataFrame(rows)), len(seeds)).tolist(),
+            points_within(
+                find_domain_region(search, domain, pd.DataFrame(rows)), len(seeds)
+            ).tolist(),
             seeds,
             strict=True,
         )
@@ -75,11 +77,11 @@ def _run(
     settings: Mapping[str, Any],
 ) -> Run:
     flat = {**experiment.settings, **settings, **point, "seed": seed}
-    config = resolved(experiment.path, flat)
+    config = resolve_run(experiment.path, flat)
     return Run(f"{variant}{number}-seed{seed}", variant, dict(point), config)
 
 
-def groups_of_the_same_pairs(experiment: Experiment) -> tuple[str, ...]:
+def groups_sharing_pairs(experiment: Experiment) -> tuple[str, ...]:
     """Return the groups of tests that may be asked about pairs that trials were asked about.
 
     Pairs are others where the data are the same and the splits, or the halves of one, are not.
@@ -88,8 +90,8 @@ def groups_of_the_same_pairs(experiment: Experiment) -> tuple[str, ...]:
     if search is None:
         return ()
     least = {name: axis.low for name, axis in search.space.items()}
-    trial = resolved(experiment.path, {**experiment.settings, **search.settings, **least})
-    tested = resolved(experiment.path, {**experiment.settings, **least})
+    trial = resolve_run(experiment.path, {**experiment.settings, **search.settings, **least})
+    tested = resolve_run(experiment.path, {**experiment.settings, **least})
     groups = {f"{REGION}{domain}": tested for domain in search.domains}
     groups |= {run.variant: run.config for run in experiment.runs if run.variant}
     return tuple(name for name, config in groups.items() if _may_share_pairs(config, trial))

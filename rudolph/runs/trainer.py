@@ -24,7 +24,7 @@ from rudolph.training.callbacks import (
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
 from rudolph.training.optim import OptimConfig
-from rudolph.training.steps import StepwiseModule
+from rudolph.training.steps import ManualStepModule
 
 CURVES = "curves.jsonl"
 CHECKPOINT = "last.ckpt"
@@ -32,7 +32,7 @@ CHECKPOINT = "last.ckpt"
 
 def fit(
     execution: Execution,
-    module: StepwiseModule,
+    module: ManualStepModule,
     optim: OptimConfig,
     *,
     examples: tuple[Any, Any, int],
@@ -88,7 +88,7 @@ def fit(
     trainer.strategy.barrier()
 
 
-def keep_weights(module: StepwiseModule, weights: Path) -> None:
+def keep_weights(module: ManualStepModule, weights: Path) -> None:
     """Write the trained network of a module, from the main process alone.
 
     Weights are kept in float32 whatever they were trained in, as runs that share them read them.

@@ -29,7 +29,7 @@ WORD_START = "\u2581"
 WORD = re.compile(rf"[^ \t\n\v\f\r{WORD_START}]+")
 NUM_SPECIALS = 4
 
-Pair = tuple[int, int]
+TokenPair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BPEModel:
     """``characters`` code point to id; ``merges`` pair to (priority, merged id), best first."""
 
     characters: dict[int, int]
-    merges: dict[Pair, tuple[int, int]]
+    merges: dict[TokenPair, tuple[int, int]]
 
     def encode_word(
         self, word: str, dropout: float = 0.0, generator: torch.Generator | None = None
@@ -110,7 +110,7 @@ class _Merging:
     of n ids takes O(n log n) steps of the heap, and the memory moves of a sorted list.
     """
 
-    def __init__(self, tokens: list[int], merges: dict[Pair, tuple[int, int]]) -> None:
+    def __init__(self, tokens: list[int], merges: dict[TokenPair, tuple[int, int]]) -> None:
         self.tokens, self.merges = tokens, merges
         self.after = list(range(1, len(tokens) + 1))
         self.before = list(range(-1, len(tokens) - 1))
@@ -204,7 +204,7 @@ def read_model(path: Path) -> BPEModel:
 
 def _require_consistent(
     characters: dict[int, int],
-    merges: dict[Pair, tuple[int, int]],
+    merges: dict[TokenPair, tuple[int, int]],
     num_characters: int,
     num_merges: int,
 ) -> None:
@@ -224,7 +224,7 @@ def _require_consistent(
         raise ValueError("a merge joins an id that is not there")
 
 
-def train(texts: Iterable[str], vocab_size: int) -> BPEModel:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPEModel:
     """Merge the most frequent pair until there are ``vocab_size`` ids or no pair is left.
 
     Raises:
@@ -252,9 +252,9 @@ def train(texts: Iterable[str], vocab_size: int) -> BPEModel:
 
 def _merges(
     words: list[list[int]], counts: list[int], new_ids: range
-) -> dict[Pair, tuple[int, int]]:
-    totals: Counter[Pair] = Counter()
-    places: defaultdict[Pair, set[int]] = defaultdict(set)
+) -> dict[TokenPair, tuple[int, int]]:
+    totals: Counter[TokenPair] = Counter()
+    places: defaultdict[TokenPair, set[int]] = defaultdict(set)
     for at, word in enumerate(words):
         for pair in pairwise(word):
             totals[pair] += counts[at]
@@ -262,7 +262,7 @@ def _merges(
     # Entries are never changed in place: one whose count is no longer true is passed over.
     heap = [(-total, pair) for pair, total in totals.items()]
     heapq.heapify(heap)
-    merges: dict[Pair, tuple[int, int]] = {}
+    merges: dict[TokenPair, tuple[int, int]] = {}
     for rank, new in enumerate(new_ids):
         while heap and -heap[0][0] != totals[heap[0][1]]:
             heapq.heappop(heap)
@@ -270,7 +270,7 @@ def _merges(
             break
         best = heapq.heappop(heap)[1]
         merges[best] = (rank, new)
-        changed: set[Pair] = set()
+        changed: set[TokenPair] = set()
         for at in sorted(places.pop(best)):
             before, words[at] = words[at], _merged(words[at], best, new)
             for pair in pairwise(before):
@@ -285,7 +285,7 @@ def _merges(
     return merges
 
 
-def _merged(word: list[int], pair: Pair, new: int) -> list[int]:
+def _merged(word: list[int], pair: TokenPair, new: int) -> list[int]:
     """A word with every occurrence of a pair replaced, from the left."""
     out: list[int] = []
     at = 0

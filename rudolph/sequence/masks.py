@@ -3,7 +3,7 @@
 A mask is a rule ``(layout, query, key) -> bool`` on broadcastable tensors of positions, and is
 true where the query may see the key.  Every rule here is causal, and every rule restricts only
 what an image token sees of the image: text is plainly causal.  From the rule come the dense table
-that the kernel takes, the row of a decoding step, the picture and the density.
+that the kernel takes, the row of a decoding step, the image and the density.
 
 To add a mask, write its rule and name it in ``MASKS``; in experiment files a mask is written
 ``row`` or, when it takes a kernel, ``conv(7)``.
@@ -25,7 +25,7 @@ Rule = Callable[[SequenceLayout, Tensor, Tensor], Tensor]
 def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """Everything before, and itself.
 
-    >>> print(picture(causal, SequenceLayout(1, 2, 0)))
+    >>> print(image(causal, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -38,7 +38,7 @@ def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """The image tokens since the one right above: the last ``image_tokens_per_dim`` and itself.
 
-    >>> print(picture(row, SequenceLayout(1, 2, 0)))
+    >>> print(image(row, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -54,7 +54,7 @@ def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """The image tokens of the same row.
 
-    >>> print(picture(row_block, SequenceLayout(1, 2, 0)))
+    >>> print(image(row_block, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -70,7 +70,7 @@ def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """The image tokens of the same column.
 
-    >>> print(picture(column, SequenceLayout(1, 2, 0)))
+    >>> print(image(column, SequenceLayout(1, 2, 0)))
     #....
     ##...
     #.#..
@@ -84,7 +84,7 @@ def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def conv(kernel: int) -> Rule:
     """The image tokens of the window of ``kernel`` by ``kernel`` around the query.
 
-    >>> print(picture(conv(3), SequenceLayout(1, 3, 0)))
+    >>> print(image(conv(3), SequenceLayout(1, 3, 0)))
     #.........
     ##........
     ###.......
@@ -193,7 +193,7 @@ def density(rule: Rule, layout: SequenceLayout) -> float:
     return mask_table(rule, layout).float().mean().item()
 
 
-def picture(rule: Rule, layout: SequenceLayout) -> str:
+def draw_mask(rule: Rule, layout: SequenceLayout) -> str:
     """The mask as text, one line a query: ``#`` is seen."""
     table = mask_table(rule, layout)
     return "\n".join("".join("#" if seen else "." for seen in line) for line in table.tolist())

@@ -114,9 +114,9 @@ _TO_IMAGE = Task(
     left_token="<LT_T2I>",
     right_token=None,
     weights=(1.0, 7.0, 0.0),
-    answer="a picture",
+    answer="an image",
     metric="objects right",
-    chance="pictures of other captions",
+    chance="images of other captions",
 )
 _CAPTIONING = Task(
     left="",
@@ -165,10 +165,10 @@ TASKS = {
         chance="words in any order",
     ),
     "image_variation": replace(
-        _TO_IMAGE, answer="a picture after its own caption", filled_as="text_to_image"
+        _TO_IMAGE, answer="an image after its own caption", filled_as="text_to_image"
     ),
     "inpainting": replace(
-        _TO_IMAGE, answer="a picture of which a part is given", filled_as="text_to_image"
+        _TO_IMAGE, answer="an image of which a part is given", filled_as="text_to_image"
     ),
     "zero_shot_classification": replace(
         _CAPTIONING,
@@ -186,15 +186,15 @@ TASKS = {
     ),
     "image_ranking": replace(
         _CAPTIONING,
-        answer="the picture of some that makes the caption likeliest",
+        answer="the image of some that makes the caption likeliest",
         metric="accuracy",
-        chance="one of the pictures",
+        chance="one of the images",
         filled_as="image_captioning",
     ),
     "self_reranking": replace(
         _TO_IMAGE,
-        answer="of some pictures of its own the one that makes the caption likeliest",
-        chance="any of the pictures",
+        answer="of some images of its own the one that makes the caption likeliest",
+        chance="any of the images",
         filled_as="text_to_image",
     ),
 }

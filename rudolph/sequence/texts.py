@@ -30,7 +30,7 @@ def clean_text(text: str) -> str:
     return unicodedata.normalize("NFC", UNPRINTABLE.sub(" ", SURROGATE.sub("?", text)))
 
 
-def read_argument(text: str) -> str:
+def decode_argument(text: str) -> str:
     """Return an argument of the command line as UTF-8 where the locale could not read its bytes.
 
     Python passes such bytes on as lone surrogates (PEP 383).
@@ -53,7 +53,7 @@ def require_text(text: str, name: str) -> None:
         )
 
 
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """Return the text, or its beginning with an ellipsis where it is longer than ``length``.
 
     >>> shortened("красный круг", 8), shortened("круг", 8)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rudolph.files.atomic import write_text, write_whole
-from rudolph.sequence.bpe import WORD, read_model, train
+from rudolph.files.atomic import write_atomic, write_text
+from rudolph.sequence.bpe import WORD, read_model, train_bpe
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
-from rudolph.sequence.texts import clean_text, shortened
+from rudolph.sequence.texts import clean_text, shorten
 
 # Words of a text, and characters of them, that a note on unknown ones names.
 NUM_NAMED = 5
@@ -69,7 +69,7 @@ def open_youtokentome(path: Path) -> Any:
     return youtokentome.BPE(str(path), n_threads=1)
 
 
-def normalize(text: str) -> str:
+def normalize_unicode(text: str) -> str:
     """Return a cleaned text in lower case without space around it."""
     return clean_text(text).lower().strip()
 
@@ -98,7 +98,7 @@ class Tokenizer:
         Raises:
             ValueError: when the texts hold no word, or more characters than ``vocab_size``.
         """
-        model = train((normalize(text) for text in texts), vocab_size)
+        model = train_bpe((normalize_unicode(text) for text in texts), vocab_size)
         write_text(path, model.text())
         return cls(path)
 
@@ -113,7 +113,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the model file to ``path``, whole or not at all."""
-        write_whole(path, lambda new: new.write_bytes(self.path.read_bytes()))
+        write_atomic(path, lambda new: new.write_bytes(self.path.read_bytes()))
 
     def encode(
         self, text: str, *, dropout: float = 0.0, generator: torch.Generator | None = None
@@ -124,7 +124,7 @@ class Tokenizer:
             dropout: the probability that a merge is skipped each time it could be made.
             generator: draws the skips; required when dropout is not 0.
         """
-        text = normalize(text)
+        text = normalize_unicode(text)
         if dropout == 0:
             return self.model.encode(text) if self.fast is None else self.fast.encode([text])[0]
         if generator is None:
@@ -136,7 +136,7 @@ class Tokenizer:
         known = self.model.characters
         found = {
             word: "".join(dict.fromkeys(each for each in word if ord(each) not in known))
-            for word in dict.fromkeys(WORD.findall(normalize(text)))
+            for word in dict.fromkeys(WORD.findall(normalize_unicode(text)))
         }
         return {word: characters for word, characters in found.items() if characters}
 
@@ -149,8 +149,8 @@ class Tokenizer:
         if not found:
             return ""
         more = ", ..." if len(found) > NUM_NAMED else ""
-        words = ", ".join(repr(shortened(word, 24)) for word in list(found)[:NUM_NAMED]) + more
-        characters = repr(shortened("".join(dict.fromkeys("".join(found.values()))), 12))
+        words = ", ".join(repr(shorten(word, 24)) for word in list(found)[:NUM_NAMED]) + more
+        characters = repr(shorten("".join(dict.fromkeys("".join(found.values()))), 12))
         return (
             f"{name}: the tokenizer has never seen the characters {characters} of {words}; "
             "they are read as unknown and may have no effect"

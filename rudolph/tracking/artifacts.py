@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from rudolph.files.atomic import DamagedFileError, say_once
-from rudolph.tracking.event_log import SENT, read_marks
+from rudolph.files.atomic import DamagedFileError, warn_once
+from rudolph.tracking.event_log import SENT, read_markers
 
 NEEDED = ("config.yaml", "checkpoints")
 
@@ -13,9 +13,9 @@ def local_run(run_id: str, runs: Path) -> Path | None:
     """The folder of an MLflow run that was executed here."""
     for path in runs.rglob(SENT):
         try:
-            marks = read_marks(path)
+            marks = read_markers(path)
         except (DamagedFileError, OSError) as error:
-            say_once(f"{path}: left out ({error})")
+            warn_once(f"{path}: left out ({error})")
             continue
         if any(mark["run_id"] == run_id for mark in marks.values()):
             return path.parent

@@ -25,13 +25,13 @@ from typing import Any
 
 from rudolph.files.atomic import (
     DamagedFileError,
-    naming,
+    naming_file,
     read_mapping,
-    say_once,
-    set_aside,
+    rename_damaged,
+    warn_once,
     write_all,
+    write_atomic,
     write_json,
-    write_whole,
 )
 
 JOURNAL = "journal.jsonl"
@@ -68,7 +68,7 @@ def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str
     return flat
 
 
-def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_event_log(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the complete records from byte ``offset`` on, each with the offset of its end.
 
     Metric values are floats again.  A last line that was cut off by a crash is left out.
@@ -125,7 +125,7 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: when the first line is no such record.
     """
-    _, record = next(read_journal(path), (0, {"kind": "nothing"}))
+    _, record = next(read_event_log(path), (0, {"kind": "nothing"}))
     if record["kind"] != "run":
         raise DamagedFileError(path, f"expected a header, got {record['kind']}")
     return record
@@ -135,7 +135,7 @@ def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, 
     """Records in groups of some 1000 values; what is no value (artifact, status) comes alone."""
     group: list[dict[str, Any]] = []
     weight, end = 0, offset
-    for after, record in read_journal(path, offset):
+    for after, record in read_event_log(path, offset):
         is_value = record["kind"] in VALUE_KINDS
         if group and (not is_value or weight >= VALUES_IN_BATCH):
             yield end, group
@@ -147,7 +147,7 @@ def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, 
         yield end, group
 
 
-class Journal:
+class EventLog:
     """The append-only record of one run, safe to write from several threads.
 
     Opening an existing journal continues it.  Of a damaged one the lines that can be read are
@@ -170,9 +170,9 @@ class Journal:
         has_header = bool(kept) and parse_record(kept[0])["kind"] == "run"
         self.is_continued = has_header and b"".join(kept) == complete
         if complete and not self.is_continued:
-            mend_journal(self.path, kept, header=_line("run", header))
+            repair_event_log(self.path, kept, header=_line("run", header))
         # Unbuffered: one record is one write, and survives the process.
-        with naming(self.path):
+        with naming_file(self.path):
             self._file = self.path.open("ab", buffering=0)
             if self.is_continued:
                 self._file.truncate(len(complete))
@@ -194,7 +194,7 @@ class Journal:
             OSError: naming the journal, which then holds nothing of the record.
         """
         line = _line(kind, fields)
-        with self._lock, naming(self.path):
+        with self._lock, naming_file(self.path):
             write_all(self._file, line)
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class Journal:
         self._file.close()
 
 
-class SentMark:
+class SendMarker:
     """How far one server has one run's journal; ``journal.sent`` keeps a mark for each server.
 
     Args:
@@ -238,13 +238,13 @@ class SentMark:
     def _marks(self) -> dict[str, Any]:
         path = self._folder / SENT
         try:
-            return read_marks(path) if path.exists() else {}
+            return read_markers(path) if path.exists() else {}
         except (DamagedFileError, OSError) as error:
-            say_once(f"{path}: damaged ({error}); all records of the run are sent again")
+            warn_once(f"{path}: damaged ({error}); all records of the run are sent again")
             return {}
 
 
-def read_marks(path: Path) -> dict[str, Any]:
+def read_markers(path: Path) -> dict[str, Any]:
     """Return the marks of each server in a ``journal.sent``.
 
     Raises:
@@ -266,23 +266,23 @@ def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
     folders = []
     for path in sorted(runs_folder.rglob(JOURNAL)):
         try:
-            if any(read_journal(path)):
+            if any(read_event_log(path)):
                 read_header(path)
                 folders.append(path.parent)
         except (DamagedFileError, OSError) as error:
-            say_once(f"{error}; the run is left out, run its experiment again to mend it")
-    return [f for f in folders if server is None or SentMark(f, server).is_pending()]
+            warn_once(f"{error}; the run is left out, run its experiment again to mend it")
+    return [f for f in folders if server is None or SendMarker(f, server).is_pending()]
 
 
-def mend_journal(path: Path, kept: list[bytes], *, header: bytes) -> None:
+def repair_event_log(path: Path, kept: list[bytes], *, header: bytes) -> None:
     """Write a journal anew from the lines that can be read; the damaged file is set aside."""
-    aside = set_aside(path)
+    aside = rename_damaged(path)
     if not kept or parse_record(kept[0])["kind"] != "run":
         kept = [header, *kept]
-    write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+    write_atomic(path, lambda new: new.write_bytes(b"".join(kept)))
     # Offsets of the old file mean nothing in the new one.
     (path.parent / SENT).unlink(missing_ok=True)
-    say_once(f"{path}: damaged, renamed {aside.name}; its {len(kept)} whole records are kept")
+    warn_once(f"{path}: damaged, renamed {aside.name}; its {len(kept)} whole records are kept")
 
 
 def _readable_lines(content: bytes) -> list[bytes]:
@@ -324,7 +324,7 @@ def exclusive(path: Path, seconds: float) -> Iterator[bool]:
     # What lies there and is no lock holds nothing and is held by nobody.
     if path.is_file() and not _is_lock(path):
         path.unlink()
-    with naming(path), path.open("ab"):
+    with naming_file(path), path.open("ab"):
         """Tell a folder, or a place that cannot be written, by its own error."""
     with closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as lock:
         is_held = True

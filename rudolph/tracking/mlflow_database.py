@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from rudolph.files.atomic import say_once, set_aside
+from rudolph.files.atomic import rename_damaged, warn_once
 
 # What SQLite keeps beside a file that is in use or was when its process died.
 COMPANIONS = ("-journal", "-wal", "-shm")
@@ -28,7 +28,7 @@ class SlowStoreError(ConnectionError):
     """The store works, but it did not answer in time."""
 
 
-def prepare(database: Path) -> None:
+def prepare_database(database: Path) -> None:
     """Make the file if it is missing or was left half-made; one that holds anything stays.
 
     Only one process may do so at a time.
@@ -43,13 +43,13 @@ def prepare(database: Path) -> None:
     else:
         return
     if database.exists() and database.stat().st_size:
-        aside = set_aside(database)
+        aside = rename_damaged(database)
         for end in COMPANIONS:
             companion = database.with_name(f"{database.name}{end}")
             if companion.exists():
                 os.replace(companion, aside.with_name(f"{aside.name}{end}"))
-        say_once(f"{database}: was left half-made and holds no run; renamed {aside.name}")
-    make(database)
+        warn_once(f"{database}: was left half-made and holds no run; renamed {aside.name}")
+    create_database(database)
 
 
 def holds_nothing(database: Path) -> bool:
@@ -76,7 +76,7 @@ def holds_nothing(database: Path) -> bool:
         raise ConnectionError(f"{database}: {error}; {advice}") from error
 
 
-def make(database: Path) -> None:
+def create_database(database: Path) -> None:
     """Make MLflow's tables in a new file, then rename it.
 
     Raises what MLflow and SQLAlchemy raise.

@@ -20,13 +20,13 @@ from rudolph.files.atomic import DamagedFileError
 from rudolph.tracking.event_log import (
     JOURNAL,
     VALUE_KINDS,
-    SentMark,
+    SendMarker,
     exclusive,
     read_batches,
     read_header,
     without_user,
 )
-from rudolph.tracking.mlflow_database import SlowStoreError, prepare
+from rudolph.tracking.mlflow_database import SlowStoreError, prepare_database
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -56,7 +56,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sent:
+class SendProgress:
     """What one sending did: runs and records sent, records refused, runs that still wait."""
 
     runs: int = 0
@@ -64,11 +64,11 @@ class Sent:
     rejected: int = 0
     waiting: int = 0
 
-    def __add__(self, other: "Sent") -> "Sent":
-        return Sent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "SendProgress") -> "SendProgress":
+        return SendProgress(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-class Store:
+class MLflowStore:
     """MLflow at one URI; when it cannot be used, for whatever reason, ``OSError``."""
 
     def __init__(self, uri: str) -> None:
@@ -91,12 +91,12 @@ class Store:
                 if not is_held:
                     raise SlowStoreError("another process makes its tables")
                 if self._database:
-                    prepare(self._database)
+                    prepare_database(self._database)
                 self._client = MlflowClient(tracking_uri=uri)
 
     def send(
         self, folder: Path, *, again: bool = False, on_progress: Callable[[], None] | None = None
-    ) -> Sent:
+    ) -> SendProgress:
         """Send what one run has unsent; nothing while another process sends it.
 
         Args:
@@ -106,12 +106,12 @@ class Store:
             OSError: when the server cannot be used now; ``SlowStoreError`` when it is slow.
             DamagedFileError: at a record that cannot be read; those before it are sent.
         """
-        mark = SentMark(folder, self.uri)
+        mark = SendMarker(folder, self.uri)
         if not (again or mark.is_pending()):
-            return Sent()
+            return SendProgress()
         with exclusive(folder / "journal.lock", 0.5) as is_held, _away():
             if not is_held:
-                return Sent()
+                return SendProgress()
             known_id, offset = mark.read()
             run_id = self._run_ids.get(folder) or self._open_run(folder, known_id)
             self._run_ids[folder] = run_id
@@ -123,7 +123,7 @@ class Store:
                 sent += len(records)
                 if on_progress is not None:
                     on_progress()
-        return Sent(runs=1, records=sent, rejected=rejected)
+        return SendProgress(runs=1, records=sent, rejected=rejected)
 
     def _open_run(self, folder: Path, known_id: str) -> str:
         """The id of the MLflow run of a journal, made if there is none; a deleted one is back."""

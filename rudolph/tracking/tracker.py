@@ -14,16 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from rudolph.files.atomic import DamagedFileError, json_number, say_once
+from rudolph.files.atomic import DamagedFileError, json_number, warn_once
 from rudolph.tracking.event_log import (
-    Journal,
-    SentMark,
+    EventLog,
+    SendMarker,
     flatten,
     pending_folders,
     without_user,
 )
 from rudolph.tracking.mlflow_database import SlowStoreError
-from rudolph.tracking.mlflow_store import Sent, Store
+from rudolph.tracking.mlflow_store import MLflowStore, SendProgress
 
 SECONDS_BETWEEN_SENDS = 1.0
 LONGEST_BACK_OFF = 60.0
@@ -81,7 +81,7 @@ class Tracker:
         runs_folder: Path | None = None,
     ) -> None:
         self._folder, self._uri, self._runs_folder = folder, uri, runs_folder
-        self._journal = Journal(folder, experiment=experiment, run=run, digest=digest)
+        self._journal = EventLog(folder, experiment=experiment, run=run, digest=digest)
         self._journal.append("status", status="running")
         self.is_continued = self._journal.is_continued
         self._is_finished = self._has_warned = False
@@ -137,7 +137,7 @@ class Tracker:
                 break
             self._thread.join(0.05)
         self._journal.close()
-        is_sent = not SentMark(self._folder, self._uri).is_pending()
+        is_sent = not SendMarker(self._folder, self._uri).is_pending()
         if not is_sent and not self._has_warned:
             _logger.warning(
                 "%s is slow: the rest of %s is sent in the background, or later by `rudolph sync`",
@@ -158,12 +158,12 @@ class Tracker:
         self._last_progress = time.monotonic()
 
     def _send_until_closed(self) -> None:
-        store: Store | None = None
+        store: MLflowStore | None = None
         pause = SECONDS_BETWEEN_SENDS
         while True:
             is_last = self._stopping.is_set()
             try:
-                store = store or Store(self._uri)
+                store = store or MLflowStore(self._uri)
                 self._is_opening = False
                 self._progress()
                 store.send(self._folder, on_progress=self._progress)
@@ -174,7 +174,7 @@ class Tracker:
                 store, pause = None, min(2 * pause, LONGEST_BACK_OFF)
                 self._warn(error)
             except DamagedFileError as error:
-                say_once(f"{error}; what follows is not sent")
+                warn_once(f"{error}; what follows is not sent")
             if is_last:
                 return
             self._stopping.wait(pause)
@@ -184,14 +184,14 @@ class Tracker:
             _warn_away(self._uri, error)
         self._has_warned = True
 
-    def _send_others(self, store: "Store") -> None:
+    def _send_others(self, store: "MLflowStore") -> None:
         runs_folder, self._runs_folder = self._runs_folder, None
         for folder in pending_folders(runs_folder, self._uri) if runs_folder else []:
             if not self._stopping.is_set():
                 _send_one(store, folder)
 
 
-def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> Sent:
+def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendProgress:
     """Send what the runs in ``runs_folder`` could not send to ``uri`` yet.
 
     Args:
@@ -201,35 +201,35 @@ def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> Sent:
     are left when the server is away.  Without anything to send MLflow is not even imported.
     """
     folders = pending_folders(runs_folder, None if again else uri)
-    total = Sent()
+    total = SendProgress()
     if not folders:
         return total
     try:
-        store = Store(uri)
+        store = MLflowStore(uri)
         for folder in folders:
             total += _send_one(store, folder, again=again)
     except OSError as error:
         _warn_away(uri, error)
-    return total + Sent(waiting=len(folders) - total.runs)
+    return total + SendProgress(waiting=len(folders) - total.runs)
 
 
 def send_results(experiment: str, folder: Path, uri: str) -> bool:
     """Send what was exported of an experiment to its parent run; whether the server took it."""
     try:
-        Store(uri).send_results(experiment, folder)
+        MLflowStore(uri).send_results(experiment, folder)
     except OSError as error:
         _warn_away(uri, error)
         return False
     return True
 
 
-def _send_one(store: Store, folder: Path, *, again: bool = False) -> Sent:
+def _send_one(store: MLflowStore, folder: Path, *, again: bool = False) -> SendProgress:
     """Send what one run has unsent; a run whose journal is damaged is named and left out."""
     try:
         return store.send(folder, again=again)
     except DamagedFileError as error:
-        say_once(f"{error}; what follows is not sent, run its experiment again to mend it")
-        return Sent()
+        warn_once(f"{error}; what follows is not sent, run its experiment again to mend it")
+        return SendProgress()
 
 
 def _warn_away(uri: str, error: OSError) -> None:

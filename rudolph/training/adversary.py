@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Channels of VGG16's convolutions; None halves the picture.  LPIPS reads the maps before each.
+# Channels of VGG16's convolutions; None halves the image.  LPIPS reads the maps before each.
 VGG16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
@@ -22,7 +22,7 @@ LPIPS_SCALE = (0.458, 0.448, 0.450)
 NUM_LAYERS = 3
 
 
-def least_side(num_layers: int = NUM_LAYERS) -> int:
+def min_image_size(num_layers: int = NUM_LAYERS) -> int:
     """Return the smallest side of images that a patch discriminator can judge, in pixels.
 
     It halves them ``num_layers`` times, and two convolutions of size 4 take one pixel each.
@@ -31,7 +31,7 @@ def least_side(num_layers: int = NUM_LAYERS) -> int:
 
 
 class PatchDiscriminator(nn.Module):
-    """``(B, 3, H, W)`` pictures in [-1, 1] to a map of logits: each patch is real or not."""
+    """``(B, 3, H, W)`` images in [-1, 1] to a map of logits: each patch is real or not."""
 
     def __init__(self, channels: int = 64, num_layers: int = NUM_LAYERS) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS of two batches of pictures in [-1, 1], ``(B,)``, from weights that the user names.
+    """LPIPS of two batches of images in [-1, 1], ``(B,)``, from weights that the user names.
 
     Args:
         path: a safetensors file with torchvision's ``features.N.weight`` and ``.bias`` of VGG16

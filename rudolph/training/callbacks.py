@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
-from rudolph.files.atomic import append_line, json_text, naming
+from rudolph.files.atomic import append_line, json_text, naming_file
 from rudolph.training.checkpoints import put_checkpoint, require_same_training
 
 
@@ -75,7 +75,7 @@ class ResumeCheckpoint(pl.Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".new")
             try:
-                with naming(self.path, written=new):
+                with naming_file(self.path, written=new):
                     trainer.save_checkpoint(new)
                     if trainer.is_global_zero:
                         put_checkpoint(new, self.path)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from rudolph.files.atomic import say_once, set_aside
+from rudolph.files.atomic import rename_damaged, warn_once
 
 # The callback that writes them, as Lightning names its state.
 STATE = "ResumeCheckpoint"
-PARTS = ("state_dict", "optimizer_states", "loops", "callbacks")
+CHECKPOINT_PARTS = ("state_dict", "optimizer_states", "loops", "callbacks")
 # What zipfile and torch's unpickler raise on a file that is cut off, overwritten or another's.
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, OSError),
@@ -73,8 +73,8 @@ def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool
     if is_main:
         goes_on = f"goes on from {found.name}" if found else "starts from the beginning"
         for path, fault in damaged:
-            aside = set_aside(path)
-            say_once(f"{path}: damaged ({fault}), renamed {aside.name}; the training {goes_on}")
+            aside = rename_damaged(path)
+            warn_once(f"{path}: damaged ({fault}), renamed {aside.name}; the training {goes_on}")
     return found
 
 
@@ -92,7 +92,7 @@ def read_state(path: Path) -> tuple[str, dict[str, Any]]:
         return f"no whole checkpoint: {words}", {}
     if not isinstance(held, Mapping):
         return f"expected a mapping, got {type(held).__name__}", {}
-    for part in PARTS:
+    for part in CHECKPOINT_PARTS:
         if part not in held:
             return f"it lacks {part}", {}
     callbacks = held["callbacks"]

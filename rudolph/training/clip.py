@@ -1,7 +1,7 @@
-"""CLIP in training: pictures and captions of one batch find each other.
+"""CLIP in training: images and captions of one batch find each other.
 
 Every pair of a batch is compared with every other, on all devices, so a batch is never parted.
-Several pairs may share a caption, and each picture of it fits: the softmax loss leaves the other
+Several pairs may share a caption, and each image of it fits: the softmax loss leaves the other
 pairs of a caption out of its sums, the sigmoid loss judges each combination alone and calls them
 matches.
 
@@ -29,7 +29,7 @@ from rudolph.training.clip_losses import (
     require_bias,
 )
 from rudolph.training.optim import OptimConfig
-from rudolph.training.steps import StepwiseModule
+from rudolph.training.steps import ManualStepModule
 
 
 def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
@@ -50,7 +50,7 @@ def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
             parameter.requires_grad_(False)
 
 
-class CLIPTraining(StepwiseModule):
+class CLIPTraining(ManualStepModule):
     """Trains a ``CLIP`` on ``TextImageBatch``; validates by loss and retrieval.
 
     Logs ``val/loss`` over groups of ``global_batch_size`` pairs, as in training, and the recalls
@@ -88,7 +88,7 @@ class CLIPTraining(StepwiseModule):
         self.log_dict({"train/loss": loss, "train/logit_scale": self.model.logit_scale.exp()})
 
     def features(self, batch: TextImageBatch) -> tuple[Tensor, Tensor]:
-        """Normalised features ``(B, E)`` of pictures and of captions, in float32."""
+        """Normalised features ``(B, E)`` of images and of captions, in float32."""
         images = self.model.encode_image(batch.pixel_values)
         texts = self.model.encode_text(batch.input_ids)
         return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)

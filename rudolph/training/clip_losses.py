@@ -22,12 +22,12 @@ LARGEST_SCALE = 100.0
 def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
     """The mean of the cross-entropies of both directions, a scalar in nats.
 
-    Row i asks which caption belongs to picture i, column i which picture to caption i.  Another
-    pair with the same caption or the same picture is no answer and no mistake: its place is left
+    Row i asks which caption belongs to image i, column i which image to caption i.  Another
+    pair with the same caption or the same image is no answer and no mistake: its place is left
     out of both sums.
 
     Args:
-        logits: ``(B, B)``, of pictures and captions.
+        logits: ``(B, B)``, of images and captions.
         is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
             image of the row.
     """
@@ -38,10 +38,10 @@ def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
 
 
 def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """The binary cross-entropies of all combinations, summed, for one picture: a scalar in nats.
+    """The binary cross-entropies of all combinations, summed, for one image: a scalar in nats.
 
     Args:
-        logits: ``(B, B)``, of pictures and captions.
+        logits: ``(B, B)``, of images and captions.
         is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
             image of the row.
     """

@@ -13,17 +13,17 @@ from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
     DecoderLossConfig,
     LearnedWeights,
-    found_losses,
+    compute_losses,
+    entry_means,
     mixed_loss,
     segment_means,
-    source_means,
     weighted_mean,
 )
 from rudolph.training.optim import OptimConfig
-from rudolph.training.steps import StepwiseModule
+from rudolph.training.steps import ManualStepModule
 
 
-class DecoderTraining(StepwiseModule):
+class DecoderTraining(ManualStepModule):
     """Trains a ``MaskedDecoder`` on token sequences; logs nats a token of each segment.
 
     Args:
@@ -54,7 +54,7 @@ class DecoderTraining(StepwiseModule):
         return [] if self.learned is None else list(self.learned.parameters())
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
-        found = found_losses(
+        found = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
         means = segment_means(found)
@@ -70,7 +70,7 @@ class DecoderTraining(StepwiseModule):
         self.log("train/loss", loss)
         self.num_seen += torch.bincount(batch.sources, minlength=len(self.sources))
         if len(self.sources) > 1:
-            by_source = source_means(found, batch.sources, len(self.sources))
+            by_source = entry_means(found, batch.sources, len(self.sources))
             self.log_dict(self._of_sources("train", *by_source))
             shares = self.num_seen / self.num_seen.sum()
             named = zip(self.sources, shares, strict=True)
@@ -82,8 +82,8 @@ class DecoderTraining(StepwiseModule):
         self.totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
-        found = found_losses(self.model, batch.tokens, self.losses.plain, scored=batch.scored)
-        means, counts = source_means(found, batch.sources, len(self.sources))
+        found = compute_losses(self.model, batch.tokens, self.losses.plain, scored=batch.scored)
+        means, counts = entry_means(found, batch.sources, len(self.sources))
         self.totals += torch.stack([means * counts, counts])
 
     def on_validation_epoch_end(self) -> None:

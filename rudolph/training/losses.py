@@ -109,7 +109,7 @@ class DecoderLossConfig:
         return replace(self, softmax="segment", z_weight=0.0, label_smoothing=0.0)
 
 
-class FoundLosses(NamedTuple):
+class ComputedLosses(NamedTuple):
     """Losses ``(M,)`` of the labels of a segment, in nats, and the example of each, ``(M,)``."""
 
     losses: Tensor
@@ -124,23 +124,23 @@ def segment_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Mean cross-entropy of each segment that has labels, in nats: see ``found_losses``."""
-    return segment_means(found_losses(model, tokens, config, scored=scored, inputs=inputs))
+    """Mean cross-entropy of each segment that has labels, in nats: see ``compute_losses``."""
+    return segment_means(compute_losses(model, tokens, config, scored=scored, inputs=inputs))
 
 
-def segment_means(found: Mapping[str, FoundLosses]) -> dict[str, Tensor]:
+def segment_means(found: Mapping[str, ComputedLosses]) -> dict[str, Tensor]:
     """The mean loss of each segment over its labels."""
     return {name: each.losses.mean() for name, each in found.items()}
 
 
-def found_losses(
+def compute_losses(
     model: MaskedDecoder,
     tokens: Tensor,
     config: DecoderLossConfig,
     *,
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
-) -> dict[str, FoundLosses]:
+) -> dict[str, ComputedLosses]:
     """Cross-entropies of each segment that has labels, label by label.
 
     Args:
@@ -166,7 +166,7 @@ def found_losses(
             z_weight=config.z_weight,
         )
         if len(losses):
-            found[name] = FoundLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
+            found[name] = ComputedLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
     return found
 
 
@@ -260,8 +260,8 @@ class LearnedWeights(nn.Module):
         return dict(zip(SEGMENTS, shares, strict=True))
 
 
-def source_means(
-    found: Mapping[str, FoundLosses], sources: Tensor, num_sources: int
+def entry_means(
+    found: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of each row of the mixture and segment, ``(K, 3)``, and their labels' number.
 
@@ -278,7 +278,7 @@ def source_means(
 
 
 def mixed_loss(
-    found: Mapping[str, FoundLosses],
+    found: Mapping[str, ComputedLosses],
     config: DecoderLossConfig,
     *,
     weights: Tensor,
@@ -298,7 +298,7 @@ def mixed_loss(
         ]
         losses, own = (torch.cat(part) for part in zip(*parts, strict=True))
         return (losses * own).sum() / own.sum()
-    means, counts = source_means(found, sources, int(sources.max()) + 1)
+    means, counts = entry_means(found, sources, int(sources.max()) + 1)
     shares = torch.bincount(sources, minlength=len(means)) / len(sources)
     own = torch.zeros_like(means).index_copy(0, sources, weights.to(means)) * (counts > 0)
     losses = (own * means).sum(1) / own.sum(1).clamp(min=torch.finfo(own.dtype).tiny)
@@ -307,7 +307,7 @@ def mixed_loss(
 
 @dataclass(frozen=True)
 class ReconstructionLossConfig:
-    """Weights of the VQ-GAN's losses; pictures are in [-1, 1].
+    """Weights of the VQ-GAN's losses; images are in [-1, 1].
 
     The adversary starts at ``adversary_start`` steps (null: never) with ``adversary_weight`` times
     the ratio of the gradients at the decoder's last layer.  ``perceptual_weights`` is a file of
@@ -338,7 +338,7 @@ class ReconstructionLossConfig:
 def reconstruction_loss(
     decoded: Tensor, images: Tensor, config: ReconstructionLossConfig
 ) -> Tensor:
-    """Weighted L1 and L2 between pictures ``(B, 3, H, W)`` in [-1, 1], a scalar."""
+    """Weighted L1 and L2 between images ``(B, 3, H, W)`` in [-1, 1], a scalar."""
     difference = decoded.float() - images
     return config.l1_weight * difference.abs().mean() + config.l2_weight * difference.pow(2).mean()
 

@@ -18,7 +18,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Memory:
+class TrainingMemory:
     """Parameters, and bytes of each kind."""
 
     trainable: int
@@ -40,7 +40,7 @@ def training_memory(
     *,
     micro_batch_size: int,
     activation_bytes: int = FLOAT,
-) -> Memory:
+) -> TrainingMemory:
     """The memory of training a model that was built on the meta device.
 
     Args:
@@ -50,9 +50,9 @@ def training_memory(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
-    kept = kept_activations(model, losses, micro_batch_size)
+    kept = count_activation_bytes(model, losses, micro_batch_size)
     averaged = FLOAT * sum(sizes.values()) if optim.ema_decay is not None else 0
-    return Memory(
+    return TrainingMemory(
         trainable=trainable,
         total=sum(sizes.values()),
         weights=FLOAT * sum(sizes.values()) + averaged,
@@ -62,7 +62,9 @@ def training_memory(
     )
 
 
-def kept_activations(model: MaskedDecoder, losses: DecoderLossConfig, batch_size: int) -> int:
+def count_activation_bytes(
+    model: MaskedDecoder, losses: DecoderLossConfig, batch_size: int
+) -> int:
     """Bytes in float32 that a forward pass keeps, each memory once, weights left out."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     seen: dict[int, int] = {}

@@ -80,7 +80,7 @@ class OptimConfig:
             raise ValueError(f"ema_decay must be in (0, 1) or null (off), got {self.ema_decay}")
 
 
-def learning_rate_share(step: int, config: OptimConfig) -> float:
+def learning_rate_fraction(step: int, config: OptimConfig) -> float:
     """The share of the peak learning rate at a step, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -248,7 +248,7 @@ def clip_gradients(
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimConfig) -> LambdaLR:
-    return LambdaLR(optimizer, lambda step: learning_rate_share(step, config))
+    return LambdaLR(optimizer, lambda step: learning_rate_fraction(step, config))
 
 
 def machine_precision(kind: str | None = None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rudolph.training.optim import OptimConfig, clip_gradients, optimizers_of, warmup_cosine
 
 
-class StepwiseModule(pl.LightningModule):
+class ManualStepModule(pl.LightningModule):
     """A Lightning module whose networks step every ``num_accumulated`` batches."""
 
     def __init__(self, optim: OptimConfig, *, num_accumulated: int = 1) -> None:

@@ -1,6 +1,6 @@
 """Which parts of a decoder a training moves: freezing by part, low-rank updates.
 
-To add a part, name it in ``PARTS`` with the pattern of its parameters.
+To add a part, name it in ``FREEZABLE_PARTS`` with the pattern of its parameters.
 
 Source: ru-dolph's fine-tuning notebooks (``freeze``, whose ``freeze_attn`` matches no parameter);
 Emojich (arXiv:2112.02448): attention and MLP frozen.
@@ -14,7 +14,7 @@ from torch import nn
 from rudolph.models.layers.lora import add_low_rank
 from rudolph.models.rudolph.decoder import MaskedDecoder
 
-PARTS = {
+FREEZABLE_PARTS = {
     "all": r".+",
     "embeddings": r"\w+_(embedding|position)\..+",
     "attention": r"layers\.\d+\.to_(qkv|out)\..+",
@@ -85,13 +85,13 @@ def _parameters_of(model: MaskedDecoder, field: str, part: str) -> list[str]:
 
 def _pattern_and_layers(field: str, part: str) -> tuple[str, tuple[int, int] | None]:
     found = re.fullmatch(r"(\w+)(?:\((\d+)-(\d+)\))?", part)
-    if found is None or found[1] not in PARTS:
-        known = ", ".join(PARTS)
+    if found is None or found[1] not in FREEZABLE_PARTS:
+        known = ", ".join(FREEZABLE_PARTS)
         raise ValueError(f"{field} must be of {known}, as in mlp or mlp(0-3); got {part!r}")
     if found[2] is None:
-        return PARTS[found[1]], None
+        return FREEZABLE_PARTS[found[1]], None
     if found[1] not in IN_LAYERS or int(found[2]) > int(found[3]):
         raise ValueError(
             f"{field}: a range of layers is of {', '.join(IN_LAYERS)}, first to last; got {part!r}"
         )
-    return PARTS[found[1]], (int(found[2]), int(found[3]))
+    return FREEZABLE_PARTS[found[1]], (int(found[2]), int(found[3]))

@@ -19,13 +19,13 @@ from rudolph.training.losses import (
     reconstruction_loss,
 )
 from rudolph.training.optim import OptimConfig
-from rudolph.training.steps import StepwiseModule
+from rudolph.training.steps import ManualStepModule
 
 
-class VQGANTraining(StepwiseModule):
+class VQGANTraining(ManualStepModule):
     """Trains a ``VQGAN``; with an adversary, both optimizers step on every batch.
 
-    Logs PSNR in dB and SSIM of pictures in [0, 1], the share of codes used and their perplexity.
+    Logs PSNR in dB and SSIM of images in [0, 1], the share of codes used and their perplexity.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class VQGANTraining(StepwiseModule):
         self.move(torch.stack(list(losses.values())).sum(), batch_index)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
-        if self.discriminator is not None and self.is_judged(batch_index):
+        if self.discriminator is not None and self.uses_discriminator(batch_index):
             real, fake = batch.images, result.images.detach()
             judged = hinge_adversary_loss(self.discriminator(real), self.discriminator(fake))
             self.move(judged, batch_index, network=1)
@@ -75,14 +75,14 @@ class VQGANTraining(StepwiseModule):
             reconstruction = reconstruction + self.losses.perceptual_weight * distance
         losses = {"reconstruction": reconstruction}
         losses["quantizer"] = self.losses.quantizer_weight * result.loss.float()
-        if self.discriminator is not None and self.is_judged(batch_index):
+        if self.discriminator is not None and self.uses_discriminator(batch_index):
             adversary = -self.discriminator(result.images).float().mean()
             last = self.model.decoder.conv_out.weight
             weight = adaptive_weight(reconstruction, adversary, last)
             losses["adversary"] = self.losses.adversary_weight * weight * adversary
         return losses
 
-    def is_judged(self, batch_index: int) -> bool:
+    def uses_discriminator(self, batch_index: int) -> bool:
         start = self.losses.adversary_start
         return start is not None and self.step_of(batch_index) >= start
 

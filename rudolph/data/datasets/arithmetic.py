@@ -1,4 +1,4 @@
-"""Sums, differences and products in words, without a picture, with or without answer options.
+"""Sums, differences and products in words, without an image, with or without answer options.
 
 ======  =============================================  =======
 form    a question                                     answer
@@ -26,13 +26,13 @@ from rudolph.data.datasets.synthetic import (
     choose,
     choose_distinct,
     choose_number,
-    digest_of,
-    draw_until,
     example_rng,
+    json_digest,
     num_examples,
+    require_choices,
     require_sizes,
-    require_some,
     require_within,
+    sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
@@ -84,7 +84,7 @@ class ArithmeticConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_some("operations", self.operations, legal=OPERATIONS, at_least=1)
+        require_choices("operations", self.operations, legal=OPERATIONS, at_least=1)
         require_within("max_factor", self.max_factor, 5, 99)
         require_within("max_number", self.max_number, self.max_factor, 9999)
         require_within("choice_share", self.choice_share, 0, 1)
@@ -121,7 +121,7 @@ class Expression(NamedTuple):
 
 
 class Arithmetic:
-    """One split of the expressions; see ``PairDataset``. There is no picture: of what size it
+    """One split of the expressions; see ``PairDataset``. There is no image: of what size it
     would be changes nothing.
 
     ``attributes`` of a pair are ``family``, the operation; ``form``; ``expression`` and ``value``.
@@ -139,7 +139,7 @@ class Arithmetic:
             )
         self.config = config
         self.split = split
-        self.digest = digest_of("arithmetic", ARITHMETIC_VERSION, asdict(config), split)
+        self.digest = json_digest("arithmetic", ARITHMETIC_VERSION, asdict(config), split)
 
     def __len__(self) -> int:
         return num_examples(self.config, self.split)
@@ -148,8 +148,8 @@ class Arithmetic:
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
         operation = choose(rng, config.operations)
-        expression = draw_until(
-            lambda: draw_expression(operation, config, rng),
+        expression = sample_until(
+            lambda: sample_expression(operation, config, rng),
             lambda drawn: split_of_expression(drawn, config) == self.split,
             otherwise=f"max_number and max_factor leave no {operation} for {self.split}: "
             "raise them",
@@ -158,7 +158,7 @@ class Arithmetic:
         choices: tuple[str, ...] = ()
         form = "choice" if rng.random() < config.choice_share else "open"
         if form == "choice":
-            options = draw_options(expression.value, config.num_choices, rng)
+            options = sample_options(expression.value, config.num_choices, rng)
             choices = LETTERS[: len(options)]
             answer = choices[options.index(expression.value)]
             listed = zip(choices, options, strict=True)
@@ -178,7 +178,7 @@ class Arithmetic:
         )
 
 
-def draw_expression(operation: str, config: ArithmeticConfig, rng: Random) -> Expression:
+def sample_expression(operation: str, config: ArithmeticConfig, rng: Random) -> Expression:
     """Any two numbers within the bounds; a difference takes the smaller from the greater."""
     most = config.max_factor if operation == "×" else config.max_number
     numbers = [choose_number(rng, 0, most) for _ in range(2)]
@@ -186,7 +186,7 @@ def draw_expression(operation: str, config: ArithmeticConfig, rng: Random) -> Ex
     return Expression(first, operation, second)
 
 
-def draw_options(value: int, number: int, rng: Random) -> list[int]:
+def sample_options(value: int, number: int, rng: Random) -> list[int]:
     """Different options of which one is right, none of them below 0, in an order that is drawn."""
     # The place of the right one among them by size comes first, or the middle would be a hint.
     num_below = min(choose_number(rng, 0, number - 1), value)

@@ -1,13 +1,13 @@
-"""Emoji with their Russian names: real pictures, some 3,600 pairs, shipped with the package.
+"""Emoji with their Russian names: real images, some 3,600 pairs, shipped with the package.
 
 Two files hold the set, and ``emoji_builder`` writes both: ``emoji.csv``, one row a pair, and
-``emoji.png``, an atlas of ``COLUMNS`` square tiles a row.  Pairs whose pictures are equal share a
-tile.
+``emoji.png``, an atlas of ``EMOJI_COLUMNS`` square tiles a row.  Pairs whose images are equal
+share a tile.
 
 Words: the *base* of an emoji is the same emoji without a skin tone; a *family* is the bases that
-share a picture, such as the flags of France and of Saint Martin.
+share an image, such as the flags of France and of Saint Martin.
 
-Splits are fixed by hash.  A family falls whole into train, validation or test, so that no picture
+Splits are fixed by hash.  A family falls whole into train, validation or test, so that no image
 of a validation base is ever seen in training.  *Compositional* are pairs of a base and a skin tone
 that training sees only apart: the base untoned and in other tones, the tone on other bases.
 """
@@ -29,7 +29,7 @@ from rudolph.data.datasets.fusion_brain_files import TaskRecord, write_tasks
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 from rudolph.files.atomic import write_text
 
-COLUMNS = 64
+EMOJI_COLUMNS = 64
 TABLE_NAME = "emoji.csv"
 ATLAS_NAME = "emoji.png"
 SHIPPED = Path(__file__).parents[1] / "emoji_64"
@@ -41,7 +41,7 @@ SKIN_TONES = {
     "\U0001f3fe": "medium-dark",
     "\U0001f3ff": "dark",
 }
-CAPTIONS = ("name", "name_and_keywords")
+CAPTION_KINDS = ("name", "name_and_keywords")
 # The groups of emoji-test.txt; one that is not here keeps its English name.
 GROUPS = {
     "Smileys & Emotion": "смайлики и эмоции",
@@ -99,9 +99,9 @@ class EmojiConfig:
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        if self.captions not in CAPTIONS:
+        if self.captions not in CAPTION_KINDS:
             raise ValueError(
-                f"captions must be one of {', '.join(CAPTIONS)}, got {self.captions!r}"
+                f"captions must be one of {', '.join(CAPTION_KINDS)}, got {self.captions!r}"
             )
 
 
@@ -109,7 +109,7 @@ class Emoji:
     """One split of the emoji; ``image_size`` is in pixels, the shipped tiles are 64.
 
     ``classes`` are the Russian names of the groups of Unicode.  Raises ``ValueError`` when the
-    split, the size or the files are not right.  The atlas is decoded with the first picture, once
+    split, the size or the files are not right.  The atlas is decoded with the first image, once
     a process.
     """
 
@@ -132,15 +132,15 @@ class Emoji:
     def __getitem__(self, index: int) -> Pair:
         return self._pair(self.records[index])
 
-    def rivals(self, index: int, number: int) -> list[Pair]:
+    def hard_negatives(self, index: int, number: int) -> list[Pair]:
         """The ``number`` emoji that are most easily taken for the one at ``index``, in any split.
 
         The other skin tones of its base come first, then its subgroup, then its group; there those
         of its own skin tone first, and of these the nearest in the order of Unicode.  No caption
-        and no picture comes twice, nor those of the emoji itself; fewer where a group has no more.
+        and no image comes twice, nor those of the emoji itself; fewer where a group has no more.
         """
         if number < 1:
-            raise ValueError(f"number of rivals must be at least 1, got {number}")
+            raise ValueError(f"number of negatives must be at least 1, got {number}")
         own, every = self.records[index], read_records(self.folder)
         place = every.index(own)
 
@@ -150,19 +150,19 @@ class Emoji:
             return kinship, other.skin_tone != own.skin_tone, abs(at - place), at
 
         captions, tiles = {caption(own, self.config.captions)}, {own.tile}
-        rivals: list[Pair] = []
+        negatives: list[Pair] = []
         group = [at for at, other in enumerate(every) if other.group == own.group]
         for other in (every[at] for at in sorted(group, key=distance)):
             text = caption(other, self.config.captions)
             if text not in captions and other.tile not in tiles:
                 captions.add(text)
                 tiles.add(other.tile)
-                rivals.append(self._pair(other))
-            if len(rivals) == number:
+                negatives.append(self._pair(other))
+            if len(negatives) == number:
                 break
-        return rivals
+        return negatives
 
-    def class_of(self, index: int) -> int:
+    def class_index(self, index: int) -> int:
         """The place of the pair's group in ``classes``; every emoji has one."""
         return self.classes.index(group_name(self.records[index]))
 
@@ -170,7 +170,7 @@ class Emoji:
         return Pair(
             key=record.key,
             caption=caption(record, self.config.captions),
-            image=picture(self.folder, record.tile, self.image_size),
+            image=emoji_image(self.folder, record.tile, self.image_size),
             attributes=attributes(record),
         )
 
@@ -191,12 +191,12 @@ def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group_name(record) for record in records))
 
 
-def emoji_pictures(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
-    """All keys, whatever their split, and their pictures: uint8 ``(N, H, W, 3)``."""
+def emoji_images(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
+    """All keys, whatever their split, and their images: uint8 ``(N, H, W, 3)``."""
     require_image_size(image_size)
     records = read_records(folder)
-    pictures = [np.asarray(picture(folder, record.tile, image_size)) for record in records]
-    return [record.key for record in records], np.stack(pictures)
+    images = [np.asarray(emoji_image(folder, record.tile, image_size)) for record in records]
+    return [record.key for record in records], np.stack(images)
 
 
 def caption(record: EmojiRecord, captions: str) -> str:
@@ -207,11 +207,11 @@ def caption(record: EmojiRecord, captions: str) -> str:
     return ", ".join([record.name, *others])
 
 
-def picture(folder: Path, tile: int, image_size: int) -> Image.Image:
+def emoji_image(folder: Path, tile: int, image_size: int) -> Image.Image:
     """One tile of the atlas, RGB, resized to ``image_size`` pixels a side."""
     atlas = read_atlas(folder)
-    tile_size = atlas.shape[1] // COLUMNS
-    top, left = tile // COLUMNS * tile_size, tile % COLUMNS * tile_size
+    tile_size = atlas.shape[1] // EMOJI_COLUMNS
+    top, left = tile // EMOJI_COLUMNS * tile_size, tile % EMOJI_COLUMNS * tile_size
     image = Image.fromarray(atlas[top : top + tile_size, left : left + tile_size])
     return image.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
@@ -286,7 +286,7 @@ def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
     """The pairs of base and skin tone to hold out of these records, by hash of the key.
 
     Of a base at most ``MOST_HELD_OUT_OF_A_BASE`` tones go, and never all; the base untoned stays;
-    every tone that goes stays on another base.  A picture that several pairs share never goes:
+    every tone that goes stays on another base.  An image that several pairs share never goes:
     training would see it.
     """
     untoned = {record.base for record in train if record.skin_tone == "none"}
@@ -326,8 +326,8 @@ def require_image_size(image_size: int) -> None:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
 
 
-def name_pictures(folder: Path) -> tuple[int, list[str]]:
-    """Write tables for a folder of emoji pictures that are named by code points.
+def write_emoji_tables(folder: Path) -> tuple[int, list[str]]:
+    """Write tables for a folder of emoji images that are named by code points.
 
     ``captions.csv`` has their names; ``questions.json`` and ``answers.json`` ask for the thing, a
     flag's country and the tone of a skin.

@@ -1,9 +1,9 @@
 """Draws the emoji of a colour font and names them in Russian: writes what ``Emoji`` reads.
 
 Sources: the list of emoji is Unicode's ``emoji-test.txt`` (UTS #51); names and keywords are the
-annotations of CLDR (UTS #35, part 2), main and derived; the pictures are the font's.
+annotations of CLDR (UTS #35, part 2), main and derived; the images are the font's.
 
-All pictures have one scale and one placement, on white: the square around the ink of all of them
+All images have one scale and one placement, on white: the square around the ink of all of them
 together.  For Noto Color Emoji that is 128 pixels of its bitmaps, so that 64 is exactly half.
 """
 
@@ -19,8 +19,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from rudolph.data.datasets.emoji import ATLAS_NAME, COLUMNS, SKIN_TONES, TABLE_NAME, EmojiRecord
-from rudolph.files.atomic import require_apart, write_text, write_whole
+from rudolph.data.datasets.emoji import (
+    ATLAS_NAME,
+    EMOJI_COLUMNS,
+    SKIN_TONES,
+    TABLE_NAME,
+    EmojiRecord,
+)
+from rudolph.files.atomic import require_apart, write_atomic, write_text
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = (
@@ -37,7 +43,7 @@ BLANK = "blank in the font"
 # A bitmap font opens at its own size only: 109 is Noto's, the others are of other colour fonts.
 FONT_SIZES = (109, 160, 136, 128, 96, 72, 64)
 VARIATION_SELECTOR = "\ufe0f"
-# A noncharacter, never assigned: what a font draws for it is its picture for "missing".
+# A noncharacter, never assigned: what a font draws for it is its image for "missing".
 UNASSIGNED = "\U0010ffff"
 ENTRY = re.compile(
     r"(?P<points>[0-9A-F]+( [0-9A-F]+)*) *; fully-qualified *# \S+ E(?P<version>\S+) (?P<name>.+)"
@@ -65,13 +71,13 @@ class BuildReport:
     """What a build wrote, and by reason the keys that it left out."""
 
     num_pairs: int
-    num_pictures: int
+    num_images: int
     num_bytes: int
     skipped: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 1e6:.1f} MB"
-        lines = [f"{self.num_pairs} pairs, {self.num_pictures} different pictures, {size}"]
+        lines = [f"{self.num_pairs} pairs, {self.num_images} different images, {size}"]
         for reason, keys in self.skipped.items():
             lines.append(f"skipped, {reason}: {len(keys)} ({', '.join(keys)})")
         return "\n".join(lines)
@@ -114,7 +120,7 @@ class EmojiFont:
             return SEVERAL_GLYPHS, (0, 0, 0, 0)
         image = self.canvas(characters, "RGBA")
         box = image.getbbox()
-        # Blank first: Noto's picture for "missing" is blank as well.
+        # Blank first: Noto's image for "missing" is blank as well.
         if box is None:
             return BLANK, (0, 0, 0, 0)
         return (MISSING if image.tobytes() == self.missing else None), box
@@ -126,7 +132,7 @@ class EmojiFont:
         return cropped.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def build(
+def build_emoji_set(
     target: Path,
     *,
     font: Path = FONT,
@@ -153,7 +159,7 @@ def build(
     entries = read_emoji_test(emoji_test)
     named = [entry for entry in entries if entry.key in names]
     # Every named emoji is measured, then drawn: two steps each.
-    progress = Progress(2 * len(named), on_progress)
+    progress = StepPrinter(2 * len(named), on_progress)
     faults, boxes = measure_all(emoji_font, named, progress)
     drawable = [entry for entry in named if entry.key in boxes]
     if not drawable:
@@ -166,12 +172,12 @@ def build(
         number = tile_numbers.setdefault(tile, len(tile_numbers))
         records.append(record_of(entry, names[entry.key], keywords.get(entry.key, ()), number))
         progress.step()
-    num_bytes = write(target, records, list(tile_numbers), size)
+    num_bytes = write_emoji_set(target, records, list(tile_numbers), size)
     unnamed = tuple(entry.key for entry in entries if entry.key not in names)
     return BuildReport(len(records), len(tile_numbers), num_bytes, {NO_NAME: unnamed, **faults})
 
 
-class Progress:
+class StepPrinter:
     """Counts steps and says so."""
 
     def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
@@ -187,7 +193,7 @@ class Progress:
 
 
 def measure_all(
-    font: EmojiFont, entries: Sequence[EmojiEntry], progress: Progress
+    font: EmojiFont, entries: Sequence[EmojiEntry], progress: StepPrinter
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Box]]:
     """The keys that cannot be drawn, by reason, and the boxes of ink of the others, by key."""
     faults: dict[str, tuple[str, ...]] = {}
@@ -229,19 +235,21 @@ def record_of(entry: EmojiEntry, name: str, keywords: Sequence[str], tile: int) 
     )
 
 
-def write(target: Path, records: Sequence[EmojiRecord], tiles: Sequence[bytes], size: int) -> int:
+def write_emoji_set(
+    target: Path, records: Sequence[EmojiRecord], tiles: Sequence[bytes], size: int
+) -> int:
     """Write both files; the number of their bytes.  ``tiles`` are RGB, row by row."""
-    rows = -(-len(tiles) // COLUMNS)
-    atlas = np.full((rows * COLUMNS, size, size, 3), 255, dtype=np.uint8)
+    rows = -(-len(tiles) // EMOJI_COLUMNS)
+    atlas = np.full((rows * EMOJI_COLUMNS, size, size, 3), 255, dtype=np.uint8)
     atlas[: len(tiles)] = np.frombuffer(b"".join(tiles), np.uint8).reshape(-1, size, size, 3)
-    atlas = atlas.reshape(rows, COLUMNS, size, size, 3).swapaxes(1, 2)
-    image = Image.fromarray(atlas.reshape(rows * size, COLUMNS * size, 3))
+    atlas = atlas.reshape(rows, EMOJI_COLUMNS, size, size, 3).swapaxes(1, 2)
+    image = Image.fromarray(atlas.reshape(rows * size, EMOJI_COLUMNS * size, 3))
     table = io.StringIO()
     names = [field.name for field in fields(EmojiRecord)]
     writer = csv.DictWriter(table, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(record) for record in records)
-    write_whole(target / ATLAS_NAME, partial(image.save, format="PNG", optimize=True))
+    write_atomic(target / ATLAS_NAME, partial(image.save, format="PNG", optimize=True))
     write_text(target / TABLE_NAME, table.getvalue())
     return sum((target / name).stat().st_size for name in (ATLAS_NAME, TABLE_NAME))
 
@@ -289,7 +297,7 @@ def read_emoji_test(path: Path) -> list[EmojiEntry]:
 def key_of(characters: str) -> str:
     """Code points in hexadecimal joined with "-".
 
-    U+FE0F is left out: it only asks for the coloured picture, and CLDR leaves it out too.
+    U+FE0F is left out: it only asks for the coloured image, and CLDR leaves it out too.
     """
     return "-".join(f"{ord(part):x}" for part in characters if part != VARIATION_SELECTOR)
 

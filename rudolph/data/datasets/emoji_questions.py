@@ -1,4 +1,4 @@
-"""Questions about emoji with short answers in Russian, for the pictures of ``Emoji``.
+"""Questions about emoji with short answers in Russian, for the images of ``Emoji``.
 
 A *family* is a kind of question:
 
@@ -13,7 +13,7 @@ skin_tone  какой тон кожи?                             one of five, 
 gender     кто это: мужчина, женщина или человек?      where code points and name agree on it
 =========  ==========================================  ==========================================
 
-A question is asked of a picture only where all emoji that share it have the same answer.
+A question is asked of an image only where all emoji that share it have the same answer.
 
 To add a family, write a function from the emoji of a split, and those of the whole set, to its
 questions, and name it in ``FAMILIES``.
@@ -35,10 +35,10 @@ from rudolph.data.datasets.emoji import (
     EmojiRecord,
     assign_splits,
     attributes,
+    emoji_image,
     folder_digest,
     group_name,
     group_names,
-    picture,
     read_records,
     require_image_size,
 )
@@ -128,7 +128,9 @@ class EmojiQuestions:
         self.config = config
         self.image_size = image_size
         self.folder = SHIPPED if config.folder is None else Path(config.folder)
-        self.questions = ask(read_records(self.folder), split, families=config.families)
+        self.questions = emoji_questions(
+            read_records(self.folder), split, families=config.families
+        )
         if not self.questions:
             raise ValueError(
                 f"families {', '.join(config.families)}: nothing to ask in the split {split!r} of "
@@ -149,14 +151,16 @@ class EmojiQuestions:
         return Pair(
             key=question.key,
             caption=question.answer,
-            image=picture(self.folder, question.record.tile, self.image_size),
+            image=emoji_image(self.folder, question.record.tile, self.image_size),
             attributes={"family": question.family, **attributes(question.record)},
             question=question.text,
             choices=question.choices,
         )
 
 
-def ask(records: Records, split: str, *, families: Sequence[str]) -> list[EmojiQuestion]:
+def emoji_questions(
+    records: Records, split: str, *, families: Sequence[str]
+) -> list[EmojiQuestion]:
     """All questions of the families about one split of a whole set, emoji by emoji."""
     splits = assign_splits(records)
     asked = [record for record in records if splits[record.key] == split]
@@ -173,7 +177,7 @@ def ask(records: Records, split: str, *, families: Sequence[str]) -> list[EmojiQ
 # --- families ------------------------------------------------------------------------------------
 
 
-def ask_names(asked: Records, every: Records) -> list[EmojiQuestion]:
+def name_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
     """What is shown, without the skin tone; of a flag, whose it is."""
     names = {record.base: record.name for record in every if record.key == record.base}
 
@@ -185,11 +189,11 @@ def ask_names(asked: Records, every: Records) -> list[EmojiQuestion]:
     return _where_certain("name", asked, tell)
 
 
-def ask_keywords(asked: Records, every: Records) -> list[EmojiQuestion]:
+def keyword_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
     """Of each emoji one word that fits and one that does not.
 
     The words that do not fit are those that fit the others, dealt out anew: each word is as often
-    the one as the other, so that it tells nothing without the picture.
+    the one as the other, so that it tells nothing without the image.
     """
     known: dict[str | int, set[str]] = defaultdict(set)
     for record in every:
@@ -204,7 +208,7 @@ def ask_keywords(asked: Records, every: Records) -> list[EmojiQuestion]:
         spelled = _alike(word)
         return spelled not in known[record.subgroup] and spelled not in known[record.tile]
 
-    foreign = deal([word for _, word in fitting], is_foreign)
+    foreign = permute_words([word for _, word in fitting], is_foreign)
     return [
         EmojiQuestion(record, "keyword", f"подходит ли слово «{word}»?", answer, (YES, NO))
         for (record, fits), does_not in zip(fitting, foreign, strict=True)
@@ -213,7 +217,7 @@ def ask_keywords(asked: Records, every: Records) -> list[EmojiQuestion]:
     ]
 
 
-def ask_groups(asked: Records, every: Records) -> list[EmojiQuestion]:
+def group_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
     """The group of Unicode, one of those that the set has."""
     return _where_certain(
         "group",
@@ -223,7 +227,7 @@ def ask_groups(asked: Records, every: Records) -> list[EmojiQuestion]:
     )
 
 
-def ask_skin_tones(asked: Records, every: Records) -> list[EmojiQuestion]:
+def skin_tone_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
     """The tone, where the emoji has one and only one."""
 
     def tell(record: EmojiRecord) -> tuple[str, str] | None:
@@ -233,7 +237,7 @@ def ask_skin_tones(asked: Records, every: Records) -> list[EmojiQuestion]:
     return _where_certain("skin_tone", asked, tell, choices=tuple(SKIN_TONE_NAMES.values()))
 
 
-def ask_genders(asked: Records, every: Records) -> list[EmojiQuestion]:
+def gender_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
     """Man, woman, or a person of whom neither is said."""
 
     def tell(record: EmojiRecord) -> tuple[str, str] | None:
@@ -263,7 +267,7 @@ def gender(record: EmojiRecord) -> str | None:
     return answer
 
 
-def deal(words: Sequence[str], is_legal: Callable[[int, str], bool]) -> list[str | None]:
+def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) -> list[str | None]:
     """The same words in another order, so that each stands at a place where it is legal.
 
     None stands where no exchange of two helps.
@@ -291,7 +295,7 @@ def _where_certain(
     *,
     choices: tuple[str, ...] = (),
 ) -> list[EmojiQuestion]:
-    """The question and answer of each emoji that is told the same as all with its picture."""
+    """The question and answer of each emoji that is told the same as all with its image."""
     told = {record.key: tell(record) for record in asked}
     of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)
     for record in asked:
@@ -319,9 +323,9 @@ def _alike(word: str) -> str:
 
 
 FAMILIES: dict[str, Callable[[Records, Records], list[EmojiQuestion]]] = {
-    "name": ask_names,
-    "keyword": ask_keywords,
-    "group": ask_groups,
-    "skin_tone": ask_skin_tones,
-    "gender": ask_genders,
+    "name": name_questions,
+    "keyword": keyword_questions,
+    "group": group_questions,
+    "skin_tone": skin_tone_questions,
+    "gender": gender_questions,
 }

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from rudolph.data.datasets.fusion_brain_files import TaskRecord, blamed_on, read_tasks
-from rudolph.data.datasets.manifests import split_of
-from rudolph.data.funnel import Rejected, centre_square, open_picture
+from rudolph.data.datasets.fusion_brain_files import TaskRecord, naming_record, read_tasks
+from rudolph.data.datasets.manifests import split_of_image
+from rudolph.data.image_files import RejectedError, center_crop, decode_image
 from rudolph.data.pairs import Pair, require_split
 
 # Part of every digest: raise it when the same files would give other pairs.
@@ -73,8 +73,8 @@ class FusionBrainConfig:
             )
 
 
-class Entry(NamedTuple):
-    """A record and its picture, where there is one: the path and the SHA-256 of the file."""
+class TaskEntry(NamedTuple):
+    """A record and its image, where there is one: the path and the SHA-256 of the file."""
 
     record: TaskRecord
     path: str = ""
@@ -84,7 +84,7 @@ class Entry(NamedTuple):
 class FusionBrain:
     """One split of a task: 90% train, 5% validation, 5% test, by content.
 
-    All questions about a picture are in one split, and so are all about a context, the longest
+    All questions about an image are in one split, and so are all about a context, the longest
     text of a TextQA, and equal mathematical problems.  The caption of a pair is the first variant
     of its answer; ``attributes["variants"]`` has the others, joined with ``VARIANT_SEPARATOR``.
     For image generation the caption is the text and the image the answer; its
@@ -93,11 +93,11 @@ class FusionBrain:
     Args:
         config: the task and its files.
         split: "train", "validation" or "test".
-        image_size: side of the square pictures, in pixels.
+        image_size: side of the square images, in pixels.
 
     Raises:
         ValueError: in one line with file and id, where a file is not of the format, a question not
-            of the task, a picture missing, or where no question falls into the split.
+            of the task, an image missing, or where no question falls into the split.
     """
 
     def __init__(self, config: FusionBrainConfig, *, split: str, image_size: int) -> None:
@@ -113,12 +113,14 @@ class FusionBrain:
                 raise ValueError(f"{field} of Fusion Brain is empty: give the path of a JSON file")
         self.config, self.image_size = config, image_size
         self.task = FUSION_BRAIN_TASKS[config.task]
-        # Pictures are asked about in the one file, or answer in the other.
+        # Images are asked about in the one file, or answer in the other.
         shown = config.answers if self.task.answer_type == "image" else config.questions
         self.file_with_images = shown
         self.folder = Path(shown).parent if config.images is None else Path(config.images)
         entries = [self._entry(each) for each in read_tasks(config.questions, config.answers)]
-        self.entries = [entry for entry in entries if split_of(self._content(entry)) == split]
+        self.entries = [
+            entry for entry in entries if split_of_image(self._content(entry)) == split
+        ]
         if not self.entries:
             raise ValueError(
                 f"{config.questions}: none of its {len(entries)} questions falls into the split "
@@ -132,13 +134,13 @@ class FusionBrain:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair; ``ValueError`` when its picture cannot be read, or is no longer the same."""
+        """The pair; ``ValueError`` when its image cannot be read, or is no longer the same."""
         entry = self.entries[index]
         record, answers = entry.record, entry.record.answers(self.task.answer_type)
         attributes = {"task": self.config.task, "id": record.id}
         if answers[1:]:
             attributes["variants"] = VARIANT_SEPARATOR.join(answers[1:])
-        key, image = f"{self.config.task}/{record.id}", self._picture(entry)
+        key, image = f"{self.config.task}/{record.id}", self._image(entry)
         if self.task.answer_type == "image":
             attributes["description"] = description(record)
             return Pair(key, record.text.strip(), image, attributes)
@@ -147,30 +149,30 @@ class FusionBrain:
         choices = options(record, caption)
         return Pair(key, caption, image, attributes, question=question, choices=choices)
 
-    def _entry(self, record: TaskRecord) -> Entry:
-        """The record, seen to be of the task, and its picture, seen to be there."""
-        with blamed_on(self.config.questions, record.id):
+    def _entry(self, record: TaskRecord) -> TaskEntry:
+        """The record, seen to be of the task, and its image, seen to be there."""
+        with naming_record(self.config.questions, record.id):
             misfit = _misfit(record, self.task)
             if misfit:
                 possible = ", ".join(possible_tasks(record)) or "no task"
                 raise ValueError(f"not of {self.config.task}: {misfit}; it can be of {possible}")
         answer = record.answers(self.task.answer_type)[0]
-        with blamed_on(self.config.answers, record.id):
+        with naming_record(self.config.answers, record.id):
             if not answer.strip():
                 raise ValueError("an answer must hold words, got an empty text")
         image = answer if self.task.answer_type == "image" else record.image
         if image is None:
-            return Entry(record)
+            return TaskEntry(record)
         path = os.path.abspath(self.folder / image)
-        with blamed_on(self.file_with_images, record.id):
+        with naming_record(self.file_with_images, record.id):
             try:
                 status = os.stat(path)
                 signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-                return Entry(record, path, _file_sha256(path, signature))
+                return TaskEntry(record, path, _file_sha256(path, signature))
             except OSError as error:
-                raise ValueError(f"no picture {path} ({error.strerror})") from error
+                raise ValueError(f"no image {path} ({error.strerror})") from error
 
-    def _content(self, entry: Entry) -> str:
+    def _content(self, entry: TaskEntry) -> str:
         """The SHA-256 of what all questions that must share a split have in common."""
         if entry.sha256:
             return entry.sha256
@@ -178,20 +180,20 @@ class FusionBrain:
         text = max(texts, key=len) if self.task.has_context else entry.record.text
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _picture(self, entry: Entry) -> Image.Image | None:
+    def _image(self, entry: TaskEntry) -> Image.Image | None:
         if not entry.path:
             return None
-        with blamed_on(self.file_with_images, entry.record.id):
+        with naming_record(self.file_with_images, entry.record.id):
             data = Path(entry.path).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise ValueError(f"{entry.path}: the picture changed after the files were read")
+                raise ValueError(f"{entry.path}: the image changed after the files were read")
             try:
-                return centre_square(open_picture(data).image, self.image_size)
-            except Rejected as rejected:
+                return center_crop(decode_image(data).image, self.image_size)
+            except RejectedError as rejected:
                 raise ValueError(f"{entry.path}: {rejected.reason}") from rejected
 
 
-# Kept in memory, so that the three splits read each picture once; the signature makes a changed
+# Kept in memory, so that the three splits read each image once; the signature makes a changed
 # file a new question.
 @cache
 def _file_sha256(path: str, signature: tuple[int, ...]) -> str:

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rudolph.data.datasets.table_text import read_text
+from rudolph.data.datasets.table_text import read_table_text
 from rudolph.files.atomic import json_text
 from rudolph.sequence.texts import clean_text
 
-PART = '{"type": "text" or "image", "content": ...}'
+PART_PATTERN = '{"type": "text" or "image", "content": ...}'
 TYPES = ("text", "image")
 NO_IMAGES: Mapping[str, str] = MappingProxyType({})
 
@@ -62,7 +62,7 @@ def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list
     asked = read_parts(questions)
     records = []
     for name, parts in asked.items():
-        with blamed_on(questions, name):
+        with naming_record(questions, name):
             records.append(parse_question(name, parts))
     if answers is None:
         return records
@@ -72,7 +72,7 @@ def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list
             raise ValueError(f"{answers}: id {name!r}: no such question in {questions}")
     answered = []
     for record in records:
-        with blamed_on(answers, record.id):
+        with naming_record(answers, record.id):
             if record.id not in told:
                 raise ValueError(f"no answer, every id of {questions} needs one")
             answered.append(parse_answer(record, told[record.id]))
@@ -131,7 +131,7 @@ def read_parts(path: str | Path) -> dict[str, Any]:
     """Return the parts of each id, as yet unchecked; ``ValueError`` where a file maps no ids."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    text, _ = read_text(path)
+    text, _ = read_table_text(path)
     try:
         content = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -155,13 +155,13 @@ def parse_answer(record: TaskRecord, parts: Any) -> TaskRecord:
     """The record with the first text and the first image of an answer."""
     contents = _contents(parts, allow_variants=True)
     if not contents["text"] and not contents["image"]:
-        raise ValueError(f"an answer must hold at least one {PART}, got none")
+        raise ValueError(f"an answer must hold at least one {PART_PATTERN}, got none")
     first = {name: found[0] if found else () for name, found in contents.items()}
     return replace(record, answer_texts=first["text"], answer_images=first["image"])
 
 
 @contextmanager
-def blamed_on(path: str | Path, name: str) -> Iterator[None]:
+def naming_record(path: str | Path, name: str) -> Iterator[None]:
     """Every ``ValueError`` inside names the file and the id."""
     try:
         yield
@@ -174,11 +174,11 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
     # The README shows the truths of two tasks without the list around their only part.
     listed = [parts] if isinstance(parts, dict) else parts
     if not isinstance(listed, list):
-        raise ValueError(f"must be a list of {PART}, got {type(parts).__name__}")
+        raise ValueError(f"must be a list of {PART_PATTERN}, got {type(parts).__name__}")
     found: dict[str, list[tuple[str, ...]]] = {name: [] for name in TYPES}
     for part in listed:
         if not isinstance(part, dict):
-            raise ValueError(f"a part must be {PART}, got {type(part).__name__}")
+            raise ValueError(f"a part must be {PART_PATTERN}, got {type(part).__name__}")
         part_type: Any = part.get("type")
         content: Any = part.get("content")
         if part_type not in TYPES:

@@ -1,6 +1,6 @@
 """Your own pairs: a table of image paths and captions, and of questions where there are any.
 
-Image paths are absolute, or relative to the folder of the table.  Text is UTF-8.  Every picture
+Image paths are absolute, or relative to the folder of the table.  Text is UTF-8.  Every image
 is opened once when a ``Manifest`` is made; bad rows are skipped, counted and named in its report.
 """
 
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rudolph.data.datasets.table_parquet import StoredImage
-from rudolph.data.datasets.tables import ManifestConfig, Row, find_table, kind_of, read_rows
-from rudolph.data.funnel import FunnelReport, Rejected, centre_square, open_picture
+from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, kind_of, read_rows
+from rudolph.data.image_files import RejectedError, RowReport, center_crop, decode_image
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 from rudolph.sequence.texts import clean_text
 
 # Part of every digest: raise it when the same files would give other pairs.
-PAIRS_VERSION = 2
+MANIFEST_PAIRS_VERSION = 2
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
-class Examined(NamedTuple):
-    """A picture that can be used: SHA-256 of its file, what converts it, its shorter side."""
+class ExaminedImage(NamedTuple):
+    """An image that can be used: SHA-256 of its file, what converts it, its shorter side."""
 
     sha256: str
     changes: tuple[str, ...]
@@ -35,8 +35,8 @@ class Examined(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A usable row.  ``sha256`` is that of the picture's file.
+class ManifestEntry:
+    """A usable row.  ``sha256`` is that of the image's file.
 
     ``stored`` is where the table itself holds the image; ``path`` is then the table.
     """
@@ -59,26 +59,26 @@ class ExaminedTable(NamedTuple):
     """A table, its usable rows in their order and the report of the others."""
 
     table: Path
-    entries: list[Entry]
-    report: FunnelReport
+    entries: list[ManifestEntry]
+    report: RowReport
 
 
 class Manifest:
-    """One split of the pairs of a table: 90% train, 5% validation, 5% test, by picture.
+    """One split of the pairs of a table: 90% train, 5% validation, 5% test, by image.
 
-    The hash of a picture's file says where all its captions belong: rows may be added, reordered
-    or renamed without moving any other to another split, and no picture is in two.  A key is the
+    The hash of an image's file says where all its captions belong: rows may be added, reordered
+    or renamed without moving any other to another split, and no image is in two.  A key is the
     image path and the caption.
 
     Args:
         config: the table and its columns.
         split: "train", "validation" or "test".
-        image_size: side of the square pictures, in pixels.
-        progress: called with (rows done, all rows) while the pictures are opened.
+        image_size: side of the square images, in pixels.
+        progress: called with (rows done, all rows) while the images are opened.
 
     Raises:
         ValueError: in one line, where the table cannot be read, lacks a column, has more bad rows
-            than ``max_bad_share`` or no pair in this split.
+            than ``max_bad_fraction`` or no pair in this split.
     """
 
     def __init__(
@@ -99,8 +99,10 @@ class Manifest:
         examined = examine_table(config, image_size=image_size, progress=progress)
         self.image_size = image_size
         self.report = examined.report
-        self.report.require_usable(str(examined.table), max_bad_share=config.max_bad_share)
-        self.entries = [entry for entry in examined.entries if split_of(entry.sha256) == split]
+        self.report.require_usable(str(examined.table), max_bad_fraction=config.max_bad_fraction)
+        self.entries = [
+            entry for entry in examined.entries if split_of_image(entry.sha256) == split
+        ]
         if not self.entries:
             raise ValueError(
                 f"{examined.table}: none of its {self.report.kept} usable rows falls into the "
@@ -112,19 +114,19 @@ class Manifest:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair; ``ValueError`` when its picture is no longer the one that was examined."""
+        """The pair; ``ValueError`` when its image is no longer the one that was examined."""
         entry = self.entries[index]
         try:
             data = entry.data()
         except OSError as error:
-            raise ValueError(f"{entry.path}: the picture can no longer be read") from error
+            raise ValueError(f"{entry.path}: the image can no longer be read") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ValueError(f"{entry.path}: the picture changed after the manifest was read")
-        image = centre_square(open_picture(data).image, self.image_size)
+            raise ValueError(f"{entry.path}: the image changed after the manifest was read")
+        image = center_crop(decode_image(data).image, self.image_size)
         return Pair(entry.key, entry.caption, image, question=entry.question)
 
     def _digest(self) -> str:
-        digest = hashlib.sha256(f"manifest {PAIRS_VERSION} {self.image_size}\n".encode())
+        digest = hashlib.sha256(f"manifest {MANIFEST_PAIRS_VERSION} {self.image_size}\n".encode())
         for entry in self.entries:
             told = [entry.question] if entry.question else []
             line = json.dumps([entry.key, entry.caption, entry.sha256, *told])
@@ -132,8 +134,8 @@ class Manifest:
         return digest.hexdigest()
 
 
-def split_of(sha256: str) -> str:
-    """The split that a picture belongs to, for ever, by the SHA-256 of its file."""
+def split_of_image(sha256: str) -> str:
+    """The split that an image belongs to, for ever, by the SHA-256 of its file."""
     fraction = hash_fraction(sha256)
     if fraction < 0.90:
         return "train"
@@ -157,13 +159,13 @@ def examine_table(
     rows = read_rows(table, config)
     if not rows:
         raise ValueError(f"{table}: the table has no rows")
-    report, entries = FunnelReport(), []
+    report, entries = RowReport(), []
     for done, row in enumerate(rows, start=1):
         path = row.image.path if isinstance(row.image, StoredImage) else row.image
         name = f"{row.place} {path}" if isinstance(path, str) else row.place
         try:
             entry, examined = _examine_row(row, table.parent, config)
-        except Rejected as rejected:
+        except RejectedError as rejected:
             report.skip(name, rejected.reason)
         else:
             report.keep(name, examined.changes + ("enlarged",) * (examined.side < image_size))
@@ -173,9 +175,11 @@ def examine_table(
     return ExaminedTable(table, entries, report)
 
 
-def _examine_row(row: Row, folder: Path, config: ManifestConfig) -> tuple[Entry, Examined]:
+def _examine_row(
+    row: TableRow, folder: Path, config: ManifestConfig
+) -> tuple[ManifestEntry, ExaminedImage]:
     if row.fault:
-        raise Rejected(row.fault)
+        raise RejectedError(row.fault)
     stored = row.image if isinstance(row.image, StoredImage) else None
     data = None if stored is None else stored.data()
     path_given = row.image if stored is None else stored.path
@@ -189,7 +193,9 @@ def _examine_row(row: Row, folder: Path, config: ManifestConfig) -> tuple[Entry,
         # Paths of other machines may repeat; the hash tells the images apart.
         name = f"{stored.path or ''}#{examined.sha256[:16]}"
         key = " | ".join(part for part in (name, question, caption) if part)
-        return Entry(key, caption, stored.table, examined.sha256, question, stored), examined
+        return ManifestEntry(
+            key, caption, stored.table, examined.sha256, question, stored
+        ), examined
     base = Path(os.path.abspath(folder))
     path = os.path.abspath(base / name)
     examined = _examine_file(path, name, config)
@@ -198,48 +204,48 @@ def _examine_row(row: Row, folder: Path, config: ManifestConfig) -> tuple[Entry,
     if stable.is_relative_to(base) or not os.path.isabs(name):
         stable = Path(os.path.relpath(path, base))
     key = " | ".join(part for part in (stable.as_posix(), question, caption) if part)
-    return Entry(key, caption, path, examined.sha256, question), examined
+    return ManifestEntry(key, caption, path, examined.sha256, question), examined
 
 
-def _examine_file(path: str, name: str, config: ManifestConfig) -> Examined:
+def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage:
     """Open the image at ``path``, which the table calls ``name``."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise Rejected("missing file")
+            raise RejectedError("missing file")
         signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return _examine_picture(path, signature)
+        return _examine_image(path, signature)
     except OSError as error:
         # The path of a data URI is too long rather than missing.
         if URL.match(name):
-            raise Rejected(
+            raise RejectedError(
                 f"images are URLs in column {config.image_column} (download them, write paths)"
             ) from error
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise Rejected("unreadable file") from error
+            raise RejectedError("unreadable file") from error
         if "\\" in name:
-            raise Rejected("missing file (write its path with / instead of \\)") from error
-        raise Rejected("missing file") from error
+            raise RejectedError("missing file (write its path with / instead of \\)") from error
+        raise RejectedError("missing file") from error
 
 
-# Kept in memory, so that the three splits of a table decode its pictures once; the signature
+# Kept in memory, so that the three splits of a table decode its images once; the signature
 # makes a changed file a new question.
 @cache
-def _examine_picture(path: str, signature: tuple[int, ...]) -> Examined:
+def _examine_image(path: str, signature: tuple[int, ...]) -> ExaminedImage:
     data = Path(path).read_bytes()
-    picture = open_picture(data)
-    return Examined(hashlib.sha256(data).hexdigest(), picture.changes, min(picture.image.size))
+    image = decode_image(data)
+    return ExaminedImage(hashlib.sha256(data).hexdigest(), image.changes, min(image.image.size))
 
 
 # By the hash alone: bytes in a table must not be kept.
-_EXAMINED_DATA: dict[str, Examined] = {}
+_EXAMINED_DATA: dict[str, ExaminedImage] = {}
 
 
-def _examine_data(data: bytes) -> Examined:
+def _examine_data(data: bytes) -> ExaminedImage:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 not in _EXAMINED_DATA:
-        picture = open_picture(data)
-        _EXAMINED_DATA[sha256] = Examined(sha256, picture.changes, min(picture.image.size))
+        image = decode_image(data)
+        _EXAMINED_DATA[sha256] = ExaminedImage(sha256, image.changes, min(image.image.size))
     return _EXAMINED_DATA[sha256]
 
 
@@ -247,7 +253,7 @@ def _clean(value: object, what: str, column: str) -> str:
     """Return a caption or question as it enters the package; a path stays as it is on disk."""
     text = clean_text(_text(value, what, column))
     if not text.strip():
-        raise Rejected(f"empty {what}")
+        raise RejectedError(f"empty {what}")
     return text
 
 
@@ -255,15 +261,15 @@ def _text(value: object, what: str, column: str) -> str:
     """Return ``value`` if it is text and not blank; else the reason names ``what`` it is."""
     missing = f"no {what}" if what == "image path" else f"empty {what}"
     if value is None or (isinstance(value, float) and value != value):
-        raise Rejected(missing)
+        raise RejectedError(missing)
     if not isinstance(value, str):
-        raise Rejected(f"{what}s are {kind_of(value)} in column {column}")
+        raise RejectedError(f"{what}s are {kind_of(value)} in column {column}")
     if not value.strip():
-        raise Rejected(missing)
+        raise RejectedError(missing)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Rejected(f"{what} is not text") from error
+        raise RejectedError(f"{what} is not text") from error
     if "\0" in value:
-        raise Rejected(f"{what} is not text")
+        raise RejectedError(f"{what} is not text")
     return value

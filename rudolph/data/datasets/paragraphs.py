@@ -1,4 +1,4 @@
-"""Short texts about who has which shapes, and questions about them, without a picture.
+"""Short texts about who has which shapes, and questions about them, without an image.
 
 "у ани большой синий круг. три красные звезды у пети." has two to four sentences, each about
 another person, with one object and its size or two to five objects. A *family* is a kind of
@@ -40,18 +40,18 @@ from rudolph.data.datasets.shapes_russian import (
     plural_phrase,
     quality,
 )
-from rudolph.data.datasets.shapes_scenes import held_out_looks
+from rudolph.data.datasets.shapes_scenes import held_out_combinations
 from rudolph.data.datasets.synthetic import (
     choose,
     choose_distinct,
     choose_number,
-    digest_of,
-    draw_until,
     example_rng,
+    json_digest,
     num_examples,
+    require_choices,
     require_sizes,
-    require_some,
     require_within,
+    sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
@@ -117,9 +117,9 @@ class ParagraphsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_some("families", self.families, legal=TEXT_FAMILIES, at_least=1)
-        require_some("shapes", self.shapes, legal=_SHAPES, at_least=2)
-        require_some("colours", self.colours, legal=_COLOURS, at_least=2)
+        require_choices("families", self.families, legal=TEXT_FAMILIES, at_least=1)
+        require_choices("shapes", self.shapes, legal=_SHAPES, at_least=2)
+        require_choices("colours", self.colours, legal=_COLOURS, at_least=2)
         require_within("max_sentences", self.max_sentences, 2, 4)
         require_within("max_count", self.max_count, 2, len(NUMERALS["masculine"]))
         require_sizes(self)
@@ -127,7 +127,7 @@ class ParagraphsConfig:
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:
         """The (colour, shape) that only pairs of the compositional split have."""
-        return held_out_looks(self.colours, self.shapes)
+        return held_out_combinations(self.colours, self.shapes)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Possession:
         return noun_phrase(*words) if self.number == 1 else plural_phrase(*words)
 
 
-class Answered(NamedTuple):
+class QuestionAnswer(NamedTuple):
     """A question and its answer."""
 
     question: str
@@ -176,7 +176,7 @@ class Paragraph:
 
 
 class Paragraphs:
-    """One split of the texts; see ``PairDataset``. There is no picture: of what size it would be
+    """One split of the texts; see ``PairDataset``. There is no image: of what size it would be
     changes nothing.
 
     The ``question`` of a pair is the text and, after it, what is asked, and the caption is the
@@ -189,7 +189,7 @@ class Paragraphs:
         require_split(split)
         self.config = config
         self.split = split
-        self.digest = digest_of("paragraphs", PARAGRAPHS_VERSION, NAMES, asdict(config), split)
+        self.digest = json_digest("paragraphs", PARAGRAPHS_VERSION, NAMES, asdict(config), split)
 
     def __len__(self) -> int:
         return num_examples(self.config, self.split)
@@ -215,14 +215,14 @@ class Paragraphs:
         # Before the search for a pair of this split: no family is rarer for being harder to draw.
         family = choose(rng, config.families)
         is_compositional = self.split == "compositional"
-        return draw_until(
-            lambda: draw_paragraph(family, config, rng, is_compositional=is_compositional),
+        return sample_until(
+            lambda: sample_paragraph(family, config, rng, is_compositional=is_compositional),
             lambda drawn: is_compositional or split_by_hash(drawn.context) == self.split,
             otherwise=f"shapes and colours leave no {family} for {self.split}: allow more of them",
         )
 
 
-def draw_paragraph(
+def sample_paragraph(
     family: str, config: ParagraphsConfig, rng: Random, *, is_compositional: bool
 ) -> Paragraph | None:
     """A text and a question of a family; ``None`` when the text cannot be asked so."""
@@ -256,43 +256,43 @@ def _sentence(each: Possession, rng: Random) -> str:
 # --- families ------------------------------------------------------------------------------------
 
 
-def ask_thing(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+def thing_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
     """All that a person has."""
-    return Answered(f"что {asked.owner}?", asked.phrase)
+    return QuestionAnswer(f"что {asked.owner}?", asked.phrase)
 
 
-def ask_colour(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+def colour_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
     """The colour of what a person has."""
     question = f"какого цвета {asked.named(asked.shape)} {asked.owner}?"
-    return Answered(question, quality(asked.colour))
+    return QuestionAnswer(question, quality(asked.colour))
 
 
-def ask_size(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+def size_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
     """The size of the one object of a person."""
     question = f"какого размера {asked.named(asked.shape)} {asked.owner}?"
-    return Answered(question, quality(asked.size))
+    return QuestionAnswer(question, quality(asked.size))
 
 
-def ask_count(rng: Random, _: Sequence[Possession], asked: Possession) -> Answered:
+def count_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
     """How many objects a person has."""
     question = f"сколько {plural_phrase(asked.shape, case='genitive')} {asked.owner}?"
-    return Answered(question, numeral(asked.number, asked.shape))
+    return QuestionAnswer(question, numeral(asked.number, asked.shape))
 
 
-def ask_owner(
+def owner_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
-) -> Answered | None:
+) -> QuestionAnswer | None:
     """Who has objects of a shape, or of a colour and a shape."""
     words = (asked.shape,) if rng.random() < 0.5 else (asked.colour, asked.shape)
     owners = [each for each in possessions if set(words) <= {each.colour, each.shape}]
     if len(owners) > 1:
         return None
-    return Answered(f"у кого {asked.named(*words)}?", asked.owner)
+    return QuestionAnswer(f"у кого {asked.named(*words)}?", asked.owner)
 
 
-def ask_existence(
+def existence_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
-) -> Answered | None:
+) -> QuestionAnswer | None:
     """Whether a person has what somebody has."""
     has_it = rng.random() < 0.5
     others = [each for each in possessions if each.shape != asked.shape]
@@ -300,27 +300,31 @@ def ask_existence(
         # For "да" as well: or it would be likelier where everybody has the same shape.
         return None
     owner = asked.owner if has_it else choose(rng, others).owner
-    return Answered(f"есть ли {owner} {asked.named(asked.shape)}?", "да" if has_it else "нет")
+    return QuestionAnswer(
+        f"есть ли {owner} {asked.named(asked.shape)}?", "да" if has_it else "нет"
+    )
 
 
-def ask_comparison(
+def comparison_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
-) -> Answered | None:
+) -> QuestionAnswer | None:
     """Which of two people has more objects."""
     others = [each for each in possessions if each.number != asked.number]
     if not others:
         return None
     first, second = choose_distinct(rng, [asked, choose(rng, others)], number=2)
     question = f"у кого больше фигур, {first.owner} или {second.owner}?"
-    return Answered(question, max(first, second, key=lambda each: each.number).owner)
+    return QuestionAnswer(question, max(first, second, key=lambda each: each.number).owner)
 
 
-TEXT_FAMILIES: dict[str, Callable[[Random, Sequence[Possession], Possession], Answered | None]] = {
-    "thing": ask_thing,
-    "colour": ask_colour,
-    "size": ask_size,
-    "count": ask_count,
-    "owner": ask_owner,
-    "existence": ask_existence,
-    "comparison": ask_comparison,
+TEXT_FAMILIES: dict[
+    str, Callable[[Random, Sequence[Possession], Possession], QuestionAnswer | None]
+] = {
+    "thing": thing_question,
+    "colour": colour_question,
+    "size": size_question,
+    "count": count_question,
+    "owner": owner_question,
+    "existence": existence_question,
+    "comparison": comparison_question,
 }

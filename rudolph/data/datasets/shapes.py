@@ -1,7 +1,7 @@
 """A made world with exact truth: coloured shapes on a grid and the Russian sentences about them.
 
 A *scene* is a few objects, each with a shape, a colour, a size and a cell of the grid. A *family*
-is a kind of sentence, and the sentence states all that is asked of a picture of it:
+is a kind of sentence, and the sentence states all that is asked of an image of it:
 
 ========  =========================================  ===========================================
 family    a sentence                                 what it states
@@ -14,8 +14,8 @@ count     пять жёлтых квадратов                      how many
 ========  =========================================  ===========================================
 
 Scene ``index`` of a split depends on the configuration, the split and the index alone.
-``shapes_scenes`` draws scenes, ``shapes_pictures`` paints them, ``shapes_russian`` has the words,
-``shapes_rivals`` changes one thing of a scene, and ``shapes_checker`` reads pictures back.
+``shapes_scenes`` draws scenes, ``shapes_images`` paints them, ``shapes_russian`` has the words,
+``shapes_hard_negatives`` changes one thing of a scene, and ``shapes_checker`` reads images back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,14 +24,14 @@ from functools import lru_cache
 from itertools import product
 from random import Random
 
-from rudolph.data.datasets.shapes_pictures import (
+from rudolph.data.datasets.shapes_hard_negatives import hard_negatives_of
+from rudolph.data.datasets.shapes_rendering import (
     PALETTE,
     SIZES,
     SceneObject,
     render,
-    require_image_size,
+    require_readable_size,
 )
-from rudolph.data.datasets.shapes_rivals import rivals
 from rudolph.data.datasets.shapes_russian import counted_phrase, noun_phrase, relation_phrase
 from rudolph.data.datasets.shapes_scenes import (
     DIRECTIONS,
@@ -40,23 +40,23 @@ from rudolph.data.datasets.shapes_scenes import (
     Scene,
     ShapesConfig,
     cells,
+    describe_scene,
     objects_text,
     placed_phrase,
-    split_of,
-    tell,
+    split_of_scene,
 )
 from rudolph.data.datasets.synthetic import (
     choose,
-    digest_of,
-    draw_until,
     example_rng,
+    json_digest,
     num_examples,
+    sample_until,
 )
 from rudolph.data.pairs import Pair, require_split
 
 __all__ = ["Shapes", "ShapesConfig", "is_sentence", "true_sentences"]
 
-# Counted up whenever the same configuration would give other pictures or sentences than before.
+# Counted up whenever the same configuration would give other images or sentences than before.
 WORLD_VERSION = 1
 
 
@@ -71,11 +71,11 @@ class Shapes:
 
     def __init__(self, config: ShapesConfig, *, split: str, image_size: int) -> None:
         require_split(split)
-        require_image_size(image_size)
+        require_readable_size(image_size)
         self.config = config
         self.split = split
         self.image_size = image_size
-        self.digest = digest_of(WORLD_VERSION, PALETTE, SIZES, asdict(config), split, image_size)
+        self.digest = json_digest(WORLD_VERSION, PALETTE, SIZES, asdict(config), split, image_size)
         self._looks = tuple(product(config.colours, config.shapes))
 
     def __len__(self) -> int:
@@ -90,25 +90,25 @@ class Shapes:
         rng = example_rng(
             index, seed=config.seed, split=self.split, length=len(self), unit="scenes"
         )
-        return draw_until(
+        return sample_until(
             lambda: FAMILIES[choose(rng, config.families)](config, rng),
-            lambda scene: split_of(scene, config) == self.split,
+            lambda scene: split_of_scene(scene, config) == self.split,
             otherwise=f"families, shapes and colours leave no sentence for {self.split}: "
             "allow more of them",
         )
 
     def sentences(self, index: int) -> list[str]:
-        """Every sentence that is true of the picture at ``index``, its caption among them."""
+        """Every sentence that is true of the image at ``index``, its caption among them."""
         return true_sentences(self.scene(index).objects, self.config)
 
-    def rivals(self, index: int, number: int) -> list[Pair]:
+    def hard_negatives(self, index: int, number: int) -> list[Pair]:
         """Pairs that differ from the one at ``index`` in one thing; fewer if there are no more.
 
-        Their attribute ``changed`` says in which: a key of ``shapes_rivals.CHANGES``. The first of
-        many are those of few.
+        Their attribute ``changed`` says in which: a key of ``shapes_hard_negatives.CHANGES``. The
+        first of many are those of few.
         """
         rng = Random(f"{self.config.seed}/{self.split}/{index}/rivals")
-        found = rivals(self.scene(index), self.config, rng)
+        found = hard_negatives_of(self.scene(index), self.config, rng)
         return [
             self._pair(
                 f"shapes/{self.split}/{index:06d}/rival{place}", each.scene, changed=each.changed
@@ -121,7 +121,7 @@ class Shapes:
         """Every colour with every shape: "один красный круг" and so on."""
         return tuple(counted_phrase(1, colour, shape) for colour, shape in self._looks)
 
-    def class_of(self, index: int) -> int | None:
+    def class_index(self, index: int) -> int | None:
         """The class of a scene with one object, and of no other."""
         objects = self.scene(index).objects
         if len(objects) > 1:
@@ -178,8 +178,8 @@ def is_sentence(text: str, config: ShapesConfig) -> bool:
 def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list[str]:
     """Every sentence of the world that is true of just these objects, in the order of families.
 
-    One picture can have several: of two objects in a row each is beside the other, and both have
-    a place.  Which of them a pair has for its caption cannot be seen in the picture.
+    One image can have several: of two objects in a row each is beside the other, and both have
+    a place.  Which of them a pair has for its caption cannot be seen in the image.
 
     >>> true_sentences([SceneObject("circle", "red", "small", 0, 1)], ShapesConfig())
     ['маленький красный круг сверху', 'один красный круг']
@@ -187,15 +187,15 @@ def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list
     ordered = sorted(objects, key=lambda each: (each.row, each.column))
     told = []
     if len(ordered) in (1, 2):
-        told.append(tell("one" if len(ordered) == 1 else "two", ordered, config))
+        told.append(describe_scene("one" if len(ordered) == 1 else "two", ordered, config))
     if len(ordered) == 2:
         for pair in (ordered, ordered[::-1]):
             relation = _relation(*pair)
             if relation is not None:
-                told.append(tell("relation", pair, config, relation=relation))
+                told.append(describe_scene("relation", pair, config, relation=relation))
     looks = {(each.shape, each.colour) for each in ordered}
     if len(looks) == 1 and len(ordered) <= config.max_count:
-        told.append(tell("count", ordered, config))
+        told.append(describe_scene("count", ordered, config))
     return [scene.sentence for scene in told if scene.family in config.families]
 
 

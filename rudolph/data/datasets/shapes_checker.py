@@ -1,10 +1,10 @@
-"""Reads a picture of the world of shapes back, and says whether it shows what a sentence states.
+"""Reads an image of the world of shapes back, and says whether it shows what a sentence states.
 
-The reader tries to draw every cell of the picture itself: it lays each shape in each size, in many
+The reader tries to draw every cell of the image itself: it lays each shape in each size, in many
 places and more or less blurred, over the cell as a template, fits the colours of the object and of
 what is behind it by least squares, and keeps the template that explains most of the cell. What the
 other templates leave unexplained says how sure the reading is. All of this is one matrix product,
-which averages the noise, the blur and the stray pixels of a generated picture away.
+which averages the noise, the blur and the stray pixels of a generated image away.
 
 Shapes: H hypotheses (a shape and a size), T of them in a place, B blurs, P pixels of a cell,
 C cells; the three channels are brightness and two of hue.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rudolph.data.datasets.shapes_pictures import (
+from rudolph.data.datasets.shapes_rendering import (
     BACKGROUND,
     PALETTE,
     SIGNED_DISTANCES,
@@ -31,12 +31,12 @@ from rudolph.data.datasets.shapes_pictures import (
 )
 from rudolph.data.datasets.shapes_scenes import DIRECTIONS, Scene
 
-Array = NDArray[np.floating[Any]]
+FloatArray = NDArray[np.floating[Any]]
 
 _COLOURS = tuple(PALETTE)
 _HYPOTHESES = tuple(product(SIGNED_DISTANCES, SIZES))
 
-# Pixels a side of a cell, once the picture has been brought to the size that the reader works in.
+# Pixels a side of a cell, once the image has been brought to the size that the reader works in.
 _CELL = 16
 # How far off the middle of its cell an object is looked for, in cells.
 _OFFSETS = np.linspace(-0.18, 0.18, 9)
@@ -59,7 +59,7 @@ _FAINTEST_CONTENT = 1e-3
 
 @dataclass(frozen=True)
 class ReadObject:
-    """An object found in a picture; ``confidence`` in [0, 1] that all of it is read right."""
+    """An object found in an image; ``confidence`` in [0, 1] that all of it is read right."""
 
     shape: str
     colour: str
@@ -78,8 +78,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Whether a picture shows what a sentence states, and nothing else.
+class SceneVerdict:
+    """Whether an image shows what a sentence states, and nothing else.
 
     ``objects_right`` is the share of right objects among those stated or read, whichever are more.
     """
@@ -92,10 +92,10 @@ class Judgement:
 
 
 def read_scene(image: Image.Image | NDArray[np.uint8], *, grid: int) -> Reading:
-    """The objects in a square picture, a PIL image or ``(side, side, 3)`` RGB bytes.
+    """The objects in a square image, a PIL image or ``(side, side, 3)`` RGB bytes.
 
     Raises:
-        ValueError: the picture is not square, or has less than 24 pixels a side.
+        ValueError: the image is not square, or has less than 24 pixels a side.
     """
     share, contrast = _explain(_cells(image, grid))
     hypothesis = _softmax(-_INDEPENDENT_PIXELS / 2 * np.log(1.002 - share))  # (C, H)
@@ -118,29 +118,29 @@ def read_scene(image: Image.Image | NDArray[np.uint8], *, grid: int) -> Reading:
     return Reading(tuple(objects), float(sure.prod()))
 
 
-def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> Array:
+def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> FloatArray:
     """The cells in reading order, ``(C, P, 3)``, in opponent colours."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    width, height = picture.size
+    rgb = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    width, height = rgb.size
     if width != height or width < SMALLEST_IMAGE:
         raise ValueError(
             f"image must be square, {SMALLEST_IMAGE} pixels a side or more, got {width} x {height}"
         )
     side = grid * _CELL
-    picture = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, dtype=np.float32) @ _OPPONENT.T.astype(np.float32)
+    rgb = rgb.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(rgb, dtype=np.float32) @ _OPPONENT.T.astype(np.float32)
     return pixels.reshape(grid, _CELL, grid, _CELL, 3).swapaxes(1, 2).reshape(-1, _CELL**2, 3)
 
 
 @lru_cache(maxsize=1)
-def _templates() -> tuple[Array, Array]:
+def _templates() -> tuple[FloatArray, FloatArray]:
     """Templates ``(T * B, P)`` of mean 0 and length 1; lengths before that ``(T, B, 1, 1)``."""
     points = (np.arange(_CELL) + 0.5) / _CELL - 0.5
     squares = (points[:, None] - points) ** 2
     kernels = [
         np.exp(-squares / (2 * blur**2)) / (np.sqrt(2 * np.pi) * blur * _CELL) for blur in _BLURS
     ]
-    covers: list[Array] = []
+    covers: list[FloatArray] = []
     for (shape, size), down, right in product(_HYPOTHESES, _OFFSETS, _OFFSETS):
         x, y = points[None, :] - right, points[:, None] - down
         sharp = coverage(shape, x, y, radius=SIZES[size], softness=1 / _CELL)
@@ -151,7 +151,7 @@ def _templates() -> tuple[Array, Array]:
     return templates / lengths, lengths.reshape(-1, len(_BLURS), 1, 1)
 
 
-def _explain(cells: Array) -> tuple[Array, Array]:
+def _explain(cells: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The best templates of every cell.
 
     Args:
@@ -181,23 +181,23 @@ def _explain(cells: Array) -> tuple[Array, Array]:
     return share.reshape(len(_HYPOTHESES), -1, len(cells)).max(axis=1).T, contrast
 
 
-def _softmax(logits: Array) -> Array:
+def _softmax(logits: FloatArray) -> FloatArray:
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+    probabilities: FloatArray = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
 
 
 # --- judging -------------------------------------------------------------------------------------
 
 
-def judge(scene: Scene, reading: Reading) -> Judgement:
-    """Whether a picture that was read so shows what the sentence of ``scene`` states."""
+def check_scene(scene: Scene, reading: Reading) -> SceneVerdict:
+    """Whether an image that was read so shows what the sentence of ``scene`` states."""
     num_right, sentence_holds = JUDGES[scene.family](scene, reading.objects)
     most = max(len(scene.objects), len(reading.objects))
-    return Judgement(right=sentence_holds and num_right == most, objects_right=num_right / most)
+    return SceneVerdict(right=sentence_holds and num_right == most, objects_right=num_right / most)
 
 
-def judge_places(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_positions(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """Each object with its size, in its cell."""
     read = {(each.row, each.column): each for each in found}
     right = [
@@ -207,7 +207,7 @@ def judge_places(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool
     return sum(right), True
 
 
-def judge_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """The first object with its size, the second of any size, straight in the stated direction."""
     assert scene.relation is not None
     first, second = scene.objects
@@ -218,7 +218,7 @@ def judge_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bo
     return best
 
 
-def judge_count(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_count(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """As many objects of the shape and the colour, of any size, in any cells."""
     model = scene.objects[0]
     num_alike = sum(_alike(model, each, any_size=True) for each in found)
@@ -240,8 +240,8 @@ def _direction(one: ReadObject | None, other: ReadObject | None) -> tuple[int, i
 
 # How many objects are as a sentence states, and whether all else that it states holds.
 JUDGES: dict[str, Callable[[Scene, tuple[ReadObject, ...]], tuple[int, bool]]] = {
-    "one": judge_places,
-    "two": judge_places,
-    "relation": judge_relation,
-    "count": judge_count,
+    "one": check_positions,
+    "two": check_positions,
+    "relation": check_relation,
+    "count": check_count,
 }

@@ -1,6 +1,6 @@
 """Families of questions about the world of shapes; ``shapes_questions`` tells about them.
 
-To add a family, write a function ``(QuestionDraw) -> Question | None`` and name it in
+To add a family, write a function ``(QuestionSampler) -> Question | None`` and name it in
 ``QUESTION_FAMILIES``; ``None`` is a draw that failed.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from rudolph.data.datasets.shapes_pictures import SIZES, SceneObject
+from rudolph.data.datasets.shapes_rendering import SIZES, SceneObject
 from rudolph.data.datasets.shapes_russian import (
     noun_phrase,
     numeral,
@@ -18,13 +18,13 @@ from rudolph.data.datasets.shapes_russian import (
     qualities,
     quality,
 )
-from rudolph.data.datasets.shapes_scenes import cells, draw_shift
+from rudolph.data.datasets.shapes_scenes import cells, sample_shift
 from rudolph.data.datasets.synthetic import Option, choose, choose_distinct, choose_number
 
 # A colour and a shape.
-Look = tuple[str, str]
+ObjectAttributes = tuple[str, str]
 # What a description says: the shape, both, or the colour of a "figure".
-_DESCRIPTIONS: tuple[Callable[[Look], tuple[str, ...]], ...] = (
+_DESCRIPTIONS: tuple[Callable[[ObjectAttributes], tuple[str, ...]], ...] = (
     lambda look: (look[1],),
     lambda look: look,
     lambda look: (look[0], "figure"),
@@ -39,11 +39,11 @@ class Question:
     text: str
     answer: str
     objects: tuple[SceneObject, ...]
-    asked: frozenset[Look]
+    asked: frozenset[ObjectAttributes]
 
 
 @dataclass(frozen=True)
-class QuestionDraw:
+class QuestionSampler:
     """Draws what a question needs.
 
     ``looks`` are those of any object; what is asked for has one of ``targets``.
@@ -53,25 +53,29 @@ class QuestionDraw:
     grid: int
     max_objects: int
     jitter: float
-    looks: Sequence[Look]
-    targets: Sequence[Look]
+    looks: Sequence[ObjectAttributes]
+    targets: Sequence[ObjectAttributes]
 
     def choose(self, options: Sequence[Option]) -> Option:
         return choose(self.rng, options)
 
-    def description(self) -> tuple[Look, tuple[str, ...]]:
+    def description(self) -> tuple[ObjectAttributes, tuple[str, ...]]:
         """A look that is asked for, and the words that ask for it: adjectives and a noun."""
         look = self.choose(self.targets)
         return look, self.choose(_DESCRIPTIONS)(look)
 
-    def fitting(self, number: int, *words: str) -> list[Look]:
+    def fitting(self, number: int, *words: str) -> list[ObjectAttributes]:
         """Looks that fit a description."""
         looks = [look for look in self.looks if fits(look, words)]
         return [self.choose(looks) for _ in range(number)]
 
     def others(
-        self, most: int, *descriptions: Iterable[str], least: int = 0, near: Look | None = None
-    ) -> list[Look]:
+        self,
+        most: int,
+        *descriptions: Iterable[str],
+        least: int = 0,
+        near: ObjectAttributes | None = None,
+    ) -> list[ObjectAttributes]:
         """Looks that fit none of the descriptions, as many as drawn, or as there can be.
 
         Every other one has the colour or the shape of ``near``: only who looks at both can answer.
@@ -86,23 +90,27 @@ class QuestionDraw:
             for _ in range(number)
         ]
 
-    def place(self, looks: Sequence[Look], sizes: Sequence[str] = ()) -> list[SceneObject]:
+    def place(
+        self, looks: Sequence[ObjectAttributes], sizes: Sequence[str] = ()
+    ) -> list[SceneObject]:
         """Objects of these looks, the first ones of these sizes, in cells of their own."""
         places = choose_distinct(self.rng, cells(self.grid), number=len(looks))
         objects = []
         for number, ((colour, shape), cell) in enumerate(zip(looks, places, strict=True)):
             size = sizes[number] if number < len(sizes) else self.choose(tuple(SIZES))
-            shift = draw_shift(self.jitter, self.rng)
+            shift = sample_shift(self.jitter, self.rng)
             objects.append(SceneObject(shape, colour, size, *cell, shift=shift))
         return objects
 
-    def place_one(self, target: Look, *descriptions: Iterable[str]) -> list[SceneObject]:
+    def place_one(
+        self, target: ObjectAttributes, *descriptions: Iterable[str]
+    ) -> list[SceneObject]:
         """The target first, and others that fit none of the descriptions."""
         others = self.others(self.max_objects - 1, *descriptions, near=target)
         return self.place([target, *others])
 
 
-def fits(look: Look, words: Iterable[str]) -> bool:
+def fits(look: ObjectAttributes, words: Iterable[str]) -> bool:
     """Whether a description is true of a look: everything is a figure."""
     return set(words) <= {*look, "figure"}
 
@@ -121,7 +129,11 @@ def is_clear(target: SceneObject, objects: Iterable[SceneObject], *, grid: int) 
 
 
 def _question(
-    family: str, text: str, answer: str, objects: Iterable[SceneObject], asked: Iterable[Look]
+    family: str,
+    text: str,
+    answer: str,
+    objects: Iterable[SceneObject],
+    asked: Iterable[ObjectAttributes],
 ) -> Question:
     in_reading_order = sorted(objects, key=lambda each: (each.row, each.column))
     return Question(family, text, answer, tuple(in_reading_order), frozenset(asked))
@@ -130,7 +142,7 @@ def _question(
 # --- families ------------------------------------------------------------------------------------
 
 
-def ask_colour(draw: QuestionDraw) -> Question | None:
+def shapes_colour_question(draw: QuestionSampler) -> Question | None:
     """The colour of the one object of its shape, or of the one in a place."""
     target, grid = draw.choose(draw.targets), draw.grid
     if draw.rng.random() < 0.5:
@@ -145,7 +157,7 @@ def ask_colour(draw: QuestionDraw) -> Question | None:
     return _question("colour", text, quality(target[0]), [first, *others], [target])
 
 
-def ask_shape(draw: QuestionDraw) -> Question | None:
+def shapes_shape_question(draw: QuestionSampler) -> Question | None:
     """The shape of the one object of its colour, or of the one in a place."""
     target, grid = draw.choose(draw.targets), draw.grid
     if draw.rng.random() < 0.5:
@@ -160,7 +172,7 @@ def ask_shape(draw: QuestionDraw) -> Question | None:
     return _question("shape", text, noun_phrase(target[1]), [first, *others], [target])
 
 
-def ask_size(draw: QuestionDraw) -> Question:
+def shapes_size_question(draw: QuestionSampler) -> Question:
     """The size of the one object that fits a description."""
     target, words = draw.description()
     first, *others = draw.place_one(target, words)
@@ -168,7 +180,7 @@ def ask_size(draw: QuestionDraw) -> Question:
     return _question("size", text, quality(first.size), [first, *others], [target])
 
 
-def ask_position(draw: QuestionDraw) -> Question:
+def shapes_position_question(draw: QuestionSampler) -> Question:
     """The place of the one object that fits a description."""
     target, words = draw.description()
     first, *others = draw.place_one(target, words)
@@ -176,7 +188,7 @@ def ask_position(draw: QuestionDraw) -> Question:
     return _question("position", f"где {noun_phrase(*words)}?", answer, [first, *others], [target])
 
 
-def ask_count(draw: QuestionDraw) -> Question:
+def shapes_count_question(draw: QuestionSampler) -> Question:
     """How many objects fit a description, of which every fourth is all objects."""
     target, words = draw.description()
     most = draw.max_objects
@@ -186,7 +198,7 @@ def ask_count(draw: QuestionDraw) -> Question:
         return _question("count", "сколько всего фигур?", answer, draw.place(looks), looks)
     number = choose_number(draw.rng, 0, most)
     counted = draw.fitting(number, *words)
-    # At least one object in the picture: an empty one tells the answer by itself.
+    # At least one object in the image: an empty one tells the answer by itself.
     others = draw.others(most - number, words, least=int(number == 0), near=target)
     text = f"сколько {plural_phrase(*words, case='genitive')}?"
     asked = [*counted, target] if words == target else counted
@@ -194,7 +206,7 @@ def ask_count(draw: QuestionDraw) -> Question:
     return _question("count", text, answer, draw.place([*counted, *others]), asked)
 
 
-def ask_existence(draw: QuestionDraw) -> Question:
+def shapes_existence_question(draw: QuestionSampler) -> Question:
     """Whether there is an object of a colour and a shape."""
     target = draw.choose(draw.targets)
     is_there = draw.rng.random() < 0.5
@@ -206,13 +218,13 @@ def ask_existence(draw: QuestionDraw) -> Question:
     return _question("existence", text, "да" if is_there else "нет", objects, [target])
 
 
-def ask_comparison(draw: QuestionDraw) -> Question:
+def shapes_comparison_question(draw: QuestionSampler) -> Question:
     """Which of two kinds are more, whether one is more, or which of two objects is larger."""
     form = draw.choose(("which", "whether", "larger"))
     return _ask_larger(draw) if form == "larger" else _ask_more(draw, form)
 
 
-def _ask_more(draw: QuestionDraw, form: str) -> Question:
+def _ask_more(draw: QuestionSampler, form: str) -> Question:
     is_of_colours = draw.rng.random() < 0.5
     kinds = tuple(dict.fromkeys(look[0 if is_of_colours else 1] for look in draw.looks))
     first, second = choose_distinct(draw.rng, kinds, number=2)
@@ -240,7 +252,7 @@ def _ask_more(draw: QuestionDraw, form: str) -> Question:
     return _question("comparison", text, answer, objects, counted)
 
 
-def _ask_larger(draw: QuestionDraw) -> Question:
+def _ask_larger(draw: QuestionSampler) -> Question:
     target = draw.choose(draw.targets)
     pair = [target, draw.choose([look for look in draw.looks if look != target])]
     first, second = choose_distinct(draw.rng, pair, number=2)
@@ -256,12 +268,12 @@ def _many(shape: str) -> str:
     return plural_phrase(shape, case="genitive")
 
 
-QUESTION_FAMILIES: dict[str, Callable[[QuestionDraw], Question | None]] = {
-    "colour": ask_colour,
-    "shape": ask_shape,
-    "size": ask_size,
-    "count": ask_count,
-    "position": ask_position,
-    "comparison": ask_comparison,
-    "existence": ask_existence,
+QUESTION_FAMILIES: dict[str, Callable[[QuestionSampler], Question | None]] = {
+    "colour": shapes_colour_question,
+    "shape": shapes_shape_question,
+    "size": shapes_size_question,
+    "count": shapes_count_question,
+    "position": shapes_position_question,
+    "comparison": shapes_comparison_question,
+    "existence": shapes_existence_question,
 }

@@ -1,4 +1,4 @@
-"""Questions about pictures of the world of shapes, with exact answers.
+"""Questions about images of the world of shapes, with exact answers.
 
 A scene has one to five objects in different cells. A *family* is a kind of question:
 
@@ -28,34 +28,34 @@ are the numbers of a count and the sides of a comparison.
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from rudolph.data.datasets.shapes_pictures import (
+from rudolph.data.datasets.shapes_question_families import (
+    QUESTION_FAMILIES,
+    ObjectAttributes,
+    Question,
+    QuestionSampler,
+)
+from rudolph.data.datasets.shapes_rendering import (
     PALETTE,
     SIGNED_DISTANCES,
     SIZES,
     render,
-    require_image_size,
+    require_readable_size,
 )
-from rudolph.data.datasets.shapes_question_families import (
-    QUESTION_FAMILIES,
-    Look,
-    Question,
-    QuestionDraw,
-)
-from rudolph.data.datasets.shapes_scenes import LARGEST_JITTER, held_out_looks, objects_text
+from rudolph.data.datasets.shapes_scenes import LARGEST_JITTER, held_out_combinations, objects_text
 from rudolph.data.datasets.synthetic import (
     choose,
-    digest_of,
-    draw_until,
     example_rng,
+    json_digest,
     num_examples,
+    require_choices,
     require_sizes,
-    require_some,
     require_within,
+    sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other pictures or texts than before.
+# Counted up whenever the same configuration would give other images or texts than before.
 QUESTIONS_VERSION = 1
 
 
@@ -93,17 +93,17 @@ class ShapesQuestionsConfig:
     def __post_init__(self) -> None:
         if self.grid not in (2, 3):
             raise ValueError(f"grid must be 2 or 3, got {self.grid}")
-        require_some("families", self.families, legal=QUESTION_FAMILIES, at_least=1)
-        require_some("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
-        require_some("colours", self.colours, legal=PALETTE, at_least=2)
+        require_choices("families", self.families, legal=QUESTION_FAMILIES, at_least=1)
+        require_choices("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
+        require_choices("colours", self.colours, legal=PALETTE, at_least=2)
         require_within("max_objects", self.max_objects, 3, 4 if self.grid == 2 else 5)
         require_within("jitter", self.jitter, 0, LARGEST_JITTER)
         require_sizes(self)
 
     @property
-    def held_out(self) -> frozenset[Look]:
+    def held_out(self) -> frozenset[ObjectAttributes]:
         """The (colour, shape) that only pairs of the compositional split have."""
-        return held_out_looks(self.colours, self.shapes)
+        return held_out_combinations(self.colours, self.shapes)
 
 
 class ShapesQuestions:
@@ -117,12 +117,12 @@ class ShapesQuestions:
 
     def __init__(self, config: ShapesQuestionsConfig, *, split: str, image_size: int) -> None:
         require_split(split)
-        require_image_size(image_size)
+        require_readable_size(image_size)
         self.config = config
         self.split = split
         self.image_size = image_size
         world = [PALETTE, SIZES, asdict(config), split, image_size]
-        self.digest = digest_of("shapes_questions", QUESTIONS_VERSION, *world)
+        self.digest = json_digest("shapes_questions", QUESTIONS_VERSION, *world)
 
     def __len__(self) -> int:
         return num_examples(self.config, self.split)
@@ -146,7 +146,7 @@ class ShapesQuestions:
         every = tuple(product(config.colours, config.shapes))
         others = tuple(look for look in every if look not in config.held_out)
         is_compositional = self.split == "compositional"
-        draw = QuestionDraw(
+        draw = QuestionSampler(
             rng,
             grid=config.grid,
             max_objects=config.max_objects,
@@ -154,7 +154,7 @@ class ShapesQuestions:
             looks=every if is_compositional else others,
             targets=sorted(config.held_out) if is_compositional else others,
         )
-        return draw_until(
+        return sample_until(
             lambda: QUESTION_FAMILIES[family](draw),
             lambda question: split_of_question(question, config) == self.split,
             otherwise=f"shapes and colours leave no question of the family {family} for "

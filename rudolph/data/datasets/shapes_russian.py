@@ -1,6 +1,6 @@
 """Russian for a world of shapes: declension, agreement, numerals and places.
 
-The words are asked for by their English names, which are those of ``shapes_pictures`` and
+The words are asked for by their English names, which are those of ``shapes_images`` and
 ``shapes_scenes``. To add a shape or a colour, add its row to ``NOUNS`` or ``ADJECTIVES``.
 """
 

@@ -3,14 +3,14 @@
 ``shapes`` tells about the families. To add one, write a function ``(ShapesConfig, Random) ->
 Scene`` and name it in ``FAMILIES``; write its sentence and name it in ``SENTENCES``; say in
 ``shapes_checker.JUDGES`` what the sentence asks of a reading, in ``shapes.is_sentence`` what can
-be said, and in ``shapes_rivals`` what else of it can be changed.
+be said, and in ``shapes_hard_negatives`` what else of it can be changed.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from rudolph.data.datasets.shapes_pictures import PALETTE, SIGNED_DISTANCES, SIZES, SceneObject
+from rudolph.data.datasets.shapes_rendering import PALETTE, SIGNED_DISTANCES, SIZES, SceneObject
 from rudolph.data.datasets.shapes_russian import (
     NUMERALS,
     counted_phrase,
@@ -22,8 +22,8 @@ from rudolph.data.datasets.synthetic import (
     choose,
     choose_distinct,
     choose_number,
+    require_choices,
     require_sizes,
-    require_some,
     require_within,
     split_by_hash,
 )
@@ -62,9 +62,9 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         if self.grid not in (2, 3):
             raise ValueError(f"grid must be 2 or 3, got {self.grid}")
-        require_some("families", self.families, legal=FAMILIES, at_least=1)
-        require_some("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
-        require_some("colours", self.colours, legal=PALETTE, at_least=2)
+        require_choices("families", self.families, legal=FAMILIES, at_least=1)
+        require_choices("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
+        require_choices("colours", self.colours, legal=PALETTE, at_least=2)
         most = min(len(NUMERALS["masculine"]), self.grid**2)
         if not 1 <= self.max_count <= most:
             raise ValueError(
@@ -76,10 +76,12 @@ class ShapesConfig:
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:
         """The (colour, shape) that only scenes of the compositional split have."""
-        return held_out_looks(self.colours, self.shapes)
+        return held_out_combinations(self.colours, self.shapes)
 
 
-def held_out_looks(colours: Sequence[str], shapes: Sequence[str]) -> frozenset[tuple[str, str]]:
+def held_out_combinations(
+    colours: Sequence[str], shapes: Sequence[str]
+) -> frozenset[tuple[str, str]]:
     """One colour a shape, of another colour each: training shows every colour and every shape."""
     first = 2 % len(shapes)
     return frozenset(zip(colours, [*shapes[first:], *shapes[:first]], strict=False))
@@ -95,7 +97,7 @@ class Scene:
     relation: str | None = None
 
 
-def tell(
+def describe_scene(
     family: str, objects: Sequence[SceneObject], config: ShapesConfig, *, relation: str = ""
 ) -> Scene:
     """The scene of these objects, with the sentence that its family makes of them."""
@@ -110,7 +112,7 @@ def objects_text(objects: Sequence[SceneObject]) -> str:
     )
 
 
-def split_of(scene: Scene, config: ShapesConfig) -> str:
+def split_of_scene(scene: Scene, config: ShapesConfig) -> str:
     """The one split that a scene, and its sentence, can be of."""
     if any((each.colour, each.shape) in config.held_out for each in scene.objects):
         return "compositional"
@@ -120,39 +122,39 @@ def split_of(scene: Scene, config: ShapesConfig) -> str:
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def draw_one(config: ShapesConfig, rng: Random) -> Scene:
+def sample_one(config: ShapesConfig, rng: Random) -> Scene:
     """One object in a named place."""
     cell = choose(rng, cells(config.grid))
-    return tell("one", [draw_object(config, rng, cell)], config)
+    return describe_scene("one", [sample_object(config, rng, cell)], config)
 
 
-def draw_two(config: ShapesConfig, rng: Random) -> Scene:
-    """Two objects in named places, in reading order: one picture has one sentence."""
+def sample_two(config: ShapesConfig, rng: Random) -> Scene:
+    """Two objects in named places, in reading order: one image has one sentence."""
     places = sorted(choose_distinct(rng, cells(config.grid), number=2))
-    return tell("two", [draw_object(config, rng, cell) for cell in places], config)
+    return describe_scene("two", [sample_object(config, rng, cell) for cell in places], config)
 
 
-def draw_relation(config: ShapesConfig, rng: Random) -> Scene:
+def sample_relation(config: ShapesConfig, rng: Random) -> Scene:
     """Two objects, different in shape or colour, in one row or one column."""
     relation = choose(rng, tuple(DIRECTIONS))
     line = choose_number(rng, 0, config.grid - 1)
     places = choose_distinct(rng, range(config.grid), number=2)
     first_cell, second_cell = related_cells(relation, line, places)
-    first = second = draw_object(config, rng, first_cell)
+    first = second = sample_object(config, rng, first_cell)
     while (first.shape, first.colour) == (second.shape, second.colour):
-        second = draw_object(config, rng, second_cell)
-    return tell("relation", [first, second], config, relation=relation)
+        second = sample_object(config, rng, second_cell)
+    return describe_scene("relation", [first, second], config, relation=relation)
 
 
-def draw_count(config: ShapesConfig, rng: Random) -> Scene:
+def sample_count(config: ShapesConfig, rng: Random) -> Scene:
     """Some objects alike in shape, colour and size."""
     number = choose_number(rng, 1, config.max_count)
-    model = draw_object(config, rng, (0, 0))
+    model = sample_object(config, rng, (0, 0))
     objects = [
-        replace(model, row=row, column=column, shift=draw_shift(config.jitter, rng))
+        replace(model, row=row, column=column, shift=sample_shift(config.jitter, rng))
         for row, column in sorted(choose_distinct(rng, cells(config.grid), number=number))
     ]
-    return tell("count", objects, config)
+    return describe_scene("count", objects, config)
 
 
 def cells(grid: int) -> list[Cell]:
@@ -168,24 +170,24 @@ def related_cells(relation: str, line: int, places: Sequence[int]) -> tuple[Cell
     return ((first, line), (second, line)) if down else ((line, first), (line, second))
 
 
-def draw_object(config: ShapesConfig, rng: Random, cell: Cell) -> SceneObject:
+def sample_object(config: ShapesConfig, rng: Random, cell: Cell) -> SceneObject:
     """An object of any shape, colour and size in a cell."""
     shape, colour = choose(rng, config.shapes), choose(rng, config.colours)
     size = choose(rng, tuple(SIZES))
-    return SceneObject(shape, colour, size, *cell, shift=draw_shift(config.jitter, rng))
+    return SceneObject(shape, colour, size, *cell, shift=sample_shift(config.jitter, rng))
 
 
-def draw_shift(jitter: float, rng: Random) -> tuple[float, float]:
+def sample_shift(jitter: float, rng: Random) -> tuple[float, float]:
     """How far (down, right) off its cell's middle an object is, in cells."""
     down, right = (jitter * (2 * rng.random() - 1) for _ in range(2))
     return down, right
 
 
 FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
-    "one": draw_one,
-    "two": draw_two,
-    "relation": draw_relation,
-    "count": draw_count,
+    "one": sample_one,
+    "two": sample_two,
+    "relation": sample_relation,
+    "count": sample_count,
 }
 
 

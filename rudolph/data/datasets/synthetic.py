@@ -53,7 +53,7 @@ def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "
     return Random(f"{seed}/{split}/{index}")
 
 
-def draw_until(
+def sample_until(
     draw: Callable[[], Drawn | None], belongs: Callable[[Drawn], bool], *, otherwise: str
 ) -> Drawn:
     """The first draw that belongs; ``None`` is a draw that failed.
@@ -91,12 +91,12 @@ def choose_number(rng: Random, least: int, most: int) -> int:
     return least + int(rng.random() * (most - least + 1))
 
 
-def digest_of(*parts: Any) -> str:
+def json_digest(*parts: Any) -> str:
     """SHA-256, in hexadecimal, of values that JSON can write."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
 
 
-def require_some(
+def require_choices(
     field: str, names: tuple[str, ...], *, legal: Collection[str], at_least: int
 ) -> None:
     """Raise ``ValueError`` unless the names are legal, different and enough."""

@@ -40,8 +40,8 @@ OTHER_CONTENTS = (
 )
 
 # From the commonest letter of Russian texts down; the weight falls evenly with the rank.
-CYRILLIC_LETTERS = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё"
-CYRILLIC_WEIGHTS = {letter: 1 - rank / 33 for rank, letter in enumerate(CYRILLIC_LETTERS)}
+CYRILLIC_FREQUENCIES = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё"
+CYRILLIC_WEIGHTS = {letter: 1 - rank / 33 for rank, letter in enumerate(CYRILLIC_FREQUENCIES)}
 CYRILLIC_ENCODINGS = ("cp1251", "koi8-r", "cp866", "mac_cyrillic")
 CYRILLIC_MARKS = "«»„“”–—…№\xa0ієїґІЄЇҐўЎ"
 ICONV_NAMES = {"mac_cyrillic": "MACCYRILLIC"}
@@ -51,7 +51,7 @@ class TableWarning(UserWarning):
     """A table was read otherwise than its name or its configuration says."""
 
 
-def read_text(path: str | Path) -> tuple[str, str]:
+def read_table_text(path: str | Path) -> tuple[str, str]:
     """Return the text of a file without its byte order mark, and the name of its encoding.
 
     Raises:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from rudolph.data.datasets.fusion_brain_files import parse_answer, parse_question, read_parts
 from rudolph.data.datasets.table_parquet import parquet_cells, parquet_columns
-from rudolph.data.datasets.table_text import TableWarning, read_text, require_table
-from rudolph.data.funnel import OPEN_QUOTE
+from rudolph.data.datasets.table_text import TableWarning, read_table_text, require_table
+from rudolph.data.image_files import OPEN_QUOTE
 from rudolph.sequence.texts import clean_text
 
 NAMES_LISTED = 20
@@ -47,11 +47,11 @@ class ManifestConfig:
     caption_column: str = "caption"
     question_column: str | None = None
     answers: str | None = None
-    max_bad_share: float = 0.05
+    max_bad_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.max_bad_share <= 1.0:
-            raise ValueError(f"max_bad_share must be from 0 to 1, got {self.max_bad_share}")
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ValueError(f"max_bad_fraction must be from 0 to 1, got {self.max_bad_fraction}")
         if self.image_column == self.caption_column:
             raise ValueError(
                 f"image_column and caption_column must differ, both are {self.image_column!r}"
@@ -68,7 +68,7 @@ class ManifestConfig:
         return [self.image_column, self.caption_column, *asked]
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row as it stands in the table; ``place`` says where, ``fault`` why it cannot be read.
 
     ``question`` is None where the table has none.
@@ -107,7 +107,7 @@ def find_table(path: str) -> Path:
     return table
 
 
-def read_rows(table: Path, config: ManifestConfig) -> list[Row]:
+def read_rows(table: Path, config: ManifestConfig) -> list[TableRow]:
     """Return every row of a table, a malformed one with its fault.
 
     A ``TableWarning`` says where the table differs from what the configuration or its name says:
@@ -180,15 +180,15 @@ def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
         warnings.warn(f"{table}: {names} {verb} taken for {wanted}", TableWarning, stacklevel=2)
 
 
-def _read_csv(table: Path, config: ManifestConfig) -> list[Row]:
+def _read_csv(table: Path, config: ManifestConfig) -> list[TableRow]:
     return _read_delimited(table, config, delimiter=",")
 
 
-def _read_tsv(table: Path, config: ManifestConfig) -> list[Row]:
+def _read_tsv(table: Path, config: ManifestConfig) -> list[TableRow]:
     return _read_delimited(table, config, delimiter="\t")
 
 
-def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[Row]:
+def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[TableRow]:
     """Read rows with quotes as in RFC 4180; the first row names the columns."""
     text = _decoded(table)
     lines = io.StringIO(text, newline="")
@@ -214,11 +214,11 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
     for record in records:
         if record.fields is not None and len(record.fields) == len(columns):
             place = f"line {record.first_line}"
-            rows.append(Row(place, *(record.fields[at] for at in wanted)))
+            rows.append(TableRow(place, *(record.fields[at] for at in wanted)))
             continue
         # A quote that never closes swallows the lines below it, so each of them counts as bad.
         for line in range(record.first_line, record.last_line + 1):
-            rows.append(Row(f"line {line}", fault=record.fault_of(line)))
+            rows.append(TableRow(f"line {line}", fault=record.fault_of(line)))
     return rows
 
 
@@ -317,7 +317,7 @@ def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
     return opened
 
 
-def _read_jsonl(table: Path, config: ManifestConfig) -> list[Row]:
+def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
     text = _decoded(table)
     _require_lines(table, text)
     rows = []
@@ -331,19 +331,19 @@ def _read_jsonl(table: Path, config: ManifestConfig) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            rows.append(Row(place, fault="row is not JSON"))
+            rows.append(TableRow(place, fault="row is not JSON"))
             continue
         if not isinstance(value, dict):
             needed = _listed(config.columns)
             fault = f"rows are {kind_of(value)}, not objects with {needed}"
-            rows.append(Row(place, fault=fault))
+            rows.append(TableRow(place, fault=fault))
             continue
         columns.update(dict.fromkeys(value))
         names = [_key(value, wanted) for wanted in config.columns]
         taken.update(dict.fromkeys(zip(config.columns, names, strict=True)))
         image, caption, *asked = (value.get(name) for name in names)
         # A question that a row lacks is an empty one, not a table without questions.
-        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
+        rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
     if columns:
         known = [wanted for wanted, name in taken if name in columns]
         lacking = [wanted for wanted in config.columns if wanted not in known]
@@ -392,22 +392,22 @@ def kind_of(value: object) -> str:
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), "not texts")
 
 
-def _read_parquet(table: Path, config: ManifestConfig) -> list[Row]:
+def _read_parquet(table: Path, config: ManifestConfig) -> list[TableRow]:
     columns = parquet_columns(table)
     names = [columns[index] for index in match_columns(table, columns, config)]
     rows = []
     for number, values in enumerate(parquet_cells(table, names), start=1):
         place = f"row {number}"
         if values is None:
-            rows.append(Row(place, fault="malformed row"))
+            rows.append(TableRow(place, fault="malformed row"))
             continue
         image, caption, *asked = values
         # A question that a row lacks is an empty one, not a table without questions.
-        rows.append(Row(place, image, caption, (asked[0] or "") if asked else None))
+        rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
     return rows
 
 
-def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
+def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[TableRow]:
     """Questions and answers of the Fusion Brain Challenge 2, of the variants the first."""
     if config.answers is None:
         _require_lines(table, _decoded(table))
@@ -420,26 +420,26 @@ def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[Row]:
     for name, parts in asked.items():
         place = f"question {name}"
         if name not in told:
-            rows.append(Row(place, fault="no answer"))
+            rows.append(TableRow(place, fault="no answer"))
             continue
         try:
             record = parse_answer(parse_question(name, parts), told[name])
         except ValueError:
-            rows.append(Row(place, fault="malformed question"))
+            rows.append(TableRow(place, fault="malformed question"))
         else:
             answer = record.answer_texts[0] if record.answer_texts else None
-            rows.append(Row(place, record.image, answer, record.text))
+            rows.append(TableRow(place, record.image, answer, record.text))
     return rows
 
 
 def _decoded(table: Path) -> str:
-    text, encoding = read_text(table)
+    text, encoding = read_table_text(table)
     if encoding != "UTF-8":
         warnings.warn(f"{table}: read as {encoding}", TableWarning, stacklevel=2)
     return text
 
 
-READERS: dict[str, Callable[[Path, ManifestConfig], list[Row]]] = {
+READERS: dict[str, Callable[[Path, ManifestConfig], list[TableRow]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,

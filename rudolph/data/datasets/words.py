@@ -1,4 +1,4 @@
-"""Pictures with a text in them, to learn to read: words, numbers and made-up syllables.
+"""Images with a text in them, to learn to read: words, numbers and made-up syllables.
 
 The text stands somewhere in a scene of the world of shapes, in one of several fonts and colours,
 turned a little, and nothing covers it. Its *kind* is one of three:
@@ -35,35 +35,35 @@ import PIL
 from PIL import Image, ImageDraw, ImageFont, features
 
 from rudolph.data.datasets.emoji import SHIPPED, read_records
-from rudolph.data.datasets.shapes_pictures import (
+from rudolph.data.datasets.shapes_rendering import (
     PALETTE,
     SIGNED_DISTANCES,
     SIZES,
     SMALLEST_IMAGE,
-    Array,
+    CoverageArray,
     SceneObject,
     as_image,
     cell_pixels,
     paint,
-    require_image_size,
+    require_readable_size,
 )
-from rudolph.data.datasets.shapes_scenes import cells, draw_shift, objects_text
+from rudolph.data.datasets.shapes_scenes import cells, objects_text, sample_shift
 from rudolph.data.datasets.synthetic import (
     choose,
     choose_distinct,
     choose_number,
-    digest_of,
-    draw_until,
     example_rng,
+    json_digest,
     num_examples,
+    require_choices,
     require_sizes,
-    require_some,
     require_within,
+    sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other pictures or texts than before.
+# Counted up whenever the same configuration would give other images or texts than before.
 WORDS_VERSION = 1
 
 FONTS = {
@@ -84,7 +84,7 @@ _JITTER = 0.04
 _SHORTEST_WORD = 2
 # As wide a letter as there is needs this many pixels to be told from another.
 _PIXELS_A_LETTER = 9
-# Sizes and places of a text, in sides of the picture.
+# Sizes and places of a text, in sides of the image.
 _LARGEST_FONT, _READABLE_FONT, _MARGIN, _BAND = 0.34, 0.23, 0.02, 0.62
 # Letters are drawn this much larger and then shrunk: turned ones have no grid of pixels to fit.
 _OVERSAMPLING = 4
@@ -98,7 +98,7 @@ class WordsConfig:
     """Which texts there are, and how they look.
 
     Args:
-        max_letters: the longest word; a picture needs 9 pixels for each letter.
+        max_letters: the longest word; an image needs 9 pixels for each letter.
         max_digits: the longest number.
         rotation: the most that a text is turned, in degrees.
         noise: the most that a channel of a pixel is off, of 255.
@@ -121,9 +121,9 @@ class WordsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_some("kinds", self.kinds, legal=KINDS, at_least=1)
-        require_some("fonts", self.fonts, legal=FONTS, at_least=2)
-        require_some("colours", self.colours, legal=TEXT_COLOURS, at_least=2)
+        require_choices("kinds", self.kinds, legal=KINDS, at_least=1)
+        require_choices("fonts", self.fonts, legal=FONTS, at_least=2)
+        require_choices("colours", self.colours, legal=TEXT_COLOURS, at_least=2)
         require_within("max_letters", self.max_letters, 3, 12)
         require_within("max_digits", self.max_digits, 1, 12)
         require_within("rotation", self.rotation, 0, 15)
@@ -152,25 +152,25 @@ class Inscription:
 
 
 class Words:
-    """One split of the pictures with a text; see ``PairDataset``. The caption is the text.
+    """One split of the images with a text; see ``PairDataset``. The caption is the text.
 
     ``attributes`` of a pair are ``kind``, ``font`` and ``colour`` of the text, and ``objects``.
 
     Raises:
-        ValueError: the picture is too small for the longest text, or a font is not there.
+        ValueError: the image is too small for the longest text, or a font is not there.
     """
 
     def __init__(self, config: WordsConfig, *, split: str, image_size: int) -> None:
         require_split(split)
         longest = max(config.max_letters, config.max_digits)
-        require_image_size(image_size, least=max(SMALLEST_IMAGE, _PIXELS_A_LETTER * longest))
+        require_readable_size(image_size, least=max(SMALLEST_IMAGE, _PIXELS_A_LETTER * longest))
         self.config = config
         self.split = split
         self.image_size = image_size
         looks = product(config.fonts, config.colours)
         is_compositional = split == "compositional"
         self._looks = [look for look in looks if (look in config.held_out) == is_compositional]
-        self.digest = digest_of(
+        self.digest = json_digest(
             "words",
             WORDS_VERSION,
             [PALETTE, SIZES, asdict(config), split, image_size],
@@ -189,12 +189,12 @@ class Words:
         inscription = self._inscription(rng)
         opacity = text_opacity(inscription, self.image_size)
         objects = _draw_objects(config, rng, opacity)
-        picture = paint(objects, grid=_GRID, image_size=self.image_size)
-        picture += opacity[..., None] * (np.array(PALETTE[inscription.colour]) - picture)
+        image = paint(objects, grid=_GRID, image_size=self.image_size)
+        image += opacity[..., None] * (np.array(PALETTE[inscription.colour]) - image)
         return Pair(
             key=f"words/{self.split}/{index:06d}",
             caption=inscription.text,
-            image=as_image(_noisy(picture, config.noise, rng)),
+            image=as_image(_noisy(image, config.noise, rng)),
             attributes={
                 "kind": inscription.kind,
                 "font": inscription.font,
@@ -212,7 +212,7 @@ class Words:
         config = self.config
         own_split = "train" if self.split == "compositional" else self.split
         kind = choose(rng, config.kinds)
-        text = draw_until(
+        text = sample_until(
             lambda: KINDS[kind](config, rng),
             lambda text: split_by_hash(text) == own_split,
             otherwise=f"max_letters and max_digits leave no {kind} for {self.split}: raise them",
@@ -237,19 +237,19 @@ def known_words(max_letters: int) -> tuple[str, ...]:
     return tuple(sorted(word for word in words if _SHORTEST_WORD <= len(word) <= max_letters))
 
 
-def draw_word(config: WordsConfig, rng: Random) -> str:
+def sample_word(config: WordsConfig, rng: Random) -> str:
     """A real word."""
     return choose(rng, known_words(config.max_letters))
 
 
-def draw_number(config: WordsConfig, rng: Random) -> str:
+def sample_number(config: WordsConfig, rng: Random) -> str:
     """A number, as often of one digit as of many."""
     num_digits = choose_number(rng, 1, config.max_digits)
     least = 10 ** (num_digits - 1) if num_digits > 1 else 0
     return str(choose_number(rng, least, 10**num_digits - 1))
 
 
-def draw_syllables(config: WordsConfig, rng: Random) -> str | None:
+def sample_syllables(config: WordsConfig, rng: Random) -> str | None:
     """Consonants and vowels in turn, starting with either; some have one more letter."""
     length = choose_number(rng, 3, config.max_letters)
     has_end, starts = rng.random() < 0.3, choose_number(rng, 0, 1)
@@ -263,13 +263,13 @@ def draw_syllables(config: WordsConfig, rng: Random) -> str | None:
 
 
 KINDS: dict[str, Callable[[WordsConfig, Random], str | None]] = {
-    "word": draw_word,
-    "number": draw_number,
-    "syllables": draw_syllables,
+    "word": sample_word,
+    "number": sample_number,
+    "syllables": sample_syllables,
 }
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------
 
 
 def font_path(font: str) -> Path:
@@ -288,7 +288,7 @@ def font_path(font: str) -> Path:
     return path
 
 
-def text_opacity(inscription: Inscription, image_size: int) -> Array:
+def text_opacity(inscription: Inscription, image_size: int) -> CoverageArray:
     """How much of each pixel the text covers: ``(image_size, image_size)`` in [0, 1].
 
     The text is turned about its middle, and drawn as large as fits and then somewhat smaller. It
@@ -302,12 +302,12 @@ def text_opacity(inscription: Inscription, image_size: int) -> Array:
     top = down if inscription.is_at_top else side - down - text.height
     whole = Image.new("L", (side, side))
     whole.paste(text, (right, top))
-    opacity: Array = np.asarray(whole.reduce(_OVERSAMPLING)) / 255
+    opacity: CoverageArray = np.asarray(whole.reduce(_OVERSAMPLING)) / 255
     return opacity
 
 
 def _turned_text(inscription: Inscription, side: int) -> Image.Image:
-    """The text alone, white on black, for a picture of ``side`` pixels."""
+    """The text alone, white on black, for an image of ``side`` pixels."""
     largest = _write(inscription, round(_LARGEST_FONT * side))
     room = side - 2 * _margin(side), _BAND * side - _margin(side)
     share = min(1.0, room[0] / largest.width, room[1] / largest.height)
@@ -322,7 +322,7 @@ def _turned_text(inscription: Inscription, side: int) -> Image.Image:
 
 
 def _margin(side: int) -> int:
-    # A pixel of the picture at the least.
+    # A pixel of the image at the least.
     return max(_OVERSAMPLING, round(_MARGIN * side))
 
 
@@ -341,7 +341,7 @@ def _open_font(font: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_path(font), points, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _draw_objects(config: WordsConfig, rng: Random, opacity: Array) -> list[SceneObject]:
+def _draw_objects(config: WordsConfig, rng: Random, opacity: CoverageArray) -> list[SceneObject]:
     """Objects in cells that the text does not reach, in reading order."""
     free = [
         cell
@@ -356,15 +356,15 @@ def _draw_objects(config: WordsConfig, rng: Random, opacity: Array) -> list[Scen
             choose(rng, tuple(PALETTE)),
             choose(rng, tuple(SIZES)),
             *place,
-            shift=draw_shift(_JITTER, rng),
+            shift=sample_shift(_JITTER, rng),
         )
         for place in places
     ]
 
 
-def _noisy(picture: Array, noise: float, rng: Random) -> Array:
+def _noisy(image: CoverageArray, noise: float, rng: Random) -> CoverageArray:
     if noise == 0:
-        return picture
-    drawn = np.array([rng.random() for _ in range(picture.size)]).reshape(picture.shape)
-    noisy: Array = np.clip(picture + noise * (2 * drawn - 1), 0, 255)
+        return image
+    drawn = np.array([rng.random() for _ in range(image.size)]).reshape(image.shape)
+    noisy: CoverageArray = np.clip(image + noise * (2 * drawn - 1), 0, 255)
     return noisy

@@ -10,61 +10,70 @@ import numpy as np
 
 from rudolph.data.datasets.shapes import Shapes
 from rudolph.data.splits import Split
-from rudolph.evaluation.evaluator import (
+from rudolph.evaluation.context import (
+    EvaluationContext,
     Score,
-    Subject,
     chance_level,
-    kept,
-    scored,
-    scored_together,
+    corpus_score,
+    mean_score,
+    score_with_interval,
 )
-from rudolph.evaluation.evaluators.texts import answered, compared
-from rudolph.evaluation.metrics.answers import Measure, best_of, exact_match
+from rudolph.evaluation.evaluators.texts import answer_pairs, answer_scores
+from rudolph.evaluation.metrics.answers import MetricProtocol, exact_match, max_over_references
 from rudolph.evaluation.metrics.captions import bleu_counts, cider_d, meteor, rouge_l
 from rudolph.evaluation.metrics.texts import ANSWER
 from rudolph.evaluation.statistics import jackknife_interval
 
-# How often a corpus of captions is judged as those of other pictures.
+# How often a corpus of captions is judged as those of other images.
 NUM_CORPUS_SHIFTS = 5
 WORDS = "lower-case-words"
 
 
-def caption_f1(subject: Subject, split: Split) -> list[Score]:
-    """Image to text: token F1 of the caption of the real picture, and how many are exact.
+def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
+    """Image to text: token F1 of the caption of the real image, and how many are exact.
 
     Of a made scene also how many are true: one of the sentences that hold for it and say all that
     a sentence of their family says.
     """
-    asked = answered("image_captioning", subject, split)
-    scores = compared(asked, subject, split, name="image_to_text")
+    asked = answer_pairs("image_captioning", context, split)
+    scores = answer_scores(asked, context, split, name="image_to_text")
     if not isinstance(split.dataset, Shapes):
         return scores
     indices, said, *_ = asked
     truths = _references(split, indices)
-    true = np.array([best_of(exact_match, *pair) for pair in zip(said, truths, strict=True)])
-    chance = chance_level(lambda i, j: best_of(exact_match, said[j], truths[i]), len(said))
-    measure = Measure("true-sentence", normalization=str(ANSWER))
+    true = np.array(
+        [max_over_references(exact_match, *pair) for pair in zip(said, truths, strict=True)]
+    )
+    chance = chance_level(
+        lambda i, j: max_over_references(exact_match, said[j], truths[i]), len(said)
+    )
+    measure = MetricProtocol("true-sentence", normalization=str(ANSWER))
     place = "image_to_text/true"
-    return [*scores, scored(place, split, indices, true, subject, chance=chance, measure=measure)]
+    return [
+        *scores,
+        mean_score(place, split, indices, true, context, chance=chance, measure=measure),
+    ]
 
 
-def caption_metrics(subject: Subject, split: Split) -> list[Score]:
+def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
     """Image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all that can be said.
 
     The references of a made scene are its true sentences; any other image has all captions that
     the split gives it.
     Beside them stands which share of the captions are different ones.
     """
-    indices, said, *_ = answered("image_captioning", subject, split)
+    indices, said, *_ = answer_pairs("image_captioning", context, split)
     references = _references(split, indices)
 
     def mean_of(
         name: str, settings: str | None, metric: Callable[[Sequence[str]], np.ndarray[Any, Any]]
     ) -> Score:
-        measure = Measure(name, tokenization=WORDS, settings=settings)
+        measure = MetricProtocol(name, tokenization=WORDS, settings=settings)
         chance = _by_chance(lambda texts: float(metric(texts).mean()), said)
         place = f"image_to_text/{name}"
-        return scored(place, split, indices, metric(said), subject, chance=chance, measure=measure)
+        return mean_score(
+            place, split, indices, metric(said), context, chance=chance, measure=measure
+        )
 
     def each(score: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str]], Any]:
         return lambda texts: np.array([score(*p) for p in zip(texts, references, strict=True)])
@@ -74,14 +83,14 @@ def caption_metrics(subject: Subject, split: Split) -> list[Score]:
         mean_of("cider-d", f"corpus:{len(said)}", lambda texts: cider_d(texts, references)),
         mean_of("rouge-l", None, each(rouge_l)),
         mean_of("meteor-nltk", "no-synonyms", each(meteor)),
-        scored_together(
+        corpus_score(
             "image_to_text/bleu-4",
             split,
             indices,
             lambda at: float(counts.bleu(at)[3]),
-            subject,
+            context,
             chance=_by_chance(lambda texts: float(bleu_counts(texts, references).bleu()[3]), said),
-            measure=Measure("bleu-4", tokenization=WORDS),
+            measure=MetricProtocol("bleu-4", tokenization=WORDS),
         ),
         *_distinct(said, split, indices),
     ]
@@ -97,19 +106,19 @@ def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iter
             limits=(0.0, 1.0),
             clusters=clusters,
         )
-        measure = Measure("distinct-captions", sample_size=len(said))
-        yield kept("image_to_text/distinct", split, share, len(said), None, measure)
+        measure = MetricProtocol("distinct-captions", sample_size=len(said))
+        yield score_with_interval("image_to_text/distinct", split, share, len(said), None, measure)
 
 
 def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
-    """What can be said of each picture."""
+    """What can be said of each image."""
     if isinstance(split.dataset, Shapes):
         return [split.dataset.sentences(index) for index in indices]
     return split.all_captions(indices)
 
 
 def _by_chance(metric: Callable[[Sequence[str]], float], said: Sequence[str]) -> float | None:
-    """The metric of captions that were said of other pictures."""
+    """The metric of captions that were said of other images."""
     shifts = range(1, min(NUM_CORPUS_SHIFTS, len(said) - 1) + 1)
     values = [metric([*said[shift:], *said[:shift]]) for shift in shifts]
     return float(np.mean(values)) if values else None

@@ -1,9 +1,9 @@
-"""How near drawn pictures are to real ones as a whole, and to their captions by a CLIP.
+"""How near drawn images are to real ones as a whole, and to their captions by a CLIP.
 
 Features are the project's own, so that nothing must be downloaded: those of the CLIP that the
-evaluation names, else the VQ-GAN's latents, averaged over the picture.
+evaluation names, else the VQ-GAN's latents, averaged over the image.
 
-Shapes: N pictures, D features, I image tokens, H and W pixels.
+Shapes: N images, D features, I image tokens, H and W pixels.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split
-from rudolph.evaluation.evaluator import Score, Subject, kept, scored
-from rudolph.evaluation.metrics.answers import Measure
+from rudolph.evaluation.context import EvaluationContext, Score, mean_score, score_with_interval
+from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.metrics.captions import clip_score
 from rudolph.evaluation.metrics.images import frechet_distance, squared_mmd
 from rudolph.evaluation.statistics import jackknife_interval
@@ -28,17 +28,17 @@ from rudolph.models.weights import weights_digest
 Features = np.ndarray[Any, Any]
 
 
-def picture_distance(subject: Subject, split: Split) -> list[Score]:
-    """Text to image: FID and KID between pictures drawn for captions and those of the captions.
+def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
+    """Text to image: FID and KID between images drawn for captions and those of the captions.
 
-    Chance is the distance of pictures decoded from random codes.  Values depend on the number of
-    pictures and on who gives the features; both stand in the measure.
+    Chance is the distance of images decoded from random codes.  Values depend on the number of
+    images and on who gives the features; both stand in the measure.
     """
-    indices, pipeline = subject.chosen(split), subject.pipeline
-    name, features_of = _features(subject)
-    truth = features_of(split.pictures(indices))
-    drawn = features_of(subject.pictures(split, indices))
-    generator = torch.Generator().manual_seed(mixed_seed(subject.seed, "random codes"))
+    indices, pipeline = context.chosen(split), context.pipeline
+    name, features_of = _features(context)
+    truth = features_of(split.image_batch(indices))
+    drawn = features_of(context.generated_images(split, indices))
+    generator = torch.Generator().manual_seed(mixed_seed(context.seed, "random codes"))
     layout = pipeline.decoder.layout
     codes = torch.randint(
         pipeline.decoder.vocabulary.codebook_size,
@@ -51,7 +51,7 @@ def picture_distance(subject: Subject, split: Split) -> list[Score]:
         "kid": squared_mmd,
     }
     return [
-        kept(
+        score_with_interval(
             f"text_to_image/{metric}",
             split,
             jackknife_interval(
@@ -63,31 +63,31 @@ def picture_distance(subject: Subject, split: Split) -> list[Score]:
             ),
             len(indices),
             distance(noise, truth),
-            Measure(metric, features=name, sample_size=len(indices)),
+            MetricProtocol(metric, features=name, sample_size=len(indices)),
         )
         for metric, distance in distances.items()
     ]
 
 
-def clip_scores(subject: Subject, split: Split) -> list[Score]:
-    """Text to image: CLIPScore of pictures drawn for captions, and of the real pictures."""
-    ranker = subject.pipeline.clip
+def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score]:
+    """Text to image: CLIPScore of images drawn for captions, and of the real images."""
+    ranker = context.pipeline.clip
     if ranker is None:
-        raise ValueError("the question clip_scores needs evaluation.clip")
-    indices = subject.chosen(split)
+        raise ValueError("the question clip_score_evaluator needs evaluation.clip")
+    indices = context.chosen(split)
     texts = ranker.text_features([split.captions[index] for index in indices]).numpy()
-    measure = Measure("clip-score", features=_clip_name(ranker), settings="plain-captions")
+    measure = MetricProtocol("clip-score", features=_clip_name(ranker), settings="plain-captions")
     scores = []
     for place, images in (
-        ("text_to_image/clip_score", subject.pictures(split, indices)),
-        ("real_pictures/clip_score", split.pictures(indices)),
+        ("text_to_image/clip_score", context.generated_images(split, indices)),
+        ("real_images/clip_score", split.image_batch(indices)),
     ):
         features = ranker.image_features(images).numpy()
         values = clip_score(texts, features)
-        # The picture of another caption.
+        # The image of another caption.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
         scores.append(
-            scored(place, split, indices, values, subject, chance=chance, measure=measure)
+            mean_score(place, split, indices, values, context, chance=chance, measure=measure)
         )
     return scores
 
@@ -101,9 +101,9 @@ def _of_chosen(
     return distance(drawn[chosen], truth)
 
 
-def _features(subject: Subject) -> tuple[str, Callable[[Tensor], Features]]:
-    """Who gives features, and the function from pictures ``(N, 3, H, W)`` to ``(N, D)``."""
-    pipeline = subject.pipeline
+def _features(context: EvaluationContext) -> tuple[str, Callable[[Tensor], Features]]:
+    """Who gives features, and the function from images ``(N, 3, H, W)`` to ``(N, D)``."""
+    pipeline = context.pipeline
     ranker = pipeline.clip
     if ranker is not None:
         return _clip_name(ranker), lambda images: ranker.features(images).double().numpy()
@@ -120,4 +120,4 @@ def _features(subject: Subject) -> tuple[str, Callable[[Tensor], Features]]:
 
 
 def _clip_name(ranker: ClipRanker) -> str:
-    return f"clip-{weights_digest(ranker.clip)[:8]}:pictures"
+    return f"clip-{weights_digest(ranker.clip)[:8]}:images"

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.splits import Split
-from rudolph.evaluation.evaluator import Score, Subject, scored
+from rudolph.evaluation.context import EvaluationContext, Score, mean_score
 from rudolph.generation.ranking import perplexities
 from rudolph.models.rudolph.decoder import HALF_MAX, Layer
 
-SURVIVED = "decoder/survived"
+CONVERGED = "decoder/survived"
 
 
-def survival(subject: Subject, split: Split) -> list[Score]:
+def convergence(context: EvaluationContext, split: Split) -> list[Score]:
     """Is the decoder, after all its steps, better than one that knows nothing?
 
-    Of a run whose loss was not finite the answer is no, see ``lost``.
+    Of a run whose loss was not finite the answer is no, see ``diverged_score``.
     """
-    pipeline, tokens = subject.pipeline, _sequences(subject, split, subject.chosen(split))
+    pipeline, tokens = context.pipeline, _sequences(context, split, context.chosen(split))
     found = perplexities(
         pipeline.decoder, tokens, segments=("image",), batch_size=pipeline.batch_size
     )["image"]
@@ -32,41 +32,41 @@ def survival(subject: Subject, split: Split) -> list[Score]:
     return [_whether(split.name, survived=is_better)]
 
 
-def lost(split: str) -> Score:
-    """The answer to ``survival`` of a run whose loss was not finite."""
+def diverged_score(split: str) -> Score:
+    """The answer to ``convergence`` of a run whose loss was not finite."""
     return _whether(split, survived=False)
 
 
 def _whether(split: str, *, survived: bool) -> Score:
     value = float(survived)
-    return Score(SURVIVED, split, value, value, value, None, 1)
+    return Score(CONVERGED, split, value, value, value, None, 1)
 
 
-def attention_logits(subject: Subject, split: Split) -> list[Score]:
+def attention_logits(context: EvaluationContext, split: Split) -> list[Score]:
     """The largest attention score of each example, before any relaxation, in float32.
 
     And the share of examples that have one which float16 cannot hold.
     """
     largest: list[Tensor] = []
-    indices, decoder = subject.chosen(split), subject.pipeline.decoder
-    tokens = _sequences(subject, split, indices)
-    with watched(decoder, largest), torch.inference_mode():
-        decoder.hidden(tokens.to(subject.pipeline.device))
+    indices, decoder = context.chosen(split), context.pipeline.decoder
+    tokens = _sequences(context, split, indices)
+    with record_attention_logits(decoder, largest), torch.inference_mode():
+        decoder.hidden(tokens.to(context.pipeline.device))
     values = torch.stack(largest).amax(0).double().cpu().numpy()
     over = (values > HALF_MAX).astype(np.float64)
     return [
-        scored("decoder/max_attention_logit", split, indices, values, subject),
-        scored("decoder/attention_overflows", split, indices, over, subject),
+        mean_score("decoder/max_attention_logit", split, indices, values, context),
+        mean_score("decoder/attention_overflows", split, indices, over, context),
     ]
 
 
 @contextmanager
-def watched(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
+def record_attention_logits(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
     """While it is open each layer that runs adds its largest scores, ``(N,)``, to a list."""
 
     def watch(layer: nn.Module, given: Any) -> None:
         assert isinstance(layer, Layer)
-        qkv = layer.queries_keys_values(layer.attention_norm(given[0])).float()
+        qkv = layer.project_qkv(layer.attention_norm(given[0])).float()
         query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, H) each
         scores = query @ key.mT / query.shape[-1] ** 0.5
         later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
@@ -81,8 +81,8 @@ def watched(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _sequences(subject: Subject, split: Split, indices: Sequence[int]) -> Tensor:
-    """Captions with their real pictures, ``(N, T)``."""
-    texts = [subject.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
+def _sequences(context: EvaluationContext, split: Split, indices: Sequence[int]) -> Tensor:
+    """Captions with their real images, ``(N, T)``."""
+    texts = [context.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
     left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
-    return torch.cat([left, subject.codes(split, indices), right], dim=1)
+    return torch.cat([left, context.codes(split, indices), right], dim=1)

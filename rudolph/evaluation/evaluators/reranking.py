@@ -1,9 +1,9 @@
-"""Best of N: how much better the picture is that a ranking takes first, as N grows.
+"""Best of N: how much better the image is that a ranking takes first, as N grows.
 
-For each caption the most pictures are drawn once and ordered by each ranking.  What a ranking
+For each caption the most images are drawn once and ordered by each ranking.  What a ranking
 would have taken of N of them is known without drawing again: of all ways to choose N, the share
 in which candidate i comes first is C(K - 1 - i, N - 1) / C(K, N), so each point is the exact mean
-over all choices and points of one curve share their pictures.
+over all choices and points of one curve share their images.
 
 Shapes: P captions, K candidates of each, I image tokens.
 """
@@ -18,64 +18,68 @@ from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split
-from rudolph.evaluation.evaluator import Score, Subject, scored
-from rudolph.evaluation.evaluators.images import CHECKER, judged, shapes_of
-from rudolph.evaluation.metrics.answers import Measure
-from rudolph.generation.answering import judge, prompts
+from rudolph.evaluation.context import EvaluationContext, Score, mean_score
+from rudolph.evaluation.evaluators.images import CHECKER, matches_scenes, shapes_of
+from rudolph.evaluation.metrics.answers import MetricProtocol
+from rudolph.generation.answering import answer_prompts, score_choices
 from rudolph.generation.ranking import perplexities
 
-NUMBERS = (1, 2, 4, 8, 16, 32, 64)
+CANDIDATE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def first_shares(num_candidates: int, number: int) -> np.ndarray[Any, Any]:
+def best_probabilities(num_candidates: int, number: int) -> np.ndarray[Any, Any]:
     """How often each candidate, best first, is the best of ``number`` chosen ones, ``(K,)``.
 
-    >>> first_shares(3, 2).round(3).tolist()
+    >>> best_probabilities(3, 2).round(3).tolist()
     [0.667, 0.333, 0.0]
     """
     ways = [comb(num_candidates - 1 - at, number - 1) for at in range(num_candidates)]
     return np.array(ways) / comb(num_candidates, number)
 
 
-def rerank_curve(subject: Subject, split: Split) -> list[Score]:
+def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
     """Text to image, best of N: by likelihood, by inverse prompting, by CLIP, and by the truth."""
     world = shapes_of(split, "rerank_curve")
-    indices, most = subject.chosen(split), NUMBERS[-1]
+    indices, most = context.chosen(split), CANDIDATE_COUNTS[-1]
     captions = [split.captions[index] for index in indices]
-    seeds = [mixed_seed(subject.seed, at, k) for at in indices for k in range(most)]
-    codes = subject.pipeline.generate_indices(
-        captions, config=subject.image_sampling, seeds=seeds, on_token=subject.on_token
+    seeds = [mixed_seed(context.seed, at, k) for at in indices for k in range(most)]
+    codes = context.pipeline.generate_indices(
+        captions, config=context.image_sampling, seeds=seeds, on_token=context.on_token
     )
-    verdicts = judged(subject, world, [index for index in indices for _ in range(most)], codes)
+    verdicts = matches_scenes(
+        context, world, [index for index in indices for _ in range(most)], codes
+    )
     size = len(captions), most
     right = np.array([verdict.right for verdict in verdicts], dtype=float).reshape(size)
     objects = np.array([verdict.objects_right for verdict in verdicts]).reshape(size)
-    rankings = {name: each.view(size).numpy() for name, each in _ranked(subject, captions, codes)}
+    rankings = {name: each.view(size).numpy() for name, each in _ranked(context, captions, codes)}
     rankings["truth"] = right + objects
     chance = float(right.mean())
-    measure = Measure(CHECKER, settings=f"best-of:{most}-candidates")
+    measure = MetricProtocol(CHECKER, settings=f"best-of:{most}-candidates")
 
     def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float) -> Score:
-        return scored(name, split, indices, values, subject, chance=chance, measure=measure)
+        return mean_score(name, split, indices, values, context, chance=chance, measure=measure)
 
     scores = []
     for name, values in rankings.items():
         order = np.argsort(-values, axis=1, kind="stable")
         best_first = np.take_along_axis(right, order, axis=1)
-        expected = [best_first @ first_shares(most, number) for number in NUMBERS]
-        for number, own in zip(NUMBERS, expected, strict=True):
+        expected = [best_first @ best_probabilities(most, number) for number in CANDIDATE_COUNTS]
+        for number, own in zip(CANDIDATE_COUNTS, expected, strict=True):
             place = f"rerank_{name}/best_of_{number}"
             scores.append(of_each(place, own, chance=chance))
         # What the last doubling gave, caption by caption: where it helps no more, 0 is within.
-        for number, (less, more) in zip(NUMBERS[1:], pairwise(expected), strict=True):
+        for number, (less, more) in zip(CANDIDATE_COUNTS[1:], pairwise(expected), strict=True):
             place = f"rerank_{name}/gain_at_{number}"
             scores.append(of_each(place, more - less, chance=0.0))
     return scores
 
 
-def _ranked(subject: Subject, captions: list[str], codes: Tensor) -> list[tuple[str, Tensor]]:
-    """What each ranking says of pictures ``(P * K, I)``, more for better: ``(P * K,)`` each."""
-    pipeline, number = subject.pipeline, len(codes) // len(captions)
+def _ranked(
+    context: EvaluationContext, captions: list[str], codes: Tensor
+) -> list[tuple[str, Tensor]]:
+    """What each ranking says of images ``(P * K, I)``, more for better: ``(P * K,)`` each."""
+    pipeline, number = context.pipeline, len(codes) // len(captions)
     repeated = [caption for caption in captions for _ in range(number)]
     lefts = {text: pipeline.texts("text_to_image", text).left for text in captions}
     left = torch.stack([lefts[text] for text in repeated])
@@ -85,12 +89,12 @@ def _ranked(subject: Subject, captions: list[str], codes: Tensor) -> list[tuple[
         segments=("image",),
         batch_size=pipeline.batch_size,
     )["image"]
-    told = judge(
+    told = score_choices(
         pipeline,
         "image_captioning",
-        prompts(pipeline, "image_captioning", indices=codes),
+        answer_prompts(pipeline, "image_captioning", indices=codes),
         [[caption] for caption in repeated],
-        on_batch=subject.on_token,
+        on_batch=context.on_token,
     ).log_likelihoods[:, 0]
     found = [("likelihood", -drawn), ("inverse_prompting", told)]
     if pipeline.clip is not None:

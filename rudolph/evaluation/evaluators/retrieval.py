@@ -1,13 +1,13 @@
-"""Retrieval: a picture among captions, and a caption among pictures."""
+"""Retrieval: an image among captions, and a caption among images."""
 
 import torch
 
 from rudolph.data.splits import Split
 from rudolph.data.text_image import caption_numbers
-from rudolph.evaluation.evaluator import Score
-from rudolph.evaluation.metrics.answers import Measure
+from rudolph.evaluation.context import Score
+from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.statistics import mean_interval
-from rudolph.generation.clip_ranking import ClipRanker, Gallery
+from rudolph.generation.clip_ranking import ClipRanker, RetrievalSet
 
 RECALLS_AT = (1, 5)
 
@@ -24,18 +24,18 @@ def retrieval(ranker: ClipRanker, split: Split, *, num_examples: int, seed: int)
     indices = range(min(num_examples, len(split)))
     captions = [split.captions[index] for index in indices]
     numbers = split.clusters(indices), caption_numbers(captions)
-    gallery = Gallery.of(*(torch.from_numpy(each) for each in numbers))
+    gallery = RetrievalSet.of(*(torch.from_numpy(each) for each in numbers))
     for name, places in (("images", gallery.images), ("captions", gallery.texts)):
         if len(places) < 2:
             raise ValueError(f"retrieval needs two different {name}, {split.name} has fewer")
-    pictures = ranker.image_features(split.pictures(gallery.images.numpy()))
+    images = ranker.image_features(split.image_batch(gallery.images.numpy()))
     texts = ranker.text_features([captions[at] for at in gallery.texts])
-    galleries = {"image_to_text": len(texts), "text_to_image": len(pictures)}
+    galleries = {"image_to_text": len(texts), "text_to_image": len(images)}
     scores = []
-    for way, ranks in gallery.ranks(pictures, texts).items():
+    for way, ranks in gallery.ranks(images, texts).items():
         for k in RECALLS_AT:
             size, hits = galleries[way], (ranks <= k).double().numpy()
-            measure = Measure("recall", sample_size=size, settings=f"at:{k}")
+            measure = MetricProtocol("recall", sample_size=size, settings=f"at:{k}")
             estimate = mean_interval(hits, seed=seed)
             name, chance = f"{way}/recall_at_{k}", min(k / size, 1.0)
             scores.append(Score(name, split.name, *estimate, chance, len(hits), str(measure)))

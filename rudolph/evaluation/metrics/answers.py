@@ -2,7 +2,7 @@
 
 A function of one example gives a number whose mean over examples is the metric, so that
 ``statistics.mean_interval`` holds for it.  A metric that is no such mean takes all examples at
-once; ``statistics.resampled_interval`` is for those.
+once; ``statistics.bootstrap_interval`` is for those.
 
 Source: Rajpurkar 2016 (token F1, exact match); Antol 2015 (VQA accuracy); Guo 2017 (calibration).
 
@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.evaluation.metrics.texts import ANSWER, VISUAL_ANSWER, Normalization, normalize
-from rudolph.evaluation.statistics import Estimate, share_interval
+from rudolph.evaluation.metrics.texts import ANSWER, VISUAL_ANSWER, Normalization, normalize_text
+from rudolph.evaluation.statistics import Estimate, proportion_interval
 
 # An option may be told by its letter, Latin or Cyrillic.
 LATIN_LETTERS = "abcdefghij"
-CYRILLIC_LETTERS = "абвгдежзик"
+CYRILLIC_OPTION_LETTERS = "абвгдежзик"
 # Annotators who must give an answer for it to be wholly right.
 AGREEING_ANNOTATORS = 3
 
 
 @dataclass(frozen=True)
-class Measure:
+class MetricProtocol:
     """What a number measures and under which protocol; ``None`` is a part that does not apply.
 
     Values are comparable when their measures are equal.  ``str`` is one line without commas and
@@ -90,7 +90,7 @@ class Measure:
         return [(name, part) for name, part in named if part is not None]
 
 
-def require_comparable(first: Measure, second: Measure) -> None:
+def require_comparable(first: MetricProtocol, second: MetricProtocol) -> None:
     """Nothing, for equal measures.
 
     Raises:
@@ -98,7 +98,7 @@ def require_comparable(first: Measure, second: Measure) -> None:
     """
     pairs = [
         (field.name, getattr(first, field.name), getattr(second, field.name))
-        for field in fields(Measure)
+        for field in fields(MetricProtocol)
     ]
     differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
     if differing:
@@ -112,7 +112,8 @@ def token_f1(prediction: str, truth: str, normalization: Normalization = ANSWER)
     articles, which Russian does not have.
     """
     predicted, expected = (
-        Counter(normalize(text, normalization).split() or [""]) for text in (prediction, truth)
+        Counter(normalize_text(text, normalization).split() or [""])
+        for text in (prediction, truth)
     )
     shared = (predicted & expected).total()
     return 2 * shared / (predicted.total() + expected.total())
@@ -120,10 +121,12 @@ def token_f1(prediction: str, truth: str, normalization: Normalization = ANSWER)
 
 def exact_match(prediction: str, truth: str, normalization: Normalization = ANSWER) -> float:
     """1 if two texts are the same after normalization, else 0."""
-    return float(normalize(prediction, normalization) == normalize(truth, normalization))
+    return float(normalize_text(prediction, normalization) == normalize_text(truth, normalization))
 
 
-def best_of(score: Callable[[str, str], float], prediction: str, truths: Sequence[str]) -> float:
+def max_over_references(
+    score: Callable[[str, str], float], prediction: str, truths: Sequence[str]
+) -> float:
     """The largest ``score(prediction, truth)`` over the truths that are allowed.
 
     Raises:
@@ -148,8 +151,8 @@ def vqa_accuracy(
     total = len(answers)
     if total < 2:
         raise ValueError(f"answers must be at least 2, got {total}")
-    given = normalize(prediction, normalization)
-    agreeing = sum(normalize(answer, normalization) == given for answer in answers)
+    given = normalize_text(prediction, normalization)
+    agreeing = sum(normalize_text(answer, normalization) == given for answer in answers)
     without_one = agreeing * min(1.0, (agreeing - 1) / AGREEING_ANNOTATORS)
     without_another = (total - agreeing) * min(1.0, agreeing / AGREEING_ANNOTATORS)
     return (without_one + without_another) / total
@@ -166,12 +169,14 @@ def chosen_option(
     >>> chosen_option("б) олень", ["лиса", "олень", "волк"])
     1
     """
-    said = normalize(prediction, normalization)
-    named = [i for i, option in enumerate(options) if normalize(option, normalization) == said]
+    said = normalize_text(prediction, normalization)
+    named = [
+        i for i, option in enumerate(options) if normalize_text(option, normalization) == said
+    ]
     if named:
         return named[0] if len(named) == 1 else None
     letter = re.match(r"\W*(\w)\s*(?:[).:]|$)", prediction.lower())
-    for letters in (LATIN_LETTERS, CYRILLIC_LETTERS):
+    for letters in (LATIN_LETTERS, CYRILLIC_OPTION_LETTERS):
         if letter and letter[1] in letters[: len(options)]:
             return letters.index(letter[1])
     return None
@@ -202,7 +207,7 @@ def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimat
     if not truths or len(predictions) != len(truths):
         raise ValueError(f"got {len(predictions)} predictions for {len(truths)} truths")
     hits = sum(one == other for one, other in zip(predictions, truths, strict=True))
-    return share_interval(hits, len(truths))
+    return proportion_interval(hits, len(truths))
 
 
 def calibration_error(
@@ -230,12 +235,12 @@ def calibration_error(
 
 
 def nearest_ranks(images: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """The rank of each picture's own among all by pixel distance, ``(B,)``; 1 is the nearest.
+    """The rank of each image's own among all by pixel distance, ``(B,)``; 1 is the nearest.
 
     Args:
         images: ``(B, 3, H, W)``, on the scale of the gallery.
         gallery: ``(N, 3, H, W)``.
-        own: ``(B,)``, the place of each picture's own in the gallery.
+        own: ``(B,)``, the place of each image's own in the gallery.
     """
     distances = torch.cdist(
         images.flatten(1).double(),

@@ -1,6 +1,6 @@
-"""How near a caption is to the captions that people gave, and to the picture.
+"""How near a caption is to the captions that people gave, and to the image.
 
-A caption's references are the captions of its picture by others.  Texts become words by a
+A caption's references are the captions of its image by others.  Texts become words by a
 ``tokenize``, which is part of the protocol: numbers with another one are not comparable.
 
 Source: Papineni 2002 (BLEU), Lin 2004 (ROUGE-L), Vedantam 2015 (CIDEr-D), all as
@@ -37,7 +37,7 @@ class Stemmer(Protocol):
     def stem(self, token: str) -> str: ...
 
 
-def words(text: str) -> list[str]:
+def caption_words(text: str) -> list[str]:
     """Lower-case words without punctuation; a hyphen within a word stays.
 
     Stands for the Penn Treebank tokenizer of coco-caption, whose rules are English.
@@ -48,7 +48,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+(?:-\w+)*", clean_text(text).lower())
 
 
-def rouge_l(caption: str, references: Sequence[str], *, tokenize: Tokenize = words) -> float:
+def rouge_l(
+    caption: str, references: Sequence[str], *, tokenize: Tokenize = caption_words
+) -> float:
     """F of the longest common subsequence of words, recall weighing 1.2 squared.
 
     The best precision and the best recall are taken apart, each over all references.
@@ -110,7 +112,7 @@ def meteor(
     caption: str,
     references: Sequence[str],
     *,
-    tokenize: Tokenize = words,
+    tokenize: Tokenize = caption_words,
     stemmer: Stemmer | None = None,
     synonyms: Callable[[str], Iterable[str]] | None = None,
     gamma: float = 0.5,
@@ -146,7 +148,7 @@ def meteor(
 class BleuCounts(NamedTuple):
     """What BLEU is computed from, for each caption; n-grams of 1 to 4 words.
 
-    ``resampled_interval(lambda chosen: counts.bleu(chosen)[3], N, seed=...)`` is BLEU-4's
+    ``bootstrap_interval(lambda chosen: counts.bleu(chosen)[3], N, seed=...)`` is BLEU-4's
     interval.
 
     Args:
@@ -180,7 +182,10 @@ class BleuCounts(NamedTuple):
 
 
 def bleu_counts(
-    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = words
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenize: Tokenize = caption_words,
 ) -> BleuCounts:
     """The counts of a corpus; ``counts.bleu()`` is its BLEU.
 
@@ -211,12 +216,15 @@ def _bleu_row(said: list[str], others: list[list[str]]) -> tuple[list[int], list
 
 
 def cider_d(
-    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = words
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenize: Tokenize = caption_words,
 ) -> np.ndarray[Any, Any]:
     """CIDEr-D of each caption, ``(N,)``, from 0 to 10; the mean is the corpus's.
 
-    An n-gram weighs as much as pictures lack it in all their references: the value depends on
-    the corpus, and one picture alone has 0.  The interval of the mean takes these weights as
+    An n-gram weighs as much as images lack it in all their references: the value depends on
+    the corpus, and one image alone has 0.  The interval of the mean takes these weights as
     given.
 
     Raises:
@@ -248,10 +256,10 @@ class _WeightedNgrams:
 
     @classmethod
     def of(
-        cls, found: Counter[Ngram], frequency: Counter[Ngram], num_pictures: int
+        cls, found: Counter[Ngram], frequency: Counter[Ngram], num_images: int
     ) -> "_WeightedNgrams":
         weights = {
-            ngram: count * math.log(num_pictures / max(1, frequency[ngram]))
+            ngram: count * math.log(num_images / max(1, frequency[ngram]))
             for ngram, count in found.items()
         }
         squares = [0.0] * MAX_NGRAM
@@ -287,7 +295,7 @@ def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
 def clip_score(
     captions: np.ndarray[Any, Any], images: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """2.5 times the cosine of caption and picture, 0 where it is negative, ``(N,)``.
+    """2.5 times the cosine of caption and image, 0 where it is negative, ``(N,)``.
 
     Args:
         captions: ``(N, D)``, text features; the published ones are of "A photo depicts ...".

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from rudolph.data.datasets.fusion_brain_files import TaskRecord
-from rudolph.evaluation.metrics.answers import best_of, exact_match, token_f1
+from rudolph.evaluation.metrics.answers import exact_match, max_over_references, token_f1
 from rudolph.evaluation.metrics.captions import Stemmer, meteor
 from rudolph.evaluation.metrics.texts import (
     NUMBER_WORDS,
     Normalization,
     edit_similarity,
     lemma,
-    normalize,
+    normalize_text,
 )
 
 Answers = Mapping[str, str]
@@ -46,7 +46,7 @@ THRESHOLDS = {
     "visual_qa": 0.24,
     "text_recognition": 0.13,
 }
-TASKS = tuple(THRESHOLDS)
+CHALLENGE_TASKS = tuple(THRESHOLDS)
 OPEN_WEIGHT, HIDDEN_WEIGHT = 1 / 15, 1 / 10
 NUM_HIDDEN_TASKS = 6
 WORST_FID = 200.0
@@ -64,11 +64,11 @@ class Quirks:
     Args:
         letter_fallback: an answer in words whose score is 0.5 or less gets that of its first
             letter of a, b, c, d and e instead, even if it is lower; the rule has no second try.
-        lemmatised_as_one_word: an answer about a picture is lemmatised as if it was one word; by
+        lemmatised_as_one_word: an answer about an image is lemmatised as if it was one word; by
             the rule word by word.
-        english_stems: stems of answers about a picture are Porter's, which leave Russian as it
+        english_stems: stems of answers about an image are Porter's, which leave Russian as it
             is; by the rule Snowball's for Russian.
-        missing_not_penalised: questions about pictures that have no answer, and captions that
+        missing_not_penalised: questions about images that have no answer, and captions that
             are missing, are left out of the mean; by the rule they are 0.
         captions_penalised_for_order: METEOR of captions loses up to a half by the order of
             words; the challenge's text has no such term.
@@ -89,7 +89,7 @@ class Quirks:
 
 
 CHALLENGE = Quirks()
-PLAIN = Quirks(**{field.name: False for field in fields(Quirks)})
+PLAIN_RULES = Quirks(**{field.name: False for field in fields(Quirks)})
 
 
 def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
@@ -135,10 +135,10 @@ def math_qa_scores(
 def _with_fallback(
     score: Callable[[str, str], float], answer: str, truths: Sequence[str], quirks: Quirks
 ) -> float:
-    found = best_of(score, answer, truths)
+    found = max_over_references(score, answer, truths)
     letter = re.search("[abcde]", answer)
     if quirks.letter_fallback and found <= 0.5 and letter:
-        return best_of(score, letter[0], truths)
+        return max_over_references(score, letter[0], truths)
     return found
 
 
@@ -165,7 +165,7 @@ def visual_qa_scores(
         )
 
     asked = answers if quirks.missing_not_penalised else truths
-    return _scores(answers, truths, asked, lambda a, t: best_of(score, a, t))
+    return _scores(answers, truths, asked, lambda a, t: max_over_references(score, a, t))
 
 
 @cache
@@ -178,8 +178,8 @@ def _english_stemmer() -> Stemmer:
 
 def _visual_answer(text: str, quirks: Quirks) -> str:
     if not quirks.lemmatised_as_one_word:
-        return normalize(text, TEXT_ANSWER)
-    whole = lemma(normalize(text, BARE))
+        return normalize_text(text, TEXT_ANSWER)
+    whole = lemma(normalize_text(text, BARE))
     return NUMBER_WORDS.get(whole, whole)
 
 
@@ -200,7 +200,7 @@ def captioning_scores(
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Half METEOR, half the cosine of caption and picture.
+    """Half METEOR, half the cosine of caption and image.
 
     For every caption, or under the plain rule for every truth.
 
@@ -219,7 +219,7 @@ def captioning_scores(
         )
 
     asked = captions if quirks.missing_not_penalised else truths
-    words = _scores(captions, truths, asked, lambda a, t: best_of(score, a, t))
+    words = _scores(captions, truths, asked, lambda a, t: max_over_references(score, a, t))
     return (words + np.array([cosines.get(key, 0.0) for key in asked])) / 2
 
 
@@ -235,10 +235,10 @@ def _tokens(text: str) -> list[str]:
 
 
 def generation_score(cosines: Sequence[float], fid: float) -> float:
-    """Half the mean cosine of picture and text, half the FID: 1 at 0, 0 from 200 on.
+    """Half the mean cosine of image and text, half the FID: 1 at 0, 0 from 200 on.
 
     Args:
-        cosines: one a text, 0 where no picture was made.
+        cosines: one a text, 0 where no image was made.
         fid: of Inception's 2048 pooled features in the challenge.
     """
     return float(np.mean(cosines) + (WORST_FID - min(WORST_FID, fid)) / WORST_FID) / 2
@@ -254,7 +254,7 @@ def recognition_scores(
             return 0.0
         return edit_similarity(answer, truth, UNTOUCHED)
 
-    return _scores(answers, truths, truths, lambda a, t: best_of(score, a, t))
+    return _scores(answers, truths, truths, lambda a, t: max_over_references(score, a, t))
 
 
 # The tasks whose score takes texts alone.
@@ -270,14 +270,16 @@ def integral_score(open_scores: Mapping[str, float], hidden_scores: Sequence[flo
     """A fifteenth of each open task's score and a tenth of each hidden one's; at most 1.
 
     Args:
-        open_scores: by ``TASKS``, all six.
+        open_scores: by ``CHALLENGE_TASKS``, all six.
         hidden_scores: of up to six tasks, which nobody outside the challenge knows.
 
     Raises:
         ValueError: when an open score is missing or unknown, or hidden ones are too many.
     """
-    if set(open_scores) != set(TASKS):
-        raise ValueError(f"open_scores must be {', '.join(TASKS)}, got {', '.join(open_scores)}")
+    if set(open_scores) != set(CHALLENGE_TASKS):
+        raise ValueError(
+            f"open_scores must be {', '.join(CHALLENGE_TASKS)}, got {', '.join(open_scores)}"
+        )
     if len(hidden_scores) > NUM_HIDDEN_TASKS:
         raise ValueError(f"hidden_scores must be at most {NUM_HIDDEN_TASKS}")
     return OPEN_WEIGHT * sum(open_scores.values()) + HIDDEN_WEIGHT * sum(hidden_scores)

@@ -1,11 +1,11 @@
-"""How near the distribution of generated pictures is to that of real ones.
+"""How near the distribution of generated images is to that of real ones.
 
-Any network may give the features; its name and the number of pictures belong to the number's
-``metrics.Measure``.  Picture against picture is ``models.fidelity`` (PSNR, SSIM).
+Any network may give the features; its name and the number of images belong to the number's
+``metrics.Measure``.  Image against image is ``models.fidelity`` (PSNR, SSIM).
 
 Source: Heusel 2017 (FID), Binkowski 2018 (KID).
 
-Shapes: N and M pictures, D features.
+Shapes: N and M images, D features.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
     """FID: the squared Frechet distance of the normal distributions fitted to two sets.
 
-    Grows as pictures get fewer, in a resample too: compare only at one number of pictures, and
+    Grows as images get fewer, in a resample too: compare only at one number of images, and
     let it be well above D.
 
     Args:
@@ -24,7 +24,7 @@ def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]
         truth: ``(M, D)``, float64.
 
     Raises:
-        ValueError: when D differs or a set has fewer than two pictures.
+        ValueError: when D differs or a set has fewer than two images.
     """
     _require_matching(features, truth)
     difference = features.mean(0) - truth.mean(0)
@@ -65,7 +65,7 @@ def kernel_distance(
     Args:
         features: ``(N, D)``, float64.
         truth: ``(M, D)``, float64.
-        subset_size: pictures of each set in a subset, at most as many as there are.
+        subset_size: images of each set in a subset, at most as many as there are.
 
     Raises:
         ValueError: when D differs or a set is smaller than a subset.
@@ -103,7 +103,7 @@ def _kernel(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def _mean_off_diagonal(square: np.ndarray[Any, Any]) -> float:
-    """A picture with itself is left out, which makes the estimate unbiased."""
+    """An image with itself is left out, which makes the estimate unbiased."""
     size = len(square)
     return float((square.sum() - np.trace(square)) / (size * (size - 1)))
 
@@ -113,4 +113,4 @@ def _require_matching(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any
         shapes = f"{features.shape} and {truth.shape}"
         raise ValueError(f"features must be (N, D) and (M, D), got {shapes}")
     if min(len(features), len(truth)) < 2:
-        raise ValueError(f"at least 2 pictures are needed, got {len(features)} and {len(truth)}")
+        raise ValueError(f"at least 2 images are needed, got {len(features)} and {len(truth)}")

@@ -111,7 +111,7 @@ def lemma(word: str) -> str:
     return str(_analyzer().parse(word)[0].normal_form) if word else ""
 
 
-def normalize(text: str, normalization: Normalization) -> str:
+def normalize_text(text: str, normalization: Normalization) -> str:
     """The text as it is compared.
 
     >>> normalize("Зелёный  «Олень»!", VISUAL_ANSWER)
@@ -137,7 +137,7 @@ def normalize(text: str, normalization: Normalization) -> str:
 class EditCounts(NamedTuple):
     """The edits of each prediction and the length of each truth, both ``(N,)``.
 
-    ``resampled_interval(counts.rate, len(counts.edits), seed=...)`` is the rate's interval.
+    ``bootstrap_interval(counts.rate, len(counts.edits), seed=...)`` is the rate's interval.
     """
 
     edits: np.ndarray[Any, Any]
@@ -168,7 +168,7 @@ def character_edits(
     Raises:
         ValueError: when there are not as many predictions as truths.
     """
-    return _edit_counts(predictions, truths, lambda text: normalize(text, normalization))
+    return _edit_counts(predictions, truths, lambda text: normalize_text(text, normalization))
 
 
 def word_edits(
@@ -183,7 +183,9 @@ def word_edits(
     Raises:
         ValueError: when there are not as many predictions as truths.
     """
-    return _edit_counts(predictions, truths, lambda text: normalize(text, normalization).split())
+    return _edit_counts(
+        predictions, truths, lambda text: normalize_text(text, normalization).split()
+    )
 
 
 def _edit_counts(
@@ -210,5 +212,5 @@ def edit_similarity(
     """
     from rapidfuzz.distance import Levenshtein
 
-    predicted, expected = (normalize(text, normalization) for text in (prediction, truth))
+    predicted, expected = (normalize_text(text, normalization) for text in (prediction, truth))
     return Levenshtein.normalized_similarity(predicted, expected)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Numbers of a part that stays in the processor's cache.
-PART = 2**20
+CHUNK_SIZE = 2**20
 
-Place = tuple[slice, slice, slice]
+MapChunk = tuple[slice, slice, slice]
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -28,22 +28,22 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return out
 
 
-def parts_of(x: Tensor, size: int) -> Iterator[Place]:
-    """Places of maps ``(B, C, H, W)``: some pictures, or some rows of one, of ``size`` numbers.
+def map_chunks(x: Tensor, size: int) -> Iterator[MapChunk]:
+    """Places of maps ``(B, C, H, W)``: some images, or some rows of one, of ``size`` numbers.
 
     >>> [place[2] for place in parts_of(torch.empty(1, 2, 5, 3), 12)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     per_row, height = x.shape[1] * x.shape[3], x.shape[2]
-    pictures = max(size // (per_row * height), 1)
+    images = max(size // (per_row * height), 1)
     rows = min(max(size // per_row, 1), height)
-    for first in range(0, x.shape[0], pictures):
-        of_pictures = slice(first, min(first + pictures, x.shape[0]))
+    for first in range(0, x.shape[0], images):
+        of_images = slice(first, min(first + images, x.shape[0]))
         for top in range(0, height, rows):
-            yield of_pictures, slice(None), slice(top, min(top + rows, height))
+            yield of_images, slice(None), slice(top, min(top + rows, height))
 
 
-def accurate(dtype: torch.dtype) -> torch.dtype:
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of statistics: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -66,7 +66,7 @@ class _ChannelsLast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, *statistics = ctx.saved_tensors
-        dtype = accurate(x.dtype)
+        dtype = statistics_dtype(x.dtype)
         batch, channels, height, width = x.shape
         groups = statistics[0].shape[1]
         size = channels // groups
@@ -78,26 +78,26 @@ class _ChannelsLast(torch.autograd.Function):
             every = (weight.to(dtype) * sums).view(batch, groups, size).sum(2)
             return (every / (size * height * width)).repeat_interleave(size, 1)
 
-        # The gradient of x is a * gradient + b * x + c with a, b, c of each picture and channel.
+        # The gradient of x is a * gradient + b * x + c with a, b, c of each image and channel.
         a = weight.to(dtype) * inverse
         b = -inverse * inverse * over_group(along)
         c = -inverse * over_group(total) - mean * b
         out = torch.empty_like(x)
-        for place in parts_of(x, PART):
-            pictures = place[0]
-            part = torch.addcmul(_pixels(c[pictures]), x[place].to(dtype), _pixels(b[pictures]))
-            out[place] = part.addcmul_(gradient[place].to(dtype), _pixels(a[pictures]))
+        for place in map_chunks(x, CHUNK_SIZE):
+            images = place[0]
+            part = torch.addcmul(_pixels(c[images]), x[place].to(dtype), _pixels(b[images]))
+            out[place] = part.addcmul_(gradient[place].to(dtype), _pixels(a[images]))
         return out, along.sum(0).to(weight), total.sum(0).to(weight), None, None
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over pixels of the gradient, and of it times ``x - mean``, ``(B, C)`` each."""
     total, along = torch.zeros_like(mean), torch.zeros_like(mean)
-    for place in parts_of(x, PART):
-        pictures, part = place[0], gradient[place].to(mean)
-        centered = x[place].to(mean.dtype, copy=True).sub_(_pixels(mean[pictures]))
-        total[pictures] += part.sum((2, 3))
-        along[pictures] += centered.mul_(part).sum((2, 3))
+    for place in map_chunks(x, CHUNK_SIZE):
+        images, part = place[0], gradient[place].to(mean)
+        centered = x[place].to(mean.dtype, copy=True).sub_(_pixels(mean[images]))
+        total[images] += part.sum((2, 3))
+        along[images] += centered.mul_(part).sum((2, 3))
     return total, along
 
 

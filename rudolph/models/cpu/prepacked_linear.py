@@ -33,20 +33,20 @@ from torch.nn import functional as F
 
 from rudolph.models.cpu.int8 import Int8Linear
 from rudolph.models.layers.native_types import has_exact_int8_products, has_native_bfloat16
-from rudolph.models.rudolph.compiled import check_compiler, compiled
+from rudolph.models.rudolph.compiled import check_compiler, compile_function
 from rudolph.models.rudolph.decoder import Head, Layer, MaskedDecoder, SegmentHead
 
 FEW_ROWS = 4
 # What is compiled multiplies a single row with weights as they lie.
 SINGLE_ROWS = 1
-PLAIN = {"float32": torch.float32, "half": torch.bfloat16, "int8": torch.int8}
-TOLERANCE = {"float32": 1e-5, "half": 2e-2, "int8": 5e-2}
+PLAIN_LAYOUT = {"float32": torch.float32, "half": torch.bfloat16, "int8": torch.int8}
+RELATIVE_TOLERANCE = {"float32": 1e-5, "half": 2e-2, "int8": 5e-2}
 # fbgemm rounds to no finer steps than this.
 LEAST_SCALE = 6.1e-5
 
 
 class WeightLayout(NamedTuple):
-    """``pack(weight (O, I), bias (O,))`` once, ``multiply(packed, x (..., I))`` often.
+    """``prepack(weight (O, I), bias (O,))`` once, ``multiply(packed, x (..., I))`` often.
 
     ``tolerance`` is the largest relative error that it may have on the product it is tried on.
     """
@@ -153,7 +153,7 @@ def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight
 
 def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
     if x.numel() <= SINGLE_ROWS * x.shape[-1]:
-        multiply = _sum_row if torch.compiler.is_compiling() else compiled(_sum_row)
+        multiply = _sum_row if torch.compiler.is_compiling() else compile_function(_sum_row)
         out: Tensor = multiply(plain.weight, x)
     elif plain.weight.dtype == torch.float32:
         out = F.linear(x, plain.weight)
@@ -192,7 +192,9 @@ def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(rounded, None)
         sums = (rounded.int_repr().sum(1) * scales).float()
-    multiply = partial(torch.ops.quantized.linear_dynamic, reduce_range=largest_level() < 255)
+    multiply = partial(
+        torch.ops.quantized.linear_dynamic, reduce_range=max_quantization_level() < 255
+    )
     kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
     return Int8Product(kernel, sums, bias.float())
 
@@ -206,14 +208,16 @@ def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
     """
     if x.numel() == x.shape[-1]:
         return product.kernel(x) + product.bias
-    levels, scale, zero = row_levels(x.flatten(0, -2))
-    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * float(largest_level())
+    levels, scale, zero = quantize_rows(x.flatten(0, -2))
+    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * float(
+        max_quantization_level()
+    )
     out = product.kernel(torch.cat([levels, ends]))[:-1]
     out = (out - zero * product.sums) * scale + product.bias
     return out.view(*x.shape[:-1], -1)
 
 
-def largest_level() -> int:
+def max_quantization_level() -> int:
     """Return the largest whole number that an activation may become: of 8 bits, or of 7.
 
     Source: fbgemm, ``reduce_range``; two products of 8 bits overflow the 16 in which it adds them.
@@ -221,8 +225,9 @@ def largest_level() -> int:
     return 255 if has_exact_int8_products() else 127
 
 
-def row_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row of ``(R, I)`` as whole numbers from 0 to ``largest_level``, scale and zero.
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row of ``(R, I)`` as whole numbers from 0 to ``max_quantization_level``, scale
+    and zero.
 
     Scale and zero are ``(R, 1)``.
 
@@ -231,7 +236,7 @@ def row_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded as one row is.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    largest = largest_level()
+    largest = max_quantization_level()
     scale = (high - low) / largest
     zero = (-low / scale.clamp(min=1e-30)).round()
     scale = scale.clamp(min=LEAST_SCALE)
@@ -239,15 +244,15 @@ def row_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 LAYOUTS = {
-    "float32": WeightLayout(_pack_float32, _multiply_as_is, TOLERANCE["float32"]),
+    "float32": WeightLayout(_pack_float32, _multiply_as_is, RELATIVE_TOLERANCE["float32"]),
     "float16": WeightLayout(_pack_float16, _multiply_as_is, 2e-3),
-    "bfloat16": WeightLayout(_pack_bfloat16, _multiply_bfloat16, TOLERANCE["half"]),
-    "int8": WeightLayout(_pack_int8, _multiply_int8, TOLERANCE["int8"]),
+    "bfloat16": WeightLayout(_pack_bfloat16, _multiply_bfloat16, RELATIVE_TOLERANCE["half"]),
+    "int8": WeightLayout(_pack_int8, _multiply_int8, RELATIVE_TOLERANCE["int8"]),
 } | {
     f"plain {name}": WeightLayout(
-        partial(_pack_plain, dtype=dtype), _multiply_plain, TOLERANCE[name]
+        partial(_pack_plain, dtype=dtype), _multiply_plain, RELATIVE_TOLERANCE[name]
     )
-    for name, dtype in PLAIN.items()
+    for name, dtype in PLAIN_LAYOUT.items()
 }
 WEIGHTS = ("float32", "half", "int8")
 
@@ -284,7 +289,7 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
     return next((layout for layout in order if works(layout)), None)
 
 
-def numbers(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer, in eight bits or not."""
     assert isinstance(layer, nn.Linear | Int8Linear)
     # A kernel keeps its bias: a view of a file that was read would hold all of it in memory.
@@ -308,7 +313,7 @@ def pack_linear_layers(module: nn.Module, layout: str) -> None:
     """Put a ``PackedLinear`` for every linear layer below, one after the other."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear | Int8Linear):
-            setattr(module, name, PackedLinear(*numbers(child), layout))
+            setattr(module, name, PackedLinear(*weight_and_bias(child), layout))
         else:
             pack_linear_layers(child, layout)
 
@@ -321,9 +326,9 @@ class PackedMLP(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        weight, bias = numbers(layer.mlp_in)
+        weight, bias = weight_and_bias(layer.mlp_in)
         self.first = _onednn(weight.bfloat16(), bias.bfloat16(), "gelu", layer.config.gelu)
-        self.second = _pack_bfloat16(*numbers(layer.mlp_out))
+        self.second = _pack_bfloat16(*weight_and_bias(layer.mlp_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x.bfloat16())).float()
@@ -334,7 +339,7 @@ class PackedHead(nn.Module):
 
     def __init__(self, head: SegmentHead, layout: str) -> None:
         super().__init__()
-        weights, biases = (torch.split(part, head.sizes) for part in numbers(head))
+        weights, biases = (torch.split(part, head.sizes) for part in weight_and_bias(head))
         self.parts = nn.ModuleList(
             PackedLinear(weight, bias, layout)
             for weight, bias in zip(weights, biases, strict=True)
@@ -347,7 +352,9 @@ class PackedHead(nn.Module):
         return list(self.parts)
 
 
-def pack(model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool = False) -> None:
+def prepack(
+    model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool = False
+) -> None:
     """Make a decoder ready to decode ``num_rows`` rows at once; guidance doubles them.
 
     It can be neither trained nor saved afterwards.  Its weights stay as they were where no layout
@@ -386,11 +393,13 @@ def _pack(model: MaskedDecoder, layout: str) -> None:
         model.text_embedding.half()
         model.image_embedding.half()
     for kept in model.parameters():
-        # As in ``numbers``: a view would hold the whole file.
+        # As in ``weight_and_bias``: a view would hold the whole file.
         kept.data = kept.data.clone()
 
 
-def pack_as_held(model: MaskedDecoder, *, num_rows: int, is_compiled: bool = False) -> None:
+def prepack_in_own_dtype(
+    model: MaskedDecoder, *, num_rows: int, is_compiled: bool = False
+) -> None:
     """Pack a decoder in the number of bits that its weights are held in anyway.
 
     Raises:

@@ -1,8 +1,8 @@
 """The one attention, and how the positions of a sequence see each other.
 
 A layer hands its queries, keys and values to a *look*, which says what each row of attention sees
-and puts the rows together again: a whole sequence under its mask (``WholeLook``), or new positions
-before which others lie in a cache (``cache.CachedLook``).
+and puts the rows together again: a whole sequence under its mask (``FullView``), or new positions
+before which others lie in a cache (``cache.CachedView``).
 
 Source: CogView (arXiv:2105.13290) for PB-relax.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.models.layers.dropout import drop
+from rudolph.models.layers.dropout import apply_dropout
 
 PB_RELAX_SCALE = 32.0
 # Of what the maximum is that PB-relax subtracts.
@@ -26,7 +26,7 @@ MAXIMA = ("row", "matrix")
 FEW_PRODUCTS = 64
 
 
-class Seen(NamedTuple):
+class KeyValue(NamedTuple):
     """Keys and values ``(G, T', H)`` each; ``mask`` (T, T') bool, None where all is seen, or
     FlexAttention's blocks of one.
 
@@ -57,7 +57,7 @@ def block_kernel(device: str) -> Any:
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
 
 
-def block_attention(query: Tensor, seen: Seen, *, dropout: float) -> Tensor:
+def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
     """Attention ``(R, T, H)`` over the blocks of a mask that are not empty.
 
     Raises:
@@ -74,13 +74,14 @@ def block_attention(query: Tensor, seen: Seen, *, dropout: float) -> Tensor:
 
 
 def attention(
-    query: Tensor, seen: Sequence[Seen], *, pb_relax: str | None, dropout: float
+    query: Tensor, seen: Sequence[KeyValue], *, pb_relax: str | None, dropout: float
 ) -> Tensor:
     """Softmax attention of queries ``(R, T, H)`` over all keys seen, ``(R, T, H)``.
 
-    PB-relax keeps float16 scores from overflowing (``relaxed``), by the maximum of each ``row`` or
-    of the whole ``matrix``; None computes them as they are.  In float32 and bfloat16, and in a
-    kernel that keeps its scores in float32, it changes nothing but rounding and is left out.
+    PB-relax keeps float16 scores from overflowing (``apply_pb_relax``), by the maximum of each
+    ``row`` or of the whole ``matrix``; None computes them as they are.  In float32 and bfloat16,
+    and in a kernel that keeps its scores in float32, it changes nothing but rounding and is left
+    out.
     """
     if len(seen) == 1 and seen[0].mask is not None and not isinstance(seen[0].mask, Tensor):
         return block_attention(query, seen[0], dropout=dropout)
@@ -98,10 +99,10 @@ def attention(
     parts = [_scores(query, part) for part in seen]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (R, T, T')
     if is_relaxed:
-        scores = relaxed(scores, pb_relax)
+        scores = apply_pb_relax(scores, pb_relax)
     shares = scores.softmax(-1)
     if dropout:
-        shares = drop(shares, dropout)
+        shares = apply_dropout(shares, dropout)
     if len(seen) == 1:
         return _product(_together(shares, seen[0]), seen[0].value).view_as(query)
     first, second = seen
@@ -111,7 +112,7 @@ def attention(
     return _product(after, second.value, out)
 
 
-def relaxed(scores: Tensor, maximum: str | None) -> Tensor:
+def apply_pb_relax(scores: Tensor, maximum: str | None) -> Tensor:
     """Scores ``(R, T, T')`` that were computed ``PB_RELAX_SCALE`` times smaller, at full size.
 
     The maximum leaves before they grow back, so that the largest is 0: of each ``row``, or, as in
@@ -122,12 +123,12 @@ def relaxed(scores: Tensor, maximum: str | None) -> Tensor:
     return (scores - scores.amax(over, keepdim=True)) * PB_RELAX_SCALE
 
 
-def _together(rows: Tensor, seen: Seen) -> Tensor:
+def _together(rows: Tensor, seen: KeyValue) -> Tensor:
     """Rows ``(R, T, .)`` that see the same keys as one, ``(G, T * R / G, .)``: read once."""
     return rows if len(rows) == len(seen.key) else rows.reshape(len(seen.key), -1, rows.shape[-1])
 
 
-def _scores(query: Tensor, seen: Seen) -> Tensor:
+def _scores(query: Tensor, seen: KeyValue) -> Tensor:
     """``(R, T, T')``."""
     rows, key = _together(query, seen), seen.key.mT
     if seen.mask is None:
@@ -150,11 +151,11 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-class Look(Protocol):
+class KVView(Protocol):
     """How the positions of a layer see others: from queries, keys and values of new positions to
     the rows of attention, and back."""
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Queries ``(R, T, H)`` of ``(B, T, 3, N, H)``, and what they see."""
         ...
 
@@ -163,15 +164,16 @@ class Look(Protocol):
         ...
 
 
-class WholeLook(NamedTuple):
-    """The new positions are the whole sequence, and see each other by ``mask`` (see ``Seen``)."""
+class FullView(NamedTuple):
+    """The new positions are the whole sequence, and see each other by ``mask`` (see
+    ``KeyValue``)."""
 
     mask: Any
     batch_size: int
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)
-        return query, [Seen(key, value, self.mask)]
+        return query, [KeyValue(key, value, self.mask)]
 
     def merge(self, out: Tensor) -> Tensor:
         return out.view(self.batch_size, -1, *out.shape[1:]).transpose(1, 2).flatten(2)

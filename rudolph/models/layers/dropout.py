@@ -8,7 +8,7 @@ from torch.nn import functional as F
 LEVELS = 2**16
 
 
-def drop(x: Tensor, share: float) -> Tensor:
+def apply_dropout(x: Tensor, share: float) -> Tensor:
     """``x`` with this share of its elements set to 0, and the rest divided by 1 - ``share``.
 
     On the CPU a draw of 64 bits decides for four elements, which takes a third of the time of

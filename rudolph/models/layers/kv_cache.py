@@ -15,26 +15,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rudolph.models.layers.attention import Seen
-from rudolph.models.rudolph.static_decode import SteadyLook, SteadyReads, steady_reads
+from rudolph.models.layers.attention import KeyValue
+from rudolph.models.rudolph.static_decode import StaticSelection, StaticView, static_selection
 
 # A gather reads, writes and reads again what it takes; up to so many times what is needed, reading
 # a whole stretch with the rest masked costs no more.
 GATHER_COST = 3
 
 
-class KeysRead(NamedTuple):
+class KeySelection(NamedTuple):
     """Which of some keys are read, in ascending order, and which of these each query sees."""
 
     at: slice | Tensor
     mask: Tensor | None
 
 
-def keys_read(rows: Tensor) -> KeysRead | None:
+def select_keys(rows: Tensor) -> KeySelection | None:
     """The keys that queries need, from their rows of a mask, ``(T, T')`` bool; None for none.
 
-    >>> keys_read(torch.tensor([[True, False, True, False, True]]))
-    KeysRead(at=slice(0, 5, 2), mask=None)
+    >>> select_keys(torch.tensor([[True, False, True, False, True]]))
+    KeySelection(at=slice(0, 5, 2), mask=None)
     """
     positions = rows.any(0).nonzero().flatten()
     if not len(positions):
@@ -48,12 +48,12 @@ def keys_read(rows: Tensor) -> KeysRead | None:
         elif last - first + 1 > GATHER_COST * len(positions):
             at = positions
     mask = rows[:, at]
-    return KeysRead(at, None if bool(mask.all()) else mask)
+    return KeySelection(at, None if bool(mask.all()) else mask)
 
 
-Reads = tuple[KeysRead | None, KeysRead | None]
+Selections = tuple[KeySelection | None, KeySelection | None]
 # Number of shared positions, first and end of the new ones, and where the memory is.
-Place = tuple[int, int, int, torch.device]
+CacheSpan = tuple[int, int, int, torch.device]
 
 
 class KeyValueCache:
@@ -69,13 +69,13 @@ class KeyValueCache:
     def __init__(
         self,
         tables: Tensor,
-        known_reads: dict[Place, list[Reads]],
+        known_reads: dict[CacheSpan, list[Selections]],
         own: Tensor,
         shared: Tensor | None = None,
     ) -> None:
         self.tables, self.known_reads, self.own, self.shared = tables, known_reads, own, shared
-        self.num_shared = 0 if shared is None else shared.shape[4]
-        self.length = self.num_shared
+        self.num_prefix = 0 if shared is None else shared.shape[4]
+        self.length = self.num_prefix
         # Rows of attention side by side: (L, 2, G, T, H), shared ones and own.
         self.rows = None if shared is None else shared.flatten(2, 3), own.flatten(2, 4)
 
@@ -102,9 +102,9 @@ class KeyValueCache:
         kept.length = self.length
         return kept
 
-    def looks(self, end: int, mask_of_layer: Sequence[int]) -> list["CachedLook"]:
+    def looks(self, end: int, mask_of_layer: Sequence[int]) -> list["CachedView"]:
         """How each layer's positions from ``length`` to ``end`` see those before them."""
-        start = self.length - self.num_shared
+        start = self.length - self.num_prefix
         places = self.own.narrow(5, start, end - self.length).unbind()
         # Views for all layers at once: what is done for each costs more than what is computed.
         seen = [
@@ -112,89 +112,94 @@ class KeyValueCache:
             for reads in self._reads(end)
         ]
         return [
-            CachedLook(places[layer], [part[layer] for part in seen[number] if part is not None])
+            CachedView(places[layer], [part[layer] for part in seen[number] if part is not None])
             for layer, number in enumerate(mask_of_layer)
         ]
 
-    def steady_looks(self, mask_of_layer: Sequence[int]) -> list[SteadyLook]:
+    def static_views(self, mask_of_layer: Sequence[int]) -> list[StaticView]:
         """How each layer's next position sees those before it, in shapes that stay."""
         assert self.shared is not None
-        step = self.length - self.num_shared
+        step = self.length - self.num_prefix
         places, reads = self._steps
         now = [(shared and shared.step(step), own and own.step(step)) for shared, own in reads]
         kept = zip(self.shared.unbind(), self.own.unbind(), mask_of_layer, strict=True)
-        return [SteadyLook(shared, own, places[step], now[mask]) for shared, own, mask in kept]
+        return [StaticView(shared, own, places[step], now[mask]) for shared, own, mask in kept]
 
     @cached_property
     def _steps(
         self,
-    ) -> tuple[Sequence[Tensor], list[tuple[SteadyReads | None, SteadyReads | None]]]:
+    ) -> tuple[Sequence[Tensor], list[tuple[StaticSelection | None, StaticSelection | None]]]:
         """Where each position of its own is stored, and what it reads by each mask."""
-        first, device = self.num_shared, self.own.device
+        first, device = self.num_prefix, self.own.device
         rows = self.tables[:, first : first + self.own.shape[5]]
         end = first + rows.shape[1]
         reads = [
-            (steady_reads(mask[:, :first], device), steady_reads(mask[:, first:end], device))
+            (
+                static_selection(mask[:, :first], device),
+                static_selection(mask[:, first:end], device),
+            )
             for mask in rows
         ]
         return torch.split(torch.arange(rows.shape[1], device=device), 1), reads
 
-    def _views(self, rows: Tensor | None, read: KeysRead | None) -> "list[Seen | Gathered] | None":
+    def _views(
+        self, rows: Tensor | None, read: KeySelection | None
+    ) -> "list[KeyValue | GatheredKeys] | None":
         if rows is None or read is None:
             return None
         if isinstance(read.at, Tensor):
-            return [Gathered(layer, read.at, read.mask) for layer in rows.unbind()]
+            return [GatheredKeys(layer, read.at, read.mask) for layer in rows.unbind()]
         keys, values = (rows[:, kind, :, read.at].unbind() for kind in (0, 1))
-        return [Seen(key, value, read.mask) for key, value in zip(keys, values, strict=True)]
+        return [KeyValue(key, value, read.mask) for key, value in zip(keys, values, strict=True)]
 
-    def _reads(self, end: int) -> list[Reads]:
+    def _reads(self, end: int) -> list[Selections]:
         """For each mask, what positions from ``length`` to ``end`` read: shared keys and own."""
-        place = (self.num_shared, self.length, end, self.own.device)
+        place = (self.num_prefix, self.length, end, self.own.device)
         if place not in self.known_reads:
             rows = [table[self.length : end, :end] for table in self.tables]
-            parts = (mask.tensor_split((self.num_shared,), dim=1) for mask in rows)
+            parts = (mask.tensor_split((self.num_prefix,), dim=1) for mask in rows)
             self.known_reads[place] = [
                 (self._read(shared), self._read(own)) for shared, own in parts
             ]
         return self.known_reads[place]
 
-    def _read(self, rows: Tensor) -> KeysRead | None:
-        read = keys_read(rows)
+    def _read(self, rows: Tensor) -> KeySelection | None:
+        read = select_keys(rows)
         if read is None or self.own.device == rows.device:
             return read
         at = read.at.to(self.own.device) if isinstance(read.at, Tensor) else read.at
-        return KeysRead(at, None if read.mask is None else read.mask.to(self.own.device))
+        return KeySelection(at, None if read.mask is None else read.mask.to(self.own.device))
 
 
-class Gathered(NamedTuple):
+class GatheredKeys(NamedTuple):
     """Keys and values ``(2, G, T, H)`` of which those ``at`` some positions are read."""
 
     rows: Tensor
     at: Tensor
     mask: Tensor | None
 
-    def seen(self) -> Seen:
+    def seen(self) -> KeyValue:
         key, value = self.rows.index_select(2, self.at).unbind()
-        return Seen(key, value, self.mask)
+        return KeyValue(key, value, self.mask)
 
 
-class CachedLook(NamedTuple):
+class CachedView(NamedTuple):
     """How new positions of a layer see those before them: see ``attention.Look``.
 
     ``place`` (2, P, N, S, T, H) is where their keys and values are stored.
     """
 
     place: Tensor
-    parts: list[Seen | Gathered]
+    parts: list[KeyValue | GatheredKeys]
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Queries ``(R, T, H)`` of ``(B, T, 3, N, H)``, and what they see."""
         prompts, samples = self.place.shape[1:4:2]
         # (3, P, N, S, T, H)
         rows = qkv.view(prompts, samples, *qkv.shape[1:]).permute(3, 0, 4, 1, 2, 5)
         self.place.copy_(rows[1:])
         # What is gathered is copied, so it has to be stored before.
-        seen = [part.seen() if isinstance(part, Gathered) else part for part in self.parts]
+        seen = [part.seen() if isinstance(part, GatheredKeys) else part for part in self.parts]
         return rows[0].flatten(0, 2), seen
 
     def merge(self, out: Tensor) -> Tensor:

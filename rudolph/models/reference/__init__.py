@@ -3,7 +3,7 @@
 A family says how the reference names its tensors and constructor arguments; nothing else differs,
 so loading is renaming and ``to_reference(from_reference(...))`` is the same file again.
 
-To add a family, write its ``Family`` and name it in ``FAMILIES``.
+To add a family, write its ``ReferenceFamily`` and name it in ``FAMILIES``.
 
 Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rudolph.models.reference.clip import RUCLIP
 from rudolph.models.reference.decoders import RUDALLE, RUDOLPH
-from rudolph.models.reference.family import Family, Reference
+from rudolph.models.reference.family import ReferenceCheckpoint, ReferenceFamily
 from rudolph.models.reference.upscaler import REALESRGAN
 from rudolph.models.reference.vqgan import VQGAN_FAMILY
 
@@ -53,7 +53,7 @@ def from_reference(
             expected or of another shape.
     """
     model = empty_model(family, config)
-    load_reference(model, family, unwrapped(state_dict))
+    load_reference(model, family, unwrap_state_dict(state_dict))
     return model
 
 
@@ -66,7 +66,7 @@ def load_reference(model: nn.Module, family: str, tensors: Mapping[str, Tensor])
     FAMILIES[family].load(model, tensors)
 
 
-def to_reference(model: nn.Module) -> Reference:
+def to_reference(model: nn.Module) -> ReferenceCheckpoint:
     """The family, constructor arguments and tensors that the reference's package loads.
 
     Raises:
@@ -74,11 +74,11 @@ def to_reference(model: nn.Module) -> Reference:
     """
     for name, family in FAMILIES.items():
         if family.holds(model):
-            return Reference(name, family.config_of(model), family.tensors_of(model))
+            return ReferenceCheckpoint(name, family.config_of(model), family.tensors_of(model))
     raise ValueError(f"no reference package has a model like {type(model).__name__}")
 
 
-def unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def unwrap_state_dict(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors themselves, out of what trainers wrap around them."""
     # Bounded, since a file may hold itself.
     for _ in range(len(WRAPPINGS)):
@@ -90,7 +90,7 @@ def unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 WRAPPINGS = ("params_ema", "params", "state_dict")
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ReferenceFamily] = {
     "rudolph": RUDOLPH,
     "rudalle": RUDALLE,
     "vqgan": VQGAN_FAMILY,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rudolph.models.reference.family import Family
+from rudolph.models.reference.family import ReferenceFamily
 from rudolph.models.vision.clip import CLIP, CLIPConfig
 from rudolph.models.weights import load_exactly
 
@@ -34,7 +34,7 @@ def config_of(model: CLIP) -> dict[str, Any]:
     return found
 
 
-RUCLIP = Family(
+RUCLIP = ReferenceFamily(
     build=build_clip,
     load=load_clip,
     holds=lambda model: isinstance(model, CLIP),

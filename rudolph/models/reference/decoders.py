@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rudolph.models.reference.family import (
-    Family,
+    ReferenceFamily,
     Renamed,
     StoredMaskWarning,
     require,
@@ -135,7 +135,9 @@ def their_name(name: str, family: str) -> str:
     return f"transformer.layers.{layer[1]}.{key}.{kind}" if layer else f"{key}.{kind}"
 
 
-def load_decoder(model: MaskedDecoder, tensors: Mapping[str, Tensor], family: str) -> None:
+def load_reference_decoder(
+    model: MaskedDecoder, tensors: Mapping[str, Tensor], family: str
+) -> None:
     tensors = without_prefix(tensors, "model.")
     is_mask = {key: key.endswith("_mask") for key in tensors}
     names = {our_name(key, family): key for key in tensors if not is_mask[key]}
@@ -152,7 +154,7 @@ def load_decoder(model: MaskedDecoder, tensors: Mapping[str, Tensor], family: st
 
 def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family: str) -> None:
     """The masks of the file, each for its layers; one that differs from its rule is a warning."""
-    rules, names = model.layer_tables, mask_names(model, family)
+    rules, names = model.layer_tables, reference_mask_names(model, family)
     for name, table in stored.items():
         if name not in {*MASK_NAMES[family], LAST_MASK_NAME[family]}:
             raise ValueError(f"{family}: the reference has no mask {name}")
@@ -181,7 +183,7 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
     )
 
 
-def mask_names(model: MaskedDecoder, family: str) -> list[str]:
+def reference_mask_names(model: MaskedDecoder, family: str) -> list[str]:
     """The reference's mask of each layer; a column layer keeps its own even as the last."""
     names = [MASK_NAMES[family][layer % 4] for layer in range(model.config.num_layers)]
     if names[-1] != "col_mask":
@@ -191,7 +193,7 @@ def mask_names(model: MaskedDecoder, family: str) -> list[str]:
 
 def tensors_of_decoder(model: MaskedDecoder, family: str) -> dict[str, Tensor]:
     tensors = {their_name(name, family): value for name, value in model.state_dict().items()}
-    layers = list(zip(mask_names(model, family), model.layer_tables, strict=True))
+    layers = list(zip(reference_mask_names(model, family), model.layer_tables, strict=True))
     for name in sorted({*MASK_NAMES[family], LAST_MASK_NAME[family]}):
         tables = [table for own, table in layers if own == name]
         same = all(torch.equal(table, tables[0]) for table in tables)
@@ -274,16 +276,16 @@ def _is_decoder(model: object, *, has_right_text: bool) -> bool:
     )
 
 
-RUDOLPH = Family(
+RUDOLPH = ReferenceFamily(
     build=build_rudolph,
-    load=lambda model, tensors: load_decoder(model, tensors, "rudolph"),
+    load=lambda model, tensors: load_reference_decoder(model, tensors, "rudolph"),
     holds=lambda model: _is_decoder(model, has_right_text=True),
     config_of=rudolph_config_of,
     tensors_of=lambda model: tensors_of_decoder(model, "rudolph"),
 )
-RUDALLE = Family(
+RUDALLE = ReferenceFamily(
     build=build_rudalle,
-    load=lambda model, tensors: load_decoder(model, tensors, "rudalle"),
+    load=lambda model, tensors: load_reference_decoder(model, tensors, "rudalle"),
     holds=lambda model: _is_decoder(model, has_right_text=False),
     config_of=rudalle_config_of,
     tensors_of=lambda model: tensors_of_decoder(model, "rudalle"),

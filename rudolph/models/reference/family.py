@@ -11,7 +11,7 @@ class StoredMaskWarning(UserWarning):
     """A checkpoint's stored mask differs from the rule of its layers."""
 
 
-class Reference(NamedTuple):
+class ReferenceCheckpoint(NamedTuple):
     """A checkpoint of a reference package: its constructor's arguments and its tensors."""
 
     family: str
@@ -20,7 +20,7 @@ class Reference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class ReferenceFamily:
     """One reference package's model.
 
     Args:

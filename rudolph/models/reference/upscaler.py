@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rudolph.models.reference.family import Family
+from rudolph.models.reference.family import ReferenceFamily
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.weights import load_exactly
 
@@ -20,7 +20,7 @@ def build_upscaler(config: Mapping[str, Any]) -> Upscaler:
     return Upscaler(UpscalerConfig(scale=config["scale"], **given))
 
 
-def load_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> None:
+def load_reference_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> None:
     load_exactly(model, tensors, family="realesrgan")
 
 
@@ -36,9 +36,9 @@ def config_of_upscaler(model: Upscaler) -> dict[str, Any]:
     }
 
 
-REALESRGAN = Family(
+REALESRGAN = ReferenceFamily(
     build=build_upscaler,
-    load=load_upscaler,
+    load=load_reference_upscaler,
     holds=lambda model: isinstance(model, Upscaler),
     config_of=config_of_upscaler,
     tensors_of=lambda model: dict(model.state_dict()),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rudolph.models.reference.family import Family, Renamed, require
+from rudolph.models.reference.family import ReferenceFamily, Renamed, require
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig, haar_filters
 from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.models.weights import load_exactly
@@ -40,7 +40,7 @@ def build_vqgan(config: Mapping[str, Any]) -> VQGAN:
     )
 
 
-def load_vqgan(model: VQGAN, tensors: Mapping[str, Tensor]) -> None:
+def load_reference_vqgan(model: VQGAN, tensors: Mapping[str, Tensor]) -> None:
     has_wavelet = model.config.wavelet
     kept = [key for key in tensors if not _is_left_out(key, has_wavelet=has_wavelet)]
     names = {_our_name(key, has_wavelet=has_wavelet): key for key in kept}
@@ -119,9 +119,9 @@ def config_of_vqgan(model: VQGAN) -> dict[str, Any]:
     return {"dwt": config.wavelet, "model": {"params": params}}
 
 
-VQGAN_FAMILY = Family(
+VQGAN_FAMILY = ReferenceFamily(
     build=build_vqgan,
-    load=load_vqgan,
+    load=load_reference_vqgan,
     holds=lambda model: isinstance(model, VQGAN),
     config_of=config_of_vqgan,
     tensors_of=tensors_of_vqgan,

@@ -1,7 +1,7 @@
 """A trained decoder's weights in another layout or vocabulary.
 
 Old rows of a table stay as they are and new ones as the new model made them.  A text that becomes
-shorter loses its last positions; what becomes longer, and a picture of another size, has its
+shorter loses its last positions; what becomes longer, and an image of another size, has its
 positions interpolated.
 """
 

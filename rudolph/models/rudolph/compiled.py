@@ -12,7 +12,7 @@ import torch
 
 
 @cache
-def compiled(function: Any) -> Any:
+def compile_function(function: Any) -> Any:
     """A function compiled for the shapes that it gets, for each anew."""
     # Loops over one position are too short to be shared among threads.
     return torch.compile(function, dynamic=False, options={"cpp.min_chunk_size": 4096})
@@ -26,7 +26,7 @@ def check_compiler(device: str) -> None:
         ValueError: where torch cannot compile.
     """
     try:
-        compiled(torch.exp)(torch.ones(3, device=device))
+        compile_function(torch.exp)(torch.ones(3, device=device))
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         needed = "a C++ compiler" if device == "cpu" else "Triton"

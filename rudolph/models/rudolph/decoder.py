@@ -22,10 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rudolph.models.layers.attention import MAXIMA, Look, Seen, WholeLook, attention, block_mask
-from rudolph.models.layers.dropout import drop
-from rudolph.models.layers.kv_cache import KeyValueCache, Place, Reads
-from rudolph.models.rudolph.compiled import compiled
+from rudolph.models.layers.attention import (
+    MAXIMA,
+    FullView,
+    KeyValue,
+    KVView,
+    attention,
+    block_mask,
+)
+from rudolph.models.layers.dropout import apply_dropout
+from rudolph.models.layers.kv_cache import CacheSpan, KeyValueCache, Selections
+from rudolph.models.rudolph.compiled import compile_function
 from rudolph.sequence.layout import BOS, PAD, SequenceLayout, Vocabulary
 from rudolph.sequence.masks import layer_masks, mask_table, parse_mask, right_without_left
 
@@ -57,9 +64,9 @@ class DecoderConfig:
     at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
 
     ``image_start`` says what the embeddings of image tokens are at first: ``random``, or
-    ``codebook``, where codes that are near in the VQ-GAN are near here too (``start_from_codes``).
-    With ``paired_start`` each part is drawn by its name, so that decoders which differ in one part
-    begin alike in all others (``start_by_name``).
+    ``codebook``, where codes that are near in the VQ-GAN are near here too
+    (``init_from_codebook``). With ``paired_start`` each part is drawn by its name, so that
+    decoders which differ in one part begin alike in all others (``init_by_name``).
 
     ``qk_norm`` normalises queries and keys of each head.  ``attention_precision`` names the type
     in which attention is computed, whatever the machine's own (null), so that types can be
@@ -181,19 +188,19 @@ class Layer(nn.Module):
         self.mlp_out = nn.Linear(4 * size, size)
         self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
 
-    def forward(self, x: Tensor, look: Look) -> Tensor:
+    def forward(self, x: Tensor, look: KVView) -> Tensor:
         """``(B, T, D)``; ``look`` says what each position sees."""
         x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
         hidden = self.activation(self.mlp_in(self.mlp_norm(x)))
         return x + self.mlp_out_norm(self.dropped(self.mlp_out(hidden)))
 
-    def attend(self, x: Tensor, look: Look) -> Tensor:
-        query, seen = look.split(self.queries_keys_values(x))
-        out = self.to_out(look.merge(self.attention_of(query, seen)))
+    def attend(self, x: Tensor, look: KVView) -> Tensor:
+        query, seen = look.split(self.project_qkv(x))
+        out = self.to_out(look.merge(self.attend_in_precision(query, seen)))
         # The reference clamps to the range of float16 in every precision.
         return self.dropped(out.clamp(-HALF_MAX, HALF_MAX))
 
-    def queries_keys_values(self, x: Tensor) -> Tensor:
+    def project_qkv(self, x: Tensor) -> Tensor:
         """``(B, T, 3, N, H)`` of what a norm gave, ``(B, T, D)``."""
         batch, length, _ = x.shape
         qkv: Tensor = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
@@ -203,7 +210,7 @@ class Layer(nn.Module):
         norms = self.query_norm(query), self.key_norm(key)
         return torch.stack([*(norm.to(qkv.dtype) for norm in norms), value], dim=2)
 
-    def attention_of(self, query: Tensor, seen: Sequence[Seen]) -> Tensor:
+    def attend_in_precision(self, query: Tensor, seen: Sequence[KeyValue]) -> Tensor:
         """Attention in the machine's precision, or in the one that the configuration names."""
         share = self.config.attention_dropout if self.training else 0.0
         relaxed = self.config.pb_relax_maximum if self.config.pb_relax else None
@@ -216,10 +223,10 @@ class Layer(nn.Module):
         return out.to(query.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
-        return drop(x, self.config.output_dropout) if self.training else x
+        return apply_dropout(x, self.config.output_dropout) if self.training else x
 
 
-def run_layer(layer: nn.Module, x: Tensor, look: Look) -> Tensor:
+def run_layer(layer: nn.Module, x: Tensor, look: KVView) -> Tensor:
     """A layer as a function, so that all of them share a compilation."""
     out: Tensor = layer(x, look)
     return out
@@ -280,7 +287,7 @@ class MaskedDecoder(nn.Module):
     def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
         """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
         self.mask_of_layer = list(mask_of_layer)
-        self.known_reads: dict[Place, list[Reads]] = {}
+        self.known_reads: dict[CacheSpan, list[Selections]] = {}
         self.known_blocks: dict[tuple[int, torch.device], list[Any]] = {}
         self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
 
@@ -298,7 +305,7 @@ class MaskedDecoder(nn.Module):
         is_token = table.endswith("_embedding")
         return self.config.token_init_std if is_token else self.config.position_init_std
 
-    def start_by_name(self, seed_of: Callable[[str], int]) -> None:
+    def init_by_name(self, seed_of: Callable[[str], int]) -> None:
         """Draw every part anew, from the seed of its name."""
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear | nn.Embedding):
@@ -309,7 +316,7 @@ class MaskedDecoder(nn.Module):
                     nn.init.normal_(part.weight, std=self._init_std(name))
 
     @torch.no_grad()
-    def start_from_codes(self, codes: Tensor) -> None:
+    def init_from_codebook(self, codes: Tensor) -> None:
         """Let the image embeddings be the codes ``(K, E)``, turned into the hidden size at random.
 
         Every dimension of the codes is brought to one variance first; of the embeddings' variance
@@ -356,18 +363,18 @@ class MaskedDecoder(nn.Module):
         end = start + tokens.shape[1]
         x = self.embed(tokens, start)
         is_compiled = self.has_compiled_layers and self.training
-        looks: Sequence[Look]
+        looks: Sequence[KVView]
         if cache is None:
-            tables = self.whole_masks(end)
-            looks = [WholeLook(tables[number], len(x)) for number in self.mask_of_layer]
+            tables = self.full_masks(end)
+            looks = [FullView(tables[number], len(x)) for number in self.mask_of_layer]
         elif self.has_compiled_layers and cache.shared is not None and end - start == 1:
             is_compiled = True
-            looks = cache.steady_looks(self.mask_of_layer)
+            looks = cache.static_views(self.mask_of_layer)
         else:
             looks = cache.looks(end, self.mask_of_layer)
         run: Callable[[nn.Module, Tensor, Any], Tensor] = run_layer
         if is_compiled:
-            run = compiled(run_layer)
+            run = compile_function(run_layer)
         for layer, look in zip(self.layers, looks, strict=True):
             if self.has_checkpointing and self.training:
                 x = checkpoint(run, layer, x, look, use_reentrant=False)
@@ -377,8 +384,8 @@ class MaskedDecoder(nn.Module):
             cache.length = end
         return x
 
-    def whole_masks(self, length: int) -> Sequence[Any]:
-        """The different masks of a sequence's first positions, as ``Seen`` takes them."""
+    def full_masks(self, length: int) -> Sequence[Any]:
+        """The different masks of a sequence's first positions, as ``KeyValue`` takes them."""
         tables = self.mask_tables[:, :length, :length].unbind()
         if not self.has_block_masks:
             return tables
@@ -418,7 +425,7 @@ class MaskedDecoder(nn.Module):
             raise ValueError(f"a sequence has {self.layout.length} tokens, got {tokens.shape[1]}")
         return F.pad(tokens, (1, 0), value=BOS)[:, : self.layout.length]
 
-    def pad_left_text(self, tokens: Tensor, first: int = 0) -> Tensor:
+    def replace_left_padding(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Left text with each padding replaced by the padding id of its position, if any."""
         if not self.config.positional_padding:
             return tokens
@@ -439,7 +446,7 @@ class MaskedDecoder(nn.Module):
 
     def _embed_left(self, tokens: Tensor, first: int) -> Tensor:
         table = self.left_position.weight[first : first + tokens.shape[1]]
-        padded = self.pad_left_text(tokens, first - self.num_leading)
+        padded = self.replace_left_padding(tokens, first - self.num_leading)
         return self.text_embedding(padded) + table
 
     def _embed_image(self, tokens: Tensor, first: int) -> Tensor:

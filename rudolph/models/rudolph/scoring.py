@@ -47,7 +47,7 @@ def segment_labels(
             f"or {layout.length}), got {length}"
         )
     image_start, right_start = layout.image_start, layout.right_text_start
-    left = model.pad_left_text(tokens[:, :image_start])[:, 1 - lead :]
+    left = model.replace_left_padding(tokens[:, :image_start])[:, 1 - lead :]
     if not has_left_padding:
         left = left.masked_fill(tokens[:, 1 - lead : image_start] == PAD, NOT_SCORED)
     has_image = length > image_start

@@ -12,24 +12,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rudolph.models.layers.attention import Seen
+from rudolph.models.layers.attention import KeyValue
 
 # Masks whose numbers of keys are close share a compilation.
 KEYS_AT_ONCE = 32
 
 
-class SteadyReads(NamedTuple):
+class StaticSelection(NamedTuple):
     """Which keys are read, ``(T, K)`` or all, and which of these are seen, ``(T, K)`` or all."""
 
     at: Tensor | None
     mask: Tensor | None
 
-    def step(self, number: int) -> "SteadyReads":
+    def step(self, number: int) -> "StaticSelection":
         """Those of one position, ``(K,)`` and ``(1, K)``."""
         at = None if self.at is None else self.at[number]
-        return SteadyReads(at, None if self.mask is None else self.mask[number, None])
+        return StaticSelection(at, None if self.mask is None else self.mask[number, None])
 
-    def seen(self, rows: Tensor) -> Seen:
+    def seen(self, rows: Tensor) -> KeyValue:
         """Of keys and values ``(2, G, T, H)``, what one position reads."""
         if self.at is not None:
             rows = rows.index_select(2, self.at)
@@ -37,10 +37,10 @@ class SteadyReads(NamedTuple):
             # no gather inside of each sum.
             rows = rows.as_strided(rows.shape, rows.stride())
         key, value = rows
-        return Seen(key, value, self.mask)
+        return KeyValue(key, value, self.mask)
 
 
-def steady_reads(rows: Tensor, device: torch.device) -> SteadyReads | None:
+def static_selection(rows: Tensor, device: torch.device) -> StaticSelection | None:
     """What positions read of some keys, from their rows of a mask, ``(T, T')`` bool.
 
     None where no position reads any.  What is read and hidden is a key that the position sees,
@@ -50,15 +50,15 @@ def steady_reads(rows: Tensor, device: torch.device) -> SteadyReads | None:
     if not most:
         return None
     if bool(rows.all()):
-        return SteadyReads(None, None)
+        return StaticSelection(None, None)
     width = min(-(-most // KEYS_AT_ONCE) * KEYS_AT_ONCE, rows.shape[1])
     mask, at = rows.sort(dim=1, descending=True, stable=True)
     mask, at = mask[:, :width], at[:, :width]
     at = torch.where(mask, at, torch.where(mask[:, :1], at[:, :1], 0))
-    return SteadyReads(at.contiguous().to(device), mask.contiguous().to(device))
+    return StaticSelection(at.contiguous().to(device), mask.contiguous().to(device))
 
 
-class SteadyLook(NamedTuple):
+class StaticView(NamedTuple):
     """How a new position of a layer sees those before it: see ``attention.Look``.
 
     Args:
@@ -71,9 +71,9 @@ class SteadyLook(NamedTuple):
     shared: Tensor
     own: Tensor
     place: Tensor
-    reads: tuple[SteadyReads | None, SteadyReads | None]
+    reads: tuple[StaticSelection | None, StaticSelection | None]
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, list[Seen]]:
+    def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Queries ``(R, 1, H)`` of ``(B, 1, 3, N, H)``, and what they see."""
         prompts, samples = self.own.shape[1:4:2]
         # (3, P, N, S, 1, H)

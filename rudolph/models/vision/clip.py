@@ -1,6 +1,6 @@
-"""CLIP: how well a text and a picture go together.
+"""CLIP: how well a text and an image go together.
 
-``text -> transformer -> feature at EOS``, ``picture -> vision transformer -> feature of the class
+``text -> transformer -> feature at EOS``, ``image -> vision transformer -> feature of the class
 token``; logits are the scaled cosines of both.
 
 Names of modules are OpenAI's, so that ruCLIP's checkpoints' keys are ours.
@@ -8,7 +8,7 @@ Names of modules are OpenAI's, so that ruCLIP's checkpoints' keys are ours.
 Source: Radford 2021 (arXiv:2103.00020); openai/CLIP, ``clip/model.py``; ruclip 0.0.2,
 ``ruclip/model.py``; Zhai 2023 (arXiv:2303.15343) for the bias.
 
-Shapes: B texts, P pictures, L text tokens, N patches and the class token, E embedding dim,
+Shapes: B texts, P images, L text tokens, N patches and the class token, E embedding dim,
 H and W pixels.
 """
 
@@ -82,7 +82,7 @@ def pixel_values(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> Tensor:
-    """What CLIP reads of pictures ``(P, 3, H, W)`` in [0, 1]: ``(P, 3, size, size)`` float32.
+    """What CLIP reads of images ``(P, 3, H, W)`` in [0, 1]: ``(P, 3, size, size)`` float32.
 
     The middle square, resized as Pillow does, minus ``mean`` and divided by ``std`` of a channel.
 
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pictures ``(P, 3, H, W)``, normalised, to features ``(P, E)``."""
+    """Images ``(P, 3, H, W)``, normalised, to features ``(P, E)``."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class CLIP(nn.Module):
         initialize_text_tower(self)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(P, B)`` and ``(B, P)`` of texts ``(B, L)`` and pictures ``(P, 3, H, W)``."""
+        """Logits ``(P, B)`` and ``(B, P)`` of texts ``(B, L)`` and images ``(P, 3, H, W)``."""
         images = F.normalize(self.encode_image(pixel_values), dim=-1)
         texts = F.normalize(self.encode_text(input_ids), dim=-1)
         logits = self.logits(images, texts)
@@ -201,7 +201,7 @@ class CLIP(nn.Module):
         side = self.config.image_resolution
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
-                f"pictures must be (P, 3, {side}, {side}), got {tuple(pixel_values.shape)}"
+                f"images must be (P, 3, {side}, {side}), got {tuple(pixel_values.shape)}"
             )
         return self.visual(pixel_values)
 

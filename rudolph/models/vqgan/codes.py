@@ -21,7 +21,7 @@ class Quantized(NamedTuple):
     loss: Tensor
 
 
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The index of the nearest code of each vector by squared distance, ``(M,)``."""
     # |v|^2 is the same for every code and is left out.
     squares = codebook.pow(2).sum(1)
@@ -31,7 +31,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def likeliest(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def largest_logit(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The index of the largest of ``vectors @ weight.T + bias`` for each vector, ``(M,)``."""
     found = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
     return torch.cat(found)
@@ -54,7 +54,7 @@ def codebook_usage(counts: Tensor) -> tuple[float, float]:
 
 def nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
     vectors = z.movedim(1, -1)  # (B, H, W, E)
-    found = nearest(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
+    found = nearest_codes(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
     return found.view(vectors.shape[:-1])
 
 

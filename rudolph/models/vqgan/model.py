@@ -2,11 +2,11 @@
 
 ``images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images``
 
-With ``wavelet`` the decoder gives the four Haar bands of a picture of twice the size.  Names of
+With ``wavelet`` the decoder gives the four Haar bands of an image of twice the size.  Names of
 modules are taming-transformers', so that its checkpoints' keys are ours.
 
 The precision is that of the weights; bfloat16 is more than twice as fast where the machine
-multiplies it.  Pictures larger than about 256 pixels are computed in strips, see ``tiled_conv``.
+multiplies it.  Images larger than about 256 pixels are computed in strips, see ``tiled_conv``.
 
 Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
 ``vae/decoder_dwt.py``.
@@ -23,23 +23,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.cpu.group_norm import accurate, group_norm
+from rudolph.models.cpu.group_norm import group_norm, statistics_dtype
 from rudolph.models.cpu.tiled_conv import (
     STRIP,
-    enlarged_convolution,
-    fast_layout,
-    is_in_strips,
-    normed,
-    normed_convolution,
-    normed_convolution_strips,
+    fast_memory_format,
+    is_tiled,
+    norm_conv,
+    norm_silu,
+    tiled_norm_conv,
+    upsample_conv,
 )
-from rudolph.models.layers.attention import Seen, attention
+from rudolph.models.layers.attention import KeyValue, attention
 from rudolph.models.vqgan.quantizers import QUANTIZERS, QuantizerConfig
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """``channels`` has one entry a level; each level but the last halves the picture.
+    """``channels`` has one entry a level; each level but the last halves the image.
 
     ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
     every residual block is followed by attention.  A normalisation has ``norm_groups`` groups of
@@ -101,12 +101,12 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = normed_convolution(x, self.norm1, self.conv1)
-        if is_in_strips(hidden) and not self.training:
-            for place, rows in normed_convolution_strips(hidden, self.norm2, self.conv2):
+        hidden = norm_conv(x, self.norm1, self.conv1)
+        if is_tiled(hidden) and not self.training:
+            for place, rows in tiled_norm_conv(hidden, self.norm2, self.conv2):
                 hidden[place] = rows.add_(self.shortcut(x[place]))
             return hidden
-        return self.conv2(self.dropout(normed(hidden, self.norm2))).add_(self.shortcut(x))
+        return self.conv2(self.dropout(norm_silu(hidden, self.norm2))).add_(self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
         return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
@@ -128,7 +128,7 @@ class AttentionBlock(nn.Module):
         query, key, value = (
             layer(hidden).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )  # each (B, H * W, C)
-        seen = [Seen(key, value)]
+        seen = [KeyValue(key, value)]
         # A large map in parts, or the scores would be larger than it.
         parts = [
             attention(part, seen, pb_relax=None, dropout=0.0)
@@ -154,10 +154,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return enlarged_convolution(x, self.conv)
+        return upsample_conv(x, self.conv)
 
 
-class Middle(nn.Module):
+class MiddleBlocks(nn.Module):
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, config)
@@ -168,7 +168,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Level(nn.Module):
+class ResolutionLevel(nn.Module):
     """Residual blocks of one resolution, each with its attention, then the change of size."""
 
     downsample: Downsample
@@ -202,7 +202,7 @@ class Encoder(nn.Module):
         self.down: Any = nn.ModuleList()
         for index, channels in enumerate(config.channels):
             before = config.channels[max(index - 1, 0)]
-            level = Level(
+            level = ResolutionLevel(
                 [before] + [channels] * config.num_res_blocks,
                 config,
                 resolution=config.resolutions[index],
@@ -210,31 +210,31 @@ class Encoder(nn.Module):
             if index < len(config.channels) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = Middle(last, config)
+        self.mid = MiddleBlocks(last, config)
         self.norm_out = make_norm(last, config)
         self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(fast_layout(images))
+        x = self.conv_in(fast_memory_format(images))
         for level in self.down:
             # One after the other here, where nothing else keeps the map before.
             for layer in level.layers():
                 x = layer(x)
-        return normed_convolution(self.mid(x), self.norm_out, self.conv_out)
+        return norm_conv(self.mid(x), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
-    """Latents ``(B, z_channels, h, w)`` to pictures ``(B, 3, h * factor, w * factor)``."""
+    """Latents ``(B, z_channels, h, w)`` to images ``(B, 3, h * factor, w * factor)``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         first, last = config.channels[0], config.channels[-1]
         self.conv_in = nn.Conv2d(config.z_channels, last, 3, padding=1)
-        self.mid = Middle(last, config)
+        self.mid = MiddleBlocks(last, config)
         self.up: Any = nn.ModuleList()
         for index, channels in enumerate(config.channels):
             before = config.channels[min(index + 1, len(config.channels) - 1)]
-            level = Level(
+            level = ResolutionLevel(
                 [before] + [channels] * (config.num_res_blocks + 1),
                 config,
                 resolution=config.resolutions[index],
@@ -247,11 +247,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(first, 12 if config.wavelet else 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(fast_layout(z)))
+        x = self.mid(self.conv_in(fast_memory_format(z)))
         for level in reversed(self.up):
             for layer in level.layers():
                 x = layer(x)
-        x = normed_convolution(x, self.norm_out, self.conv_out)
+        x = norm_conv(x, self.norm_out, self.conv_out)
         return inverse_haar(x) if self.has_wavelet else x
 
 
@@ -262,7 +262,7 @@ def haar_filters() -> tuple[Tensor, Tensor]:
 
 
 def inverse_haar(bands: Tensor) -> Tensor:
-    """Pictures ``(B, 3, 2H, 2W)`` of wavelet coefficients ``(B, 12, H, W)``.
+    """Images ``(B, 3, 2H, 2W)`` of wavelet coefficients ``(B, 12, H, W)``.
 
     The first three channels are the means of each colour; then come, colour by colour, its
     vertical, horizontal and diagonal differences.
@@ -284,7 +284,7 @@ class Reconstruction(NamedTuple):
 
 
 class VQGAN(nn.Module):
-    """Pictures to indices of a codebook and back."""
+    """Images to indices of a codebook and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -300,13 +300,13 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct ``(B, 3, H, W)`` pictures in [-1, 1]."""
+        """Reconstruct ``(B, 3, H, W)`` images in [-1, 1]."""
         quantized = self.quantize(self.quant_conv(self.encoder(images)))
         decoded = self.decoder(self.post_quant_conv(quantized.z_q))
         return Reconstruction(decoded, quantized.indices, quantized.loss)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents ``(B, embedding_dim, h, w)`` of pictures ``(B, 3, H, W)`` in [0, 1]."""
+        """Latents ``(B, embedding_dim, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
         # Rounded to the weights' precision only now: 8 bits must not lose before.
         return self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
 
@@ -314,7 +314,7 @@ class VQGAN(nn.Module):
     def encode_indices(
         self, images: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Indices ``(B, I)``, row-major, of pictures ``(B, 3, H, W)`` in [0, 1].
+        """Indices ``(B, I)``, row-major, of images ``(B, 3, H, W)`` in [0, 1].
 
         The best code of each cell; with a generator and a Gumbel quantizer, a code drawn by its
         weight, as the reference does unless it is told not to.
@@ -334,7 +334,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:
-        """Pictures in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
+        """Images in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
 
         They are float32 also where the weights are of half precision.
 
@@ -346,4 +346,4 @@ class VQGAN(nn.Module):
             raise ValueError(f"{indices.shape[1]} indices do not fill {rows} rows")
         codes = self.quantize.codes(indices.view(indices.shape[0], rows, -1))
         decoded = self.decoder(self.post_quant_conv(codes.to(self.post_quant_conv.weight.dtype)))
-        return ((decoded.to(accurate(decoded.dtype)) + 1) / 2).clamp(0, 1)
+        return ((decoded.to(statistics_dtype(decoded.dtype)) + 1) / 2).clamp(0, 1)

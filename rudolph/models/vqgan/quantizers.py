@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from rudolph.models.vqgan.codes import (
     Quantized,
     channels,
-    likeliest,
+    largest_logit,
     nearest_map,
     straight_through,
 )
@@ -168,7 +168,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         if not len(codes):
             return
         # As k-means++ seeds: a latent that its code misses by far is likely to become a code, and
-        # most of a picture, its background, is not.
+        # most of an image, its background, is not.
         chosen = torch.multinomial(errors + 1e-12, len(codes), replacement=True)
         self.codebook[codes] = vectors[chosen]
         self.sums[codes] = vectors[chosen]
@@ -243,7 +243,7 @@ class GumbelQuantizer(nn.Module):
         # In half precision many of thousands of codes would be as likely as the likeliest.
         weight, bias = self.proj.weight.flatten(1).float(), self.proj.bias
         assert bias is not None
-        found = likeliest(vectors.flatten(0, -2).float(), weight, bias.float())
+        found = largest_logit(vectors.flatten(0, -2).float(), weight, bias.float())
         return found.view(vectors.shape[:-1])
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:

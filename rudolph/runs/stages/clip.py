@@ -1,4 +1,4 @@
-"""A CLIP of a run: trained on captions and pictures, asked to find each by the other."""
+"""A CLIP of a run: trained on captions and images, asked to find each by the other."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from rudolph.config.run import digest_of
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Splits
 from rudolph.data.text_image import TextImageExamples
-from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.context import Score
 from rudolph.evaluation.evaluators.retrieval import retrieval
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, ClipRanker
 from rudolph.models.reference import to_reference
@@ -19,7 +19,7 @@ from rudolph.models.vision.clip import CLIP
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution, is_main_process
 from rudolph.runs.resolve import CLIP_FOLDER
-from rudolph.runs.stages.evaluation import keep_card
+from rudolph.runs.stages.evaluation import save_card
 from rudolph.runs.stages.shared import shared_weights
 from rudolph.runs.stages.tokenizer import open_data
 from rudolph.runs.trainer import fit
@@ -48,7 +48,7 @@ def run_clip_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
             found = retrieval(ranker, splits(name), num_examples=number, seed=config.seed)
             advance(1, 1, ", ".join(f"{each.metric} {each.value:.3g}" for each in found))
         scores += found
-    keep_card(execution, scores)
+    save_card(execution, scores)
     return scores, digests | splits.digests | {"clip": weights_digest(model)}
 
 
@@ -105,7 +105,7 @@ def save_clip(execution: Execution, model: CLIP, tokenizer: Tokenizer) -> Path:
     folder = execution.folder.joinpath(*CLIP_FOLDER)
     family, config, tensors = to_reference(model)
     origin = {"run": execution.run.name, "digest": execution.config.digest}
-    store.write(folder, tensors, family=family, config=config, origin=origin)
+    store.write_checkpoint(folder, tensors, family=family, config=config, origin=origin)
     tokenizer.save(folder / store.TOKENIZER_FILE)
     for path in sorted(folder.iterdir()):
         execution.tracker.log_artifact(path, "/".join(CLIP_FOLDER))

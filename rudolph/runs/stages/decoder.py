@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 from rudolph.config.run import RunConfig, digest_of
-from rudolph.data.examples import FilledSource, TokenExamples, task_texts
+from rudolph.data.examples import MixtureExamples, TokenExamples, task_texts
 from rudolph.data.seeds import mixed_seed
-from rudolph.data.splits import Source, Split, Splits
+from rudolph.data.splits import MixtureEntry, Split, Splits
 from rudolph.files.atomic import write_text
 from rudolph.models.rudolph.adapt import adapt
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import save_weights, weights_digest
-from rudolph.runs.execution import Execution, is_main_process, keep_file
+from rudolph.runs.execution import Execution, copy_to_run, is_main_process
 from rudolph.runs.resolve import open_decoder
-from rudolph.runs.samples import draw_masks
+from rudolph.runs.samples import save_masks
 from rudolph.runs.stages.shared import shared_weights
-from rudolph.runs.stages.tokenizer import places
+from rudolph.runs.stages.tokenizer import source_locations
 from rudolph.runs.trainer import fit
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
@@ -30,7 +30,7 @@ from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.tuning import apply_tuning
 
-# Image indices (N, I) of the pictures of a split, by split and dataset.
+# Image indices (N, I) of the images of a split, by split and dataset.
 Indices = dict[tuple[str, str], np.ndarray[Any, Any]]
 SCORED_TABLE = "scored.csv"
 
@@ -55,7 +55,7 @@ def make_decoder(
     path = execution.folder / "checkpoints" / "decoder.safetensors"
     path.parent.mkdir(exist_ok=True)
     model = new_decoder(config, vqgan)
-    draw_masks(execution, model)
+    save_masks(execution, model)
     start = start_from(execution, model)
     if config.decoder_optim.num_steps == 0:
         if is_main_process():
@@ -71,10 +71,10 @@ def make_decoder(
         train_decoder(execution, model, examples, weights)
         model.has_compiled_layers = False
 
-    name = f"decoder-{digest_of(*decides_decoder(config), made_of, start)[:16]}"
+    name = f"decoder-{digest_of(*decoder_digest_parts(config), made_of, start)[:16]}"
     weights = shared_weights(execution, name, model, train)
     if is_main_process():
-        keep_file(weights, path)
+        copy_to_run(weights, path)
     return model.eval().requires_grad_(False)
 
 
@@ -83,14 +83,14 @@ def new_decoder(config: RunConfig, vqgan: VQGAN) -> MaskedDecoder:
     torch.manual_seed(mixed_seed(config.seed, "decoder"))
     model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
     if config.decoder.paired_start:
-        model.start_by_name(partial(mixed_seed, config.seed, "decoder"))
+        model.init_by_name(partial(mixed_seed, config.seed, "decoder"))
     if config.decoder.image_start == "codebook":
         every = torch.arange(config.vqgan.quantizer.num_codes)
-        model.start_from_codes(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
+        model.init_from_codebook(vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
     return model
 
 
-def decides_decoder(config: RunConfig) -> tuple[Any, ...]:
+def decoder_digest_parts(config: RunConfig) -> tuple[Any, ...]:
     """Of a configuration what the weights of its decoder come from."""
     parts = (config.data, config.tokenizer, config.layout, config.seed)
     optim = (config.decoder_losses, config.decoder_optim, config.decoder_tuning)
@@ -110,7 +110,7 @@ def examples_of(
         num_cut = max(each.texts.num_cut for each in examples["train"].sources)
         num_texts = sum(len(split) for split in splits.all("train"))
         advance(1, 1, f"{num_cut} of {num_texts} texts are too long and cut")
-    tell_scored(execution, examples["train"])
+    print_scored_fraction(execution, examples["train"])
     return examples
 
 
@@ -123,7 +123,7 @@ def start_from(execution: Execution, model: MaskedDecoder) -> str:
     if source is None:
         return ""
     with execution.stage("init") as advance:
-        start = open_decoder(source, **places(execution))
+        start = open_decoder(source, **source_locations(execution))
         notes = adapt(start, model)
         advance(1, 1, "; ".join([source, *notes]))
     return weights_digest(start)
@@ -187,13 +187,16 @@ def token_examples(
 
 def filled_source(
     config: RunConfig,
-    source: Source,
+    source: MixtureEntry,
     split: Split,
     tokenizer: Tokenizer,
     indices: np.ndarray[Any, Any] | None,
-) -> FilledSource:
+) -> MixtureExamples:
     """A row of the mixture, with texts encoded anew where BPE-dropout asks for it."""
-    places: dict[str, Any] = {"layout": config.sequence_layout, "vocabulary": config.vocabulary}
+    source_locations: dict[str, Any] = {
+        "layout": config.sequence_layout,
+        "vocabulary": config.vocabulary,
+    }
     task, dropout = TASKS[source.task], config.tokenizer.bpe_dropout
 
     def redraw(pair: int, generator: torch.Generator) -> Texts:
@@ -204,14 +207,14 @@ def filled_source(
             beside=split.questions[pair] if task.has_question else "",
             dropout=dropout,
             generator=generator,
-            **places,
+            **source_locations,
         )
 
-    texts = task_texts(split, source.task, tokenizer=tokenizer, **places)
-    return FilledSource(source, texts, indices, redraw if dropout else None)
+    texts = task_texts(split, source.task, tokenizer=tokenizer, **source_locations)
+    return MixtureExamples(source, texts, indices, redraw if dropout else None)
 
 
-def tell_scored(execution: Execution, examples: TokenExamples) -> None:
+def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
     """What is scored of each row of the mixture, with which weights: said, and kept as a table."""
     if len(examples.sources) == 1 or not is_main_process():
         return

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.config.run import digest_of, plain
+from rudolph.config.run import digest_of, to_plain
 from rudolph.data.cache import cached_array
 from rudolph.data.examples import ImageExamples
 from rudolph.data.seeds import mixed_seed
@@ -19,7 +19,7 @@ from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import open_vqgan
 from rudolph.runs.stages.shared import shared_weights
-from rudolph.runs.stages.tokenizer import places
+from rudolph.runs.stages.tokenizer import source_locations
 from rudolph.runs.trainer import fit
 from rudolph.training.vqgan import VQGANTraining
 
@@ -30,10 +30,10 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
     if config.vqgan.init is not None:
         return named_vqgan(execution, config.vqgan.init)
     names = ("train", "validation")
-    pictures = {name: splits.with_pictures(name) for name in names}
-    if not pictures["train"]:
-        raise ValueError("data.tasks: no dataset of the mixture has pictures")
-    data = [split.digest for name in names for split in pictures[name]]
+    images = {name: splits.with_images(name) for name in names}
+    if not images["train"]:
+        raise ValueError("data.tasks: no dataset of the mixture has images")
+    data = [split.digest for name in names for split in images[name]]
     decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
     torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
     model = VQGAN(config.vqgan)
@@ -41,16 +41,16 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
         execution,
         f"vqgan-{digest_of(*decides, data, config.seed_of_vqgan)[:16]}",
         model,
-        partial(train_vqgan, execution, model, pictures),
+        partial(train_vqgan, execution, model, images),
     )
     return model.eval().requires_grad_(False)
 
 
 def named_vqgan(execution: Execution, source: str) -> VQGAN:
     """The VQ-GAN of a source, used as it is; its settings must be those of the file."""
-    model = open_vqgan(source, **places(execution))
-    asked = plain(replace(execution.config.vqgan, init=None))
-    held = plain(replace(model.config, init=None))
+    model = open_vqgan(source, **source_locations(execution))
+    asked = to_plain(replace(execution.config.vqgan, init=None))
+    held = to_plain(replace(model.config, init=None))
     # What only a training reads may differ.
     for name in asked.keys() - {"dropout", "quantizer"}:
         if asked[name] != held[name]:
@@ -69,7 +69,7 @@ def named_vqgan(execution: Execution, source: str) -> VQGAN:
 def train_vqgan(
     execution: Execution, model: VQGAN, splits: dict[str, list[Split]], weights: Path
 ) -> None:
-    """Train on the pictures of the training splits and leave ``weights``."""
+    """Train on the images of the training splits and leave ``weights``."""
     config = execution.config
     with execution.stage("vqgan") as advance:
         _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
@@ -92,7 +92,7 @@ def train_vqgan(
 
 
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
-    """Image indices of every picture of a split, ``(N, I)``; computed once, then from disk.
+    """Image indices of every image of a split, ``(N, I)``; computed once, then from disk.
 
     Of the training split, where the configuration asks for drawn codes, ``(N, S, I)``.
     """
@@ -100,11 +100,11 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
     num_draws = config.data.code_draws if split.name == "train" else 0
     generator = torch.Generator(device)
 
-    def encoded(pictures: Tensor, first: int) -> Tensor:
+    def encoded(images: Tensor, first: int) -> Tensor:
         if not num_draws:
-            return vqgan.encode_indices(pictures)
+            return vqgan.encode_indices(images)
         generator.manual_seed(mixed_seed(config.seed, "codes", first))
-        drawn = [vqgan.encode_indices(pictures, generator=generator) for _ in range(num_draws)]
+        drawn = [vqgan.encode_indices(images, generator=generator) for _ in range(num_draws)]
         return torch.stack(drawn, dim=1)
 
     def compute() -> np.ndarray[Any, Any]:
@@ -113,8 +113,8 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
         with execution.stage(f"indices of {split.dataset_name} {split.name}") as advance:
             for first in range(0, len(split), 256):
                 advance(first, len(split), "")
-                pictures = split.pictures(range(first, min(first + 256, len(split))))
-                indices = encoded(pictures.to(device), first)
+                images = split.image_batch(range(first, min(first + 256, len(split))))
+                indices = encoded(images.to(device), first)
                 parts.append(indices.to("cpu", torch.int32).numpy())
             advance(len(split), len(split), "")
         return np.concatenate(parts)

@@ -2,11 +2,11 @@
 
 import torch
 
-from rudolph.files.atomic import say_once
+from rudolph.files.atomic import warn_once
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import find_tokenizer, open_vqgan
-from rudolph.runs.stages.tokenizer import places
+from rudolph.runs.stages.tokenizer import source_locations
 from rudolph.sequence.tokenizer import Tokenizer
 
 # Weights of a packed run differ from the trained ones by the rounding to 16 bits.
@@ -19,17 +19,17 @@ def warn_of_other_parts(execution: Execution, tokenizer: Tokenizer, vqgan: VQGAN
     source = config.decoder.init
     if source is None:
         return
-    place = places(execution)
+    place = source_locations(execution)
     if config.tokenizer.path != source:
         own = Tokenizer(find_tokenizer(source, **place))
         if own.digest != tokenizer.digest:
             named = config.tokenizer.path
-            say_once(
+            warn_once(
                 f"tokenizer.path: {named} differs from the tokenizer of decoder.init {source}"
             )
     if config.vqgan.init != source and not is_equal(vqgan, open_vqgan(source, **place)):
         named = config.vqgan.init
-        say_once(f"vqgan.init: {named} differs from the VQ-GAN of decoder.init {source}")
+        warn_once(f"vqgan.init: {named} differs from the VQ-GAN of decoder.init {source}")
 
 
 def is_equal(first: VQGAN, second: VQGAN) -> bool:

@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 
 from rudolph.config.run import digest_of
 from rudolph.data.splits import Splits
-from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.context import Score
 from rudolph.generation.pipeline import Pipeline
 from rudolph.models.weights import save_weights, weights_digest
 from rudolph.runs.execution import Execution, is_main_process
-from rudolph.runs.samples import draw_samples, warn_of_unknown
+from rudolph.runs.samples import save_samples, warn_of_unknown
 from rudolph.runs.stages.decoder import make_decoder
 from rudolph.runs.stages.evaluation import evaluate
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
@@ -36,7 +36,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     indices = {
         (split.name, split.dataset_name): image_indices(execution, vqgan, split)
         for name in names
-        for split in splits.with_pictures(name)
+        for split in splits.with_images(name)
     }
     digests = {**splits.digests, "tokenizer": tokenizer.digest, "vqgan": weights_digest(vqgan)}
     made_of = digest_of(digests)
@@ -46,7 +46,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)
     save_pipeline(execution, pipeline)
     scores = evaluate(execution, pipeline, splits)
-    draw_samples(execution, pipeline, splits, made_of=made_of)
+    save_samples(execution, pipeline, splits, made_of=made_of)
     return scores, digests | splits.digests | {"decoder": weights_digest(decoder)}
 
 

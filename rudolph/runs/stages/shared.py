@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
-from rudolph.files.atomic import naming, say_once, set_aside, write_text
-from rudolph.models.weights import read_weights, weights_fault
+from rudolph.files.atomic import naming_file, rename_damaged, warn_once, write_text
+from rudolph.models.weights import read_weights, weights_error
 from rudolph.runs.execution import Execution, is_main_process
 from rudolph.runs.trainer import CURVES
 from rudolph.tracking.event_log import exclusive
 
-WEIGHTS = "weights.safetensors"
+SHARED_WEIGHTS = "weights.safetensors"
 # In a run's folder, the folders of the cache that it took from, a line each.
 TAKEN = "shared.txt"
 DAY = 24 * 3600
@@ -34,7 +34,7 @@ def shared_weights(
         name: of what is trained and the digest of all that decides it.
     """
     folder = execution.folders.cache / name
-    weights = folder / WEIGHTS
+    weights = folder / SHARED_WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
     # The other processes of a multi-device run train with the one that holds the lock.
     lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
@@ -62,11 +62,11 @@ def are_whole(weights: Path, model: nn.Module) -> bool:
     """Return whether weights in the cache are there and whole; damaged ones are set aside."""
     if not os.path.lexists(weights):
         return False
-    fault = weights_fault(weights, model) or checksum_fault(weights)
+    fault = weights_error(weights, model) or checksum_fault(weights)
     if fault and is_main_process():
         with suppress(FileNotFoundError):
-            aside = set_aside(weights)
-            say_once(f"{weights}: damaged ({fault}), renamed {aside.name}; it is trained again")
+            aside = rename_damaged(weights)
+            warn_once(f"{weights}: damaged ({fault}), renamed {aside.name}; it is trained again")
     return not fault
 
 
@@ -77,7 +77,7 @@ def checksum_of(weights: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    with naming(path), path.open("rb") as content:
+    with naming_file(path), path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -97,7 +97,9 @@ def replay_curves(execution: Execution, path: Path) -> None:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        say_once(f"{path}: {str(error.strerror).lower()}; the curves of its training are left out")
+        warn_once(
+            f"{path}: {str(error.strerror).lower()}; the curves of its training are left out"
+        )
         return
     num_damaged = 0
     for line in lines:
@@ -108,7 +110,7 @@ def replay_curves(execution: Execution, path: Path) -> None:
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             num_damaged += 1
     if num_damaged or not lines:
-        say_once(
+        warn_once(
             f"{path}: damaged, {num_damaged} of {len(lines)} lines are left out; to have whole "
             f"curves delete {path.parent} and run its experiments again"
         )

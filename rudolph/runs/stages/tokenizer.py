@@ -6,7 +6,7 @@ from typing import Any
 from rudolph.config.run import digest_of
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.splits import Split, Splits
-from rudolph.files.atomic import say_once, set_aside
+from rudolph.files.atomic import rename_damaged, warn_once
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import find_tokenizer
 from rudolph.sequence.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
     config, cache = execution.config, execution.folders.cache
     size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
-        tokenizer = Tokenizer(find_tokenizer(config.tokenizer.path, **places(execution)))
+        tokenizer = Tokenizer(find_tokenizer(config.tokenizer.path, **source_locations(execution)))
         if tokenizer.vocab_size > size:
             raise ValueError(
                 f"tokenizer.vocab_size must be at least {tokenizer.vocab_size}, the ids of "
@@ -52,12 +52,12 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
         try:
             return Tokenizer(path)
         except (ValueError, OSError) as error:
-            aside = set_aside(path)
-            say_once(f"{error}; renamed {aside.name}, the tokenizer is trained again")
+            aside = rename_damaged(path)
+            warn_once(f"{error}; renamed {aside.name}, the tokenizer is trained again")
     return Tokenizer.train(texts, vocab_size=size, path=path)
 
 
-def places(execution: Execution) -> dict[str, Any]:
+def source_locations(execution: Execution) -> dict[str, Any]:
     """Where a source of weights is looked for."""
     folders = execution.folders
     return {"runs": folders.runs, "uri": tracking_uri(folders.checkout)}

@@ -1,6 +1,6 @@
 """Contestants that draw the image tokens of a fixed text: ours, by how weights are held.
 
-Shapes: B pictures, L left-text tokens, I image tokens.
+Shapes: B images, L left-text tokens, I image tokens.
 """
 
 import gc
@@ -12,69 +12,71 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rudolph.benchmarks.serving import Work, tensor_bytes
-from rudolph.benchmarks.subject import Subject, load_decoder, load_inputs
+from rudolph.benchmarks.benchmark_case import BenchmarkCase, load_case_decoder, load_case_inputs
+from rudolph.benchmarks.serving import WorkResult, tensor_bytes
 from rudolph.data.seeds import mixed_seed
 from rudolph.generation.generate import generate_image
-from rudolph.models.cpu.prepacked_linear import Kernel, pack
+from rudolph.models.cpu.prepacked_linear import Kernel, prepack
 from rudolph.models.layers.kv_cache import KeyValueCache
 from rudolph.models.rudolph.decoder import MaskedDecoder
 
 # Tokens of a repetition that only warms up or is profiled.
-SHORT = 16
+WARM_UP_TOKENS = 16
 
 
-class EnoughError(Exception):
+class StopDecodingError(Exception):
     """As many tokens are drawn as were asked for."""
 
 
-class Decoding:
-    """Whole pictures of one prompt, or their first ``num_tokens`` tokens."""
+class DecodingWorkload:
+    """Whole images of one prompt, or their first ``num_tokens`` tokens."""
 
-    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
-        self.subject = subject
-        self.model = decoder_as(subject, kind, folder)
-        self.prompt = load_inputs(folder)["left"][None]
+    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+        self.case = case
+        self.model = prepared_decoder(case, kind, folder)
+        self.prompt = load_case_inputs(folder)["left"][None]
         self.weights_bytes = module_bytes(self.model)
         self.versions: dict[str, str] = {}
         self._cache_bytes = 0
 
-    def run(self, part: str, *, is_short: bool) -> Work:
-        size = self.subject.speed.batch_size
-        num_tokens = min(SHORT, self.subject.num_tokens) if is_short else self.subject.num_tokens
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
+        size = self.case.speed.batch_size
+        num_tokens = (
+            min(WARM_UP_TOKENS, self.case.num_tokens) if is_short else self.case.num_tokens
+        )
 
         def on_token(done: int) -> None:
-            if done == num_tokens and (is_short or self.subject.speed.measure == "memory"):
+            if done == num_tokens and (is_short or self.case.speed.measure == "memory"):
                 self._cache_bytes = held_cache_bytes()
-            if done == num_tokens < self.subject.layout.num_image_tokens:
-                raise EnoughError
+            if done == num_tokens < self.case.layout.num_image_tokens:
+                raise StopDecodingError
 
-        with suppress(EnoughError):
+        with suppress(StopDecodingError):
             generate_image(
                 self.model,
                 self.prompt,
-                config=self.subject.sampling,
-                seeds=[mixed_seed(self.subject.seed, row) for row in range(size)],
+                config=self.case.sampling,
+                seeds=[mixed_seed(self.case.seed, row) for row in range(size)],
                 on_token=on_token,
             )
-        return Work(size * num_tokens)
+        return WorkResult(size * num_tokens)
 
     def cache_bytes(self) -> int:
         return self._cache_bytes
 
     def check(self, path: Path) -> None:
         with torch.no_grad():
-            logits = self.model(load_inputs(path.parent)["checked"])
+            logits = self.model(load_case_inputs(path.parent)["checked"])
         save_file({"logits": logits.float()}, path)
 
 
-def decoder_as(subject: Subject, kind: str, folder: Path) -> MaskedDecoder:
+def prepared_decoder(case: BenchmarkCase, kind: str, folder: Path) -> MaskedDecoder:
     """The decoder with its weights held, and its steps compiled or not, as ``kind`` says."""
-    model, weights = load_decoder(subject, folder), kind.removeprefix("compiled_")
-    pack(
+    model, weights = load_case_decoder(case, folder), kind.removeprefix("compiled_")
+    prepack(
         model,
         weights=weights,
-        num_rows=subject.speed.batch_size,
+        num_rows=case.speed.batch_size,
         is_compiled=weights != kind,
     )
     return model
@@ -88,7 +90,7 @@ def held_cache_bytes() -> int:
 
 def module_bytes(model: nn.Module) -> int:
     """Memory of all tensors of a module, those too that it holds beside its parameters."""
-    held = [kept for module in model.modules() for kept in held_in(vars(module))]
+    held = [kept for module in model.modules() for kept in iter_tensors(vars(module))]
     packed = [kept for kept in held if isinstance(kept, torch.ScriptObject)]
     return tensor_bytes(kept for kept in held if isinstance(kept, Tensor)) + sum(
         packed_bytes(kept) for kept in packed
@@ -104,12 +106,12 @@ def packed_bytes(packed: torch.ScriptObject) -> int:
     return weight.numel() * (1 if weight.is_quantized else 2)
 
 
-def held_in(found: object) -> list[Tensor | torch.ScriptObject]:
+def iter_tensors(found: object) -> list[Tensor | torch.ScriptObject]:
     """The tensors and packed weights in nested mappings, lists and kernels."""
     if isinstance(found, Tensor | torch.ScriptObject):
         return [found]
     if isinstance(found, dict):
-        return [kept for value in found.values() for kept in held_in(value)]
+        return [kept for value in found.values() for kept in iter_tensors(value)]
     if isinstance(found, list | tuple):
-        return [kept for value in found for kept in held_in(value)]
-    return held_in(found.weight) if isinstance(found, Kernel) else []
+        return [kept for value in found for kept in iter_tensors(value)]
+    return iter_tensors(found.weight) if isinstance(found, Kernel) else []

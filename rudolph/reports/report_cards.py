@@ -15,15 +15,15 @@ from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
 
 CARD = "report_card.csv"
-COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure")
+CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure")
 
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows with the keys of ``COLUMNS``, as one file."""
+    """Rows with the keys of ``CARD_COLUMNS``, as one file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, CARD_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
+    writer.writerows({name: row[name] for name in CARD_COLUMNS} for row in rows)
     write_text(path, text.getvalue())
 
 
@@ -40,8 +40,8 @@ def read_card(path: Path) -> pd.DataFrame:
     except ValueError as error:
         reason = f"no such table: {' '.join(str(error).split())[:80]}"
         raise DamagedFileError(path, reason, again) from error
-    if not set(COLUMNS) <= set(card):
-        raise DamagedFileError(path, f"expected the columns {', '.join(COLUMNS)}", again)
+    if not set(CARD_COLUMNS) <= set(card):
+        raise DamagedFileError(path, f"expected the columns {', '.join(CARD_COLUMNS)}", again)
     for name in ("value", "low", "high", "chance", "count"):
         if not pd.api.types.is_numeric_dtype(card[name]):
             raise DamagedFileError(path, f"{name} must hold numbers", again)
@@ -71,7 +71,7 @@ def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
     found = [(name, path / CARD) for name, path in sorted(runs.items())]
     frames = [read_card(path).assign(run=name) for name, path in found if path.is_file()]
     if frames:
-        whole = pd.concat(frames)[["run", *COLUMNS]]
+        whole = pd.concat(frames)[["run", *CARD_COLUMNS]]
         write_text(target, whole.to_csv(index=False, lineterminator="\n"))
 
 

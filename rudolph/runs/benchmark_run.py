@@ -12,73 +12,79 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rudolph.benchmarks.config import LIMIT, REFERENCE
-from rudolph.benchmarks.contest import Found, Worker, hold, hold_memory, require_contestants
+from rudolph.benchmarks.benchmark_case import BenchmarkCase, prepare_case
+from rudolph.benchmarks.comparison import (
+    ComparisonResult,
+    ImplementationProcess,
+    compare_implementations,
+    compare_memory,
+    require_implementations,
+)
+from rudolph.benchmarks.config import REFERENCE, ROOFLINE
 from rudolph.benchmarks.metrics import metrics_of
-from rudolph.benchmarks.subject import Subject, prepare
-from rudolph.evaluation.evaluator import Score
+from rudolph.evaluation.context import Score
 from rudolph.models.weights import weights_digest
-from rudolph.reports.repetitions import write_profile, write_repetitions
+from rudolph.reports.timings import write_profile, write_timings
 from rudolph.runs.execution import Execution
 
-# Logits and pictures of size about 1 in float32: more is another model.
+# Logits and images of size about 1 in float32: more is another model.
 LARGEST_DIFFERENCE = 1e-2
 
 
-def measure(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     """Let the contestants of a run work in turn: its scores, and the digests of the weights.
 
     Raises:
         ValueError: in one line, when a contestant is missing or fails, or when the reference says
             something else of the same weights.
     """
-    subject = measurable(subject_of(execution))
+    case = measurable(benchmark_case_of(execution))
     execution.hardware.check(execution.config)
-    require_contestants(subject.speed.contestants)
+    require_implementations(case.speed.implementations)
     folder = execution.folder / "speed" / "weights"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         with execution.stage("weights") as advance:
             advance(0, 1, "random weights are written")
-            said, models = prepare(subject, folder)
+            said, models = prepare_case(case, folder)
             digests = {name: weights_digest(model) for name, model in models.items()}
             # The contestants need the memory.
             models.clear()
             advance(1, 1, "")
         differences: list[float] = []
-        check = partial(compare, said=said, folder=folder, differences=differences)
-        contest = hold_memory if subject.speed.measure == "memory" else hold
-        with execution.stage(subject.speed.measure or "") as advance:
-            found = contest(subject, folder, told=advance, check=check)
+        check = partial(compare_outputs, said=said, folder=folder, differences=differences)
+        contest = compare_memory if case.speed.measure == "memory" else compare_implementations
+        with execution.stage(case.speed.measure or "") as advance:
+            found = contest(case, folder, told=advance, check=check)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     execution.versions |= found.versions
-    record(execution, found)
-    return scores_of(subject, found, differences), digests
+    record_timings(execution, found)
+    return scores_of(case, found, differences), digests
 
 
-def measurable(subject: Subject) -> Subject:
-    """Return the subject without contestants that would measure an emulation of bfloat16.
+def measurable(case: BenchmarkCase) -> BenchmarkCase:
+    """Return the case without contestants that would measure an emulation of bfloat16.
 
     Raises:
         ValueError: when no contestant is left.
     """
-    kept = subject.speed.measurable
-    left_out = [name for name in subject.speed.contestants if name not in kept]
+    kept = case.speed.measurable
+    left_out = [name for name in case.speed.implementations if name not in kept]
     if not left_out:
-        return subject
+        return case
     reason = f"{', '.join(left_out)}: this processor emulates bfloat16 products"
-    if not set(kept) - {LIMIT, REFERENCE}:
+    if not set(kept) - {ROOFLINE, REFERENCE}:
         raise ValueError(f"speed.contestants: nothing is left to measure; {reason}")
     warnings.warn(f"speed.contestants: left out {reason}", stacklevel=2)
-    return replace(subject, speed=replace(subject.speed, contestants=kept))
+    return replace(case, speed=replace(case.speed, implementations=kept))
 
 
-def subject_of(execution: Execution) -> Subject:
+def benchmark_case_of(execution: Execution) -> BenchmarkCase:
     """What contestants need of a run's configuration."""
     config = execution.config
-    return Subject(
+    return BenchmarkCase(
         seed=config.seed,
         speed=config.speed,
         decoder=config.decoder,
@@ -93,8 +99,12 @@ def subject_of(execution: Execution) -> Subject:
     )
 
 
-def compare(
-    worker: Worker, *, said: dict[str, Tensor], folder: Path, differences: list[float]
+def compare_outputs(
+    worker: ImplementationProcess,
+    *,
+    said: dict[str, Tensor],
+    folder: Path,
+    differences: list[float],
 ) -> None:
     """Hold what a contestant says of the fixed inputs against what ours say.
 
@@ -114,20 +124,22 @@ def compare(
         differences.append(difference)
 
 
-def record(execution: Execution, found: Found) -> None:
+def record_timings(execution: Execution, found: ComparisonResult) -> None:
     """Repetitions and profiles into the run's folder and to where it is tracked."""
-    paths = [write_repetitions(execution.folder, found.repetitions)]
+    paths = [write_timings(execution.folder, found.num_repetitions)]
     paths += [write_profile(execution.folder, name, rows) for name, rows in found.profiles.items()]
     for path in paths:
         execution.tracker.log_artifact(path, "speed")
 
 
-def scores_of(subject: Subject, found: Found, differences: list[float]) -> list[Score]:
+def scores_of(
+    case: BenchmarkCase, found: ComparisonResult, differences: list[float]
+) -> list[Score]:
     """A score's name is the contestant and the quantity; its examples are the repetitions."""
-    count = subject.speed.repetitions
+    count = case.speed.num_repetitions
     scores = [
         Score(name, quantity, value, low, high, None, count)
-        for (name, quantity), (value, low, high) in metrics_of(subject, found).items()
+        for (name, quantity), (value, low, high) in metrics_of(case, found).items()
     ]
     if differences:
         worst = max(differences)

@@ -1,4 +1,4 @@
-"""Distances of sets of pictures: closed forms, sums over pairs, and what must hold."""
+"""Distances of sets of images: closed forms, sums over pairs, and what must hold."""
 
 import itertools
 import math
@@ -83,10 +83,10 @@ def test_kid_is_that_of_its_generator() -> None:
     assert whole == pytest.approx((squared_mmd(one, other), 0), abs=1e-12)
 
 
-def test_sets_of_pictures_that_do_not_fit_are_told() -> None:
+def test_sets_of_images_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="features must be"):
         frechet_distance(np.zeros((3, 2)), np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         frechet_distance(np.zeros((1, 2)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="subset_size must be from 2 to 3, got 9"):
         kernel_distance(

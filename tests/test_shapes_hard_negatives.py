@@ -1,4 +1,4 @@
-"""Shapes told apart: rivals of a scene, classes, and what is a sentence of the world."""
+"""Shapes told apart: negatives of a scene, classes, and what is a sentence of the world."""
 
 import re
 from collections import Counter
@@ -8,10 +8,10 @@ from random import Random
 from small_worlds import COUNTED, PLACES, SIZED, coloured, masculine, meaning, pairs, world
 
 from rudolph.data.datasets.shapes import ShapesConfig, is_sentence
-from rudolph.data.datasets.shapes_checker import judge, read_scene
-from rudolph.data.datasets.shapes_rivals import CHANGES, rivals
+from rudolph.data.datasets.shapes_checker import check_scene, read_scene
+from rudolph.data.datasets.shapes_hard_negatives import CHANGES, hard_negatives_of
 from rudolph.data.datasets.shapes_scenes import Scene
-from rudolph.data.pairs import SPLITS, Classified, Ranked
+from rudolph.data.pairs import SPLITS, HasClasses, HasHardNegatives
 
 LOOKS = ("colour", "shape", "size", "place")
 
@@ -20,11 +20,11 @@ def looks(scene: Scene) -> Counter[tuple[object, ...]]:
     return Counter((o.colour, o.shape, o.size, (o.row, o.column)) for o in scene.objects)
 
 
-def test_a_rival_differs_in_the_one_thing_that_it_names() -> None:
+def test_a_hard_negative_differs_in_the_one_thing_that_it_names() -> None:
     dataset, seen = world("shapes", "test"), Counter[str]()
     for index in range(60):
         scene = dataset.scene(index)
-        for changed, other in rivals(scene, dataset.config, Random(index)):
+        for changed, other in hard_negatives_of(scene, dataset.config, Random(index)):
             seen[changed] += 1
             assert other.family == scene.family
             if changed == "number":
@@ -45,44 +45,44 @@ def test_a_rival_differs_in_the_one_thing_that_it_names() -> None:
     assert set(seen) == set(CHANGES)
 
 
-def test_the_picture_of_a_rival_shows_its_own_sentence_and_not_the_other() -> None:
+def test_the_image_of_a_hard_negative_shows_its_own_sentence_and_not_the_other() -> None:
     dataset = world("shapes", "test")
-    assert isinstance(dataset, Ranked)
+    assert isinstance(dataset, HasHardNegatives)
     for index in range(30):
-        scene, found = dataset.scene(index), dataset.rivals(index, 5)
-        every = rivals(scene, dataset.config, Random(f"0/test/{index}/rivals"))
+        scene, found = dataset.scene(index), dataset.hard_negatives(index, 5)
+        every = hard_negatives_of(scene, dataset.config, Random(f"0/test/{index}/rivals"))
         assert [each.caption for each in found] == [each.scene.sentence for each in every[:5]]
         assert len({scene.sentence, *(each.caption for each in found)}) == 6
         for pair, (_, other) in zip(found, every, strict=False):
             reading = read_scene(pair.image, grid=3)
             assert is_sentence(pair.caption, dataset.config)
-            assert judge(other, reading).right and not judge(scene, reading).right
+            assert check_scene(other, reading).right and not check_scene(scene, reading).right
 
 
-def test_rivals_are_the_same_each_time_and_no_more_than_there_are() -> None:
+def test_hard_negatives_are_the_same_each_time_and_no_more_than_there_are() -> None:
     dataset = world("shapes")
-    captions = [each.caption for each in dataset.rivals(3, 1000)]
-    assert captions[:4] == [each.caption for each in dataset.rivals(3, 4)]
+    captions = [each.caption for each in dataset.hard_negatives(3, 1000)]
+    assert captions[:4] == [each.caption for each in dataset.hard_negatives(3, 4)]
     assert len(captions) == len(set(captions)) < 100
-    few = world("shapes", families=("count",), max_count=2).rivals(0, 50)
+    few = world("shapes", families=("count",), max_count=2).hard_negatives(0, 50)
     # Six other colours, four other shapes, and the other number.
     assert Counter(each.attributes["changed"] for each in few) == {
         "colour": 6,
         "shape": 4,
         "number": 1,
     }
-    # Each kind of change in turn: so many rivals of places do not crowd out the others.
-    first = world("shapes", families=("two",)).rivals(0, 4)
+    # Each kind of change in turn: so many negatives of places do not crowd out the others.
+    first = world("shapes", families=("two",)).hard_negatives(0, 4)
     assert {each.attributes["changed"] for each in first} == set(LOOKS)
     assert len({each.key for each in first}) == 4
 
 
 def test_a_class_is_the_colour_and_the_shape_of_the_only_object() -> None:
     dataset, seen = world("shapes"), set()
-    assert isinstance(dataset, Classified)
+    assert isinstance(dataset, HasClasses)
     assert len(dataset.classes) == 35 and dataset.classes[4] == "одна красная звезда"
     for index in range(400):
-        scene, number = dataset.scene(index), dataset.class_of(index)
+        scene, number = dataset.scene(index), dataset.class_index(index)
         assert (number is None) == (len(scene.objects) > 1)
         if number is not None:
             only = scene.objects[0]

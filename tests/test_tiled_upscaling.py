@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.generation.enlarge import enlarge, fold, receptive_radius, spans
-from rudolph.models.upscaler import SCALES, Upscaler, UpscalerConfig
+from rudolph.generation.tiled_upscaling import fold_of, receptive_radius, tile_spans, upscale_tiled
+from rudolph.models.upscaler import UPSCALER_SCALES, Upscaler, UpscalerConfig
 
 
 def small_upscaler(scale: int) -> Upscaler:
@@ -24,7 +24,7 @@ def small_upscaler(scale: int) -> Upscaler:
     return upscaler.eval()
 
 
-def random_pictures(*shape: int) -> Tensor:
+def random_images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -33,12 +33,12 @@ def untiled(upscaler: Upscaler, images: Tensor) -> Tensor:
         return upscaler(images).clamp(0, 1)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", UPSCALER_SCALES)
 def test_an_output_pixel_depends_on_the_receptive_radius_and_no_further(scale: int) -> None:
     upscaler = small_upscaler(scale)
-    radius, size = receptive_radius(upscaler.config), fold(upscaler.config)
+    radius, size = receptive_radius(upscaler.config), fold_of(upscaler.config)
     first = (radius // size + 2) * size
-    images = random_pictures(1, 3, 2 * first, 2 * first + size).requires_grad_()
+    images = random_images(1, 3, 2 * first, 2 * first + size).requires_grad_()
     block = slice(first * scale, (first + size) * scale)
     upscaler(images)[:, :, block, block].square().sum().backward()
     is_read = images.grad[0].abs().sum(0) > 0
@@ -47,16 +47,16 @@ def test_an_output_pixel_depends_on_the_receptive_radius_and_no_further(scale: i
         assert is_read.any(axis).nonzero().flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_tiles_that_overlap_by_the_receptive_radius_equal_the_untiled_picture(scale: int) -> None:
+@pytest.mark.parametrize("scale", UPSCALER_SCALES)
+def test_tiles_that_overlap_by_the_receptive_radius_equal_the_untiled_image(scale: int) -> None:
     upscaler = small_upscaler(scale)
     radius = receptive_radius(upscaler.config)
-    images = random_pictures(2, 3, 2 * radius + 4, 2 * radius + 30)
+    images = random_images(2, 3, 2 * radius + 4, 2 * radius + 30)
     expected = untiled(upscaler, images)
     assert expected.std() > 0.05
     totals = []
     for tile in (2 * radius + 10, 2 * radius + 22):
-        larger = enlarge(
+        larger = upscale_tiled(
             upscaler,
             images,
             tile=tile,
@@ -69,13 +69,13 @@ def test_tiles_that_overlap_by_the_receptive_radius_equal_the_untiled_picture(sc
 
 def test_a_shorter_overlap_errs_at_the_seams_alone_and_less_the_longer_it_is() -> None:
     upscaler = small_upscaler(4)
-    images = random_pictures(1, 3, 40, 60)
+    images = random_images(1, 3, 40, 60)
     expected = untiled(upscaler, images)
     errors = []
     for overlap in (0, 3, 6):
-        larger = enlarge(upscaler, images, tile=40, overlap=overlap)
+        larger = upscale_tiled(upscaler, images, tile=40, overlap=overlap)
         error = (larger - expected).abs().amax((0, 1, 2))
-        (left, right) = spans(60, tile=40, overlap=overlap)
+        (left, right) = tile_spans(60, tile=40, overlap=overlap)
         is_exact = torch.ones(60 * 4, dtype=torch.bool)
         radius = receptive_radius(upscaler.config)
         is_exact[(right.start - radius) * 4 :] = False
@@ -87,21 +87,21 @@ def test_a_shorter_overlap_errs_at_the_seams_alone_and_less_the_longer_it_is() -
         assert longer < shorter / 2
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_picture_that_fits_in_a_tile_is_the_plain_upscaler(scale: int) -> None:
+@pytest.mark.parametrize("scale", UPSCALER_SCALES)
+def test_a_image_that_fits_in_a_tile_is_the_plain_upscaler(scale: int) -> None:
     upscaler = small_upscaler(scale).float()
-    images = random_pictures(3, 3, 12, 20).float()
-    larger = enlarge(upscaler, images, tile=20, overlap=8)
+    images = random_images(3, 3, 12, 20).float()
+    larger = upscale_tiled(upscaler, images, tile=20, overlap=8)
     assert torch.equal(larger, untiled(upscaler, images))
 
 
 @pytest.mark.parametrize(("height", "width"), [(11, 14), (12, 9), (1, 1), (91, 83)])
 def test_an_odd_side_at_scale_two_repeats_its_edge(height: int, width: int) -> None:
     upscaler = small_upscaler(2)
-    images = random_pictures(1, 3, height, width)
+    images = random_images(1, 3, height, width)
     even = F.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
     expected = untiled(upscaler, even)[:, :, : 2 * height, : 2 * width]
-    larger = enlarge(upscaler, images, tile=82, overlap=receptive_radius(upscaler.config))
+    larger = upscale_tiled(upscaler, images, tile=82, overlap=receptive_radius(upscaler.config))
     torch.testing.assert_close(larger, expected, rtol=0, atol=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_spans_keep_every_pixel_once_and_deep_inside_a_tile(
     length: int, overlap: int, extra: int, multiple: int
 ) -> None:
     length, tile = length * multiple, 2 * overlap + extra * multiple
-    tiles = spans(length, tile=tile, overlap=overlap, multiple=multiple)
+    tiles = tile_spans(length, tile=tile, overlap=overlap, multiple=multiple)
     assert [pixel for span in tiles for pixel in range(span.first, span.last)] == [*range(length)]
     assert len({span.end - span.start for span in tiles}) == 1
     for span in tiles:
@@ -130,9 +130,9 @@ def test_the_network_sees_no_more_than_a_batch_of_tiles_and_progress_is_told() -
     upscaler = small_upscaler(4)
     shapes, calls = [], []
     upscaler.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    images = random_pictures(3, 3, 17, 31)
+    images = random_images(3, 3, 17, 31)
     results = [
-        enlarge(
+        upscale_tiled(
             upscaler,
             images,
             tile=16,
@@ -153,7 +153,7 @@ def test_the_network_sees_no_more_than_a_batch_of_tiles_and_progress_is_told() -
 
 def test_tiles_are_computed_in_the_precision_of_the_upscaler() -> None:
     upscaler = small_upscaler(4)
-    larger = enlarge(upscaler, random_pictures(1, 3, 9, 7).float())
+    larger = upscale_tiled(upscaler, random_images(1, 3, 9, 7).float())
     assert larger.dtype == torch.float32
     assert larger.min() >= 0 and larger.max() <= 1
 
@@ -169,10 +169,10 @@ def test_tiles_are_computed_in_the_precision_of_the_upscaler() -> None:
 )
 def test_what_cannot_be_tiled_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        enlarge(small_upscaler(2), random_pictures(1, 3, 8, 8), **options)
+        upscale_tiled(small_upscaler(2), random_images(1, 3, 8, 8), **options)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 3, 0, 8)])
-def test_what_is_no_batch_of_pictures_is_refused(shape: tuple[int, ...]) -> None:
+def test_what_is_no_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="images must be"):
-        enlarge(small_upscaler(4), random_pictures(*shape))
+        upscale_tiled(small_upscaler(4), random_images(*shape))

@@ -1,6 +1,6 @@
 """What is measured: the sizes of a run, its random weights and its inputs, in files for all.
 
-Contestants are told by a ``Subject`` in JSON and by the files of a folder:
+Contestants are told by a ``BenchmarkCase`` in JSON and by the files of a folder:
 
     decoder.safetensors, vqgan.safetensors, upscaler.safetensors
                                                 random weights under our names
@@ -9,7 +9,7 @@ Contestants are told by a ``Subject`` in JSON and by the files of a folder:
     inputs.safetensors                          left (L,), tokens (B, T), images (B, 3, H, W)
     bpe.model                                   a tokenizer
 
-Shapes: B pictures or sequences, T tokens, L left-text tokens, I image tokens, H and W pixels.
+Shapes: B images or sequences, T tokens, L left-text tokens, I image tokens, H and W pixels.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rudolph.benchmarks.config import REFERENCE, SpeedConfig
 from rudolph.data.seeds import mixed_seed
-from rudolph.files.settings import typed
+from rudolph.files.settings import validate
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.reference import to_reference
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
@@ -36,7 +36,7 @@ from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
 CAPTION = "рыжий кот сидит на окне и смотрит на снег"
-CAPTIONS = (
+BENCHMARK_CAPTIONS = (
     CAPTION,
     "красный круг слева от синего квадрата",
     "зимний лес на закате",
@@ -49,7 +49,7 @@ WITH_VQGAN = ("vqgan", "pipeline")
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkCase:
     """The part of a run's configuration that contestants need."""
 
     seed: int
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are drawn of each picture."""
+        """Tokens that are drawn of each image."""
         most = self.layout.num_image_tokens
         return min(self.speed.num_tokens or most, most)
 
@@ -76,24 +76,26 @@ class Subject:
         return plain
 
 
-def read_subject(content: Any) -> Subject:
-    """A subject as ``to_plain`` gave it."""
-    subject: Subject = typed(Path("subject"), Subject, content)
-    return subject
+def read_case(content: Any) -> BenchmarkCase:
+    """A case as ``to_plain`` gave it."""
+    case: BenchmarkCase = validate(Path("case"), BenchmarkCase, content)
+    return case
 
 
-def prepare(subject: Subject, folder: Path) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
-    """Write the files of a subject; what ours say of the inputs, and the models themselves."""
-    measure, has_reference = subject.speed.measure, REFERENCE in subject.speed.contestants
-    inputs = make_inputs(subject)
+def prepare_case(
+    case: BenchmarkCase, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+    """Write the files of a case; what ours say of the inputs, and the models themselves."""
+    measure, has_reference = case.speed.measure, REFERENCE in case.speed.implementations
+    inputs = make_inputs(case)
     save_file(inputs, folder / "inputs.safetensors")
     models: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed_seed(subject.seed, "speed"))
+        torch.manual_seed(mixed_seed(case.seed, "speed"))
         if measure in WITH_DECODER:
-            models["decoder"] = MaskedDecoder(subject.decoder, subject.layout, subject.vocabulary)
+            models["decoder"] = MaskedDecoder(case.decoder, case.layout, case.vocabulary)
         if measure in WITH_VQGAN:
-            models["vqgan"] = VQGAN(subject.vqgan)
+            models["vqgan"] = VQGAN(case.vqgan)
         if measure == "upscaler":
             models["upscaler"] = Upscaler(UpscalerConfig())
     for name, model in models.items():
@@ -101,9 +103,9 @@ def prepare(subject: Subject, folder: Path) -> tuple[dict[str, Tensor], dict[str
         if has_reference:
             save_reference(model, folder / f"reference_{name}.safetensors")
     if measure == "pipeline":
-        size = min(subject.vocabulary.bpe_size, 512)
-        Tokenizer.train(CAPTIONS, vocab_size=size, path=folder / "bpe.model")
-    return sayings(models, inputs), models
+        size = min(case.vocabulary.bpe_size, 512)
+        Tokenizer.train(BENCHMARK_CAPTIONS, vocab_size=size, path=folder / "bpe.model")
+    return expected_outputs(models, inputs), models
 
 
 def save_reference(model: nn.Module, path: Path) -> None:
@@ -113,65 +115,65 @@ def save_reference(model: nn.Module, path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(found.config), "utf-8")
 
 
-def make_inputs(subject: Subject) -> dict[str, Tensor]:
-    """Random tokens and pictures; the left text is half full, the right one to its end."""
-    generator = torch.Generator().manual_seed(mixed_seed(subject.seed, "speed inputs"))
-    layout, size = subject.layout, subject.speed.batch_size
-    last = max(subject.vocabulary.bpe_size, EOS + 2)
+def make_inputs(case: BenchmarkCase) -> dict[str, Tensor]:
+    """Random tokens and images; the left text is half full, the right one to its end."""
+    generator = torch.Generator().manual_seed(mixed_seed(case.seed, "speed inputs"))
+    layout, size = case.layout, case.speed.batch_size
+    last = max(case.vocabulary.bpe_size, EOS + 2)
 
     def texts(rows: int, length: int, filled: int) -> Tensor:
         ids = torch.randint(EOS + 1, last, (rows, length), generator=generator)
         ids[:, 0], ids[:, filled - 1], ids[:, filled:] = BOS, EOS, 0
         return ids
 
-    num_codes, length = subject.vocabulary.codebook_size, layout.left_text_length
+    num_codes, length = case.vocabulary.codebook_size, layout.left_text_length
     image = torch.randint(num_codes, (size, layout.num_image_tokens), generator=generator)
     parts = [texts(size, length, max(length // 2, 2)), image]
     if layout.right_text_length:
         parts.append(texts(size, layout.right_text_length, layout.right_text_length))
-    side = subject.vqgan.resolution
+    side = case.vqgan.resolution
     return {
         "left": texts(1, length, max(length // 2, 2))[0],
         "tokens": torch.cat(parts, dim=1),
         "images": torch.rand(size, 3, side, side, generator=generator),
         "indices": torch.randint(
-            num_codes, (size, (side // subject.vqgan.factor) ** 2), generator=generator
+            num_codes, (size, (side // case.vqgan.factor) ** 2), generator=generator
         ),
         "checked": torch.cat(parts[:2], dim=1)[:1, : length + CHECKED_TOKENS],
     }
 
 
-def sayings(models: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the models say of the fixed inputs in float32: logits, pictures in [0, 1]."""
+def expected_outputs(models: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the models say of the fixed inputs in float32: logits, images in [0, 1]."""
     said: dict[str, Tensor] = {}
     with torch.no_grad():
         if isinstance(decoder := models.get("decoder"), MaskedDecoder):
             said["logits"] = decoder(inputs["checked"])
         if isinstance(vqgan := models.get("vqgan"), VQGAN):
-            said["pictures"] = vqgan.decode_indices(inputs["indices"][:1])
+            said["images"] = vqgan.decode_indices(inputs["indices"][:1])
         if isinstance(upscaler := models.get("upscaler"), Upscaler):
-            said["pictures"] = upscaler(inputs["images"][:1])
+            said["images"] = upscaler(inputs["images"][:1])
     return said
 
 
-def load_decoder(subject: Subject, folder: Path) -> MaskedDecoder:
+def load_case_decoder(case: BenchmarkCase, folder: Path) -> MaskedDecoder:
     """The decoder of the folder, for inference."""
     with torch.device("meta"):
-        model = MaskedDecoder(subject.decoder, subject.layout, subject.vocabulary)
+        model = MaskedDecoder(case.decoder, case.layout, case.vocabulary)
     load_exactly(model, load_file(folder / "decoder.safetensors"), family="speed")
     model.register_masks()
     return model.eval()
 
 
-def load_vqgan(subject: Subject, folder: Path) -> VQGAN:
+def load_case_vqgan(case: BenchmarkCase, folder: Path) -> VQGAN:
     """The VQ-GAN of the folder, for inference."""
     # Not on the meta device: some quantizers have constants that no file holds.
-    model = VQGAN(subject.vqgan)
+    model = VQGAN(case.vqgan)
     model.load_state_dict(load_file(folder / "vqgan.safetensors"))
     return model.eval()
 
 
-def load_upscaler(folder: Path) -> Upscaler:
+def load_case_upscaler(folder: Path) -> Upscaler:
     """The upscaler of the folder, for inference."""
     with torch.device("meta"):
         model = Upscaler(UpscalerConfig())
@@ -179,5 +181,5 @@ def load_upscaler(folder: Path) -> Upscaler:
     return model.eval()
 
 
-def load_inputs(folder: Path) -> dict[str, Tensor]:
+def load_case_inputs(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "inputs.safetensors")

@@ -1,4 +1,4 @@
-"""Pictures as files that say where they came from.
+"""Images as files that say where they came from.
 
 Shapes: H and W pixels.
 """
@@ -13,14 +13,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from rudolph.files.atomic import json_text, write_whole
+from rudolph.files.atomic import json_text, write_atomic
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
-    pixels = picture.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+def to_image(image: Tensor) -> Image.Image:
+    """An image ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
+    pixels = image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
@@ -30,7 +30,7 @@ def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
     for key, value in told.items():
         text = value if isinstance(value, str) else json_text(value)
         info.add_itxt(key, text)
-    write_whole(path, partial(image.save, format="PNG", pnginfo=info))
+    write_atomic(path, partial(image.save, format="PNG", pnginfo=info))
 
 
 def is_whole_png(path: Path) -> bool:
@@ -41,16 +41,16 @@ def is_whole_png(path: Path) -> bool:
     return content.startswith(PNG_START) and content.endswith(PNG_END)
 
 
-def is_told(path: Path, keys: Collection[str]) -> bool:
+def has_text_fields(path: Path, keys: Collection[str]) -> bool:
     """Return whether a file is a PNG with text fields of these names."""
     try:
-        return set(keys) <= read_told(path).keys()
+        return set(keys) <= read_text_fields(path).keys()
     # Pillow raises these for a file that is no image, a broken image and one that is too large.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def read_told(path: Path) -> dict[str, str]:
+def read_text_fields(path: Path) -> dict[str, str]:
     """The text fields of a PNG that ``save_png`` wrote."""
     with Image.open(path) as image:
         found = ((str(key), value) for key, value in image.info.items())

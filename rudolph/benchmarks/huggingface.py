@@ -12,41 +12,41 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rudolph.benchmarks.decoding import SHORT, held_in, module_bytes
-from rudolph.benchmarks.serving import Work, tensor_bytes
-from rudolph.benchmarks.subject import Subject
+from rudolph.benchmarks.benchmark_case import BenchmarkCase
+from rudolph.benchmarks.decoding_workload import WARM_UP_TOKENS, iter_tensors, module_bytes
+from rudolph.benchmarks.serving import WorkResult, tensor_bytes
 
 
-class Transformers:
+class HuggingFaceDecoding:
     """``generate`` of as many tokens as ours, after a prompt of the left text's length."""
 
-    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
+    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         import transformers
 
-        self.subject, config = subject, subject.decoder
+        self.case, config = case, case.decoder
         shape = transformers.GPT2Config(
             n_layer=config.num_layers,
             n_embd=config.hidden_size,
             n_head=config.num_heads,
-            n_positions=subject.layout.length,
-            vocab_size=subject.vocabulary.image_size,
+            n_positions=case.layout.length,
+            vocab_size=case.vocabulary.image_size,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=0,
         )
         make = transformers.AutoModelForCausalLM.from_config
-        dtype = torch.bfloat16 if subject.speed.has_bfloat16 else torch.float32
+        dtype = torch.bfloat16 if case.speed.has_bfloat16 else torch.float32
         self.model: Any = make(shape, dtype=dtype).eval()
-        size = subject.speed.batch_size, subject.layout.left_text_length
-        generator = torch.Generator().manual_seed(subject.seed)
+        size = case.speed.batch_size, case.layout.left_text_length
+        generator = torch.Generator().manual_seed(case.seed)
         self.prompt = torch.randint(1, shape.vocab_size, size, generator=generator)
         self.weights_bytes = module_bytes(self.model)
         self.versions = {"transformers": transformers.__version__}
         self._cache_bytes = 0
 
-    def run(self, part: str, *, is_short: bool) -> Work:
-        sampling, most = self.subject.sampling, self.subject.num_tokens
-        num_tokens = min(SHORT, most) if is_short else most
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
+        sampling, most = self.case.sampling, self.case.num_tokens
+        num_tokens = min(WARM_UP_TOKENS, most) if is_short else most
         with torch.inference_mode():
             found = self.model.generate(
                 self.prompt,
@@ -59,14 +59,14 @@ class Transformers:
                 min_new_tokens=num_tokens,
                 cache_implementation="static",
                 # As long for a short repetition, so that it warms up what is measured.
-                max_cache_len=self.subject.layout.length,
+                max_cache_len=self.case.layout.length,
                 disable_compile=True,
                 return_dict_in_generate=True,
             )
         layers = found.past_key_values.layers
-        held = [kept for layer in layers for kept in held_in(vars(layer))]
+        held = [kept for layer in layers for kept in iter_tensors(vars(layer))]
         self._cache_bytes = tensor_bytes(kept for kept in held if isinstance(kept, Tensor))
-        return Work(len(self.prompt) * num_tokens)
+        return WorkResult(len(self.prompt) * num_tokens)
 
     def cache_bytes(self) -> int:
         return self._cache_bytes

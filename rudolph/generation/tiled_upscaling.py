@@ -1,16 +1,16 @@
-"""Pictures enlarged tile by tile, so that memory depends on the tile and not on the picture.
+"""Images enlarged tile by tile, so that memory depends on the tile and not on the image.
 
 The network sees one *tile* at a time and a part of what it gives is *kept*.  Each pixel is kept
 of the tile in which it lies deepest; between it and an inner side of that tile lie at least
-``overlap`` pixels of the picture::
+``overlap`` pixels of the image::
 
-    picture   |.........................|
+    image   |.........................|
     tile 1    [kkkkkkkk-----]                 k: kept, -: computed and thrown away
-    tile 2          [---kkkkk-----]           a side at the picture's border throws nothing away
+    tile 2          [---kkkkk-----]           a side at the image's border throws nothing away
     tile 3                [---kkkkkkkkk]
 
-A tile at the picture's border ends there and is zero-padded there by the convolutions, just as
-the whole picture would be.  So tiling is exact, borders included, where ``overlap`` reaches
+A tile at the image's border ends there and is zero-padded there by the convolutions, just as
+the whole image would be.  So tiling is exact, borders included, where ``overlap`` reaches
 ``receptive_radius``; the result then differs from the untiled one by rounding alone.
 
 For Real-ESRGAN's 23 blocks that radius is 349 pixels (698 at scale 2), more than tiles that save
@@ -19,12 +19,12 @@ the seams that is small and not zero: with random weights, less than rounding.  
 overlaps measures it on others.
 
 Source: rudalle, ``realesrgan/utils.py`` and ``model.py``: patches of 192 with 24 pixels around.
-Ours differs: there the picture is first reflected by 15 pixels and extended to a multiple of 192
-by its edge pixels, so the network never meets the picture's border; ours adds nothing (but one
+Ours differs: there the image is first reflected by 15 pixels and extended to a multiple of 192
+by its edge pixels, so the network never meets the image's border; ours adds nothing (but one
 row or column where scale 2 needs an even size), and its tiles are of equal size, as small as
 their number allows, the last one shifted inward.
 
-Shapes: B pictures, H and W pixels.
+Shapes: B images, H and W pixels.
 """
 
 import math
@@ -41,7 +41,7 @@ from rudolph.models.upscaler import NUM_DENSE, Upscaler, UpscalerConfig
 DENSE_BLOCKS = 3
 
 
-class Span(NamedTuple):
+class TileSpan(NamedTuple):
     """One tile along one axis, in pixels: it sees ``start:end``; ``first:last`` is kept."""
 
     start: int
@@ -50,8 +50,8 @@ class Span(NamedTuple):
     last: int
 
 
-def fold(config: UpscalerConfig) -> int:
-    """Pixels of the picture, along one axis, to one position of the features."""
+def fold_of(config: UpscalerConfig) -> int:
+    """Pixels of the image, along one axis, to one position of the features."""
     return 2 if config.scale == 2 else 1
 
 
@@ -65,14 +65,14 @@ def receptive_radius(config: UpscalerConfig) -> int:
     """
     # conv_hr and conv_last; then, from the result back, each enlargement's convolution.
     radius = 2
-    for _ in range(round(math.log2(config.scale * fold(config)))):
+    for _ in range(round(math.log2(config.scale * fold_of(config)))):
         radius = math.ceil((radius + 1) / 2)
     # conv_first, the body and conv_body.
     radius += 1 + config.num_blocks * DENSE_BLOCKS * NUM_DENSE + 1
-    return radius * fold(config)
+    return radius * fold_of(config)
 
 
-def spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
+def tile_spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> list[TileSpan]:
     """Tiles of one size, at most ``tile``, whose kept parts make up ``length`` pixels.
 
     Starts and sizes are multiples of ``multiple`` if ``length`` and ``tile`` are.
@@ -91,11 +91,11 @@ def spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> list[Sp
     # In the middle of what two tiles share: as deep as can be in both.
     cuts = [(before + size + after) // 2 for before, after in pairwise(starts)]
     ends = pairwise([0, *cuts, length])
-    return [Span(start, start + size, *kept) for start, kept in zip(starts, ends, strict=True)]
+    return [TileSpan(start, start + size, *kept) for start, kept in zip(starts, ends, strict=True)]
 
 
 @torch.inference_mode()
-def enlarge(
+def upscale_tiled(
     upscaler: Upscaler,
     images: Tensor,
     *,
@@ -104,10 +104,10 @@ def enlarge(
     batch_size: int = 4,
     on_tile: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Pictures ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)`` in [0, 1].
+    """Images ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)`` in [0, 1].
 
     The result has the device and dtype of ``images``; tiles are computed in the upscaler's.
-    A picture of at most ``tile`` pixels a side is one tile, that is ``upscaler(images)`` clamped.
+    An image of at most ``tile`` pixels a side is one tile, that is ``upscaler(images)`` clamped.
     At scale 2 an odd side is made even by repeating its last row or column, and the result is cut.
 
     Args:
@@ -121,12 +121,13 @@ def enlarge(
         ValueError: when ``images`` are not ``(B, 3, H, W)``, the overlap is negative, the tile is
             not longer than two overlaps or odd at scale 2, or the batch is empty.
     """
-    scale, multiple = upscaler.config.scale, fold(upscaler.config)
+    scale, multiple = upscaler.config.scale, fold_of(upscaler.config)
     require_tiling(images, tile=tile, overlap=overlap, batch_size=batch_size, multiple=multiple)
     height, width = images.shape[2:]
     even = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     rows, columns = (
-        spans(length, tile=tile, overlap=overlap, multiple=multiple) for length in even.shape[2:]
+        tile_spans(length, tile=tile, overlap=overlap, multiple=multiple)
+        for length in even.shape[2:]
     )
     tiles = [(index, y, x) for index in range(len(even)) for y in rows for x in columns]
     larger = even.new_empty(len(even), 3, even.shape[2] * scale, even.shape[3] * scale)
@@ -135,23 +136,23 @@ def enlarge(
         seen = [even[index, :, y.start : y.end, x.start : x.end] for index, y, x in batch]
         outputs = upscaler(torch.stack(seen).to(upscaler.conv_first.weight)).clamp(0, 1)
         for (index, y, x), output in zip(batch, outputs.to(larger), strict=True):
-            larger[index, :, kept_pixels(y, scale), kept_pixels(x, scale)] = output[
-                :, kept_pixels(y, scale, y.start), kept_pixels(x, scale, x.start)
+            larger[index, :, kept_slice(y, scale), kept_slice(x, scale)] = output[
+                :, kept_slice(y, scale, y.start), kept_slice(x, scale, x.start)
             ]
         if on_tile is not None:
             on_tile(done + len(batch), len(tiles))
     return larger[:, :, : height * scale, : width * scale]
 
 
-def kept_pixels(span: Span, scale: int, origin: int = 0) -> slice:
-    """The kept part in enlarged pixels, counted from the pixel ``origin`` of the picture."""
+def kept_slice(span: TileSpan, scale: int, origin: int = 0) -> slice:
+    """The kept part in enlarged pixels, counted from the pixel ``origin`` of the image."""
     return slice((span.first - origin) * scale, (span.last - origin) * scale)
 
 
 def require_tiling(
     images: Tensor, *, tile: int, overlap: int, batch_size: int, multiple: int
 ) -> None:
-    """Raise ``ValueError`` for what ``enlarge`` cannot tile."""
+    """Raise ``ValueError`` for what ``upscale_tiled`` cannot tile."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
     if overlap < 0:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Names that begin so are what trainers leave in a checkpoint beside its tensors.  They are read as
-# ``Ignored`` or ``IgnoredMapping``, so that nothing of their packages is imported or run.
+# ``IgnoredObject`` or ``IgnoredMapping``, so that nothing of their packages is imported or run.
 TRAINERS = (
     *("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse."),
     *("pathlib.", "numpy.", "typing.Any", "collections.defaultdict"),
@@ -27,13 +27,13 @@ TRAINERS = (
 MAPPINGS = (".AttributeDict", ".defaultdict")
 ZIP_START = b"PK\x03\x04"
 # What torch's unpickler raises on a file that is cut off or made up.
-UNREADABLE = (
+UNREADABLE_ERRORS = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError),
     *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError, OSError),
 )
 
 
-class Ignored:
+class IgnoredObject:
     """Stands for an object of a trainer; it takes any arguments and any state, and keeps none."""
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
@@ -58,7 +58,9 @@ class SafeFile(Mapping[str, Tensor]):
         try:
             self.file: Any = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: no whole safetensors file ({one_line(error)})") from error
+            raise ValueError(
+                f"{path}: no whole safetensors file ({first_sentence(error)})"
+            ) from error
         self.names = list(self.file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, key: str) -> Tensor:
@@ -67,7 +69,9 @@ class SafeFile(Mapping[str, Tensor]):
         try:
             tensor: Tensor = self.file.get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(f"{self.path}: cannot read {key} ({one_line(error)})") from error
+            raise ValueError(
+                f"{self.path}: cannot read {key} ({first_sentence(error)})"
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -77,7 +81,7 @@ class SafeFile(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class Converted(Mapping[str, Tensor]):
+class ConvertedTensors(Mapping[str, Tensor]):
     """Tensors of another dtype or device; each is converted when it is asked for, masks are not.
 
     Args:
@@ -128,7 +132,7 @@ def _read_pickle(path: Path) -> Any:
         # Its warnings advise whoever writes checkpoints.
         with warnings.catch_warnings(action="ignore"), _stand_ins(path if is_zip else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UNREADABLE as error:
+    except UNREADABLE_ERRORS as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             reason = f"refused, it asks to run {asked[1]}; nothing of it was run"
@@ -136,7 +140,9 @@ def _read_pickle(path: Path) -> Any:
             # Torch's words advise to load it all the same.
             reason = "no checkpoint of torch.save, or a damaged one"
         else:
-            reason = f"no whole checkpoint file ({type(error).__name__}: {one_line(error)[:160]})"
+            reason = (
+                f"no whole checkpoint file ({type(error).__name__}: {first_sentence(error)[:160]})"
+            )
         raise ValueError(f"{path}: {reason}") from error
 
 
@@ -144,14 +150,14 @@ def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
     """Where torch's unpickler reads what a zipped checkpoint names of ``TRAINERS`` as ignored."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if path else []
     pairs: Any = [
-        (IgnoredMapping if name.endswith(MAPPINGS) else Ignored, name)
+        (IgnoredMapping if name.endswith(MAPPINGS) else IgnoredObject, name)
         for name in names
         if name.startswith(TRAINERS)
     ]
     return torch.serialization.safe_globals(pairs)
 
 
-def one_line(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's words."""
     words = " ".join(str(error).split())
     return words.partition(". ")[0] or type(error).__name__

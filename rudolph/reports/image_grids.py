@@ -1,8 +1,8 @@
-"""Pictures drawn from arrays: masks, grids of samples, reconstructions, use of a codebook.
+"""Images drawn from arrays: masks, grids of samples, reconstructions, use of a codebook.
 
 The same arrays give the same bytes.
 
-Shapes: T is the length of the sequence, H and W are the sides of a picture.
+Shapes: T is the length of the sequence, H and W are the sides of an image.
 """
 
 import textwrap
@@ -19,17 +19,17 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rudolph.reports.style import drawing, panels_of, save, styled
-from rudolph.sequence.texts import clean_text, shortened
+from rudolph.reports.style import panels_of, protected_drawing, save, styled
+from rudolph.sequence.texts import clean_text, shorten
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 
 SMALLEST_CELL = 128  # pixels
 LONGEST_CAPTION = 400  # characters
 
 
 @styled
-def mask_picture(
+def draw_masks_image(
     masks: Mapping[str, NDArray[np.bool_]], path: Path, *, segments: tuple[int, int, int]
 ) -> None:
     """Attention masks side by side, with the borders between left text, image and right text.
@@ -60,9 +60,9 @@ def mask_picture(
 
 
 def sample_grid(
-    images: Sequence[Picture], captions: Sequence[str], path: Path, *, columns: int
+    images: Sequence[ImageArray], captions: Sequence[str], path: Path, *, columns: int
 ) -> None:
-    """Pictures in rows with their captions below, enlarged by a whole number to keep pixels.
+    """Images in rows with their captions below, enlarged by a whole number to keep pixels.
 
     Args:
         images: ``(H, W, 3)`` uint8, all of one size.
@@ -73,15 +73,15 @@ def sample_grid(
     """
     if not images or len(captions) != len(images) or len({image.shape for image in images}) > 1:
         raise ValueError(
-            f"sample_grid: {len(images)} pictures of shapes "
+            f"sample_grid: {len(images)} images of shapes "
             f"{sorted({image.shape for image in images})} and {len(captions)} captions; "
-            "pictures must be of one shape, each with its caption"
+            "images must be of one shape, each with its caption"
         )
-    with drawing(path) as new:
+    with protected_drawing(path) as new:
         _sheet(images, captions, columns=columns).save(new, "PNG")
 
 
-def _sheet(images: Sequence[Picture], captions: Sequence[str], *, columns: int) -> Image.Image:
+def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: int) -> Image.Image:
     scale = -(-SMALLEST_CELL // min(images[0].shape[:2]))
     height, width = (side * scale for side in images[0].shape[:2])
     font = _font(12)
@@ -107,7 +107,9 @@ def _sheet(images: Sequence[Picture], captions: Sequence[str], *, columns: int) 
     return sheet
 
 
-def reconstructions(originals: Sequence[Picture], decoded: Sequence[Picture], path: Path) -> None:
+def reconstructions(
+    originals: Sequence[ImageArray], decoded: Sequence[ImageArray], path: Path
+) -> None:
     """Three rows: originals, what the tokenizer made of them, and the difference, white for none.
 
     Args:
@@ -123,7 +125,7 @@ def reconstructions(originals: Sequence[Picture], decoded: Sequence[Picture], pa
 
 
 @styled
-def codebook_usage(counts: NDArray[np.int64], path: Path) -> None:
+def draw_codebook_usage(counts: NDArray[np.int64], path: Path) -> None:
     """How often each code was used, most used first, beside an even use.
 
     Args:
@@ -178,7 +180,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Return lines no wider than ``width`` pixels; a word that is too long is broken."""
-    text = shortened(clean_text(text), LONGEST_CAPTION)
+    text = shorten(clean_text(text), LONGEST_CAPTION)
     narrowest = min(
         (font.getlength(character) for character in set(text) - set("\t\n\r")), default=0
     )

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from rudolph.generation.generate import generate_image
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Sizes
-from rudolph.models.layers.attention import MAXIMA, Seen, attention, block_mask
+from rudolph.models.layers.attention import MAXIMA, KeyValue, attention, block_mask
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
-MASKS = ("causal", "row", "row_block", "column", "conv(3)", "conv(7)", "conv_torus(3)")
+CHECKED_MASKS = ("causal", "row", "row_block", "column", "conv(3)", "conv(7)", "conv_torus(3)")
 # Largest relative errors by precision: a few roundings of its 24, 8 or 11 bits.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -30,7 +30,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.detach().double() - exact).norm() / exact.norm()).item()
 
 
-def short(dtype: torch.dtype) -> str:
+def round_digits(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -40,42 +40,44 @@ def mask_cases(sizes: Sizes) -> Iterator[Case]:
         # One layout in all precisions, the others in the one that trains.
         dtypes = (torch.float32, torch.bfloat16) if number == 0 else (torch.bfloat16,)
         for dtype in dtypes:
-            name = f"{short(dtype)}, T={layout.length}"
+            name = f"{round_digits(dtype)}, T={layout.length}"
             yield Case(name, partial(compare_masks, sizes, layout, dtype))
     yield Case("model gradients", partial(compare_model_gradients, sizes))
 
 
-def compare_masks(sizes: Sizes, layout: SequenceLayout, dtype: torch.dtype) -> Iterator[Row]:
+def compare_masks(sizes: Sizes, layout: SequenceLayout, dtype: torch.dtype) -> Iterator[CheckRow]:
     torch._dynamo.reset()
     device = sizes.device
-    for name in (*MASKS, "row without left"):
+    for name in (*CHECKED_MASKS, "row without left"):
         rule = parse_mask(name.split()[0])
         rule = right_without_left(rule) if "without" in name else rule
         table = mask_table(rule, layout).to(device)
         torch.manual_seed(0)
         shape = (4, 4, layout.length, sizes.head_size)
         *inputs, direction = torch.randn(shape, device=device)
-        exact = attended(inputs, table, direction)
-        found = attended([part.to(dtype) for part in inputs], block_mask(table), direction)
+        exact = attend(inputs, table, direction)
+        found = attend([part.to(dtype) for part in inputs], block_mask(table), direction)
         error = relative_error(found[0], exact[0])
-        yield Row(f"{name}, forward", error, "relative error", TOLERANCE[dtype])
+        yield CheckRow(f"{name}, forward", error, "relative error", MAX_RELATIVE_ERROR[dtype])
         if device.type == "cuda":
             worst = max(map(relative_error, found[1:], exact[1:]))
-            yield Row(f"{name}, gradient", worst, "relative error", 2 * TOLERANCE[dtype])
+            yield CheckRow(
+                f"{name}, gradient", worst, "relative error", 2 * MAX_RELATIVE_ERROR[dtype]
+            )
 
 
-def attended(inputs: list[Tensor], mask: object, direction: Tensor) -> list[Tensor]:
+def attend(inputs: list[Tensor], mask: object, direction: Tensor) -> list[Tensor]:
     """Return attention ``(R, T, H)`` and, on CUDA, its gradient in query, key and value."""
     # FlexAttention has no gradient on the CPU.
     has_gradient = direction.device.type == "cuda"
     query, key, value = (part.detach().clone().requires_grad_(has_gradient) for part in inputs)
-    out = attention(query, [Seen(key, value, mask)], pb_relax=None, dropout=0.0)
+    out = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
     if not has_gradient:
         return [out]
     return [out, *torch.autograd.grad(out, (query, key, value), direction.to(out.dtype))]
 
 
-def compare_model_gradients(sizes: Sizes) -> Iterator[Row]:
+def compare_model_gradients(sizes: Sizes) -> Iterator[CheckRow]:
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     gradients = []
@@ -85,7 +87,7 @@ def compare_model_gradients(sizes: Sizes) -> Iterator[Row]:
         model.has_block_masks = has_blocks
         gradients.append(gradient_of(model, sizes.checked.tokens(4, sizes.device)))
     error = relative_error(gradients[1], gradients[0])
-    yield Row("block masks against dense masks", error, "relative error", 1e-3)
+    yield CheckRow("block masks against dense masks", error, "relative error", 1e-3)
 
 
 def gradient_of(
@@ -107,7 +109,7 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
     """Give half precision against float32: whole sequences, cached steps, large scores."""
     for dtype in (torch.bfloat16, torch.float16):
         for maximum in MAXIMA:
-            name = f"{short(dtype)}, {maximum}"
+            name = f"{round_digits(dtype)}, {maximum}"
             yield Case(f"model, {name}", partial(compare_precision, sizes, dtype, maximum))
     for relaxed in (*MAXIMA, None):
         name = f"large scores, PB-relax {relaxed}"
@@ -115,7 +117,7 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterator[Row]:
+def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterator[CheckRow]:
     exact = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval()
     half = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval().to(dtype)
     tokens = sizes.checked.tokens(2, sizes.device)
@@ -125,13 +127,13 @@ def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterato
         ("cached steps", stepwise_hidden(half, tokens)),
     ):
         lost = found.numel() - found.isfinite().sum().item()
-        yield Row(f"{quantity}, not finite", lost, "numbers", limit=0)
+        yield CheckRow(f"{quantity}, not finite", lost, "numbers", limit=0)
         error = relative_error(found, expected)
-        yield Row(quantity, error, "relative error", 2 * TOLERANCE[dtype])
+        yield CheckRow(quantity, error, "relative error", 2 * MAX_RELATIVE_ERROR[dtype])
 
 
 @torch.no_grad()
-def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[Row]:
+def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow]:
     """Compare float16 attention whose scores exceed what float16 holds, in two parts of keys."""
     torch.manual_seed(0)
     size = sizes.head_size
@@ -143,17 +145,17 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[Row]:
     lost = half.numel() - half.isfinite().sum().item()
     if maximum != "row":
         note = "rows far below the maximum are lost" if maximum else "expected without PB-relax"
-        yield Row("not finite", lost, "numbers", note=note)
+        yield CheckRow("not finite", lost, "numbers", note=note)
         return
-    yield Row("not finite", lost, "numbers", limit=0)
+    yield CheckRow("not finite", lost, "numbers", limit=0)
     # Scores this large round to whole numbers: what matters is who wins.
     error = relative_error(half.nan_to_num(), exact)
-    yield Row("attention", error, "relative error", note="scores above 65504")
+    yield CheckRow("attention", error, "relative error", note="scores above 65504")
 
 
 def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, maximum: str | None) -> Tensor:
     pairs = zip(key.chunk(2, dim=1), value.chunk(2, dim=1), strict=True)
-    seen = [Seen(*pair) for pair in pairs]
+    seen = [KeyValue(*pair) for pair in pairs]
     return attention(query, seen, pb_relax=maximum, dropout=0.0)
 
 
@@ -164,11 +166,11 @@ def step_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def compare_cached(sizes: Sizes) -> Iterator[Row]:
+def compare_cached(sizes: Sizes) -> Iterator[CheckRow]:
     model = sizes.checked.model(sizes.device).eval()
     tokens = sizes.checked.tokens(3, sizes.device)
     error = relative_error(stepwise_hidden(model, tokens), model.hidden(tokens))
-    yield Row("hidden states", error, "relative error", 1e-5)
+    yield CheckRow("hidden states", error, "relative error", 1e-5)
 
 
 def stepwise_hidden(model: MaskedDecoder, tokens: Tensor) -> Tensor:
@@ -181,14 +183,14 @@ def stepwise_hidden(model: MaskedDecoder, tokens: Tensor) -> Tensor:
     return torch.cat(hidden, dim=1)
 
 
-def compare_batches(sizes: Sizes) -> Iterator[Row]:
+def compare_batches(sizes: Sizes) -> Iterator[CheckRow]:
     """Draw eight images of a text at once and each alone, from the same seeds."""
     model, seeds = sizes.checked.model(sizes.device).eval(), range(8)
     left = sizes.checked.tokens(1, sizes.device)[:, : model.layout.left_text_length]
     together = generate_image(model, left, config=SAMPLING, seeds=seeds)
     alone = [generate_image(model, left, config=SAMPLING, seeds=[seed]) for seed in seeds]
     differing = (together != torch.cat(alone)).any(1).sum().item()
-    yield Row("images of 8", differing, "differing images", limit=0)
+    yield CheckRow("images of 8", differing, "differing images", limit=0)
     wide = generate_image(model, left, config=SAMPLING, seeds=seeds, window=4)
     differing = (together != wide).any(1).sum().item()
-    yield Row("window of 4, images of 8", differing, "differing images", limit=0)
+    yield CheckRow("window of 4, images of 8", differing, "differing images", limit=0)

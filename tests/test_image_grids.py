@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 from test_figures import FRAMES, LOSS, METRICS, RUNS, texts
 
-from rudolph.reports import drawings
-from rudolph.reports.drawings import LONGEST_CAPTION, sample_grid
+from rudolph.reports import image_grids
 from rudolph.reports.figures import FIGURES
-from rudolph.reports.style import DrawingError, drawn_text
+from rudolph.reports.image_grids import LONGEST_CAPTION, sample_grid
+from rudolph.reports.style import DrawingError, drawable_text
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 NASTY = {
@@ -53,11 +53,11 @@ def wrapped_by_scan(text: str, font: ImageFont.FreeTypeFont, width: int) -> list
 
 @pytest.mark.parametrize("width", [40, 128, 256])
 def test_captions_are_wrapped_at_the_most_characters_that_fit(width: int) -> None:
-    rng, font = random.Random(0), drawings._font(12)
+    rng, font = random.Random(0), image_grids._font(12)
     for _ in range(20):
         letters = rng.choice(["ilWMшжт. ,-АVТ", "красный круг ", "iiiii ", "ЩЖШ "])
         text = "".join(rng.choices(letters, k=rng.randrange(90)))
-        assert drawings._wrap(text, font, width) == wrapped_by_scan(text, font, width)
+        assert image_grids._wrap(text, font, width) == wrapped_by_scan(text, font, width)
 
 
 @pytest.mark.parametrize("text", ["красное сердце " * 1400, "а" * 20_000])
@@ -105,7 +105,7 @@ def test_any_text_is_drawn_by_matplotlib(tmp_path: Path) -> None:
         name = random_text(rng, longest=rng.choice([3, 30, 500]))
         FIGURES["lines"](named(RUNS, name), path, y=(LOSS,), x="top_k", by="variant")
         xml.dom.minidom.parse(str(path))
-        assert len(drawn_text(name).replace(r"\$", "$")) <= 200
+        assert len(drawable_text(name).replace(r"\$", "$")) <= 200
 
 
 def test_what_cannot_be_drawn_or_written_is_one_line_and_leaves_what_was_there(

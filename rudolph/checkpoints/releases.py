@@ -4,8 +4,8 @@ Configurations are the reference constructors' arguments, so that a name alone b
 
 To add a release, write its row in ``RELEASED``.
 
-Source: the registries of ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2, and the
-files' pages on the Hugging Face hub.
+Source: the registries of ``rudolph_release`` 0.0.1rc10, ``rudalle_release`` 1.1.3 and
+``ruclip_release`` 0.0.2, and the files' pages on the Hugging Face hub.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import Any
 
 UTILS = "shonenkov/rudalle-utils"
 TOKENIZER = "rudalle-tokenizer"
-PICTURES = "Sber-VQGAN"
+IMAGE_TOKENIZER = "Sber-VQGAN"
 NUM_BPE = 16384
 NUM_CODES = 8192
 
@@ -41,7 +41,7 @@ class Release:
     note: str = ""
 
 
-def rudolph(
+def rudolph_release(
     repository: str,
     megabytes: int,
     num_parameters: int,
@@ -82,12 +82,12 @@ def rudolph(
         megabytes,
         config,
         num_parameters,
-        needs=(PICTURES, TOKENIZER),
+        needs=(IMAGE_TOKENIZER, TOKENIZER),
         note=note,
     )
 
 
-def rudalle(
+def rudalle_release(
     repository: str,
     file: str,
     *,
@@ -119,13 +119,13 @@ def rudalle(
         megabytes,
         config,
         num_parameters,
-        needs=(PICTURES, TOKENIZER),
+        needs=(IMAGE_TOKENIZER, TOKENIZER),
         is_gated=is_gated,
         note=note,
     )
 
 
-def ruclip(patch: int, side: int, megabytes: int, num_parameters: int) -> Release:
+def ruclip_release(patch: int, side: int, megabytes: int, num_parameters: int) -> Release:
     """A ruCLIP of base size, or of large size where a patch has 14 pixels."""
     is_large = patch == 14
     config = {
@@ -152,7 +152,7 @@ def ruclip(patch: int, side: int, megabytes: int, num_parameters: int) -> Releas
     )
 
 
-def realesrgan(scale: int, num_parameters: int) -> Release:
+def realesrgan_release(scale: int, num_parameters: int) -> Release:
     return Release(
         "realesrgan",
         "ai-forever/Real-ESRGAN",
@@ -164,7 +164,7 @@ def realesrgan(scale: int, num_parameters: int) -> Release:
     )
 
 
-def vqgan(file: str, megabytes: int, num_parameters: int, *, has_wavelet: bool) -> Release:
+def vqgan_release(file: str, megabytes: int, num_parameters: int, *, has_wavelet: bool) -> Release:
     shape = {
         "double_z": False,
         "z_channels": 256,
@@ -179,12 +179,12 @@ def vqgan(file: str, megabytes: int, num_parameters: int, *, has_wavelet: bool) 
     }
     params = {"ddconfig": shape, "embed_dim": 256, "n_embed": NUM_CODES, "kl_weight": 1e-8}
     config = {"dwt": has_wavelet, "model": {"params": params}}
-    note = "its pictures are twice as large" if has_wavelet else ""
+    note = "its images are twice as large" if has_wavelet else ""
     return Release("vqgan", UTILS, file, megabytes, config, num_parameters, note=note)
 
 
 RELEASED: dict[str, Release] = {
-    "RUDOLPH-350M": rudolph(
+    "RUDOLPH-350M": rudolph_release(
         "shonenkov-AI/RuDOLPH-350M-v2",
         710,
         354_638_656,
@@ -193,7 +193,7 @@ RELEASED: dict[str, Release] = {
         specials=(384, 384),
         note="the registry's 350M, also called v2",
     ),
-    "RUDOLPH-350M-v1": rudolph(
+    "RUDOLPH-350M-v1": rudolph_release(
         "ai-forever/RUDOLPH-350M",
         707,
         353_065_024,
@@ -201,7 +201,7 @@ RELEASED: dict[str, Release] = {
         lengths=(64, 16, 64),
         note="no special tokens; its file may hide left text from right text",
     ),
-    "RUDOLPH-1.3B": rudolph(
+    "RUDOLPH-1.3B": rudolph_release(
         "ai-forever/RUDOLPH-1.3B",
         2650,
         1_319_327_936,
@@ -210,7 +210,7 @@ RELEASED: dict[str, Release] = {
         kernels=(9, 11),
         specials=(2048, 64),
     ),
-    "RUDOLPH-2.7B": rudolph(
+    "RUDOLPH-2.7B": rudolph_release(
         "ai-forever/RUDOLPH-2.7B",
         5330,
         2_657_731_968,
@@ -218,7 +218,7 @@ RELEASED: dict[str, Release] = {
         lengths=(384, 24, 128),
         specials=(1024, 1024),
     ),
-    "RUDOLPH-2.7B-FBC2": rudolph(
+    "RUDOLPH-2.7B-FBC2": rudolph_release(
         "ai-forever/RUDOLPH-2.7B-FBC2",
         5320,
         2_657_731_968,
@@ -227,11 +227,13 @@ RELEASED: dict[str, Release] = {
         specials=(1024, 1024),
         note="fine-tuned on the six tasks of Fusion Brain Challenge 2",
     ),
-    "Malevich": rudalle("ai-forever/rudalle-Malevich", "pytorch_model_v3.bin"),
-    "Malevich-v2": rudalle("ai-forever/rudalle-Malevich", "pytorch_model_v2.bin", version="v2"),
-    "Emojich": rudalle("ai-forever/rudalle-Emojich", "pytorch_model.bin", version="v2"),
-    "Surrealist-XL": rudalle("shonenkov-AI/rudalle-xl-surrealist", "pytorch_model.bin"),
-    "Kandinsky": rudalle(
+    "Malevich": rudalle_release("ai-forever/rudalle-Malevich", "pytorch_model_v3.bin"),
+    "Malevich-v2": rudalle_release(
+        "ai-forever/rudalle-Malevich", "pytorch_model_v2.bin", version="v2"
+    ),
+    "Emojich": rudalle_release("ai-forever/rudalle-Emojich", "pytorch_model.bin", version="v2"),
+    "Surrealist-XL": rudalle_release("shonenkov-AI/rudalle-xl-surrealist", "pytorch_model.bin"),
+    "Kandinsky": rudalle_release(
         "ai-forever/rudalle-Kandinsky",
         "pytorch_model.bin",
         shape=(64, 3840, 60),
@@ -240,18 +242,20 @@ RELEASED: dict[str, Release] = {
         is_gated=True,
         note="12B; access is asked for on its page",
     ),
-    "ruclip-vit-base-patch32-224": ruclip(32, 224, 605, 151_277_313),
-    "ruclip-vit-base-patch16-224": ruclip(16, 224, 598, 149_620_737),
-    "ruclip-vit-large-patch14-224": ruclip(14, 224, 1710, 427_616_513),
-    "ruclip-vit-base-patch32-384": ruclip(32, 384, 605, 151_350_273),
-    "ruclip-vit-large-patch14-336": ruclip(14, 336, 1712, 427_944_193),
-    "ruclip-vit-base-patch16-384": ruclip(16, 384, 600, 149_912_577),
-    PICTURES: vqgan("vqgan.gumbelf8-sber.model.ckpt", 346, 68_995_971, has_wavelet=False),
-    "Sber-VQGAN-DWT": vqgan(
+    "ruclip-vit-base-patch32-224": ruclip_release(32, 224, 605, 151_277_313),
+    "ruclip-vit-base-patch16-224": ruclip_release(16, 224, 598, 149_620_737),
+    "ruclip-vit-large-patch14-224": ruclip_release(14, 224, 1710, 427_616_513),
+    "ruclip-vit-base-patch32-384": ruclip_release(32, 384, 605, 151_350_273),
+    "ruclip-vit-large-patch14-336": ruclip_release(14, 336, 1712, 427_944_193),
+    "ruclip-vit-base-patch16-384": ruclip_release(16, 384, 600, 149_912_577),
+    IMAGE_TOKENIZER: vqgan_release(
+        "vqgan.gumbelf8-sber.model.ckpt", 346, 68_995_971, has_wavelet=False
+    ),
+    "Sber-VQGAN-DWT": vqgan_release(
         "vqgan.gumbelf8-sber-dwt.model.ckpt", 277, 69_072_140, has_wavelet=True
     ),
-    "RealESRGAN-x2": realesrgan(2, 16_703_171),
-    "RealESRGAN-x4": realesrgan(4, 16_697_987),
-    "RealESRGAN-x8": realesrgan(8, 16_734_915),
+    "RealESRGAN-x2": realesrgan_release(2, 16_703_171),
+    "RealESRGAN-x4": realesrgan_release(4, 16_697_987),
+    "RealESRGAN-x8": realesrgan_release(8, 16_734_915),
     TOKENIZER: Release("tokenizer", UTILS, "bpe.model", 1, {}, note="BPE of 16,384 ids"),
 }

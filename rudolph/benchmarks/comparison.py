@@ -18,44 +18,44 @@ from typing import Any
 
 import torch
 
+from rudolph.benchmarks.benchmark_case import CAPTION, BenchmarkCase
 from rudolph.benchmarks.config import (
     INSTRUCTIONS,
-    LIMIT,
-    MEASURES,
     OURS,
     REFERENCE,
+    ROOFLINE,
     TRANSFORMERS,
+    WORKLOADS,
 )
-from rudolph.benchmarks.subject import CAPTION, Subject
 from rudolph.data.seeds import mixed_seed
-from rudolph.reports.repetitions import Repetition
+from rudolph.reports.timings import Timing
 
 REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
 REFERENCE_FOLDER = Path("data/reference")
 REFERENCE_PACKAGES = ("rudolph==0.0.1rc10", "rudalle==1.1.3", "taming-transformers==0.0.1")
 # No repetition takes as long; a process that says nothing for so long is given up.
 SECONDS_TO_ANSWER = 3 * 3600.0
-SECONDS_TO_END = 5.0
+SECONDS_TO_CLOSE = 5.0
 
 # What is told before each repetition: done, total, note.
 Told = Callable[[int, int, str], None]
 
 
 @dataclass
-class Found:
+class ComparisonResult:
     """What a contest gave: all repetitions, and by contestant what else is known of it.
 
     ``profiles``: contestant -> rows of part, operation, calls, milliseconds, share.
     """
 
-    repetitions: list[Repetition] = field(default_factory=list)
+    num_repetitions: list[Timing] = field(default_factory=list)
     weights_bytes: dict[str, int] = field(default_factory=dict)
     cache_bytes: dict[str, int] = field(default_factory=dict)
     profiles: dict[str, list[tuple[str, str, int, float, float]]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
-class Worker:
+class ImplementationProcess:
     """The process of one contestant and the talk with it.
 
     Args:
@@ -104,7 +104,7 @@ class Worker:
     def failure(self) -> ValueError:
         """Why the process ended, in one line."""
         try:
-            code: int | None = self.process.wait(SECONDS_TO_END)
+            code: int | None = self.process.wait(SECONDS_TO_CLOSE)
         except subprocess.TimeoutExpired:
             code = None
         text = self.log.read_text("utf-8", errors="replace")
@@ -121,7 +121,7 @@ class Worker:
                 pipe.close()
 
 
-def require_contestants(names: Sequence[str]) -> None:
+def require_implementations(names: Sequence[str]) -> None:
     """Raise ``ValueError``, with the command that installs it, for a package that is missing."""
     if REFERENCE in names:
         folder = reference_folder()
@@ -149,20 +149,24 @@ def command_of(name: str) -> list[str]:
 
 
 @contextmanager
-def started(name: str, subject: Subject, folder: Path) -> Iterator[tuple[Worker, Any]]:
+def started_process(
+    name: str, case: BenchmarkCase, folder: Path
+) -> Iterator[tuple[ImplementationProcess, Any]]:
     """A contestant that is ready, and what it said then; ended when the block is left."""
     # Beside the folder, which is deleted in the end: a failure can still be read there.
-    variables = INSTRUCTIONS.get(subject.speed.instructions or "")
-    worker = Worker(name, command_of(name), folder.parent / f"{name}.log", variables)
+    variables = INSTRUCTIONS.get(case.speed.instructions or "")
+    worker = ImplementationProcess(
+        name, command_of(name), folder.parent / f"{name}.log", variables
+    )
     try:
         ready = worker.ask(
             {
                 "contestant": name,
-                "subject": subject.to_plain(),
+                "case": case.to_plain(),
                 "folder": str(folder.resolve()),
                 "caption": CAPTION,
                 "threads": torch.get_num_threads(),
-                "seed": mixed_seed(subject.seed, "speed"),
+                "seed": mixed_seed(case.seed, "speed"),
             }
         )
         yield worker, ready
@@ -170,34 +174,40 @@ def started(name: str, subject: Subject, folder: Path) -> Iterator[tuple[Worker,
         worker.close()
 
 
-def hold(subject: Subject, folder: Path, *, told: Told, check: Callable[[Worker], None]) -> Found:
+def compare_implementations(
+    case: BenchmarkCase,
+    folder: Path,
+    *,
+    told: Told,
+    check: Callable[[ImplementationProcess], None],
+) -> ComparisonResult:
     """Warm every contestant up, let them repeat in turn, then profile ours.
 
     Args:
-        folder: with the files of ``subject.prepare``; logs of the processes go beside it.
+        folder: with the files of ``case.prepare``; logs of the processes go beside it.
         check: is given the reference's process before anything is timed.
 
     Raises:
         ValueError: in one line, when a contestant fails.
     """
-    found, names = Found(), subject.speed.contestants
-    turns = list(turns_of(subject))
+    found, names = ComparisonResult(), case.speed.implementations
+    turns = list(turns_of(case))
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
+        workers: dict[str, ImplementationProcess] = {}
         for name in names:
             told(0, len(turns), f"{name} starts")
-            workers[name], ready = stack.enter_context(started(name, subject, folder))
+            workers[name], ready = stack.enter_context(started_process(name, case, folder))
             note_ready(found, name, ready)
             if name == REFERENCE:
                 check(workers[name])
-        for name, part in parts_of(subject):
+        for name, part in implementation_parts(case):
             told(0, len(turns), f"{name} warms up")
             workers[name].ask({"do": "run", "part": part, "is_short": True})
         for done, (repetition, name, part) in enumerate(turns):
-            told(done, len(turns), turn_note(subject, repetition, name, part))
+            told(done, len(turns), turn_note(case, repetition, name, part))
             answer = workers[name].ask({"do": "run", "part": part, "is_short": False})
-            note_answer(found, subject, answer, (repetition, name, part))
-        for name, part in parts_of(subject):
+            note_answer(found, case, answer, (repetition, name, part))
+        for name, part in implementation_parts(case):
             if name in OURS:
                 told(len(turns), len(turns), f"{name} is profiled")
                 answer = workers[name].ask({"do": "profile", "part": part})
@@ -207,68 +217,76 @@ def hold(subject: Subject, folder: Path, *, told: Told, check: Callable[[Worker]
     return found
 
 
-def hold_memory(
-    subject: Subject, folder: Path, *, told: Told, check: Callable[[Worker], None]
-) -> Found:
-    """As ``hold``, with a fresh process for every repetition: its peak is that of a whole life."""
-    found, names = Found(), subject.speed.contestants
+def compare_memory(
+    case: BenchmarkCase,
+    folder: Path,
+    *,
+    told: Told,
+    check: Callable[[ImplementationProcess], None],
+) -> ComparisonResult:
+    """As ``compare_implementations``, with a fresh process for every repetition: its peak is that
+    of a whole life."""
+    found, names = ComparisonResult(), case.speed.implementations
     if REFERENCE in names:
-        with started(REFERENCE, subject, folder) as (worker, _):
+        with started_process(REFERENCE, case, folder) as (worker, _):
             check(worker)
-    total = subject.speed.repetitions * len(names)
+    total = case.speed.num_repetitions * len(names)
     for done in range(total):
         repetition, name = done // len(names), names[done % len(names)]
-        told(done, total, turn_note(subject, repetition, name, "decode"))
-        with started(name, subject, folder) as (worker, ready):
+        told(done, total, turn_note(case, repetition, name, "decode"))
+        with started_process(name, case, folder) as (worker, ready):
             note_ready(found, name, ready)
             answer = worker.ask({"do": "run", "part": "decode", "is_short": False})
         loaded = {**ready, "units": 1, "cache_bytes": 0}
-        note_answer(found, subject, loaded, (repetition, name, "load"))
-        note_answer(found, subject, answer, (repetition, name, "decode"))
+        note_answer(found, case, loaded, (repetition, name, "load"))
+        note_answer(found, case, answer, (repetition, name, "decode"))
     told(total, total, "")
     return found
 
 
-def parts_of(subject: Subject) -> Iterator[tuple[str, str]]:
+def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
     """Every contestant with each part of its work; a part's contestants stand together."""
-    measure = MEASURES[subject.speed.measure or ""]
-    names = [name for name in subject.speed.contestants if name != LIMIT]
-    if LIMIT in subject.speed.contestants:
-        yield from ((LIMIT, part) for part in units_of(subject, LIMIT))
+    measure = WORKLOADS[case.speed.measure or ""]
+    names = [name for name in case.speed.implementations if name != ROOFLINE]
+    if ROOFLINE in case.speed.implementations:
+        yield from ((ROOFLINE, part) for part in units_of(case, ROOFLINE))
     yield from ((name, part) for part in measure.units for name in names)
 
 
-def units_of(subject: Subject, contestant: str) -> Mapping[str, str]:
+def units_of(case: BenchmarkCase, implementation: str) -> Mapping[str, str]:
     """Return the parts of a contestant's repetition and their units."""
-    measure = MEASURES[subject.speed.measure or ""]
-    return measure.units_of(contestant, has_bfloat16=subject.speed.has_bfloat16)
+    measure = WORKLOADS[case.speed.measure or ""]
+    return measure.units_of(implementation, has_bfloat16=case.speed.has_bfloat16)
 
 
-def turns_of(subject: Subject) -> Iterator[tuple[int, str, str]]:
+def turns_of(case: BenchmarkCase) -> Iterator[tuple[int, str, str]]:
     """Repetition, contestant and part of every turn, in their order."""
-    for repetition in range(subject.speed.repetitions):
-        yield from ((repetition, name, part) for name, part in parts_of(subject))
+    for repetition in range(case.speed.num_repetitions):
+        yield from ((repetition, name, part) for name, part in implementation_parts(case))
 
 
-def turn_note(subject: Subject, repetition: int, name: str, part: str) -> str:
-    units = units_of(subject, name)
+def turn_note(case: BenchmarkCase, repetition: int, name: str, part: str) -> str:
+    units = units_of(case, name)
     what = f"{name} {part}" if len(units) > 1 else name
-    return f"{what}, repetition {repetition + 1} of {subject.speed.repetitions}"
+    return f"{what}, repetition {repetition + 1} of {case.speed.num_repetitions}"
 
 
-def note_ready(found: Found, name: str, ready: Mapping[str, Any]) -> None:
+def note_ready(found: ComparisonResult, name: str, ready: Mapping[str, Any]) -> None:
     found.weights_bytes[name] = ready["weights_bytes"]
     found.versions |= ready["versions"]
 
 
 def note_answer(
-    found: Found, subject: Subject, answer: Mapping[str, Any], turn: tuple[int, str, str]
+    found: ComparisonResult,
+    case: BenchmarkCase,
+    answer: Mapping[str, Any],
+    turn: tuple[int, str, str],
 ) -> None:
     repetition, name, part = turn
-    units = units_of(subject, name)
-    found.repetitions.append(
-        Repetition(
-            contestant=name,
+    units = units_of(case, name)
+    found.num_repetitions.append(
+        Timing(
+            implementation=name,
             part=part if len(units) > 1 else "",
             unit=units[part],
             repetition=repetition,

@@ -13,10 +13,10 @@ from rudolph.data.datasets.emoji import (
     Emoji,
     EmojiConfig,
     assign_splits,
-    picture,
+    emoji_image,
     read_records,
 )
-from rudolph.data.pairs import SPLITS, Classified, Pair, Ranked
+from rudolph.data.pairs import SPLITS, HasClasses, HasHardNegatives, Pair
 
 RECORDS = read_records(SHIPPED)
 RECORD_OF = {record.key: record for record in RECORDS}
@@ -33,7 +33,7 @@ def content(pair: Pair) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("captions", ["name", "name_and_keywords"])
-def test_rivals_are_the_kin_in_three_circles_each_sorted_by_tone_and_nearness(
+def test_hard_negatives_are_the_kin_in_three_circles_each_sorted_by_tone_and_nearness(
     captions: str,
 ) -> None:
     for split in SPLITS:
@@ -54,52 +54,56 @@ def test_rivals_are_the_kin_in_three_circles_each_sorted_by_tone_and_nearness(
                 expected += [o.key for o in circle if not (o.tile in tiles or tiles.add(o.tile))]
                 if len(expected) >= 8:
                     break
-            rivals = dataset.rivals(index, 8)
-            assert [rival.key for rival in rivals] == expected[:8]
+            negatives = dataset.hard_negatives(index, 8)
+            assert [negative.key for negative in negatives] == expected[:8]
 
 
-def test_rivals_differ_in_caption_and_picture_from_one_another_and_from_the_emoji() -> None:
+def test_hard_negatives_differ_in_caption_and_image_from_one_another_and_from_the_emoji() -> None:
     for split in SPLITS:
         dataset = emoji(split)
         for index in range(0, len(dataset), 31):
-            pairs = [dataset[index], *dataset.rivals(index, 12)]
+            pairs = [dataset[index], *dataset.hard_negatives(index, 12)]
             assert len(pairs) == 13
             assert len({pair.caption for pair in pairs}) == 13
             assert len({RECORD_OF[pair.key].tile for pair in pairs}) == 13
 
 
-def test_the_first_rivals_of_a_toned_emoji_are_its_other_tones() -> None:
+def test_the_first_hard_negatives_of_a_toned_emoji_are_its_other_tones() -> None:
     dataset = emoji()
     names = [record.name for record in dataset.records]
     index = names.index("космонавт: темный тон кожи")
-    rivals = dataset.rivals(index, 6)
-    assert [rival.caption for rival in rivals[:5]] == [
+    negatives = dataset.hard_negatives(index, 6)
+    assert [negative.caption for negative in negatives[:5]] == [
         "космонавт: средний тон кожи",
         "космонавт: очень темный тон кожи",
         "космонавт: светлый тон кожи",
         "космонавт: очень светлый тон кожи",
         "космонавт",
     ]
-    assert rivals[5].attributes["skin_tone"] == "medium-dark"
-    assert rivals[5].attributes["subgroup"] == "person-role"
+    assert negatives[5].attributes["skin_tone"] == "medium-dark"
+    assert negatives[5].attributes["subgroup"] == "person-role"
 
 
-def test_rivals_come_from_any_split_with_their_own_pictures_and_always_the_same() -> None:
+def test_hard_negatives_come_from_any_split_with_their_own_images_and_always_the_same() -> None:
     dataset = emoji("validation")
     split_of = assign_splits(RECORDS)
     found = set()
     for index in range(0, len(dataset), 10):
-        rivals = dataset.rivals(index, 20)
-        found |= {split_of[rival.key] for rival in rivals}
-        for rival in rivals:
-            expected = picture(SHIPPED, RECORD_OF[rival.key].tile, 4)
-            assert rival.image is not None and rival.image.tobytes() == expected.tobytes()
-        again = emoji("validation").rivals(index, 20)
-        assert [content(rival) for rival in again] == [content(rival) for rival in rivals]
+        negatives = dataset.hard_negatives(index, 20)
+        found |= {split_of[negative.key] for negative in negatives}
+        for negative in negatives:
+            expected = emoji_image(SHIPPED, RECORD_OF[negative.key].tile, 4)
+            assert negative.image is not None and negative.image.tobytes() == expected.tobytes()
+        again = emoji("validation").hard_negatives(index, 20)
+        assert [content(negative) for negative in again] == [
+            content(negative) for negative in negatives
+        ]
     assert found == set(SPLITS)
 
 
-def test_equal_captions_and_pictures_are_no_rivals_and_fewer_are_given(tmp_path: Path) -> None:
+def test_equal_captions_and_images_are_no_hard_negatives_and_fewer_are_given(
+    tmp_path: Path,
+) -> None:
     rows = [
         {"name": "а", "tile": 0},
         {"name": "б", "tile": 1},
@@ -115,19 +119,19 @@ def test_equal_captions_and_pictures_are_no_rivals_and_fewer_are_given(tmp_path:
     split = assign_splits(records)["0"]
     dataset = emoji(split, folder=folder)
     index = [record.key for record in dataset.records].index("0")
-    assert [rival.caption for rival in dataset.rivals(index, 99)] == ["б", "е"]
-    assert [rival.key for rival in dataset.rivals(index, 1)] == ["1"]
-    with pytest.raises(ValueError, match=r"\Anumber of rivals must be at least 1, got 0\Z"):
-        dataset.rivals(index, 0)
+    assert [negative.caption for negative in dataset.hard_negatives(index, 99)] == ["б", "е"]
+    assert [negative.key for negative in dataset.hard_negatives(index, 1)] == ["1"]
+    with pytest.raises(ValueError, match=r"\Anumber of negatives must be at least 1, got 0\Z"):
+        dataset.hard_negatives(index, 0)
 
 
 def test_every_emoji_is_of_the_class_of_its_group() -> None:
     for split in SPLITS:
         dataset = emoji(split)
-        assert isinstance(dataset, Ranked) and isinstance(dataset, Classified)
+        assert isinstance(dataset, HasHardNegatives) and isinstance(dataset, HasClasses)
         assert dataset.classes == tuple(GROUPS.values())
         for index, record in enumerate(dataset.records):
-            name = dataset.classes[dataset.class_of(index)]
+            name = dataset.classes[dataset.class_index(index)]
             assert name == GROUPS[record.group]
             assert re.fullmatch("[а-я ]+", name)
 
@@ -140,4 +144,4 @@ def test_a_group_without_a_russian_name_is_a_class_all_the_same(tmp_path: Path) 
         dataset = emoji(split, folder=folder)
         assert dataset.classes == ("Letters", "флаги")
         for index, record in enumerate(dataset.records):
-            assert dataset.class_of(index) == (record.group == "Flags")
+            assert dataset.class_index(index) == (record.group == "Flags")

@@ -1,7 +1,7 @@
-"""From the bytes of any picture to a square RGB one, and a count of what fell out on the way.
+"""From the bytes of any image to a square RGB one, and a count of what fell out on the way.
 
-``open_picture`` decodes and converts, or raises ``Rejected`` with the reason; ``centre_square``
-crops and resizes; ``FunnelReport`` counts and names what was skipped and what was converted.
+``decode_image`` decodes and converts, or raises ``RejectedError`` with the reason; ``center_crop``
+crops and resizes; ``RowReport`` counts and names what was skipped and what was converted.
 
 To convert another pixel format, name its Pillow mode in ``CONVERSIONS``.
 """
@@ -53,8 +53,8 @@ DAMAGE = (
 )
 
 
-class Rejected(Exception):
-    """A row or a picture that is left out; ``reason`` is what the report counts."""
+class RejectedError(Exception):
+    """A row or an image that is left out; ``reason`` is what the report counts."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -62,34 +62,34 @@ class Rejected(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded picture: ``image`` is RGB, upright, of any size; ``changes`` made it so."""
+class DecodedImage:
+    """A decoded image: ``image`` is RGB, upright, of any size; ``changes`` made it so."""
 
     image: Image.Image
     changes: tuple[str, ...]
 
 
-def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decode the bytes of a picture file and convert it to upright RGB over white.
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Decode the bytes of an image file and convert it to upright RGB over white.
 
     Args:
         data: the whole file, in one of ``FORMATS``.
         max_pixels: width times height from which the header alone rejects it.
 
     Raises:
-        Rejected: "corrupt picture" (also: no picture at all), "decompression bomb",
+        Rejected: "corrupt image" (also: no image at all), "decompression bomb",
             "too small" (a side under ``MIN_SIDE`` pixels) or "unsupported pixel format".
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            picture = _decode(data, max_pixels)
+            image = _decode(data, max_pixels)
         except Image.DecompressionBombError as error:
-            raise Rejected("decompression bomb") from error
+            raise RejectedError("decompression bomb") from error
         except DAMAGE as error:
-            raise Rejected("corrupt picture") from error
-    changes = picture.changes
+            raise RejectedError("corrupt image") from error
+    changes = image.changes
     for warning in caught:
         if not issubclass(warning.category, UserWarning):
             warnings.warn_explicit(
@@ -97,10 +97,10 @@ def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
             )
         elif "read with a warning" not in changes:
             changes += ("read with a warning",)
-    return Picture(picture.image, changes)
+    return DecodedImage(image.image, changes)
 
 
-def centre_square(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle square of ``image``, its side the shorter side, resized to ``size`` pixels.
 
     Bicubic with antialiasing; where the margin is odd, the larger half is right and below.
@@ -112,15 +112,15 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _decode(data: bytes, max_pixels: int) -> Picture:
+def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     Image.init()
     # An older Pillow, or one built without a codec, fails on a format that it does not know.
     known = [name for name in FORMATS if name in Image.OPEN]
     with Image.open(io.BytesIO(data), formats=known) as image:
         if image.width * image.height > max_pixels:
-            raise Rejected("decompression bomb")
+            raise RejectedError("decompression bomb")
         if min(image.size) < MIN_SIDE:
-            raise Rejected("too small")
+            raise RejectedError("too small")
         is_16_bit = _is_16_bit(image)
         changes = ["16-bit"] if is_16_bit else []
         if getattr(image, "is_animated", False):
@@ -160,13 +160,13 @@ CONVERSIONS = {
 }
 
 
-def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> Picture:
+def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> DecodedImage:
     transparency = image.info.get("transparency")
     if is_16_bit and image.mode.startswith("I"):
         image = _grey_from_16_bit(image, transparency)
     # 32-bit and floating point pixels do not say which value is white.
     if image.mode not in CONVERSIONS:
-        raise Rejected("unsupported pixel format")
+        raise RejectedError("unsupported pixel format")
     if CONVERSIONS[image.mode]:
         changes.append(CONVERSIONS[image.mode])
     if image.has_transparency_data:
@@ -175,7 +175,7 @@ def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> Pictu
         image = Image.alpha_composite(white, image.convert("RGBA"))
     elif isinstance(transparency, int) and is_16_bit:
         changes.append("alpha")
-    return Picture(image.convert("RGB"), tuple(changes))
+    return DecodedImage(image.convert("RGB"), tuple(changes))
 
 
 def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
@@ -187,7 +187,7 @@ def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
 
 
 @dataclass
-class Tally:
+class ReasonCount:
     """How often, and the first ``NAMES_PER_REASON`` names."""
 
     count: int = 0
@@ -201,22 +201,22 @@ class Tally:
 
 
 @dataclass
-class FunnelReport:
-    """What became of every row; a kept picture may have been converted in several ways."""
+class RowReport:
+    """What became of every row; a kept image may have been converted in several ways."""
 
     kept: int = 0
-    skipped: dict[str, Tally] = field(default_factory=dict)
-    converted: dict[str, Tally] = field(default_factory=dict)
+    skipped: dict[str, ReasonCount] = field(default_factory=dict)
+    converted: dict[str, ReasonCount] = field(default_factory=dict)
 
     def keep(self, name: str, changes: Sequence[str] = ()) -> None:
         """Count a row that stays, and each of the changes that it took."""
         self.kept += 1
         for change in changes:
-            self.converted.setdefault(change, Tally()).add(_on_one_line(name))
+            self.converted.setdefault(change, ReasonCount()).add(_on_one_line(name))
 
     def skip(self, name: str, reason: str) -> None:
         """Count a row that is left out."""
-        self.skipped.setdefault(reason, Tally()).add(_on_one_line(name))
+        self.skipped.setdefault(reason, ReasonCount()).add(_on_one_line(name))
 
     @property
     def bad(self) -> int:
@@ -229,13 +229,14 @@ class FunnelReport:
         return self.kept + self.bad
 
     @property
-    def bad_share(self) -> float:
+    def bad_fraction(self) -> float:
         """The share of rows left out, 0 to 1; 0 where there are no rows."""
         return self.bad / self.rows if self.rows else 0.0
 
-    def require_usable(self, source: str, *, max_bad_share: float) -> None:
-        """Raise ``ValueError``, in one line, if more than ``max_bad_share`` or all is left out."""
-        if self.kept and self.bad_share <= max_bad_share:
+    def require_usable(self, source: str, *, max_bad_fraction: float) -> None:
+        """Raise ``ValueError``, in one line, if more than ``max_bad_fraction`` or all is left
+        out."""
+        if self.kept and self.bad_fraction <= max_bad_fraction:
             return
         self.require_closed_quotes(source)
         if not self.kept:
@@ -249,9 +250,9 @@ class FunnelReport:
             for reason, tally in _commonest(self.skipped)
         )
         raise ValueError(
-            f"{source}: {self.bad} of {self.rows} rows are bad ({self.bad_share:.1%}), "
-            f"legal is at most max_bad_share = {max_bad_share:.1%}: {reasons}. "
-            "Correct them, or raise max_bad_share to go on without them"
+            f"{source}: {self.bad} of {self.rows} rows are bad ({self.bad_fraction:.1%}), "
+            f"legal is at most max_bad_fraction = {max_bad_fraction:.1%}: {reasons}. "
+            "Correct them, or raise max_bad_fraction to go on without them"
         )
 
     def require_closed_quotes(self, source: str) -> None:
@@ -267,7 +268,9 @@ class FunnelReport:
 
     def summary(self) -> str:
         """A line of totals, then a line for each reason, the commonest first."""
-        lines = [f"{self.rows} rows: {self.kept} kept, {self.bad} skipped ({self.bad_share:.1%})"]
+        lines = [
+            f"{self.rows} rows: {self.kept} kept, {self.bad} skipped ({self.bad_fraction:.1%})"
+        ]
         for heading, tallies in (("skipped", self.skipped), ("converted", self.converted)):
             for reason, tally in _commonest(tallies):
                 names = _first(tally, NAMES_PER_REASON)
@@ -279,22 +282,22 @@ class FunnelReport:
         return {
             "rows": self.rows,
             "kept": self.kept,
-            "bad_share": self.bad_share,
+            "bad_fraction": self.bad_fraction,
             "skipped": _as_dict(self.skipped),
             "converted": _as_dict(self.converted),
         }
 
 
-def _commonest(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:
+def _commonest(tallies: dict[str, ReasonCount]) -> list[tuple[str, ReasonCount]]:
     return sorted(tallies.items(), key=lambda item: (-item[1].count, item[0]))
 
 
-def _first(tally: Tally, number: int) -> str:
+def _first(tally: ReasonCount, number: int) -> str:
     names = ", ".join(tally.names[:number])
     return names + ", ..." if tally.count > number else names
 
 
-def _as_dict(tallies: dict[str, Tally]) -> dict[str, dict[str, object]]:
+def _as_dict(tallies: dict[str, ReasonCount]) -> dict[str, dict[str, object]]:
     return {
         reason: {"count": tally.count, "names": list(tally.names)}
         for reason, tally in _commonest(tallies)

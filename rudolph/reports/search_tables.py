@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rudolph.evaluation.regions import Axis, Region, as_rows, find_region, places_of, surface
-from rudolph.evaluation.statistics import NORMAL_QUANTILE, mean_of_few
+from rudolph.evaluation.regions import (
+    Axis,
+    Region,
+    as_rows,
+    find_region,
+    smoothed_scores,
+    unit_coordinates,
+)
+from rudolph.evaluation.statistics import NORMAL_QUANTILE, mean_over_seeds
 from rudolph.files.atomic import write_text
 from rudolph.reports.markdown import table_row
 
@@ -61,15 +68,17 @@ class Search:
         return found[0]
 
 
-def region_of(search: Search, domain: str, trials: pd.DataFrame) -> Region:
+def find_domain_region(search: Search, domain: str, trials: pd.DataFrame) -> Region:
     """The region of a domain, from the rows of the trials in ``runs.csv``."""
     score = search.score(domain, trials)
     known = trials.dropna(subset=[score])
     points = known[list(search.space)].to_numpy(dtype=np.float64)
-    places = places_of(search.space, [dict(zip(search.space, row, strict=True)) for row in points])
+    places = unit_coordinates(
+        search.space, [dict(zip(search.space, row, strict=True)) for row in points]
+    )
     widths = (known[f"{score}_high"] - known[f"{score}_low"]).to_numpy()
     errors = widths / (2 * NORMAL_QUANTILE)
-    smoothed = surface(places, known[score].to_numpy(), errors)
+    smoothed = smoothed_scores(places, known[score].to_numpy(), errors)
     return find_region(smoothed, len(search.space), tolerance=search.tolerance)
 
 
@@ -83,7 +92,7 @@ def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
     trials = runs[is_trial(runs)]
     rows: list[dict[str, Any]] = []
     for domain in search.domains:
-        found = as_rows(search.space, region_of(search, domain, trials))
+        found = as_rows(search.space, find_domain_region(search, domain, trials))
         rows += [{"domain": domain} | row for row in found]
     write_text(folder / REGIONS, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
@@ -130,7 +139,7 @@ def _tests_table(
         cells = [str(name)]
         for domain in search.domains:
             values = group[search.score(domain, tests)].dropna().to_numpy(dtype=np.float64)
-            value, low, high = mean_of_few(values)
+            value, low, high = mean_over_seeds(values)
             cells.append(f"{value:.3g} [{low:.3g}, {high:.3g}]")
         lines.append(table_row(cells))
     biased = sorted(set(same_pairs or ()) & set(tests["variant"].dropna()))

@@ -1,8 +1,8 @@
 """Scenes that are easily taken for another: each differs from it in exactly one thing.
 
 What is changed is the colour, the shape, the size or the place of one object, the number of the
-objects, or the relation between them. A change that the sentence does not tell is no rival: the
-sentence would be true of both pictures.
+objects, or the relation between them. A change that the sentence does not tell is no negative: the
+sentence would be true of both images.
 
 To add a change, write a function ``(Scene, ShapesConfig, Random) -> Iterator[Scene]`` and name it
 in ``CHANGES``.
@@ -14,40 +14,42 @@ from itertools import zip_longest
 from random import Random
 from typing import Any, NamedTuple
 
-from rudolph.data.datasets.shapes_pictures import SIZES, SceneObject
+from rudolph.data.datasets.shapes_rendering import SIZES, SceneObject
 from rudolph.data.datasets.shapes_scenes import (
     DIRECTIONS,
     Scene,
     ShapesConfig,
     cells,
-    draw_shift,
+    describe_scene,
     related_cells,
-    tell,
+    sample_shift,
 )
 from rudolph.data.datasets.synthetic import choose_distinct
 
 
-class Rival(NamedTuple):
+class HardNegative(NamedTuple):
     """A scene, and the one thing in which it differs: a key of ``CHANGES``."""
 
     changed: str
     scene: Scene
 
 
-def rivals(scene: Scene, config: ShapesConfig, rng: Random) -> list[Rival]:
-    """All rivals of a scene, each kind of change as often as it can among the first ones.
+def hard_negatives_of(scene: Scene, config: ShapesConfig, rng: Random) -> list[HardNegative]:
+    """All negatives of a scene, each kind of change as often as it can among the first ones.
 
     All sentences differ from one another and from that of the scene.
     """
     kinds = []
     for changed, change in CHANGES.items():
-        found = [Rival(changed, other) for other in change(scene, config, rng)]
+        found = [HardNegative(changed, other) for other in change(scene, config, rng)]
         kinds.append(choose_distinct(rng, found, number=len(found)))
-    in_turn = [rival for turn in zip_longest(*kinds) for rival in turn if rival is not None]
-    first: dict[str, Rival] = {}
-    for rival in in_turn:
-        if rival.scene.sentence != scene.sentence:
-            first.setdefault(rival.scene.sentence, rival)
+    in_turn = [
+        negative for turn in zip_longest(*kinds) for negative in turn if negative is not None
+    ]
+    first: dict[str, HardNegative] = {}
+    for negative in in_turn:
+        if negative.scene.sentence != scene.sentence:
+            first.setdefault(negative.scene.sentence, negative)
     return list(first.values())
 
 
@@ -76,7 +78,7 @@ def other_places(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scen
             if (row, column) not in taken:
                 moved = replace(each, row=row, column=column)
                 objects = [*scene.objects[:number], moved, *scene.objects[number + 1 :]]
-                yield tell(scene.family, _in_reading_order(objects), config)
+                yield describe_scene(scene.family, _in_reading_order(objects), config)
 
 
 def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[Scene]:
@@ -88,10 +90,10 @@ def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[S
     for number in range(1, config.max_count + 1):
         kept = choose_distinct(rng, scene.objects, number=min(number, len(scene.objects)))
         added = [
-            replace(kept[0], row=row, column=column, shift=draw_shift(config.jitter, rng))
+            replace(kept[0], row=row, column=column, shift=sample_shift(config.jitter, rng))
             for row, column in choose_distinct(rng, free, number=number - len(kept))
         ]
-        yield tell("count", _in_reading_order([*kept, *added]), config)
+        yield describe_scene("count", _in_reading_order([*kept, *added]), config)
 
 
 def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
@@ -111,7 +113,7 @@ def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[S
                 scene.objects, related_cells(relation, line, places), strict=True
             )
         ]
-        yield tell("relation", objects, config, relation=relation)
+        yield describe_scene("relation", objects, config, relation=relation)
 
 
 def _repainted(
@@ -126,7 +128,7 @@ def _repainted(
                 for number, each in enumerate(scene.objects)
             ]
             if scene.relation is None or not _look_alike(*objects):
-                yield tell(scene.family, objects, config, relation=scene.relation or "")
+                yield describe_scene(scene.family, objects, config, relation=scene.relation or "")
 
 
 def _look_alike(first: SceneObject, second: SceneObject) -> bool:

@@ -37,13 +37,13 @@ SHARE_MEANS = (
 
 
 @dataclass(frozen=True)
-class Repetition:
+class Timing:
     """One repetition: ``units`` of ``unit`` were done in ``seconds``; ``part`` empty: the whole.
 
     ``peak_bytes`` is the most memory that the contestant's process held meanwhile.
     """
 
-    contestant: str
+    implementation: str
     part: str
     unit: str
     repetition: int
@@ -52,30 +52,30 @@ class Repetition:
     peak_bytes: int
 
     @property
-    def subject(self) -> str:
+    def label(self) -> str:
         """How metrics name the contestant and its part."""
-        return subject_of(self.contestant, self.part)
+        return implementation_name(self.implementation, self.part)
 
 
-REPETITION_COLUMNS = tuple(field.name for field in fields(Repetition))
+REPETITION_COLUMNS = tuple(field.name for field in fields(Timing))
 
 
-def subject_of(contestant: str, part: str) -> str:
-    return f"{contestant}/{part}" if part else contestant
+def implementation_name(implementation: str, part: str) -> str:
+    return f"{implementation}/{part}" if part else implementation
 
 
-def write_repetitions(run_folder: Path, repetitions: Sequence[Repetition]) -> Path:
+def write_timings(run_folder: Path, num_repetitions: Sequence[Timing]) -> Path:
     """The CSV of one run."""
     path = run_folder / FOLDER / FILE
-    rows = [list(asdict(repetition).values()) for repetition in repetitions]
+    rows = [list(asdict(repetition).values()) for repetition in num_repetitions]
     return _write(path, REPETITION_COLUMNS, rows)
 
 
 def write_profile(
-    run_folder: Path, contestant: str, rows: Sequence[tuple[str, str, int, float, float]]
+    run_folder: Path, implementation: str, rows: Sequence[tuple[str, str, int, float, float]]
 ) -> Path:
     """The operations of one contestant of a run, longest first; the smallest are left out."""
-    path = run_folder / FOLDER / f"{contestant}{PROFILE_END}"
+    path = run_folder / FOLDER / f"{implementation}{PROFILE_END}"
     kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
     return _write(path, PROFILE_COLUMNS, kept)
 
@@ -87,7 +87,7 @@ def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) ->
     return path
 
 
-def export_repetitions(run_folders: dict[str, Path], folder: Path) -> None:
+def export_timings(run_folders: dict[str, Path], folder: Path) -> None:
     """Gather the repetitions and profiles of runs, by name, in the folder of their experiment."""
     (folder / FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / PROFILES, ignore_errors=True)
@@ -112,7 +112,7 @@ def is_speed(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def read_repetitions(folder: Path) -> pd.DataFrame:
+def read_timings(folder: Path) -> pd.DataFrame:
     """``repetitions.csv`` of an experiment."""
     texts = dict.fromkeys(("run", "contestant", "part", "unit"), str)
     return pd.read_csv(folder / FILE, dtype=texts, keep_default_na=False)
@@ -124,25 +124,27 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
     Args:
         runs: ``runs.csv``; rows: its columns that tell the runs apart.
     """
-    repetitions = read_repetitions(folder)
+    num_repetitions = read_timings(folder)
     rows = [row for row in rows if row != "run"] or ["run"]
     head = [*rows, "contestant", "time of a unit [least, most]", "units a second"]
     head += ["times the reference [95 %]", SHARE, "peak MiB", "weights MiB", "cache MiB"]
     lines: list[list[str]] = []
     for record in runs.to_dict("records"):
-        own = repetitions[repetitions["run"] == record["run"]]
-        for (contestant, part), group in own.groupby(["contestant", "part"], sort=False):
-            name = subject_of(contestant, part)
+        own = num_repetitions[num_repetitions["run"] == record["run"]]
+        for (implementation, part), group in own.groupby(["contestant", "part"], sort=False):
+            name = implementation_name(implementation, part)
             cells = ["" if pd.isna(record[row]) else str(record[row]) for row in rows]
             cells += [name, *_times(group), *_ratios(record, name)]
             sizes = [group["peak_bytes"].max()]
-            sizes += [record.get(f"{contestant}/{size}_bytes") for size in ("weights", "cache")]
+            sizes += [
+                record.get(f"{implementation}/{size}_bytes") for size in ("weights", "cache")
+            ]
             lines.append([*cells, *map(mebibytes_text, sizes)])
     shown = [column for column in range(len(head)) if any(line[column] for line in lines)]
     for cells in (head, ["---"] * len(head), *lines):
         yield table_row([cells[column] for column in shown])
     yield ""
-    yield f"{repetitions['repetition'].max() + 1} repetitions in turn; the mean is geometric."
+    yield f"{num_repetitions['repetition'].max() + 1} repetitions in turn; the mean is geometric."
     yield from _machines(folder)
     if head.index(SHARE) in shown:
         yield SHARE_MEANS

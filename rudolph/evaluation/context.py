@@ -15,15 +15,15 @@ from rudolph.data.datasets.shapes import Shapes
 from rudolph.data.pairs import Pair
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split
-from rudolph.evaluation.metrics.answers import Measure
-from rudolph.evaluation.statistics import Estimate, mean_interval, resampled_interval
+from rudolph.evaluation.metrics.answers import MetricProtocol
+from rudolph.evaluation.statistics import Estimate, bootstrap_interval, mean_interval
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 
 CHANCE_SHIFTS = 20
 # What cuts pairs in two halves; the seed of a run does not, so that its other half stays unasked.
 HALVES = 0
-# What a task without a picture is answered after.
+# What a task without an image is answered after.
 NO_IMAGE = ("zeros", "legacy")
 
 
@@ -56,11 +56,11 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationContext:
     """Who is asked: the models, how they sample, how many examples, the seed of it all.
 
     Of pairs that are cut in two, the same way for every seed, ``half`` 0 or 1 alone is asked
-    about.  ``drawn`` holds the pictures that were drawn, for other questions about the same
+    about.  ``drawn`` holds the images that were drawn, for other questions about the same
     captions.
     """
 
@@ -87,18 +87,18 @@ class Subject:
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
         if self.half is None:
             return order
-        halves = halves_of(split)
+        halves = eval_folds(split)
         return [index for index in order if halves[index] == self.half]
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
         """One seed for each pair, whatever else is asked about."""
         return [mixed_seed(self.seed, index) for index in indices]
 
-    def pictures(self, split: Split, indices: list[int]) -> Tensor:
-        """One generated picture for the caption of each pair."""
+    def generated_images(self, split: Split, indices: list[int]) -> Tensor:
+        """One generated image for the caption of each pair."""
         place = (split.digest, self.image_sampling, *indices)
         if place not in self.drawn:
-            self.drawn[place] = self.pipeline.pictures(
+            self.drawn[place] = self.pipeline.generate_images(
                 [split.captions[index] for index in indices],
                 config=self.image_sampling,
                 seeds=self.seeds(indices),
@@ -107,17 +107,17 @@ class Subject:
         return self.drawn[place]
 
     def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
-        """Image indices ``(N, I)`` of the real pictures of some pairs."""
-        return self.pipeline.encode(split.pictures(indices))
+        """Image indices ``(N, I)`` of the real images of some pairs."""
+        return self.pipeline.encode(split.image_batch(indices))
 
     def codes_of(self, pairs: Sequence[Pair]) -> Tensor:
-        """Image indices ``(N, I)`` of the pictures of pairs, in any split."""
+        """Image indices ``(N, I)`` of the images of pairs, in any split."""
         arrays = np.stack([np.asarray(pair.image) for pair in pairs])
-        pictures = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
-        return self.pipeline.encode(pictures)
+        images = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+        return self.pipeline.encode(images)
 
 
-def halves_of(split: Split) -> np.ndarray[Any, Any]:
+def eval_folds(split: Split) -> np.ndarray[Any, Any]:
     """Return the half, 0 or 1, of every pair of a split, ``(N,)``; an image is in one alone."""
     halves = np.empty(len(split), dtype=np.int64)
     halves[np.random.default_rng(HALVES).permutation(len(split))] = np.arange(len(split)) % 2
@@ -126,45 +126,45 @@ def halves_of(split: Split) -> np.ndarray[Any, Any]:
     return halves[first][place]
 
 
-def scored(
+def mean_score(
     metric: str,
     split: Split,
     indices: Sequence[int],
     values: np.ndarray[Any, Any],
-    subject: Subject,
+    context: EvaluationContext,
     *,
     chance: float | None = None,
-    measure: Measure | None = None,
+    measure: MetricProtocol | None = None,
 ) -> Score:
     """The mean of one value for each pair of ``indices``; those of one image count together."""
     clusters = split.clusters(indices)
-    estimate = mean_interval(values, seed=subject.seed, clusters=clusters)
-    return kept(metric, split, estimate, len(values), chance, measure)
+    estimate = mean_interval(values, seed=context.seed, clusters=clusters)
+    return score_with_interval(metric, split, estimate, len(values), chance, measure)
 
 
-def scored_together(
+def corpus_score(
     metric: str,
     split: Split,
     indices: Sequence[int],
     statistic: Callable[[np.ndarray[Any, Any]], float],
-    subject: Subject,
+    context: EvaluationContext,
     *,
     chance: float | None = None,
-    measure: Measure | None = None,
+    measure: MetricProtocol | None = None,
 ) -> Score:
     """A statistic of all pairs of ``indices``, which is no mean: it is given places in them."""
     number, clusters = len(indices), split.clusters(indices)
-    estimate = resampled_interval(statistic, number, seed=subject.seed, clusters=clusters)
-    return kept(metric, split, estimate, number, chance, measure)
+    estimate = bootstrap_interval(statistic, number, seed=context.seed, clusters=clusters)
+    return score_with_interval(metric, split, estimate, number, chance, measure)
 
 
-def kept(
+def score_with_interval(
     metric: str,
     split: Split,
     estimate: Estimate,
     number: int,
     chance: float | None,
-    measure: Measure | None,
+    measure: MetricProtocol | None,
 ) -> Score:
     """A number that has its interval already."""
     told = "" if measure is None else str(measure)
@@ -180,6 +180,6 @@ def chance_level(score: Callable[[int, int], float], number: int) -> float | Non
     return float(np.mean(values))
 
 
-def without_note(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
+def ignore_notes(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
     """Progress of work that has nothing to say but how far it is."""
     advance(done, total, "")

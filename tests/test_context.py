@@ -8,26 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from rudolph.config.run import resolved
-from rudolph.data.datasets.emoji import Emoji, emoji_pictures
+from rudolph.config.run import resolve_run
+from rudolph.data.datasets.emoji import Emoji, emoji_images
 from rudolph.data.splits import DataConfig, Split, Splits
-from rudolph.evaluation.evaluator import Subject
-from rudolph.evaluation.report_card import QUESTIONS
+from rudolph.evaluation.context import EvaluationContext
+from rudolph.evaluation.report_card import EVALUATORS
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 
 SAMPLING = TokenSamplingConfig()
 
 
-class Copyist(Subject):
-    """Draws of every second caption the real picture, of the others that of the next."""
+class Copyist(EvaluationContext):
+    """Draws of every second caption the real image, of the others that of the next."""
 
-    def pictures(self, split: Split, indices: list[int]) -> Tensor:
+    def generated_images(self, split: Split, indices: list[int]) -> Tensor:
         shown = [index if index % 2 else (index + 1) % len(split) for index in indices]
-        return split.pictures(shown)
+        return split.image_batch(shown)
 
 
-def subject(kind: type[Subject], number: int, *, seed: int, half: int | None = None) -> Subject:
+def context(
+    kind: type[EvaluationContext], number: int, *, seed: int, half: int | None = None
+) -> EvaluationContext:
     """One without models: which pairs are chosen needs none."""
     return kind(cast(Pipeline, None), SAMPLING, SAMPLING, number, seed, half=half)
 
@@ -44,13 +46,16 @@ def test_halves_share_no_pair_whatever_the_seed(tmp_path: Path, dataset: str, si
     for half in (0, 1):
         found: set[int] = set()
         for seed, number in ((0, 9), (1, 20), (5, 33)):
-            chosen = subject(Subject, number, seed=seed, half=half).chosen(split)
+            chosen = context(EvaluationContext, number, seed=seed, half=half).chosen(split)
             assert len(chosen) == len(set(chosen)) == number
             found |= set(chosen)
         asked.append(found)
     assert not asked[0] & asked[1]
     if dataset == "emoji":
-        halves = [sorted(subject(Subject, 1, seed=3, half=half).order(split)) for half in (0, 1)]
+        halves = [
+            sorted(context(EvaluationContext, 1, seed=3, half=half).order(split))
+            for half in (0, 1)
+        ]
         assert sorted(halves[0] + halves[1]) == list(range(len(split)))
 
 
@@ -58,14 +63,14 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
     split = opened(tmp_path, "emoji", 12)
     emoji = split.dataset
     assert isinstance(emoji, Emoji)
-    scores = QUESTIONS["nearest_in_groups"](subject(Copyist, 5, seed=2), split)
+    scores = EVALUATORS["nearest_image_by_group"](context(Copyist, 5, seed=2), split)
     names = {record.group for record in emoji.records}
     found = {score.metric.rpartition("_")[2]: score for score in scores}
     assert set(found) == {name.lower().split()[0] for name in names}
     # The oracle: distances by numpy, one emoji after the other.
-    keys, gallery = emoji_pictures(12)
+    keys, gallery = emoji_images(12)
     flat = gallery.reshape(len(keys), -1).astype(np.float64)
-    order = subject(Subject, 1, seed=2).order(split)
+    order = context(EvaluationContext, 1, seed=2).order(split)
     for name in names:
         own = [at for at in order if emoji.records[at].group == name][:5]
         hits = []
@@ -82,4 +87,4 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
 
 def test_a_half_that_is_none_is_told() -> None:
     with pytest.raises(ValueError, match=r"half must be 0, 1 or null, got 2"):
-        resolved(Path("file.yaml"), {"evaluation.half": 2})
+        resolve_run(Path("file.yaml"), {"evaluation.half": 2})

@@ -1,0 +1,104 @@
+"""Contestants that make images of a text from beginning to end, or larger ones of these: ours.
+
+Tokenizing, drawing every image token, decoding, PNG files; the upscaler alone.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rudolph.benchmarks.benchmark_case import (
+    CAPTION,
+    BenchmarkCase,
+    load_case_inputs,
+    load_case_upscaler,
+    load_case_vqgan,
+)
+from rudolph.benchmarks.decoding_workload import (
+    WARM_UP_TOKENS,
+    StopDecodingError,
+    module_bytes,
+    prepared_decoder,
+)
+from rudolph.benchmarks.serving import WorkResult
+from rudolph.generation.pipeline import Pipeline, Request
+from rudolph.generation.png import to_image
+from rudolph.sequence.tokenizer import Tokenizer
+
+
+class GenerationWorkload:
+    """``batch_size`` images of one caption."""
+
+    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+        self.case, self.folder = case, folder / kind
+        self.folder.mkdir(exist_ok=True)
+        decoder, vqgan = prepared_decoder(case, kind, folder), load_case_vqgan(case, folder)
+        size = case.speed.batch_size
+        self.pipeline = Pipeline(Tokenizer(folder / "bpe.model"), vqgan, decoder, batch_size=size)
+        self.weights_bytes = module_bytes(decoder) + module_bytes(vqgan)
+        self.versions: dict[str, str] = {}
+
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
+        size = self.case.speed.batch_size
+
+        def on_stage(stage: str, done: int, total: int) -> None:
+            if is_short and done >= min(WARM_UP_TOKENS * size, total):
+                raise StopDecodingError
+
+        try:
+            found = self.pipeline.generate(
+                CAPTION,
+                Request(number=size, seed=self.case.seed),
+                config=self.case.sampling,
+                on_stage=on_stage,
+            )
+        except StopDecodingError:
+            # What it skips is warmed up by itself.
+            self.pipeline.decode(torch.zeros(size, self.num_image_tokens, dtype=torch.long))
+            return WorkResult(size)
+        for number, candidate in enumerate(found):
+            to_image(candidate.image).save(self.folder / f"{number}.png")
+        return WorkResult(size)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.case.layout.num_image_tokens
+
+    def cache_bytes(self) -> int:
+        return 0
+
+    def check(self, path: Path) -> None:
+        inputs = load_case_inputs(path.parent)
+        with torch.no_grad():
+            logits = self.pipeline.decoder(inputs["checked"])
+        images = self.pipeline.vqgan.decode_indices(inputs["indices"][:1])
+        save_file({"logits": logits.float(), "images": images.float()}, path)
+
+
+class UpscalingWorkload:
+    """Images through the upscaler, each whole."""
+
+    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+        self.model = load_case_upscaler(folder).to(getattr(torch, kind))
+        self.images = load_case_inputs(folder)["images"]
+        self.weights_bytes = module_bytes(self.model)
+        self.versions: dict[str, str] = {}
+
+    @torch.inference_mode()
+    def run(self, part: str, *, is_short: bool) -> WorkResult:
+        self.upscaled(self.images)
+        return WorkResult(len(self.images))
+
+    def upscaled(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model(images.to(self.model.conv_first.weight))
+        return found
+
+    def cache_bytes(self) -> int:
+        return 0
+
+    @torch.inference_mode()
+    def check(self, path: Path) -> None:
+        images = self.upscaled(load_case_inputs(path.parent)["images"][:1])
+        save_file({"images": images.float().contiguous()}, path)
