@@ -66,11 +66,11 @@ def test_images_too_small_for_the_adversary_are_refused_with_the_file(
 ) -> None:
     small = f"data.image_size={side}", f"vqgan.resolution={side}"
     load_experiment(write(tmp_path), small)
-    load_experiment(write(tmp_path), ("vqgan_losses.adversary_start=0",))
+    load_experiment(write(tmp_path), ("vqgan_losses.discriminator_start=0",))
     # An adversary that starts after the last step is never asked.
-    load_experiment(write(tmp_path), (*small, "vqgan_losses.adversary_start=8"))
+    load_experiment(write(tmp_path), (*small, "vqgan_losses.discriminator_start=8"))
     with pytest.raises(ConfigError, match=rf"image_size: expected at least 24 .* got {side}$"):
-        load_experiment(write(tmp_path), (*small, "vqgan_losses.adversary_start=7"))
+        load_experiment(write(tmp_path), (*small, "vqgan_losses.discriminator_start=7"))
 
 
 def test_the_perceptual_distance_is_none_for_equal_images_and_grows(weights: Path) -> None:

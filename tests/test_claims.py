@@ -23,7 +23,7 @@ from rudolph.reports.report import Report, generated_part, read_effects
 from rudolph.reports.store import check_results_folder, export_results, write_index
 from rudolph.tracking.event_log import EventLog
 
-LOSS, RIGHT = "decoder/val/loss/image", "answers/exact/test"
+LOSS, RIGHT = "decoder/val/loss/image", "answers/exact_match/test"
 
 
 def table(values: dict[str, list[float]], metric: str = RIGHT) -> pd.DataFrame:
@@ -166,8 +166,8 @@ title: A test
 question: Is a claim read?
 settings: {vqgan.resolution: 32}
 variants:
-  row: {decoder.layer_masks: [row]}
-  causal: {decoder.layer_masks: [causal]}
+  row: {model.layer_masks: [row]}
+  causal: {model.layer_masks: [causal]}
 """
 
 

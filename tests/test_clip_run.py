@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model=clip",
         f"clip={json.dumps(CLIP)}",
         f"clip_optim={json.dumps(OPTIM)}",
-        "evaluation.questions=[]",
+        "evaluation.evaluators=[]",
         "evaluation.splits=[test]",
         "evaluation.num_examples=6",
     )

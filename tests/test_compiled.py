@@ -68,7 +68,7 @@ def test_steady_steps_are_the_plain_steps(
 ) -> None:
     """Not compiled: hidden states of every position, on every mask at once."""
     monkeypatch.setattr(decoder_module, "compiled", lambda function: function)
-    plain, steady = (decoder(*MASKS, right_sees_left=sees_left) for _ in range(2))
+    plain, steady = (decoder(*MASKS, right_attends_left=sees_left) for _ in range(2))
     steady.has_compiled_layers = True
     generator = torch.Generator().manual_seed(7)
     rest = torch.randint(0, 11, (2 * samples, 55), generator=generator)

@@ -56,18 +56,18 @@ def test_logits_and_hidden_state_equal_the_reference(parity, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_switch_that_hides_left_text_equals_the_reference(parity, case: str) -> None:
     golden, model = parity(case), reference(parity, case)
-    model.config = replace(model.config, right_sees_left=False)
+    model.config = replace(model.config, right_attends_left=False)
     model.register_masks()
     torch.testing.assert_close(
         model(golden.io["tokens"]), golden.io["logits_right_without_left"], atol=1e-5, rtol=0
     )
 
 
-@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("right_attends_left", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_later_token_never_changes_an_earlier_logit(mask: str, right_sees_left: bool) -> None:
+def test_a_later_token_never_changes_an_earlier_logit(mask: str, right_attends_left: bool) -> None:
     config = replace(
-        SMALL, layer_masks=(mask,), last_layer_mask=None, right_sees_left=right_sees_left
+        SMALL, layer_masks=(mask,), last_layer_mask=None, right_attends_left=right_attends_left
     )
     model, tokens = small_decoder(config), random_tokens(2)
     logits = model(tokens)
@@ -77,14 +77,14 @@ def test_a_later_token_never_changes_an_earlier_logit(mask: str, right_sees_left
         assert torch.allclose(model(changed)[:, :position], logits[:, :position], atol=1e-6)
 
 
-@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("right_attends_left", [True, False])
 @pytest.mark.parametrize("mask", [*MASKS, "mixed"])
 @pytest.mark.parametrize("steps", [(1,) * 18, (5, 9, 4), (3, 1, 6, 8)], ids=str)
 def test_cached_logits_equal_uncached_logits(
-    mask: str, right_sees_left: bool, steps: tuple[int, ...]
+    mask: str, right_attends_left: bool, steps: tuple[int, ...]
 ) -> None:
     pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
-    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    config = replace(SMALL, layer_masks=pattern, right_attends_left=right_attends_left)
     model, tokens = small_decoder(config), random_tokens(3)
     cache = model.new_cache(3)
     parts, start = [], 0
@@ -96,14 +96,14 @@ def test_cached_logits_equal_uncached_logits(
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("right_attends_left", [True, False])
 @pytest.mark.parametrize("mask", [*MASKS, "mixed"])
 @pytest.mark.parametrize(("given", "steps"), [(5, (1,) * 13), (1, (3, 2, 12)), (15, (2, 1))])
 def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
-    mask: str, right_sees_left: bool, given: int, steps: tuple[int, ...]
+    mask: str, right_attends_left: bool, given: int, steps: tuple[int, ...]
 ) -> None:
     pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
-    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    config = replace(SMALL, layer_masks=pattern, right_attends_left=right_attends_left)
     model = small_decoder(config)
     tokens = random_tokens(6)
     # Samples of a prompt have its beginning in common.
@@ -121,12 +121,12 @@ def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
     assert (prompts.length, cache.length) == (given, start)
 
 
-@pytest.mark.parametrize("right_sees_left", [True, False])
+@pytest.mark.parametrize("right_attends_left", [True, False])
 @pytest.mark.parametrize("mask", [*MASKS, "mixed"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_block_masks_are_the_masks(mask: str, right_sees_left: bool) -> None:
+def test_block_masks_are_the_masks(mask: str, right_attends_left: bool) -> None:
     pattern = SMALL.layer_masks if mask == "mixed" else (mask,)
-    config = replace(SMALL, layer_masks=pattern, right_sees_left=right_sees_left)
+    config = replace(SMALL, layer_masks=pattern, right_attends_left=right_attends_left)
     model, tokens = small_decoder(config), random_tokens(3)
     with torch.no_grad():
         for length in (5, 14, 18):
@@ -135,7 +135,7 @@ def test_block_masks_are_the_masks(mask: str, right_sees_left: bool) -> None:
             model.has_block_masks = True
             torch.testing.assert_close(model(tokens[:, :length]), expected, atol=1e-5, rtol=0)
     model.train()
-    with pytest.raises(ValueError, match=r"block masks need decoder.attention_dropout 0, got 0.1"):
+    with pytest.raises(ValueError, match=r"block masks need model.attention_dropout 0, got 0.1"):
         model(tokens)
 
 
@@ -325,7 +325,7 @@ def test_one_padding_id_serves_all_positions_where_none_has_its_own() -> None:
 def test_decoders_that_differ_in_a_table_begin_alike_in_all_else_where_asked() -> None:
     def start(is_paired: bool, bpe_size: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        config = replace(SMALL, paired_start=is_paired)
+        config = replace(SMALL, init_by_name=is_paired)
         model = MaskedDecoder(config, LAYOUT, replace(VOCABULARY, bpe_size=bpe_size))
         if is_paired:
             model.init_by_name(lambda name: len(name) + sum(map(ord, name)))

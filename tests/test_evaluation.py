@@ -84,7 +84,7 @@ def test_no_values_or_broken_ones_have_no_interval(values: list[float]) -> None:
 
 def test_an_unknown_question_is_told_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=", ".join(EVALUATORS)):
-        EvaluationConfig(questions=("fid",))
+        EvaluationConfig(evaluators=("fid",))
 
 
 def test_the_shapes_that_are_asked_have_different_sentences() -> None:

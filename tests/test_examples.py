@@ -20,7 +20,7 @@ CONFIG = DataConfig(
     dataset="shapes",
     image_size=24,
     caption_dropout=0.3,
-    flip=0.5,
+    flip_probability=0.5,
     image_token_noise=0.4,
     shapes=ShapesConfig(num_train=13, num_validation=5),
 )
@@ -95,7 +95,7 @@ def test_every_epoch_is_another_permutation() -> None:
 def test_examples_do_not_depend_on_the_batches_they_come_in(
     split: Split, examples: TokenExamples, size: int
 ) -> None:
-    images = ImageExamples(split, seed=5, flip=0.5)
+    images = ImageExamples(split, seed=5, flip_probability=0.5)
     for source, field in ((images, "images"), (examples, "tokens")):
         whole = source.batch(range(26))
         parts = [source.batch(range(at, min(at + size, 26))) for at in range(0, 26, size)]
@@ -259,7 +259,7 @@ def test_task_tokens_become_unknown_left_and_right_by_themselves(
     split: Split, tokenizer: Tokenizer
 ) -> None:
     plain, unknown = (
-        examples_of(split, tokenizer, unknown_task_share=share, image_token_noise=0.0)
+        examples_of(split, tokenizer, unknown_task_probability=share, image_token_noise=0.0)
         for share in (0.0, 0.25)
     )
     first, second = plain.batch(range(3000)), unknown.batch(range(3000))

@@ -108,9 +108,9 @@ REFUSED = [
     (["--micro-batch-size", "3"], "vqgan_optim.global_batch_size 4 must be a multiple"),
     (["--devices", "2", "--jobs", "2"], "--jobs: expected 1 with 2 devices, got 2"),
     (["--block-masks"], "--block-masks needs CUDA"),
-    (["decoder_optim.optimizer=adamw8bit"], "decoder_optim.optimizer adamw8bit needs"),
+    (["optim.optimizer=adamw8bit"], "optim.optimizer adamw8bit needs"),
     (
-        ["model=clip", "clip_optim.global_batch_size=8", "--micro-batch-size", "4"],
+        ["model=clip", "optim.global_batch_size=8", "--micro-batch-size", "4"],
         "--micro-batch-size: expected 8 or none for a CLIP, got 4",
     ),
 ]
@@ -176,13 +176,13 @@ def test_a_codebook_follows_its_latents_in_every_precision(tmp_path: Path, preci
     quantizer = module.model.quantize
     assert quantizer.codebook.dtype == (torch.float64 if precision == "64-true" else torch.float32)
     assert not torch.equal(quantizer.codebook.float(), before)
-    for name in quantizer.AVERAGES:
+    for name in quantizer.REDUCTIONS:
         assert torch.isfinite(getattr(quantizer, name)).all()
 
 
 def test_weights_of_another_precision_are_kept_in_float32(tmp_path: Path) -> None:
     short = [f"{part}_optim.num_steps=2" for part in ("vqgan", "decoder")]
-    asked = ["evaluation.questions=[reconstruction]", "evaluation.grid_prompts=[]"]
+    asked = ["evaluation.evaluators=[reconstruction]", "evaluation.grid_prompts=[]"]
     folder = run_tiny(tmp_path, (*short, *asked), precision="bf16-true")
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["hardware"]["precision"] == "bf16-true"
@@ -195,8 +195,8 @@ def test_weights_of_another_precision_are_kept_in_float32(tmp_path: Path) -> Non
 
 
 def test_what_measures_speed_takes_one_device(tmp_path: Path) -> None:
-    speed = ("speed.measure=decode", "speed.contestants=[float32]")
+    speed = ("speed.workload=decode", "speed.implementations=[float32]")
     config = load_experiment(write(tmp_path, targets={}, report={}), speed).runs[0].config
     Hardware(accelerator="cpu").check(config)
-    with pytest.raises(ValueError, match=r"^speed\.measure: needs --devices 1"):
+    with pytest.raises(ValueError, match=r"^speed\.protocol: needs --devices 1"):
         Hardware(accelerator="cpu", devices=2).check(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rudolph.runs.stages.decoder import token_examples
 from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
@@ -16,7 +17,6 @@ from rudolph.config.experiment_file import load_experiment
 from rudolph.data.splits import Splits
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.resolve import load_run
-from rudolph.runs.stages.decoder import token_examples
 from rudolph.tracking.event_log import exclusive, read_event_log
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
@@ -196,9 +196,7 @@ def test_a_run_that_is_being_executed_is_not_started_again(tmp_path: Path) -> No
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss of \w+ is (nan|inf)"):
-        run_tiny(
-            tmp_path, ("decoder_optim.learning_rate=1e30", "decoder_optim.gradient_clip=null")
-        )
+        run_tiny(tmp_path, ("optim.learning_rate=1e30", "optim.gradient_clip=null"))
     summary = json.loads(next(tmp_path.glob("runs/tiny/*/summary.json")).read_text())
     assert summary["status"] == "failed"
 
@@ -215,7 +213,7 @@ def test_runs_of_one_vqgan_share_it(finished: Path) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in folder.glob("runs/.cache/vqgan-*/*.safetensors")
     }
-    other = run_tiny(folder, ("decoder.num_layers=1",))
+    other = run_tiny(folder, ("model.num_layers=1",))
     after = {
         path: path.stat().st_mtime_ns for path in folder.glob("runs/.cache/vqgan-*/*.safetensors")
     }
@@ -236,7 +234,7 @@ def test_mlflow_holds_the_run(finished: Path) -> None:
     experiment = client.get_experiment_by_name("tiny")
     digest = json.loads((finished / "summary.json").read_text())["digest"]
     run = client.search_runs([experiment.experiment_id], f"tags.digest = '{digest}'")[0]
-    assert run.data.params["decoder.num_layers"] == "2"
+    assert run.data.params["model.num_layers"] == "2"
     assert run.data.metrics["vqgan/psnr/test"] > 0
     history = client.get_metric_history(run.info.run_id, "decoder/val/loss")
     assert [metric.step for metric in history] == [4, 8]

@@ -40,7 +40,7 @@ def test_its_runs_ask_different_questions_of_pairs_that_are_there(experiment: Ex
             assert open_dataset(config, "train", dataset)[0].caption
     metrics = {*experiment.report.table, *experiment.report.effects, *experiment.targets}
     splits = {name for run in experiment.runs for name in run.config.evaluation.splits}
-    if experiment.runs[0].config.speed.measure is None:
+    if experiment.runs[0].config.speed.workload is None:
         assert {metric.rpartition("/")[2] for metric in metrics} <= splits
 
 
@@ -103,7 +103,7 @@ def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment
         if config.model == "clip":
             model = CLIP(config.clip)
             assert sum(parameter.numel() for parameter in model.parameters()) > 0
-        elif config.speed.measure is None and config.decoder_optim.num_steps > 0:
+        elif config.speed.workload is None and config.decoder_optim.num_steps > 0:
             decides = str((decoder_digest_parts(config)[4:], config.layout, config.vocabulary))
             different[decides] = config
     for config in different.values():

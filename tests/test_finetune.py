@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rudolph.runs.stages.decoder import start_from
 from safetensors.torch import load_file, save_file
 from tiny_run import quiet, run_tiny, write
 
@@ -14,7 +15,6 @@ from rudolph.config.experiment_file import load_experiment
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.resolve import find_folder, find_tokenizer, load_run, open_decoder
-from rudolph.runs.stages.decoder import start_from
 from rudolph.runs.stages.origins import warn_of_other_parts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.tracker import send_pending
@@ -22,10 +22,10 @@ from rudolph.tracking.tracker import send_pending
 
 def from_run(finished: Path) -> tuple[str, ...]:
     return (
-        f"decoder.init={finished}",
+        f"model.init={finished}",
         f"vqgan.init={finished}",
         f"tokenizer.path={finished}",
-        "decoder_optim.ema_decay=null",
+        "optim.ema_decay=null",
     )
 
 
@@ -34,7 +34,7 @@ def decoder_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_frozen_parts_of_the_weights_come_through_a_run(finished: Path, tmp_path: Path) -> None:
-    settings = ("decoder_tuning.frozen=[attention, mlp(0-0)]", "layout.right_text_length=12")
+    settings = ("model.tuning.frozen=[attention, mlp(0-0)]", "layout.right_text_length=12")
     folder = run_tiny(tmp_path, (*from_run(finished), *settings), activation_checkpointing=True)
     old, new = decoder_of(finished), decoder_of(folder)
     assert old.keys() == new.keys()
@@ -52,7 +52,7 @@ def test_frozen_parts_of_the_weights_come_through_a_run(finished: Path, tmp_path
 def test_a_low_rank_run_leaves_ordinary_weights_that_differ_by_low_rank(
     finished: Path, tmp_path: Path
 ) -> None:
-    settings = ("decoder_tuning.frozen=[all]", "decoder_tuning.lora_rank=2")
+    settings = ("model.tuning.frozen=[all]", "model.tuning.lora_rank=2")
     folder = run_tiny(tmp_path, (*from_run(finished), *settings))
     old, new = decoder_of(finished), decoder_of(folder)
     assert old.keys() == new.keys()
@@ -87,14 +87,14 @@ def test_what_changed_on_the_way_is_said_in_one_line(finished: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("decoder.num_layers=3", "decoder.num_layers must be 2"),
+        ("model.num_layers=3", "model.num_layers must be 2"),
         ("vqgan.z_channels=6", "vqgan.z_channels must be 4"),
         ("vqgan.quantizer.num_codes=13", "vqgan.quantizer.num_codes must be 12"),
-        ("decoder_tuning.frozen=[mlp(0-2)]", "layers are 0 to 1"),
-        ("decoder.init=nowhere/run", "nowhere/run: no such folder"),
-        ("decoder.init=RUDOLPH-350N", "did you mean RUDOLPH-350M"),
+        ("model.tuning.frozen=[mlp(0-2)]", "layers are 0 to 1"),
+        ("model.init=nowhere/run", "nowhere/run: no such folder"),
+        ("model.init=RUDOLPH-350N", "did you mean RUDOLPH-350M"),
         ("tokenizer.path=nothing.model", "nothing.model: no such tokenizer file"),
-        ("decoder_optim.optimizer=adamw8bit", "adamw8bit needs"),
+        ("optim.optimizer=adamw8bit", "adamw8bit needs"),
     ],
 )
 def test_weights_that_do_not_fit_are_told_in_one_line(
@@ -118,8 +118,8 @@ def test_tokenizer_and_vqgan_are_those_of_the_weights(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other data would give other ones, had they been trained."""
-    settings = ("decoder_optim.ema_decay=null", "data.shapes.seed=5", "seed=5")
-    folder = run_tiny(tmp_path, (f"decoder.init={finished}", *settings))
+    settings = ("optim.ema_decay=null", "data.shapes.seed=5", "seed=5")
+    folder = run_tiny(tmp_path, (f"model.init={finished}", *settings))
     (bpe, vqgan), (own_bpe, own_vqgan) = parts_of(finished), parts_of(folder)
     assert bpe == own_bpe and all(value.equal(own_vqgan[name]) for name, value in vqgan.items())
     assert not list(tmp_path.glob("runs/.cache/vqgan-*"))
@@ -129,7 +129,7 @@ def test_tokenizer_and_vqgan_are_those_of_the_weights(
     path = write(tmp_path)
     first, second = (
         load_experiment(path, given).runs[0].config
-        for given in ((f"decoder.init={finished}", settings[0]), from_run(finished))
+        for given in ((f"model.init={finished}", settings[0]), from_run(finished))
     )
     assert first == second and first.digest == second.digest
     assert first.trainings.keys() == {"decoder_optim"}
@@ -150,7 +150,7 @@ def test_a_named_tokenizer_or_vqgan_that_differs_is_warned_of(
     vqgan = copy / "checkpoints" / "vqgan.safetensors"
     packed = {name: value.half() for name, value in load_file(vqgan).items()}
     save_file(packed, vqgan)
-    named = (f"decoder.init={finished}", f"tokenizer.path={copy}", f"vqgan.init={copy}")
+    named = (f"model.init={finished}", f"tokenizer.path={copy}", f"vqgan.init={copy}")
     warn_of_other_parts(execution_of(tmp_path, named), pipeline.tokenizer, load_run(copy)[0].vqgan)
     assert caplog.text == "", "a packed copy has the same parts"
     words = [f"слово{number}" for number in range(40)]
@@ -160,8 +160,8 @@ def test_a_named_tokenizer_or_vqgan_that_differs_is_warned_of(
     warn_of_other_parts(execution_of(tmp_path, named), other, pipeline.vqgan)
     lines = [record.message for record in caplog.records]
     assert lines == [
-        f"tokenizer.path: {copy} differs from the tokenizer of decoder.init {finished}",
-        f"vqgan.init: {copy} differs from the VQ-GAN of decoder.init {finished}",
+        f"tokenizer.path: {copy} differs from the tokenizer of model.init {finished}",
+        f"vqgan.init: {copy} differs from the VQ-GAN of model.init {finished}",
     ]
 
 
@@ -171,7 +171,7 @@ def test_show_tells_what_is_trained_and_the_memory(
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
     said = []
-    for settings in ((), ("decoder_tuning.frozen=[embeddings, head]",)):
+    for settings in ((), ("model.tuning.frozen=[embeddings, head]",)):
         assert main(["show", "tiny.yaml", *settings]) == 0
         said.append([line for line in capsys.readouterr().out.splitlines() if line[:1] == "#"])
     total = sum(value.numel() for value in load_run(finished)[0].decoder.parameters())

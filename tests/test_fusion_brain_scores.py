@@ -220,8 +220,8 @@ def test_the_integral_is_1_when_all_is_right() -> None:
 
 
 def test_the_quirks_are_part_of_a_measure() -> None:
-    measure = MetricProtocol("visual-qa", settings=str(without("english_stems")))
-    assert MetricProtocol.parse(str(measure)) == measure
-    assert "english_stems" not in str(measure)
+    protocol = MetricProtocol("visual-qa", settings=str(without("english_stems")))
+    assert MetricProtocol.parse(str(protocol)) == protocol
+    assert "english_stems" not in str(protocol)
     assert str(PLAIN_RULES) == "none"
     assert str(CHALLENGE).count("+") == len(fields(Quirks)) - 1

@@ -87,7 +87,7 @@ def test_all_parts_run_on_a_bare_machine_and_finished_ones_are_skipped(tmp_path:
     assert {row["status"] for row in rows} == {OK, "needs CUDA"}
     measured = [row for row in rows if row["status"] == OK]
     assert all(math.isfinite(float(row["value"])) for row in measured)
-    # Nothing of 8-bit Adam works without CUDA; every other part measures something.
+    # Nothing of 8-bit Adam works without CUDA; every other part protocols something.
     assert {row["part"] for row in measured} == set(PLAN) - {"adam8bit"}
     assert {row["part"] for row in rows} == set(PLAN)
     lines = first.stdout.splitlines()

@@ -11,7 +11,7 @@ from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.training import losses as losses_module
 from rudolph.training.losses import (
-    AVERAGES,
+    REDUCTIONS,
     DecoderLossConfig,
     LearnedWeights,
     ReconstructionLossConfig,
@@ -209,7 +209,7 @@ def scored_by(weights: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: weights[:, at] > 0 for at, name in enumerate(SEGMENTS)}
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average", REDUCTIONS)
 def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> None:
     model, tokens, sources, weights = mixture()
     config = DecoderLossConfig(average=average)
@@ -292,7 +292,7 @@ def test_skipped_right_texts_change_no_loss_and_no_gradient(
 
 def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
     model, tokens, sources, weights = mixture()
-    config = DecoderLossConfig(average="task")
+    config = DecoderLossConfig(reduction="task")
     found = compute_losses(model, tokens, config, scored=scored_by(weights))
     means, counts = entry_means(found, sources, 4)
     assert counts[3].tolist() == [0, 0, 0] and means[3].tolist() == [0, 0, 0]
@@ -307,7 +307,7 @@ def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
 
 def test_a_joint_softmax_is_over_all_ids_and_validation_over_those_of_the_segment() -> None:
     model, tokens = tiny()
-    config = DecoderLossConfig(softmax="joint", z_weight=0.01, label_smoothing=0.1)
+    config = DecoderLossConfig(softmax="joint", z_loss_weight=0.01, label_smoothing=0.1)
     logits = model(tokens)[:, 3:7].flatten(0, 1)
     labels = tokens[:, 4:8].flatten() + 15
     cross_entropy = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
@@ -343,8 +343,8 @@ def test_learned_weights_settle_where_every_segment_counts_alike() -> None:
     [
         ({"average": "mean"}, "average must be one of batch, task, token"),
         ({"softmax": "both"}, "softmax must be one of segment, joint, got 'both'"),
-        ({"weighing": "learned", "average": "task"}, "average must be batch where"),
-        ({"z_weight": -1}, "z_weight must be at least 0, got -1"),
+        ({"weighting": "learned", "average": "task"}, "average must be batch where"),
+        ({"z_loss_weight": -1}, "z_loss_weight must be at least 0, got -1"),
         ({"task_weights": {"vqa": (1, 1, 1)}}, "task_weights must be of"),
         ({"task_weights": {"text_to_image": (0, 0, 0)}}, "one of them above"),
     ],

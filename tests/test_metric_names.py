@@ -56,7 +56,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
     assert set(summary["metrics"]) <= set(metric_names(config))
     # Of four scenes not every family has one.
     missing = set(metric_names(config)) - set(summary["metrics"])
-    assert all("scene_right_" in name for name in missing), missing
+    assert all("scene_accuracy_" in name for name in missing), missing
     logged: set[str] = set()
     for line in (finished / "journal.jsonl").read_text().splitlines():
         logged |= set(json.loads(line).get("metrics", {}))
@@ -85,7 +85,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         ({"report": {"card": ["seconds"]}}, "report.card: no run of this file reports 'seconds'"),
         (
             {"report": {"table": ["zero_shot_classification/accuracy/test"]}},
-            "; zero_shot_classification is not among evaluation.questions",
+            "; zero_shot_classification is not among evaluation.evaluators",
         ),
         ({"report": {"best_of": ["rerank_clip"]}}, "report.best_of: no run"),
         ({"report": {"pareto": ["seconds", "vqgan/ssim"]}}, "did you mean vqgan/ssim/t"),
@@ -96,7 +96,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         ({"targets": {"vqgan/psnr": 5}}, "targets: no run of this file reports 'vqgan/psnr'"),
         (
             {
-                "variants": {"a": {}, "b": {"data.flip": 0.1}},
+                "variants": {"a": {}, "b": {"data.flip_probability": 0.1}},
                 "claim": {"metric": "text_to_image/nat/test", "better": "a", "than": "b"},
             },
             "claim.metric: no run of this file reports 'text_to_image/nat/test'; "
@@ -104,7 +104,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         ),
         (
             {
-                "variants": {"plain": {}, "flipped": {"data.flip": 0.1}},
+                "variants": {"plain": {}, "flipped": {"data.flip_probability": 0.1}},
                 "claim": {
                     "metric": "text_to_image/nats/test",
                     "better": "fliped",

@@ -51,7 +51,7 @@ def distance_by_table(one: str, other: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "measure",
+    "protocol",
     [
         MetricProtocol("accuracy"),
         MetricProtocol("fid", features="inception-v3:pool3", sample_size=5000),
@@ -60,9 +60,9 @@ def distance_by_table(one: str, other: str) -> int:
         ),
     ],
 )
-def test_a_measure_is_read_from_its_line(measure: MetricProtocol) -> None:
-    assert MetricProtocol.parse(str(measure)) == measure
-    assert not set(str(measure)) & set(",;\"'\n")
+def test_a_measure_is_read_from_its_line(protocol: MetricProtocol) -> None:
+    assert MetricProtocol.parse(str(protocol)) == protocol
+    assert not set(str(protocol)) & set(",;\"'\n")
 
 
 def test_values_of_different_protocols_are_not_comparable() -> None:

@@ -52,10 +52,10 @@ def test_points_of_a_grid_have_names_of_their_own(tmp_path: Path, values: list[s
         ({"grid": {"tokenizer.path": [None, "null"]}}, "first six digits"),
         ({"grid": {"tokenizer.path": ["1", "01"]}}, "first six digits"),
         ({"variants": {"null": {}}}, "empty cells"),
-        ({"variants": {"Same": {}, "same": {"decoder.num_layers": 1}}}, "'Same-seed0' and 'same-"),
+        ({"variants": {"Same": {}, "same": {"model.num_layers": 1}}}, "'Same-seed0' and 'same-"),
         ({"variants": {"a-seed1": {}}}, "no -seed0"),
         ({"variants": {"a/b": {}}}, "names must be letters"),
-        ({"variants": {"": {"decoder.num_layers": 1}}}, "names must be letters"),
+        ({"variants": {"": {"model.num_layers": 1}}}, "names must be letters"),
         ({"variants": {"a" * 200: {}}}, f"at most {LONGEST} characters"),
     ],
 )
@@ -72,7 +72,7 @@ def test_runs_that_would_share_a_name_are_one_line(
 def test_values_of_other_kinds_have_names_that_tables_tell_apart(tmp_path: Path) -> None:
     grid = {
         "sampling.image.top_k": [None, 1],
-        "decoder.qk_norm": [True, False],
+        "model.qk_norm": [True, False],
         "evaluation.splits": [["train"], ["test"], ["train", "test"]],
     }
     runs = load_experiment(write(tmp_path / "x.yaml", grid=grid)).runs
@@ -93,8 +93,11 @@ def test_a_setting_of_the_command_line_names_the_point_and_the_seed(tmp_path: Pa
     [
         ({"variants": {"trial000": {}}}, "must not start with trial"),
         ({"variants": {"region_all": {}}}, "must not start with trial"),
-        ({"domains": {"a/b": "text_to_image/objects_right"}}, "search.domains: names must be"),
-        ({"domains": dict.fromkeys(("a", "A"), "text_to_image/objects_right")}, "more than case"),
+        ({"domains": {"a/b": "text_to_image/object_accuracy"}}, "search.domains: names must be"),
+        (
+            {"domains": dict.fromkeys(("a", "A"), "text_to_image/object_accuracy")},
+            "more than case",
+        ),
     ],
 )
 def test_names_of_a_search_are_its_own(
@@ -102,7 +105,7 @@ def test_names_of_a_search_are_its_own(
 ) -> None:
     search = {
         "space": {"sampling.image.temperature": {"low": 0.1, "high": 3.0}},
-        "domains": changes.pop("domains", {"all": "text_to_image/objects_right"}),
+        "domains": changes.pop("domains", {"all": "text_to_image/object_accuracy"}),
         "settings": {"evaluation.splits": ["train"]},
     }
     asked = {"questions": ["scene_accuracy"], "splits": ["test"]}

@@ -84,14 +84,14 @@ def test_float16_loses_large_scores_unless_they_are_relaxed() -> None:
 
 
 def test_a_run_that_is_lost_is_an_answer_where_survival_is_asked(tmp_path: Path) -> None:
-    questions = "evaluation.questions=[survival]", "evaluation.grid_prompts=[]"
-    lost = "decoder_optim.learning_rate=1e30", "decoder_optim.gradient_clip=null"
+    questions = "evaluation.evaluators=[convergence]", "evaluation.grid_prompts=[]"
+    lost = "optim.learning_rate=1e30", "optim.gradient_clip=null"
     for number, (changes, survived) in enumerate(((lost, 0.0), ((), None))):
         folder = tmp_path / str(number)
         folder.mkdir()
         run = run_tiny(folder, (*questions, *changes))
         summary = json.loads((run / "summary.json").read_text())
         assert summary["status"] == "finished"
-        assert set(summary["metrics"]) == {f"decoder/survived/{s}" for s in ("train", "test")}
+        assert set(summary["metrics"]) == {f"decoder/converged/{s}" for s in ("train", "test")}
         if survived is not None:
             assert set(summary["metrics"].values()) == {survived}

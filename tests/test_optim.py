@@ -121,7 +121,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) ->
 
 
 def test_the_learning_rate_rises_then_falls_to_its_share() -> None:
-    config = OptimConfig(num_steps=100, warmup_steps=10, final_learning_rate_share=0.2)
+    config = OptimConfig(num_steps=100, warmup_steps=10, final_learning_rate_fraction=0.2)
     shares = [learning_rate_fraction(step, config) for step in range(101)]
     assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == pytest.approx(1.0)
     assert shares[100] == pytest.approx(0.2)

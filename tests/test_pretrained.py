@@ -194,7 +194,7 @@ def test_stored_masks_that_hide_left_text_win_over_the_rules(parity, case: str) 
     weights = masked_by(parity, case, hidden)
     with pytest.warns(StoredMaskWarning, match="right text does not see left text"):
         model = from_reference("rudolph", golden.config, weights).eval()
-    assert not model.config.right_sees_left
+    assert not model.config.right_attends_left
     assert_near(model(golden.io["tokens"]), golden.io["logits_right_without_left"])
     stored = to_reference(model).state_dict
     for key, value in weights.items():

@@ -46,7 +46,7 @@ ASKED = (
     "caption_f1",
     "continuation",
     "shapes_questions/answer_f1",
-    "words/recognition",
+    "words/text_recognition",
     "paragraphs/text_answers",
     "arithmetic/math_answers",
     "arithmetic/multiple_choice",
@@ -72,14 +72,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides += [
         f"data.tasks={json.dumps(TASKS)}",
         "data.image_size=48",
-        "data.unknown_task_share=0.25",
+        "data.unknown_task_probability=0.25",
         "vqgan={resolution: 48, channels: [4, 8, 8, 8]}",
         "tokenizer.vocab_size=160",
         "layout={left_text_length: 90, right_text_length: 24}",
-        "decoder.image_start=codebook",
-        "decoder_losses.average=task",
-        "decoder_optim.num_steps=12",
-        f"evaluation.questions={json.dumps(ASKED)}",
+        "model.image_embedding_init=codebook",
+        "model.losses.reduction=task",
+        "optim.num_steps=12",
+        f"evaluation.evaluators={json.dumps(ASKED)}",
         "evaluation.splits=[test]",
         "evaluation.grid_prompts=[]",
     ]
@@ -90,7 +90,7 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
     card = read_card(mixed / CARD)
     assert len(card) == len(set(card["score"])) > len(ASKED)
     assert (card["low"] <= card["value"]).all() and (card["value"] <= card["high"]).all()
-    assert card["measure"].notna().all() and (card["count"] > 0).all()
+    assert card["protocol"].notna().all() and (card["count"] > 0).all()
     metrics = json.loads((mixed / "summary.json").read_text())["metrics"]
     assert dict(zip(card["score"], card["value"], strict=True)) == pytest.approx(metrics)
     chances = dict(zip(card["score"], card["chance"], strict=True))
@@ -99,7 +99,9 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
     assert "words/text_recognition/1-ned/test" in chances
     assert chances["arithmetic/math_question_answering/choice_accuracy/test"] == 1 / 3
     values = dict(zip(card["score"], card["value"], strict=True))
-    assert values["image_to_text/true/test"] >= values["image_to_text/exact/test"]
+    assert (
+        values["image_to_text/caption_accuracy/test"] >= values["image_to_text/exact_match/test"]
+    )
     assert values["text_to_image/fid/test"] > 0 < chances["text_to_image/fid/test"]
 
 
@@ -120,7 +122,7 @@ def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: 
     usage, perplexity = (scores[f"vqgan/codebook_{n}/test"] for n in ("usage", "perplexity"))
     assert usage.value == pytest.approx(len(shares) / 12)
     assert perplexity.value == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)))
-    assert perplexity.measure == f"codebook sample_size={len(codes)}"
+    assert perplexity.protocol == f"codebook sample_size={len(codes)}"
 
 
 def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
         cosines = pipeline.clip.similarities(images, captions).diagonal()
         assert score.value == pytest.approx(float(2.5 * cosines.clamp(min=0).mean()), rel=1e-5)
     [by_clip, _] = EVALUATORS["fid_kid"](context, split)
-    first, second = (MetricProtocol.parse(each.measure) for each in (fid, by_clip))
+    first, second = (MetricProtocol.parse(each.protocol) for each in (fid, by_clip))
     with pytest.raises(ValueError, match=r"not comparable: features vqgan-.* and clip-"):
         require_comparable(first, second)
 
@@ -154,12 +156,12 @@ def test_answers_after_a_drawn_image_are_another_measure(mixed: Path) -> None:
     split = Splits(config.data, mixed.parent.parent / ".cache")("test", "paragraphs")
     sampling = TokenSamplingConfig()
     context = EvaluationContext(pipeline, sampling, sampling, 12, 0)
-    legacy = replace(context, no_image="legacy")
+    legacy = replace(context, missing_image="legacy")
     asked = [answer_pairs("text_question_answering", each, split) for each in (context, legacy)]
     assert asked[0].indices == asked[1].indices and asked[0].answers != asked[1].answers
     plain, after = (EVALUATORS["text_answers"](each, split)[0] for each in (context, legacy))
-    with pytest.raises(ValueError, match="settings None and after-a-drawn-image"):
-        require_comparable(*(MetricProtocol.parse(each.measure) for each in (plain, after)))
+    with pytest.raises(ValueError, match="settings None and after-a-generated-image"):
+        require_comparable(*(MetricProtocol.parse(each.protocol) for each in (plain, after)))
 
 
 def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path: Path) -> None:
@@ -169,8 +171,8 @@ def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path:
     overrides += [f"{name}.init={mixed}" for name in ("vqgan", "decoder")]
     overrides += [
         f"tokenizer.path={mixed}",
-        "decoder_optim.num_steps=0",
-        "evaluation.questions=[caption_f1]",
+        "optim.num_steps=0",
+        "evaluation.evaluators=[caption_f1]",
         "evaluation.splits=[test]",
         "evaluation.grid_prompts=[]",
     ]
@@ -204,7 +206,7 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
             torch.testing.assert_close(tensors[key].float(), value.float(), rtol=1e-3, atol=1e-6)
     assert main(["pack", str(mixed), "small", "--int8", "sampling.image.temperature=0.3"]) == 0
     assert load_run(Path("small"))[1].sampling.image.temperature == 0.3
-    assert main(["pack", str(mixed), "other", "decoder.num_layers=9"]) == 2
+    assert main(["pack", str(mixed), "other", "model.num_layers=9"]) == 2
     assert not Path("other").exists()
     sizes = [
         Path(each, "checkpoints", RUN_FILES[0]).stat().st_size for each in ("small", "packed")
@@ -286,7 +288,7 @@ def test_what_is_scored_is_told_and_what_was_seen_is_logged(mixed: Path) -> None
     [path] = mixed.parent.parent.glob(".cache/decoder-*/curves.jsonl")
     for line in path.read_text().splitlines():
         logged |= json.loads(line)[1]
-    shares = [logged[f"decoder/train/share/{name}"] for name in TASKS]
+    shares = [logged[f"decoder/train/fraction/{name}"] for name in TASKS]
     assert sum(shares) == pytest.approx(1)
     assert logged["decoder/val/loss/words/text_recognition/right_text"] > 0
 
@@ -307,7 +309,7 @@ def test_a_card_is_asked_again_and_compared_with_another(
     [line] = [each for each in lines if each.count(" of 4") == 2 and "text_ranking" in each]
     assert line.split()[1] == line.split()[7] or "chance 0.125" in line
     card = pd.read_csv(mixed / CARD)
-    card.loc[card["score"] == "text_ranking/accuracy/test", "measure"] = "accuracy settings=x"
+    card.loc[card["score"] == "text_ranking/accuracy/test", "protocol"] = "accuracy settings=x"
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_bytes((mixed / "config.yaml").read_bytes())
@@ -355,10 +357,10 @@ def test_reranking_tells_a_point_for_each_ranking_and_number(
     assert set(scores) == {f"rerank_{name}/{point}" for name in rankings for point in points}
     first = [scores[f"rerank_{name}/best_of_1"].value for name in rankings]
     assert first == pytest.approx([first[0]] * 3) and first[0] == pytest.approx(
-        scores["rerank_truth/best_of_1"].chance
+        scores["rerank_oracle/best_of_1"].chance
     )
-    truth = [scores[f"rerank_truth/best_of_{number}"].value for number in (1, 2, 4)]
-    gains = [scores[f"rerank_truth/gain_at_{number}"].value for number in (2, 4)]
+    truth = [scores[f"rerank_oracle/best_of_{number}"].value for number in (1, 2, 4)]
+    gains = [scores[f"rerank_oracle/gain_at_{number}"].value for number in (2, 4)]
     assert gains == pytest.approx([truth[1] - truth[0], truth[2] - truth[1]])
     assert truth == sorted(truth)
 

@@ -28,7 +28,7 @@ from rudolph.runs.runner import experiment_files
 from rudolph.runs.stages.run import run_stages
 
 ASKED = {"questions": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
-METRIC = "text_to_image/objects_right"
+METRIC = "text_to_image/object_accuracy"
 
 
 def write(folder: Path, name: str, **changes: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_search_by_two_processes_finds_what_one_finds(
 ) -> None:
     search = {
         "space": {"sampling.image.temperature": {"low": 0.1, "high": 3.0}},
-        "domains": {"all": "text_to_image/objects_right"},
+        "domains": {"all": "text_to_image/object_accuracy"},
         "trials": 8,
         "settings": {"evaluation.splits": ["train"]},
     }

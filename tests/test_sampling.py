@@ -101,7 +101,7 @@ def test_filters_in_any_order_leave_what_their_words_say() -> None:
         found.add(tuple((shares > 0).sum(1).tolist()))
     assert len(found) > 3  # the order matters
     with pytest.raises(ValueError, match="order must have each of temperature, top_k"):
-        TokenSamplingConfig(order=("top_k", "top_p"))
+        TokenSamplingConfig(filter_order=("top_k", "top_p"))
 
 
 def test_draws_have_the_frequencies_of_the_filtered_softmax() -> None:

@@ -29,7 +29,7 @@ search:
   space:
     sampling.image.temperature: {low: 0.1, high: 10.0, log: true}
     sampling.image.top_p: {low: 0.1, high: 1.0}
-  domains: {cold: text_to_image/scene_accuracy, hot: text_to_image/objects_right}
+  domains: {cold: text_to_image/scene_accuracy, hot: text_to_image/object_accuracy}
   trials: 24
   tolerance: 0.1
   settings: {evaluation.splits: [validation]}
@@ -39,7 +39,7 @@ seeds: [3, 4]
 claim: {metric: text_to_image/scene_accuracy/test, better: region_cold, than: plain}
 """
 
-METRICS = {"cold": "text_to_image/scene_accuracy", "hot": "text_to_image/objects_right"}
+METRICS = {"cold": "text_to_image/scene_accuracy", "hot": "text_to_image/object_accuracy"}
 
 
 def load(folder: Path, text: str = SEARCH) -> Experiment:
@@ -176,15 +176,20 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
             "",
             ("region_cold", "region_hot", "plain"),
         ),
-        ("splits: [test]", "evaluation.half: 0", "", ("region_cold", "region_hot", "plain")),
-        ("splits: [test], half: 1", "evaluation.half: 0", "", ()),
+        ("splits: [test]", "evaluation.eval_fold: 0", "", ("region_cold", "region_hot", "plain")),
+        ("splits: [test], half: 1", "evaluation.eval_fold: 0", "", ()),
         (
             "splits: [test], half: 0",
-            "evaluation.half: 0",
+            "evaluation.eval_fold: 0",
             "",
             ("region_cold", "region_hot", "plain"),
         ),
-        ("splits: [test], half: 1", "evaluation.half: 0", ", evaluation.half: 0", ("plain",)),
+        (
+            "splits: [test], half: 1",
+            "evaluation.eval_fold: 0",
+            ", evaluation.eval_fold: 0",
+            ("plain",),
+        ),
         (
             "splits: [test]",
             "{evaluation.splits: [validation], data.shapes.seed: 3}",

@@ -300,15 +300,17 @@ def test_a_true_reading_is_right_and_any_lacking_or_added_object_is_not(family: 
     for index in range(30):
         scene = dataset.scene(index)
         reading = perfect_reading(scene)
-        assert check_scene(scene, reading).right and check_scene(scene, reading).objects_right == 1
+        assert (
+            check_scene(scene, reading).right and check_scene(scene, reading).object_accuracy == 1
+        )
         lacking = check_scene(scene, replace(reading, objects=reading.objects[1:]))
         assert not lacking.right
-        assert lacking.objects_right == pytest.approx(1 - 1 / len(scene.objects))
+        assert lacking.object_accuracy == pytest.approx(1 - 1 / len(scene.objects))
         taken = {(each.row, each.column) for each in scene.objects}
         free = min(set(product(range(3), repeat=2)) - taken)
         added = replace(reading.objects[0], row=free[0], column=free[1])
         more = check_scene(scene, replace(reading, objects=(*reading.objects, added)))
-        assert not more.right and 0.5 <= more.objects_right < 1
+        assert not more.right and 0.5 <= more.object_accuracy < 1
 
 
 @pytest.mark.parametrize("family", CONFIG.families)
@@ -322,7 +324,7 @@ def test_another_colour_or_shape_is_not_right(family: str) -> None:
         for wrong in (replace(first, colour=colour), replace(first, shape=shape)):
             judgement = check_scene(scene, Reading((wrong, *others), 1.0))
             assert not judgement.right
-            assert judgement.objects_right == pytest.approx(1 - 1 / len(scene.objects))
+            assert judgement.object_accuracy == pytest.approx(1 - 1 / len(scene.objects))
 
 
 def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_open() -> None:
@@ -349,7 +351,7 @@ def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_op
     assert not check_scene(one, moved(one)).right and not check_scene(one, resized(one)).right
     assert check_scene(count, moved(count)).right and check_scene(count, resized(count)).right
     assert not check_scene(left, moved(left)).right
-    assert check_scene(left, moved(left)).objects_right == 1
+    assert check_scene(left, moved(left)).object_accuracy == 1
     assert check_scene(left, perfect_reading(scene("relation", "left", (1, 1), (1, 2)))).right
     assert not check_scene(left, perfect_reading(scene("relation", "left", (0, 1), (1, 2)))).right
     second_resized = replace(

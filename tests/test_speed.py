@@ -65,41 +65,41 @@ def children() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[set[int]]:
-    """Whatever a test does, the processes of its contestants are gone; gives those before."""
+    """Whatever a test does, the processes of its implementations are gone; gives those before."""
     before = children()
     yield before
     assert children() <= before
 
 
 def limit_parts() -> list[str]:
-    """What the machine's limit measures: bfloat16 only where the processor multiplies it."""
+    """What the machine's limit protocols: bfloat16 only where the processor multiplies it."""
     return (
         ["read", "bfloat16", "packed", "float32"] if has_native_bfloat16() else ["read", "float32"]
     )
 
 
-def test_contestants_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
+def test_implementations_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
     turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", ROOFLINE, "bfloat16")))
     limits = [(ROOFLINE, part) for part in limit_parts()]
     parts = [(name, p) for p in ("encode", "decode", "train") for name in ("float32", "bfloat16")]
     assert turns == [(k, name, part) for k in range(2) for name, part in [*limits, *parts]]
 
 
-def test_what_a_subject_says_reaches_its_contestants_whole(tmp_path: Path) -> None:
+def test_what_a_subject_says_reaches_its_implementations_whole(tmp_path: Path) -> None:
     found = speed_subject(tmp_path, "decode", "float32")
     assert read_case(json.loads(json.dumps(found.to_plain()))) == found
 
 
-def test_every_contestant_that_may_be_named_can_be_started() -> None:
-    for name, measure in WORKLOADS.items():
-        assert set(IMPLEMENTATIONS[name]) | {REFERENCE} == set(measure.implementations) | {
+def test_every_implementation_that_may_be_named_can_be_started() -> None:
+    for name, workload in WORKLOADS.items():
+        assert set(IMPLEMENTATIONS[name]) | {REFERENCE} == set(workload.implementations) | {
             REFERENCE
         }
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
-    """A run of the decoding measure: the machine's limit and one of ours."""
+    """A run of the decoding workload: the machine's limit and one of ours."""
     path = write_speed(tmp_path_factory.mktemp("measured"), "decode", ROOFLINE, "half")
     return run(path)
 
@@ -111,12 +111,12 @@ def test_a_run_measures_in_turns_and_leaves_repetitions_and_profiles(
     table = pd.read_csv(folder / "speed" / "repetitions.csv", keep_default_na=False)
     limits = [(ROOFLINE, part) for part in limit_parts()]
     order = [*limits, ("half", "")]
-    assert list(zip(table["contestant"], table["part"], strict=True)) == order * 2
+    assert list(zip(table["implementation"], table["part"], strict=True)) == order * 2
     assert (table["seconds"] > 0).all() and (table["peak_bytes"] > 2**20).all()
-    assert set(table.loc[table["contestant"] == "half", "units"]) == {2 * 16}
+    assert set(table.loc[table["implementation"] == "half", "units"]) == {2 * 16}
     metrics = summary["metrics"]
     assert metrics["half/weights_bytes"] > 0
-    assert 0 < metrics["half/share_of_limit"] < 1
+    assert 0 < metrics["half/roofline_fraction"] < 1
     assert metrics["half/cache_bytes"] > 0
     assert "half, repetition 2 of 2" in told
     profile = pd.read_csv(folder / "speed" / "half.profile.csv")
@@ -150,7 +150,7 @@ def test_results_of_speed_are_exported_and_redrawn(
 
 
 @pytest.mark.parametrize("is_native", [True, False])
-def test_a_contestant_in_emulated_bfloat16_is_left_out_and_said(
+def test_a_implementation_in_emulated_bfloat16_is_left_out_and_said(
     tmp_path: Path, is_native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed_config, "has_native_bfloat16", lambda: is_native)
@@ -160,12 +160,12 @@ def test_a_contestant_in_emulated_bfloat16_is_left_out_and_said(
     else:
         with pytest.warns(UserWarning, match="left out bfloat16: this processor emulates"):
             assert measurable(case).speed.implementations == (ROOFLINE, "float32")
-        with pytest.raises(ValueError, match="nothing is left to measure"):
+        with pytest.raises(ValueError, match="nothing is left to protocol"):
             measurable(speed_subject(tmp_path, "train", ROOFLINE, "bfloat16"))
 
 
 def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
-    """Its contestants run with older instructions, and none of them in bfloat16."""
+    """Its implementations run with older instructions, and none of them in bfloat16."""
     case = speed_subject(tmp_path, "decode", ROOFLINE, "half", instructions="avx2")
     assert {part for _, name, part in turns_of(case) if name == ROOFLINE} == {"read", "float32"}
     weights = prepared(tmp_path, case)
@@ -184,7 +184,7 @@ def prepared(folder: Path, asked: BenchmarkCase) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("measure", "name", "units"),
+    ("protocol", "name", "units"),
     [
         ("decode", "int8", 2 * 16),
         ("decode", "compiled_half", 2 * 16),
@@ -196,21 +196,21 @@ def prepared(folder: Path, asked: BenchmarkCase) -> Path:
     ],
 )
 def test_a_repetition_does_all_that_it_counts(
-    tmp_path: Path, measure: str, name: str, units: int
+    tmp_path: Path, workload: str, name: str, units: int
 ) -> None:
-    asked = speed_subject(tmp_path, measure, name)
-    implementation = IMPLEMENTATIONS[measure][name](asked, name, prepared(tmp_path, asked))
+    asked = speed_subject(tmp_path, workload, name)
+    implementation = IMPLEMENTATIONS[workload][name](asked, name, prepared(tmp_path, asked))
     before = {key: value.clone() for key, value in weights_of(implementation).items()}
-    for part in WORKLOADS[measure].units:
+    for part in WORKLOADS[workload].units:
         for is_short in (True, False):
             work = implementation.run(part, is_short=is_short)
         assert work.units == units
-    if measure == "pipeline":
+    if workload == "pipeline":
         assert len(list(tmp_path.glob("weights/half/*.png"))) == 2
     has_moved = any(
         not torch.equal(value, before[key]) for key, value in weights_of(implementation).items()
     )
-    assert has_moved == (measure in ("train", "vqgan"))
+    assert has_moved == (workload in ("train", "vqgan"))
 
 
 def weights_of(implementation: Any) -> dict[str, torch.Tensor]:
@@ -234,10 +234,10 @@ def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> Non
     )
 
 
-# A contestant that says what it is asked and needs no time.
+# An implementation that says what it is asked and needs no time.
 TALKER = """
 import json, sys
-name = json.loads(sys.stdin.readline())["contestant"]
+name = json.loads(sys.stdin.readline())["implementation"]
 answer = {"seconds": 1.0, "units": 5, "peak_bytes": 7, "cache_bytes": 0, "operations": []}
 answer |= {"weights_bytes": 3, "versions": {name: "1"}}
 if name == FAILING: sys.exit("out of luck")
@@ -289,9 +289,9 @@ def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) ->
     assert "True" not in talk.read_text(encoding="utf-8")
 
 
-def test_a_contestant_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
+def test_a_implementation_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
     asked = speed_subject(tmp_path, "decode", "float32", "half")
-    with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
+    with pytest.raises(ValueError, match=r"^implementation half: out of luck$"):
         compare_implementations(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
 
 
@@ -309,16 +309,16 @@ def test_a_key_press_leaves_no_process(
         compare_implementations(asked, tmp_path / "weights", told=press, check=lambda worker: None)
 
 
-@pytest.mark.parametrize("measure", list(WORKLOADS))
+@pytest.mark.parametrize("protocol", list(WORKLOADS))
 def test_the_reference_does_the_same_work_of_the_same_weights(
-    tmp_path: Path, measure: str
+    tmp_path: Path, workload: str
 ) -> None:
     if not (reference_folder() / "rudolph").is_dir():
         pytest.skip(NO_REFERENCE)
-    folder, summary, _ = run(write_speed(tmp_path, measure, REFERENCE, num_repetitions=1))
-    assert summary["metrics"]["check/largest_difference"] < 1e-4
+    folder, summary, _ = run(write_speed(tmp_path, workload, REFERENCE, num_repetitions=1))
+    assert summary["metrics"]["check/max_abs_difference"] < 1e-4
     times = [name for name in summary["metrics"] if "/seconds_per_" in name]
-    assert len(times) == len(WORKLOADS[measure].units)
+    assert len(times) == len(WORKLOADS[workload].units)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["rudolph"] == "0.0.1rc10"
 
@@ -354,14 +354,14 @@ def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
 def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> None:
     code = "import sys; sys.stdin.readline(); sys.exit('a trace' + chr(10) + 'out of luck')"
     worker = ImplementationProcess("half", [sys.executable, "-c", code], tmp_path / "log")
-    with pytest.raises(ValueError, match=r"^contestant half: out of luck$"):
+    with pytest.raises(ValueError, match=r"^implementation half: out of luck$"):
         worker.ask({})
         worker.ask({})
     worker.close()
     silent = ImplementationProcess(
         "half", [sys.executable, "-c", "input(); input()"], tmp_path / "log"
     )
-    with pytest.raises(ValueError, match=r"^contestant half: no answer in 0.05 s$"):
+    with pytest.raises(ValueError, match=r"^implementation half: no answer in 0.05 s$"):
         silent.ask({}, timeout=0.05)
     silent.close()
 

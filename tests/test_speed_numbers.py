@@ -31,20 +31,23 @@ from rudolph.reports.timings import Timing, mebibytes_text
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"measure": "draw"}, "measure must be one of decode, train"),
-        ({"contestants": ["flaot32"]}, "got 'flaot32'; did you mean float32?"),
-        ({"contestants": ["bfloat16"]}, "contestants must be of limit, reference, transformers"),
-        ({"contestants": []}, "contestants must be some of limit"),
-        ({"contestants": ["half", "half"]}, "contestants must differ"),
-        ({"measure": None}, "contestants must be empty when measure is null"),
+        ({"protocol": "draw"}, "measure must be one of decode, train"),
+        ({"implementations": ["flaot32"]}, "got 'flaot32'; did you mean float32?"),
+        (
+            {"implementations": ["bfloat16"]},
+            "implementations must be of limit, reference, transformers",
+        ),
+        ({"implementations": []}, "implementations must be some of limit"),
+        ({"implementations": ["half", "half"]}, "implementations must differ"),
+        ({"protocol": None}, "implementations must be empty when measure is null"),
         ({"repetitions": 0}, "repetitions must be at least 1, got 0"),
-        ({"measure": "train", "num_tokens": 3}, "num_tokens must be null for train, got 3"),
+        ({"protocol": "train", "num_tokens": 3}, "num_tokens must be null for train, got 3"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    given = {"measure": "decode", "contestants": ["float32"]} | change
+    given = {"protocol": "decode", "implementations": ["float32"]} | change
     path = write_speed(tmp_path, "decode", "float32")
     content = yaml.safe_load(path.read_text())
     content["settings"]["speed"] |= given
@@ -88,14 +91,14 @@ def test_known_repetitions_give_known_numbers(tmp_path: Path) -> None:
         weights_bytes={"half": 7},
     )
     metrics = metrics_of(asked, found)
-    assert metrics["half", "times_reference"] == pytest.approx((20, 20, 20))
+    assert metrics["half", "speedup"] == pytest.approx((20, 20, 20))
     assert metrics["half", "seconds_per_token"].value == pytest.approx(0.02 * 2**0.5)
     assert metrics["half", "tokens_per_second"].value == pytest.approx(50 / 2**0.5)
     assert metrics["half", "peak_bytes"] == (1001, 1000, 1001)
     assert metrics["half", "weights_bytes"] == (7, 7, 7)
     # A token took 0.02 s in which 2e9 times as many bytes could be read, and so in both.
     share = decode_bytes(asked, "half") / 0.02 / 1e11
-    assert metrics["half", "share_of_limit"] == pytest.approx((share, share, share))
+    assert metrics["half", "roofline_fraction"] == pytest.approx((share, share, share))
     assert not [name for name in metrics if name[0] == REFERENCE and "reference" in name[1]]
 
 

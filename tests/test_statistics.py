@@ -59,7 +59,9 @@ def test_where_nothing_differs_at_most_one_in_twenty_is_called_so(pairs: int, ki
     assert sum(not each.low <= 0 <= each.high for each in found) <= 33
 
 
-@pytest.mark.parametrize("metric", ["text_to_image/nats/test", "text_to_image/objects_right/test"])
+@pytest.mark.parametrize(
+    "metric", ["text_to_image/nats/test", "text_to_image/object_accuracy/test"]
+)
 def test_trained_runs_that_differ_in_nothing_but_their_seed_are_rarely_called_so(
     metric: str,
 ) -> None:

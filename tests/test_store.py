@@ -41,12 +41,12 @@ REPORT = Report(
     title="Which mask | is needed?",
     question="Does the row mask\nlose anything?",
     source="experiments/masks/patterns.yaml",
-    rows=("variant", "decoder.num_layers"),
+    rows=("variant", "model.num_layers"),
     columns=(LOSS, "accuracy"),
     figures=(
         Figure("curves", (LOSS,)),
         Figure("intervals", ("accuracy",), x="seed"),
-        Figure("lines", ("accuracy",), x="decoder.num_layers"),
+        Figure("lines", ("accuracy",), x="model.num_layers"),
     ),
 )
 VARIANTS = ("causal", "row")
@@ -68,7 +68,7 @@ def write_run(runs: Path, variant: str, seed: int, **changes: Any) -> Path:
         "experiment": REPORT.experiment,
         "run": run,
         "variant": variant,
-        "grid": {"decoder.num_layers": 2},
+        "grid": {"model.num_layers": 2},
         "seed": seed,
         "digest": f"digest-{run}",
         "status": "finished",
@@ -144,7 +144,7 @@ def test_the_rows_are_the_finished_runs(exported: tuple[Path, Path]) -> None:
     runs = read_runs(folder).set_index("run")
     assert list(runs.index) == [f"{v}-layers=2-s{s}" for v in VARIANTS for s in (0, 1)]
     assert list(runs.columns) == [
-        "variant", "decoder.num_layers", "seed", "digest", "commit", "dirty", "seconds",
+        "variant", "model.num_layers", "seed", "digest", "commit", "dirty", "seconds",
         "accuracy", "accuracy_low", "accuracy_high", "accuracy_chance", LOSS,
     ]  # fmt: skip
     row = runs.loc["row-layers=2-s1"]

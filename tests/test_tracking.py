@@ -132,7 +132,7 @@ def assert_run_is_complete(uri: str, name: str) -> None:
     client = client_of(uri)
     (run,) = [run for run in runs_of(uri) if run.info.run_name == name]
     assert run.data.params == {
-        "decoder.num_layers": "2",
+        "model.num_layers": "2",
         "decoder.mask": '["row", "conv"]',
         "вопрос": "почему?",
     }

@@ -42,7 +42,7 @@ def test_the_adversary_starts_when_it_should_and_trains_its_discriminator() -> N
     quantizer = QuantizerConfig("ema", 12, 4)
     config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=quantizer)
     optim = OptimConfig(num_steps=4, global_batch_size=2, warmup_steps=0)
-    module = VQGANTraining(VQGAN(config), ReconstructionLossConfig(adversary_start=2), optim)
+    module = VQGANTraining(VQGAN(config), ReconstructionLossConfig(discriminator_start=2), optim)
     batch = ImageBatch(torch.rand(2, 3, 24, 24) * 2 - 1, torch.arange(2))
     module.model(batch.images)
     result = module.model(batch.images)
@@ -61,7 +61,7 @@ def test_hardware_refuses_what_it_cannot_train(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"dropout must be 0 with --block-masks, got 0.1$"):
         Hardware(block_masks=True).check(run.config)
-    changed = "decoder.attention_dropout=0", "decoder_tuning.lora_rank=2"
+    changed = "model.attention_dropout=0", "model.tuning.lora_rank=2"
     run = load_experiment(write(tmp_path), changed).runs[0]
     Hardware(block_masks=True).check(run.config)
     monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
@@ -100,7 +100,10 @@ def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) 
     on = Hardware(accelerator="cpu", precision="32-true", **hardware)
     micro, parts = on.batches(optim)
     module = Kept(
-        VQGAN(config), ReconstructionLossConfig(adversary_start=2), optim, num_accumulated=parts
+        VQGAN(config),
+        ReconstructionLossConfig(discriminator_start=2),
+        optim,
+        num_accumulated=parts,
     )
     module.before = {name: each.detach().clone() for name, each in module.named_parameters()}
     module.path = folder / f"of_{on.devices}"

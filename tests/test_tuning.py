@@ -93,7 +93,9 @@ def test_low_rank_updates_train_few_parameters_and_merge_into_the_same_model() -
     model, tokens = decoder(), tokens_of(decoder())
     before, names = model.eval()(tokens), list(model.state_dict())
     weights = values(model)
-    apply_tuning(model, TuningConfig(("all",), lora_rank=2, lora_parts=("attention", "head")))
+    apply_tuning(
+        model, TuningConfig(("all",), lora_rank=2, lora_target_modules=("attention", "head"))
+    )
     torch.testing.assert_close(model(tokens), before)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     layers = 4 * 2 * ((16 + 48) + (16 + 16))

@@ -164,7 +164,7 @@ def test_beta_weighs_the_commitment_and_not_the_codebook() -> None:
 
 def test_a_code_that_nobody_takes_is_revived_from_the_batch() -> None:
     torch.manual_seed(0)
-    quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 4, 2, decay=0.5, revive_below=0.2))
+    quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 4, 2, decay=0.5, dead_code_threshold=0.2))
     z = torch.randn(1, 2, 6, 6)
     quantizer(z)
     lost = torch.tensor([1, 3])

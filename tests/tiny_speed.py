@@ -27,20 +27,25 @@ TINY: dict[str, Any] = {
 }
 
 
-def write_speed(folder: Path, measure: str, *implementations: str, **changes: Any) -> Path:
+def write_speed(folder: Path, workload: str, *implementations: str, **changes: Any) -> Path:
     """A tiny experiment on speed; ``changes`` are of its speed's settings."""
-    speed = {**TINY["speed"], "measure": measure, "contestants": list(implementations), **changes}
+    speed = {
+        **TINY["speed"],
+        "workload": workload,
+        "implementations": list(implementations),
+        **changes,
+    }
     content = {"title": "Tiny", "question": "Is it fast?", "settings": {**TINY, "speed": speed}}
-    path = folder / "experiments" / "speed" / f"{measure}.yaml"
+    path = folder / "experiments" / "speed" / f"{workload}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 def speed_subject(
-    folder: Path, measure: str, *implementations: str, **changes: Any
+    folder: Path, workload: str, *implementations: str, **changes: Any
 ) -> BenchmarkCase:
-    run = load_experiment(write_speed(folder, measure, *implementations, **changes)).runs[0]
+    run = load_experiment(write_speed(folder, workload, *implementations, **changes)).runs[0]
     folders = Folders(folder, folder / "runs")
     execution = Execution(run, folder, folders, Hardware(), NullRecorder(), lambda *told: None)
     return benchmark_case_of(execution)

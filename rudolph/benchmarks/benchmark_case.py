@@ -1,6 +1,6 @@
 """What is measured: the sizes of a run, its random weights and its inputs, in files for all.
 
-Contestants are told by a ``BenchmarkCase`` in JSON and by the files of a folder:
+Implementations are told by a ``BenchmarkCase`` in JSON and by the files of a folder:
 
     decoder.safetensors, vqgan.safetensors, upscaler.safetensors
                                                 random weights under our names
@@ -50,7 +50,7 @@ WITH_VQGAN = ("vqgan", "pipeline")
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """The part of a run's configuration that contestants need."""
+    """The part of a run's configuration that implementations need."""
 
     seed: int
     speed: SpeedConfig
@@ -86,23 +86,23 @@ def prepare_case(
     case: BenchmarkCase, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
     """Write the files of a case; what ours say of the inputs, and the models themselves."""
-    measure, has_reference = case.speed.measure, REFERENCE in case.speed.implementations
+    workload, has_reference = case.speed.workload, REFERENCE in case.speed.implementations
     inputs = make_inputs(case)
     save_file(inputs, folder / "inputs.safetensors")
     models: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(case.seed, "speed"))
-        if measure in WITH_DECODER:
+        if workload in WITH_DECODER:
             models["decoder"] = MaskedDecoder(case.decoder, case.layout, case.vocabulary)
-        if measure in WITH_VQGAN:
+        if workload in WITH_VQGAN:
             models["vqgan"] = VQGAN(case.vqgan)
-        if measure == "upscaler":
+        if workload == "upscaler":
             models["upscaler"] = Upscaler(UpscalerConfig())
     for name, model in models.items():
         save_weights(model.eval(), folder / f"{name}.safetensors")
         if has_reference:
             save_reference(model, folder / f"reference_{name}.safetensors")
-    if measure == "pipeline":
+    if workload == "pipeline":
         size = min(case.vocabulary.bpe_size, 512)
         Tokenizer.train(BENCHMARK_CAPTIONS, vocab_size=size, path=folder / "bpe.model")
     return expected_outputs(models, inputs), models

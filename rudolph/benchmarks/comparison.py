@@ -1,6 +1,6 @@
-"""Contestants in turn: a process each, repetition by repetition, never two at work at once.
+"""Implementations in turn: a process each, repetition by repetition, never two at work at once.
 
-Repetition k of every contestant comes before repetition k + 1 of any, so that a machine that
+Repetition k of every implementation comes before repetition k + 1 of any, so that a machine that
 slows down or warms up meets all of them alike.
 """
 
@@ -43,9 +43,9 @@ Told = Callable[[int, int, str], None]
 
 @dataclass
 class ComparisonResult:
-    """What a contest gave: all repetitions, and by contestant what else is known of it.
+    """What a comparison gave: all repetitions, and by implementation what else is known of it.
 
-    ``profiles``: contestant -> rows of part, operation, calls, milliseconds, share.
+    ``profiles``: implementation -> rows of part, operation, calls, milliseconds, share.
     """
 
     num_repetitions: list[Timing] = field(default_factory=list)
@@ -56,7 +56,7 @@ class ComparisonResult:
 
 
 class ImplementationProcess:
-    """The process of one contestant and the talk with it.
+    """The process of one implementation and the talk with it.
 
     Args:
         log: where its standard error goes; its last line is told when it fails.
@@ -95,7 +95,7 @@ class ImplementationProcess:
         except OSError as error:
             raise self.failure() from error
         if not select.select([self.process.stdout], [], [], timeout)[0]:
-            raise ValueError(f"contestant {self.name}: no answer in {timeout:g} s")
+            raise ValueError(f"implementation {self.name}: no answer in {timeout:g} s")
         line = self.process.stdout.readline()
         if not line.endswith(b"\n"):
             raise self.failure()
@@ -110,7 +110,7 @@ class ImplementationProcess:
         text = self.log.read_text("utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"ended with exit code {code}"
-        return ValueError(f"contestant {self.name}: {reason[:400]}")
+        return ValueError(f"implementation {self.name}: {reason[:400]}")
 
     def close(self) -> None:
         """End the process."""
@@ -128,11 +128,11 @@ def require_implementations(names: Sequence[str]) -> None:
         if not (folder / "rudolph").is_dir() or not (folder / "rudalle").is_dir():
             packages = " ".join(REFERENCE_PACKAGES)
             raise ValueError(
-                f"contestant {REFERENCE}: no packages in {folder} (or ${REFERENCE_VARIABLE}); "
+                f"implementation {REFERENCE}: no packages in {folder} (or ${REFERENCE_VARIABLE}); "
                 f"pip install --no-deps --target {folder} {packages}"
             )
     if TRANSFORMERS in names and find_spec("transformers") is None:
-        raise ValueError(f"contestant {TRANSFORMERS}: not installed; pip install transformers")
+        raise ValueError(f"implementation {TRANSFORMERS}: not installed; pip install transformers")
 
 
 def reference_folder() -> Path:
@@ -141,7 +141,7 @@ def reference_folder() -> Path:
 
 
 def command_of(name: str) -> list[str]:
-    """The command of a contestant's process."""
+    """The command of an implementation's process."""
     if name == REFERENCE:
         script = Path(__file__).with_name("reference_worker.py")
         return [sys.executable, "-P", str(script), str(reference_folder().resolve())]
@@ -152,16 +152,16 @@ def command_of(name: str) -> list[str]:
 def started_process(
     name: str, case: BenchmarkCase, folder: Path
 ) -> Iterator[tuple[ImplementationProcess, Any]]:
-    """A contestant that is ready, and what it said then; ended when the block is left."""
+    """An implementation that is ready, and what it said then; ended when the block is left."""
     # Beside the folder, which is deleted in the end: a failure can still be read there.
-    variables = INSTRUCTIONS.get(case.speed.instructions or "")
+    variables = INSTRUCTIONS.get(case.speed.instruction_set or "")
     worker = ImplementationProcess(
         name, command_of(name), folder.parent / f"{name}.log", variables
     )
     try:
         ready = worker.ask(
             {
-                "contestant": name,
+                "implementation": name,
                 "case": case.to_plain(),
                 "folder": str(folder.resolve()),
                 "caption": CAPTION,
@@ -181,14 +181,14 @@ def compare_implementations(
     told: Told,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
-    """Warm every contestant up, let them repeat in turn, then profile ours.
+    """Warm every implementation up, let them repeat in turn, then profile ours.
 
     Args:
         folder: with the files of ``case.prepare``; logs of the processes go beside it.
         check: is given the reference's process before anything is timed.
 
     Raises:
-        ValueError: in one line, when a contestant fails.
+        ValueError: in one line, when an implementation fails.
     """
     found, names = ComparisonResult(), case.speed.implementations
     turns = list(turns_of(case))
@@ -245,22 +245,22 @@ def compare_memory(
 
 
 def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
-    """Every contestant with each part of its work; a part's contestants stand together."""
-    measure = WORKLOADS[case.speed.measure or ""]
+    """Every implementation with each part of its work; a part's implementations stand together."""
+    workload = WORKLOADS[case.speed.workload or ""]
     names = [name for name in case.speed.implementations if name != ROOFLINE]
     if ROOFLINE in case.speed.implementations:
         yield from ((ROOFLINE, part) for part in units_of(case, ROOFLINE))
-    yield from ((name, part) for part in measure.units for name in names)
+    yield from ((name, part) for part in workload.units for name in names)
 
 
 def units_of(case: BenchmarkCase, implementation: str) -> Mapping[str, str]:
-    """Return the parts of a contestant's repetition and their units."""
-    measure = WORKLOADS[case.speed.measure or ""]
-    return measure.units_of(implementation, has_bfloat16=case.speed.has_bfloat16)
+    """Return the parts of an implementation's repetition and their units."""
+    workload = WORKLOADS[case.speed.workload or ""]
+    return workload.units_of(implementation, has_bfloat16=case.speed.has_bfloat16)
 
 
 def turns_of(case: BenchmarkCase) -> Iterator[tuple[int, str, str]]:
-    """Repetition, contestant and part of every turn, in their order."""
+    """Repetition, implementation and part of every turn, in their order."""
     for repetition in range(case.speed.num_repetitions):
         yield from ((repetition, name, part) for name, part in implementation_parts(case))
 

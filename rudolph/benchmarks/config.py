@@ -1,6 +1,6 @@
 """What a speed experiment measures, and who takes part.
 
-To add a contestant, name it here in ``WORKLOADS`` and write it in ``worker.CONTESTANTS``.
+To add an implementation, name it here in ``WORKLOADS`` and write it in ``worker.CONTESTANTS``.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from rudolph.models.layers.native_types import has_native_bfloat16
 WEIGHT_DTYPES = ("float32", "half", "int8")
 COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHT_DTYPES)
 OURS = (*WEIGHT_DTYPES, *COMPILED, "bfloat16")
-REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "limit", "transformers"
-# Contestants that would measure an emulation on a processor without native bfloat16 products.
+REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "roofline", "transformers"
+# Implementations that would measure an emulation on a processor without native bfloat16 products.
 WITH_BFLOAT16 = ("bfloat16",)
 LIMIT_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
     "float32": "operation"
@@ -33,13 +33,14 @@ DECODERS = (REFERENCE, TRANSFORMERS, *WEIGHT_DTYPES, *COMPILED)
 
 @dataclass(frozen=True)
 class Workload:
-    """Its contestants, and the unit of each part of a repetition."""
+    """Its implementations, and the unit of each part of a repetition."""
 
     implementations: tuple[str, ...]
     units: Mapping[str, str]
 
     def units_of(self, implementation: str, *, has_bfloat16: bool) -> Mapping[str, str]:
-        """Return the parts of a contestant's repetition and their units; the limit has its own."""
+        """Return the parts of an implementation's repetition and their units; the limit has its
+        own."""
         if implementation != ROOFLINE:
             return self.units
         left_out = () if has_bfloat16 else LIMIT_WITH_BFLOAT16
@@ -61,66 +62,68 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """``measure: null`` is an ordinary run; otherwise ``contestants`` do the same work in turn.
+    """``workload: null`` is an ordinary run; otherwise ``implementations`` do the same work in
+    turn.
 
-    Each contestant is a process of its own on the CPU, and repetition k of all of them comes
+    Each implementation is a process of its own on the CPU, and repetition k of all of them comes
     before repetition k + 1 of any.  ``batch_size`` images or sequences are done at once.
     ``num_tokens`` are drawn of each image where images are decoded (null: all of them).  The
     machine's limit is the sum of a tensor of ``roofline_bytes`` and the product of two square
-    matrices of side ``roofline_side``.  ``instructions: avx2`` makes every contestant use AVX2
-    only, as most laptops do (null: all that the processor has).
+    matrices of side ``roofline_side``.  ``instruction_set: avx2`` makes every implementation use
+    AVX2 only, as most laptops do (null: all that the processor has).
     """
 
-    measure: str | None = None
+    workload: str | None = None
     implementations: tuple[str, ...] = ()
     batch_size: int = 1
     num_tokens: int | None = None
     num_repetitions: int = 5
     roofline_bytes: int = 2**29
     roofline_side: int = 4096
-    instructions: str | None = None
+    instruction_set: str | None = None
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether contestants multiply bfloat16 natively."""
-        return self.instructions is None and has_native_bfloat16()
+        """Whether implementations multiply bfloat16 natively."""
+        return self.instruction_set is None and has_native_bfloat16()
 
     @property
     def measurable(self) -> tuple[str, ...]:
-        """The contestants without those that would measure an emulation."""
+        """The implementations without those that would measure an emulation."""
         left_out = () if self.has_bfloat16 else WITH_BFLOAT16
         return tuple(name for name in self.implementations if name not in left_out)
 
     def __post_init__(self) -> None:
-        if self.instructions is not None and self.instructions not in INSTRUCTIONS:
+        if self.instruction_set is not None and self.instruction_set not in INSTRUCTIONS:
             names = ", ".join(INSTRUCTIONS)
             raise ValueError(
-                f"instructions must be one of {names} or null, got {self.instructions!r}"
+                f"instruction_set must be one of {names} or null, got {self.instruction_set!r}"
             )
-        if self.measure is not None and self.measure not in WORKLOADS:
+        if self.workload is not None and self.workload not in WORKLOADS:
             names = ", ".join(WORKLOADS)
-            raise ValueError(f"measure must be one of {names}, got {self.measure!r}")
-        self._check_contestants()
-        for name in ("batch_size", "repetitions", "roofline_side"):
+            raise ValueError(f"workload must be one of {names}, got {self.workload!r}")
+        self._check_implementations()
+        for name in ("batch_size", "num_repetitions", "roofline_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.roofline_bytes < 8:
             raise ValueError(f"roofline_bytes must be at least 8, got {self.roofline_bytes}")
         if self.num_tokens is not None and self.num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1 or null, got {self.num_tokens}")
-        if self.num_tokens is not None and self.measure not in (None, "decode", "memory"):
-            raise ValueError(f"num_tokens must be null for {self.measure}, got {self.num_tokens}")
+        if self.num_tokens is not None and self.workload not in (None, "decode", "memory"):
+            raise ValueError(f"num_tokens must be null for {self.workload}, got {self.num_tokens}")
 
-    def _check_contestants(self) -> None:
-        legal = WORKLOADS[self.measure].implementations if self.measure is not None else ()
-        if self.measure is None and self.implementations:
+    def _check_implementations(self) -> None:
+        legal = WORKLOADS[self.workload].implementations if self.workload is not None else ()
+        if self.workload is None and self.implementations:
             raise ValueError(
-                f"contestants must be empty when measure is null, got {list(self.implementations)}"
+                "implementations must be empty when workload is null, "
+                f"got {list(self.implementations)}"
             )
-        if self.measure is not None and not self.implementations:
-            raise ValueError(f"contestants must be some of {', '.join(legal)}, got none")
+        if self.workload is not None and not self.implementations:
+            raise ValueError(f"implementations must be some of {', '.join(legal)}, got none")
         for name in self.implementations:
             if name not in legal:
-                raise ValueError(f"contestants must be of {', '.join(legal)}, got {name!r}")
+                raise ValueError(f"implementations must be of {', '.join(legal)}, got {name!r}")
         if len(set(self.implementations)) < len(self.implementations):
-            raise ValueError(f"contestants must differ, got {list(self.implementations)}")
+            raise ValueError(f"implementations must differ, got {list(self.implementations)}")

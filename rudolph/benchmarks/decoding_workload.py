@@ -1,4 +1,4 @@
-"""Contestants that draw the image tokens of a fixed text: ours, by how weights are held.
+"""Implementations that draw the image tokens of a fixed text: ours, by how weights are held.
 
 Shapes: B images, L left-text tokens, I image tokens.
 """
@@ -46,7 +46,7 @@ class DecodingWorkload:
         )
 
         def on_token(done: int) -> None:
-            if done == num_tokens and (is_short or self.case.speed.measure == "memory"):
+            if done == num_tokens and (is_short or self.case.speed.workload == "memory"):
                 self._cache_bytes = held_cache_bytes()
             if done == num_tokens < self.case.layout.num_image_tokens:
                 raise StopDecodingError

@@ -1,7 +1,8 @@
 """How much work a unit is: bytes that must be read, products that must be done.
 
-Both are what the task needs, not what an implementation does, and the same for every contestant
-but for the width of its weights; so a share of the machine's limit falls with needless work.
+Both are what the task needs, not what an implementation does, and the same for every
+implementation but for the width of its weights; so a share of the machine's limit falls with
+needless work.
 
 Shapes: B images or sequences, T tokens, D hidden size, L layers, V vocabulary.
 """

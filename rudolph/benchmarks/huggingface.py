@@ -1,4 +1,4 @@
-"""Contestants of other packages that this project can import: Hugging Face's GPT-2.
+"""Implementations of other packages that this project can import: Hugging Face's GPT-2.
 
 A GPT-2 of the decoder's depth, width and heads, with dense attention, its own loop and a static
 cache.  It computes in bfloat16 where the processor multiplies it natively, else in float32.  Its

@@ -1,4 +1,4 @@
-"""Contestants that make images of a text from beginning to end, or larger ones of these: ours.
+"""Implementations that make images of a text from beginning to end, or larger ones of these: ours.
 
 Tokenizing, drawing every image token, decoding, PNG files; the upscaler alone.
 """

@@ -1,8 +1,8 @@
 """Repetitions to numbers with intervals.
 
-Names are ``<contestant>[/<part>]/<quantity>``: ``seconds_per_token``, ``tokens_per_second``,
-``times_reference``, ``share_of_limit``, ``operations_per_second``, ``peak_bytes``; and of a
-contestant ``weights_bytes`` and ``cache_bytes``.
+Names are ``<implementation>[/<part>]/<quantity>``: ``seconds_per_token``, ``tokens_per_second``,
+``speedup``, ``roofline_fraction``, ``operations_per_second``, ``peak_bytes``; and of a
+implementation ``weights_bytes`` and ``cache_bytes``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ from rudolph.benchmarks.flops import (
 from rudolph.evaluation.statistics import Estimate, geometric_mean_interval, ratio_interval
 from rudolph.reports.timings import Timing
 
-# A contestant's part -> the repetitions of it, in their order.
+# An implementation's part -> the repetitions of it, in their order.
 Groups = Mapping[tuple[str, str], Sequence[Timing]]
 
 
 def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, str], Estimate]:
-    """Every number of a contest, by case and quantity."""
+    """Every number of a comparison, by case and quantity."""
     groups: dict[tuple[str, str], list[Timing]] = {}
     for repetition in found.num_repetitions:
         groups.setdefault((repetition.implementation, repetition.part), []).append(repetition)
@@ -42,7 +42,7 @@ def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, 
         metrics[name, "peak_bytes"] = Estimate(max(peaks), min(peaks), max(peaks))
         if implementation != REFERENCE and (REFERENCE, part) in groups:
             others = unit_seconds(groups[REFERENCE, part])
-            metrics[name, "times_reference"] = ratio_interval(others, times)
+            metrics[name, "speedup"] = ratio_interval(others, times)
         for quantity, estimate in roofline_fraction(case, groups, implementation, part).items():
             metrics[name, quantity] = estimate
     for quantity, sizes in (
@@ -68,11 +68,11 @@ def roofline_fraction(
     if rates is None:
         return {}
     found = {}
-    if case.speed.measure in ("train", "vqgan", "upscaler"):
+    if case.speed.workload in ("train", "vqgan", "upscaler"):
         found["operations_per_second"] = geometric_mean_interval(rates)
-    limits = roofline_rates(groups, is_read=case.speed.measure == "decode")
+    limits = roofline_rates(groups, is_read=case.speed.workload == "decode")
     if limits is not None:
-        found["share_of_limit"] = ratio_interval(rates, limits)
+        found["roofline_fraction"] = ratio_interval(rates, limits)
     return found
 
 
@@ -80,14 +80,14 @@ def work_rates(
     case: BenchmarkCase, group: Sequence[Timing], implementation: str, part: str
 ) -> NDArray[np.float64] | None:
     """Needed bytes or operations a second; None where a unit's work is not counted."""
-    measure = case.speed.measure
-    if measure == "decode":
+    workload = case.speed.workload
+    if workload == "decode":
         work = decode_bytes(case, implementation)
-    elif measure == "train":
+    elif workload == "train":
         work = train_operations(case)
-    elif measure == "vqgan":
+    elif workload == "vqgan":
         work = vqgan_operations(case)[part]
-    elif measure == "upscaler":
+    elif workload == "upscaler":
         work = upscaler_operations(case)
     else:
         return None

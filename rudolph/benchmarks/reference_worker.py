@@ -188,7 +188,7 @@ class Reference:
         package = importlib.import_module("rudolph.api")
         tokenizer: Any = GivenTokens(self.inputs["left"])
         vocabulary, sampling = self.case["vocabulary"], self.case["sampling"]
-        if self.case["speed"]["measure"] == "pipeline":
+        if self.case["speed"]["workload"] == "pipeline":
             yttm: Any = importlib.import_module("youtokentome")
             wrapper: Any = importlib.import_module("rudalle.tokenizer").YTTMTokenizerWrapper
             tokenizer = wrapper(yttm.BPE(model=str(self.folder / "bpe.model")))
@@ -216,7 +216,7 @@ class Reference:
         return self._cache_bytes
 
     def run(self, part: str, *, is_short: bool) -> Any:
-        return WORKS[self.case["speed"]["measure"], part](self, is_short)
+        return WORKS[self.case["speed"]["workload"], part](self, is_short)
 
     def draw_tokens(self, is_short: bool) -> Any:
         self.draw(self.num_tokens(is_short))

@@ -1,4 +1,4 @@
-"""A contestant's side of the talk: one JSON line is asked, one is answered, until input ends.
+"""An implementation's side of the talk: one JSON line is asked, one is answered, until input ends.
 
 Nothing of the project is imported here: the reference's process, in which ``rudolph`` is another
 package, loads this file by its path.

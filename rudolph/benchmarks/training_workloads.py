@@ -1,4 +1,4 @@
-"""Contestants that make one training step of the decoder or of the VQ-GAN: ours.
+"""Implementations that make one training step of the decoder or of the VQ-GAN: ours.
 
 A step is what a training of this project does: losses, backward, clipped gradients, optimizers.
 """

@@ -1,10 +1,11 @@
-"""The process of one contestant: ``python -m rudolph.benchmarks.worker``.
+"""The process of one implementation: ``python -m rudolph.benchmarks.worker``.
 
 Standard input tells it what to be.
 
 The reference has a process of its own kind, ``reference_worker.py``.
 
-To add a contestant, write a ``serving.Contestant``, name it here, and in ``config.MEASURES``.
+To add an implementation, write a ``serving.Implementation``, name it here, and in
+``config.MEASURES``.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,10 +47,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Make]] = {
 
 
 def implementation(asked: Mapping[str, Any]) -> Implementation:
-    """The contestant that a request names."""
+    """The implementation that a request names."""
     case = read_case(asked["case"])
-    make = IMPLEMENTATIONS[case.speed.measure or ""][asked["contestant"]]
-    return make(case, asked["contestant"], Path(asked["folder"]))
+    make = IMPLEMENTATIONS[case.speed.workload or ""][asked["implementation"]]
+    return make(case, asked["implementation"], Path(asked["folder"]))
 
 
 if __name__ == "__main__":

@@ -288,14 +288,16 @@ def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> 
     from rudolph.training.tuning import apply_tuning
 
     with torch.device("meta"):
-        model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
-        apply_tuning(model, config.decoder_tuning)
+        model = MaskedDecoder(
+            config.decoder.architecture, config.sequence_layout, config.vocabulary
+        )
+        apply_tuning(model, config.decoder.tuning)
     model.has_checkpointing = has_checkpointing
-    size = micro or config.decoder_optim.global_batch_size
+    size = micro or config.optim.global_batch_size
     need = training_memory(
         model,
-        config.decoder_losses,
-        config.decoder_optim,
+        config.decoder.losses,
+        config.optim,
         micro_batch_size=size,
         activation_bytes=4 if machine_precision() == "32-true" else 2,
     )

@@ -9,7 +9,7 @@ from rudolph.runs.console import print_line, stage_progress
 
 RESULTS_FOLDER = Path("results")
 # Quantities of a speed experiment whose contestants stand on one axis.
-ON_ONE_AXIS = ("/times_reference", "/peak_bytes")
+ON_ONE_AXIS = ("/speedup", "/peak_bytes")
 
 
 def add_results(verbs: Any) -> None:
@@ -187,9 +187,9 @@ def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
             if row["score"] not in beside:
                 continue
             second = beside[row["score"]]
-            measures = [str(each["measure"]) for each in (row, second)]
+            protocols = [str(each["protocol"]) for each in (row, second)]
             try:
-                require_comparable(*(MetricProtocol.parse(each) for each in measures))
+                require_comparable(*(MetricProtocol.parse(each) for each in protocols))
             except ValueError as error:
                 raise ValueError(f"{row['score']}: {error}") from error
             line += f"   {_told(second)}"
@@ -214,10 +214,12 @@ def redraw_figures(given: Any) -> int:
 
 
 def check_results(given: Any) -> int:
-    from rudolph.config.run import read_run
+    from rudolph.config.run import run_of
     from rudolph.reports.store import check_results_folder
 
-    problems = check_results_folder(RESULTS_FOLDER, digest=lambda path: read_run(path).digest)
+    problems = check_results_folder(
+        RESULTS_FOLDER, digest=lambda path, content: run_of(path, content).digest
+    )
     print_line(
         "\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole"
     )

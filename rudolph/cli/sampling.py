@@ -233,7 +233,7 @@ def add_stages(pipeline: Any, given: Any) -> None:
     from rudolph.runs.resolve import open_clip, open_upscaler
 
     if given.clip or given.rank == "clip":
-        pipeline.clip = open_clip(given.clip or DEFAULT_CLIP)
+        pipeline.clip = open_clip(given.clip or DEFAULT_CLIP, runs=folders_here().runs)
     if given.upscale or given.upscaler:
         pipeline.upscaler = open_upscaler(given.upscaler or f"RealESRGAN-x{given.upscale}")
         scale = pipeline.upscaler.config.scale

@@ -199,7 +199,7 @@ def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigE
     is_asked = any(each.startswith(f"{metric}/") for each in legal)
     asks = [question for question, own in EVALUATOR_METRICS.items() if metric in own]
     if asks and not is_asked:
-        hint = f"; {asks[0]} is not among evaluation.questions"
+        hint = f"; {asks[0]} is not among evaluation.evaluators"
     else:
         others = ", ..." if len(legal) > 8 else ""
         known = f"; legal are {', '.join(legal[:8]) or 'none'}{others}"

@@ -13,36 +13,34 @@ from collections.abc import Iterable, Iterator
 from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS, SpeedConfig
 from rudolph.config.run import RunConfig
 from rudolph.data.datasets.emoji import GROUPS
-from rudolph.data.splits import MixtureEntry
 from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.evaluation.evaluators.reranking import CANDIDATE_COUNTS
-from rudolph.evaluation.evaluators.retrieval import RECALLS_AT
+from rudolph.families.registry import family_of
+from rudolph.generation.clip_ranking import RECALLS_AT
 from rudolph.reports.report import OVERHEAD
 from rudolph.reports.timings import implementation_name
-from rudolph.sequence.layout import SEGMENTS
-from rudolph.sequence.tasks import TASKS
 
 # Columns of ``runs.csv`` that every run has.
 COST = ("seconds", OVERHEAD)
 NEAREST, SCENE_RIGHT = "text_to_image/nearest_1_percent", "text_to_image/scene_accuracy"
 CAPTION_METRICS = ("cider-d", "rouge-l", "meteor-nltk", "bleu-4", "distinct")
-RANKINGS = ("likelihood", "inverse_prompting", "truth")
+RANKINGS = ("likelihood", "inverse_prompting", "oracle")
 WITHOUT_IMAGES = ("arithmetic", "paragraphs")
 
 # Metrics of a question, whatever its pairs.
 EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
     "nearest_image": (NEAREST,),
     "nearest_image_by_group": tuple(f"{NEAREST}_{group.split()[0].lower()}" for group in GROUPS),
-    "scene_accuracy": (SCENE_RIGHT, "text_to_image/objects_right"),
-    "caption_f1": ("image_to_text/token_f1", "image_to_text/exact"),
+    "scene_accuracy": (SCENE_RIGHT, "text_to_image/object_accuracy"),
+    "caption_f1": ("image_to_text/token_f1", "image_to_text/exact_match"),
     "caption_metrics": tuple(f"image_to_text/{name}" for name in CAPTION_METRICS),
     "fid_kid": ("text_to_image/fid", "text_to_image/kid"),
-    "clip_score_evaluator": ("text_to_image/clip_score", "real_images/clip_score"),
-    "answer_f1": ("answers/token_f1", "answers/exact"),
-    "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact"),
-    "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact"),
-    "recognition": tuple(f"text_recognition/{name}" for name in ("1-ned", "cer", "exact")),
-    "continuation": ("text_to_text/is_sentence",),
+    "clip_score": ("text_to_image/clip_score", "real_images/clip_score"),
+    "answer_f1": ("answers/token_f1", "answers/exact_match"),
+    "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact_match"),
+    "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact_match"),
+    "text_recognition": tuple(f"text_recognition/{name}" for name in ("1-ned", "cer", "exact_match")),
+    "text_continuation": ("text_to_text/sentence_accuracy",),
     "multiple_choice": (),
     "zero_shot_classification": (
         "zero_shot_classification/accuracy",
@@ -50,13 +48,18 @@ EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
     ),
     "text_ranking": ("text_ranking/accuracy",),
     "image_ranking": ("image_ranking/accuracy",),
-    "inpainting": ("inpainting/objects_right",),
-    "image_variation": ("image_variation/objects_right",),
-    "self_reranking": ("self_reranking/objects_right",),
+    "inpainting": ("inpainting/object_accuracy",),
+    "image_variation": ("image_variation/object_accuracy",),
+    "self_reranking": ("self_reranking/object_accuracy",),
     "rerank_curve": (),
     "likelihood": ("text_to_image/nats", "text_to_image/bits_per_pixel", "image_to_text/nats"),
-    "survival": (CONVERGED,),
+    "convergence": (CONVERGED,),
     "attention_logits": ("decoder/max_attention_logit", "decoder/attention_overflows"),
+    "retrieval": tuple(
+        f"{direction}/recall_at_{k}"
+        for direction in ("image_to_text", "text_to_image")
+        for k in RECALLS_AT
+    ),
     "reconstruction": (
         *("vqgan/psnr", "vqgan/ssim"),
         *("vqgan/codebook_usage", "vqgan/codebook_perplexity"),
@@ -66,22 +69,16 @@ EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
 
 def metric_names(config: RunConfig) -> list[str]:
     """Return the names of all metrics that a run can report, the likeliest first."""
-    if config.speed.measure is not None:
+    if config.speed.workload is not None:
         return list(_speed_metrics(config.speed))
-    if config.model == "clip":
-        own = [f"{way}/recall_at_{k}" for way in _WAYS for k in RECALLS_AT]
-    else:
-        own = [
-            f"{dataset}/{metric}" if dataset else metric
-            for dataset, _, question in (
-                place.rpartition("/") for place in config.evaluation.questions
-            )
-            for metric in evaluator_metrics(question, dataset, config)
-        ]
+    own = [
+        f"{dataset}/{metric}" if dataset else metric
+        for dataset, _, question in (
+            place.rpartition("/") for place in config.evaluation.evaluators
+        )
+        for metric in evaluator_metrics(question, dataset, config)
+    ]
     return [f"{name}/{split}" for split in config.evaluation.splits for name in own]
-
-
-_WAYS = ("image_to_text", "text_to_image")
 
 
 def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[str]:
@@ -94,7 +91,7 @@ def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[st
     if question == "scene_accuracy":
         found += [f"{SCENE_RIGHT}_{family}" for family in config.data.shapes.families]
     elif question == "caption_f1" and dataset == "shapes":
-        found.append("image_to_text/true")
+        found.append("image_to_text/caption_accuracy")
     elif question == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
         # Those of other datasets have images or not, as their files say.
@@ -109,7 +106,7 @@ def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[st
 
 def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
     """Names of what ``rudolph.benchmarks.metrics`` computes of a contest."""
-    measure = WORKLOADS[speed.measure or ""]
+    measure = WORKLOADS[speed.workload or ""]
     for implementation in speed.implementations:
         # Only the machine that runs the benchmark knows which parts it can measure.
         units = measure.units_of(implementation, has_bfloat16=True)
@@ -122,61 +119,37 @@ def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
         if implementation != ROOFLINE:
             yield from (f"{implementation}/{size}_bytes" for size in ("weights", "cache"))
     if REFERENCE in speed.implementations:
-        yield "check/largest_difference"
+        yield "check/max_abs_difference"
 
 
 def _quantities(speed: SpeedConfig, implementation: str) -> Iterator[str]:
     yield "peak_bytes"
     if implementation != REFERENCE and REFERENCE in speed.implementations:
-        yield "times_reference"
-    if speed.measure in ("train", "vqgan", "upscaler"):
+        yield "speedup"
+    if speed.workload in ("train", "vqgan", "upscaler"):
         yield "operations_per_second"
-    if ROOFLINE in speed.implementations and speed.measure != "memory":
-        yield "share_of_limit"
+    if ROOFLINE in speed.implementations and speed.workload != "memory":
+        yield "roofline_fraction"
 
 
 def curve_names(config: RunConfig) -> list[str]:
     """Return the names of everything that the trainings of a run log."""
-    logged = {"vqgan_optim": _of_vqgan, "decoder_optim": _of_decoder, "clip_optim": _of_clip}
-    return [
-        f"{key.removesuffix('_optim')}/{name}"
-        for key in config.trainings
-        for name in logged[key](config)
-    ]
+    family = family_of(config.model)
+    names: list[str] = []
+    if "vqgan_optim" in config.trainings:
+        names += [f"vqgan/{name}" for name in _of_vqgan(config)]
+    if "optim" in config.trainings:
+        names += [f"{family.stage}/{name}" for name in family.curve_names(config)]
+    return names
 
 
 def _of_vqgan(config: RunConfig) -> Iterator[str]:
     losses = ["reconstruction", "quantizer"]
-    if config.vqgan_losses.adversary_start is not None:
+    if config.vqgan_losses.discriminator_start is not None:
         losses += ["adversary", "discriminator"]
     yield from (f"train/loss/{name}" for name in losses)
     yield from ("val/psnr", "val/ssim", "val/loss/reconstruction")
     yield from ("val/codebook_usage", "val/codebook_perplexity")
-
-
-def _of_decoder(config: RunConfig) -> Iterator[str]:
-    rows = {source.name: _scored(source, config) for source in config.data.mixture}
-    scored = [name for name in SEGMENTS if any(name in own for own in rows.values())]
-    for stage in ("train", "val"):
-        yield f"{stage}/loss"
-        yield from (f"{stage}/loss/{name}" for name in scored)
-        if len(rows) > 1:
-            yield from (f"{stage}/loss/{row}/{name}" for row, own in rows.items() for name in own)
-    if len(rows) > 1:
-        yield from (f"train/share/{row}" for row in rows)
-    if config.decoder_losses.weighing == "learned":
-        yield from (f"train/weight/{name}" for name in SEGMENTS)
-
-
-def _scored(source: MixtureEntry, config: RunConfig) -> list[str]:
-    """The segments of a row of the mixture that have labels."""
-    weights = config.decoder_losses.task_weights.get(source.task, TASKS[source.task].weights)
-    return [name for name, weight in zip(SEGMENTS, weights, strict=True) if weight > 0]
-
-
-def _of_clip(config: RunConfig) -> Iterator[str]:
-    yield from ("train/loss", "train/logit_scale", "val/loss")
-    yield from (f"val/{way}/recall_at_{k}" for way in _WAYS for k in RECALLS_AT)
 
 
 def all_names(configs: Iterable[RunConfig]) -> tuple[list[str], list[str]]:

@@ -18,14 +18,8 @@ from rudolph.reports.report import format_cell_value
 from rudolph.reports.search_tables import REGION, TRIAL
 
 EXPERIMENTS = "experiments"
-# Experiments whose results were published under the name of the file alone.
-NAMED_BY_FILE = frozenset(
-    {"emoji/emoji_32", "emoji/emoji_64", "emoji/emoji_clip"}
-    | {"finetune/captions", "finetune/emoji_style", "finetune/questions"}
-    | {"hyper_tasking/rerank", "hyper_tasking/shapes_all_tasks", "hyper_tasking/shapes_clip"}
-)
 # Folders inside ``results/<experiment>`` that every export replaces.
-RESERVED = frozenset({"configs", "samples", "profiles", "figures"})
+RESERVED = frozenset({"samples", "profiles", "figures"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Cells that pandas reads as missing.
 READ_AS_NOTHING = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
@@ -44,16 +38,12 @@ def experiment_name(path: Path) -> str:
     'speed/decode'
     >>> experiment_name(Path("mine/decode.yaml"))
     'mine/decode'
-    >>> experiment_name(Path("experiments/finetune/captions.yaml"))
-    'captions'
 
     Raises:
         ConfigError: for a path that would name a folder which has another use.
     """
-    parts, is_below = _parts_below(path)
+    parts = _parts_below(path)
     name = "/".join((*parts[:-1], Path(parts[-1]).stem))
-    if is_below and name in NAMED_BY_FILE:
-        return path.stem
     for part in name.split("/"):
         if part.startswith(".") or (part in RESERVED and "/" in name):
             legal = f"not {', '.join(sorted(RESERVED))} and not starting with a dot"
@@ -65,8 +55,8 @@ def experiment_name(path: Path) -> str:
     return name
 
 
-def _parts_below(path: Path) -> tuple[tuple[str, ...], bool]:
-    """Return the parts of a path that name it, and whether they lie below ``experiments``."""
+def _parts_below(path: Path) -> tuple[str, ...]:
+    """Return the parts of a path below ``experiments``, or below the working directory."""
     here = Path.cwd()
     # A link names what it lies in, but the working directory may be reached through a link too.
     for given in (Path(os.path.abspath(path)), path.resolve()):
@@ -76,11 +66,11 @@ def _parts_below(path: Path) -> tuple[tuple[str, ...], bool]:
     else:
         parts = path.resolve().parts
         if EXPERIMENTS not in parts[:-1]:
-            return parts[-1:], False
+            return parts[-1:]
     if EXPERIMENTS not in parts[:-1]:
-        return parts, False
+        return parts
     last = len(parts) - 1 - parts[:-1][::-1].index(EXPERIMENTS)
-    return parts[last:], True
+    return parts[last:]
 
 
 def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:

@@ -5,35 +5,40 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rudolph.benchmarks.config import SpeedConfig
 from rudolph.data.splits import DATASETS, DataConfig
 from rudolph.evaluation.report_card import (
     DATASET_OF_EVALUATOR,
     MEMBER_OF_EVALUATOR,
+    NEEDS,
     EvaluationConfig,
 )
+from rudolph.families.interface import ModelSection
+from rudolph.families.registry import ModelConfig, family_of
+from rudolph.families.rudolph import RudolphConfig
 from rudolph.files import settings
-from rudolph.files.settings import STRICT, ConfigError, flat_settings, read_yaml, validate
+from rudolph.files.settings import (
+    STRICT,
+    ConfigError,
+    TaggedBy,
+    flat_settings,
+    read_yaml,
+    validate,
+)
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.models.rudolph.decoder import DecoderConfig
-from rudolph.models.vision.clip import CLIPConfig
 from rudolph.models.vqgan.model import VQGANConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.training.adversary import min_image_size
-from rudolph.training.clip_losses import CLIPLossConfig, require_bias
-from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
+from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
-from rudolph.training.tuning import TuningConfig
 
 # Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 # The window of SSIM is mirrored at the edges of an image, which must be larger than half of it.
 SSIM_SIDE = 6
-# What a run can train.
-MODELS = ("decoder", "clip")
 
 
 @dataclass(frozen=True)
@@ -61,45 +66,32 @@ class SamplingConfig:
 class RunConfig:
     """One resolved run: everything that decides its numbers, and nothing else.
 
-    ``model`` is what is trained: a ``decoder``, with the VQ-GAN and the tokenizer that it needs,
-    or a ``clip`` with its tokenizer.  With ``decoder.init`` both are those of that source, unless
-    ``tokenizer.path`` and ``vqgan.init`` name others.  ``vqgan_seed`` is that of the VQ-GAN alone
-    (null: the same): so runs of all seeds have one.
+    ``model`` is the section of one family: ``rudolph``, ``clip`` or ``vqgan``.  ``optim`` trains
+    that model; ``vqgan_optim`` trains the VQ-GAN where the family needs one.  ``vqgan_seed`` seeds
+    the VQ-GAN alone (null: ``seed``), so that runs of several seeds can share one.
     """
 
     __pydantic_config__ = STRICT
 
     seed: int = 0
     vqgan_seed: int | None = None
-    model: str = "decoder"
+    model: Annotated[ModelConfig, TaggedBy("family")] = field(default_factory=RudolphConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     layout: TextLengths = field(default_factory=TextLengths)
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     vqgan_losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     vqgan_optim: OptimConfig = field(default_factory=OptimConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    decoder_losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
-    decoder_optim: OptimConfig = field(default_factory=OptimConfig)
-    decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
-    clip: CLIPConfig = field(default_factory=CLIPConfig)
-    clip_losses: CLIPLossConfig = field(default_factory=CLIPLossConfig)
-    clip_optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         self._take_parts_of_init()
-        if self.model not in MODELS:
-            raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {self.model!r}")
         # A VQ-GAN that is taken as it is reads images of any size that its factor divides.
         is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
-        if (
-            self.model == "decoder"
-            and self.vqgan.resolution != self.data.image_size
-            and not is_any
-        ):
+        if self.needs_vqgan and self.vqgan.resolution != self.data.image_size and not is_any:
             raise ValueError(
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
@@ -107,12 +99,8 @@ class RunConfig:
         self._check_steps()
         self._check_codes()
         self._check_side()
-        if self.model == "clip":
-            try:
-                require_bias(self.clip_losses, has_bias=self.clip.has_logit_bias)
-            except ValueError as error:
-                raise ValueError(f"clip.{error}") from error
-        self._check_questions()
+        family_of(self.model).check(self)
+        self._check_evaluators()
         if self.data.dataset == "manifest" and "compositional" in self.evaluation.splits:
             raise ValueError(
                 "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
@@ -123,12 +111,12 @@ class RunConfig:
                 raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
 
     def _take_parts_of_init(self) -> None:
-        """Take tokenizer and VQ-GAN from where the decoder starts, unless others are named.
+        """Take tokenizer and VQ-GAN from ``model.init``, unless others are named.
 
-        Its embeddings fit the ids of its own tokenizer and the codes of its own VQ-GAN.
+        The embeddings of a model fit the ids of its own tokenizer and the codes of its VQ-GAN.
         """
-        source = self.decoder.init
-        if source is None or self.model != "decoder" or self.speed.measure is not None:
+        source = self.model.init
+        if source is None or not self.needs_vqgan or self.speed.workload is not None:
             return
         # The class is frozen for its users.
         if self.tokenizer.path is None:
@@ -136,32 +124,37 @@ class RunConfig:
         if self.vqgan.init is None:
             object.__setattr__(self, "vqgan", replace(self.vqgan, init=source))
 
-    def _check_questions(self) -> None:
-        """Raise ``ValueError`` for a question that its dataset, or this run, cannot answer."""
-        for place in self.evaluation.questions:
+    def _check_evaluators(self) -> None:
+        """Raise ``ValueError`` for an evaluator that does not suit its dataset or the model."""
+        provided = family_of(self.model).capabilities.provided()
+        for place in self.evaluation.evaluators:
             named, _, question = place.rpartition("/")
             dataset = named or self.data.dataset
             if DATASET_OF_EVALUATOR.get(question, dataset) != dataset:
                 raise ValueError(
-                    f"evaluation.questions: {question} needs data.dataset "
+                    f"evaluation.evaluators: {question} needs data.dataset "
                     f"{DATASET_OF_EVALUATOR[question]}, got {dataset!r}"
                 )
             member = MEMBER_OF_EVALUATOR.get(question)
             if member is not None and not hasattr(DATASETS[dataset], member):
                 able = ", ".join(name for name, kind in DATASETS.items() if hasattr(kind, member))
                 raise ValueError(
-                    f"evaluation.questions: {question} needs a dataset of {able}, got {dataset!r}"
+                    f"evaluation.evaluators: {question} needs a dataset of {able}, got {dataset!r}"
                 )
-            if question == "clip_score_evaluator" and self.evaluation.clip is None:
+            lacking = [name for name in NEEDS[question] if name not in provided]
+            if lacking:
                 raise ValueError(
-                    "evaluation.clip: expected a CLIP for clip_score_evaluator, got null"
+                    f"evaluation.evaluators: {question} needs a model with {lacking[0]}; family "
+                    f"{self.model.family} has {', '.join(provided)}"
                 )
+            if question == "clip_score" and self.evaluation.clip is None:
+                raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
 
     def _check_side(self) -> None:
         """Raise ``ValueError`` for images that are too small for what judges a VQ-GAN."""
         if "vqgan_optim" not in self.trainings:
             return
-        start, side = self.vqgan_losses.adversary_start, self.data.image_size
+        start, side = self.vqgan_losses.discriminator_start, self.data.image_size
         if side < SSIM_SIDE:
             raise ValueError(
                 f"data.image_size: expected at least {SSIM_SIDE} for SSIM, got {side}"
@@ -169,45 +162,51 @@ class RunConfig:
         if start is not None and start < self.vqgan_optim.num_steps and side < min_image_size():
             raise ValueError(
                 f"data.image_size: expected at least {min_image_size()} for the discriminator of "
-                f"vqgan_losses.adversary_start, got {side}"
+                f"vqgan_losses.discriminator_start, got {side}"
             )
 
     def _check_codes(self) -> None:
-        """What labels and examples are made of must be there."""
-        codes, texts = self.vocabulary.codebook_size, self.vocabulary.text_size
-        if self.decoder_losses.first_image_token == "legacy" and codes > texts:
+        """Raise ``ValueError`` for code samples of a quantizer without a distribution."""
+        if self.data.num_code_samples and self.vqgan.quantizer.kind != "gumbel":
             raise ValueError(
-                f"decoder_losses.first_image_token: legacy scores codes as text ids, and of "
-                f"{codes} codes only {texts} are (tokenizer.vocab_size, layout.left_text_length)"
-            )
-        if self.data.code_draws and self.vqgan.quantizer.kind != "gumbel":
-            raise ValueError(
-                "data.code_draws: must be 0 but for vqgan.quantizer.kind gumbel, "
-                f"got {self.data.code_draws} for {self.vqgan.quantizer.kind}"
+                "data.num_code_samples: must be 0 but for vqgan.quantizer.kind gumbel, "
+                f"got {self.data.num_code_samples} for {self.vqgan.quantizer.kind}"
             )
 
     def _check_steps(self) -> None:
-        """A model that is trained by no step must be named."""
-        for name, steps, init in (
-            ("vqgan_optim", self.vqgan_optim.num_steps, self.vqgan.init),
-            ("decoder_optim", self.decoder_optim.num_steps, self.decoder.init),
-            ("clip_optim", self.clip_optim.num_steps, None),
-        ):
-            if steps == 0 and init is None:
-                needed = "" if name == "clip_optim" else f" without {name[:-6]}.init"
-                raise ValueError(f"{name}.num_steps: must be at least 1{needed}, got 0")
+        """Raise ``ValueError`` for a model without training steps that starts from no weights."""
+        for name, init in (("vqgan_optim", "vqgan.init"), ("optim", "model.init")):
+            source = self.vqgan.init if name == "vqgan_optim" else self.model.init
+            if getattr(self, name).num_steps == 0 and source is None:
+                raise ValueError(f"{name}.num_steps: must be at least 1 without {init}, got 0")
 
     @property
     def trainings(self) -> dict[str, OptimConfig]:
         """The settings of every training of this run, by their key."""
-        if self.speed.measure is not None:
+        if self.speed.workload is not None:
             return {}
-        if self.model == "clip":
-            return {"clip_optim": self.clip_optim}
-        found = {} if self.vqgan.init is not None else {"vqgan_optim": self.vqgan_optim}
-        if self.decoder_optim.num_steps > 0:
-            found["decoder_optim"] = self.decoder_optim
-        return found
+        trainings = {}
+        if self.needs_vqgan and self.vqgan.init is None:
+            trainings["vqgan_optim"] = self.vqgan_optim
+        if family_of(self.model).is_trained and self.optim.num_steps > 0:
+            trainings["optim"] = self.optim
+        return trainings
+
+    @property
+    def needs_vqgan(self) -> bool:
+        """Whether the model's family needs a VQ-GAN."""
+        return "vqgan" in family_of(self.model).needs
+
+    @property
+    def decoder(self) -> RudolphConfig:
+        """The ``model`` section of a masked decoder.
+
+        Raises:
+            ValueError: for a run of another family.
+        """
+        if not isinstance(self.model, RudolphConfig):
+            raise ValueError(f"model.family: expected rudolph, got {self.model.family}")
+        return self.model
 
     @property
     def seed_of_vqgan(self) -> int:
@@ -258,6 +257,8 @@ def _changes(config: Any, usual: Any = None) -> dict[str, Any]:
         if is_dataclass(value) and type(default) is type(value):
             nested = _changes(value, default)
             found |= {each.name: nested} if nested else {}
+        elif isinstance(value, ModelSection):
+            found[each.name] = {"family": value.family, **_changes(value)}
         elif value != default:
             found[each.name] = to_plain(value) if is_dataclass(value) else value
     return found
@@ -273,7 +274,12 @@ def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: when the file is missing or no such configuration.
     """
-    written = flat_settings(path, RunConfig, read_yaml(path))
+    return run_of(path, read_yaml(path), overrides)
+
+
+def run_of(path: Path, content: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the run of a resolved configuration; ``path`` is named in messages."""
+    written = flat_settings(path, RunConfig, content)
     return resolve_run(path, written | overrides_of(overrides))
 
 
@@ -289,11 +295,14 @@ def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{source}: {text!r}: must be key=value, as in decoder.num_layers=8")
+            raise ConfigError(f"{source}: {text!r}: must be key=value, as in model.num_layers=8")
         given |= flat_settings(source, RunConfig, {key: settings.parse_yaml(value)})
     return given
 
 
 def resolve_run(path: Path, flat: Mapping[str, Any]) -> RunConfig:
     """A run of flat settings; ``path`` is named in messages."""
-    return validate(path, RunConfig, settings.nest_settings(flat))
+    # The family that most experiments train needs no line of its own.
+    return validate(
+        path, RunConfig, settings.nest_settings({"model.family": "rudolph"} | dict(flat))
+    )

@@ -19,7 +19,7 @@ from rudolph.data.seeds import mixed_seed, shuffled_pairs, uniform_per_example
 from rudolph.data.splits import DataConfig, MixtureEntry, Split
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import (
-    NO_IMAGE_CODE,
+    MISSING_IMAGE_CODE,
     TASKS,
     UNKNOWN_LEFT,
     UNKNOWN_RIGHT,
@@ -123,17 +123,17 @@ class TokenBatch(NamedTuple):
 class ImageExamples:
     """Examples of the VQ-GAN: an image of one of some splits, mirrored or not."""
 
-    def __init__(self, *splits: Split, seed: int, flip: float = 0.0) -> None:
-        self.splits, self.seed, self.flip = splits, seed, flip
+    def __init__(self, *splits: Split, seed: int, flip_probability: float = 0.0) -> None:
+        self.splits, self.seed, self.flip_probability = splits, seed, flip_probability
         self.ends = np.cumsum([len(split) for split in splits])
-        self.num_pairs = int(self.ends[-1])
+        self.num_whole = int(self.ends[-1])
 
     def batch(self, numbers: Sequence[int]) -> ImageBatch:
-        indices = shuffled_pairs(numbers, self.num_pairs, self.seed)
+        indices = shuffled_pairs(numbers, self.num_whole, self.seed)
         images = self._images(indices) * 2 - 1
-        if self.flip:
+        if self.flip_probability:
             is_flipped = torch.from_numpy(
-                uniform_per_example(numbers, self.seed, 1)[:, 0] < self.flip
+                uniform_per_example(numbers, self.seed, 1)[:, 0] < self.flip_probability
             )
             images = torch.where(is_flipped[:, None, None, None], images.flip(3), images)
         return ImageBatch(images, torch.from_numpy(indices))
@@ -209,6 +209,14 @@ class TokenExamples:
         """Examples that ``whole`` can give: every pair of every row of the mixture."""
         return sum(self.sizes)
 
+    def note(self) -> str:
+        """Return how many texts are cut, in one line."""
+        num_cut = max(each.texts.num_cut for each in self.sources)
+        sizes = {
+            each.source.dataset: size for each, size in zip(self.sources, self.sizes, strict=True)
+        }
+        return f"{num_cut} of {sum(sizes.values())} texts are too long and cut"
+
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
         size = self.layout.num_image_tokens
         drawn = uniform_per_example(numbers, self.seed, 4 + 2 * size)
@@ -241,7 +249,7 @@ class TokenExamples:
 
     def _with_unknown(self, batch: TokenBatch, drawn: np.ndarray[Any, Any]) -> TokenBatch:
         """Some task tokens replaced by those of an unknown task, left and right by themselves."""
-        share = self.config.unknown_task_share
+        share = self.config.unknown_task_probability
         if not share or self.vocabulary.num_text_specials == 0:
             return batch
         tokens = batch.tokens.clone()
@@ -303,7 +311,7 @@ class TokenExamples:
 
     def _image(self, filled: MixtureExamples, pair: int, number: int) -> np.ndarray[Any, Any]:
         if filled.indices is None or TASKS[filled.source.task].image == "none":
-            return np.full(self.layout.num_image_tokens, NO_IMAGE_CODE)
+            return np.full(self.layout.num_image_tokens, MISSING_IMAGE_CODE)
         row: np.ndarray[Any, Any] = filled.indices[pair]
         if row.ndim == 2:
             row = row[mixed_seed(self.seed, "codes", int(number)) % len(row)]

@@ -53,10 +53,11 @@ class DataConfig:
     learns to listen to the text rather than to continue images that it knows (word dropout,
     Bowman 2016, arXiv:1511.06349).  The share falls evenly from ``image_token_noise`` at the first
     example of a training to 0 at its last, since images are generated without noise.
-    ``unknown_task_share`` is the share of texts whose task token is that of an unknown task, left
-    and right by themselves (fbc2_aij2022: 0.25).  ``flip`` is the share of images that the
-    VQ-GAN sees mirrored.  With ``code_draws`` an example's image tokens are one of so many drawn
-    sets of codes, by the weights of a Gumbel quantizer, instead of the best code of each cell
+    ``unknown_task_probability`` is the share of texts whose task token is that of an unknown
+    task, left and right by themselves (fbc2_aij2022: 0.25).  ``flip_probability`` is the share of
+    images that the VQ-GAN sees mirrored.  With ``num_code_samples`` an example's image tokens are
+    one of so many drawn sets of codes, by the weights of a Gumbel quantizer, instead of the best
+    code of each cell
     (DALL-E, arXiv:2102.12092, section 2.2).
     """
 
@@ -67,9 +68,9 @@ class DataConfig:
     )
     caption_dropout: float = 0.1
     image_token_noise: float = 0.0
-    unknown_task_share: float = 0.0
-    flip: float = 0.0
-    code_draws: int = 0
+    unknown_task_probability: float = 0.0
+    flip_probability: float = 0.0
+    num_code_samples: int = 0
     emoji: EmojiConfig = field(default_factory=EmojiConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
@@ -99,11 +100,16 @@ class DataConfig:
                 raise ValueError(f"tasks.{name} must be at least 0, got {weight}")
         if sum(self.tasks.values()) <= 0:
             raise ValueError("tasks must give at least one task a weight above 0")
-        for name in ("caption_dropout", "image_token_noise", "unknown_task_share", "flip"):
+        for name in (
+            "caption_dropout",
+            "image_token_noise",
+            "unknown_task_probability",
+            "flip_probability",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.code_draws < 0:
-            raise ValueError(f"code_draws must be at least 0, got {self.code_draws}")
+        if self.num_code_samples < 0:
+            raise ValueError(f"num_code_samples must be at least 0, got {self.num_code_samples}")
 
     @property
     def mixture(self) -> list[MixtureEntry]:

@@ -49,15 +49,19 @@ class TextImageExamples:
                 f"vocab_size must be at least {tokenizer.vocab_size}, the ids of the tokenizer, "
                 f"got {config.vocab_size}"
             )
-        self.split, self.seed, self.num_pairs = split, seed, len(split)
+        self.split, self.seed, self.num_whole = split, seed, len(split)
         self.image_resolution = config.image_resolution
         ids = caption_ids(split, tokenizer, config.context_length)
         self.input_ids, self.num_cut = ids[:, :-1], int((ids[:, -1] > 0).sum())
         self.captions = caption_numbers(split.captions)
 
+    def note(self) -> str:
+        """Return how many captions are cut, in one line."""
+        return f"{self.num_cut} of {self.num_whole} captions are too long and cut"
+
     def batch(self, numbers: Sequence[int]) -> TextImageBatch:
         """Examples of the stream; every epoch is another permutation of the pairs."""
-        return self._pairs(shuffled_pairs(numbers, self.num_pairs, self.seed))
+        return self._pairs(shuffled_pairs(numbers, self.num_whole, self.seed))
 
     def whole(self, indices: Sequence[int]) -> TextImageBatch:
         """The pairs themselves, unshuffled, for validation."""

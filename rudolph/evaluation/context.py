@@ -17,6 +17,8 @@ from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split
 from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.statistics import Estimate, bootstrap_interval, mean_interval
+from rudolph.families.interface import Capabilities
+from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 
@@ -24,7 +26,7 @@ CHANCE_SHIFTS = 20
 # What cuts pairs in two halves; the seed of a run does not, so that its other half stays unasked.
 HALVES = 0
 # What a task without an image is answered after.
-NO_IMAGE = ("zeros", "legacy")
+MISSING_IMAGE = ("zeros", "legacy")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Score:
     high: float
     chance: float | None
     num_examples: int
-    measure: str = ""
+    protocol: str = ""
     dataset: str = ""
 
     @property
@@ -59,36 +61,42 @@ class Score:
 class EvaluationContext:
     """Who is asked: the models, how they sample, how many examples, the seed of it all.
 
-    Of pairs that are cut in two, the same way for every seed, ``half`` 0 or 1 alone is asked
+    Of pairs that are cut in two, the same way for every seed, ``eval_fold`` 0 or 1 alone is asked
     about.  ``drawn`` holds the images that were drawn, for other questions about the same
     captions.
     """
 
-    pipeline: Pipeline
+    model: Capabilities
     image_sampling: TokenSamplingConfig
     text_sampling: TokenSamplingConfig
     num_examples: int
     seed: int
-    no_image: str = "zeros"
-    half: int | None = None
+    ranker: ClipRanker | None = None
+    missing_image: str = "zeros"
+    eval_fold: int | None = None
     on_token: Callable[[int, int], None] | None = None
     drawn: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The masked decoder with its tokenizers."""
+        return self.model.token_pipeline()
 
     def chosen(self, split: Split) -> list[int]:
         """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
         if not isinstance(split.dataset, Shapes):
             return self.order(split)[: self.num_examples]
-        if self.half is None:
+        if self.eval_fold is None:
             return split.dataset.distinct(self.num_examples)
-        return split.dataset.distinct(2 * self.num_examples)[self.half :: 2]
+        return split.dataset.distinct(2 * self.num_examples)[self.eval_fold :: 2]
 
     def order(self, split: Split) -> list[int]:
         """All pairs, or those of the half, as the seed shuffles them."""
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
-        if self.half is None:
+        if self.eval_fold is None:
             return order
         halves = eval_folds(split)
-        return [index for index in order if halves[index] == self.half]
+        return [index for index in order if halves[index] == self.eval_fold]
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
         """One seed for each pair, whatever else is asked about."""
@@ -98,7 +106,7 @@ class EvaluationContext:
         """One generated image for the caption of each pair."""
         place = (split.digest, self.image_sampling, *indices)
         if place not in self.drawn:
-            self.drawn[place] = self.pipeline.generate_images(
+            self.drawn[place] = self.model.generate_image(
                 [split.captions[index] for index in indices],
                 config=self.image_sampling,
                 seeds=self.seeds(indices),
@@ -108,13 +116,13 @@ class EvaluationContext:
 
     def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
         """Image indices ``(N, I)`` of the real images of some pairs."""
-        return self.pipeline.encode(split.image_batch(indices))
+        return self.model.image_tokenizer().encode(split.image_batch(indices))
 
-    def codes_of(self, pairs: Sequence[Pair]) -> Tensor:
-        """Image indices ``(N, I)`` of the images of pairs, in any split."""
-        arrays = np.stack([np.asarray(pair.image) for pair in pairs])
-        images = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
-        return self.pipeline.encode(images)
+
+def images_of(pairs: Sequence[Pair]) -> Tensor:
+    """Return the images of pairs of any split, ``(N, 3, H, W)`` in [0, 1]."""
+    arrays = np.stack([np.asarray(pair.image) for pair in pairs])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 def eval_folds(split: Split) -> np.ndarray[Any, Any]:
@@ -134,12 +142,12 @@ def mean_score(
     context: EvaluationContext,
     *,
     chance: float | None = None,
-    measure: MetricProtocol | None = None,
+    protocol: MetricProtocol | None = None,
 ) -> Score:
     """The mean of one value for each pair of ``indices``; those of one image count together."""
     clusters = split.clusters(indices)
     estimate = mean_interval(values, seed=context.seed, clusters=clusters)
-    return score_with_interval(metric, split, estimate, len(values), chance, measure)
+    return score_with_interval(metric, split, estimate, len(values), chance, protocol)
 
 
 def corpus_score(
@@ -150,12 +158,12 @@ def corpus_score(
     context: EvaluationContext,
     *,
     chance: float | None = None,
-    measure: MetricProtocol | None = None,
+    protocol: MetricProtocol | None = None,
 ) -> Score:
     """A statistic of all pairs of ``indices``, which is no mean: it is given places in them."""
     number, clusters = len(indices), split.clusters(indices)
     estimate = bootstrap_interval(statistic, number, seed=context.seed, clusters=clusters)
-    return score_with_interval(metric, split, estimate, number, chance, measure)
+    return score_with_interval(metric, split, estimate, number, chance, protocol)
 
 
 def score_with_interval(
@@ -164,10 +172,10 @@ def score_with_interval(
     estimate: Estimate,
     number: int,
     chance: float | None,
-    measure: MetricProtocol | None,
+    protocol: MetricProtocol | None,
 ) -> Score:
     """A number that has its interval already."""
-    told = "" if measure is None else str(measure)
+    told = "" if protocol is None else str(protocol)
     return Score(metric, split.name, *estimate, chance, number, told)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rudolph.data.pairs import SPLITS
 from rudolph.data.splits import Split, Splits, require_dataset_prefix
-from rudolph.evaluation.context import NO_IMAGE, EvaluationContext, Score, ignore_notes
+from rudolph.evaluation.context import MISSING_IMAGE, EvaluationContext, Score, ignore_notes
 from rudolph.evaluation.evaluators.captions import caption_f1, caption_metrics
 from rudolph.evaluation.evaluators.choices import (
     image_ranking,
@@ -33,6 +33,7 @@ from rudolph.evaluation.evaluators.images import (
 )
 from rudolph.evaluation.evaluators.numerics import attention_logits, convergence
 from rudolph.evaluation.evaluators.reranking import rerank_curve
+from rudolph.evaluation.evaluators.retrieval import retrieval
 from rudolph.evaluation.evaluators.texts import (
     answer_f1,
     likelihood,
@@ -41,8 +42,9 @@ from rudolph.evaluation.evaluators.texts import (
     text_continuation,
     text_recognition,
 )
+from rudolph.families.interface import Capabilities
+from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.generation.pipeline import Pipeline
 from rudolph.sequence.texts import require_text
 
 # Times what is done under a name, and gives ``advance(done, total, note)``.
@@ -51,41 +53,42 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """``questions`` are asked on ``num_examples`` pairs of each of ``splits``.
+    """``evaluators`` are asked on ``num_examples`` pairs of each of ``splits``.
 
     A question is asked about the pairs of ``data.dataset``, or, as ``words/recognition``, about
     those of the dataset that it names.  ``clip`` is a source of one that ranks images, too.
-    ``no_image`` is what a task without an image is answered after: ``zeros``, as it was trained,
-    or, ``legacy``, an image that is drawn for the question first (fbc2_aij2022, inference.py).
-    With ``half`` 0 or 1 one half of the pairs is asked about: what was chosen on one can be tested
-    on the other.  ``grid_prompts`` are the texts of the sample grid, ``grid_samples`` images
-    each.
+    ``missing_image`` is what a task without an image is answered after: ``zeros``, as it was
+    trained, or, ``legacy``, an image that is drawn for the question first (fbc2_aij2022,
+    inference.py). With ``eval_fold`` 0 or 1 one half of the pairs is asked about: what was chosen
+    on one can be tested on the other.  ``grid_prompts`` are the texts of the sample grid,
+    ``grid_samples`` images each.
     """
 
-    questions: tuple[str, ...] = ()
+    evaluators: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train",)
     num_examples: int = 200
     clip: str | None = None
-    no_image: str = "zeros"
-    half: int | None = None
+    missing_image: str = "zeros"
+    eval_fold: int | None = None
     grid_prompts: tuple[str, ...] = ()
     grid_samples: int = 4
 
     def __post_init__(self) -> None:
-        for place in self.questions:
-            require_dataset_prefix(place, "questions")
+        for place in self.evaluators:
+            require_dataset_prefix(place, "evaluators")
             name = place.rpartition("/")[2]
             if name not in EVALUATORS:
-                raise ValueError(f"questions must be of {', '.join(EVALUATORS)}, got {name!r}")
+                raise ValueError(f"evaluators must be of {', '.join(EVALUATORS)}, got {name!r}")
         for name in self.splits:
             if name not in SPLITS:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
-        if self.no_image not in NO_IMAGE:
+        if self.missing_image not in MISSING_IMAGE:
             raise ValueError(
-                f"no_image must be one of {', '.join(NO_IMAGE)}, got {self.no_image!r}"
+                f"missing_image must be one of {', '.join(MISSING_IMAGE)}, "
+                f"got {self.missing_image!r}"
             )
-        if self.half not in (None, 0, 1):
-            raise ValueError(f"half must be 0, 1 or null, got {self.half}")
+        if self.eval_fold not in (None, 0, 1):
+            raise ValueError(f"eval_fold must be 0, 1 or null, got {self.eval_fold}")
         for at, prompt in enumerate(self.grid_prompts):
             require_text(prompt, f"grid_prompts[{at}]")
         for name in ("num_examples", "grid_samples"):
@@ -102,7 +105,7 @@ DATASET_OF_EVALUATOR = {
     "image_variation": "shapes",
     "self_reranking": "shapes",
     "rerank_curve": "shapes",
-    "continuation": "shapes",
+    "text_continuation": "shapes",
 }
 # Members that an evaluator needs of a dataset: classes, or pairs that are easily mistaken.
 MEMBER_OF_EVALUATOR = {
@@ -117,12 +120,12 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "caption_f1": caption_f1,
     "caption_metrics": caption_metrics,
     "fid_kid": fid_kid,
-    "clip_score_evaluator": clip_score_evaluator,
+    "clip_score": clip_score_evaluator,
     "answer_f1": answer_f1,
     "text_answers": text_answers,
     "math_answers": math_answers,
-    "recognition": text_recognition,
-    "continuation": text_continuation,
+    "text_recognition": text_recognition,
+    "text_continuation": text_continuation,
     "multiple_choice": multiple_choice,
     "zero_shot_classification": zero_shot_classification,
     "text_ranking": text_ranking,
@@ -132,40 +135,72 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "self_reranking": self_reranking,
     "rerank_curve": rerank_curve,
     "likelihood": likelihood,
-    "survival": convergence,
+    "convergence": convergence,
     "attention_logits": attention_logits,
     "reconstruction": reconstruction,
+    "retrieval": retrieval,
+}
+# Capabilities of the model that each evaluator needs, see ``families.interface``.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "nearest_image": ("generate_image",),
+    "nearest_image_by_group": ("generate_image",),
+    "scene_accuracy": ("generate_image",),
+    "caption_f1": ("generate_text",),
+    "caption_metrics": ("generate_text",),
+    "fid_kid": ("generate_image", "image_tokenizer"),
+    "clip_score": ("generate_image",),
+    "answer_f1": ("generate_text",),
+    "text_answers": ("generate_text",),
+    "math_answers": ("generate_text",),
+    "text_recognition": ("generate_text",),
+    "text_continuation": ("token_pipeline",),
+    "multiple_choice": ("loglikelihood",),
+    "zero_shot_classification": ("loglikelihood",),
+    "text_ranking": ("loglikelihood",),
+    "image_ranking": ("loglikelihood",),
+    "inpainting": ("token_pipeline",),
+    "image_variation": ("token_pipeline",),
+    "self_reranking": ("token_pipeline",),
+    "rerank_curve": ("token_pipeline",),
+    "likelihood": ("token_pipeline",),
+    "convergence": ("token_pipeline",),
+    "attention_logits": ("token_pipeline",),
+    "reconstruction": ("image_tokenizer",),
+    "retrieval": ("embed_image", "embed_text"),
 }
 
 
 def evaluate_all(
-    pipeline: Pipeline,
+    model: Capabilities,
     config: EvaluationConfig,
     splits: Splits,
     *,
     samplings: tuple[TokenSamplingConfig, TokenSamplingConfig],
+    ranker: ClipRanker | None = None,
     seed: int,
     stage: Stage,
 ) -> list[Score]:
-    """Every question on every split that the configuration names.
+    """Run every evaluator on every split that the configuration names.
 
     Args:
-        samplings: how image tokens are drawn, and how text is.
+        samplings: how image tokens and how text tokens are sampled.
+        ranker: a CLIP that scores images, for evaluators that use one.
     """
     scores: list[Score] = []
     for name in config.splits:
         drawn: dict[tuple[Any, ...], Any] = {}
-        for place in config.questions:
+        for place in config.evaluators:
             dataset, _, question = place.rpartition("/")
             with stage(f"{place} on {name}") as advance:
                 split = splits(name, dataset or None)
                 context = EvaluationContext(
-                    pipeline,
+                    model,
                     *samplings,
+                    ranker=ranker,
                     num_examples=min(config.num_examples, len(split)),
                     seed=seed,
-                    no_image=config.no_image,
-                    half=config.half,
+                    missing_image=config.missing_image,
+                    eval_fold=config.eval_fold,
                     on_token=partial(ignore_notes, advance),
                     drawn=drawn,
                 )

@@ -1,6 +1,6 @@
 """YAML to typed, frozen, checked dataclasses: the only reader of YAML.
 
-A setting is written ``decoder.num_layers: 8`` or as nested mappings.  Every mistake is a
+A setting is written ``model.num_layers: 8`` or as nested mappings.  Every mistake is a
 ``ConfigError`` of one line: file, key, what was given, what is legal and the nearest name.
 """
 
@@ -8,11 +8,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,6 +27,22 @@ YAML_ERRORS = (RecursionError, ValueError, AttributeError, KeyError)
 # No file of settings has as many values; aliases of aliases soon have.
 MOST_VALUES = 100_000
 KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
+
+
+@dataclass(frozen=True)
+class TaggedBy:
+    """Marks a field as a union of dataclasses that its member ``name`` tells apart.
+
+    >>> Annotated[Circle | Square, TaggedBy("kind")]  # doctest: +SKIP
+    """
+
+    name: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Validate as pydantic's discriminated union."""
+        from pydantic import Field
+
+        return handler.generate_schema(Annotated[source, Field(discriminator=self.name)])
 
 
 class ConfigError(ValueError):
@@ -257,14 +274,20 @@ _Loader.add_implicit_resolver(
 
 def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
     """Every dotted key that a configuration has."""
-    paths = []
+    paths: dict[str, None] = {}
     hints = get_type_hints(kind)
     for each in fields(kind):
         path = f"{prefix}{each.name}"
-        paths.append(path)
-        if is_dataclass(hints[each.name]):
-            paths += _leaf_paths(hints[each.name], f"{path}.")
-    return paths
+        paths[path] = None
+        for member in _sections(hints[each.name]):
+            paths |= dict.fromkeys(_leaf_paths(member, f"{path}."))
+    return list(paths)
+
+
+def _sections(hint: Any) -> list[type]:
+    """Return the dataclasses that a field can hold: one, those of a tagged union, or none."""
+    members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return [member for member in members if is_dataclass(member) and isinstance(member, type)]
 
 
 @cache
@@ -283,8 +306,8 @@ def _adapter(kind: Any) -> "TypeAdapter[Any]":
 
 def _line(found: Any, kind: Any, place: str) -> str:
     """One line for one of pydantic's errors."""
-    parts = [place] if place else []
-    parts += [str(part) for part in found["loc"] if part != "[key]"]
+    names, kind = _without_tags(kind, found["loc"])
+    parts = [*([place] if place else []), *names]
     key = ".".join(parts)
     if found["type"] == "value_error":
         message = re.sub(r"'([^']{80})[^']*'", r"'\1...'", str(found["ctx"]["error"]))
@@ -292,8 +315,50 @@ def _line(found: Any, kind: Any, place: str) -> str:
     if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [each.name for each in fields(kind)]
         return f"{key}: unknown key; legal are {', '.join(names)}{did_you_mean(parts[-1], names)}"
+    if found["type"] == "union_tag_invalid":
+        tag, legal = (
+            found["ctx"]["tag"],
+            found["ctx"]["expected_tags"].replace("'", "").split(", "),
+        )
+        name = found["ctx"]["discriminator"].strip("'")
+        return (
+            f"{key}.{name}: must be one of {', '.join(legal)}, got {short_repr(tag)}"
+            f"{did_you_mean(tag, legal)}"
+        )
     expected = found["msg"].removeprefix("Input should be ")
     return f"{key}: must be {expected}, got {short_repr(found['input'])}"
+
+
+def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
+    """Return the keys of pydantic's location, and the dataclass that has the last of them.
+
+    Pydantic puts the tag of a tagged union after its key, which no file does.
+    """
+    names: list[str] = []
+    owner, hint = kind, kind
+    waiting = [part for part in location if part != "[key]"]
+    while waiting:
+        part = waiting.pop(0)
+        members = _sections(hint)
+        if isinstance(hint, UnionType) and len(members) > 1:
+            tags = {tag: each for each in members for tag in _tags(each)}
+            hint = tags.get(part, members[0])
+            if part in tags:
+                continue
+        owner = hint if is_dataclass(hint) else owner
+        names.append(str(part))
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
+    return names, owner
+
+
+def _tags(kind: type) -> list[str]:
+    """Return the values of the fields of a dataclass that can hold one value alone."""
+    hints = [get_args(hint) for hint in get_type_hints(kind).values() if _is_literal(hint)]
+    return [values[0] for values in hints if len(values) == 1]
+
+
+def _is_literal(hint: Any) -> bool:
+    return get_origin(hint) is Literal
 
 
 def _nearest_value(message: str) -> str:

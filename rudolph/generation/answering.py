@@ -21,7 +21,7 @@ from rudolph.generation.generate import FREE, generate_image, generate_text, leg
 from rudolph.generation.trained_models import TrainedModels
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD
-from rudolph.sequence.tasks import NO_IMAGE_CODE, TASKS
+from rudolph.sequence.tasks import MISSING_IMAGE_CODE, TASKS
 
 OnToken = Callable[[int, int], None]
 
@@ -64,7 +64,7 @@ def answer_prompts(
     left = _lefts(pipeline, task, list(questions or [""] * size))
     if indices is None:
         layout = pipeline.decoder.layout
-        indices = torch.full((size, layout.num_image_tokens), NO_IMAGE_CODE)
+        indices = torch.full((size, layout.num_image_tokens), MISSING_IMAGE_CODE)
     right = pipeline.texts(task, "").right
     begun = right[: int((right != PAD).sum()) - 1]
     return torch.cat([left, indices.to(left), begun.expand(size, -1)], dim=1)

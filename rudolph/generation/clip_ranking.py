@@ -30,6 +30,7 @@ TEMPLATES = (
 PLAIN_TEMPLATES = ("{}",)
 # Rows of similarities that are in memory at once.
 QUERIES_AT_ONCE = 1024
+RECALLS_AT = (1, 5)
 
 
 @dataclass
@@ -124,7 +125,7 @@ def retrieval_recalls(
     image_numbers: Tensor,
     captions: Tensor,
     *,
-    at: Sequence[int] = (1, 5),
+    at: Sequence[int] = RECALLS_AT,
 ) -> dict[str, float]:
     """Recall at k both ways: the share of queries with a right answer among the first k.
 

@@ -24,7 +24,7 @@ class TokenSamplingConfig:
 
     ``top_k`` keeps that many tokens, ``top_p`` the likeliest that together have that share, and
     ``min_p`` those that have at least that share of the likeliest one's probability (Nguyen 2024,
-    arXiv:2407.01082).  ``order`` is that in which they and the temperature are applied.
+    arXiv:2407.01082).  ``filter_order`` is that in which they and the temperature are applied.
 
     ``guidance`` is the number of its kind: for ``extrapolation`` the scale s of classifier-free
     guidance, ``u + s (c - u)`` on logits; for ``mixture`` the weight w of the unconditional
@@ -35,7 +35,7 @@ class TokenSamplingConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    order: tuple[str, ...] = ORDER
+    filter_order: tuple[str, ...] = ORDER
     guidance: float | None = None
     guidance_kind: str = "extrapolation"
 
@@ -56,8 +56,10 @@ class TokenSamplingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1] or null, got {value}")
-        if sorted(self.order) != sorted(ORDER):
-            raise ValueError(f"order must have each of {', '.join(ORDER)}, got {self.order}")
+        if sorted(self.filter_order) != sorted(ORDER):
+            raise ValueError(
+                f"filter_order must have each of {', '.join(ORDER)}, got {self.filter_order}"
+            )
         if self.guidance is not None and not self.guidance >= 0:
             raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
         if self.guidance is not None and self.guidance > GREATEST_GUIDANCE:
@@ -80,9 +82,9 @@ def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
     if top_k == size and top_p == 1 and config.min_p is None:
         return logits / config.temperature
     # Sorted once, and no more of it than is needed; every filter keeps a part from the first on.
-    is_k_first = config.order.index("top_k") < config.order.index("top_p")
+    is_k_first = config.filter_order.index("top_k") < config.filter_order.index("top_p")
     values, kept = logits.topk(top_k if is_k_first or top_p == 1 else size)
-    for name in config.order:
+    for name in config.filter_order:
         values = FILTERS[name](values, config)
     # Scatter, not compare with the k-th value: ties would keep more than k.
     return torch.full_like(logits, -torch.inf).scatter_(-1, kept, values)

@@ -15,6 +15,42 @@ from rudolph.sequence.tasks import TASKS, Texts, fill_texts
 from rudolph.sequence.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class ImageTokenizer:
+    """A VQ-GAN in inference, ``batch_size`` images at a time; results lie on the CPU."""
+
+    vqgan: VQGAN
+    batch_size: int = 64
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vqgan.parameters()).device
+
+    @property
+    def num_codes(self) -> int:
+        """The size of the codebook."""
+        return self.vqgan.config.quantizer.num_codes
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images ``(B, 3, H, W)`` in [0, 1] as indices ``(B, I)``."""
+        batches = torch.split(images, self.batch_size)
+        return torch.cat(
+            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
+        )
+
+    def decode(
+        self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Decode indices ``(B, I)`` to images ``(B, 3, H, W)`` in [0, 1]."""
+        parts = []
+        for first in range(0, len(indices), self.batch_size):
+            part = indices[first : first + self.batch_size].to(self.device)
+            parts.append(self.vqgan.decode_indices(part).cpu())
+            if on_batch is not None:
+                on_batch(first + len(part), len(indices))
+        return torch.cat(parts)
+
+
 @dataclass
 class TrainedModels:
     """A tokenizer, a VQ-GAN and a decoder in inference, used ``batch_size`` rows at a time."""
@@ -60,21 +96,16 @@ class TrainedModels:
             for row in range(start, end, self.batch_size):
                 yield slice(first, first + step), slice(row, min(row + self.batch_size, end))
 
+    @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        return ImageTokenizer(self.vqgan, self.batch_size)
+
     def encode(self, images: Tensor) -> Tensor:
-        """Indices ``(B, I)`` of images ``(B, 3, H, W)`` in [0, 1], batch by batch."""
-        batches = torch.split(images, self.batch_size)
-        return torch.cat(
-            [self.vqgan.encode_indices(part.to(self.device)).cpu() for part in batches]
-        )
+        """Encode images ``(B, 3, H, W)`` in [0, 1] as indices ``(B, I)``, batch by batch."""
+        return self.image_tokenizer.encode(images)
 
     def decode(
         self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Images of indices ``(B, I)``, batch by batch."""
-        parts = []
-        for first in range(0, len(indices), self.batch_size):
-            part = indices[first : first + self.batch_size].to(self.device)
-            parts.append(self.vqgan.decode_indices(part).cpu())
-            if on_batch is not None:
-                on_batch(first + len(part), len(indices))
-        return torch.cat(parts)
+        """Decode indices ``(B, I)`` to images ``(B, 3, H, W)`` in [0, 1], batch by batch."""
+        return self.image_tokenizer.decode(indices, on_batch=on_batch)

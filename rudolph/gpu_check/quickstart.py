@@ -19,18 +19,19 @@ from rudolph.config.experiment_file import Run
 from rudolph.config.run import RunConfig, SamplingConfig, TextLengths, digest_of
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.report_card import EvaluationConfig
+from rudolph.families.interface import Parts
+from rudolph.families.registry import family_of
+from rudolph.families.rudolph import RudolphConfig
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.generation.pipeline import Pipeline
 from rudolph.gpu_check.resuming import ignore_progress
 from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
-from rudolph.models.rudolph.decoder import DecoderConfig
 from rudolph.models.vqgan.model import VQGANConfig
 from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
-from rudolph.runs.stages.decoder import examples_of, new_decoder, train_decoder
 from rudolph.runs.stages.evaluation import run_evaluators
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
+from rudolph.runs.stages.model import train_model
 from rudolph.runs.stages.tokenizer import open_data
 from rudolph.sequence.tokenizer import TokenizerConfig
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
@@ -61,21 +62,20 @@ def quickstart_config() -> RunConfig:
             learning_rate=0.0015,
             muon_learning_rate=0.0045,
             warmup_steps=20,
-            final_learning_rate_share=0.01,
+            final_learning_rate_fraction=0.01,
             weight_decay=0.01,
             validate_every=500,
             checkpoint_every=500,
         ),
-        decoder=quickstart_decoder(),
-        decoder_losses=DecoderLossConfig(0.1, 1.0, 0.5),
-        decoder_optim=replace(
+        model=quickstart_decoder(),
+        optim=replace(
             muon,
             num_steps=2500,
             global_batch_size=32,
             learning_rate=0.006,
             muon_learning_rate=0.01,
             warmup_steps=30,
-            final_learning_rate_share=0.02,
+            final_learning_rate_fraction=0.02,
             weight_decay=0.05,
             validate_every=625,
             checkpoint_every=625,
@@ -97,8 +97,8 @@ def quickstart_vqgan() -> VQGANConfig:
     )
 
 
-def quickstart_decoder() -> DecoderConfig:
-    return DecoderConfig(
+def quickstart_decoder() -> RudolphConfig:
+    return RudolphConfig(
         num_layers=2,
         hidden_size=128,
         num_heads=4,
@@ -108,6 +108,7 @@ def quickstart_decoder() -> DecoderConfig:
         attention_dropout=0.0,
         output_dropout=0.0,
         position_init_std=0.5,
+        losses=DecoderLossConfig(0.1, 1.0, 0.5),
     )
 
 
@@ -119,8 +120,8 @@ def smallest_config(config: RunConfig) -> RunConfig:
         tokenizer=replace(config.tokenizer, vocab_size=300),
         vqgan=replace(config.vqgan, channels=(4, 4, 8), z_channels=8, attention_resolutions=()),
         vqgan_optim=replace(config.vqgan_optim, **steps),
-        decoder=replace(config.decoder, num_layers=1, hidden_size=32, num_heads=2),
-        decoder_optim=replace(config.decoder_optim, **steps),
+        model=replace(config.decoder, num_layers=1, hidden_size=32, num_heads=2),
+        optim=replace(config.optim, **steps),
         evaluation=replace(config.evaluation, splits=("compositional",), num_examples=2),
     )
 
@@ -166,7 +167,9 @@ class Quickstart:
 
     def open_data(self) -> Iterator[CheckRow]:
         torch.manual_seed(self.config.seed)
-        self.tokenizer = open_data(self.execution, self.splits)
+        tokenizer = open_data(self.execution, self.splits, has_tokenizer=True)
+        assert tokenizer is not None
+        self.tokenizer = tokenizer
         yield CheckRow("BPE ids", self.tokenizer.vocab_size)
 
     def train_vqgan(self) -> Iterator[CheckRow]:
@@ -175,29 +178,35 @@ class Quickstart:
         yield CheckRow("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
 
     def encode_images(self) -> Iterator[CheckRow]:
-        self.indices = {
-            (split.name, split.dataset_name): image_indices(self.execution, self.vqgan, split)
-            for name in ("train", "validation")
-            for split in self.splits.with_images(name)
-        }
-        yield CheckRow("images", sum(map(len, self.indices.values())))
+        encode = partial(image_indices, self.execution, self.vqgan)
+        self.parts = Parts(self.tokenizer, self.vqgan, encode)
+        splits = (self.splits.with_images(name) for name in ("train", "validation"))
+        yield CheckRow("images", sum(len(encode(split)) for each in splits for split in each))
 
     def train_decoder(self) -> Iterator[CheckRow]:
-        self.decoder = new_decoder(self.config, self.vqgan)
-        examples = examples_of(self.execution, self.splits, self.indices, self.tokenizer)
+        family = family_of(self.config.model)
+        self.decoder = family.build(self.config, self.parts)
         # A folder of its own: a stage names its training after the folder of the weights.
         weights = self.execution.folder / f"decoder-{digest_of(self.config)[:16]}" / "weights"
         weights.parent.mkdir()
-        train_decoder(self.execution, self.decoder, examples, weights)
+        train_model(self.execution, family, self.decoder, self.splits, self.parts, weights)
         seconds = self.execution.seconds["decoder"]
-        yield CheckRow("steps", self.config.decoder_optim.num_steps / seconds, "steps/s")
+        yield CheckRow("steps", self.config.optim.num_steps / seconds, "steps/s")
 
     def score(self) -> Iterator[CheckRow]:
         """Score images and captions; notes have the value that two CPU cores reached."""
-        parts = self.vqgan, self.decoder.requires_grad_(False)
-        pipeline = Pipeline(self.tokenizer, *parts).to(self.execution.hardware.device)
+        model = self.decoder.requires_grad_(False).to(self.execution.hardware.device)
+        self.vqgan.to(self.execution.hardware.device)
+        capabilities = family_of(self.config.model).open(model, self.parts)
         on_cpu = scores_on_cpu()
-        for score in run_evaluators(self.config, pipeline, self.splits, self.execution.stage):
+        scores = run_evaluators(
+            self.config,
+            capabilities,
+            self.splits,
+            self.execution.stage,
+            runs=self.execution.folders.runs,
+        )
+        for score in scores:
             known = on_cpu.get(score.name)
             note = f"[{score.low:.4g}, {score.high:.4g}]"
             yield CheckRow(score.name, score.value, note=f"{note}; CPU {known}" if known else note)

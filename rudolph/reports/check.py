@@ -29,6 +29,7 @@ from rudolph.reports.report import (
     read_runs,
 )
 from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.run_configs import BASE, LINES
 from rudolph.reports.timings import FILE as REPETITIONS
 from rudolph.reports.timings import PROFILES
 
@@ -206,7 +207,7 @@ def known_numbers(folder: Path) -> KnownNumbers:
 def _of_texts(folder: Path) -> Iterator[float]:
     """Numbers of the page's generated part, of the question and of the settings of its runs."""
     texts = [generated_part(folder / README), (folder / "report.json").read_text("utf-8")]
-    texts += [path.read_text("utf-8") for path in sorted((folder / "configs").glob("*.yaml"))]
+    texts += [(folder / name).read_text("utf-8") for name in (BASE, LINES)]
     for text in texts:
         for found in NUMBER_PATTERN.finditer(text):
             yield _said(text, *found.span()).value
@@ -254,10 +255,10 @@ def _of_groups(runs: pd.DataFrame) -> Iterator[list[float]]:
 
 
 def _of_repetitions(folder: Path) -> Iterator[float]:
-    """Peaks of memory, and what a contestant took in the mean, in all and of a unit."""
+    """Peaks of memory, and what an implementation took in the mean, in all and of a unit."""
     table = pd.read_csv(folder / REPETITIONS, keep_default_na=False)
     yield from table["peak_bytes"]
-    for _, own in table.groupby(["run", "contestant", "part"]):
+    for _, own in table.groupby(["run", "implementation", "part"]):
         yield geometric_mean_interval(own["seconds"].to_numpy()).value
         yield geometric_mean_interval((own["seconds"] / own["units"]).to_numpy()).value
 

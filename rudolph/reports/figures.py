@@ -208,7 +208,7 @@ def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
     for row, (record, metric) in enumerate(rows):
         interval(axes, record, metric, row=row, height=row)
     units = {metric.rpartition("/")[2] for metric in y}
-    if units == {"times_reference"}:
+    if units == {"speedup"}:
         axes.axvline(1, **LEVEL_STYLES["chance"])
     axes.set(xlabel=", ".join(sorted(units)), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlim(left=0)

@@ -15,7 +15,7 @@ from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
 
 CARD = "report_card.csv"
-CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "measure")
+CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "protocol")
 
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -33,7 +33,7 @@ def read_card(path: Path) -> pd.DataFrame:
     Raises:
         DamagedFileError: when it is no such table.
     """
-    texts = dict.fromkeys(("run", "score", "split", "measure"), "string")
+    texts = dict.fromkeys(("run", "score", "split", "protocol"), "string")
     again = "rudolph report-card --again asks the run anew"
     try:
         card = pd.read_csv(path, dtype=texts)

@@ -6,11 +6,11 @@
       runs.csv, curves.csv           one row a finished run; thinned curves
       report_card.csv                every score of every run, see ``cards``
       repetitions.csv, profiles/*.csv of speed experiments, see ``repetitions``
-      configs/<run>.yaml, samples/<run>-*.png, environment.json
+      config.yaml, configs.jsonl     the first run's settings in full; what differs in each run
+      environment.json, samples/<run>-*.png
       figures/*.svg                  drawn from the CSV files beside them and nothing else
 
-``configs``, ``samples``, ``profiles`` and ``figures`` are made anew by every export: keep nothing
-else in them.  Equal runs give equal bytes.
+Every export replaces ``samples``, ``profiles`` and ``figures``: keep nothing 
 """
 
 import csv
@@ -48,7 +48,14 @@ from rudolph.reports.report import (
     replace_generated,
 )
 from rudolph.reports.report_cards import CARD, export_cards, read_card
-from rudolph.reports.run_files import AGAIN, finished_runs, finished_summary, read_environment
+from rudolph.reports.run_configs import LINES, read_configs, write_configs
+from rudolph.reports.run_files import (
+    AGAIN,
+    CONFIG,
+    finished_runs,
+    finished_summary,
+    read_environment,
+)
 from rudolph.reports.search_tables import read_regions, write_regions
 from rudolph.reports.timings import export_timings
 from rudolph.tracking.event_log import JOURNAL, exclusive, read_event_log
@@ -99,7 +106,7 @@ def export_results(
 def _write_experiment(
     folder: Path, report: Report, finished: Sequence[tuple[Path, dict[str, Any]]]
 ) -> None:
-    for name in ("configs", "samples", "figures"):
+    for name in ("samples", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
     before = _written_before(folder)
@@ -111,12 +118,16 @@ def _write_experiment(
     for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
         shown.setdefault(variant, name)
     for run_folder, summary in finished:
-        shutil.copyfile(run_folder / "config.yaml", folder / "configs" / f"{summary['run']}.yaml")
         if summary["run"] not in shown.values():
             continue
         for sample in _last_samples(run_folder / "samples"):
             shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
+    write_configs(
+        folder,
+        {name: run_folder / CONFIG for name, run_folder in runs.items()},
+        {str(summary["run"]): str(summary["digest"]) for _, summary in finished},
+    )
     export_timings(runs, folder)
     export_cards(runs, folder)
     report = available_report(report, folder)
@@ -179,7 +190,11 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
     drawn = []
     for folder in folders:
-        drawn += _draw(folder, folder / "figures")
+        own = _draw(folder, folder / "figures")
+        # A figure that the report no longer asks for would stay beside the others.
+        for path in set((folder / "figures").glob("*")) - set(own):
+            path.unlink()
+        drawn += own
         _write_page(folder)
     write_index(results_folder)
     return drawn
@@ -203,12 +218,13 @@ def write_index(results_folder: Path) -> Path:
 
 
 def check_results_folder(
-    results_folder: Path, *, digest: Callable[[Path], str] | None = None
+    results_folder: Path, *, digest: Callable[[Path, Mapping[str, Any]], str] | None = None
 ) -> list[str]:
     """What is wrong with the results, a line each; none when all is as an export left it.
 
     Args:
-        digest: computes the digest of a configuration file, to compare with ``runs.csv``.
+        digest: computes the digest of a configuration, to compare with ``runs.csv``; the path
+            is named in messages.
     """
     tables = {path.parent for path in results_folder.rglob("runs.csv")}
     folders = sorted(tables | set(experiment_folders(results_folder)))
@@ -356,7 +372,7 @@ def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
     return drawn
 
 
-def _check(folder: Path, digest: Callable[[Path], str] | None) -> Iterator[str]:
+def _check(folder: Path, digest: Callable[[Path, Mapping[str, Any]], str] | None) -> Iterator[str]:
     needed = ("report.json", "README.md", "runs.csv", "curves.csv", "environment.json")
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
@@ -375,21 +391,27 @@ def _check(folder: Path, digest: Callable[[Path], str] | None) -> Iterator[str]:
 
 
 def _check_runs(
-    folder: Path, runs: pd.DataFrame, digest: Callable[[Path], str] | None
+    folder: Path, runs: pd.DataFrame, digest: Callable[[Path, Mapping[str, Any]], str] | None
 ) -> Iterator[str]:
-    configs = {path.stem: path for path in (folder / "configs").glob("*.yaml")}
+    try:
+        configs = {name: content for name, _, content in read_configs(folder)}
+    except (OSError, ValueError) as error:
+        yield str(error)
+        configs = {}
     names = set(runs["run"])
     for name in sorted(names ^ set(configs)):
-        place = "runs.csv" if name in configs else "configs"
+        place = "runs.csv" if name in configs else LINES
         yield f"{folder}: run {name} is missing in {place}"
     for name in sorted(set(pd.read_csv(folder / "curves.csv", dtype=str)["run"]) - names):
         yield f"{folder}/curves.csv: run {name} is missing in runs.csv"
     for row in runs.to_dict("records"):
         if row["dirty"] or row["commit"] == "unknown":
             yield f"{folder}: run {row['run']} was made with code that its commit does not name"
-        config = configs.get(row["run"])
-        if digest is not None and config is not None and digest(config) != row["digest"]:
-            yield f"{config}: its digest is not the one in runs.csv"
+        content = configs.get(row["run"])
+        if digest is None or content is None:
+            continue
+        if digest(folder / LINES, content) != row["digest"]:
+            yield f"{folder / LINES}: the digest of {row['run']} is not the one in runs.csv"
 
 
 def _check_figures(folder: Path) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """What a speed experiment leaves: every repetition, and where the time of ours went.
 
-    <run>/speed/repetitions.csv              one row a repetition of a contestant's part
-    <run>/speed/<contestant>.profile.csv     one row an operation
+    <run>/speed/repetitions.csv              one row a repetition of an implementation's part
+    <run>/speed/<implementation>.profile.csv     one row an operation
     results/<experiment>/repetitions.csv     of all runs, with their names
-    results/<experiment>/profiles/<run>-<contestant>.csv
+    results/<experiment>/profiles/<run>-<implementation>.csv
 
 The tables of the page are made from these and ``runs.csv`` alone.
 """
@@ -40,7 +40,7 @@ SHARE_MEANS = (
 class Timing:
     """One repetition: ``units`` of ``unit`` were done in ``seconds``; ``part`` empty: the whole.
 
-    ``peak_bytes`` is the most memory that the contestant's process held meanwhile.
+    ``peak_bytes`` is the most memory that the implementation's process held meanwhile.
     """
 
     implementation: str
@@ -53,7 +53,7 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """How metrics name the contestant and its part."""
+        """How metrics name the implementation and its part."""
         return implementation_name(self.implementation, self.part)
 
 
@@ -74,7 +74,7 @@ def write_timings(run_folder: Path, num_repetitions: Sequence[Timing]) -> Path:
 def write_profile(
     run_folder: Path, implementation: str, rows: Sequence[tuple[str, str, int, float, float]]
 ) -> Path:
-    """The operations of one contestant of a run, longest first; the smallest are left out."""
+    """The operations of one implementation of a run, longest first; the smallest are left out."""
     path = run_folder / FOLDER / f"{implementation}{PROFILE_END}"
     kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
     return _write(path, PROFILE_COLUMNS, kept)
@@ -114,24 +114,24 @@ def is_speed(folder: Path) -> bool:
 
 def read_timings(folder: Path) -> pd.DataFrame:
     """``repetitions.csv`` of an experiment."""
-    texts = dict.fromkeys(("run", "contestant", "part", "unit"), str)
+    texts = dict.fromkeys(("run", "implementation", "part", "unit"), str)
     return pd.read_csv(folder / FILE, dtype=texts, keep_default_na=False)
 
 
 def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Iterator[str]:
-    """Markdown lines: every contestant of every run, then where the time of ours went.
+    """Markdown lines: every implementation of every run, then where the time of ours went.
 
     Args:
         runs: ``runs.csv``; rows: its columns that tell the runs apart.
     """
     num_repetitions = read_timings(folder)
     rows = [row for row in rows if row != "run"] or ["run"]
-    head = [*rows, "contestant", "time of a unit [least, most]", "units a second"]
+    head = [*rows, "implementation", "time of a unit [least, most]", "units a second"]
     head += ["times the reference [95 %]", SHARE, "peak MiB", "weights MiB", "cache MiB"]
     lines: list[list[str]] = []
     for record in runs.to_dict("records"):
         own = num_repetitions[num_repetitions["run"] == record["run"]]
-        for (implementation, part), group in own.groupby(["contestant", "part"], sort=False):
+        for (implementation, part), group in own.groupby(["implementation", "part"], sort=False):
             name = implementation_name(implementation, part)
             cells = ["" if pd.isna(record[row]) else str(record[row]) for row in rows]
             cells += [name, *_times(group), *_ratios(record, name)]
@@ -177,7 +177,7 @@ def _times(group: pd.DataFrame) -> list[str]:
 
 
 def _ratios(record: Mapping[Hashable, Any], name: str) -> list[str]:
-    names = ("times_reference", "times_reference_low", "times_reference_high", "share_of_limit")
+    names = ("speedup", "speedup_low", "speedup_high", "roofline_fraction")
     ratio, low, high, share = (record.get(f"{name}/{each}") for each in names)
     return [
         "" if pd.isna(ratio) else f"{ratio:.3g} [{low:.3g}, {high:.3g}]",

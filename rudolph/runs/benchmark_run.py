@@ -1,4 +1,4 @@
-"""A run that measures speed: weights, contestants in turn, scores, and the files of both.
+"""A run that measures speed: weights, implementations in turn, scores, and the files of both.
 
 It stands where ``stages`` stand for a run that trains.
 """
@@ -32,10 +32,11 @@ LARGEST_DIFFERENCE = 1e-2
 
 
 def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-    """Let the contestants of a run work in turn: its scores, and the digests of the weights.
+    """Let the implementations of a run work in turn: its scores, and the digests of the weights.
 
     Raises:
-        ValueError: in one line, when a contestant is missing or fails, or when the reference says
+        ValueError: in one line, when an implementation is missing or fails, or when the reference
+        says
             something else of the same weights.
     """
     case = measurable(benchmark_case_of(execution))
@@ -49,13 +50,13 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
             advance(0, 1, "random weights are written")
             said, models = prepare_case(case, folder)
             digests = {name: weights_digest(model) for name, model in models.items()}
-            # The contestants need the memory.
+            # The implementations need the memory.
             models.clear()
             advance(1, 1, "")
         differences: list[float] = []
         check = partial(compare_outputs, said=said, folder=folder, differences=differences)
-        contest = compare_memory if case.speed.measure == "memory" else compare_implementations
-        with execution.stage(case.speed.measure or "") as advance:
+        contest = compare_memory if case.speed.workload == "memory" else compare_implementations
+        with execution.stage(case.speed.workload or "") as advance:
             found = contest(case, folder, told=advance, check=check)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,10 +66,10 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
 
 
 def measurable(case: BenchmarkCase) -> BenchmarkCase:
-    """Return the case without contestants that would measure an emulation of bfloat16.
+    """Return the case without implementations that would measure an emulation of bfloat16.
 
     Raises:
-        ValueError: when no contestant is left.
+        ValueError: when no implementation is left.
     """
     kept = case.speed.measurable
     left_out = [name for name in case.speed.implementations if name not in kept]
@@ -76,24 +77,24 @@ def measurable(case: BenchmarkCase) -> BenchmarkCase:
         return case
     reason = f"{', '.join(left_out)}: this processor emulates bfloat16 products"
     if not set(kept) - {ROOFLINE, REFERENCE}:
-        raise ValueError(f"speed.contestants: nothing is left to measure; {reason}")
-    warnings.warn(f"speed.contestants: left out {reason}", stacklevel=2)
+        raise ValueError(f"speed.implementations: nothing is left to measure; {reason}")
+    warnings.warn(f"speed.implementations: left out {reason}", stacklevel=2)
     return replace(case, speed=replace(case.speed, implementations=kept))
 
 
 def benchmark_case_of(execution: Execution) -> BenchmarkCase:
-    """What contestants need of a run's configuration."""
+    """What implementations need of a run's configuration."""
     config = execution.config
     return BenchmarkCase(
         seed=config.seed,
         speed=config.speed,
-        decoder=config.decoder,
+        decoder=config.decoder.architecture,
         layout=config.sequence_layout,
         vocabulary=config.vocabulary,
         vqgan=config.vqgan,
-        losses=config.decoder_losses,
+        losses=config.decoder.losses,
         vqgan_losses=config.vqgan_losses,
-        optim=config.decoder_optim,
+        optim=config.optim,
         vqgan_optim=config.vqgan_optim,
         sampling=config.sampling.image,
     )
@@ -106,7 +107,7 @@ def compare_outputs(
     folder: Path,
     differences: list[float],
 ) -> None:
-    """Hold what a contestant says of the fixed inputs against what ours say.
+    """Hold what an implementation says of the fixed inputs against what ours say.
 
     Raises:
         ValueError: when they differ by more than ``LARGEST_DIFFERENCE``.
@@ -118,8 +119,8 @@ def compare_outputs(
         difference = (theirs[name] - ours).abs().max().item()
         if not difference <= LARGEST_DIFFERENCE:
             raise ValueError(
-                f"contestant {worker.name}: its {name} differ from ours by {difference:.3g} on "
-                f"the same weights; at most {LARGEST_DIFFERENCE:g} is rounding"
+                f"implementation {worker.name}: its {name} differ from ours by {difference:.3g} "
+                f"on the same weights; at most {LARGEST_DIFFERENCE:g} is rounding"
             )
         differences.append(difference)
 
@@ -135,7 +136,7 @@ def record_timings(execution: Execution, found: ComparisonResult) -> None:
 def scores_of(
     case: BenchmarkCase, found: ComparisonResult, differences: list[float]
 ) -> list[Score]:
-    """A score's name is the contestant and the quantity; its examples are the repetitions."""
+    """A score's name is the implementation and the quantity; its examples are the repetitions."""
     count = case.speed.num_repetitions
     scores = [
         Score(name, quantity, value, low, high, None, count)
@@ -143,5 +144,5 @@ def scores_of(
     ]
     if differences:
         worst = max(differences)
-        scores.append(Score("check", "largest_difference", worst, worst, worst, None, 1))
+        scores.append(Score("check", "max_abs_difference", worst, worst, worst, None, 1))
     return scores

@@ -15,6 +15,8 @@ import torch
 
 from rudolph.config.experiment_file import Experiment, Run
 from rudolph.config.run import RunConfig, to_plain
+from rudolph.families.interface import TrainingFlags
+from rudolph.families.registry import family_of
 from rudolph.files.atomic import warn_once, write_atomic
 from rudolph.files.settings import did_you_mean, short_repr
 from rudolph.models.layers.native_types import native_types
@@ -172,30 +174,29 @@ class Hardware:
 
     def check(self, config: RunConfig) -> None:
         """Raise ``ValueError`` for a run that cannot be trained so."""
-        if config.speed.measure is not None:
+        if config.speed.workload is not None:
             if self.world > 1:
-                raise ValueError("speed.measure: needs --devices 1 and --num-nodes 1")
+                raise ValueError("speed.workload: needs --devices 1 and --num-nodes 1")
             return
-        share, rank = config.decoder.attention_dropout, config.decoder_tuning.lora_rank
-        if self.block_masks and share:
-            raise ValueError(
-                f"decoder.attention_dropout must be 0 with --block-masks, got {share:g}"
-            )
-        if self.compile and rank is not None:
-            # Each low-rank layer is a class of its own, so that each would be compiled.
-            raise ValueError(f"decoder_tuning.lora_rank must be null with --compile, got {rank}")
         for name, optim in config.trainings.items():
             try:
-                micro, parts = self.batches(optim)
+                self.batches(optim)
                 if optim.optimizer == "adamw8bit":
                     eight_bit_adamw(self.kind)
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
-            if name == "clip_optim" and parts > 1:
-                raise ValueError(
-                    f"--micro-batch-size: expected {optim.global_batch_size // self.world} or "
-                    f"none for a CLIP, got {micro}. It compares all pairs of a batch"
-                )
+        family_of(config.model).check_flags(config, self.training_flags(config.optim))
+
+    def training_flags(self, optim: OptimConfig) -> TrainingFlags:
+        """Return what a training module needs to know of this hardware."""
+        micro, num_accumulated = self.batches(optim)
+        return TrainingFlags(
+            num_accumulated=num_accumulated,
+            micro_batch_size=micro,
+            checkpointing=self.activation_checkpointing,
+            block_masks=self.block_masks,
+            compile=self.compile,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,6 @@ from rudolph.runs.execution import (
     is_main_process,
     run_folder,
 )
-from rudolph.runs.stages.clip import run_clip_stages
 from rudolph.runs.stages.run import run_stages
 from rudolph.runs.stages.shared import TAKEN
 from rudolph.tracking.event_log import exclusive
@@ -108,9 +107,7 @@ def _execute_alone(
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
-        config = run.config
-        optim = config.clip_optim if config.model == "clip" else config.decoder_optim
-        tracker.log_metrics(summary["metrics"], step=optim.num_steps)
+        tracker.log_metrics(summary["metrics"], step=run.config.optim.num_steps)
         _write_environment(execution, commit, digests)
         tracker.log_artifact(folder / ENVIRONMENT)
         _add_overhead(seconds, earlier, time.monotonic() - started)
@@ -125,7 +122,7 @@ def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     try:
         return work_of(run)(execution)
     except NonFiniteLossError:
-        if "survival" not in run.config.evaluation.questions:
+        if "convergence" not in run.config.evaluation.evaluators:
             raise
         return [diverged_score(split) for split in run.config.evaluation.splits], {}
 
@@ -138,9 +135,9 @@ def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: 
 
 def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
     """What makes the scores of a run: its stages, or its contestants."""
-    if run.config.speed.measure is not None:
+    if run.config.speed.workload is not None:
         return run_benchmark
-    return run_clip_stages if run.config.model == "clip" else run_stages
+    return run_stages
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rudolph.config.run import RunConfig, read_run, run_yaml
+from rudolph.families.rudolph import FILES as RUN_FILES
 from rudolph.files.atomic import read_mapping, require_apart, write_json, write_text
 from rudolph.models.cpu.int8 import pack_int8
 from rudolph.models.weights import save_tensors
@@ -21,7 +22,7 @@ from rudolph.reports.report import replace_generated
 from rudolph.reports.report_cards import CARD, card_table, read_card
 from rudolph.reports.run_files import ENVIRONMENT, SUMMARY, read_environment, read_summary
 from rudolph.runs.execution import Folders, ProgressCallback
-from rudolph.runs.resolve import RUN_FILES, load_run
+from rudolph.runs.resolve import load_run
 from rudolph.runs.samples import generate_prompts
 from rudolph.runs.stages.evaluation import evaluate_again
 
@@ -106,8 +107,8 @@ def _write(run: Path, target: Path, *, int8: bool, settings: Sequence[str]) -> N
     """Write the small weights of a run, its configuration and how it was made."""
     summary, environment = read_summary(run), read_environment(run)
     pipeline, config = load_run(run)
-    if not config.evaluation.questions:
-        raise ValueError(f"{run}: its config.yaml names no evaluation.questions")
+    if not config.evaluation.evaluators:
+        raise ValueError(f"{run}: its config.yaml names no evaluation.evaluators")
     checkpoints = target / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     decoder = pipeline.decoder.state_dict()

@@ -16,6 +16,11 @@ from torch import nn
 from rudolph.checkpoints import store
 from rudolph.checkpoints.releases import IMAGE_TOKENIZER, TOKENIZER
 from rudolph.config.run import RunConfig, SamplingConfig, read_run
+from rudolph.families.clip import CLIPCapabilities
+from rudolph.families.interface import Capabilities
+from rudolph.families.rudolph import FILES as RUN_FILES
+from rudolph.families.rudolph import RudolphCapabilities
+from rudolph.families.vqgan import VQGANCapabilities
 from rudolph.files.atomic import rename_damaged, require_apart, warn_once, write_atomic
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
@@ -37,9 +42,10 @@ Kind = TypeVar("Kind", bound=nn.Module)
 # The run that comes with the package, as `rudolph pack` wrote it, and the names of two sources.
 SHIPPED_RUN = Path(__file__).parents[1] / "checkpoints" / "demo"
 SHIPPED, NEWEST = "shipped", "newest"
+# Before the name of an experiment, and after a colon of one of its runs.
+OF_EXPERIMENT = "experiment:"
 # Where a run leaves the CLIP that it trained.
 CLIP_FOLDER = ("checkpoints", "clip")
-RUN_FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
 # How the references draw when nothing else is said.
 RELEASED_SAMPLING = {
     "rudolph": SamplingConfig(
@@ -100,6 +106,8 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
         return SHIPPED_RUN
     if source == NEWEST:
         return newest_run(runs)
+    if source.startswith(OF_EXPERIMENT):
+        return run_of_experiment(source.removeprefix(OF_EXPERIMENT), runs)
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
         here = local_run(source, runs)
         return here or fetched_run(source, uri, runs / ".cache" / f"mlflow-{source}")
@@ -142,6 +150,30 @@ def newest_run(runs: Path) -> Path:
     raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
 
 
+def run_of_experiment(name: str, runs: Path) -> Path:
+    """Return the newest finished run of an experiment: ``quickstart`` or ``emoji/emoji_64:seed1``.
+
+    Raises:
+        ValueError: when no run has finished, or several have and none is named.
+    """
+    experiment, _, run = name.partition(":")
+    folders = sorted((runs / experiment).glob("*/summary.json"), key=lambda it: it.stat().st_mtime)
+    finished = {path.parent.name.rpartition("-")[0]: path.parent for path in folders}
+    finished = {name: folder for name, folder in finished.items() if is_finished(folder)}
+    if run and run in finished:
+        return finished[run]
+    if not finished or run:
+        known = f"; finished are {', '.join(sorted(finished))}" if finished else ""
+        raise ValueError(
+            f"experiment:{name}: no finished run in {runs / experiment}{known}. "
+            f"`rudolph run experiments/{experiment}.yaml` trains it"
+        )
+    if len(finished) > 1:
+        names = ", ".join(f"experiment:{experiment}:{each}" for each in sorted(finished))
+        raise ValueError(f"experiment:{name}: expected one run, got {len(finished)}. Name {names}")
+    return next(iter(finished.values()))
+
+
 def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     """The trained parts of a run's folder and its configuration.
 
@@ -154,7 +186,7 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
             raise ValueError(f"{folder}: not a trained run, it lacks checkpoints/{name}")
     config = read_run(folder / "config.yaml")
     vqgan = VQGAN(config.vqgan)
-    decoder = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
+    decoder = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
     for part, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
         tensors = read_weights(checkpoints / name)
         load_exactly(part, unpack_int8(tensors), family=str(checkpoints / name))
@@ -230,11 +262,34 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         yield f"{place}: {family}, {len(tensors)} tensors"
 
 
-def open_decoder(source: str, *, runs: Path, uri: str) -> MaskedDecoder:
-    """The decoder of a source, on the CPU."""
+def open_weights(source: str, kind: type[Kind], *, runs: Path, uri: str) -> Kind:
+    """Return the model of class ``kind`` that a source has, on the CPU.
+
+    Raises:
+        ValueError: when the source has a model of another class.
+    """
     folder = find_folder(source, runs=runs, uri=uri)
-    model = load_run(folder)[0].decoder if is_run(folder) else store.load_weights(folder)
-    return _checked(model, MaskedDecoder, source)
+    if not is_run(folder):
+        return _checked(store.load_weights(folder), kind, source)
+    if kind is CLIP:
+        return _checked(open_clip(str(folder)).clip, kind, source)
+    return _checked(load_run(folder)[0].decoder, kind, source)
+
+
+def open_run(folder: Path) -> tuple[Capabilities, RunConfig]:
+    """Return the capabilities of a finished run's model, on this device, and its configuration."""
+    config, device = read_run(folder / "config.yaml"), Hardware().device
+    if config.model.family == "rudolph":
+        pipeline, _ = load_run(folder)
+        return RudolphCapabilities(pipeline.to(device)), config
+    if config.model.family == "clip":
+        ranker = open_clip(str(folder))
+        ranker.clip.to(device)
+        return CLIPCapabilities(ranker), config
+    vqgan = VQGAN(config.vqgan)
+    path = folder / "checkpoints" / RUN_FILES[1]
+    load_exactly(vqgan, read_weights(path), family=str(path))
+    return VQGANCapabilities(vqgan.eval().to(device)), config
 
 
 def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
@@ -264,8 +319,14 @@ def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
     return path if path.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
 
 
-def open_clip(source: str) -> ClipRanker:
-    """A CLIP with its tokenizer, of a released name, a folder or the folder of a run."""
+def open_clip(source: str, *, runs: Path = Path("runs")) -> ClipRanker:
+    """Return a CLIP with its tokenizer: of a release, a folder, a run or an experiment's run.
+
+    Args:
+        runs: where the runs of ``experiment:NAME`` lie.
+    """
+    if source.startswith(OF_EXPERIMENT):
+        source = str(run_of_experiment(source.removeprefix(OF_EXPERIMENT), runs))
     is_trained_here = is_run(Path(source))
     folder = Path(source, *CLIP_FOLDER) if is_trained_here else store.locate(source)
     if is_trained_here and not folder.is_dir():

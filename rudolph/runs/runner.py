@@ -196,7 +196,7 @@ def is_shared_mistake(folder: Path, run: Run, others: Sequence[Run]) -> bool:
     """
 
     def read_first(each: Run) -> tuple[Any, ...]:
-        return each.config.model, each.config.data, each.config.tokenizer, each.config.vqgan
+        return each.config.model.family, each.config.data, each.config.tokenizer, each.config.vqgan
 
     if any(read_first(each) != read_first(run) for each in others):
         return False

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rudolph.config.run import RunConfig, digest_of, to_plain
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
 from rudolph.evaluation.context import ignore_notes
+from rudolph.families.interface import Capabilities
 from rudolph.files.atomic import rename_damaged, warn_once
 from rudolph.generation.pipeline import OnToken, Pipeline
 from rudolph.generation.png import is_whole_png
+from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.runs.execution import Execution, copy_to_run, is_main_process
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
@@ -31,11 +34,11 @@ GRID_COLUMNS = 8
 NUM_SHOWN = 10
 
 
-def save_masks(execution: Execution, model: MaskedDecoder) -> None:
-    """The different masks of the decoder as one image."""
-    if not is_main_process():
+def save_masks(execution: Execution, model: nn.Module) -> None:
+    """Save the different masks of a masked decoder as one image; other models have none."""
+    if not isinstance(model, MaskedDecoder) or not is_main_process():
         return
-    names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_sees_left
+    names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_attends_left
 
     def draw(path: Path) -> None:
         from rudolph.reports import image_grids
@@ -53,33 +56,44 @@ def save_masks(execution: Execution, model: MaskedDecoder) -> None:
 
 
 def save_samples(
-    execution: Execution, pipeline: Pipeline, splits: Splits, *, made_of: str
+    execution: Execution, model: Capabilities, splits: Splits, *, made_of: str
 ) -> None:
-    """Reconstructions, and what the decoder learned: captions of each split, fixed prompts.
+    """Save reconstructions, captions of each split and the grid of fixed prompts.
+
+    A model shows what it can do, and nothing else.
 
     Args:
-        made_of: the digest of data, tokenizer and VQ-GAN.
+        made_of: the digest of the data and the parts.
     """
-    folder = execution.folder / "samples"
+    folder, provided = execution.folder / "samples", type(model).provided()
+    if "image_tokenizer" in provided:
+        save_reconstructions(execution, model.image_tokenizer(), splits, made_of=made_of)
+    tasks = {(row.dataset, row.task) for row in splits.config.mixture}
+    if "token_pipeline" in provided:
+        if (splits.config.dataset, "image_captioning") in tasks:
+            for name in execution.config.evaluation.splits:
+                save_captions(execution, model.token_pipeline(), splits(name))
+        if grid_prompts_of(execution.config):
+            save_grid(execution, model.token_pipeline())
+    for path in sorted(folder.glob("*.png")):
+        execution.tracker.log_artifact(path, "samples")
+
+
+def save_reconstructions(
+    execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, made_of: str
+) -> None:
+    """Save some validation images, their reconstructions and the differences."""
 
     def draw(path: Path) -> None:
         from rudolph.reports import image_grids
 
         seen = splits.with_images("validation")
         originals = torch.cat([split.image_batch(_spread(split, len(seen))) for split in seen])
-        decoded = pipeline.decode(pipeline.encode(originals))
+        decoded = tokenizer.decode(tokenizer.encode(originals))
         image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
-    save_once(execution, folder / "reconstructions.png", draw, decided_by=(made_of,))
-    tasks = {(row.dataset, row.task) for row in splits.config.mixture}
-    main = splits.config.dataset
-    if (main, "image_captioning") in tasks:
-        for name in execution.config.evaluation.splits:
-            save_captions(execution, pipeline, splits(name))
-    if grid_prompts_of(execution.config):
-        save_grid(execution, pipeline)
-    for path in sorted(folder.glob("*.png")):
-        execution.tracker.log_artifact(path, "samples")
+    path = execution.folder / "samples" / "reconstructions.png"
+    save_once(execution, path, draw, decided_by=(made_of,))
 
 
 def save_once(

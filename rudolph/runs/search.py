@@ -101,7 +101,7 @@ def _may_share_pairs(config: RunConfig, other: RunConfig) -> bool:
     if config.data != other.data:
         return True
     first, second = config.evaluation, other.evaluation
-    are_halves = {first.half, second.half} == {0, 1}
+    are_halves = {first.eval_fold, second.eval_fold} == {0, 1}
     return bool(set(first.splits) & set(second.splits)) and not are_halves
 
 

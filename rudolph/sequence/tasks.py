@@ -27,7 +27,7 @@ from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 
 # What stands at every place of the image where a task has none.
-NO_IMAGE_CODE = 0
+MISSING_IMAGE_CODE = 0
 UNKNOWN_LEFT, UNKNOWN_RIGHT = "<LT_UNK>", "<RT_UNK>"
 
 

@@ -55,7 +55,7 @@ def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str
     """Nested parameters as ``a.b.c`` -> text; what is not a string is written as JSON.
 
     >>> flatten({"decoder": {"num_layers": 2, "dropout": None}, "mask": ["row", "conv"]})
-    {'decoder.num_layers': '2', 'decoder.dropout': 'null', 'mask': '["row", "conv"]'}
+    {'model.num_layers': '2', 'decoder.dropout': 'null', 'mask': '["row", "conv"]'}
     """
     flat: dict[str, str] = {}
     for name, value in parameters.items():

@@ -42,7 +42,7 @@ class DecoderTraining(ManualStepModule):
     ) -> None:
         super().__init__(optim, num_accumulated=num_accumulated)
         self.model, self.losses, self.sources = model, losses, list(sources)
-        self.learned = LearnedWeights() if losses.weighing == "learned" else None
+        self.learned = LearnedWeights() if losses.weighting == "learned" else None
         self.register_buffer("num_seen", torch.zeros(len(self.sources), dtype=torch.long))
 
     num_seen: Tensor
@@ -74,7 +74,7 @@ class DecoderTraining(ManualStepModule):
             self.log_dict(self._of_sources("train", *by_source))
             shares = self.num_seen / self.num_seen.sum()
             named = zip(self.sources, shares, strict=True)
-            self.log_dict({f"train/share/{name}": share for name, share in named})
+            self.log_dict({f"train/fraction/{name}": share for name, share in named})
 
     def on_validation_epoch_start(self) -> None:
         # For each source and segment, its loss summed over labels and how many they were.
@@ -97,7 +97,7 @@ class DecoderTraining(ManualStepModule):
         # Every device has the same; without the flag Lightning warns.
         self.log_dict({f"val/loss/{name}": value for name, value in means.items()}, sync_dist=True)
         weights = (
-            self.losses.weights if self.losses.average == "batch" else dict.fromkeys(means, 1)
+            self.losses.weights if self.losses.reduction == "batch" else dict.fromkeys(means, 1)
         )
         self.log("val/loss", weighted_mean(means, weights), sync_dist=True)
         if len(self.sources) > 1:

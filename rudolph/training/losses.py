@@ -23,18 +23,18 @@ from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
 
 FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
-AVERAGES = ("batch", "task", "token")
+REDUCTIONS = ("batch", "task", "token")
 SOFTMAXES = ("segment", "joint")
-WEIGHINGS = ("fixed", "learned")
+WEIGHTINGS = ("fixed", "learned")
 
 
 @dataclass(frozen=True)
 class DecoderLossConfig:
     """Weights of the segments' mean losses; the total is divided by the sum of the weights.
 
-    ``average`` says over what the means are taken.  ``batch``: a segment's over all examples that
-    score it, weighed by the three weights here (ru-dolph).  ``task``: of each task by itself, its
-    segments weighed by the weights of the task, and then over tasks by their examples
+    ``reduction`` says over what the means are taken.  ``batch``: a segment's over all examples
+    that score it, weighed by the three weights here (ru-dolph).  ``task``: of each task by
+    itself, its segments weighed by the weights of the task, and then over tasks by their examples
     (fbc2_aij2022).  ``token``: over all labels, each of which has the weight that its task gives
     its segment.  ``task_weights`` are weights of left text, image and right text of a task that
     replace those of ``TASKS``.
@@ -44,10 +44,10 @@ class DecoderLossConfig:
     padding ids of the left text are labels, as in the reference.
 
     ``softmax: joint`` takes it over the ids of text and image, as DALL-E does, and not over those
-    that the segment can have.  ``z_weight`` is that of the z-loss (Chameleon: 1e-5).
-    ``weighing: learned`` starts from weights of one and learns them as the precisions of the
-    segments (Kendall 2018, arXiv:1705.07115), with ``average: batch``.  Losses of validation have
-    none of these, nor smoothed labels, so that they compare.
+    that the segment can have.  ``z_loss_weight`` is that of the z-loss (Chameleon: 1e-5).
+    ``weighting: learned`` starts from weights of one and learns them as the precisions of the
+    segments (Kendall 2018, arXiv:1705.07115), with ``reduction: batch``.  Losses of validation
+    have none of these, nor smoothed labels, so that they compare.
     """
 
     left_text_weight: float = 1.0
@@ -57,9 +57,9 @@ class DecoderLossConfig:
     left_padding: bool = True
     label_smoothing: float = 0.0
     softmax: str = "segment"
-    z_weight: float = 0.0
-    weighing: str = "fixed"
-    average: str = "batch"
+    z_loss_weight: float = 0.0
+    weighting: str = "fixed"
+    reduction: str = "batch"
     task_weights: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,18 +76,18 @@ class DecoderLossConfig:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name, legal in (
-            ("average", AVERAGES),
+            ("reduction", REDUCTIONS),
             ("softmax", SOFTMAXES),
-            ("weighing", WEIGHINGS),
+            ("weighting", WEIGHTINGS),
         ):
             if getattr(self, name) not in legal:
                 given = getattr(self, name)
                 raise ValueError(f"{name} must be one of {', '.join(legal)}, got {given!r}")
-        if self.z_weight < 0:
-            raise ValueError(f"z_weight must be at least 0, got {self.z_weight}")
-        if self.weighing == "learned" and self.average != "batch":
+        if self.z_loss_weight < 0:
+            raise ValueError(f"z_loss_weight must be at least 0, got {self.z_loss_weight}")
+        if self.weighting == "learned" and self.reduction != "batch":
             raise ValueError(
-                f"average must be batch where weights are learned, got {self.average!r}"
+                f"reduction must be batch where weights are learned, got {self.reduction!r}"
             )
         for task, weights in self.task_weights.items():
             if task not in TASKS:
@@ -106,7 +106,7 @@ class DecoderLossConfig:
     @property
     def plain(self) -> "DecoderLossConfig":
         """What validation takes: cross-entropies over a segment's own ids, and nothing beside."""
-        return replace(self, softmax="segment", z_weight=0.0, label_smoothing=0.0)
+        return replace(self, softmax="segment", z_loss_weight=0.0, label_smoothing=0.0)
 
 
 class ComputedLosses(NamedTuple):
@@ -163,7 +163,7 @@ def compute_losses(
             heads=heads,
             label_smoothing=config.label_smoothing,
             is_joint=config.softmax == "joint",
-            z_weight=config.z_weight,
+            z_loss_weight=config.z_loss_weight,
         )
         if len(losses):
             found[name] = ComputedLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
@@ -219,7 +219,7 @@ def scored_labels(
         has_legacy_first_token=config.first_image_token == "legacy",
         has_left_padding=config.left_padding,
     )
-    is_any = config.average != "batch"
+    is_any = config.reduction != "batch"
     kept = {name: each for name, each in labels.items() if is_any or config.weights[name] > 0}
     for name, (start, target) in kept.items():
         if scored is not None and name in scored:
@@ -284,15 +284,15 @@ def mixed_loss(
     weights: Tensor,
     sources: Tensor,
 ) -> Tensor:
-    """The loss of a batch of several tasks, a scalar, by ``config.average``.
+    """The loss of a batch of several tasks, a scalar, by ``config.reduction``.
 
     Args:
         weights: ``(B, 3)``, of each example's segments.
         sources: ``(B,)``, the row of the mixture of each example.
     """
-    if config.average == "batch":
+    if config.reduction == "batch":
         return weighted_mean(segment_means(found), config.weights)
-    if config.average == "token":
+    if config.reduction == "token":
         parts = [
             (each.losses, weights[each.rows, SEGMENTS.index(name)]) for name, each in found.items()
         ]
@@ -309,29 +309,29 @@ def mixed_loss(
 class ReconstructionLossConfig:
     """Weights of the VQ-GAN's losses; images are in [-1, 1].
 
-    The adversary starts at ``adversary_start`` steps (null: never) with ``adversary_weight`` times
-    the ratio of the gradients at the decoder's last layer.  ``perceptual_weights`` is a file of
-    VGG16 and LPIPS weights; null leaves the perceptual loss out.
+    The adversary starts at ``discriminator_start`` steps (null: never) with
+    ``discriminator_weight`` times the ratio of the gradients at the decoder's last layer.
+    ``lpips_weights`` is a file of VGG16 and LPIPS weights; null leaves the perceptual loss out.
     """
 
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     quantizer_weight: float = 1.0
-    adversary_start: int | None = None
-    adversary_weight: float = 0.8
+    discriminator_start: int | None = None
+    discriminator_weight: float = 0.8
     perceptual_weight: float = 1.0
-    perceptual_weights: str | None = None
+    lpips_weights: str | None = None
 
     def __post_init__(self) -> None:
-        names = ("l1_weight", "l2_weight", "quantizer_weight", "adversary_weight")
+        names = ("l1_weight", "l2_weight", "quantizer_weight", "discriminator_weight")
         for name in (*names, "perceptual_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight must be above 0 when l2_weight is 0, got 0")
-        if self.adversary_start is not None and self.adversary_start < 0:
+        if self.discriminator_start is not None and self.discriminator_start < 0:
             raise ValueError(
-                f"adversary_start must be at least 0 or null, got {self.adversary_start}"
+                f"discriminator_start must be at least 0 or null, got {self.discriminator_start}"
             )
 
 

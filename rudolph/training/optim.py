@@ -33,7 +33,7 @@ class OptimConfig:
     ``muon_learning_rate`` and all else by AdamW with ``learning_rate``; ``adamw8bit`` keeps the
     moments in eight bits, on CUDA with bitsandbytes.
     The learning rate rises over ``warmup_steps`` and falls by a cosine to
-    ``final_learning_rate_share`` of its peak.  ``ema_decay`` averages the weights for sampling
+    ``final_learning_rate_fraction`` of its peak.  ``ema_decay`` averages the weights for sampling
     (null: off).  A checkpoint to resume from is written every ``checkpoint_every`` steps.
     """
 
@@ -43,7 +43,7 @@ class OptimConfig:
     learning_rate: float = 3e-4
     muon_learning_rate: float = 1e-2
     warmup_steps: int = 100
-    final_learning_rate_share: float = 0.1
+    final_learning_rate_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -67,7 +67,7 @@ class OptimConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not self.warmup_steps >= 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        for name in ("final_learning_rate_share", "beta1", "beta2"):
+        for name in ("final_learning_rate_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.weight_decay < 0:
@@ -86,7 +86,7 @@ def learning_rate_fraction(step: int, config: OptimConfig) -> float:
         return (step + 1) / config.warmup_steps
     rest = max(config.num_steps - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / rest, 1.0)
-    final = config.final_learning_rate_share
+    final = config.final_learning_rate_fraction
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

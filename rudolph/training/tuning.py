@@ -31,16 +31,16 @@ class TuningConfig:
     """What is trained.  A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
 
     ``frozen`` parts do not move.  ``lora_rank`` trains low-rank updates of the linear layers of
-    ``lora_parts`` instead of their weights, and merges them at the end (null: off).
+    ``lora_target_modules`` instead of their weights, and merges them at the end (null: off).
     """
 
     frozen: tuple[str, ...] = ()
     lora_rank: int | None = None
     lora_alpha: float = 16.0
-    lora_parts: tuple[str, ...] = ("attention",)
+    lora_target_modules: tuple[str, ...] = ("attention",)
 
     def __post_init__(self) -> None:
-        for name in ("frozen", "lora_parts"):
+        for name in ("frozen", "lora_target_modules"):
             for part in getattr(self, name):
                 _pattern_and_layers(name, part)
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -59,21 +59,24 @@ def apply_tuning(model: MaskedDecoder, config: TuningConfig) -> None:
         for name in _parameters_of(model, "frozen", part):
             model.get_parameter(name).requires_grad_(False)
     if config.lora_rank is not None:
-        for part in config.lora_parts:
-            names = {name.rpartition(".")[0] for name in _parameters_of(model, "lora_parts", part)}
+        for part in config.lora_target_modules:
+            names = {
+                name.rpartition(".")[0]
+                for name in _parameters_of(model, "lora_target_modules", part)
+            }
             for name in sorted(names):
                 layer = model.get_submodule(name)
                 if isinstance(layer, nn.Linear) and not hasattr(layer, "parametrizations"):
                     add_low_rank(layer, rank=config.lora_rank, alpha=config.lora_alpha)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("decoder_tuning.frozen: everything is frozen, nothing is left to train")
+        raise ValueError("model.tuning.frozen: everything is frozen, nothing is left to train")
 
 
 def _parameters_of(model: MaskedDecoder, field: str, part: str) -> list[str]:
     pattern, layers = _pattern_and_layers(field, part)
     last = model.config.num_layers - 1
     if layers is not None and layers[1] > last:
-        raise ValueError(f"decoder_tuning.{field}: layers are 0 to {last}, got {part!r}")
+        raise ValueError(f"model.tuning.{field}: layers are 0 to {last}, got {part!r}")
     found = []
     for name, _ in model.named_parameters():
         layer = re.match(r"layers\.(\d+)\.", name)

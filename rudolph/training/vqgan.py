@@ -38,9 +38,9 @@ class VQGANTraining(ManualStepModule):
     ) -> None:
         super().__init__(optim, num_accumulated=num_accumulated)
         self.model, self.losses = model, losses
-        has_adversary = losses.adversary_start is not None
+        has_adversary = losses.discriminator_start is not None
         self.discriminator = PatchDiscriminator() if has_adversary else None
-        path = losses.perceptual_weights
+        path = losses.lpips_weights
         self.perceptual = PerceptualDistance(path) if path else None
         # No buffer: an average of weights swaps buffers for its own before the counts are read.
         self.code_counts = torch.zeros(model.config.quantizer.num_codes)
@@ -79,11 +79,11 @@ class VQGANTraining(ManualStepModule):
             adversary = -self.discriminator(result.images).float().mean()
             last = self.model.decoder.conv_out.weight
             weight = adaptive_weight(reconstruction, adversary, last)
-            losses["adversary"] = self.losses.adversary_weight * weight * adversary
+            losses["adversary"] = self.losses.discriminator_weight * weight * adversary
         return losses
 
     def uses_discriminator(self, batch_index: int) -> bool:
-        start = self.losses.adversary_start
+        start = self.losses.discriminator_start
         return start is not None and self.step_of(batch_index) >= start
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> None:

@@ -67,7 +67,7 @@ class ArithmeticConfig:
         max_number: the greatest number of a sum, and the one that a difference takes away from.
             No difference is below 0.
         max_factor: the greatest number of a product.
-        choice_share: the share of pairs with options.
+        choice_fraction: the share of pairs with options.
         num_choices: how many options, 2 to 5.
         num_test: pairs of the test split, and as many of the compositional one.
         seed: another seed draws other pairs, and leaves every expression in its split.
@@ -76,7 +76,7 @@ class ArithmeticConfig:
     operations: tuple[str, ...] = ("+", "-", "×")
     max_number: int = 50
     max_factor: int = 9
-    choice_share: float = 0.5
+    choice_fraction: float = 0.5
     num_choices: int = 3
     num_train: int = 20_000
     num_validation: int = 500
@@ -87,7 +87,7 @@ class ArithmeticConfig:
         require_choices("operations", self.operations, legal=OPERATIONS, at_least=1)
         require_within("max_factor", self.max_factor, 5, 99)
         require_within("max_number", self.max_number, self.max_factor, 9999)
-        require_within("choice_share", self.choice_share, 0, 1)
+        require_within("choice_fraction", self.choice_fraction, 0, 1)
         require_within("num_choices", self.num_choices, 2, len(LETTERS))
         require_sizes(self)
 
@@ -156,7 +156,7 @@ class Arithmetic:
         )
         question, answer = f"сколько будет {expression}?", str(expression.value)
         choices: tuple[str, ...] = ()
-        form = "choice" if rng.random() < config.choice_share else "open"
+        form = "choice" if rng.random() < config.choice_fraction else "open"
         if form == "choice":
             options = sample_options(expression.value, config.num_choices, rng)
             choices = LETTERS[: len(options)]

@@ -81,11 +81,12 @@ class Reading:
 class SceneVerdict:
     """Whether an image shows what a sentence states, and nothing else.
 
-    ``objects_right`` is the share of right objects among those stated or read, whichever are more.
+    ``object_accuracy`` is the share of right objects among those stated or read, whichever are
+    more.
     """
 
     right: bool
-    objects_right: float
+    object_accuracy: float
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -194,7 +195,9 @@ def check_scene(scene: Scene, reading: Reading) -> SceneVerdict:
     """Whether an image that was read so shows what the sentence of ``scene`` states."""
     num_right, sentence_holds = JUDGES[scene.family](scene, reading.objects)
     most = max(len(scene.objects), len(reading.objects))
-    return SceneVerdict(right=sentence_holds and num_right == most, objects_right=num_right / most)
+    return SceneVerdict(
+        right=sentence_holds and num_right == most, object_accuracy=num_right / most
+    )
 
 
 def check_positions(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:

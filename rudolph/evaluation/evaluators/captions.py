@@ -47,11 +47,11 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
     chance = chance_level(
         lambda i, j: max_over_references(exact_match, said[j], truths[i]), len(said)
     )
-    measure = MetricProtocol("true-sentence", normalization=str(ANSWER))
-    place = "image_to_text/true"
+    protocol = MetricProtocol("true-sentence", normalization=str(ANSWER))
+    place = "image_to_text/caption_accuracy"
     return [
         *scores,
-        mean_score(place, split, indices, true, context, chance=chance, measure=measure),
+        mean_score(place, split, indices, true, context, chance=chance, protocol=protocol),
     ]
 
 
@@ -68,11 +68,11 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
     def mean_of(
         name: str, settings: str | None, metric: Callable[[Sequence[str]], np.ndarray[Any, Any]]
     ) -> Score:
-        measure = MetricProtocol(name, tokenization=WORDS, settings=settings)
+        protocol = MetricProtocol(name, tokenization=WORDS, settings=settings)
         chance = _by_chance(lambda texts: float(metric(texts).mean()), said)
         place = f"image_to_text/{name}"
         return mean_score(
-            place, split, indices, metric(said), context, chance=chance, measure=measure
+            place, split, indices, metric(said), context, chance=chance, protocol=protocol
         )
 
     def each(score: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str]], Any]:
@@ -90,7 +90,7 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
             lambda at: float(counts.bleu(at)[3]),
             context,
             chance=_by_chance(lambda texts: float(bleu_counts(texts, references).bleu()[3]), said),
-            measure=MetricProtocol("bleu-4", tokenization=WORDS),
+            protocol=MetricProtocol("bleu-4", tokenization=WORDS),
         ),
         *_distinct(said, split, indices),
     ]
@@ -106,8 +106,10 @@ def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iter
             limits=(0.0, 1.0),
             clusters=clusters,
         )
-        measure = MetricProtocol("distinct-captions", sample_size=len(said))
-        yield score_with_interval("image_to_text/distinct", split, share, len(said), None, measure)
+        protocol = MetricProtocol("distinct-captions", sample_size=len(said))
+        yield score_with_interval(
+            "image_to_text/distinct", split, share, len(said), None, protocol
+        )
 
 
 def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:

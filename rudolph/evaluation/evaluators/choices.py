@@ -12,9 +12,14 @@ from torch import Tensor
 
 from rudolph.data.pairs import HasClasses, HasHardNegatives, Pair
 from rudolph.data.splits import Split
-from rudolph.evaluation.context import EvaluationContext, Score, corpus_score, mean_score
+from rudolph.evaluation.context import (
+    EvaluationContext,
+    Score,
+    corpus_score,
+    images_of,
+    mean_score,
+)
 from rudolph.evaluation.metrics.answers import MetricProtocol, calibration_error, choice_hits
-from rudolph.generation.answering import answer_prompts, score_choices
 
 # Captions or images that stand beside the right one.
 NUM_HARD_NEGATIVES = 7
@@ -33,34 +38,29 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
         raise ValueError(f"{split.dataset_name}: no pair of {split.name} has a class")
     indices, own_classes = zip(*known, strict=True)
     classes = dataset.classes
-    tokens = answer_prompts(
-        context.pipeline, "image_captioning", indices=context.codes(split, indices)
-    )
-    judged = score_choices(
-        context.pipeline,
+    likelihoods = context.model.loglikelihood(
         "image_captioning",
-        tokens,
         [classes] * len(indices),
+        images=split.image_batch(indices),
         on_batch=context.on_token,
-    )
-    likelihoods = judged.log_likelihoods.numpy()
+    ).numpy()
     hits = choice_hits(likelihoods, np.array(own_classes))
     shares = torch.from_numpy(likelihoods).softmax(1).numpy()
     surest = shares.max(1)
-    measure, chance = (
+    protocol, chance = (
         MetricProtocol("accuracy", settings=f"classes:{len(classes)}"),
         1 / len(classes),
     )
     name = "zero_shot_classification/accuracy"
     return [
-        mean_score(name, split, indices, hits, context, chance=chance, measure=measure),
+        mean_score(name, split, indices, hits, context, chance=chance, protocol=protocol),
         corpus_score(
             "zero_shot_classification/calibration_error",
             split,
             indices,
             lambda at: calibration_error(surest[at], hits[at]),
             context,
-            measure=MetricProtocol("calibration-error", settings=f"classes:{len(classes)}"),
+            protocol=MetricProtocol("calibration-error", settings=f"classes:{len(classes)}"),
         ),
     ]
 
@@ -69,25 +69,24 @@ def text_ranking(context: EvaluationContext, split: Split) -> list[Score]:
     """Which of some captions that differ in one thing is the image's?"""
     indices, groups = _with_hard_negatives(context, split, "text_ranking")
     captions = [[pair.caption for pair in group] for group in groups]
-    tokens = answer_prompts(
-        context.pipeline, "image_captioning", indices=context.codes(split, indices)
+    likelihoods = context.model.loglikelihood(
+        "image_captioning",
+        captions,
+        images=split.image_batch(indices),
+        on_batch=context.on_token,
     )
-    judged = score_choices(
-        context.pipeline, "image_captioning", tokens, captions, on_batch=context.on_token
-    )
-    return [_first_of("text_ranking", split, indices, judged.log_likelihoods, context)]
+    return [_first_of("text_ranking", split, indices, likelihoods, context)]
 
 
 def image_ranking(context: EvaluationContext, split: Split) -> list[Score]:
     """Which of some images that differ in one thing makes the caption likeliest?"""
     indices, groups = _with_hard_negatives(context, split, "image_ranking")
-    codes = context.codes_of([pair for group in groups for pair in group])
-    tokens = answer_prompts(context.pipeline, "image_captioning", indices=codes)
-    captions = [[group[0].caption] for group in groups for _ in group]
-    judged = score_choices(
-        context.pipeline, "image_captioning", tokens, captions, on_batch=context.on_token
-    )
-    likelihoods = judged.log_likelihoods.view(len(groups), -1)
+    likelihoods = context.model.loglikelihood(
+        "image_captioning",
+        [[group[0].caption] for group in groups for _ in group],
+        images=images_of([pair for group in groups for pair in group]),
+        on_batch=context.on_token,
+    ).view(len(groups), -1)
     return [_first_of("image_ranking", split, indices, likelihoods, context)]
 
 
@@ -106,21 +105,23 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
     hits: list[float] = []
     for number in sorted({len(choices) for _, choices in asked}):
         indices, options = zip(*[each for each in asked if len(each[1]) == number], strict=True)
-        tokens = answer_prompts(
-            context.pipeline,
+        likelihoods = context.model.loglikelihood(
             task,
-            indices=context.codes(split, indices) if has_images else None,
+            options,
+            images=split.image_batch(indices) if has_images else None,
             questions=[split.questions[index] for index in indices],
+            on_batch=context.on_token,
         )
-        judged = score_choices(context.pipeline, task, tokens, options, on_batch=context.on_token)
         own = [each.index(split.captions[at]) for at, each in zip(indices, options, strict=True)]
         judged_pairs += indices
-        hits += choice_hits(judged.log_likelihoods.numpy(), np.array(own)).tolist()
+        hits += choice_hits(likelihoods.numpy(), np.array(own)).tolist()
     chance = float(np.mean([1 / len(choices) for _, choices in asked]))
-    measure = MetricProtocol("accuracy", settings="given-choices")
+    protocol = MetricProtocol("accuracy", settings="given-choices")
     name = f"{'answers' if has_images else task}/choice_accuracy"
     values = np.array(hits)
-    return [mean_score(name, split, judged_pairs, values, context, chance=chance, measure=measure)]
+    return [
+        mean_score(name, split, judged_pairs, values, context, chance=chance, protocol=protocol)
+    ]
 
 
 def _with_hard_negatives(
@@ -154,6 +155,6 @@ def _first_of(
 ) -> Score:
     hits = choice_hits(likelihoods.numpy(), np.zeros(len(likelihoods), dtype=np.int64))
     number = likelihoods.shape[1]
-    measure = MetricProtocol("accuracy", settings=f"choices:{number}")
+    protocol = MetricProtocol("accuracy", settings=f"choices:{number}")
     name, chance = f"{task}/accuracy", 1 / number
-    return mean_score(name, split, indices, hits, context, chance=chance, measure=measure)
+    return mean_score(name, split, indices, hits, context, chance=chance, protocol=protocol)

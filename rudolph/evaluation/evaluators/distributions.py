@@ -34,18 +34,15 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
     Chance is the distance of images decoded from random codes.  Values depend on the number of
     images and on who gives the features; both stand in the measure.
     """
-    indices, pipeline = context.chosen(split), context.pipeline
+    indices, tokenizer = context.chosen(split), context.model.image_tokenizer()
     name, features_of = _features(context)
-    truth = features_of(split.image_batch(indices))
+    images = split.image_batch(indices)
+    truth = features_of(images)
     drawn = features_of(context.generated_images(split, indices))
     generator = torch.Generator().manual_seed(mixed_seed(context.seed, "random codes"))
-    layout = pipeline.decoder.layout
-    codes = torch.randint(
-        pipeline.decoder.vocabulary.codebook_size,
-        (len(indices), layout.image_tokens_per_dim**2),
-        generator=generator,
-    )
-    noise = features_of(pipeline.decode(codes))
+    size = len(indices), tokenizer.encode(images[:1]).shape[1]
+    codes = torch.randint(tokenizer.num_codes, size, generator=generator)
+    noise = features_of(tokenizer.decode(codes))
     distances: dict[str, Callable[[Features, Features], float]] = {
         "fid": frechet_distance,
         "kid": squared_mmd,
@@ -71,12 +68,12 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
 
 def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score]:
     """Text to image: CLIPScore of images drawn for captions, and of the real images."""
-    ranker = context.pipeline.clip
+    ranker = context.ranker
     if ranker is None:
-        raise ValueError("the question clip_score_evaluator needs evaluation.clip")
+        raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
     indices = context.chosen(split)
     texts = ranker.text_features([split.captions[index] for index in indices]).numpy()
-    measure = MetricProtocol("clip-score", features=_clip_name(ranker), settings="plain-captions")
+    protocol = MetricProtocol("clip-score", features=_clip_name(ranker), settings="plain-captions")
     scores = []
     for place, images in (
         ("text_to_image/clip_score", context.generated_images(split, indices)),
@@ -87,7 +84,7 @@ def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score
         # The image of another caption.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
         scores.append(
-            mean_score(place, split, indices, values, context, chance=chance, measure=measure)
+            mean_score(place, split, indices, values, context, chance=chance, protocol=protocol)
         )
     return scores
 
@@ -103,20 +100,19 @@ def _of_chosen(
 
 def _features(context: EvaluationContext) -> tuple[str, Callable[[Tensor], Features]]:
     """Who gives features, and the function from images ``(N, 3, H, W)`` to ``(N, D)``."""
-    pipeline = context.pipeline
-    ranker = pipeline.clip
+    ranker, tokenizer = context.ranker, context.model.image_tokenizer()
     if ranker is not None:
         return _clip_name(ranker), lambda images: ranker.features(images).double().numpy()
 
     @torch.inference_mode()
     def latents(images: Tensor) -> Features:
         parts = [
-            pipeline.vqgan.encode(part.to(pipeline.device)).float().mean((2, 3)).cpu()
-            for part in torch.split(images, pipeline.batch_size)
+            tokenizer.vqgan.encode(part.to(tokenizer.device)).float().mean((2, 3)).cpu()
+            for part in torch.split(images, tokenizer.batch_size)
         ]
         return torch.cat(parts).double().numpy()
 
-    return f"vqgan-{weights_digest(pipeline.vqgan)[:8]}:latents", latents
+    return f"vqgan-{weights_digest(tokenizer.vqgan)[:8]}:latents", latents
 
 
 def _clip_name(ranker: ClipRanker) -> str:

@@ -66,7 +66,7 @@ def _nearest(
     images = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
     ranks = nearest_ranks(context.generated_images(split, indices), images, own)
     limit = int(NEAREST_SHARE * len(keys))
-    measure = MetricProtocol("nearest-rank", features="pixels", sample_size=len(keys))
+    protocol = MetricProtocol("nearest-rank", features="pixels", sample_size=len(keys))
     ends = np.cumsum([len(own) for own in groups.values()])[:-1]
     hits = np.split((ranks <= limit).double().numpy(), ends)
     pairs = zip(groups.items(), hits, strict=True)
@@ -78,7 +78,7 @@ def _nearest(
             each,
             context,
             chance=limit / len(keys),
-            measure=measure,
+            protocol=protocol,
         )
         for (end, own_pairs), each in pairs
     ]
@@ -95,10 +95,10 @@ def scene_accuracy(context: EvaluationContext, split: Split) -> list[Score]:
     chance = chance_level(
         lambda i, j: float(check_scene(scenes[i], readings[j]).right), len(scenes)
     )
-    measure = MetricProtocol(CHECKER)
+    protocol = MetricProtocol(CHECKER)
 
     def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float | None) -> Score:
-        return mean_score(name, split, indices, values, context, chance=chance, measure=measure)
+        return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
     name = "text_to_image/scene_accuracy"
     scores = [of_each(name, right, chance=chance)]
@@ -106,14 +106,14 @@ def scene_accuracy(context: EvaluationContext, split: Split) -> list[Score]:
         own = np.array([scene.family == family for scene in scenes])
         its_pairs = np.array(indices)[own].tolist()
         score = mean_score(
-            f"{name}_{family}", split, its_pairs, right[own], context, measure=measure
+            f"{name}_{family}", split, its_pairs, right[own], context, protocol=protocol
         )
         scores.append(score)
-    objects = np.array([verdict.objects_right for verdict in verdicts])
+    objects = np.array([verdict.object_accuracy for verdict in verdicts])
     by_chance = chance_level(
-        lambda i, j: check_scene(scenes[i], readings[j]).objects_right, len(scenes)
+        lambda i, j: check_scene(scenes[i], readings[j]).object_accuracy, len(scenes)
     )
-    return [*scores, of_each("text_to_image/objects_right", objects, chance=by_chance)]
+    return [*scores, of_each("text_to_image/object_accuracy", objects, chance=by_chance)]
 
 
 def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
@@ -130,7 +130,7 @@ def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
         known=known,
         on_token=context.on_token,
     )
-    return [_objects_right("inpainting/objects_right", context, split, world, indices, drawn)]
+    return [_objects_right("inpainting/object_accuracy", context, split, world, indices, drawn)]
 
 
 def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
@@ -146,7 +146,9 @@ def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
         seeds=context.seeds(indices),
         on_token=context.on_token,
     )
-    return [_objects_right("image_variation/objects_right", context, split, world, indices, drawn)]
+    return [
+        _objects_right("image_variation/object_accuracy", context, split, world, indices, drawn)
+    ]
 
 
 def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
@@ -163,16 +165,12 @@ def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
         rank_images(context.pipeline, own, caption, text_weight=1.0).order()
         for own, caption in zip(drawn, captions, strict=True)
     ]
-    score_with_interval = torch.stack(
-        [own[order[0]] for own, order in zip(drawn, orders, strict=True)]
-    )
-    score = _objects_right(
-        "self_reranking/objects_right", context, split, world, indices, score_with_interval
-    )
+    best = torch.stack([own[order[0]] for own, order in zip(drawn, orders, strict=True)])
+    score = _objects_right("self_reranking/object_accuracy", context, split, world, indices, best)
     verdicts = matches_scenes(
         context, world, indices * NUM_CANDIDATES, drawn.transpose(0, 1).flatten(0, 1)
     )
-    any_of_them = float(np.mean([verdict.objects_right for verdict in verdicts]))
+    any_of_them = float(np.mean([verdict.object_accuracy for verdict in verdicts]))
     return [replace(score, chance=any_of_them)]
 
 
@@ -180,8 +178,9 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     """VQ-GAN: PSNR and SSIM of reconstructed images, and how their codes use the codebook."""
     indices = context.chosen(split)
     images = split.image_batch(indices)
-    codes = context.pipeline.encode(images)
-    decoded = context.pipeline.decode(codes)
+    tokenizer = context.model.image_tokenizer()
+    codes = tokenizer.encode(images)
+    decoded = tokenizer.decode(codes)
     similarities = [
         mean_score(
             f"vqgan/{name}",
@@ -189,7 +188,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
             indices,
             metric(decoded, images).double().numpy(),
             context,
-            measure=MetricProtocol(name, settings=f"range-1:{images.shape[-1]}px"),
+            protocol=MetricProtocol(name, settings=f"range-1:{images.shape[-1]}px"),
         )
         for name, metric in (("psnr", psnr), ("ssim", ssim))
     ]
@@ -197,8 +196,8 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     if len(set(clusters.tolist())) < 2:
         return similarities
     # Both grow with the number of codes that were counted.
-    measure = MetricProtocol("codebook", sample_size=codes.numel())
-    size = context.pipeline.decoder.vocabulary.codebook_size
+    protocol = MetricProtocol("codebook", sample_size=codes.numel())
+    size = tokenizer.num_codes
 
     def used(which: int, places: np.ndarray[Any, Any]) -> float:
         counts = torch.bincount(codes[torch.from_numpy(places)].flatten().cpu(), minlength=size)
@@ -213,7 +212,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
             ),
             len(codes),
             None,
-            measure,
+            protocol,
         )
         for which, (name, most) in enumerate((("usage", 1.0), ("perplexity", float(size))))
     ]
@@ -246,15 +245,15 @@ def _objects_right(
     readings = read_scenes(context.pipeline.decode(codes), world)
     scenes = [world.scene(index) for index in indices]
     values = [
-        check_scene(scene, each).objects_right
+        check_scene(scene, each).object_accuracy
         for scene, each in zip(scenes, readings, strict=True)
     ]
     chance = chance_level(
-        lambda i, j: check_scene(scenes[i], readings[j]).objects_right, len(scenes)
+        lambda i, j: check_scene(scenes[i], readings[j]).object_accuracy, len(scenes)
     )
-    measure = MetricProtocol(CHECKER)
+    protocol = MetricProtocol(CHECKER)
     return mean_score(
-        name, split, indices, np.array(values), context, chance=chance, measure=measure
+        name, split, indices, np.array(values), context, chance=chance, protocol=protocol
     )
 
 

@@ -16,7 +16,7 @@ from rudolph.evaluation.context import EvaluationContext, Score, mean_score
 from rudolph.generation.ranking import perplexities
 from rudolph.models.rudolph.decoder import HALF_MAX, Layer
 
-CONVERGED = "decoder/survived"
+CONVERGED = "decoder/converged"
 
 
 def convergence(context: EvaluationContext, split: Split) -> list[Score]:

@@ -51,14 +51,14 @@ def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
     )
     size = len(captions), most
     right = np.array([verdict.right for verdict in verdicts], dtype=float).reshape(size)
-    objects = np.array([verdict.objects_right for verdict in verdicts]).reshape(size)
+    objects = np.array([verdict.object_accuracy for verdict in verdicts]).reshape(size)
     rankings = {name: each.view(size).numpy() for name, each in _ranked(context, captions, codes)}
-    rankings["truth"] = right + objects
+    rankings["oracle"] = right + objects
     chance = float(right.mean())
-    measure = MetricProtocol(CHECKER, settings=f"best-of:{most}-candidates")
+    protocol = MetricProtocol(CHECKER, settings=f"best-of:{most}-candidates")
 
     def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float) -> Score:
-        return mean_score(name, split, indices, values, context, chance=chance, measure=measure)
+        return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
     scores = []
     for name, values in rankings.items():
@@ -97,8 +97,8 @@ def _ranked(
         on_batch=context.on_token,
     ).log_likelihoods[:, 0]
     found = [("likelihood", -drawn), ("inverse_prompting", told)]
-    if pipeline.clip is not None:
-        images = pipeline.clip.image_features(pipeline.decode(codes))
-        texts = pipeline.clip.text_features(captions).repeat_interleave(number, dim=0)
+    if context.ranker is not None:
+        images = context.ranker.image_features(pipeline.decode(codes))
+        texts = context.ranker.text_features(captions).repeat_interleave(number, dim=0)
         found.append(("clip", (images * texts).sum(1)))
     return found

@@ -4,16 +4,14 @@ import torch
 
 from rudolph.data.splits import Split
 from rudolph.data.text_image import caption_numbers
-from rudolph.evaluation.context import Score
+from rudolph.evaluation.context import EvaluationContext, Score
 from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.statistics import mean_interval
-from rudolph.generation.clip_ranking import ClipRanker, RetrievalSet
-
-RECALLS_AT = (1, 5)
+from rudolph.generation.clip_ranking import RECALLS_AT, RetrievalSet
 
 
-def retrieval(ranker: ClipRanker, split: Split, *, num_examples: int, seed: int) -> list[Score]:
-    """Recall at 1 and at 5, both ways, among the first pairs of a split.
+def retrieval(context: EvaluationContext, split: Split) -> list[Score]:
+    """Compute recall at 1 and at 5 in both directions among the first pairs of a split.
 
     Pairs may share a caption or an image: each is asked for and stands in its gallery once, and
     all that some pair puts beside it are right answers.
@@ -21,22 +19,22 @@ def retrieval(ranker: ClipRanker, split: Split, *, num_examples: int, seed: int)
     Raises:
         ValueError: when the pairs have fewer than two different captions or images.
     """
-    indices = range(min(num_examples, len(split)))
+    indices = range(context.num_examples)
     captions = [split.captions[index] for index in indices]
     numbers = split.clusters(indices), caption_numbers(captions)
     gallery = RetrievalSet.of(*(torch.from_numpy(each) for each in numbers))
     for name, places in (("images", gallery.images), ("captions", gallery.texts)):
         if len(places) < 2:
             raise ValueError(f"retrieval needs two different {name}, {split.name} has fewer")
-    images = ranker.image_features(split.image_batch(gallery.images.numpy()))
-    texts = ranker.text_features([captions[at] for at in gallery.texts])
+    images = context.model.embed_image(split.image_batch(gallery.images.numpy()))
+    texts = context.model.embed_text([captions[at] for at in gallery.texts])
     galleries = {"image_to_text": len(texts), "text_to_image": len(images)}
     scores = []
     for way, ranks in gallery.ranks(images, texts).items():
         for k in RECALLS_AT:
             size, hits = galleries[way], (ranks <= k).double().numpy()
-            measure = MetricProtocol("recall", sample_size=size, settings=f"at:{k}")
-            estimate = mean_interval(hits, seed=seed)
+            protocol = MetricProtocol("recall", sample_size=size, settings=f"at:{k}")
+            estimate = mean_interval(hits, seed=context.seed)
             name, chance = f"{way}/recall_at_{k}", min(k / size, 1.0)
-            scores.append(Score(name, split.name, *estimate, chance, len(hits), str(measure)))
+            scores.append(Score(name, split.name, *estimate, chance, len(hits), str(protocol)))
     return scores

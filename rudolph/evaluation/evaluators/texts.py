@@ -20,13 +20,7 @@ from rudolph.evaluation.context import (
 )
 from rudolph.evaluation.metrics.answers import MetricProtocol, exact_match, token_f1
 from rudolph.evaluation.metrics.texts import ANSWER, TRANSCRIPT, character_edits, edit_similarity
-from rudolph.generation.answering import (
-    answer_prompts,
-    continue_texts,
-    ids_of,
-    imagined_images,
-    sample_answers,
-)
+from rudolph.generation.answering import continue_texts
 from rudolph.generation.ranking import perplexities
 from rudolph.sequence.tasks import TASKS
 
@@ -72,7 +66,7 @@ def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
             np.array(near),
             context,
             chance=by_chance,
-            measure=MetricProtocol("1-ned", normalization=told),
+            protocol=MetricProtocol("1-ned", normalization=told),
         ),
         corpus_score(
             "text_recognition/cer",
@@ -80,15 +74,15 @@ def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
             indices,
             lambda at: float(edits[at].sum() / lengths[at].sum()),
             context,
-            measure=MetricProtocol("cer", normalization=told),
+            protocol=MetricProtocol("cer", normalization=told),
         ),
         mean_score(
-            "text_recognition/exact",
+            "text_recognition/exact_match",
             split,
             indices,
             np.array(exact),
             context,
-            measure=MetricProtocol("exact", normalization=told),
+            protocol=MetricProtocol("exact", normalization=told),
         ),
     ]
 
@@ -112,9 +106,9 @@ def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
     rng = np.random.default_rng(context.seed)
     mixed = [" ".join(rng.permutation(truth.split())) for truth in truths]
     chance = float(np.mean([is_sentence(text, world) for text in mixed]))
-    measure = MetricProtocol("sentence-of-the-world", settings=f"given:{NUM_GIVEN_WORDS}")
-    name = "text_to_text/is_sentence"
-    return [mean_score(name, split, indices, values, context, chance=chance, measure=measure)]
+    protocol = MetricProtocol("sentence-of-the-world", settings=f"given:{NUM_GIVEN_WORDS}")
+    name = "text_to_text/sentence_accuracy"
+    return [mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)]
 
 
 def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
@@ -164,28 +158,19 @@ def answer_pairs(
     """Asks a task of the chosen pairs."""
     indices, row = context.chosen(split), TASKS[task]
     questions = [split.questions[index] for index in indices] if row.has_question else None
-    codes = None if row.image == "none" else context.codes(split, indices)
-    settings = None
-    if codes is None and questions is not None and context.no_image == "legacy":
-        settings = "after-a-drawn-image"
-        codes = imagined_images(
-            context.pipeline,
-            task,
-            questions,
-            config=context.image_sampling,
-            seeds=context.seeds(indices),
-        )
-    tokens = answer_prompts(
-        context.pipeline, task, indices=codes, questions=questions, number=len(indices)
-    )
-    answers = sample_answers(
-        context.pipeline,
-        tokens,
+    images = None if row.image == "none" else split.image_batch(indices)
+    is_legacy = images is None and questions is not None and context.missing_image == "legacy"
+    answers = context.model.generate_text(
+        task,
         config=context.text_sampling,
         seeds=context.seeds(indices),
-        allowed=None if characters is None else ids_of(context.pipeline, characters),
+        images=images,
+        questions=questions,
+        allowed_characters=characters,
+        missing_image=context.image_sampling if is_legacy else None,
         on_token=context.on_token,
     )
+    settings = "after-a-generated-image" if is_legacy else None
     truths = [split.captions[index] for index in indices]
     return AnsweredPairs(indices, answers, truths, settings)
 
@@ -206,15 +191,15 @@ def answer_scores(
             values,
             context,
             chance=chance_level(lambda i, j: token_f1(answers[j], truths[i]), len(truths)),
-            measure=MetricProtocol("token-f1", normalization=told, settings=settings),
+            protocol=MetricProtocol("token-f1", normalization=told, settings=settings),
         ),
         mean_score(
-            f"{name}/exact",
+            f"{name}/exact_match",
             split,
             indices,
             exact,
             context,
             chance=chance_level(lambda i, j: exact_match(answers[j], truths[i]), len(truths)),
-            measure=MetricProtocol("exact", normalization=told, settings=settings),
+            protocol=MetricProtocol("exact", normalization=told, settings=settings),
         ),
     ]

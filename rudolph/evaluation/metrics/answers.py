@@ -31,9 +31,9 @@ AGREEING_ANNOTATORS = 3
 
 @dataclass(frozen=True)
 class MetricProtocol:
-    """What a number measures and under which protocol; ``None`` is a part that does not apply.
+    """What a number protocols and under which protocol; ``None`` is a part that does not apply.
 
-    Values are comparable when their measures are equal.  ``str`` is one line without commas and
+    Values are comparable when their protocols are equal.  ``str`` is one line without commas and
     quotes, for a column of a CSV file; ``Measure.parse`` reads it.
 
     Args:
@@ -91,7 +91,7 @@ class MetricProtocol:
 
 
 def require_comparable(first: MetricProtocol, second: MetricProtocol) -> None:
-    """Nothing, for equal measures.
+    """Nothing, for equal protocols.
 
     Raises:
         ValueError: when they differ, with the parts that do.

@@ -51,7 +51,7 @@ def caption_words(text: str) -> list[str]:
 def rouge_l(
     caption: str, references: Sequence[str], *, tokenize: Tokenize = caption_words
 ) -> float:
-    """F of the longest common subsequence of words, recall weighing 1.2 squared.
+    """F of the longest common subsequence of words, recall weighting 1.2 squared.
 
     The best precision and the best recall are taken apart, each over all references.
 

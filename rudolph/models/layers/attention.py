@@ -66,7 +66,7 @@ def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
     Source: Dong et al. 2024 (arXiv:2412.05496).
     """
     if dropout:
-        raise ValueError(f"block masks need decoder.attention_dropout 0, got {dropout}")
+        raise ValueError(f"block masks need model.attention_dropout 0, got {dropout}")
     key, value, mask = seen
     kernel = block_kernel(query.device.type)
     out: Tensor = kernel(query[None], key[None], value[None], block_mask=mask)[0]

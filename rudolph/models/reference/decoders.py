@@ -169,7 +169,7 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
         return
     hidden = mask_table(right_without_left(parse_mask("causal")), model.layout)
     if all(torch.equal(tables[name], rule & hidden) for name, rule in pairs):
-        model.config = replace(model.config, right_sees_left=False)
+        model.config = replace(model.config, right_attends_left=False)
         model.register_masks()
         words = "in which right text does not see left text"
     else:
@@ -212,7 +212,7 @@ def _unused_mask(model: MaskedDecoder, name: str, family: str) -> Tensor:
     else:
         text = pattern[MASK_NAMES[family].index(name) % len(pattern)]
     rule = parse_mask(text)
-    if not model.config.right_sees_left:
+    if not model.config.right_attends_left:
         rule = right_without_left(rule)
     return mask_table(rule, model.layout)
 

@@ -45,7 +45,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 # What embeddings of image tokens are before any training.
-IMAGE_STARTS = ("random", "codebook")
+IMAGE_EMBEDDING_INITS = ("random", "codebook")
 # The share of variance that tells codes apart which are near.
 OWN_SHARE = 0.25
 
@@ -57,15 +57,12 @@ class DecoderConfig:
     ``layer_masks`` is tiled over the depth and the last layer takes ``last_layer_mask`` (null: no
     mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
 
-    ``init`` names the weights that a training starts from: a run's folder, a released name or a
-    folder of weights.  The tokenizer and the VQ-GAN are then those of the same source.
-
     ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
     at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
 
-    ``image_start`` says what the embeddings of image tokens are at first: ``random``, or
+    ``image_embedding_init`` says what the embeddings of image tokens are at first: ``random``, or
     ``codebook``, where codes that are near in the VQ-GAN are near here too
-    (``init_from_codebook``). With ``paired_start`` each part is drawn by its name, so that
+    (``init_from_codebook``). With ``init_by_name`` each part is drawn by its name, so that
     decoders which differ in one part begin alike in all others (``init_by_name``).
 
     ``qk_norm`` normalises queries and keys of each head.  ``attention_precision`` names the type
@@ -80,7 +77,7 @@ class DecoderConfig:
     num_heads: int = 16
     layer_masks: tuple[str, ...] = ("row", "column", "row", "conv(7)")
     last_layer_mask: str | None = "conv(9)"
-    right_sees_left: bool = True
+    right_attends_left: bool = True
     sandwich_norm: bool = True
     qk_norm: bool = False
     pb_relax: bool = True
@@ -94,15 +91,15 @@ class DecoderConfig:
     output_dropout: float = 0.1
     token_init_std: float = 1.0
     position_init_std: float = 0.02
-    image_start: str = "random"
-    paired_start: bool = False
+    image_embedding_init: str = "random"
+    init_by_name: bool = False
     positional_padding: bool = True
-    init: str | None = None
 
     def __post_init__(self) -> None:
-        if self.image_start not in IMAGE_STARTS:
+        if self.image_embedding_init not in IMAGE_EMBEDDING_INITS:
             raise ValueError(
-                f"image_start must be one of {', '.join(IMAGE_STARTS)}, got {self.image_start!r}"
+                f"image_embedding_init must be one of {', '.join(IMAGE_EMBEDDING_INITS)}, "
+                f"got {self.image_embedding_init!r}"
             )
         if self.pb_relax_maximum not in MAXIMA:
             raise ValueError(
@@ -279,7 +276,7 @@ class MaskedDecoder(nn.Module):
         """One ``(T, T)`` table for each different rule, shared by its layers."""
         names = list(dict.fromkeys(self.config.masks))
         rules = [parse_mask(name) for name in names]
-        if not self.config.right_sees_left:
+        if not self.config.right_attends_left:
             rules = [right_without_left(rule) for rule in rules]
         tables = [mask_table(rule, self.layout) for rule in rules]
         self.use_masks(tables, [names.index(name) for name in self.config.masks])

@@ -75,7 +75,7 @@ def label_losses(
     num_classes: int | None = None,
     label_smoothing: float = 0.0,
     is_joint: bool = False,
-    z_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
 ) -> Tensor:
     """Cross-entropy in nats of the labels that are scored, ``(number of them,)``, row by row.
 
@@ -84,7 +84,8 @@ def label_losses(
         heads: the model's, when they serve several segments.
         num_classes: the first classes of the segment's vocabulary alone; all when None.
         is_joint: among all ids of text and image, and not among the segment's own.
-        z_weight: of the squared logarithm of the softmax's sum, which is added (Chameleon, 2.3).
+        z_loss_weight: of the squared logarithm of the softmax's sum, which is added (Chameleon,
+        2.3).
     """
     start, target = labels
     keep = target != NOT_SCORED
@@ -101,7 +102,7 @@ def label_losses(
         found = F.cross_entropy(
             logits, labelled, reduction="none", label_smoothing=label_smoothing
         )
-        return found + z_weight * logits.logsumexp(-1).square() if z_weight else found
+        return found + z_loss_weight * logits.logsumexp(-1).square() if z_loss_weight else found
 
     text_size, image_size = model.vocabulary.text_size, model.vocabulary.image_size
     own_size = image_size if segment == "image" else text_size

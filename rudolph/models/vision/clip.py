@@ -50,7 +50,7 @@ class CLIPConfig:
     has_logit_bias: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(CLIPConfig):
             value = getattr(self, field.name)
             if field.name not in ("eos_id", "has_logit_bias") and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")

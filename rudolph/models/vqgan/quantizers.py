@@ -31,8 +31,9 @@ from rudolph.models.vqgan.codes import (
 class QuantizerConfig:
     """The codebook.
 
-    ``beta`` weighs the commitment term.  ``decay`` and ``revive_below`` are of ``ema``: a code is
-    replaced by a latent of the batch when its running count falls below that share of the mean.
+    ``beta`` weighs the commitment term.  ``decay`` and ``dead_code_threshold`` are of ``ema``: a
+    code is replaced by a latent of the batch when its running count falls below that share of the
+    mean.
     ``entropy_weight`` is of ``lfq``, whose codes are a power of two.
     ``code_dim`` is the dimension of ``cosine``.  ``levels`` are of ``fsq``; their product is its
     number of codes.  ``kl_weight`` and ``temperature`` are of ``gumbel``.
@@ -43,7 +44,7 @@ class QuantizerConfig:
     embedding_dim: int = 256
     beta: float = 0.25
     decay: float = 0.99
-    revive_below: float = 0.1
+    dead_code_threshold: float = 0.1
     code_dim: int = 8
     levels: tuple[int, ...] = (8, 8, 8, 6, 5)
     kl_weight: float = 1e-8
@@ -113,7 +114,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     counts: Tensor
     sums: Tensor
     is_started: Tensor
-    AVERAGES = ("codebook", "counts", "sums")
+    REDUCTIONS = ("codebook", "counts", "sums")
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.register_buffer("is_started", torch.tensor(False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        held = {name: getattr(self, name) for name in self.AVERAGES}
+        held = {name: getattr(self, name) for name in self.REDUCTIONS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in held.items():
             after = getattr(self, name)
@@ -161,7 +162,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         total = self.counts.sum()
         smooth = (self.counts + 1e-5) / (total + self.config.num_codes * 1e-5) * total
         self.codebook.copy_(self.sums / smooth[:, None])
-        is_dead = self.counts < self.config.revive_below * total / self.config.num_codes
+        is_dead = self.counts < self.config.dead_code_threshold * total / self.config.num_codes
         self._replace(is_dead.nonzero().flatten(), vectors, errors)
 
     def _replace(self, codes: Tensor, vectors: Tensor, errors: Tensor) -> None:

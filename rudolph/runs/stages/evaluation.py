@@ -1,4 +1,4 @@
-"""The questions that a run is asked when it is trained, and later again."""
+"""Evaluate a run when it is trained, and again later."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,31 +9,39 @@ from rudolph.config.run import RunConfig
 from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
 from rudolph.evaluation.report_card import Stage, card_rows, evaluate_all
-from rudolph.generation.pipeline import Pipeline
+from rudolph.families.interface import Capabilities
 from rudolph.reports.report_cards import CARD, write_card
 from rudolph.runs.execution import Execution, Folders, Hardware, ProgressCallback
-from rudolph.runs.resolve import load_run, open_clip
+from rudolph.runs.resolve import open_clip, open_run
 
 
-def evaluate(execution: Execution, pipeline: Pipeline, splits: Splits) -> list[Score]:
-    """Every question on every split that the configuration names; the report card is kept."""
-    scores = run_evaluators(execution.config, pipeline, splits, execution.stage)
+def evaluate(execution: Execution, capabilities: Capabilities, splits: Splits) -> list[Score]:
+    """Run every evaluator on every split that the configuration names; write the report card."""
+    scores = run_evaluators(
+        execution.config, capabilities, splits, execution.stage, runs=execution.folders.runs
+    )
     save_card(execution, scores)
     return scores
 
 
 def run_evaluators(
-    config: RunConfig, pipeline: Pipeline, splits: Splits, stage: Stage
+    config: RunConfig, capabilities: Capabilities, splits: Splits, stage: Stage, *, runs: Path
 ) -> list[Score]:
-    """The scores of a run's questions; a CLIP ranks images too, where one is named."""
+    """Run the evaluators of a run; ``evaluation.clip`` ranks images where it is named.
+
+    Args:
+        runs: where the runs of ``experiment:NAME`` lie.
+    """
+    ranker = None
     if config.evaluation.clip is not None:
-        pipeline.clip = open_clip(config.evaluation.clip)
-        pipeline.clip.clip.to(pipeline.device)
+        ranker = open_clip(config.evaluation.clip, runs=runs)
+        ranker.clip.to(Hardware().device)
     return evaluate_all(
-        pipeline,
+        capabilities,
         config.evaluation,
         splits,
         samplings=(config.sampling.image, config.sampling.text),
+        ranker=ranker,
         seed=config.seed,
         stage=stage,
     )
@@ -47,15 +55,15 @@ def save_card(execution: Execution, scores: list[Score]) -> None:
 
 
 def evaluate_again(folder: Path, folders: Folders, progress: ProgressCallback) -> None:
-    """Ask a finished run all its questions and write its report card anew."""
-    pipeline, config = load_run(folder)
-    pipeline.to(Hardware().device)
+    """Run all evaluators of a finished run again and write its report card."""
+    capabilities, config = open_run(folder)
 
     @contextmanager
     def stage(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield partial(progress, name)
 
-    scores = run_evaluators(config, pipeline, Splits(config.data, folders.cache), stage)
+    splits = Splits(config.data, folders.cache)
+    scores = run_evaluators(config, capabilities, splits, stage, runs=folders.runs)
     if not scores:
-        raise ValueError(f"{folder}: its config.yaml names no evaluation.questions")
+        raise ValueError(f"{folder}: its config.yaml names no evaluation.evaluators")
     write_card(folder / CARD, card_rows(scores))

@@ -34,7 +34,7 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
     if not images["train"]:
         raise ValueError("data.tasks: no dataset of the mixture has images")
     data = [split.digest for name in names for split in images[name]]
-    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip)
+    decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip_probability)
     torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
     model = VQGAN(config.vqgan)
     shared_weights(
@@ -76,13 +76,17 @@ def train_vqgan(
         module = VQGANTraining(
             model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
         )
-        train = ImageExamples(*splits["train"], seed=config.seed_of_vqgan, flip=config.data.flip)
+        train = ImageExamples(
+            *splits["train"],
+            seed=config.seed_of_vqgan,
+            flip_probability=config.data.flip_probability,
+        )
         validation = ImageExamples(*splits["validation"], seed=config.seed_of_vqgan)
         fit(
             execution,
             module,
             config.vqgan_optim,
-            examples=(train.batch, validation.whole, validation.num_pairs),
+            examples=(train.batch, validation.whole, validation.num_whole),
             stage="vqgan",
             advance=advance,
             weights=weights,
@@ -97,7 +101,7 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
     Of the training split, where the configuration asks for drawn codes, ``(N, S, I)``.
     """
     device, config = execution.hardware.device, execution.config
-    num_draws = config.data.code_draws if split.name == "train" else 0
+    num_draws = config.data.num_code_samples if split.name == "train" else 0
     generator = torch.Generator(device)
 
     def encoded(images: Tensor, first: int) -> Tensor:

@@ -14,9 +14,9 @@ RELATIVE_ROUNDING, ROUNDING = 2e-3, 1e-4
 
 
 def warn_of_other_parts(execution: Execution, tokenizer: Tokenizer, vqgan: VQGAN) -> None:
-    """Warn of a named tokenizer or VQ-GAN that ``decoder.init`` was not trained with."""
+    """Warn of a named tokenizer or VQ-GAN that ``model.init`` was not trained with."""
     config = execution.config
-    source = config.decoder.init
+    source = config.model.init
     if source is None:
         return
     place = source_locations(execution)
@@ -24,12 +24,10 @@ def warn_of_other_parts(execution: Execution, tokenizer: Tokenizer, vqgan: VQGAN
         own = Tokenizer(find_tokenizer(source, **place))
         if own.digest != tokenizer.digest:
             named = config.tokenizer.path
-            warn_once(
-                f"tokenizer.path: {named} differs from the tokenizer of decoder.init {source}"
-            )
+            warn_once(f"tokenizer.path: {named} differs from the tokenizer of model.init {source}")
     if config.vqgan.init != source and not is_equal(vqgan, open_vqgan(source, **place)):
         named = config.vqgan.init
-        warn_once(f"vqgan.init: {named} differs from the VQ-GAN of decoder.init {source}")
+        warn_once(f"vqgan.init: {named} differs from the VQ-GAN of model.init {source}")
 
 
 def is_equal(first: VQGAN, second: VQGAN) -> bool:

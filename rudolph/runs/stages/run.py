@@ -1,60 +1,80 @@
-"""The stages of a run: data, tokenizer, VQ-GAN, indices, decoder, evaluation, samples.
+"""The stages of a run: data, tokenizer, VQ-GAN, image indices, model, evaluation, samples.
 
-What a stage makes is named by the digest of all that decides it, so runs share tokenizers,
-VQ-GANs and indices; a stage that was interrupted goes on from its last checkpoint.
+Everything that a stage makes is named by the digest of all that decides it, so runs share
+tokenizers, VQ-GANs and indices.  An interrupted stage resumes from its last checkpoint.
 """
 
+from functools import partial
+
 import pytorch_lightning as pl
+from torch import nn
 
 from rudolph.config.run import digest_of
 from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
-from rudolph.generation.pipeline import Pipeline
-from rudolph.models.weights import save_weights, weights_digest
+from rudolph.families.interface import Parts
+from rudolph.families.registry import family_of
+from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution, is_main_process
 from rudolph.runs.samples import save_samples, warn_of_unknown
-from rudolph.runs.stages.decoder import make_decoder
 from rudolph.runs.stages.evaluation import evaluate
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
+from rudolph.runs.stages.model import make_model
 from rudolph.runs.stages.origins import warn_of_other_parts
 from rudolph.runs.stages.tokenizer import open_data
 
 
 def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-    """All stages of a run: its scores, and the digests of what they came from."""
+    """Run all stages; return the scores and the digests of data, parts and model."""
     config = execution.config
+    family = family_of(config.model)
     pl.seed_everything(config.seed, verbose=False)
     splits = Splits(config.data, execution.folders.cache)
-    tokenizer = open_data(execution, splits)
-    if is_main_process():
-        warn_of_unknown(config, tokenizer)
-    execution.tracker.log_tags(splits.digests)
-    vqgan = make_vqgan(execution, splits)
-    if is_main_process():
-        warn_of_other_parts(execution, tokenizer, vqgan)
-    names = ("train", "validation") if config.decoder_optim.num_steps else ()
-    indices = {
-        (split.name, split.dataset_name): image_indices(execution, vqgan, split)
-        for name in names
-        for split in splits.with_images(name)
-    }
-    digests = {**splits.digests, "tokenizer": tokenizer.digest, "vqgan": weights_digest(vqgan)}
+    parts = make_parts(execution, splits)
+    digests = dict(splits.digests)
+    if parts.tokenizer is not None:
+        digests["tokenizer"] = parts.tokenizer.digest
+    if parts.vqgan is not None:
+        digests["vqgan"] = weights_digest(parts.vqgan)
     made_of = digest_of(digests)
-    decoder = make_decoder(execution, splits, indices, tokenizer, vqgan, made_of=made_of)
+    model = make_model(execution, splits, parts, made_of=made_of)
     if not is_main_process():
         return [], {}
-    pipeline = Pipeline(tokenizer, vqgan, decoder).to(execution.hardware.device)
-    save_pipeline(execution, pipeline)
-    scores = evaluate(execution, pipeline, splits)
-    save_samples(execution, pipeline, splits, made_of=made_of)
-    return scores, digests | splits.digests | {"decoder": weights_digest(decoder)}
+    model.to(execution.hardware.device)
+    capabilities = family.open(model, parts)
+    save_model(execution, model, parts)
+    scores = evaluate(execution, capabilities, splits)
+    save_samples(execution, capabilities, splits, made_of=made_of)
+    return scores, digests | splits.digests | {family.stage: weights_digest(model)}
 
 
-def save_pipeline(execution: Execution, pipeline: Pipeline) -> None:
-    """What sampling needs beside the decoder: a run's folder can be moved or shared alone."""
+def make_parts(execution: Execution, splits: Splits) -> Parts:
+    """Train or load the parts that the run's family needs, in their order."""
+    config = execution.config
+    needs = family_of(config.model).needs
+    tokenizer = open_data(execution, splits, has_tokenizer="tokenizer" in needs)
+    if tokenizer is not None and is_main_process():
+        warn_of_unknown(config, tokenizer)
+    execution.tracker.log_tags(splits.digests)
+    if "vqgan" not in needs:
+        return Parts(tokenizer)
+    vqgan = make_vqgan(execution, splits).to(execution.hardware.device)
+    if tokenizer is not None and is_main_process():
+        warn_of_other_parts(execution, tokenizer, vqgan)
+    indices = partial(image_indices, execution, vqgan)
+    if family_of(config.model).is_trained and config.optim.num_steps:
+        for name in ("train", "validation"):
+            for split in splits.with_images(name):
+                indices(split)
+    return Parts(tokenizer, vqgan, indices)
+
+
+def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:
+    """Write the model and its parts into the run's folder, which can then be moved alone."""
     checkpoints = execution.folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    save_weights(pipeline.vqgan, checkpoints / "vqgan.safetensors")
-    pipeline.tokenizer.save(checkpoints / "bpe.model")
-    for name in ("decoder.safetensors", "vqgan.safetensors", "bpe.model"):
-        execution.tracker.log_artifact(checkpoints / name, "checkpoints")
+    origin = {"run": execution.run.name, "digest": execution.config.digest}
+    family = family_of(execution.config.model)
+    for path in family.save(checkpoints, model, parts, origin=origin):
+        folder = path.parent.relative_to(execution.folder).as_posix()
+        execution.tracker.log_artifact(path, folder)

@@ -13,8 +13,12 @@ from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.tracker import tracking_uri
 
 
-def open_data(execution: Execution, splits: Splits) -> Tokenizer:
-    """Every split that is trained on or validated, and the tokenizer of their texts."""
+def open_data(execution: Execution, splits: Splits, *, has_tokenizer: bool) -> Tokenizer | None:
+    """Open every split that is trained on or validated; return the tokenizer of their texts.
+
+    Args:
+        has_tokenizer: false where the run needs no tokenizer, and None is returned.
+    """
     datasets = splits.config.datasets
     with execution.stage("data") as advance:
         num_pairs = 0
@@ -22,8 +26,10 @@ def open_data(execution: Execution, splits: Splits) -> Tokenizer:
             advance(done, len(datasets), dataset)
             num_pairs += len(splits("train", dataset))
             splits("validation", dataset)
-        tokenizer = make_tokenizer(execution, splits.all("train"))
-        note = f"{num_pairs} pairs, {tokenizer.vocab_size} BPE ids"
+        tokenizer, note = None, f"{num_pairs} pairs"
+        if has_tokenizer:
+            tokenizer = make_tokenizer(execution, splits.all("train"))
+            note += f", {tokenizer.vocab_size} BPE ids"
         main = splits("train").dataset
         if isinstance(main, Manifest):
             note += f", {main.report.rows - main.report.kept} bad rows skipped"

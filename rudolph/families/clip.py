@@ -1,0 +1,126 @@
+"""CLIP: an image encoder and a text encoder whose embeddings of a pair agree."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.checkpoints import store
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Splits
+from rudolph.data.text_image import TextImageExamples
+from rudolph.families.interface import (
+    Capabilities,
+    ModelSection,
+    Parts,
+    RunSettings,
+    TrainingFlags,
+)
+from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, RECALLS_AT, ClipRanker
+from rudolph.models.reference import to_reference
+from rudolph.models.vision.clip import CLIP, CLIPConfig
+from rudolph.training.clip import CLIPTraining
+from rudolph.training.clip_losses import CLIPLossConfig, require_bias
+
+# The folder of a trained CLIP in a run's ``checkpoints``.
+FOLDER = "clip"
+
+
+@dataclass(frozen=True)
+class CLIPModelConfig(CLIPConfig, ModelSection):
+    """The ``model`` section of family ``clip``."""
+
+    family: Literal["clip"] = "clip"
+    losses: CLIPLossConfig = field(default_factory=CLIPLossConfig)
+
+    @property
+    def architecture(self) -> CLIPConfig:
+        """The settings that decide the shape of both encoders."""
+        return CLIPConfig(**{each.name: getattr(self, each.name) for each in fields(CLIPConfig)})
+
+
+class CLIPCapabilities(Capabilities):
+    """Embeddings of images and texts."""
+
+    def __init__(self, ranker: ClipRanker) -> None:
+        self.ranker = ranker
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        return self.ranker.image_features(images)
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        return self.ranker.text_features(texts)
+
+
+class CLIPFamily:
+    """CLIP as a ``families.interface.Family``."""
+
+    config = CLIPModelConfig
+    needs = ("tokenizer",)
+    stage = "clip"
+    is_trained = True
+    weights_file = None
+    capabilities = CLIPCapabilities
+
+    def check(self, run: RunSettings) -> None:
+        try:
+            require_bias(run.model.losses, has_bias=run.model.has_logit_bias)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
+
+    def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
+        if flags.num_accumulated > 1:
+            whole = flags.micro_batch_size * flags.num_accumulated
+            raise ValueError(
+                f"--micro-batch-size: expected {whole} or none for a CLIP, "
+                f"got {flags.micro_batch_size}. It compares all pairs of a batch"
+            )
+
+    def curve_names(self, run: RunSettings) -> Iterator[str]:
+        yield from ("train/loss", "train/logit_scale", "val/loss")
+        for direction in ("image_to_text", "text_to_image"):
+            yield from (f"val/{direction}/recall_at_{k}" for k in RECALLS_AT)
+
+    def build(self, run: RunSettings, parts: Parts) -> CLIP:
+        torch.manual_seed(mixed_seed(run.seed, self.stage))
+        return CLIP(run.model.architecture)
+
+    def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        assert isinstance(source, CLIP) and isinstance(target, CLIP)
+        target.load_state_dict(source.state_dict())
+        return []
+
+    def examples(
+        self, run: RunSettings, splits: Splits, name: str, parts: Parts
+    ) -> TextImageExamples:
+        assert parts.tokenizer is not None
+        return TextImageExamples(
+            splits(name), parts.tokenizer, run.model.architecture, seed=run.seed
+        )
+
+    def training(
+        self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
+    ) -> CLIPTraining:
+        return CLIPTraining(
+            model, run.model.losses, run.optim, num_accumulated=flags.num_accumulated
+        )
+
+    def open(self, model: Any, parts: Parts) -> CLIPCapabilities:
+        assert parts.tokenizer is not None
+        return CLIPCapabilities(
+            ClipRanker(model, parts.tokenizer, templates=PLAIN_TEMPLATES, batch_size=256)
+        )
+
+    def save(
+        self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
+    ) -> list[Path]:
+        # In the format of a released CLIP, so that every command that takes one takes the run.
+        assert parts.tokenizer is not None
+        family, config, tensors = to_reference(model)
+        target = folder / FOLDER
+        store.write_checkpoint(target, tensors, family=family, config=config, origin=origin)
+        parts.tokenizer.save(target / store.TOKENIZER_FILE)
+        return sorted(target.iterdir())

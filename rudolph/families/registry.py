@@ -1,0 +1,20 @@
+"""The model families by name.  To add one, write its file here and name it in ``FAMILIES``."""
+
+from rudolph.families.clip import CLIPFamily, CLIPModelConfig
+from rudolph.families.interface import Family, ModelSection
+from rudolph.families.rudolph import RudolphConfig, RudolphFamily
+from rudolph.families.vqgan import VQGANFamily, VQGANOnlyConfig
+
+# The ``model`` section of an experiment: a union tagged by ``family``.
+ModelConfig = RudolphConfig | CLIPModelConfig | VQGANOnlyConfig
+
+FAMILIES: dict[str, Family] = {
+    "rudolph": RudolphFamily(),
+    "clip": CLIPFamily(),
+    "vqgan": VQGANFamily(),
+}
+
+
+def family_of(section: ModelSection) -> Family:
+    """Return the family of a ``model`` section."""
+    return FAMILIES[section.family]

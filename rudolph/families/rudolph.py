@@ -1,0 +1,257 @@
+"""RUDOLPH and ruDALL-E: one masked decoder over left text, image tokens and right text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.data.examples import MixtureExamples, TokenExamples, task_texts
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import MixtureEntry, Splits
+from rudolph.families.interface import (
+    Capabilities,
+    ModelSection,
+    OnToken,
+    Parts,
+    RunSettings,
+    TrainingFlags,
+)
+from rudolph.generation.answering import (
+    answer_prompts,
+    ids_of,
+    imagined_images,
+    sample_answers,
+    score_choices,
+)
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.generation.pipeline import Pipeline
+from rudolph.generation.trained_models import ImageTokenizer
+from rudolph.models.rudolph.adapt import adapt
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.weights import save_weights
+from rudolph.sequence.layout import SEGMENTS
+from rudolph.sequence.tasks import TASKS, Texts, fill_texts
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.losses import DecoderLossConfig
+from rudolph.training.tuning import TuningConfig, apply_tuning
+
+# Files of a trained decoder and its parts in a run's ``checkpoints``.
+FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
+
+
+@dataclass(frozen=True)
+class RudolphConfig(DecoderConfig, ModelSection):
+    """The ``model`` section of family ``rudolph``.
+
+    With ``init`` the tokenizer and the VQ-GAN are those of the same source, unless
+    ``tokenizer.path`` and ``vqgan.init`` name others.
+    """
+
+    family: Literal["rudolph"] = "rudolph"
+    losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+
+    @property
+    def architecture(self) -> DecoderConfig:
+        """The settings that decide the decoder's shape and initialisation."""
+        return DecoderConfig(
+            **{each.name: getattr(self, each.name) for each in fields(DecoderConfig)}
+        )
+
+
+class RudolphCapabilities(Capabilities):
+    """Generation, likelihood and image tokens of a masked decoder."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    def generate_image(
+        self,
+        captions: Sequence[str],
+        *,
+        config: TokenSamplingConfig,
+        seeds: Sequence[int],
+        on_token: OnToken | None = None,
+    ) -> Tensor:
+        return self.pipeline.generate_images(
+            captions, config=config, seeds=seeds, on_token=on_token
+        )
+
+    def generate_text(
+        self,
+        task: str,
+        *,
+        config: TokenSamplingConfig,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        allowed_characters: str | None = None,
+        missing_image: TokenSamplingConfig | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[str]:
+        indices = None if images is None else self.pipeline.encode(images)
+        if indices is None and questions is not None and missing_image is not None:
+            indices = imagined_images(
+                self.pipeline, task, questions, config=missing_image, seeds=seeds
+            )
+        tokens = answer_prompts(
+            self.pipeline, task, indices=indices, questions=questions, number=len(seeds)
+        )
+        allowed = None
+        if allowed_characters is not None:
+            allowed = ids_of(self.pipeline, allowed_characters)
+        return sample_answers(
+            self.pipeline, tokens, config=config, seeds=seeds, allowed=allowed, on_token=on_token
+        )
+
+    def loglikelihood(
+        self,
+        task: str,
+        choices: Sequence[Sequence[str]],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        on_batch: OnToken | None = None,
+    ) -> Tensor:
+        indices = None if images is None else self.pipeline.encode(images)
+        tokens = answer_prompts(self.pipeline, task, indices=indices, questions=questions)
+        scored = score_choices(self.pipeline, task, tokens, choices, on_batch=on_batch)
+        return scored.log_likelihoods
+
+    def image_tokenizer(self) -> ImageTokenizer:
+        return self.pipeline.image_tokenizer
+
+    def token_pipeline(self) -> Pipeline:
+        return self.pipeline
+
+
+class RudolphFamily:
+    """The masked decoder as a ``families.interface.Family``."""
+
+    config = RudolphConfig
+    needs = ("tokenizer", "vqgan")
+    stage = "decoder"
+    is_trained = True
+    weights_file = FILES[0]
+    capabilities = RudolphCapabilities
+
+    def check(self, run: RunSettings) -> None:
+        codes, texts = run.vocabulary.codebook_size, run.vocabulary.text_size
+        if run.model.losses.first_image_token == "legacy" and codes > texts:
+            raise ValueError(
+                f"model.losses.first_image_token: legacy scores codes as text ids, and of "
+                f"{codes} codes only {texts} are (tokenizer.vocab_size, layout.left_text_length)"
+            )
+
+    def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
+        dropout, rank = run.model.attention_dropout, run.model.tuning.lora_rank
+        if flags.block_masks and dropout:
+            raise ValueError(
+                f"model.attention_dropout must be 0 with --block-masks, got {dropout:g}"
+            )
+        if flags.compile and rank is not None:
+            # Each low-rank layer is a class of its own, so each would be compiled.
+            raise ValueError(f"model.tuning.lora_rank must be null with --compile, got {rank}")
+
+    def curve_names(self, run: RunSettings) -> Iterator[str]:
+        rows = {entry.name: _scored_segments(entry, run) for entry in run.data.mixture}
+        scored = [name for name in SEGMENTS if any(name in own for own in rows.values())]
+        for stage in ("train", "val"):
+            yield f"{stage}/loss"
+            yield from (f"{stage}/loss/{name}" for name in scored)
+            if len(rows) > 1:
+                for row, own in rows.items():
+                    yield from (f"{stage}/loss/{row}/{name}" for name in own)
+        if len(rows) > 1:
+            yield from (f"train/fraction/{row}" for row in rows)
+        if run.model.losses.weighting == "learned":
+            yield from (f"train/weight/{name}" for name in SEGMENTS)
+
+    def build(self, run: RunSettings, parts: Parts) -> MaskedDecoder:
+        torch.manual_seed(mixed_seed(run.seed, self.stage))
+        model = MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
+        if run.model.init_by_name:
+            model.init_by_name(partial(mixed_seed, run.seed, self.stage))
+        if run.model.image_embedding_init == "codebook":
+            assert parts.vqgan is not None
+            every = torch.arange(run.vqgan.quantizer.num_codes)
+            model.init_from_codebook(parts.vqgan.quantize.codes(every[:, None, None])[:, :, 0, 0])
+        return model
+
+    def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        assert isinstance(source, MaskedDecoder) and isinstance(target, MaskedDecoder)
+        return adapt(source, target)
+
+    def examples(self, run: RunSettings, splits: Splits, name: str, parts: Parts) -> TokenExamples:
+        return TokenExamples(
+            [mixture_examples(run, entry, splits, name, parts) for entry in run.data.mixture],
+            run.data,
+            layout=run.sequence_layout,
+            vocabulary=run.vocabulary,
+            num_examples=run.optim.num_steps * run.optim.global_batch_size,
+            seed=run.seed,
+            task_weights=run.model.losses.task_weights,
+        )
+
+    def training(
+        self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
+    ) -> DecoderTraining:
+        apply_tuning(model, run.model.tuning)
+        model.has_checkpointing = flags.checkpointing
+        model.has_block_masks = flags.block_masks
+        model.has_compiled_layers = flags.compile
+        return DecoderTraining(
+            model,
+            run.model.losses,
+            run.optim,
+            num_accumulated=flags.num_accumulated,
+            sources=[each.source.name for each in examples.sources],
+        )
+
+    def open(self, model: Any, parts: Parts) -> RudolphCapabilities:
+        assert parts.tokenizer is not None and parts.vqgan is not None
+        return RudolphCapabilities(Pipeline(parts.tokenizer, parts.vqgan, model))
+
+    def save(
+        self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
+    ) -> list[Path]:
+        assert parts.tokenizer is not None and parts.vqgan is not None
+        decoder, vqgan, tokenizer = (folder / name for name in FILES)
+        save_weights(parts.vqgan, vqgan)
+        parts.tokenizer.save(tokenizer)
+        return [decoder, vqgan, tokenizer]
+
+
+def _scored_segments(entry: MixtureEntry, run: RunSettings) -> list[str]:
+    """Return the segments of a mixture entry whose loss weight is above 0."""
+    weights = run.model.losses.task_weights.get(entry.task, TASKS[entry.task].weights)
+    return [name for name, weight in zip(SEGMENTS, weights, strict=True) if weight > 0]
+
+
+def mixture_examples(
+    run: RunSettings, entry: MixtureEntry, splits: Splits, name: str, parts: Parts
+) -> MixtureExamples:
+    """Return the texts and image indices of a mixture entry; BPE-dropout encodes texts again."""
+    split, tokenizer = splits(name, entry.dataset), parts.tokenizer
+    assert tokenizer is not None and parts.image_indices is not None
+    task, dropout = TASKS[entry.task], run.tokenizer.bpe_dropout
+    sizes: dict[str, Any] = {"layout": run.sequence_layout, "vocabulary": run.vocabulary}
+
+    def encode_again(pair: int, generator: torch.Generator) -> Texts:
+        return fill_texts(
+            task,
+            split.captions[pair],
+            tokenizer=tokenizer,
+            beside=split.questions[pair] if task.has_question else "",
+            dropout=dropout,
+            generator=generator,
+            **sizes,
+        )
+
+    texts = task_texts(split, entry.task, tokenizer=tokenizer, **sizes)
+    indices = parts.image_indices(split) if split.images is not None else None
+    return MixtureExamples(entry, texts, indices, encode_again if dropout else None)

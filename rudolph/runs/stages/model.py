@@ -1,0 +1,139 @@
+"""The model of a run: built, started from other weights, and trained or taken from the cache."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rudolph.config.run import digest_of
+from rudolph.data.examples import TokenExamples
+from rudolph.data.splits import Splits
+from rudolph.families.interface import Family, Parts, TrainingFlags
+from rudolph.families.registry import family_of
+from rudolph.files.atomic import write_text
+from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.models.weights import save_weights, weights_digest
+from rudolph.runs.execution import Execution, copy_to_run, is_main_process
+from rudolph.runs.resolve import open_weights
+from rudolph.runs.samples import save_masks
+from rudolph.runs.stages.shared import shared_weights
+from rudolph.runs.stages.tokenizer import source_locations
+from rudolph.runs.trainer import fit
+from rudolph.sequence.layout import SEGMENTS
+
+SCORED_TABLE = "scored.csv"
+
+
+def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: str) -> nn.Module:
+    """Return the model of this run in evaluation mode: from the cache, or trained now.
+
+    Without training steps it is the one that ``model.init`` names.  Its weights lie in the run's
+    folder where the family has a file for them.
+
+    Args:
+        made_of: the digest of the data and the parts.
+    """
+    config = execution.config
+    family = family_of(config.model)
+    model = family.build(config, parts)
+    if not family.is_trained:
+        return model
+    save_masks(execution, model)
+    start = start_from(execution, family, model)
+    if config.optim.num_steps == 0:
+        weights = None
+    else:
+        decides = (config.data, config.tokenizer, config.layout, config.seed)
+        name = digest_of(*decides, config.model, config.optim, made_of, start)[:16]
+
+        def train(weights: Path) -> None:
+            train_model(execution, family, model, splits, parts, weights)
+
+        weights = shared_weights(execution, f"{family.stage}-{name}", model, train)
+    if family.weights_file is not None and is_main_process():
+        path = execution.folder / "checkpoints" / family.weights_file
+        path.parent.mkdir(exist_ok=True)
+        if weights is None:
+            save_weights(model, path)
+        else:
+            copy_to_run(weights, path)
+    return model.eval().requires_grad_(False)
+
+
+def start_from(execution: Execution, family: Family, model: nn.Module) -> str:
+    """Give the model the weights that ``model.init`` names; report what was resized.
+
+    Returns:
+        The digest of those weights, empty where none are named.
+    """
+    source = execution.config.model.init
+    if source is None:
+        return ""
+    with execution.stage("init") as advance:
+        start = open_weights(source, type(model), **source_locations(execution))
+        notes = family.adapt(start, model)
+        advance(1, 1, "; ".join([source, *notes]))
+    return weights_digest(start)
+
+
+def train_model(
+    execution: Execution,
+    family: Family,
+    model: nn.Module,
+    splits: Splits,
+    parts: Parts,
+    weights: Path,
+) -> None:
+    """Train on the training splits and write ``weights``."""
+    config = execution.config
+    with execution.stage("texts") as advance:
+        train, validation = (
+            family.examples(config, splits, name, parts) for name in ("train", "validation")
+        )
+        advance(1, 1, train.note())
+    if isinstance(train, TokenExamples):
+        print_scored_fraction(execution, train)
+    with execution.stage(family.stage) as advance:
+        fit(
+            execution,
+            family.training(config, model, train, training_flags(execution)),
+            config.optim,
+            examples=(train.batch, validation.whole, validation.num_whole),
+            stage=family.stage,
+            advance=advance,
+            weights=weights,
+            made_of=weights.parent.name,
+            seed=config.seed,
+        )
+    if isinstance(model, MaskedDecoder):
+        # Evaluation calls layers with other shapes and would compile them again for each.
+        model.has_compiled_layers = False
+
+
+def training_flags(execution: Execution) -> TrainingFlags:
+    """Return the hardware flags of this run that its training module needs."""
+    return execution.hardware.training_flags(execution.config.optim)
+
+
+def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
+    """Print the fraction and the loss weights of each mixture entry, and keep them as a table."""
+    if len(examples.sources) == 1 or not is_main_process():
+        return
+    total = sum(each.source.weight for each in examples.sources)
+    rows: list[dict[str, Any]] = []
+    for each, weights in zip(examples.sources, examples.weights.tolist(), strict=True):
+        fraction = each.source.weight / total
+        scored = dict(zip(SEGMENTS, weights, strict=True))
+        named = ", ".join(f"{name} {weight:g}" for name, weight in scored.items() if weight)
+        with execution.stage(f"scores {each.source.name}") as advance:
+            advance(1, 1, f"{fraction:.1%} of examples; {named}")
+        rows.append({"source": each.source.name, "share": fraction, **scored})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    path = execution.folder / SCORED_TABLE
+    write_text(path, text.getvalue())
+    execution.tracker.log_artifact(path)
