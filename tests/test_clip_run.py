@@ -30,10 +30,9 @@ OPTIM = {"num_steps": 6, "global_batch_size": 8, "validate_every": 3, "checkpoin
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = (
-        "model=clip",
-        f"clip={json.dumps(CLIP)}",
-        f"clip_optim={json.dumps(OPTIM)}",
-        "evaluation.evaluators=[]",
+        f"model={json.dumps({'family': 'clip', **CLIP})}",
+        f"optim={json.dumps(OPTIM)}",
+        "evaluation.evaluators=[retrieval]",
         "evaluation.splits=[test]",
         "evaluation.num_examples=6",
     )

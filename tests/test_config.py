@@ -29,11 +29,11 @@ GOOD: dict[str, Any] = {
         "data": {"dataset": "shapes", "image_size": 32},
         "vqgan": {"resolution": 32, "channels": [8, 16, 16], "quantizer.num_codes": 64},
         "model.layer_masks": ["row", "conv(3)"],
-        "decoder_optim": {"learning_rate": 0.001, "num_steps": 5},
+        "optim": {"learning_rate": 0.001, "num_steps": 5},
         "sampling": {"image": {"top_k": 5}},
         "evaluation.evaluators": ["reconstruction"],
     },
-    "variants": {"small": {"model.num_layers": 2}, "large": {"decoder": {"num_layers": 4}}},
+    "variants": {"small": {"model.num_layers": 2}, "large": {"model": {"num_layers": 4}}},
     "grid": {"sampling.image.temperature": [0.5, 1.0]},
     "seeds": [0, 7],
     "targets": {"vqgan/psnr/train": 20},
@@ -68,13 +68,13 @@ def test_the_base_of_a_released_size_is_that_of_its_file(tmp_path: Path, size: s
     content = {"title": "t", "question": "q", "base": str(base), "settings": {}}
     content["settings"] = {"data.manifest.path": "pairs.csv"}
     config = load_experiment(write(tmp_path, content)).runs[0].config
-    assert config.decoder.init == config.tokenizer.path == name
+    assert config.model.init == config.tokenizer.path == name
     model = empty_model("rudolph", RELEASED[name].config)
     assert config.sequence_layout == model.layout
     assert replace(config.vocabulary, num_image_specials=0) == replace(
         model.vocabulary, num_image_specials=0
     )
-    assert replace(config.decoder, init=None) == model.config
+    assert config.decoder.architecture == model.config
     vqgan = empty_model("vqgan", RELEASED[str(config.vqgan.init)].config)
     assert replace(config.vqgan, init=None) == vqgan.config
     assert config.data.image_size // config.vqgan.factor == model.layout.image_tokens_per_dim
@@ -156,7 +156,7 @@ def test_numbers_in_e_notation_are_numbers(tmp_path: Path) -> None:
     text = yaml.safe_dump(GOOD).replace("0.001", "1e-3")
     assert "1e-3" in text
     runs = load_experiment(write(tmp_path, text)).runs
-    assert runs[0].config.decoder_optim.learning_rate == 0.001
+    assert runs[0].config.optim.learning_rate == 0.001
 
 
 def test_the_schema_names_every_setting() -> None:

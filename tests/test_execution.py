@@ -110,7 +110,13 @@ REFUSED = [
     (["--block-masks"], "--block-masks needs CUDA"),
     (["optim.optimizer=adamw8bit"], "optim.optimizer adamw8bit needs"),
     (
-        ["model=clip", "optim.global_batch_size=8", "--micro-batch-size", "4"],
+        [
+            "model.family=clip",
+            "evaluation.evaluators=[]",
+            "optim.global_batch_size=8",
+            "--micro-batch-size",
+            "4",
+        ],
         "--micro-batch-size: expected 8 or none for a CLIP, got 4",
     ),
 ]

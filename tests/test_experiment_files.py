@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rudolph.runs.stages.decoder import decoder_digest_parts
 
 from rudolph.config.experiment_file import Experiment, load_experiment
 from rudolph.config.run import RunConfig
@@ -13,7 +14,6 @@ from rudolph.data.splits import open_dataset
 from rudolph.generation.filters import next_probabilities
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vision.clip import CLIP
-from rudolph.runs.stages.decoder import decoder_digest_parts
 from rudolph.sequence.tasks import TASKS
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import compute_losses, mixed_loss, segment_means

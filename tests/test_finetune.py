@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rudolph.runs.stages.decoder import start_from
 from safetensors.torch import load_file, save_file
 from tiny_run import quiet, run_tiny, write
 
 from rudolph.cli import main
 from rudolph.config.experiment_file import load_experiment
+from rudolph.families.registry import family_of
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
-from rudolph.runs.resolve import find_folder, find_tokenizer, load_run, open_decoder
+from rudolph.runs.resolve import find_folder, find_tokenizer, load_run, open_weights
+from rudolph.runs.stages.model import start_from
 from rudolph.runs.stages.origins import warn_of_other_parts
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.tracker import send_pending
@@ -78,7 +79,8 @@ def test_what_changed_on_the_way_is_said_in_one_line(finished: Path, tmp_path: P
         lambda stage, done, total, note: notes.append(note),
     )
     config = experiment.runs[0].config
-    start_from(execution, MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary))
+    model = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
+    start_from(execution, family_of(config.model), model)
     assert len(notes) == 1 and "\n" not in notes[0]
     assert "left text 20 -> 30: positions interpolated" in notes[0]
     assert "text specials 17 -> 20: new rows start at random" in notes[0]
@@ -132,7 +134,7 @@ def test_tokenizer_and_vqgan_are_those_of_the_weights(
         for given in ((f"model.init={finished}", settings[0]), from_run(finished))
     )
     assert first == second and first.digest == second.digest
-    assert first.trainings.keys() == {"decoder_optim"}
+    assert first.trainings.keys() == {"optim"}
 
 
 def execution_of(folder: Path, settings: tuple[str, ...]) -> Execution:
@@ -195,7 +197,7 @@ def test_an_mlflow_run_is_a_source_here_and_elsewhere(finished: Path, tmp_path: 
     places = {"runs": tmp_path / "runs", "uri": uri}
     fetched = find_folder(run_id, **places)
     assert fetched.is_relative_to(tmp_path)
-    model = open_decoder(run_id, **places).state_dict()
+    model = open_weights(run_id, MaskedDecoder, **places).state_dict()
     assert all(value.equal(model[name]) for name, value in decoder_of(finished).items())
     assert find_tokenizer(run_id, **places).is_file()
     with pytest.raises(ValueError, match=rf"MLflow run {'0' * 32}: checkpoints cannot be had"):

@@ -300,14 +300,16 @@ def test_sizes_are_those_of_the_experiment_files(name: str) -> None:
     path = ROOT / "experiments" / "base" / f"rudolph_{name}.yaml"
     content = yaml.safe_load(path.read_text())
     content["tokenizer"].pop("path")
-    for part in ("decoder", "decoder_losses"):
-        content[part].pop("init", None)
+    content["model"].pop("init")
     content.pop("vqgan.init")
     content |= {"vqgan.resolution": content["data"]["image_size"]}
     config = resolve_run(path, flat_settings(path, type(quickstart_config()), content))
     found: Geometry = full_sizes(CPU).decoders[name]
     assert found.layout == config.sequence_layout and found.vocabulary == config.vocabulary
-    same = to_plain(config.decoder) | {"attention_dropout": 0.0, "output_dropout": 0.0}
+    same = to_plain(config.decoder.architecture) | {
+        "attention_dropout": 0.0,
+        "output_dropout": 0.0,
+    }
     assert to_plain(found.decoder) == same
     assert full_sizes(CPU).vqgan == type(config.vqgan)()
 

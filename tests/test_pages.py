@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import cast
 
 import pytest
 import yaml
@@ -12,9 +11,7 @@ from rudolph.config.run import RunConfig
 from rudolph.data.splits import open_dataset
 from rudolph.evaluation.report_card import EVALUATORS
 from rudolph.models.rudolph.adapt import adapt
-from rudolph.models.vqgan.model import VQGAN
-from rudolph.runs.resolve import open_decoder
-from rudolph.runs.stages.decoder import new_decoder
+from rudolph.runs.resolve import open_weights
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -70,5 +67,5 @@ def test_the_demo_model_starts_on_the_pairs_of_the_example(
     assert config.tokenizer.path == config.vqgan.init == config.decoder.init == "shipped"
     pairs = open_dataset(config.data, "train")
     assert len(pairs) > 80 and pairs.report.rows == pairs.report.kept == 100
-    start = open_decoder("shipped", runs=tmp_path, uri="")
-    assert adapt(start, new_decoder(config, cast(VQGAN, None))) == []
+    start = open_weights("shipped", MaskedDecoder, runs=tmp_path, uri="")
+    assert adapt(start, family_of(config.model).build(config, Parts())) == []

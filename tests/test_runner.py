@@ -72,9 +72,9 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     """Two files in two processes, one run of which loses its numbers: the others end as alone."""
     folder = tmp_path / "experiments"
     write(folder, "one", seeds=[0, 1])
-    broken = {"decoder_optim": {**OPTIM, "learning_rate": 1e30, "gradient_clip": None}}
+    broken = {"optim": {**OPTIM, "learning_rate": 1e30, "gradient_clip": None}}
     # More bytes than any machine can address.
-    huge = {"decoder": {"hidden_size": 10**13, "num_heads": 1}}
+    huge = {"model": {"hidden_size": 10**13, "num_heads": 1}}
     write(folder, "two", variants={"good": {}, "broken": broken, "huge": huge})
     monkeypatch.chdir(tmp_path)
     assert main(["run", "experiments", "--jobs", "2", "--precision", "32-true"]) == 1

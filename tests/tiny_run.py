@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
     "title": "Tiny",
     "question": "Does a run hold together?",
     "settings": {
-        "data": {"dataset": "shapes", "image_size": 24, "flip": 0.5},
+        "data": {"dataset": "shapes", "image_size": 24, "flip_probability": 0.5},
         "data.shapes": {"num_train": 40, "num_validation": 6, "num_test": 6},
         "tokenizer": {"vocab_size": 120, "bpe_dropout": 0.1},
         "layout": {"left_text_length": 20, "right_text_length": 20},
@@ -34,10 +34,10 @@ TINY: dict[str, Any] = {
             "quantizer": {"kind": "ema", "num_codes": 12, "embedding_dim": 4},
         },
         "vqgan_optim": {**OPTIM, "ema_decay": 0.5},
-        "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
-        "decoder_optim": {**OPTIM, "ema_decay": 0.9},
+        "model": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
+        "optim": {**OPTIM, "ema_decay": 0.9},
         "evaluation": {
-            "questions": ["scene_accuracy", "caption_f1", "reconstruction", "likelihood"],
+            "evaluators": ["scene_accuracy", "caption_f1", "reconstruction", "likelihood"],
             "splits": ["train", "test"],
             "num_examples": 4,
             "grid_prompts": ["красный круг в центре"],

@@ -20,7 +20,7 @@ from rudolph.config.names import (
     run_name,
     value_labels,
 )
-from rudolph.config.run import RunConfig, overrides_of, resolve_run
+from rudolph.config.run import RunConfig, layered, overrides_of, resolve_run
 from rudolph.files import settings
 from rudolph.files.settings import (
     STRICT,
@@ -148,7 +148,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         claim=claim,
         report=report,
         runs=runs,
-        settings=_shared_settings(path, content) | given,
+        settings=layered(_shared_settings(path, content), given),
         seeds=tuple(content.get("seeds", [0])),
         search=search,
     )
@@ -211,7 +211,7 @@ def _check_domains(
     path: Path, content: Mapping[str, Any], search: Search, runs: Sequence[Run]
 ) -> None:
     """Raise ``ConfigError`` for a domain that is not one metric of trials and of their tests."""
-    flat = _shared_settings(path, content) | search.settings
+    flat = layered(_shared_settings(path, content), search.settings)
     trial = resolve_run(path, flat | {name: axis.low for name, axis in search.space.items()})
     tested = resolve_run(path, _shared_settings(path, content))
     for config in (trial, tested, *(run.config for run in runs)):
@@ -237,13 +237,14 @@ def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -
     labels = [value_labels(path, key, values) for key, values in grid.items()]
     found: dict[tuple[str, str], Run] = {}
     for variant, changes in variants.items():
-        changed = shared | _variant(path, variant, changes, is_searched="search" in content)
+        own = _variant(path, variant, changes, is_searched="search" in content)
+        changed = layered(shared, own)
         points = zip(itertools.product(*grid.values()), itertools.product(*labels), strict=True)
         for point, label in points:
             place = dict(zip(grid, point, strict=True))
             named = dict(zip(grid, label, strict=True))
             for seed in seeds:
-                config = resolve_run(path, changed | place | {"seed": seed} | overrides)
+                config = resolve_run(path, layered(changed, place, {"seed": seed}, overrides))
                 run = Run(run_name(variant, named, config.seed), variant, place, config)
                 # With a seed on the command line all seeds of the file are one.
                 found.setdefault((run.name, config.digest), run)
@@ -262,7 +263,7 @@ def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
     require_domains(path, found.domains)
     shared = _shared_settings(path, content)
     for place in (least, {name: axis.high for name, axis in found.space.items()}):
-        resolve_run(path, shared | flat | place)
+        resolve_run(path, layered(shared, flat, place))
     return replace(found, settings=flat)
 
 
@@ -272,7 +273,7 @@ def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         base = path.parent / content["base"]
         shared = _seedless(base, read_yaml(base))
         resolve_run(base, shared)
-    return shared | _seedless(path, content.get("settings", {}), "settings")
+    return layered(shared, _seedless(path, content.get("settings", {}), "settings"))
 
 
 def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> dict[str, Any]:

@@ -39,7 +39,9 @@ EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
     "answer_f1": ("answers/token_f1", "answers/exact_match"),
     "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact_match"),
     "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact_match"),
-    "text_recognition": tuple(f"text_recognition/{name}" for name in ("1-ned", "cer", "exact_match")),
+    "text_recognition": tuple(
+        f"text_recognition/{name}" for name in ("1-ned", "cer", "exact_match")
+    ),
     "text_continuation": ("text_to_text/sentence_accuracy",),
     "multiple_choice": (),
     "zero_shot_classification": (

@@ -39,6 +39,8 @@ from rudolph.training.optim import OptimConfig
 CONFIG_VERSION = 2
 # The window of SSIM is mirrored at the edges of an image, which must be larger than half of it.
 SSIM_SIDE = 6
+# The family that most experiments train needs no line of its own.
+FAMILY, DEFAULT_FAMILY = "model.family", "rudolph"
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,25 @@ def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 def run_of(path: Path, content: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """Return the run of a resolved configuration; ``path`` is named in messages."""
     written = flat_settings(path, RunConfig, content)
-    return resolve_run(path, written | overrides_of(overrides))
+    return resolve_run(path, layered(written, overrides_of(overrides)))
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat settings in which later layers win.
+
+    A layer that names another ``model.family`` also removes the model settings below it, which
+    belong to the family before.
+
+    >>> layered({"model.num_layers": 2, "seed": 1}, {"model.family": "clip"})
+    {'seed': 1, 'model.family': 'clip'}
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        family = merged.get(FAMILY, DEFAULT_FAMILY)
+        if layer.get(FAMILY, family) != family:
+            merged = {key: value for key, value in merged.items() if not key.startswith("model.")}
+        merged |= layer
+    return merged
 
 
 def run_yaml(config: RunConfig) -> str:
@@ -302,7 +322,4 @@ def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
 
 def resolve_run(path: Path, flat: Mapping[str, Any]) -> RunConfig:
     """A run of flat settings; ``path`` is named in messages."""
-    # The family that most experiments train needs no line of its own.
-    return validate(
-        path, RunConfig, settings.nest_settings({"model.family": "rudolph"} | dict(flat))
-    )
+    return validate(path, RunConfig, settings.nest_settings({FAMILY: DEFAULT_FAMILY} | dict(flat)))

@@ -10,7 +10,7 @@
       environment.json, samples/<run>-*.png
       figures/*.svg                  drawn from the CSV files beside them and nothing else
 
-Every export replaces ``samples``, ``profiles`` and ``figures``: keep nothing 
+Every export replaces ``samples``, ``profiles`` and ``figures``: keep nothing
 """
 
 import csv
