@@ -3,7 +3,7 @@
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ from rudolph.evaluation.statistics import (
     mean_interval,
     proportion_interval,
 )
+from rudolph.families.interface import Capabilities
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.generation.pipeline import Pipeline
 
 SIDE = 8
 
@@ -130,7 +130,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Split:
 def context(*, half: int | None = None) -> EvaluationContext:
     """One without models, which only chooses pairs."""
     return EvaluationContext(
-        cast(Pipeline, None), TokenSamplingConfig(), TokenSamplingConfig(), 9, 0, half=half
+        Capabilities(), TokenSamplingConfig(), TokenSamplingConfig(), 9, 0, eval_fold=half
     )
 
 
@@ -155,7 +155,7 @@ def test_pairs_of_one_image_count_as_one_in_every_score(several: Split) -> None:
 
 def test_an_image_is_in_one_half_alone(several: Split) -> None:
     halves = [
-        {several.captions[at].split()[1] for at in context(half=half).order(several)}
+        {several.captions[at].split()[1] for at in context(eval_fold=half).order(several)}
         for half in (0, 1)
     ]
     assert not halves[0] & halves[1]

@@ -1,7 +1,6 @@
 """Which pairs are asked about: halves that share none, and as many emoji of each group."""
 
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from rudolph.data.datasets.emoji import Emoji, emoji_images
 from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.families.interface import Capabilities
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.generation.pipeline import Pipeline
 
 SAMPLING = TokenSamplingConfig()
 
@@ -31,7 +30,7 @@ def context(
     kind: type[EvaluationContext], number: int, *, seed: int, half: int | None = None
 ) -> EvaluationContext:
     """One without models: which pairs are chosen needs none."""
-    return kind(cast(Pipeline, None), SAMPLING, SAMPLING, number, seed, half=half)
+    return kind(Capabilities(), SAMPLING, SAMPLING, number, seed, eval_fold=half)
 
 
 def opened(tmp_path: Path, dataset: str, size: int) -> Split:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rudolph.runs.stages.decoder import token_examples
 from safetensors.torch import load_file
 from tiny_run import run_tiny, write
 
 from rudolph.config.experiment_file import load_experiment
 from rudolph.data.splits import Splits
+from rudolph.families.interface import Parts
+from rudolph.families.registry import family_of
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.resolve import load_run
 from rudolph.tracking.event_log import exclusive, read_event_log
@@ -170,15 +171,16 @@ def validation_losses(folder: Path) -> dict[str, float]:
     """The losses of a finished run on its whole validation split at once."""
     pipeline, config = load_run(folder)
     splits = Splits(config.data, folder.parent.parent / ".cache")
-    split = splits("validation")
-    indices = {
-        ("validation", split.dataset_name): pipeline.encode(split.image_batch(range(len(split))))
-    }
-    examples = token_examples(config, splits, "validation", indices, pipeline.tokenizer)
+    parts = Parts(
+        pipeline.tokenizer,
+        pipeline.vqgan,
+        lambda split: pipeline.encode(split.image_batch(range(len(split)))).numpy(),
+    )
+    examples = family_of(config.model).examples(config, splits, "validation", parts)
     batch = examples.whole(range(examples.num_whole))
     with torch.no_grad():
         losses = segment_losses(
-            pipeline.decoder, batch.tokens, config.decoder_losses, scored=batch.scored
+            pipeline.decoder, batch.tokens, config.model.losses, scored=batch.scored
         )
     return {name: loss.item() for name, loss in losses.items()}
 

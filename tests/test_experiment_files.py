@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rudolph.runs.stages.decoder import decoder_digest_parts
 
 from rudolph.config.experiment_file import Experiment, load_experiment
 from rudolph.config.run import RunConfig
@@ -58,7 +57,7 @@ def batch_of(config: RunConfig) -> TokenBatch:
     generator = torch.Generator().manual_seed(1)
     rows = range(BATCH * len(config.data.mixture))
     sources = torch.tensor([row % len(config.data.mixture) for row in rows])
-    own = config.decoder_losses.task_weights
+    own = config.decoder.losses.task_weights
     tasks = [source.task for source in config.data.mixture]
     weights = torch.tensor([list(own.get(task, TASKS[task].weights)) for task in tasks])
     sizes = vocabulary.bpe_size, vocabulary.codebook_size, vocabulary.bpe_size
@@ -74,21 +73,21 @@ def batch_of(config: RunConfig) -> TokenBatch:
 
 def train_two_steps(config: RunConfig) -> list[float]:
     torch.manual_seed(0)
-    model = MaskedDecoder(config.decoder, config.sequence_layout, config.vocabulary)
-    module = DecoderTraining(model, config.decoder_losses, config.decoder_optim)
-    optimizers = optimizers_of(model, config.decoder_optim)
+    model = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
+    module = DecoderTraining(model, config.decoder.losses, config.optim)
+    optimizers = optimizers_of(model, config.optim)
     batch, losses = batch_of(config), []
     for _ in range(2):
         found = compute_losses(
-            model, batch.tokens, config.decoder_losses, scored=batch.scored, inputs=batch.inputs
+            model, batch.tokens, config.decoder.losses, scored=batch.scored, inputs=batch.inputs
         )
         loss = (
-            mixed_loss(found, config.decoder_losses, weights=batch.weights, sources=batch.sources)
+            mixed_loss(found, config.decoder.losses, weights=batch.weights, sources=batch.sources)
             if module.learned is None
             else module.learned(segment_means(found))
         )
         loss.backward()
-        clip_gradients(optimizers, config.decoder_optim)
+        clip_gradients(optimizers, config.optim)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -100,11 +99,11 @@ def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment
     different = {}
     for run in experiment.runs:
         config = run.config
-        if config.model == "clip":
-            model = CLIP(config.clip)
+        if config.model.family == "clip":
+            model = CLIP(config.model.architecture)
             assert sum(parameter.numel() for parameter in model.parameters()) > 0
-        elif config.speed.workload is None and config.decoder_optim.num_steps > 0:
-            decides = str((decoder_digest_parts(config)[4:], config.layout, config.vocabulary))
+        elif config.speed.workload is None and config.optim.num_steps > 0:
+            decides = str((config.model, config.optim, config.layout, config.vocabulary))
             different[decides] = config
     for config in different.values():
         first, second = train_two_steps(config)

@@ -12,6 +12,7 @@ from tiny_run import run_tiny
 from rudolph.data.splits import Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.families.rudolph import RudolphCapabilities
 from rudolph.models.layers.attention import KeyValue, attention
 from rudolph.models.rudolph import decoder as layer_module
 from rudolph.models.rudolph.decoder import PRECISIONS, DecoderConfig, MaskedDecoder
@@ -32,7 +33,9 @@ def test_the_largest_scores_are_those_that_attention_computes(
 ) -> None:
     pipeline, config = load_run(finished)
     split = Splits(config.data, finished.parent.parent / ".cache")("test")
-    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 4, 0)
+    context = EvaluationContext(
+        RudolphCapabilities(pipeline), config.sampling.image, config.sampling.text, 4, 0
+    )
     seen_scores: list[torch.Tensor] = []
 
     def recorded(query: torch.Tensor, seen: list[KeyValue], **rest: Any) -> torch.Tensor:

@@ -10,7 +10,10 @@ from rudolph.config.experiment_file import load_experiment
 from rudolph.config.run import RunConfig
 from rudolph.data.splits import open_dataset
 from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.families.interface import Parts
+from rudolph.families.registry import family_of
 from rudolph.models.rudolph.adapt import adapt
+from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.runs.resolve import open_weights
 
 ROOT = Path(__file__).parent.parent

@@ -24,6 +24,7 @@ from rudolph.evaluation.evaluators.reranking import best_probabilities
 from rudolph.evaluation.evaluators.texts import answer_pairs
 from rudolph.evaluation.metrics.answers import MetricProtocol, require_comparable
 from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.families.rudolph import RudolphCapabilities
 from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.vision.clip import CLIP
@@ -108,7 +109,9 @@ def test_every_question_has_its_rows_with_interval_and_protocol(mixed: Path) -> 
 def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 5, 0)
+    context = EvaluationContext(
+        RudolphCapabilities(pipeline), config.sampling.image, config.sampling.text, 5, 0
+    )
     scores = {
         score.name: score
         for name in ("likelihood", "reconstruction")
@@ -128,14 +131,17 @@ def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: 
 def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 4, 0)
-    with pytest.raises(ValueError, match="needs evaluation"):
-        EVALUATORS["clip_score_evaluator"](context, split)
+    context = EvaluationContext(
+        RudolphCapabilities(pipeline), config.sampling.image, config.sampling.text, 4, 0
+    )
+    with pytest.raises(ValueError, match=r"evaluation\.clip: expected a CLIP"):
+        EVALUATORS["clip_score"](context, split)
     [fid, _] = EVALUATORS["fid_kid"](context, split)
     _, tokenizer = scenes(tmp_path)
     torch.manual_seed(0)
-    pipeline.clip = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
-    drawn, real = EVALUATORS["clip_score_evaluator"](context, split)
+    ranker = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
+    context.ranker = ranker
+    drawn, real = EVALUATORS["clip_score"](context, split)
     # The oracle: the ranker's own similarities of each caption with its own image.
     indices = context.chosen(split)
     captions = [split.captions[index] for index in indices]
@@ -143,7 +149,7 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
         (drawn, context.generated_images(split, indices)),
         (real, split.image_batch(indices)),
     ):
-        cosines = pipeline.clip.similarities(images, captions).diagonal()
+        cosines = ranker.similarities(images, captions).diagonal()
         assert score.value == pytest.approx(float(2.5 * cosines.clamp(min=0).mean()), rel=1e-5)
     [by_clip, _] = EVALUATORS["fid_kid"](context, split)
     first, second = (MetricProtocol.parse(each.protocol) for each in (fid, by_clip))
@@ -155,7 +161,7 @@ def test_answers_after_a_drawn_image_are_another_measure(mixed: Path) -> None:
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test", "paragraphs")
     sampling = TokenSamplingConfig()
-    context = EvaluationContext(pipeline, sampling, sampling, 12, 0)
+    context = EvaluationContext(RudolphCapabilities(pipeline), sampling, sampling, 12, 0)
     legacy = replace(context, missing_image="legacy")
     asked = [answer_pairs("text_question_answering", each, split) for each in (context, legacy)]
     assert asked[0].indices == asked[1].indices and asked[0].answers != asked[1].answers
@@ -347,12 +353,14 @@ def test_the_best_of_some_is_the_mean_over_all_choices(total: int, number: int) 
 def test_reranking_tells_a_point_for_each_ranking_and_number(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rudolph.evaluation.evaluators.reranking.NUMBERS", (1, 2, 4))
+    monkeypatch.setattr("rudolph.evaluation.evaluators.reranking.CANDIDATE_COUNTS", (1, 2, 4))
     pipeline, config = load_run(mixed)
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
-    context = EvaluationContext(pipeline, config.sampling.image, config.sampling.text, 3, 0)
+    context = EvaluationContext(
+        RudolphCapabilities(pipeline), config.sampling.image, config.sampling.text, 3, 0
+    )
     scores = {score.metric: score for score in EVALUATORS["rerank_curve"](context, split)}
-    rankings = ("likelihood", "inverse_prompting", "truth")
+    rankings = ("likelihood", "inverse_prompting", "oracle")
     points = [f"best_of_{n}" for n in (1, 2, 4)] + [f"gain_at_{n}" for n in (2, 4)]
     assert set(scores) == {f"rerank_{name}/{point}" for name in rankings for point in points}
     first = [scores[f"rerank_{name}/best_of_1"].value for name in rankings]
@@ -370,7 +378,7 @@ def test_the_share_of_different_captions_is_told_where_there_are_two(mixed: Path
     split = Splits(config.data, mixed.parent.parent / ".cache")("test")
     sampling = TokenSamplingConfig(temperature=2.0)
     for number in (1, 6):
-        context = EvaluationContext(pipeline, sampling, sampling, number, 0)
+        context = EvaluationContext(RudolphCapabilities(pipeline), sampling, sampling, number, 0)
         scores = {score.metric: score for score in EVALUATORS["caption_metrics"](context, split)}
         assert ("image_to_text/distinct" in scores) == (number > 1)
     said = answer_pairs("image_captioning", context, split).answers
