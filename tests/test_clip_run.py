@@ -8,7 +8,10 @@ import torch
 from tiny_run import run_tiny
 
 from rudolph.data.splits import Split
+from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.evaluators.retrieval import retrieval
+from rudolph.families.clip import CLIPCapabilities
+from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.reports.report_cards import CARD, read_card
 from rudolph.runs.resolve import load_run, newest_run, open_clip
 
@@ -71,7 +74,9 @@ def test_a_run_of_a_clip_is_a_source_of_one(trained: Path, finished: Path) -> No
 def test_retrieval_counts_as_a_sorted_list_does(trained: Path, finished: Path) -> None:
     ranker, (_, config) = open_clip(str(trained)), load_run(finished)
     split = Split(config.data, "train", finished.parent.parent / ".cache")
-    scores = {each.metric: each for each in retrieval(ranker, split, num_examples=30, seed=0)}
+    sampling = TokenSamplingConfig()
+    context = EvaluationContext(CLIPCapabilities(ranker), sampling, sampling, 30, 0)
+    scores = {each.metric: each for each in retrieval(context, split)}
     captions = split.captions[:30]
     texts = sorted(set(captions))
     assert len(texts) < 30, "no caption is shared"

@@ -155,7 +155,7 @@ def test_pairs_of_one_image_count_as_one_in_every_score(several: Split) -> None:
 
 def test_an_image_is_in_one_half_alone(several: Split) -> None:
     halves = [
-        {several.captions[at].split()[1] for at in context(eval_fold=half).order(several)}
+        {several.captions[at].split()[1] for at in context(half=half).order(several)}
         for half in (0, 1)
     ]
     assert not halves[0] & halves[1]

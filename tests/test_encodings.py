@@ -45,7 +45,7 @@ def call(folder: Path, *arguments: str) -> None:
 def test_a_run_and_its_page_are_utf_8_in_an_ascii_locale(tmp_path: Path) -> None:
     question = "Хватает ли байта на букву?"
     content = TINY | {"question": question, "title": "Кодировки", "targets": {}, "report": {}}
-    settings = TINY["settings"] | {"evaluation": {"questions": ["caption_f1"], "num_examples": 2}}
+    settings = TINY["settings"] | {"evaluation": {"evaluators": ["caption_f1"], "num_examples": 2}}
     path = tmp_path / "tiny.yaml"
     path.write_text(
         yaml.safe_dump(content | {"settings": settings}, allow_unicode=True), encoding="utf-8"

@@ -108,7 +108,7 @@ def test_names_of_a_search_are_its_own(
         "domains": changes.pop("domains", {"all": "text_to_image/object_accuracy"}),
         "settings": {"evaluation.splits": ["train"]},
     }
-    asked = {"questions": ["scene_accuracy"], "splits": ["test"]}
+    asked = {"evaluators": ["scene_accuracy"], "splits": ["test"]}
     settings = TINY["settings"] | {"evaluation": asked}
     with pytest.raises(ConfigError, match=words):
         load_experiment(write(tmp_path / "x.yaml", settings=settings, search=search, **changes))
@@ -124,7 +124,7 @@ def test_names_mirror_the_paths_of_experiments(
         ("experiments/a/b/x.v2.yml", "a/b/x.v2"),
         ("./experiments/../a/x.yaml", "a/x"),
         ("x.yaml", "x"),
-        ("experiments/finetune/captions.yaml", "captions"),
+        ("experiments/finetune/captions.yaml", "finetune/captions"),
         ("finetune/captions.yaml", "finetune/captions"),
         ("experiments/finetune/other.yaml", "finetune/other"),
         (str(ROOT / "experiments" / "masks" / "cost.yaml"), "masks/cost"),
@@ -132,6 +132,6 @@ def test_names_mirror_the_paths_of_experiments(
         (str(tmp_path / "b" / "x.yaml"), "b/x"),
     ):
         assert experiment_name(Path(path)) == name, path
-    for path in ("experiments/a/configs.yaml", ".cache/x.yaml", "experiments/samples/x/y.yaml"):
+    for path in ("experiments/a/figures.yaml", ".cache/x.yaml", "experiments/samples/x/y.yaml"):
         with pytest.raises(ConfigError, match="expected a path of names"):
             experiment_name(Path(path))

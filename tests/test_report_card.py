@@ -45,7 +45,7 @@ TASKS = {
 ASKED = (
     "scene_accuracy",
     "caption_f1",
-    "continuation",
+    "text_continuation",
     "shapes_questions/answer_f1",
     "words/text_recognition",
     "paragraphs/text_answers",
@@ -140,7 +140,7 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
     _, tokenizer = scenes(tmp_path)
     torch.manual_seed(0)
     ranker = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
-    context.ranker = ranker
+    context = replace(context, ranker=ranker)
     drawn, real = EVALUATORS["clip_score"](context, split)
     # The oracle: the ranker's own similarities of each caption with its own image.
     indices = context.chosen(split)
@@ -172,9 +172,9 @@ def test_answers_after_a_drawn_image_are_another_measure(mixed: Path) -> None:
 
 def test_a_trained_decoder_is_asked_more_without_training(mixed: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load((mixed / "config.yaml").read_text())
-    kept = ("data", "layout", "tokenizer", "vqgan", "decoder")
+    kept = ("data", "layout", "tokenizer", "vqgan", "model")
     overrides = [f"{name}={json.dumps(settings[name])}" for name in kept]
-    overrides += [f"{name}.init={mixed}" for name in ("vqgan", "decoder")]
+    overrides += [f"{name}.init={mixed}" for name in ("vqgan", "model")]
     overrides += [
         f"tokenizer.path={mixed}",
         "optim.num_steps=0",

@@ -27,7 +27,7 @@ from rudolph.runs.execution import Execution
 from rudolph.runs.runner import experiment_files
 from rudolph.runs.stages.run import run_stages
 
-ASKED = {"questions": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
+ASKED = {"evaluators": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
 METRIC = "text_to_image/object_accuracy"
 
 
@@ -134,7 +134,7 @@ def test_a_search_by_two_processes_finds_what_one_finds(
         "trials": 8,
         "settings": {"evaluation.splits": ["train"]},
     }
-    asked = {"questions": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
+    asked = {"evaluators": ["scene_accuracy"], "splits": ["test"], "num_examples": 4}
     settings = TINY["settings"] | {"evaluation": asked}
     found = []
     for jobs in ("1", "2"):

@@ -24,6 +24,7 @@ LAYERS = (
     "data",  # datasets, mixture, examples, cache
     "generation",  # filters, decoding loop, likelihood, reranking, inpainting, upscaling
     "training",  # Lightning modules, losses, optimizers, callbacks
+    "families",  # the interface of a model family, and one file per family
     "evaluation",  # evaluators, metrics, statistics
     "tracking",  # event log and MLflow
     "reports",  # result folders: tables, claims, figures, pages, check
@@ -38,7 +39,7 @@ OWNERS = {
     "mlflow": r"tracking/(mlflow_store|mlflow_database|artifacts)",
     "matplotlib": r"reports/(figures|image_grids|style)",
     "seaborn": r"reports/(figures|image_grids|style)",
-    "pytorch_lightning": r"training/\w+|data/loader|runs/trainer|runs/stages/(run|clip)",
+    "pytorch_lightning": r"training/\w+|data/loader|runs/trainer|runs/stages/run",
     "yaml": r"files/settings",
     "scipy": r"evaluation/(statistics|regions)",
     "sklearn": r"evaluation/regions",

@@ -164,12 +164,7 @@ def generate_images(given: Any) -> int:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
     images = read_image_prompt(given)
     request = Request(
-        given.number,
-        given.keep,
-        given.rank,
-        given.perplexity,
-        given.seed,
-        window=given.window,
+        given.number, given.keep, given.rank, given.perplexity, given.seed, window=given.window
     )
     source = load_requested(given)
     pipeline = source.pipeline

@@ -57,14 +57,14 @@ EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
     "likelihood": ("text_to_image/nats", "text_to_image/bits_per_pixel", "image_to_text/nats"),
     "convergence": (CONVERGED,),
     "attention_logits": ("decoder/max_attention_logit", "decoder/attention_overflows"),
+    "reconstruction": (
+        *("vqgan/psnr", "vqgan/ssim"),
+        *("vqgan/codebook_usage", "vqgan/codebook_perplexity"),
+    ),
     "retrieval": tuple(
         f"{direction}/recall_at_{k}"
         for direction in ("image_to_text", "text_to_image")
         for k in RECALLS_AT
-    ),
-    "reconstruction": (
-        *("vqgan/psnr", "vqgan/ssim"),
-        *("vqgan/codebook_usage", "vqgan/codebook_perplexity"),
     ),
 }
 

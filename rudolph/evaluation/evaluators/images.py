@@ -179,8 +179,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     indices = context.chosen(split)
     images = split.image_batch(indices)
     tokenizer = context.model.image_tokenizer()
-    codes = tokenizer.encode(images)
-    decoded = tokenizer.decode(codes)
+    decoded = tokenizer.decode(codes := tokenizer.encode(images))
     similarities = [
         mean_score(
             f"vqgan/{name}",

@@ -34,7 +34,7 @@ def adapt(source: MaskedDecoder, target: MaskedDecoder) -> list[str]:
     for name in SAME_FIELDS:
         old, new = getattr(source.config, name), getattr(target.config, name)
         if old != new:
-            raise ValueError(f"decoder.{name} must be {old}, that of the weights, got {new}")
+            raise ValueError(f"model.{name} must be {old}, that of the weights, got {new}")
     notes: list[str] = []
     given = source.state_dict()
     tables = _tables(source, target, notes)
