@@ -61,7 +61,7 @@ ASKED = (
     "fid_kid",
     "words/reconstruction",
 )
-NAMES = ("token_f1", "exact", "true")
+NAMES = ("token_f1", "exact_match", "caption_accuracy")
 SIZES = {"num_train": 20, "num_validation": 4, "num_test": 30}
 WORLDS = ("shapes", "shapes_questions", "words", "paragraphs", "arithmetic")
 

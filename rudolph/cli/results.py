@@ -69,6 +69,7 @@ def write_results(loaded: Any, folders: Any) -> Path:
     from rudolph.reports.report import Report
     from rudolph.reports.store import export_results, write_index
     from rudolph.runs.runner import all_runs, missing_runs, require_own_experiments
+    from rudolph.runs.scale import scale_of
     from rudolph.runs.search import groups_sharing_pairs
 
     require_own_experiments([loaded], folders, RESULTS_FOLDER)
@@ -92,6 +93,7 @@ def write_results(loaded: Any, folders: Any) -> Path:
         against=loaded.report.against,
         search=loaded.search,
         missing=missing_runs(loaded, folders),
+        scale=scale_of([run.config for run in runs]),
         same_pairs=groups_sharing_pairs(loaded),
     )
     belonging = {(run.name, run.config.digest) for run in runs}

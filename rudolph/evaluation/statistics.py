@@ -320,6 +320,36 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDiffe
     return PairedDifference(*found, p_value)
 
 
+def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
+    """Compare paired outcomes of 0 or 1 exactly, for runs that succeed or fail as a whole.
+
+    p is that of McNemar's exact test: a binomial test of the pairs that differ.  The interval of
+    the difference of both proportions joins Clopper-Pearson intervals of the proportions of pairs
+    that differ in either direction, at 97.5 % each (Bonferroni), so it covers at least 95 % and
+    stays within [-1, 1].
+
+    Args:
+        differences: of each pair, -1, 0 or 1.
+
+    Raises:
+        ValueError: when there are fewer than two pairs, or another value.
+    """
+    from scipy.stats import binomtest
+
+    sample = _differences(differences)
+    if not np.isin(sample, (-1, 0, 1)).all():
+        raise ValueError(f"differences must be -1, 0 or 1, got {sample.tolist()}")
+    gains, losses = int((sample > 0).sum()), int((sample < 0).sum())
+    p_value = float(binomtest(gains, gains + losses).pvalue) if gains + losses else 1.0
+    level = 1 - (1 - LEVEL) / 2
+    gained, lost = (
+        binomtest(count, sample.size).proportion_ci(level, method="exact")
+        for count in (gains, losses)
+    )
+    low, high = float(gained.low - lost.high), float(gained.high - lost.low)
+    return PairedDifference(float(sample.mean()), low, high, p_value)
+
+
 def paired_bootstrap(
     differences: Sequence[float] | np.ndarray[Any, Any], *, seed: int
 ) -> PairedDifference:

@@ -84,9 +84,12 @@ class CLIPFamily:
         for direction in ("image_to_text", "text_to_image"):
             yield from (f"val/{direction}/recall_at_{k}" for k in RECALLS_AT)
 
+    def empty(self, run: RunSettings) -> CLIP:
+        return CLIP(run.model.architecture)
+
     def build(self, run: RunSettings, parts: Parts) -> CLIP:
         torch.manual_seed(mixed_seed(run.seed, self.stage))
-        return CLIP(run.model.architecture)
+        return self.empty(run)
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
         assert isinstance(source, CLIP) and isinstance(target, CLIP)

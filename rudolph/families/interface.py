@@ -237,6 +237,10 @@ class Family(Protocol):
         """Yield the names of what the training logs, without the stage."""
         ...
 
+    def empty(self, run: RunSettings) -> nn.Module:
+        """Construct the model without a seed, as for counting on the meta device."""
+        ...
+
     def build(self, run: RunSettings, parts: Parts) -> nn.Module:
         """Build the model as the run's seed initialises it."""
         ...

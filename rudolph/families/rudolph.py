@@ -171,9 +171,12 @@ class RudolphFamily:
         if run.model.losses.weighting == "learned":
             yield from (f"train/weight/{name}" for name in SEGMENTS)
 
+    def empty(self, run: RunSettings) -> MaskedDecoder:
+        return MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
+
     def build(self, run: RunSettings, parts: Parts) -> MaskedDecoder:
         torch.manual_seed(mixed_seed(run.seed, self.stage))
-        model = MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
+        model = self.empty(run)
         if run.model.init_by_name:
             model.init_by_name(partial(mixed_seed, run.seed, self.stage))
         if run.model.image_embedding_init == "codebook":

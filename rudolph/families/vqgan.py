@@ -57,6 +57,9 @@ class VQGANFamily:
     def curve_names(self, run: RunSettings) -> Iterator[str]:
         yield from ()
 
+    def empty(self, run: RunSettings) -> VQGAN:
+        return VQGAN(run.vqgan)
+
     def build(self, run: RunSettings, parts: Parts) -> VQGAN:
         assert parts.vqgan is not None
         return parts.vqgan

@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from rudolph.evaluation.statistics import geometric_mean_interval, student_quantile
 from rudolph.reports.claims import group_of
 from rudolph.reports.report import (
-    BEGIN,
-    END,
     experiment_folders,
     generated_part,
     read_curves,
     read_runs,
+    without_generated,
 )
 from rudolph.reports.report_cards import CARD, read_card
 from rudolph.reports.run_configs import BASE, LINES
@@ -106,8 +105,7 @@ def unverified_on_page(
     and they may be of any.
     """
     text = readme.read_text("utf-8")
-    before, _, rest = text.partition(BEGIN)
-    by_hand = before + rest.partition(END)[2]
+    by_hand = without_generated(text)
     is_of_one = (readme.parent / RUNS).is_file()
     folders = set(map(Path.resolve, experiment_folders(results_folder)))
     if is_of_one:

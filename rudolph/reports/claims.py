@@ -13,7 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rudolph.evaluation.statistics import holm, minimum_detectable_effect, paired_t, pairs_needed
+from rudolph.evaluation.statistics import (
+    exact_paired,
+    holm,
+    minimum_detectable_effect,
+    paired_t,
+    pairs_needed,
+)
 from rudolph.reports.markdown import table_row
 
 # Parts of the names of metrics that are better when they are less.
@@ -23,6 +29,10 @@ LESS_IS_BETTER = re.compile(
 SURE = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 INCONCLUSIVE = "inconclusive at this scale"
+EFFECT_NOTE = (
+    "Effect: the paired difference over seeds; above 0 the variant is better. MDE: minimum "
+    "detectable effect."
+)
 # More seeds than anybody will run.
 MANY_SEEDS = 1000
 
@@ -138,6 +148,11 @@ def _effect(
         # One pair has no spread, so nothing is known of it.
         unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
         return Effect(metric, group, than, least, len(pairs), value, p_value=1.0, **unknown)
+    if is_binary(values):
+        # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
+        exact = exact_paired(pairs)
+        bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
+        return Effect(metric, group, than, least, len(pairs), exact.value, *bounds)
     compared, spread = paired_t(pairs), float(pairs.std(ddof=1))
     return Effect(
         metric,
@@ -154,6 +169,11 @@ def _effect(
     )
 
 
+def is_binary(values: Sequence["pd.Series[float]"]) -> bool:
+    """Return whether every outcome is 0 or 1, so that an exact test compares them."""
+    return all(bool(each.isin((0.0, 1.0)).all()) for each in values)
+
+
 def _needed(spread: float, effect: float) -> float:
     if effect == 0 or minimum_detectable_effect(spread, MANY_SEEDS) > effect:
         return np.inf
@@ -161,32 +181,42 @@ def _needed(spread: float, effect: float) -> float:
 
 
 def claim_lines(claim: Claim, found: Effect, number: int) -> Iterator[str]:
-    """The claim and its verdict, in words; ``number`` comparisons were made."""
+    """Yield the claim and its verdict as Markdown.
+
+    Args:
+        number: how many comparisons the experiment makes.
+    """
     by = f" by at least {claim.at_least:g}" if claim.at_least else ""
     yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{by}."
     yield ""
     line = f"**Verdict: {found.verdict}.** "
     if found.pairs < 2:
-        yield f"{line}A claim needs two seeds of both, and has {found.pairs}."
+        yield f"{line}A claim needs two seeds of both variants, and has {found.pairs}."
         return
     among = f" (Holm, {number} comparisons)" if number > 1 else ""
-    line += f"Better by {format_interval(found)} over {found.pairs} seeds, p {found.p_value:.2g}"
-    line += f"{among}. So many seeds show a difference of {found.detectable:.2g} in four of five "
-    yield f"{line}tries; {_seeds_text(found.needed)} would show the one seen."
+    line += f"Effect {found.value:.3g} (95 % CI {found.low:.3g} to {found.high:.3g}, "
+    line += f"n = {found.pairs} seeds), p = {found.p_value:.2g}{among}."
+    if np.isnan(found.detectable):
+        yield f"{line} Outcomes are 0 or 1 per run, so test and interval are exact."
+        return
+    yield (
+        f"{line} Minimum detectable effect with {found.pairs} seeds at 80 % power: "
+        f"{found.detectable:.2g}; {_seeds_text(found.needed)} seeds would detect the observed one."
+    )
 
 
 def effects_table(found: Sequence[Effect]) -> list[str]:
-    """Markdown: a row a comparison."""
-    head = ["metric", "runs", "than", "better by, 95 % interval", "p (Holm)", "seeds"]
-    head += ["detectable", "seeds needed"]
+    """Return a Markdown table with one row per comparison."""
+    head = ["metric", "variant", "baseline", "effect, 95 % CI", "p (Holm)", "seeds"]
+    head += ["MDE, 80 % power", "seeds needed"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for each in found:
         cells = [f"`{each.metric}`", each.group, each.than, format_interval(each)]
         cells += [f"{each.p_value:.2g}", str(each.pairs)]
-        known = each.pairs >= 2
-        cells += [f"{each.detectable:.2g}" if known else "", _seeds_text(each.needed)]
+        is_known = not np.isnan(each.detectable)
+        cells += [f"{each.detectable:.2g}" if is_known else "", _seeds_text(each.needed)]
         lines.append(table_row(cells))
-    return lines
+    return [*lines, "", EFFECT_NOTE]
 
 
 def format_interval(found: Effect) -> str:

@@ -1,12 +1,12 @@
 """The pages of ``results/``: what a report shows, and the Markdown made from its CSV files.
 
-Text written by hand stands around two markers; what is between them is made here, from
-``report.json`` and ``runs.csv`` alone.
+Every page has the sections Finding, Setup, Numbers, Limitations and Reproduce.  Text is written by
+hand; the generated parts stand between markers and come from ``report.json`` and the CSV files.
 """
 
-import glob
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ from rudolph.reports.claims import (
 )
 from rudolph.reports.markdown import table_row
 from rudolph.reports.report_cards import CARD, card_table, read_card
-from rudolph.reports.search_tables import TRIAL, Search, is_trial, search_lines
+from rudolph.reports.search_tables import Search, is_trial, search_lines
 from rudolph.reports.timings import is_speed, speed_tables
 
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-UNANSWERED = "_Not answered yet: what was found, how sure it is, and what it does not say._"
+UNANSWERED = "_Not written yet: the effect with its interval, and the number of seeds._"
+SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
+# A page shows at most so many images, figures first.
+MOST_IMAGES = 4
+# The images of a run that tell most about it, first.
+SAMPLE_ORDER = ("grid", "captions", "masks", "reconstructions")
 # Of a run's seconds those that no stage took.
 OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
@@ -74,6 +78,7 @@ class Report:
         effects: metrics in which all other runs are compared with those ``against``.
         search: what was searched for, if anything.
         missing: the runs that have not finished.
+        scale: parameters, steps, tokens and seeds of the runs, in one line.
         same_pairs: groups of a search's tests that its trials may have been asked the same pairs;
             None where that is not known.
     """
@@ -90,6 +95,7 @@ class Report:
     against: str | None = None
     search: Search | None = None
     missing: tuple[str, ...] = ()
+    scale: str = ""
     same_pairs: tuple[str, ...] | None = None
 
 
@@ -155,18 +161,44 @@ def core_minutes(folder: Path) -> float:
     )
 
 
-def experiment_page(folder: Path) -> str:
-    """The generated part of an experiment's README: question, cost, table, figures, samples."""
+def experiment_parts(folder: Path) -> dict[str, str]:
+    """Return the generated parts of an experiment's page by the names of their markers."""
     report, runs = read_report(folder), read_runs(folder)
-    minutes, overhead = runs["seconds"].sum() / 60, ""
-    if OVERHEAD in runs and runs[OVERHEAD].notna().all():
-        overhead = f" ({runs[OVERHEAD].sum() / runs['seconds'].sum():.1%} beside their stages)"
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return {
+        "scale": _scale(folder, report),
+        "setup": _setup(report),
+        "numbers": "\n".join(_numbers(folder, report, runs)).strip("\n"),
+        "reproduce": _reproduce(report, runs),
+    }
+
+
+def new_page(title: str) -> str:
+    """Return a page whose text is still to be written."""
+    texts = {"Finding": UNANSWERED, "Limitations": UNANSWERED}
+    parts = {"Setup": "setup", "Numbers": "numbers", "Reproduce": "reproduce"}
+    lines = [f"# {title}", marked("scale", "")]
+    for section in SECTIONS:
+        lines.append(f"## {section}")
+        lines.append(marked(parts[section], "") if section in parts else texts[section])
+    return "\n\n".join(lines) + "\n"
+
+
+def _scale(folder: Path, report: Report) -> str:
+    """Return the scale of the runs and the processors or GPUs that they ran on."""
+    machines = [each["machine"] for each in read_json(folder / "environment.json")]
+    names = {
+        each["gpus"][0] if each.get("gpus") else f"{each['processor']}, threads: {each['threads']}"
+        for each in machines
+    }
+    return f"Scale: {report.scale}; {' or '.join(sorted(names))}."
+
+
+def _setup(report: Report) -> str:
+    return f"**Question.** {' '.join(report.question.split())}"
+
+
+def _numbers(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
     lines = [
-        f"**Question.** {' '.join(report.question.split())}",
-        "",
-        f"`{report.source}`, {count}, {minutes:.3g} minutes{overhead}, commit {_commits(runs)}.",
-        "",
         *_missing(report),
         *_claimed(folder, report),
         *_tables(folder, report, runs),
@@ -179,7 +211,21 @@ def experiment_page(folder: Path) -> str:
         lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
     for sample in _shown_samples(folder, runs):
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]
-    return "\n".join(lines)
+    return lines
+
+
+def _reproduce(report: Report, runs: pd.DataFrame) -> str:
+    """Return the command, and what the committed runs cost."""
+    minutes, overhead = runs["seconds"].sum() / 60, ""
+    if OVERHEAD in runs and runs[OVERHEAD].notna().all():
+        fraction = runs[OVERHEAD].sum() / runs["seconds"].sum()
+        overhead = f", {fraction:.1%} of it outside the stages"
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return (
+        f"```\nrudolph run {report.source}\n```\n\n"
+        f"{count}, {minutes:.3g} minutes in all{overhead}, commit {_commits(runs)}. "
+        "`configs.jsonl` has the settings of every run."
+    )
 
 
 def _missing(report: Report) -> list[str]:
@@ -254,15 +300,18 @@ def _only(runs: pd.DataFrame, column: str) -> str:
 
 
 def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
-    """The images of the first run of each variant, of which alone an export has some."""
-    first = (
-        runs.sort_values("run")
-        .groupby("variant", sort=True)["run"]
-        .first()
-        .drop(TRIAL, errors="ignore")
-    )
-    samples = folder / "samples"
-    return [path for run in first for path in sorted(samples.glob(f"{glob.escape(run)}-*.png"))]
+    """Return the exported images, the most telling first."""
+    return sorted((folder / "samples").glob("*.png"), key=lambda path: sample_rank(path.stem))
+
+
+def sample_rank(stem: str) -> tuple[int, str]:
+    """Return the order of a sample image by its kind, then by its run.
+
+    >>> sample_rank("seed0-grid") < sample_rank("a-seed0-masks")
+    True
+    """
+    found = [at for at, kind in enumerate(SAMPLE_ORDER) if f"-{kind}" in f"-{stem}"]
+    return (found[0] if found else len(SAMPLE_ORDER), stem)
 
 
 def _spread(group: pd.DataFrame, metric: str) -> str:
@@ -277,13 +326,13 @@ def _spread(group: pd.DataFrame, metric: str) -> str:
 
 
 def index_page(results_folder: Path) -> str:
-    """The generated part of ``results/README.md``: a row a claim, then a row an experiment."""
+    """Return the generated part of ``results/README.md``: one row per claim and experiment."""
     claims = _claims_table(results_folder)
     return "\n".join([*claims, *([""] if claims else []), *_experiments_table(results_folder)])
 
 
 def _claims_table(results_folder: Path) -> list[str]:
-    head = ["claim", "verdict", "better by, 95 % interval", "core-minutes", "commit"]
+    head = ["claim", "verdict", "effect, 95 % CI", "scale", "core-minutes", "commit"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for folder in experiment_folders(results_folder):
         report, runs = read_report(folder), read_runs(folder)
@@ -293,13 +342,14 @@ def _claims_table(results_folder: Path) -> list[str]:
         name = folder.relative_to(results_folder).as_posix()
         said = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
         cells = [f"[{report.title}]({name}/README.md)<br>{said}", found.verdict]
-        cells += [format_interval(found), f"{core_minutes(folder):.3g}", _commits(runs)]
+        cells += [format_interval(found), report.scale, f"{core_minutes(folder):.3g}"]
+        cells.append(_commits(runs))
         lines.append(table_row(cells))
     return lines if len(lines) > 2 else []
 
 
 def _experiments_table(results_folder: Path) -> list[str]:
-    head = ["experiment", "question", "answer", "runs", "minutes", "commit"]
+    head = ["experiment", "question", "finding", "runs", "minutes", "commit"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for folder in experiment_folders(results_folder):
         report, runs = read_report(folder), read_runs(folder)
@@ -316,28 +366,59 @@ def experiment_folders(results_folder: Path) -> list[Path]:
 
 
 def finding_of(readme: Path) -> str:
-    """The first sentence of the text written by hand; empty while there is none."""
-    by_hand = readme.read_text("utf-8").partition(BEGIN)[0]
-    paragraphs = [part.strip() for part in by_hand.split("\n\n")]
-    texts = [part for part in paragraphs if part and not part.startswith("#")]
-    if not texts or texts[0] == UNANSWERED:
+    """Return the first sentence of a page's Finding; empty while there is none."""
+    text = " ".join(section_of(readme.read_text("utf-8"), "Finding").split())
+    if not text or text.startswith(UNANSWERED):
         return ""
-    text = " ".join(texts[0].split())
     sentence = re.match(r".+?[.!?](?=\s|$)", text)
     return sentence[0] if sentence else text
 
 
-def replace_generated(page: str, generated: str) -> str:
-    """The page with what stands between its markers replaced; markers are added if missing."""
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2].strip()
-    end = f"{END}\n\n{after}" if after else END
-    return f"{before.rstrip()}\n\n{BEGIN}\n{generated}\n{end}\n"
+def section_of(page: str, name: str) -> str:
+    """Return the text of a section of a page, without its heading."""
+    rest = re.split(rf"(?m)^## {re.escape(name)}$", page, maxsplit=1)
+    return "" if len(rest) < 2 else re.split(r"(?m)^## ", rest[1], maxsplit=1)[0].strip()
+
+
+def marked(name: str, text: str) -> str:
+    """Return a generated part between its markers."""
+    return f"<!-- generated: {name} -->\n{text.strip(chr(10))}\n<!-- end: {name} -->"
+
+
+def fill(page: str, parts: Mapping[str, str]) -> str:
+    """Return a page with new generated parts; a part without markers is appended."""
+    for name, text in parts.items():
+        pattern = rf"<!-- generated: {name} -->\n.*?<!-- end: {name} -->"
+        if not re.search(pattern, page, re.DOTALL):
+            page = f"{page.rstrip()}\n\n{marked(name, '')}\n"
+        before, after = re.split(pattern, page, maxsplit=1, flags=re.DOTALL)
+        page = before + marked(name, text) + after
+    return page
+
+
+def with_finding(page: str, text: str) -> str:
+    """Return a page with another text in its Finding."""
+    head, rest = re.split(r"(?m)^## Finding$", page, maxsplit=1)
+    tail = re.search(r"(?m)^## ", rest)
+    return f"{head}## Finding\n\n{text}\n\n{rest[tail.start() :] if tail else ''}"
 
 
 def generated_part(readme: Path) -> str:
-    """What stands between the markers."""
-    return readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+    """Return all generated parts of the page in a file."""
+    return generated_text(readme.read_text("utf-8"))
+
+
+def without_generated(page: str) -> str:
+    """Return what is written by hand on a page."""
+    return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end: \1 -->", "", page, flags=re.DOTALL)
+
+
+def generated_text(page: str) -> str:
+    """Return all generated parts of a page."""
+    found = re.finditer(
+        r"<!-- generated: (\w+) -->\n(.*?)\n?<!-- end: \1 -->", page, flags=re.DOTALL
+    )
+    return "\n".join(part[2] for part in found)
 
 
 def _commits(runs: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,20 +33,25 @@ from rudolph.reports.check import known_numbers, unverified_on_page
 from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
+    MOST_IMAGES,
     OVERHEAD,
+    SECTIONS,
     UNANSWERED,
     Report,
     experiment_folders,
-    experiment_page,
+    experiment_parts,
+    fill,
     finding_of,
     format_cell_value,
-    generated_part,
     index_page,
+    new_page,
     read_curves,
     read_effects,
     read_report,
     read_runs,
-    replace_generated,
+    sample_rank,
+    section_of,
+    with_finding,
 )
 from rudolph.reports.report_cards import CARD, export_cards, read_card
 from rudolph.reports.run_configs import LINES, read_configs, write_configs
@@ -113,15 +119,18 @@ def _write_experiment(
     write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
     write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
     write_text(folder / "environment.json", _environments(finished))
-    # Images of the first run of each variant, else a sweep's would be most of the repository.
+    # Images of the first run of each variant, as many as the page has room for.
+    samples: dict[str, Path] = {}
+    room = max(MOST_IMAGES - len(report.figures), 0)
     shown: dict[str, str] = {}
     for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
         shown.setdefault(variant, name)
     for run_folder, summary in finished:
-        if summary["run"] not in shown.values():
-            continue
-        for sample in _last_samples(run_folder / "samples"):
-            shutil.copyfile(sample, folder / "samples" / f"{summary['run']}-{sample.name}")
+        if summary["run"] in shown.values():
+            for sample in _last_samples(run_folder / "samples"):
+                samples[f"{summary['run']}-{sample.name}"] = sample
+    for name in sorted(samples, key=lambda name: sample_rank(Path(name).stem))[:room]:
+        shutil.copyfile(samples[name], folder / "samples" / name)
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     write_configs(
         folder,
@@ -167,9 +176,7 @@ def _keep_answer_apart(
         page = f"# {report.title}\n{page.removeprefix(heading)}"
     is_other = old.question != report.question and not digests & old_digests
     if is_other and finding_of(readme):
-        title, _, rest = page.partition("\n")
-        title, rest = (title, rest) if title.startswith("# ") else (f"# {report.title}", page)
-        page = f"{title}\n\n{UNANSWERED}\n\n{rest.lstrip()}"
+        page = with_finding(page, f"{UNANSWERED}\n\n{section_of(page, 'Finding')}")
         warn_once(f"{report.experiment}: its answer was written for another question; renew it")
     write_text(readme, page)
 
@@ -177,9 +184,8 @@ def _keep_answer_apart(
 def _write_page(folder: Path) -> None:
     """The README of an experiment; the text written by hand stays."""
     readme = folder / "README.md"
-    new = f"# {read_report(folder).title}\n\n{UNANSWERED}\n"
-    by_hand = readme.read_text("utf-8") if readme.exists() else new
-    write_text(readme, replace_generated(by_hand, experiment_page(folder)))
+    page = readme.read_text("utf-8") if readme.exists() else new_page(read_report(folder).title)
+    write_text(readme, fill(page, experiment_parts(folder)))
 
 
 def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
@@ -213,7 +219,7 @@ def write_index(results_folder: Path) -> Path:
     """Write the table of ``results/README.md``; text around its markers stays."""
     path = results_folder / "README.md"
     by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
-    write_text(path, replace_generated(by_hand, index_page(results_folder)))
+    write_text(path, fill(by_hand, {"index": index_page(results_folder)}))
     return path
 
 
@@ -237,7 +243,8 @@ def check_results_folder(
             numbers = unverified_on_page(page, results_folder, facts) if page.is_file() else ()
             problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
         index = results_folder / "README.md"
-        if not index.exists() or index_page(results_folder) != generated_part(index):
+        text = index.read_text("utf-8") if index.exists() else ""
+        if fill(text, {"index": index_page(results_folder)}) != text:
             problems.append(f"{index}: the index is not what the folders say; write it again")
     return problems
 
@@ -382,12 +389,22 @@ def _check(folder: Path, digest: Callable[[Path, Mapping[str, Any]], str] | None
     yield from _check_runs(folder, runs, digest)
     try:
         yield from _check_figures(folder)
-        if generated_part(folder / "README.md") != experiment_page(folder):
+        page = (folder / "README.md").read_text("utf-8")
+        if fill(page, experiment_parts(folder)) != page:
             yield f"{folder}/README.md: the generated part is not what runs.csv says; export again"
     except ValueError as error:
         yield f"{folder}: {error}"
-    if not finding_of(folder / "README.md"):
-        yield f"{folder}/README.md: no answer is written above the generated part"
+    page = (folder / "README.md").read_text("utf-8")
+    headings = tuple(re.findall(r"(?m)^## (.+)$", page))
+    if headings != SECTIONS:
+        yield (
+            f"{folder}/README.md: expected the sections {', '.join(SECTIONS)}, "
+            f"got {', '.join(headings) or 'none'}"
+        )
+    for section in ("Finding", "Limitations"):
+        text = section_of(page, section)
+        if not text or text.startswith(UNANSWERED):
+            yield f"{folder}/README.md: {section} is not written"
 
 
 def _check_runs(

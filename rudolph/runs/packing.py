@@ -18,7 +18,7 @@ from rudolph.files.atomic import read_mapping, require_apart, write_json, write_
 from rudolph.models.cpu.int8 import pack_int8
 from rudolph.models.weights import save_tensors
 from rudolph.reports.markdown import table_row
-from rudolph.reports.report import replace_generated
+from rudolph.reports.report import fill
 from rudolph.reports.report_cards import CARD, card_table, read_card
 from rudolph.reports.run_files import ENVIRONMENT, SUMMARY, read_environment, read_summary
 from rudolph.runs.execution import Folders, ProgressCallback
@@ -70,7 +70,7 @@ def pack_run_folder(
         by_hand = target / MODEL_CARD
         new = NEW_CARD.format(name=read_summary(run)["experiment"])
         text = by_hand.read_text("utf-8") if by_hand.is_file() else new
-        write_text(made / MODEL_CARD, replace_generated(text, model_card(made)))
+        write_text(made / MODEL_CARD, fill(text, {"card": model_card(made)}))
 
 
 def _require_place(target: Path, run: Path) -> None:
