@@ -1,0 +1,1 @@
+"""Token sequences: layout, vocabulary, attention masks, tasks, text cleaning and tokenizer."""

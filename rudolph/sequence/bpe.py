@@ -1,11 +1,12 @@
-"""Byte-pair encoding by its rules: training, the model file, and encoding a word with dropout.
+"""Byte-pair encoding in Python: training, model files, encoding with dropout, decoding.
 
-The file is YouTokenToMe's, so either can read what the other wrote.  Training is done here
-because YouTokenToMe's threads race, even when it is asked for one: from equal texts it makes
-models that differ wherever pairs are equally frequent.  Here a tie goes to the lower ids.
+The model file has YouTokenToMe's text format, so each implementation reads files of the other.
+Training is reimplemented here because YouTokenToMe's is not repeatable: its threads race even with
+``n_threads=1``.  Equal texts then give different models wherever pairs are equally frequent.  This
+module breaks such ties in favour of the lower ids.
 
-Source: Sennrich 2016 (arXiv:1508.07909); the text format of YouTokenToMe, ``bpe.cpp``; dropout of
-Provilkov 2020 (arXiv:1910.13267).
+Source: Sennrich 2016 (arXiv:1508.07909) for BPE; Provilkov 2020 (arXiv:1910.13267) for dropout;
+YouTokenToMe, ``bpe.cpp``, for the file format.
 """
 
 import heapq
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from rudolph.sequence.layout import BOS, EOS, PAD, UNK
 
 WORD_START = "\u2581"
-# YouTokenToMe separates words at ASCII space and its own mark alone; NBSP is a character.
+# YouTokenToMe splits words only at ASCII whitespace and its own mark; NBSP is a character.
 WORD = re.compile(rf"[^ \t\n\v\f\r{WORD_START}]+")
 NUM_SPECIALS = 4
 
@@ -34,7 +35,12 @@ TokenPair = tuple[int, int]
 
 @dataclass(frozen=True)
 class BPEModel:
-    """``characters`` code point to id; ``merges`` pair to (priority, merged id), best first."""
+    """A trained BPE vocabulary.
+
+    Attributes:
+        characters: id of each code point.
+        merges: (priority, merged id) of each pair of ids, best priority first.
+    """
 
     characters: dict[int, int]
     merges: dict[TokenPair, tuple[int, int]]
@@ -44,8 +50,13 @@ class BPEModel:
     ) -> list[int]:
         """Return the ids of a word that starts with ``WORD_START``.
 
-        A run of unknown characters is one id.  Before each merge every pair that could be merged
-        is dropped with probability ``dropout``, for this merge alone.
+        A run of unknown characters becomes a single ``UNK``.
+
+        Args:
+            word: the word, including its leading ``WORD_START``.
+            dropout: probability with which each candidate pair is skipped, resampled before every
+                merge.
+            generator: source of the dropout samples; None uses torch's default generator.
         """
         merging = _Merging(self._known(word), self.merges)
         while merging.places:
@@ -59,7 +70,7 @@ class BPEModel:
         return merging.ids()
 
     def _known(self, word: str) -> list[int]:
-        """Return the ids of a word's characters; a run of unknown ones is one ``UNK``."""
+        """Return the ids of a word's characters; a run of unknown ones becomes one ``UNK``."""
         tokens: list[int] = []
         for character in word:
             token = self.characters.get(ord(character), UNK)
@@ -70,7 +81,7 @@ class BPEModel:
     def encode(
         self, text: str, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> list[int]:
-        """Return the ids of the words of a text."""
+        """Return the ids of all words of a text; see ``encode_word`` for the arguments."""
         return [
             token
             for word in WORD.findall(text)
@@ -78,17 +89,18 @@ class BPEModel:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; an unknown character reads ``<UNK>``."""
+        """Return the text of some ids; an unknown character becomes ``<UNK>``."""
         text = "".join(self.pieces[token] for token in ids)
         return text.replace(WORD_START, " ").removeprefix(" ")
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of ids: special tokens, characters and merges."""
         return NUM_SPECIALS + len(self.characters) + len(self.merges)
 
     @cached_property
     def pieces(self) -> dict[int, str]:
-        """The text of each id."""
+        """Return the text piece of each id."""
         pieces = {PAD: "<PAD>", UNK: "<UNK>", BOS: "<BOS>", EOS: "<EOS>"}
         pieces |= {token: chr(code) for code, token in self.characters.items()}
         for (left, right), (_, new) in self.merges.items():
@@ -96,7 +108,7 @@ class BPEModel:
         return pieces
 
     def text(self) -> str:
-        """The model file."""
+        """Return the content of the model file in YouTokenToMe's format."""
         lines = [f"{len(self.characters)} {len(self.merges)}"]
         lines += [f"{code} {token}" for code, token in self.characters.items()]
         lines += [f"{left} {right} {new}" for (left, right), (_, new) in self.merges.items()]
@@ -104,10 +116,11 @@ class BPEModel:
 
 
 class _Merging:
-    """A word while its pairs are merged: a linked list of ids and a heap of possible merges.
+    """The merge state of one word: a linked list of ids and a heap of candidate merges.
 
-    ``places`` are the positions of the left ids of all pairs that can be merged, in order.  A word
-    of n ids takes O(n log n) steps of the heap, and the memory moves of a sorted list.
+    ``places`` holds, in ascending order, the position of the left id of every pair that can be
+    merged.  A word of n ids needs O(n log n) heap operations plus the element moves of a sorted
+    list.
     """
 
     def __init__(self, tokens: list[int], merges: dict[TokenPair, tuple[int, int]]) -> None:
@@ -120,15 +133,15 @@ class _Merging:
         heapq.heapify(self.heap)
 
     def best(self, is_kept: NDArray[np.bool_] | None) -> int | None:
-        """Return the place of the best merge among those kept, the leftmost of equal ones.
+        """Return the position of the best kept merge, the leftmost one on ties, or None.
 
         Args:
-            is_kept: one for each of ``places``; None keeps all.
+            is_kept: whether each entry of ``places`` survived dropout; None keeps all.
         """
         passed, best = [], None
         while self.heap:
             merge, at = self.heap[0]
-            # Entries are never removed from the middle: one that is no longer true is dropped.
+            # Stale entries stay in the heap until they reach the top and are discarded here.
             if self.merge_at.get(at) == merge:
                 if is_kept is None or is_kept[bisect_left(self.places, at)]:
                     best = at
@@ -140,7 +153,7 @@ class _Merging:
         return best
 
     def merge(self, at: int) -> None:
-        """Merge the pair whose left id is at ``at``."""
+        """Merge the pair whose left id is at position ``at``."""
         self.tokens[at] = self.merge_at[at][1]
         right = self.after[at]
         self._forget(right)
@@ -151,7 +164,7 @@ class _Merging:
             self._look(place)
 
     def ids(self) -> list[int]:
-        """Return the ids from left to right."""
+        """Return the current ids from left to right."""
         found, at = [], 0
         while at < len(self.tokens):
             found.append(self.tokens[at])
@@ -159,7 +172,7 @@ class _Merging:
         return found
 
     def _look(self, at: int) -> None:
-        """Bring the merge at a place up to date with the ids that are there now."""
+        """Update the candidate merge at a position after the ids around it have changed."""
         if at < 0:
             return
         right = self.after[at]
@@ -179,10 +192,11 @@ class _Merging:
 
 
 def read_model(path: Path) -> BPEModel:
-    """The model in a file of this module or of YouTokenToMe.
+    """Load a model file written by this module or by YouTokenToMe.
 
     Raises:
-        ValueError: when it is no such file.
+        ValueError: if the file cannot be read or parsed, or has other special ids than
+            ``layout.PAD``, ``UNK``, ``BOS`` and ``EOS``.
     """
     try:
         lines = [
@@ -208,11 +222,11 @@ def _require_consistent(
     num_characters: int,
     num_merges: int,
 ) -> None:
-    """Raise ``ValueError`` unless every id is given once and merges join ids that exist.
+    """Raise ``ValueError`` unless every id occurs once and merges join only existing ids.
 
-    YouTokenToMe would read memory that is not its own.
+    YouTokenToMe does not check this and would read out of bounds.
     """
-    # Compared first: a damaged number may be larger than memory.
+    # Checked first, because a corrupt count could make the set of ids below exhaust memory.
     if (len(characters), len(merges)) != (num_characters, num_merges):
         raise ValueError(f"expected {num_characters} characters and {num_merges} merges")
     ids = {*characters.values(), *(new for _, new in merges.values())}
@@ -225,10 +239,11 @@ def _require_consistent(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPEModel:
-    """Merge the most frequent pair until there are ``vocab_size`` ids or no pair is left.
+    """Train BPE: merge the most frequent pair until ``vocab_size`` ids exist or no pair is left.
 
     Raises:
-        ValueError: when the texts hold no word, or more characters than ``vocab_size``.
+        ValueError: if the texts contain no word, or more distinct characters than ``vocab_size``
+            allows.
     """
     counts = Counter(WORD_START + word for text in texts for word in WORD.findall(text))
     if not counts:
@@ -259,7 +274,7 @@ def _merges(
         for pair in pairwise(word):
             totals[pair] += counts[at]
             places[pair].add(at)
-    # Entries are never changed in place: one whose count is no longer true is passed over.
+    # Heap entries are never updated in place; entries with an outdated count are skipped.
     heap = [(-total, pair) for pair, total in totals.items()]
     heapq.heapify(heap)
     merges: dict[TokenPair, tuple[int, int]] = {}
@@ -286,7 +301,7 @@ def _merges(
 
 
 def _merged(word: list[int], pair: TokenPair, new: int) -> list[int]:
-    """A word with every occurrence of a pair replaced, from the left."""
+    """Return a word with every occurrence of a pair replaced, scanning from the left."""
     out: list[int] = []
     at = 0
     while at < len(word):

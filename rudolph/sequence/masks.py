@@ -1,12 +1,14 @@
-"""Which earlier positions each position may attend to.
+"""Causal attention masks over text and image tokens, written as rules on positions.
 
-A mask is a rule ``(layout, query, key) -> bool`` on broadcastable tensors of positions, and is
-true where the query may see the key.  Every rule here is causal, and every rule restricts only
-what an image token sees of the image: text is plainly causal.  From the rule come the dense table
-that the kernel takes, the row of a decoding step, the image and the density.
+A mask is a rule ``(layout, query, key) -> bool`` on broadcastable position tensors.  It is true
+where the query may attend to the key.  Every rule is causal, and restricts only the attention of
+image tokens to image tokens; everything that involves text is plainly causal.  One rule yields the
+dense table for the kernel, the row for a decoding step, the text drawing and the density.
 
-To add a mask, write its rule and name it in ``MASKS``; in experiment files a mask is written
-``row`` or, when it takes a kernel, ``conv(7)``.
+To add a mask, write its rule and list it in ``PLAIN_MASKS`` or, if it takes a kernel size, in
+``KERNEL_MASKS``.  Experiment files write a mask as ``row`` or ``conv(7)``.
+
+In the drawings each line is a query and each column a key; ``#`` marks an attended key.
 
 Shapes: T is the length of the sequence.
 """
@@ -23,7 +25,7 @@ Rule = Callable[[SequenceLayout, Tensor, Tensor], Tensor]
 
 
 def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """Everything before, and itself.
+    """Attend to every earlier position and to itself.
 
     >>> print(image(causal, SequenceLayout(1, 2, 0)))
     #....
@@ -36,7 +38,9 @@ def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
 
 def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """The image tokens since the one right above: the last ``image_tokens_per_dim`` and itself.
+    """Attend to the last ``image_tokens_per_dim`` image tokens and to itself.
+
+    The window starts at the token right above the query.
 
     >>> print(image(row, SequenceLayout(1, 2, 0)))
     #....
@@ -45,14 +49,14 @@ def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     ####.
     #.###
 
-    Source: ru-dolph, ``rudolph/model/image_attention.py``; a window, not the same row.
+    Source: ru-dolph, ``rudolph/model/image_attention.py``; a sliding window, not the same row.
     """
     distance = query - key
     return _within_image(layout, query, key, distance <= layout.image_tokens_per_dim)
 
 
 def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """The image tokens of the same row.
+    """Attend to the earlier image tokens of the same row and to itself.
 
     >>> print(image(row_block, SequenceLayout(1, 2, 0)))
     #....
@@ -68,7 +72,7 @@ def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
 
 def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """The image tokens of the same column.
+    """Attend to the earlier image tokens of the same column and to itself.
 
     >>> print(image(column, SequenceLayout(1, 2, 0)))
     #....
@@ -82,7 +86,9 @@ def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
 
 def conv(kernel: int) -> Rule:
-    """The image tokens of the window of ``kernel`` by ``kernel`` around the query.
+    """Return the rule that attends to a ``kernel`` x ``kernel`` window centred on the query.
+
+    The window is clipped at the image borders.
 
     >>> print(image(conv(3), SequenceLayout(1, 3, 0)))
     #.........
@@ -96,7 +102,13 @@ def conv(kernel: int) -> Rule:
     #...#####.
     #....##.##
 
-    Source: ru-dolph, ``get_conv_mask``; the window is clipped at the borders of the image.
+    Args:
+        kernel: side of the window in tokens, odd.
+
+    Raises:
+        ValueError: if ``kernel`` is even or smaller than 1.
+
+    Source: ru-dolph, ``get_conv_mask``.
     """
     radius = _radius(kernel)
 
@@ -109,7 +121,13 @@ def conv(kernel: int) -> Rule:
 
 
 def conv_torus(kernel: int) -> Rule:
-    """As ``conv``, but the window wraps around both borders of the image.
+    """Return the rule of ``conv`` with a window that wraps around the image borders.
+
+    Args:
+        kernel: side of the window in tokens, odd.
+
+    Raises:
+        ValueError: if ``kernel`` is even or smaller than 1.
 
     Source: rudalle, ``dalle/image_attention.py`` with ``hf_version='v2'``.
     """
@@ -126,9 +144,9 @@ def conv_torus(kernel: int) -> Rule:
 
 
 def right_without_left(rule: Rule) -> Rule:
-    """The same rule, but right text may not see left text.
+    """Return a rule without attention from right text to left text.
 
-    Source: ru-dolph before 0.0.1rc5 (the first 350M).
+    Source: ru-dolph before 0.0.1rc5 (the first 350M checkpoint).
     """
 
     def hidden(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
@@ -139,10 +157,10 @@ def right_without_left(rule: Rule) -> Rule:
 
 
 def parse_mask(text: str) -> Rule:
-    """The rule that an experiment file names: ``row``, ``conv(7)``.
+    """Return the rule that an experiment file names, as in ``row`` or ``conv(7)``.
 
     Raises:
-        ValueError: for an unknown name, a missing, even or unwanted kernel.
+        ValueError: if the name is unknown, or the kernel is missing, even or not allowed.
     """
     match = re.fullmatch(r"(\w+)(?:\((\d+)\))?", text.strip())
     name, kernel = match.groups() if match else (text, None)
@@ -158,18 +176,23 @@ def parse_mask(text: str) -> Rule:
 
 
 def mask_names() -> list[str]:
-    """How each mask is written in an experiment file."""
+    """Return the spelling of each mask in an experiment file, such as ``row`` or ``conv(K)``."""
     return [f"{name}(K)" if name in KERNEL_MASKS else name for name in MASKS]
 
 
 def layer_masks(pattern: Sequence[str], last: str | None, num_layers: int) -> tuple[str, ...]:
-    """The mask of each layer: the pattern tiled over the depth, the last layer's own at the end.
+    """Return the mask name of each layer: ``pattern`` tiled over the depth, then ``last``.
 
-    A column layer keeps its mask even as the last: this is ru-dolph's layer order, in which depths
-    of 4k + 2 end with a column mask (``rudolph/model/transformer.py``).
+    A column layer keeps its mask even as the last layer.  This is ru-dolph's layer order, in which
+    depths of 4k + 2 end with a column mask (``rudolph/model/transformer.py``).
 
     >>> layer_masks(["row", "column", "row", "conv(7)"], "conv(9)", 6)
     ('row', 'column', 'row', 'conv(7)', 'row', 'column')
+
+    Args:
+        pattern: mask names, repeated over the layers.
+        last: mask name of the last layer; None keeps the pattern's.
+        num_layers: depth of the decoder.
     """
     names = [pattern[layer % len(pattern)] for layer in range(num_layers)]
     if last is not None and names[-1] != "column":
@@ -178,23 +201,23 @@ def layer_masks(pattern: Sequence[str], last: str | None, num_layers: int) -> tu
 
 
 def mask_table(rule: Rule, layout: SequenceLayout) -> Tensor:
-    """The whole mask, ``(T, T)`` bool: row t is what position t sees."""
+    """Return the dense mask ``(T, T)``, bool; row t holds the keys that position t attends to."""
     positions = torch.arange(layout.length)
     return rule(layout, positions[:, None], positions[None, :])
 
 
 def mask_row(rule: Rule, layout: SequenceLayout, position: int) -> Tensor:
-    """What one position sees of itself and the positions before it, ``(position + 1,)`` bool."""
+    """Return the mask row of one position over the keys up to itself, ``(position + 1,)`` bool."""
     return rule(layout, torch.tensor(position), torch.arange(position + 1))
 
 
 def density(rule: Rule, layout: SequenceLayout) -> float:
-    """The share of all query-key pairs that the mask lets through, in [0, 1]."""
+    """Return the fraction of all ``T * T`` query-key pairs that the mask allows, in [0, 1]."""
     return mask_table(rule, layout).float().mean().item()
 
 
 def draw_mask(rule: Rule, layout: SequenceLayout) -> str:
-    """The mask as text, one line a query: ``#`` is seen."""
+    """Return the mask as text with one line per query; ``#`` marks an attended key."""
     table = mask_table(rule, layout)
     return "\n".join("".join("#" if seen else "." for seen in line) for line in table.tolist())
 
@@ -206,7 +229,7 @@ def _radius(kernel: int) -> int:
 
 
 def _cell(layout: SequenceLayout, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of an image position; of no meaning for text positions."""
+    """Return the row and column of an image position; meaningless for text positions."""
     index = position - layout.image_start
     side = max(layout.image_tokens_per_dim, 1)
     return index // side, index % side
@@ -222,7 +245,7 @@ def _is_image(layout: SequenceLayout, position: Tensor) -> Tensor:
 
 
 def _within_image(layout: SequenceLayout, query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-    """Causal everywhere, and ``allowed`` wherever an image token looks at the image."""
+    """Return the causal mask, restricted to ``allowed`` where query and key are image tokens."""
     both_image = _is_image(layout, query) & _is_image(layout, key)
     return (key <= query) & (allowed | ~both_image)
 

@@ -1,20 +1,19 @@
-"""What a decoder is asked to do, and how an example of it fills the layout.
+"""Tasks of the decoder and how an example of each fills the sequence layout.
 
-A task says what stands in the left text, whether there is an image, what stands in the right text,
-with which task tokens, which segments are scored with which weights, how it is answered, and by
-what number against which chance level an answer is judged.  The same row serves training and
-answering, so that both see the same prompt.
+A task defines the content of the left text, image and right text, the task tokens and the loss
+weight of each segment.  It also defines what an answer is, its metric and its chance level.
+Training and inference read the same row, so both build the same prompt.
 
-Some tasks need no training of their own: they ask a decoder that has learned another one in
-another way, and ``filled_as`` names that one.
+Some tasks need no training of their own, because they query a decoder trained on another task in a
+different way.  Their ``filled_as`` names that other task.
 
-A task without an image has code 0 at every place of the image, in training and in answering, and
-is never scored there.
+A task without an image fills the image segment with code 0, in training and in inference.  That
+segment is then never scored.
 
-To add a task, write a ``Task`` row in ``TASKS``.
+To add a task, add a ``Task`` row to ``TASKS``.
 
-Source: ru-dolph, ``rudolph/api.py``, and fbc2_aij2022, ``train/dataloader.py`` (task tokens,
-weights, no image as zeros).
+Source: task tokens, loss weights and zeros for a missing image follow ru-dolph
+(``rudolph/api.py``) and fbc2_aij2022 (``train/dataloader.py``).
 """
 
 from dataclasses import dataclass, replace
@@ -26,20 +25,28 @@ from torch import Tensor
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 
-# What stands at every place of the image where a task has none.
+# The code at every image position if the task has no image.
 MISSING_IMAGE_CODE = 0
 UNKNOWN_LEFT, UNKNOWN_RIGHT = "<LT_UNK>", "<RT_UNK>"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table of tasks.
+    """One row of the task table.
 
-    ``left`` and ``right`` are ``caption``, ``question`` or, for no words, empty; a question's
-    answer is its caption.  ``right`` is None where there is no right text at all.  ``image`` is
-    ``drawn``, ``given`` or ``none``.  ``weights`` are those of left text, image and right text.
-    ``answer`` is what is given back, ``metric`` how it is judged and ``chance`` what a decoder
-    that knows nothing of the prompt would reach.
+    Attributes:
+        left: content of the left text: ``caption``, ``question`` or ``""`` for no words.
+        image: ``drawn`` if the model generates it, ``given`` if it is part of the prompt, ``none``
+            if there is no image.
+        right: content of the right text, like ``left``; None if the task has no right text.  The
+            right text of a question task is ``caption``, which holds the answer.
+        left_token: task token of the left text.
+        right_token: task token of the right text, or None.
+        weights: loss weights of left text, image and right text.
+        answer: description of the output.
+        metric: name of the score of an answer.
+        chance: description of the baseline that ignores the prompt.
+        filled_as: the trained task that this one reuses, or None if it is trained itself.
     """
 
     left: str
@@ -55,15 +62,23 @@ class Task:
 
     @property
     def caption_is_left(self) -> bool:
+        """Return whether the caption is the left text."""
         return self.left == "caption"
 
     @property
     def has_question(self) -> bool:
+        """Return whether the left text is a question."""
         return self.left == "question"
 
 
 class Texts(NamedTuple):
-    """Both texts of an example, ``left`` (L,) and ``right`` (R,) int64, and how much was cut."""
+    """The token ids of both texts of an example.
+
+    Attributes:
+        left: ``(L,)`` int64.
+        right: ``(R,)`` int64.
+        num_cut: number of BPE ids that were cut because they did not fit.
+    """
 
     left: Tensor
     right: Tensor
@@ -81,9 +96,20 @@ def fill_texts(
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Texts:
-    """The left and right text of one example; an absent right text is all padding.
+    """Encode the left and right text of one example; an absent right text is all padding.
 
-    ``beside`` stands in the text where the caption does not: the question, or nothing.
+    Args:
+        task: the row that decides where the caption goes.
+        caption: caption or answer text.
+        tokenizer: encoder of both texts.
+        layout: lengths of both texts.
+        vocabulary: source of the task-token ids.
+        beside: text of the segment that does not hold the caption: the question or ``""``.
+        dropout: BPE-dropout probability.
+        generator: source of the dropout samples; required if ``dropout`` is not 0.
+
+    Raises:
+        ValueError: if a segment is too short for its special tokens.
     """
     left, right = (caption, beside) if task.caption_is_left else (beside, caption)
     left_segment = tokenizer.encode_segment(
@@ -131,7 +157,7 @@ _CAPTIONING = Task(
 
 
 def _question(image: str, name: str, *, metric: str) -> Task:
-    """A question on the left, its answer on the right."""
+    """Return a task with a question on the left and its answer on the right."""
     return Task(
         left="question",
         image=image,

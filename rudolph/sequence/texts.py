@@ -1,14 +1,15 @@
-"""Text as it enters the package: prompts, captions, questions, answers.
+"""Cleaning of text that enters the package: prompts, captions, questions and answers.
 
-Every text from outside goes through ``clean_text`` once, so that texts that look alike are alike.
+Every external text passes through ``clean_text`` once, so that texts which look the same are the
+same string.
 """
 
 import re
 import sys
 import unicodedata
 
-# Control characters but tab and line ends, line and paragraph separators, and noncharacters.  The
-# text layout of Pillow fails on some of them and XML forbids others, so no SVG can hold them.
+# Control characters except tab and line ends, line and paragraph separators, and noncharacters.
+# Pillow's text layout fails on some of them, and XML and therefore SVG forbids others.
 UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufdd0-\ufdef\ufffe\uffff]"
 )
@@ -16,13 +17,13 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class UnknownTextWarning(UserWarning):
-    """A text holds characters that the tokenizer which reads it has never seen."""
+    """A warning about characters that are missing from the tokenizer's vocabulary."""
 
 
 def clean_text(text: str) -> str:
-    r"""Return a text in NFC with spaces for control characters and "?" for lone surrogates.
+    r"""Return the text in NFC, with control characters as spaces and lone surrogates as "?".
 
-    A text that has none of these and is in NFC already is returned unchanged.
+    Text that is already clean is returned unchanged.
 
     >>> clean_text("зеленыи\u0306 кот"), clean_text("кот\x85пёс"), clean_text("кот \ud83d")
     ('зеленый кот', 'кот пёс', 'кот ?')
@@ -31,7 +32,7 @@ def clean_text(text: str) -> str:
 
 
 def decode_argument(text: str) -> str:
-    """Return an argument of the command line as UTF-8 where the locale could not read its bytes.
+    """Return a command-line argument as UTF-8 if the locale could not decode its bytes.
 
     Python passes such bytes on as lone surrogates (PEP 383).
     """
@@ -44,7 +45,7 @@ def decode_argument(text: str) -> str:
 
 
 def require_text(text: str, name: str) -> None:
-    """Raise ``ValueError`` for a text that UTF-8 cannot hold; ``name`` is its flag or key."""
+    """Raise ``ValueError`` if UTF-8 cannot encode a text; ``name`` is its flag or key."""
     found = SURROGATE.search(text)
     if found is not None:
         raise ValueError(
@@ -54,7 +55,7 @@ def require_text(text: str, name: str) -> None:
 
 
 def shorten(text: str, length: int) -> str:
-    """Return the text, or its beginning with an ellipsis where it is longer than ``length``.
+    """Return the text, cut to ``length`` characters with an ellipsis if it is longer.
 
     >>> shortened("красный круг", 8), shortened("круг", 8)
     ('красный…', 'круг')

@@ -1,12 +1,12 @@
-"""Text to BPE ids and back: YouTokenToMe behind a small class.
+"""Text to BPE ids and back, with YouTokenToMe behind a small class.
 
-YouTokenToMe encodes and decodes.  Its BPE-dropout draws from one unseeded stream of the process
-and its training is not repeatable, so both are done by ``rudolph.sequence.bpe``.  Where
-YouTokenToMe is not installed, that module encodes and decodes too: the same ids, more slowly.
+YouTokenToMe encodes and decodes.  Its BPE-dropout uses an unseeded process-wide random stream and
+its training is not repeatable, so ``rudolph.sequence.bpe`` does both instead.  If YouTokenToMe is
+not installed, that module also encodes and decodes: the same ids, more slowly.
 
-Text is cleaned (``texts.clean_text``), then lower-cased and stripped as RuDOLPH does
-(``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a
-segment; a text that is too long loses its end, never its ``EOS``.
+Text is cleaned (``rudolph.sequence.texts.clean_text``), then lower-cased and stripped as in
+RuDOLPH (``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a segment.  Text that is too long is
+truncated, but always keeps its ``EOS``.
 """
 
 import hashlib
@@ -23,17 +23,19 @@ from rudolph.sequence.bpe import WORD, read_model, train_bpe
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 from rudolph.sequence.texts import clean_text, shorten
 
-# Words of a text, and characters of them, that a note on unknown ones names.
+# Maximum number of words listed in a note on unknown characters.
 NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A BPE vocabulary trained on the captions of the training split.
+    """The settings of a BPE tokenizer, by default trained on the captions of the training split.
 
-    ``bpe_dropout`` is the share of merges that training skips at random (Provilkov 2020).
-    ``path`` names a ``bpe.model``, or a run or release that has one, to use instead of training
-    one.  ``num_specials`` are the ids after BPE that name tasks; 0 leaves task tokens out.
+    Attributes:
+        vocab_size: maximum number of BPE ids, including the four special ids.
+        bpe_dropout: probability of skipping a merge during training, in [0, 1) (Provilkov 2020).
+        path: a ``bpe.model``, or a run or release that has one, to use instead of training one.
+        num_specials: number of task-token ids after the BPE ids; 0 disables task tokens.
     """
 
     vocab_size: int = 16384
@@ -42,6 +44,7 @@ class TokenizerConfig:
     num_specials: int = len(TASK_TOKENS)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.vocab_size < 5:
             raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
         if self.num_specials < len(TASK_TOKENS) and self.num_specials != 0:
@@ -54,14 +57,19 @@ class TokenizerConfig:
 
 
 class Segment(NamedTuple):
-    """A text that fills its segment: ``ids`` (length,) int64, and how many BPE ids were cut."""
+    """An encoded text that fills its segment.
+
+    Attributes:
+        ids: ``(length,)`` int64.
+        num_cut: number of BPE ids that were cut because they did not fit.
+    """
 
     ids: Tensor
     num_cut: int
 
 
 def open_youtokentome(path: Path) -> Any:
-    """Return YouTokenToMe's model of a file, or None where the package is not installed."""
+    """Return YouTokenToMe's model for a file, or None if the package is not installed."""
     try:
         import youtokentome
     except ModuleNotFoundError:
@@ -70,18 +78,20 @@ def open_youtokentome(path: Path) -> Any:
 
 
 def normalize_unicode(text: str) -> str:
-    """Return a cleaned text in lower case without space around it."""
+    """Return the cleaned text in lower case, without leading and trailing whitespace."""
     return clean_text(text).lower().strip()
 
 
 class Tokenizer:
-    """A BPE model file in use.  Pickles by its path, so workers of any kind can hold it.
+    """A tokenizer backed by one BPE model file.
+
+    It pickles as its path, so data-loader workers can hold it under any start method.
 
     Args:
-        path: a ``bpe.model`` of YouTokenToMe: one trained here, or a released one.
+        path: a ``bpe.model`` in YouTokenToMe's format, trained here or released.
 
     Raises:
-        ValueError: when the file is missing or is no such model.
+        ValueError: if the file is missing or not such a model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,10 +103,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, path: Path) -> "Tokenizer":
-        """Train on texts and write the model to ``path``; a small corpus may give fewer ids.
+        """Train on some texts, write the model to ``path`` and return the tokenizer.
+
+        A small corpus may yield fewer ids than ``vocab_size``.
 
         Raises:
-            ValueError: when the texts hold no word, or more characters than ``vocab_size``.
+            ValueError: if the texts contain no word, or more distinct characters than
+                ``vocab_size`` allows.
         """
         model = train_bpe((normalize_unicode(text) for text in texts), vocab_size)
         write_text(path, model.text())
@@ -104,25 +117,30 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of BPE ids, including the four special ids."""
         return self.model.vocab_size
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the model file."""
+        """Return the SHA-256 of the model file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the model file to ``path``, whole or not at all."""
+        """Write the model file to ``path`` atomically."""
         write_atomic(path, lambda new: new.write_bytes(self.path.read_bytes()))
 
     def encode(
         self, text: str, *, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> list[int]:
-        """BPE ids of the normalised text, without ``BOS`` and ``EOS``.
+        """Return the BPE ids of the normalised text, without ``BOS`` and ``EOS``.
 
         Args:
-            dropout: the probability that a merge is skipped each time it could be made.
-            generator: draws the skips; required when dropout is not 0.
+            text: any text; it is normalised first.
+            dropout: probability of skipping a candidate merge at each step.
+            generator: source of the dropout samples.
+
+        Raises:
+            ValueError: if ``dropout`` is not 0 and ``generator`` is None.
         """
         text = normalize_unicode(text)
         if dropout == 0:
@@ -132,7 +150,7 @@ class Tokenizer:
         return self.model.encode(text, dropout, generator)
 
     def unknown_words(self, text: str) -> dict[str, str]:
-        """Return the words that hold characters the tokenizer has never seen, and these."""
+        """Return each word with characters outside the vocabulary, mapped to those characters."""
         known = self.model.characters
         found = {
             word: "".join(dict.fromkeys(each for each in word if ord(each) not in known))
@@ -141,9 +159,13 @@ class Tokenizer:
         return {word: characters for word, characters in found.items() if characters}
 
     def unknown_note(self, text: str, name: str) -> str:
-        """Return one line on what of a text is unknown, or nothing; ``name`` is its flag or key.
+        """Return a one-line warning about unknown characters, or "" if there are none.
 
-        Unknown characters all have the same id, so a model cannot tell them apart.
+        All unknown characters share one id, so a model cannot distinguish them.
+
+        Args:
+            text: text to check.
+            name: flag or key of the text, which starts the line.
         """
         found = self.unknown_words(text)
         if not found:
@@ -166,9 +188,19 @@ class Tokenizer:
         generator: torch.Generator | None = None,
         keeps_end: bool = False,
     ) -> Segment:
-        """``BOS [task token] ids EOS`` padded to ``length``; of a long text the end is cut.
+        """Return ``BOS [task token] ids EOS``, padded with ``PAD`` to ``length``.
 
-        With ``keeps_end`` it is the beginning: a question stands at the end of what it is about.
+        Args:
+            text: text to encode.
+            length: number of tokens of the segment.
+            task_token: id inserted after ``BOS``, if any.
+            dropout: BPE-dropout probability.
+            generator: source of the dropout samples; required if ``dropout`` is not 0.
+            keeps_end: cut a long text at its beginning instead of its end.  Questions need this,
+                because they follow the passage that they refer to.
+
+        Raises:
+            ValueError: if ``length`` is too small for the special tokens.
         """
         ids = self.encode(text, dropout=dropout, generator=generator)
         start = [BOS] if task_token is None else [BOS, task_token]
@@ -184,7 +216,7 @@ class Tokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first ``EOS``, without padding, task tokens and other specials."""
+        """Return the text up to the first ``EOS``, without padding and special tokens."""
         kept: list[int] = []
         for token in ids:
             if token == EOS:
@@ -196,7 +228,9 @@ class Tokenizer:
         return self.model.decode(kept) if self.fast is None else self.fast.decode([kept])[0]
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the path as the pickled state."""
         return {"path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Reload the model file from the pickled path."""
         self.__init__(state["path"])  # type: ignore[misc]
