@@ -1,0 +1,1 @@
+"""File access: atomic writes, errors that name their file, and YAML settings."""

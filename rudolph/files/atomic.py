@@ -1,9 +1,10 @@
-"""Files that are whole or absent, errors that name their file, and damaged files set aside.
+"""Atomic file writes, errors that name their file, and quarantine of damaged files.
 
-A file is written beside its place and renamed, so a killed process or a full disk leaves the old
-file or the new one.  Libraries report failed writes in many ways, often without a file name;
-``naming_file`` turns all of them into one ``OSError`` with the path, which ``explain_os_error``
-puts in a line.
+A file is written under a temporary name next to its target and then renamed.  A killed process or
+a full disk therefore leaves either the old file or the new one.
+
+Libraries report failed writes in many ways, often without a file name.  ``naming_file`` converts
+all of them to one ``OSError`` with the path, and ``explain_os_error`` formats it as one line.
 """
 
 import errno
@@ -31,7 +32,7 @@ ADVICE = {
     errno.EPERM: "check its permissions and those of its folder",
     errno.EIO: "check the disk",
 }
-# What torch's zip writer says when the system takes no more bytes.
+# Messages of torch's zip writer after a failed write.
 TORCH_WRITE_ERROR = re.compile(
     r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE
 )
@@ -41,7 +42,7 @@ _said: set[str] = set()
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written there; the message is one line with its path."""
+    """An error for a file whose content is not what was written; its message is one line."""
 
     def __init__(self, path: Path, reason: str, advice: str = "") -> None:
         super().__init__(f"{path}: damaged ({reason}){advice and '. '}{advice}")
@@ -49,16 +50,16 @@ class DamagedFileError(ValueError):
 
 
 def explain_os_error(error: OSError) -> str:
-    """Return one line: the file, what failed and what to do."""
+    """Return one line that names the file, the failure and a remedy."""
     number: int | None = error.errno
     reason, name = error.strerror, error.filename
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        # ``copytree`` collects (source, target, words) of every file that failed.
+        # ``copytree`` collects (source, target, message) for every file that failed.
         _, name, words = error.args[0][0]
         number = _number_in(str(words))
         reason = os.strerror(number) if number else _plain(str(words))
     elif number in ADVICE and error.filename2 is not None:
-        # A copy names its source first, but it is the target that cannot be written.
+        # A copy error names its source first, but the target is the file that cannot be written.
         name = error.filename2
     place = "a file cannot be read or written" if name is None else os.fsdecode(name)
     advice = f". {ADVICE[number].capitalize()}" if number in ADVICE else ""
@@ -67,13 +68,15 @@ def explain_os_error(error: OSError) -> str:
 
 @contextmanager
 def naming_file(path: Path, *, written: Path | None = None) -> Iterator[None]:
-    """Give every failed read or write inside the name of the file.
+    """Set the file name of every failed read or write inside the context.
 
     Args:
-        written: the file that is written in its place, whose name means nothing to a reader.
+        path: file to name in the error.
+        written: temporary file that stands in for ``path``.  An error that names it names ``path``
+            instead.
 
     Raises:
-        OSError: with ``filename`` set.
+        OSError: with ``filename`` set to ``path``, unless the error already names another file.
     """
     try:
         yield
@@ -95,12 +98,16 @@ def naming_file(path: Path, *, written: Path | None = None) -> Iterator[None]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file with ``write(new)`` beside its place, then rename it.
+    """Write a file atomically: call ``write(new)`` on a temporary name, then rename it.
 
-    A link stays, and so does a device such as ``/dev/stdout``, which is written directly.
+    Symbolic links stay links.  A device such as ``/dev/stdout`` is written directly.
+
+    Args:
+        path: target file; missing parent folders are created.
+        write: writes the content to the path that it gets.
 
     Raises:
-        OSError: naming ``path``; what stood there stays.
+        OSError: naming ``path``, whose previous content is kept.
     """
     place = Path(os.path.realpath(path))
     new = place.with_name(f"{place.name}.{os.getpid()}.new")
@@ -111,7 +118,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(new)
-            # Renamed before its bytes are on the disk, a power cut would leave an empty file.
+            # Without fsync before the rename, a power failure could leave an empty file.
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, place)
@@ -120,17 +127,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all."""
+    """Write a text as UTF-8, atomically."""
     write_atomic(path, lambda new: new.write_bytes(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with one space of indentation, whole or not at all."""
+    """Write JSON with an indentation of one space, atomically."""
     write_text(path, json_text(content, indent=1) + "\n")
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
-    """Return JSON that any reader takes: NaN and infinities are strings in it.
+    """Return strict JSON, with NaN and infinities as strings.
 
     >>> json_text({"loss": [1.5, float("nan")]})
     '{"loss": [1.5, "nan"]}'
@@ -139,7 +146,10 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
 
 
 def json_number(value: float) -> float | str:
-    """JSON has no word for infinities and NaN: they become strings that ``float`` reads back."""
+    """Return the number, or its string form if it is infinite or NaN.
+
+    JSON cannot represent these values; ``float`` parses the strings back.
+    """
     return value if math.isfinite(value) else str(value)
 
 
@@ -152,14 +162,15 @@ def _spelled(content: Any) -> Any:
 
 
 def require_apart(target: Path, source: Path, name: str) -> None:
-    """Raise ``ValueError`` where writing a target could change what it is made from.
+    """Raise ``ValueError`` if writing a target could change the source that it is made from.
 
-    That is, where one of them is the other or lies in it.  The file system resolves links, ``..``
-    and letters of another case.
+    This is the case if both are the same path or one contains the other.  The file system resolves
+    links, ``..`` and differences in letter case.
 
     Args:
-        target: a file or a folder, there or not.
-        name: the argument that gave the target.
+        target: file or folder to write; it need not exist.
+        source: file or folder that is read.
+        name: flag or key of the target, for the message.
     """
     inner, outer = _lineage(target), _lineage(source)
     if inner[0] == outer[0]:
@@ -177,7 +188,7 @@ def require_apart(target: Path, source: Path, name: str) -> None:
 
 
 def _lineage(path: Path) -> list[tuple[int, int] | str]:
-    """Return what a path and each folder above it are on the disk, or would be called."""
+    """Return the (device, inode) of a path and its parents, or the name of a missing one."""
     real = Path(os.path.realpath(path))
     found: list[tuple[int, int] | str] = []
     for each in (real, *real.parents):
@@ -191,7 +202,7 @@ def _lineage(path: Path) -> list[tuple[int, int] | str]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all; a last line that was cut off is dropped.
+    """Append a line to a file, whole or not at all; drop an incomplete last line first.
 
     Raises:
         OSError: naming the file.
@@ -208,12 +219,16 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_all(file: io.FileIO, content: bytes) -> None:
-    """Append bytes to a file without a buffer; of a write that fails half-way nothing stays."""
+    """Append bytes to an unbuffered file; truncate it to its old size if the write fails.
+
+    Raises:
+        OSError: after the truncation.
+    """
     end = os.fstat(file.fileno()).st_size
     written = 0
     try:
         while written < len(content):
-            # On a full disk the system takes a part first and fails at the next call.
+            # On a full disk the first call may write a part and only the next one fails.
             written += file.write(content[written:])
     except OSError:
         file.truncate(end)
@@ -221,10 +236,11 @@ def write_all(file: io.FileIO, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Load a JSON file.
 
     Raises:
-        DamagedFileError: when it holds no JSON.
+        DamagedFileError: if the content is not UTF-8 or not JSON.
+        OSError: if the file cannot be read.
     """
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -238,10 +254,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_mapping(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    """Return the mapping in a JSON file, which must have these keys with values of these kinds.
+    """Load a JSON file that must be a mapping with the given keys.
+
+    Args:
+        path: JSON file.
+        **kinds: type, or tuple of types, of the value of each required key.
 
     Raises:
-        DamagedFileError: naming the key that is missing or of another kind.
+        DamagedFileError: naming the key that is missing or has another type.
+        OSError: if the file cannot be read.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -255,7 +276,10 @@ def read_mapping(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]
 
 
 def rename_damaged(path: Path) -> Path:
-    """Rename a damaged file or folder to ``<name>.damaged``; return its new path."""
+    """Rename a damaged file or folder to ``<name>.damaged`` and return its new path.
+
+    A number is appended if that name is taken.
+    """
     aside, count = path.with_name(f"{path.name}{DAMAGED}"), 1
     while os.path.lexists(aside):
         count += 1
@@ -265,7 +289,7 @@ def rename_damaged(path: Path) -> Path:
 
 
 def warn_once(line: str) -> None:
-    """Warn with a line that this process has not said before."""
+    """Log a warning unless this process has already logged the same line."""
     if line not in _said:
         _said.add(line)
         _logger.warning("%s", line)
@@ -281,7 +305,7 @@ def _number_in(words: str) -> int | None:
 
 
 def _likely_number(path: Path) -> int:
-    """Return why torch could not write, which it does not tell."""
+    """Return the probable errno of a failed torch write, which torch does not report."""
     if shutil.disk_usage(path.parent).free < 1 << 20:
         return errno.ENOSPC
     try:

@@ -1,7 +1,7 @@
-"""YAML to typed, frozen, checked dataclasses: the only reader of YAML.
+"""YAML to typed, frozen, validated dataclasses; the only module that reads YAML.
 
-A setting is written ``model.num_layers: 8`` or as nested mappings.  Every mistake is a
-``ConfigError`` of one line: file, key, what was given, what is legal and the nearest name.
+A setting is written ``model.num_layers: 8`` or as nested mappings.  Every error is a one-line
+``ConfigError`` with the file, the key, the value, the legal values and the closest legal name.
 """
 
 import difflib
@@ -20,18 +20,18 @@ import yaml
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
 
-# Nothing is coerced and nothing unknown is ignored; dataclasses inside take it over.
+# Forbid coercion and unknown keys; nested dataclasses inherit this.
 STRICT: "ConfigDict" = {"extra": "forbid", "allow_inf_nan": False, "strict": True}
-# PyYAML raises these besides its own: for an invalid date, thousands of digits, !!int x.
+# PyYAML also raises these, for example for an invalid date, thousands of digits or ``!!int x``.
 YAML_ERRORS = (RecursionError, ValueError, AttributeError, KeyError)
-# No file of settings has as many values; aliases of aliases soon have.
+# Far above any settings file, but nested aliases reach it quickly.
 MOST_VALUES = 100_000
 KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
 
 
 @dataclass(frozen=True)
 class TaggedBy:
-    """Marks a field as a union of dataclasses that its member ``name`` tells apart.
+    """A marker for a union of dataclasses that the field ``name`` discriminates.
 
     >>> Annotated[Circle | Square, TaggedBy("kind")]  # doctest: +SKIP
     """
@@ -39,18 +39,25 @@ class TaggedBy:
     name: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Validate as pydantic's discriminated union."""
+        """Return the schema of pydantic's discriminated union."""
         from pydantic import Field
 
         return handler.generate_schema(Annotated[source, Field(discriminator=self.name)])
 
 
 class ConfigError(ValueError):
-    """A mistake in an experiment file, in one line."""
+    """An error in an experiment file, in one line."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file; a key given twice is a mistake, ``1e-3`` a number."""
+    """Load the mapping in a YAML file.
+
+    Duplicate keys are an error, and ``1e-3`` is a number, unlike in plain PyYAML.
+
+    Raises:
+        ConfigError: if the file is missing or unreadable, is not YAML, or is not a mapping with
+            text keys.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
@@ -70,7 +77,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a text in YAML; ``ConfigError`` when it is not YAML."""
+    """Return the value of a YAML text from the command line.
+
+    Raises:
+        ConfigError: if the text is not YAML.
+    """
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -82,7 +93,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """One line of an error of the YAML reader that is none of its own kind."""
+    """Return one line for an error of the YAML reader that is not a ``YAMLError``."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, AttributeError | KeyError):
@@ -91,14 +102,14 @@ def _reason(error: Exception) -> str:
 
 
 def _require_tree(path: Path, content: Any) -> None:
-    """Raise ``ConfigError`` for aliases that hold themselves or stand for millions of values."""
+    """Raise ``ConfigError`` if aliases are recursive or expand beyond ``MOST_VALUES`` values."""
     sizes: dict[int, int] = {}
 
     def size_of(value: Any) -> int:
         if not isinstance(value, dict | list):
             return 1
         if id(value) not in sizes:
-            # An alias that is met before its own value is known lies within it.
+            # An alias that is reached before its own size is known is recursive.
             sizes[id(value)] = MOST_VALUES + 1
             inner = value.values() if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(map(size_of, inner))
@@ -112,15 +123,23 @@ def _require_tree(path: Path, content: Any) -> None:
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, with keys in insertion order."""
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type."""
     return _adapter(kind).json_schema()
 
 
 def require_keys(path: Path, content: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    """Raise ``ConfigError`` for a key that is not legal or a value that is of another kind."""
+    """Raise ``ConfigError`` for an illegal key or a value of another type.
+
+    Args:
+        path: file to name in the error.
+        content: mapping to check.
+        kinds: type of each legal key; one of ``KIND_NAMES``.
+    """
     for key, value in content.items():
         if key not in kinds:
             raise unknown_key_error(path, key, key, kinds)
@@ -129,7 +148,7 @@ def require_keys(path: Path, content: Mapping[str, Any], kinds: Mapping[str, typ
 
 
 def require_distinct(path: Path, place: str, values: Any) -> None:
-    """Raise ``ConfigError`` unless ``values`` is a list of different values, at least one."""
+    """Raise ``ConfigError`` unless ``values`` is a non-empty list of distinct values."""
     if not isinstance(values, list) or not values:
         raise setting_error(path, place, "must be a list with at least one value", values)
     if len({json.dumps(value, default=str) for value in values}) < len(values):
@@ -139,7 +158,17 @@ def require_distinct(path: Path, place: str, values: Any) -> None:
 def flat_settings(
     path: Path, kind: Any, content: Mapping[str, Any], place: str = ""
 ) -> dict[str, Any]:
-    """Settings of a dataclass by their dotted key, whether the file nests or dots them."""
+    """Return the settings of a dataclass by dotted key, for nested and for dotted files.
+
+    Args:
+        path: file to name in errors.
+        kind: dataclass that defines the legal keys.
+        content: mapping from the file.
+        place: dotted key of the mapping itself, as a prefix in errors.
+
+    Raises:
+        ConfigError: if a key is unknown or given twice, or a section is not a mapping.
+    """
     known = _known_keys(kind)
     flat: dict[str, Any] = {}
 
@@ -163,12 +192,22 @@ def flat_settings(
 
 
 def validate(path: Path, kind: Any, content: Any, place: str = "") -> Any:
-    """``content`` as ``kind``; ``ConfigError`` for its first mistake."""
-    # Needed only to read files, not to build a configuration in code.
+    """Return ``content`` as an instance of ``kind``.
+
+    Args:
+        path: file to name in the error.
+        kind: type to validate against, usually a dataclass.
+        content: value from the file.
+        place: dotted key of ``content``, as a prefix in the error.
+
+    Raises:
+        ConfigError: for the first error, including NaN and infinities.
+    """
+    # Imported late: pydantic is needed to read files, not to build a configuration in code.
     from pydantic import ValidationError
 
     try:
-        # Through JSON, so that lists become tuples while "5" does not become 5.
+        # Strict mode converts lists to tuples only for JSON input, and still rejects "5" for 5.
         found = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
@@ -190,7 +229,7 @@ def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings."""
+    """Return dotted keys as nested mappings."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():
         inner = tree
@@ -202,6 +241,14 @@ def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_key_error(path: Path, place: str, key: str, legal: Iterable[str]) -> ConfigError:
+    """Return the ``ConfigError`` for an unknown key, with the legal keys next to it.
+
+    Args:
+        path: file to name in the error.
+        place: full dotted key, for the message.
+        key: dotted key to compare with the legal ones.
+        legal: all legal dotted keys.
+    """
     legal = list(legal)
     parent = key.rpartition(".")[0]
     beside = [each for each in legal if each.rpartition(".")[0] == parent]
@@ -213,11 +260,12 @@ def unknown_key_error(path: Path, place: str, key: str, legal: Iterable[str]) ->
 
 
 def setting_error(path: Path, place: str, rule: str, value: Any) -> ConfigError:
+    """Return the ``ConfigError`` for a value that breaks a rule."""
     return ConfigError(f"{path}: {place}: {rule}, got {short_repr(value)}")
 
 
 def did_you_mean(given: str, legal: Iterable[str]) -> str:
-    """``; did you mean ...?`` for the nearest legal name, or nothing."""
+    """Return ``; did you mean ...?`` with the closest legal name, or "" if none is close."""
     legal = list(legal)
     close = difflib.get_close_matches(given, legal, n=1, cutoff=0.6)
     last = given.rpartition(".")[2]
@@ -227,7 +275,7 @@ def did_you_mean(given: str, legal: Iterable[str]) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """A value on one line, cut to 80 characters."""
+    """Return the ``repr`` of a value on one line, cut to 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -247,9 +295,10 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without its traps: keys once, and 1e-3 is a number."""
+    """A safe YAML loader that rejects duplicate keys and parses ``1e-3`` as a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; raise ``MarkedYAMLError`` for a duplicate or non-text key."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -273,7 +322,7 @@ _Loader.add_implicit_resolver(
 
 
 def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
-    """Every dotted key that a configuration has."""
+    """Return every dotted key of a configuration, sections included."""
     paths: dict[str, None] = {}
     hints = get_type_hints(kind)
     for each in fields(kind):
@@ -285,14 +334,14 @@ def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
 
 
 def _sections(hint: Any) -> list[type]:
-    """Return the dataclasses that a field can hold: one, those of a tagged union, or none."""
+    """Return the dataclasses that a field can hold: none, one, or those of a tagged union."""
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return [member for member in members if is_dataclass(member) and isinstance(member, type)]
 
 
 @cache
 def _known_keys(kind: Any) -> dict[str, bool]:
-    """Dotted keys of a dataclass; true where more keys lie below."""
+    """Return the dotted keys of a dataclass, each with whether it has keys below it."""
     paths = _leaf_paths(kind)
     return {path: any(each.startswith(f"{path}.") for each in paths) for path in paths}
 
@@ -305,7 +354,7 @@ def _adapter(kind: Any) -> "TypeAdapter[Any]":
 
 
 def _line(found: Any, kind: Any, place: str) -> str:
-    """One line for one of pydantic's errors."""
+    """Return one line for one of pydantic's errors."""
     names, kind = _without_tags(kind, found["loc"])
     parts = [*([place] if place else []), *names]
     key = ".".join(parts)
@@ -330,9 +379,9 @@ def _line(found: Any, kind: Any, place: str) -> str:
 
 
 def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
-    """Return the keys of pydantic's location, and the dataclass that has the last of them.
+    """Return the keys in pydantic's error location and the dataclass that owns the last one.
 
-    Pydantic puts the tag of a tagged union after its key, which no file does.
+    Pydantic inserts the tag of a tagged union after its key, but files do not contain it there.
     """
     names: list[str] = []
     owner, hint = kind, kind
@@ -352,7 +401,7 @@ def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
 
 
 def _tags(kind: type) -> list[str]:
-    """Return the values of the fields of a dataclass that can hold one value alone."""
+    """Return the single values of all ``Literal`` fields with one value."""
     hints = [get_args(hint) for hint in get_type_hints(kind).values() if _is_literal(hint)]
     return [values[0] for values in hints if len(values) == 1]
 
@@ -362,6 +411,6 @@ def _is_literal(hint: Any) -> bool:
 
 
 def _nearest_value(message: str) -> str:
-    """For ``... one of a, b, got 'x'``: the nearest of the legal values."""
+    """Return a suggestion for a message such as ``... one of a, b, got 'x'``."""
     match = re.search(r"must be (?:one )?of (.+?)[,;] got '([^']*)'", message)
     return did_you_mean(match[2], match[1].split(", ")) if match else ""
