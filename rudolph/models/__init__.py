@@ -1,0 +1,1 @@
+"""Models as plain ``nn.Module`` classes, with one folder per family."""

@@ -1,6 +1,6 @@
-"""How near a reconstructed image is to the original.
+"""Image quality metrics between a reconstruction and its original: PSNR and SSIM.
 
-Source: Wang 2004 (SSIM), as torchmetrics computes it.
+Source: Wang 2004 (SSIM), as implemented by torchmetrics.
 
 Shapes: B batch, H and W pixels.
 """
@@ -10,14 +10,24 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images ``(B, 3, H, W)`` in [0, 1], in dB, ``(B,)``."""
+    """Return the peak signal-to-noise ratio in dB, ``(B,)``, at most 100.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        truth: the originals, of the same shape and range.
+    """
     mse = (images - truth).pow(2).mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of images ``(B, 3, H, W)`` in [0, 1], at most 1, ``(B,)``."""
-    # Its import takes five seconds, which whoever asks for no SSIM need not wait for.
+    """Return the structural similarity, ``(B,)``, at most 1.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        truth: the originals, of the same shape and range.
+    """
+    # Imported late, because it takes five seconds.
     from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 
     found = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")

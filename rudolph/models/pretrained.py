@@ -1,4 +1,4 @@
-"""The former name of ``rudolph.models.reference``."""
+"""The former name of ``rudolph.models.reference``, kept for existing imports."""
 
 from rudolph.models.reference import FAMILIES, from_reference, to_reference
 

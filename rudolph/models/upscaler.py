@@ -1,8 +1,8 @@
-"""The upscaler of finished images: Real-ESRGAN's generator, a chain of dense residual blocks.
+"""The image upscaler: Real-ESRGAN's generator, a chain of dense residual blocks.
 
 ``images -> conv_first -> body -> conv_body -> (nearest x2, conv) ... -> conv_hr -> conv_last``
 
-Names of modules are Real-ESRGAN's, so that its checkpoints' keys are ours.
+Module names are those of Real-ESRGAN, so its checkpoint keys load without renaming.
 
 Source: Wang 2021 (arXiv:2107.10833); rudalle, ``realesrgan/rrdbnet_arch.py``.
 
@@ -23,7 +23,15 @@ NUM_DENSE = 5
 
 @dataclass(frozen=True)
 class UpscalerConfig:
-    """``scale`` 2 folds 2 x 2 pixels into channels first and then enlarges four times."""
+    """The architecture of an upscaler.
+
+    Attributes:
+        scale: enlargement factor, one of ``UPSCALER_SCALES``.  2 first folds 2 x 2 pixels into
+            channels and then enlarges four times.
+        num_channels: width of the body.
+        num_blocks: number of residual blocks.
+        growth: channels that each dense convolution adds.
+    """
 
     scale: int = 4
     num_channels: int = 64
@@ -31,6 +39,7 @@ class UpscalerConfig:
     growth: int = 32
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.scale not in UPSCALER_SCALES:
             raise ValueError(f"scale must be one of 2, 4, 8, got {self.scale}")
         for name in ("num_channels", "num_blocks", "growth"):
@@ -39,11 +48,12 @@ class UpscalerConfig:
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the map's size."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each of which reads the outputs of all before it."""
+    """Five convolutions, each of which reads the outputs of all previous ones."""
 
     def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()
@@ -54,6 +64,7 @@ class DenseBlock(nn.Module):
             self.add_module(f"conv{index + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` with 0.2 times the last output added."""
         seen = [x]
         for index in range(NUM_DENSE - 1):
             layer = self.get_submodule(f"conv{index + 1}")
@@ -63,7 +74,7 @@ class DenseBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Three dense blocks in a residual."""
+    """Three dense blocks in a residual connection."""
 
     def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()
@@ -72,11 +83,12 @@ class ResidualBlock(nn.Module):
         self.rdb3 = DenseBlock(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` with 0.2 times the last output added."""
         return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=0.2)
 
 
 class Upscaler(nn.Module):
-    """``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)``, not clamped."""
+    """An upscaler: ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)``, not clamped."""
 
     def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()
@@ -93,6 +105,7 @@ class Upscaler(nn.Module):
         self.conv_last = conv3x3(size, 3)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the enlarged images."""
         if self.config.scale == 2:
             images = F.pixel_unshuffle(images, 2)
         x = self.conv_first(fast_memory_format(images))

@@ -1,7 +1,7 @@
-"""A module's weights: written, named by digest, and loaded exactly.
+"""Model weights: writing, verifying, hashing and exact loading.
 
-Modules are built on the meta device and take the tensors of a file as they are, so loading needs
-no memory but the file's own.
+Modules are built on the meta device and adopt the tensors of a file.  Loading therefore needs no
+memory beyond that of the file.
 """
 
 import hashlib
@@ -23,17 +23,21 @@ def load_exactly(
     family: str,
     their_name: Callable[[str], str] = str,
 ) -> None:
-    """Assign every tensor of a module; none may be left, left over or of another shape.
+    """Assign every tensor of a module; names and shapes must match exactly.
 
     A mapping that reads its file lazily is read one tensor at a time.
 
     Args:
-        their_name: what the file calls a tensor of the model, for messages.
+        model: module to fill, possibly on the meta device.
+        tensors: tensor of each name in ``model.state_dict()``.
+        family: model family, for messages.
+        their_name: name in the file of each tensor of the model, for messages.
 
     Raises:
-        ValueError: naming the first tensor that does not fit.
+        ValueError: naming the first tensor that is missing, unexpected, not a tensor, or of
+            another shape or kind of dtype.
     """
-    # Not the tensors themselves: what is replaced is freed.
+    # Keep only shapes and dtypes, so that replaced tensors are freed.
     expected = {key: (own.shape, own.dtype) for key, own in model.state_dict().items()}
     for key in expected:
         if key not in tensors:
@@ -60,17 +64,17 @@ def load_exactly(
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write weights as safetensors, whole or not at all."""
+    """Write a module's weights as safetensors, atomically."""
     save_tensors(dict(model.state_dict()), path)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, whole or not at all.
+    """Write tensors as safetensors, atomically.
 
     Raises:
-        OSError: naming the file, when the disk is full, say.
+        OSError: naming the file, for example if the disk is full.
     """
-    # Large files that a killed process left; nobody else writes these weights now.
+    # Remove large temporary files of killed processes; no other process writes these weights.
     for leftover in path.parent.glob(f"{path.name}.*.new"):
         leftover.unlink(missing_ok=True)
     dense = {name: value.contiguous() for name, value in tensors.items()}
@@ -78,14 +82,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Load the tensors of a safetensors file.
 
     Raises:
-        DamagedFileError: when it is cut off, empty or no safetensors file.
-        OSError: naming the file, when it cannot be read.
+        DamagedFileError: if the file is truncated, empty or not safetensors.
+        OSError: naming the file, if it cannot be read.
     """
     try:
-        # Opened first: Rust reports a folder as a device that does not exist.
+        # Open the file first: safetensors reports a folder as a missing device.
         with naming_file(path), path.open("rb"):
             return load_file(path)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -93,10 +97,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_error(path: Path, model: nn.Module | None = None) -> str:
-    """Return what is wrong with a safetensors file, empty if nothing; its numbers are not read.
+    """Return an error message for a safetensors file, or "" if it is valid; read only its header.
 
     Args:
-        model: whose tensors it must hold, by name and shape.
+        path: safetensors file.
+        model: module whose tensor names and shapes the file must match; None skips this check.
     """
     try:
         with naming_file(path), path.open("rb"), safe_open(path, "pt") as file:
@@ -114,7 +119,7 @@ def weights_error(path: Path, model: nn.Module | None = None) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a module's tensors in the order of their names."""
+    """Return the SHA-256 of a module's tensor names and values, in the order of the names."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

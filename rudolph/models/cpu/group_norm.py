@@ -1,6 +1,7 @@
-"""Group norm of maps whose channels are last in memory, as convolutions on CPU like them.
+"""Group norm of channels-last maps, the memory format of fast CPU convolutions.
 
-Except in float32, torch's own gradient takes several times as long there as with channels first.
+Except in float32, torch's own backward pass takes several times as long on such maps as on
+channels-first ones.
 
 Shapes: B batch, C channels, G groups, H and W pixels.
 """
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Numbers of a part that stays in the processor's cache.
+# Number of values in a chunk that fits into the processor's cache.
 CHUNK_SIZE = 2**20
 
 MapChunk = tuple[slice, slice, slice]
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """``norm(x)`` of maps ``(B, C, H, W)``, with a gradient that is fast in their layout."""
+    """Return ``norm(x)`` of maps ``(B, C, H, W)``, with a fast backward pass for their layout."""
     is_last = x.is_contiguous(memory_format=torch.channels_last)
     is_slow = x.device.type == "cpu" and is_last and x.dtype != torch.float32
     if not (is_slow and torch.is_grad_enabled()):
@@ -29,7 +30,10 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def map_chunks(x: Tensor, size: int) -> Iterator[MapChunk]:
-    """Places of maps ``(B, C, H, W)``: some images, or some rows of one, of ``size`` numbers.
+    """Yield index tuples that split maps ``(B, C, H, W)`` into chunks of at most ``size`` values.
+
+    A chunk is one or more whole images or some rows of one image.  It has at least one row, even
+    if that exceeds ``size``.
 
     >>> [place[2] for place in parts_of(torch.empty(1, 2, 5, 3), 12)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -44,17 +48,18 @@ def map_chunks(x: Tensor, size: int) -> Iterator[MapChunk]:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of statistics: at least float32."""
+    """Return the dtype of normalisation statistics, which is at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _ChannelsLast(torch.autograd.Function):
-    """torch's group norm; its gradient from sums over pixels, in parts."""
+    """Torch's group norm with a backward pass that sums over pixels chunk by chunk."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
     ) -> Tensor:
+        """Return the normalised maps and save mean and inverse deviation, ``(B, G)`` each."""
         batch, channels, height, width = x.shape
         out, mean, inverse = torch.native_group_norm(
             x, weight, bias, batch, channels, height * width, num_groups, eps
@@ -65,6 +70,7 @@ class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Return the gradients of the input, weight and bias."""
         x, weight, *statistics = ctx.saved_tensors
         dtype = statistics_dtype(x.dtype)
         batch, channels, height, width = x.shape
@@ -78,7 +84,7 @@ class _ChannelsLast(torch.autograd.Function):
             every = (weight.to(dtype) * sums).view(batch, groups, size).sum(2)
             return (every / (size * height * width)).repeat_interleave(size, 1)
 
-        # The gradient of x is a * gradient + b * x + c with a, b, c of each image and channel.
+        # The gradient of x is a * gradient + b * x + c, with a, b and c of shape (B, C).
         a = weight.to(dtype) * inverse
         b = -inverse * inverse * over_group(along)
         c = -inverse * over_group(total) - mean * b
@@ -91,7 +97,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over pixels of the gradient, and of it times ``x - mean``, ``(B, C)`` each."""
+    """Return the pixel sums of the gradient and of it times ``x - mean``, ``(B, C)`` each."""
     total, along = torch.zeros_like(mean), torch.zeros_like(mean)
     for place in map_chunks(x, CHUNK_SIZE):
         images, part = place[0], gradient[place].to(mean)

@@ -1,6 +1,6 @@
-"""Linear layers in eight bits: half the memory of float16, the same module otherwise.
+"""Linear layers with int8 weights: half the memory of float16, otherwise the same module.
 
-Weights are rounded row by row to -127..127 with one scale a row and widened again before the
+Weights are rounded per row to -127..127 with one scale per row.  They are widened again before the
 product, so activations keep their precision (Dettmers 2022, arXiv:2208.07339, without its
 outliers).
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# After the name of a matrix, that of its scales.
+# Suffix that turns the name of a matrix into the name of its scales.
 SCALES = "#scales"
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded weight ``(M, N)`` int8 and scale ``(M, 1)`` with ``weight ~ rounded * scale``.
+    """Return int8 weights ``(M, N)`` and a scale ``(M, 1)`` with ``weight ~ rounded * scale``.
 
-    Scales stay float32: those of small weights are below what float16 can hold.
+    Scales are float32, because those of small weights underflow in float16.
     """
     wide = weight.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
@@ -29,9 +29,9 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as a small file holds them: matrices in eight bits, each with its scales beside it.
+    """Return the tensors with every matrix in int8 and its scales under the suffix ``SCALES``.
 
-    What is no matrix stays.
+    Tensors that are not matrices are unchanged.
     """
     packed = dict(tensors)
     for name, value in tensors.items():
@@ -41,7 +41,7 @@ def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ``pack_int8`` packed, in float32; other tensors stay."""
+    """Return the tensors of ``pack_int8`` with all matrices in float32; others are unchanged."""
     return {
         name: value * tensors[name + SCALES] if name + SCALES in tensors else value
         for name, value in tensors.items()
@@ -50,7 +50,12 @@ def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that rounds its weight when it is loaded."""
+    """A linear layer that rounds its weight to int8 when it is loaded.
+
+    Args:
+        num_inputs: N.
+        num_outputs: M.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -58,12 +63,13 @@ class Int8Linear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(num_outputs, num_inputs, dtype=torch.int8))
-        # Not in a file: it comes from the weight that is loaded.
+        # Not saved, because loading recomputes it from the weight.
         self.register_buffer("scale", torch.ones(num_outputs, 1), persistent=False)
         self.bias = nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Scaled before the product: sums of whole numbers up to 127 overflow float16.
+        """Return ``(..., M)`` for ``x`` ``(..., N)``."""
+        # Scale before the product, because sums of integers up to 127 overflow float16.
         weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype))
         return F.linear(x, weight, self.bias)
 
@@ -75,11 +81,11 @@ class Int8Linear(nn.Module):
 
 
 def use_int8(model: nn.Module) -> None:
-    """Put ``Int8Linear`` for every linear layer below ``model``, before its weights are loaded."""
+    """Replace every linear layer in ``model`` by an ``Int8Linear``, before loading weights."""
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
             packed = Int8Linear(child.in_features, child.out_features)
-            # Inputs come in the dtype of the layer, and its bias is added to them.
+            # The inputs have the dtype of the replaced layer, so the bias must have it too.
             packed.bias = nn.Parameter(torch.zeros_like(child.bias))
             setattr(model, name, packed)
         else:

@@ -1,21 +1,22 @@
-"""Linear layers in the layout that this processor reads fastest: for inference, not for training.
+"""Linear layers with weights in the memory layout that this processor reads fastest.
 
-A token costs one reading of all weights, so what counts at few rows is bytes and how they lie.
-Activations stay float32; the rest of the model is as it was.
+They serve inference only.  A decoding step reads all weights once, so with few rows the number of
+bytes and their layout decide the speed.  Activations stay float32 between layers.  The weight
+formats are::
 
-    float32    in oneDNN's layout, which reads single rows twice as fast as the usual one
-    half   16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads at
-           the speed of memory; bfloat16 in oneDNN's for more, which multiplies fastest where
-           the processor multiplies it natively
-    int8   8-bit weights, one scale an output; each row of activations is rounded too: to 8 bits
-           with VNNI, to 7 without, where fbgemm would saturate
-    plain  for the steps of a single row that are compiled: weights row after row as they are, in
-           float32, bfloat16 (half) or 8 bits, activations not rounded
+    float32    oneDNN's layout, which reads single rows twice as fast as the usual one
+    half       16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads
+               at the speed of memory; bfloat16 in oneDNN's layout for more rows, which multiplies
+               fastest on processors with native bfloat16 products
+    int8       8-bit weights with one scale per output; each row of activations is also rounded,
+               to 8 bits with VNNI and to 7 bits without, where fbgemm would saturate
+    plain      for compiled single-row steps: row-major weights in float32, bfloat16 (half) or
+               8 bits; activations are not rounded
 
-The kernels are operators of torch that it does not document, so each is tried on a small product
-before it is used; where one does not work the next one is, and at last the layer as it was.
+The kernels are undocumented torch operators, so each one is tested on a small product before use.
+If it fails, the next layout is tried, and finally the layer stays as it was.
 
-To add a layout, write its two functions and name it in ``LAYOUTS``.
+To add a layout, write its two functions and list it in ``LAYOUTS``.
 
 Shapes: B rows, I inputs, O outputs.
 """
@@ -37,18 +38,21 @@ from rudolph.models.rudolph.compiled import check_compiler, compile_function
 from rudolph.models.rudolph.decoder import Head, Layer, MaskedDecoder, SegmentHead
 
 FEW_ROWS = 4
-# What is compiled multiplies a single row with weights as they lie.
+# Compiled code multiplies up to this many rows by plain weights.
 SINGLE_ROWS = 1
 PLAIN_LAYOUT = {"float32": torch.float32, "half": torch.bfloat16, "int8": torch.int8}
 RELATIVE_TOLERANCE = {"float32": 1e-5, "half": 2e-2, "int8": 5e-2}
-# fbgemm rounds to no finer steps than this.
+# The smallest quantization scale that fbgemm uses.
 LEAST_SCALE = 6.1e-5
 
 
 class WeightLayout(NamedTuple):
-    """``prepack(weight (O, I), bias (O,))`` once, ``multiply(packed, x (..., I))`` often.
+    """A weight layout: ``pack`` runs once per weight, ``multiply`` once per product.
 
-    ``tolerance`` is the largest relative error that it may have on the product it is tried on.
+    Attributes:
+        pack: packed weight from ``weight`` ``(O, I)`` and ``bias`` ``(O,)``.
+        multiply: product of a packed weight and ``x`` ``(..., I)``, with the bias added.
+        tolerance: maximum relative error of the test product.
     """
 
     pack: Callable[[Tensor, Tensor], Any]
@@ -57,9 +61,15 @@ class WeightLayout(NamedTuple):
 
 
 class Kernel:
-    """A product with one weight, ``(..., I)`` to ``(..., O)``, that compiled code calls as it is.
+    """A product with one packed weight, ``(..., I)`` to ``(..., O)``, callable from compiled code.
 
-    What a compiler cannot look into is told by a number, so that it compiles once for all weights.
+    A compiler cannot trace the packed weight.  Compiled code therefore passes the number of the
+    kernel to a custom operator, and one compilation serves all weights.
+
+    Args:
+        weight: packed weight, passed to ``multiply``.
+        multiply: product of the packed weight and an input.
+        num_outputs: O.
     """
 
     known: ClassVar[WeakValueDictionary[int, "Kernel"]] = WeakValueDictionary()
@@ -74,13 +84,14 @@ class Kernel:
         self.number = torch.tensor(number)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the product with ``x``."""
         if torch.compiler.is_compiling():
             found: Tensor = torch.ops.rudolph.multiply(x, self.number, self.num_outputs)
             return found
         return self.multiply(self.weight, x)
 
 
-# A tenth of what ``torch.library.custom_op`` adds to a call.
+# Adds a tenth of the call overhead of ``torch.library.custom_op``.
 LIBRARY: Any = torch.library.Library("rudolph", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("multiply(Tensor x, Tensor number, int num_outputs) -> Tensor")
 
@@ -99,7 +110,14 @@ torch.library.register_fake("rudolph::multiply", _multiply_shape, lib=LIBRARY)
 
 
 def _onednn(weight: Tensor, bias: Tensor, activation: str = "none", kind: str = "") -> Kernel:
-    """A product in oneDNN's layout, with an activation after it."""
+    """Pack a weight in oneDNN's layout, with an optional activation after the product.
+
+    Args:
+        weight: ``(O, I)``.
+        bias: ``(O,)``.
+        activation: name of oneDNN's post-operation.
+        kind: variant of the activation, such as ``tanh`` for ``gelu``.
+    """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS + 1)
 
     def multiply(held: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
@@ -132,7 +150,13 @@ def _multiply_bfloat16(kernel: Kernel, x: Tensor) -> Tensor:
 
 
 class PlainWeight(NamedTuple):
-    """``weight`` (O, I) as it is, times ``scale`` (O,) where it has one, and ``bias`` (O,)."""
+    """A row-major weight.
+
+    Attributes:
+        weight: ``(O, I)``.
+        scale: factor of each output, ``(O,)``, or None.
+        bias: ``(O,)``.
+    """
 
     weight: Tensor
     scale: Tensor | None
@@ -144,7 +168,7 @@ def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight
     if dtype != torch.int8:
         return PlainWeight(held.copy_(weight), None, bias.float())
     scale = torch.empty(len(weight))
-    # Row after row: memory of a whole copy that is freed would stay with the process.
+    # Convert row by row: the allocator would not return the memory of a full copy to the system.
     for number, row in enumerate(map(Tensor.float, weight)):
         scale[number] = row.abs().max().clamp(min=1e-12) / 127
         held[number] = (row / scale[number]).round()
@@ -158,7 +182,7 @@ def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
     elif plain.weight.dtype == torch.float32:
         out = F.linear(x, plain.weight)
     elif has_native_bfloat16():
-        # Eight bits are exact in bfloat16.
+        # bfloat16 represents 8-bit integers exactly.
         out = F.linear(x.bfloat16(), plain.weight.bfloat16()).float()
     else:
         out = F.linear(x, plain.weight.float())
@@ -166,14 +190,20 @@ def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
 
 
 def _sum_row(weight: Tensor, x: Tensor) -> Tensor:
-    """A single row's product as sums: a compiler makes a loop over the weights as they lie."""
-    # A view by strides is of memory: else what x comes from is computed anew for every output.
+    """Return a single row's product as sums, which compile to a loop over plain weights."""
+    # as_strided materialises x; otherwise its producer would be recomputed for every output.
     x = x.as_strided(x.shape, x.stride())
     return (x.unsqueeze(-2) * weight.float()).sum(-1)
 
 
 class Int8Product(NamedTuple):
-    """Without its bias, and with what a shift of all inputs by 1 adds, ``(O,)`` each."""
+    """A packed int8 weight without its bias.
+
+    Attributes:
+        kernel: product with the packed weight.
+        sums: sum of each output's weights, ``(O,)``: the result of shifting all inputs by 1.
+        bias: ``(O,)``.
+    """
 
     kernel: Kernel
     sums: Tensor
@@ -182,11 +212,11 @@ class Int8Product(NamedTuple):
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
     wide = weight.float()
-    # The norm and no copy of the weight: memory that is freed would stay with the process.
+    # The infinity norm avoids a copy of the weight, whose memory the process would keep.
     largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1)
     scales = largest.clamp(min=1e-12).double() / 127
     with warnings.catch_warnings():
-        # Quantized tensors are to leave torch some day; then the trial fails and half is used.
+        # Torch plans to remove quantized tensors; then the test product fails and half is used.
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(wide), dtype=torch.long)
         rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
@@ -200,11 +230,12 @@ def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
 
 
 def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
-    """Each row rounded on its own: a sample's tokens must not depend on its neighbours.
+    """Return the product with each row rounded by its own scale.
 
-    The kernel takes one scale for all rows.  It finds that of a single row; to several it gives 1,
-    when what they have become by their own scales is whole numbers from 0 to the largest level,
-    both of which are there.
+    The tokens of a sample must not depend on the other rows of its batch, but the kernel uses one
+    scale for all rows.  It chooses the right one for a single row.  Several rows are rounded here
+    to integers from 0 to the largest level.  An extra row with both extremes makes the kernel
+    choose a scale of 1.
     """
     if x.numel() == x.shape[-1]:
         return product.kernel(x) + product.bias
@@ -218,22 +249,23 @@ def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
 
 
 def max_quantization_level() -> int:
-    """Return the largest whole number that an activation may become: of 8 bits, or of 7.
+    """Return the largest integer of a rounded activation: 255 (8 bits) or 127 (7 bits).
 
-    Source: fbgemm, ``reduce_range``; two products of 8 bits overflow the 16 in which it adds them.
+    Source: fbgemm, ``reduce_range``; two 8-bit products overflow its 16-bit accumulator.
     """
     return 255 if has_exact_int8_products() else 127
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row of ``(R, I)`` as whole numbers from 0 to ``max_quantization_level``, scale
-    and zero.
+    """Round each row of ``(R, I)`` to integers from 0 to ``max_quantization_level``.
 
-    Scale and zero are ``(R, 1)``.
+    The range of a row spans its minimum, its maximum and 0.
 
-    The range is from the row's least to its largest number or 0.
+    Returns:
+        The integers ``(R, I)`` in the dtype of ``x``, the scales ``(R, 1)`` and the zero points
+        ``(R, 1)``.
 
-    Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded as one row is.
+    Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded like a single one.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     largest = max_quantization_level()
@@ -259,7 +291,7 @@ WEIGHTS = ("float32", "half", "int8")
 
 @cache
 def works(layout: str) -> bool:
-    """Whether this machine and this torch multiply right in a layout."""
+    """Return whether this machine and torch version multiply correctly in a layout."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator) for size in ((48, 64), 48, (3, 64)))
     try:
@@ -272,10 +304,15 @@ def works(layout: str) -> bool:
 
 
 def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str | None:
-    """The best layout that works, None when none does.
+    """Return the best working layout, or None if none works.
+
+    Args:
+        weights: one of ``WEIGHTS``.
+        num_rows: rows per decoding step.
+        is_compiled: whether the decoding step is compiled.
 
     Raises:
-        ValueError: for other weights than ``WEIGHTS``.
+        ValueError: if ``weights`` is not one of ``WEIGHTS``.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
@@ -290,15 +327,21 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer, in eight bits or not."""
+    """Return the float weight and the bias of a linear layer, int8 or not."""
     assert isinstance(layer, nn.Linear | Int8Linear)
-    # A kernel keeps its bias: a view of a file that was read would hold all of it in memory.
+    # Kernels keep the bias, and a view of a loaded file would keep the whole file in memory.
     weight, bias = layer.weight.detach(), layer.bias.detach().clone()
     return weight * layer.scale if isinstance(layer, Int8Linear) else weight, bias
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights can only be multiplied with."""
+    """A linear layer whose weights can be multiplied but not read back.
+
+    Args:
+        weight: ``(O, I)``.
+        bias: ``(O,)``.
+        layout: a key of ``LAYOUTS``.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, layout: str) -> None:
         super().__init__()
@@ -306,11 +349,12 @@ class PackedLinear(nn.Module):
         self.packed = self.layout.pack(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., O)`` for ``x`` ``(..., I)``."""
         return self.layout.multiply(self.packed, x)
 
 
 def pack_linear_layers(module: nn.Module, layout: str) -> None:
-    """Put a ``PackedLinear`` for every linear layer below, one after the other."""
+    """Replace every linear layer below ``module`` by a ``PackedLinear``, one at a time."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear | Int8Linear):
             setattr(module, name, PackedLinear(*weight_and_bias(child), layout))
@@ -319,7 +363,7 @@ def pack_linear_layers(module: nn.Module, layout: str) -> None:
 
 
 class PackedMLP(nn.Module):
-    """Two linear layers in bfloat16 and the GELU between them, which the first one's kernel does.
+    """A layer's MLP in bfloat16, with the GELU fused into the first product.
 
     Source: oneDNN's post-operations.
     """
@@ -331,11 +375,12 @@ class PackedMLP(nn.Module):
         self.second = _pack_bfloat16(*weight_and_bias(layer.mlp_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP output in float32."""
         return self.second(self.first(x.bfloat16())).float()
 
 
 class PackedHead(nn.Module):
-    """The decoder's head in two parts, of which a token needs one."""
+    """The decoder's output layer in two packed parts, of which a position needs one."""
 
     def __init__(self, head: SegmentHead, layout: str) -> None:
         super().__init__()
@@ -346,30 +391,46 @@ class PackedHead(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Return text logits followed by image logits."""
         return torch.cat([part(hidden) for part in self.parts], dim=-1)
 
     def heads(self) -> list[Head]:
+        """Return the text head and the image head."""
         return list(self.parts)
 
 
 def prepack(
     model: MaskedDecoder, *, weights: str, num_rows: int, is_compiled: bool = False
 ) -> None:
-    """Make a decoder ready to decode ``num_rows`` rows at once; guidance doubles them.
+    """Prepare a decoder for decoding a fixed number of rows.
 
-    It can be neither trained nor saved afterwards.  Its weights stay as they were where no layout
-    works, or off the CPU; token embeddings become float16 with weights of fewer than 32 bits.
+    The decoder can neither be trained nor saved afterwards.  If no layout works, or off the CPU,
+    the weights stay as they were.  Token embeddings become float16 if the weights have fewer than
+    32 bits.
 
     Args:
-        is_compiled: whether torch compiles a layer's step, which takes some seconds.
+        model: decoder to change in place.
+        weights: one of ``WEIGHTS``.
+        num_rows: rows per decoding step; guidance doubles them.
+        is_compiled: compile the decoding step of a layer, which takes some seconds.
 
     Raises:
-        ValueError: for other weights than ``WEIGHTS``, or where torch cannot compile.
+        ValueError: if ``weights`` is not one of ``WEIGHTS``, or torch cannot compile.
     """
     use_layout(model, choose_layout(weights, num_rows, is_compiled), is_compiled)
 
 
 def use_layout(model: MaskedDecoder, layout: str | None, is_compiled: bool) -> None:
+    """Prepare a decoder with a given layout; see ``prepack``.
+
+    Args:
+        model: decoder to change in place.
+        layout: a key of ``LAYOUTS``; None keeps the weights as they are.
+        is_compiled: compile the decoding step of a layer.
+
+    Raises:
+        ValueError: if torch cannot compile.
+    """
     device = model.final_norm.weight.device.type
     if is_compiled:
         check_compiler(device)
@@ -393,23 +454,23 @@ def _pack(model: MaskedDecoder, layout: str) -> None:
         model.text_embedding.half()
         model.image_embedding.half()
     for kept in model.parameters():
-        # As in ``weight_and_bias``: a view would hold the whole file.
+        # As in ``weight_and_bias``, a view would keep the whole file in memory.
         kept.data = kept.data.clone()
 
 
 def prepack_in_own_dtype(
     model: MaskedDecoder, *, num_rows: int, is_compiled: bool = False
 ) -> None:
-    """Pack a decoder in the number of bits that its weights are held in anyway.
+    """Prepare a decoder with the number of bits that its weights already have; see ``prepack``.
 
     Raises:
-        ValueError: where torch cannot compile.
+        ValueError: if torch cannot compile.
     """
     weights = "float32" if model.final_norm.weight.dtype == torch.float32 else "half"
     if any(isinstance(part, Int8Linear) for part in model.layers.modules()):
         weights = "int8"
     layout = choose_layout(weights, num_rows, is_compiled)
     if weights == "int8" and layout is not None and "int8" not in layout:
-        # Half would take more memory than was asked for.
+        # Half precision would need more memory than the int8 weights.
         layout = None
     use_layout(model, layout, is_compiled)

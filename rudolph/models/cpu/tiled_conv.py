@@ -1,21 +1,22 @@
-"""Convolutions of large feature maps: faster than the plain ones, in less memory, and equal.
+"""Convolutions of large feature maps, faster and in less memory than the plain ones.
 
-*Layout*: on CPU convolutions take a quarter less time with channels last in memory, so a network
-starts with ``fast_memory_format`` and its layers keep what they get.  CUDA's group norm would
-copy it.
+The results are equal to those of the plain convolutions.
 
-*Enlargement*: of the nine weights that read a map doubled by repetition, those that read the same
-pixel are summed first.  Each of the four pixels made of one then needs 2 x 2 weights and no
-doubled map::
+*Layout*: CPU convolutions take a quarter less time in channels-last format.  A network therefore
+starts with ``fast_memory_format``, and its layers keep the format of their input.  On CUDA, group
+norm would copy channels-last maps.
+
+*Enlargement*: when a 3 x 3 kernel reads a map doubled by repetition, some of its nine weights read
+the same pixel.  Those weights are summed first.  Each of the four output pixels per input pixel
+then needs 2 x 2 weights, and the doubled map is never built::
 
     doubled     a a b b c c        weights u v w, read by the two pixels made of b
     left           u v w           u a + (v + w) b
     right            u v w         (u + v) b + w c
 
-*Strips*: in inference a map of more than ``LARGEST`` numbers an image is computed in strips of
-rows.  Each strip sees one more row above and below, and the statistics of a norm are those of the
-whole map, so there are no seams; beside the maps that go in and come out, only a few strips are
-in memory.
+*Strips*: in inference, a map with more than ``LARGEST`` values per image is computed in strips of
+rows.  Each strip reads one extra row above and below, and a norm uses the statistics of the whole
+map, so there are no seams.  Besides the input and output maps, only a few strips are in memory.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -28,27 +29,28 @@ from torch.nn import functional as F
 
 from rudolph.models.cpu.group_norm import MapChunk, group_norm, map_chunks, statistics_dtype
 
-# With Sber's VQ-GAN an image of 256 pixels is whole, and one of 512 has strips of 32 rows.
+# With Sber's VQ-GAN, images of 256 pixels stay whole and those of 512 get strips of 32 rows.
 LARGEST = 2**23
 STRIP = 2**21
 
 
 def fast_memory_format(x: Tensor) -> Tensor:
-    """The same numbers, in memory as convolutions of their device are fast."""
+    """Return the same values in the fastest memory format for convolutions on their device."""
     return x.contiguous(memory_format=memory_format_of(x))
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the fastest memory format for convolutions on the device of ``x``."""
     return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 
 def is_tiled(x: Tensor, *, scale: int = 1) -> bool:
-    """Whether maps ``(B, C, H, W)``, once enlarged by ``scale``, are computed in strips."""
+    """Return whether maps ``(B, C, H, W)``, once enlarged by ``scale``, are computed in strips."""
     return not torch.is_grad_enabled() and x[0].numel() * scale**2 > LARGEST
 
 
 def norm_conv(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
-    """``convolution(silu(norm(x)))``, of 3 x 3."""
+    """Return ``convolution(silu(norm(x)))`` for a 3 x 3 convolution."""
     if not is_tiled(x):
         return convolution(norm_silu(x, norm))
     out = _empty(x, convolution.out_channels)
@@ -58,15 +60,18 @@ def norm_conv(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """``silu(norm(x))``."""
-    # What silu gets is needed for its gradient alone.
+    """Return ``silu(norm(x))``."""
+    # Only the backward pass needs the input of silu.
     return F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled())
 
 
 def tiled_norm_conv(
     x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d
 ) -> Iterator[tuple[MapChunk, Tensor]]:
-    """Strips of ``norm_conv`` and their places; ``x[place]`` may then be overwritten."""
+    """Yield strips of ``norm_conv`` with their index tuples.
+
+    After a strip is yielded, the caller may overwrite ``x`` at its indices.
+    """
     weight, bias = (
         norm.weight.to(statistics_dtype(x.dtype)),
         norm.bias.to(statistics_dtype(x.dtype)),
@@ -76,11 +81,11 @@ def tiled_norm_conv(
         above = border = torch.zeros_like(image[:, :, :1])
         for _, _, strip in map_chunks(image, STRIP):
             seen = image[:, :, strip.start : strip.stop + 1]
-            # With its statistics known, a group norm is a batch norm.
+            # With known statistics, a group norm is a batch norm in evaluation mode.
             own = F.silu(F.batch_norm(seen, mean, variance, weight, bias, eps=norm.eps), True)
             below = [border] if strip.stop == x.shape[2] else []
             rows = torch.cat([above, own, *below], dim=2)
-            # The row as it is before its place is overwritten; a copy, to let the strip go.
+            # Save the last row before the caller overwrites it; the copy lets the strip be freed.
             last = strip.stop - strip.start - 1
             above = own[:, :, last : last + 1].clone()
             place = (slice(number, number + 1), slice(None), strip)
@@ -88,9 +93,9 @@ def tiled_norm_conv(
 
 
 def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel's group in a map ``(1, C, H, W)``, ``(C,)`` each.
+    """Return mean and variance of each channel's group in a map ``(1, C, H, W)``, ``(C,)`` each.
 
-    Source: Chan 1979, for the variance of parts put together.
+    Source: Chan 1979, for combining the variances of parts.
     """
     _, channels, height, width = image.shape
     dtype, size = statistics_dtype(image.dtype), channels // norm.num_groups
@@ -98,7 +103,7 @@ def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tenso
     ones = torch.ones(channels, dtype=dtype, device=image.device)
     means, variances, shares = [], [], []
     for place in map_chunks(image, STRIP):
-        # On CPU statistics have the weight's precision, elsewhere that of the map.
+        # On CPU, statistics have the dtype of the weight; on other devices, that of the map.
         rows = fast_memory_format(image[place] if is_cpu else image[place].to(dtype))
         _, mean, inverse = torch.native_group_norm(
             rows, ones, ones, 1, channels, rows.shape[2] * width, norm.num_groups, norm.eps
@@ -114,7 +119,7 @@ def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tenso
 
 
 def upsample_conv(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """A 3 x 3 convolution of ``x`` doubled by repetition, ``(B, C_out, 2H, 2W)``."""
+    """Return a 3 x 3 convolution of ``x`` doubled by repetition, ``(B, C_out, 2H, 2W)``."""
     kernels = upsample_kernels(convolution.weight)
     if not is_tiled(x, scale=2):
         return _enlarged(F.pad(x, (1, 1, 1, 1)), kernels, convolution.bias)
@@ -128,7 +133,11 @@ def upsample_conv(x: Tensor, convolution: nn.Conv2d) -> Tensor:
 
 
 def upsample_kernels(weight: Tensor) -> list[list[Tensor]]:
-    """Weights ``(O, I, 2, 2)`` by the row and the column of a pixel among the four made of one."""
+    """Return weights ``(O, I, 2, 2)``, indexed by row and column among the four output pixels.
+
+    Args:
+        weight: 3 x 3 kernel ``(O, I, 3, 3)``.
+    """
     above, middle, below = weight.unbind(2)
     kernels = []
     for rows in ([above, middle + below], [above + middle, below]):
@@ -139,7 +148,7 @@ def upsample_kernels(weight: Tensor) -> list[list[Tensor]]:
 
 
 def _enlarged(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
-    """Pixels ``(B, O, 2H, 2W)`` of maps ``(B, I, H + 2, W + 2)`` with a border."""
+    """Return pixels ``(B, O, 2H, 2W)`` of maps ``(B, I, H + 2, W + 2)`` with a border of 1."""
     height, width = x.shape[2] - 1, x.shape[3] - 1
     rows = []
     for top, pair in enumerate(kernels):
@@ -147,7 +156,7 @@ def _enlarged(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Te
             F.conv2d(x[:, :, top : top + height, left : left + width], kernel, bias)
             for left, kernel in enumerate(pair)
         ]
-        # Channels stay the last in memory if they were.
+        # Stack with channels last, so that a channels-last input gives a channels-last output.
         rows.append(torch.stack([part.permute(0, 2, 3, 1) for part in columns], dim=3))
     pixels = torch.stack(rows, dim=2)  # (B, H, 2, W, 2, O)
     return pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

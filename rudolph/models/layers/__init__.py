@@ -1,0 +1,1 @@
+"""Building blocks shared by the models: attention, key/value cache, dropout, LoRA and dtypes."""

@@ -1,12 +1,13 @@
-"""The one attention, and how the positions of a sequence see each other.
+"""The package's only attention, and the views that decide what each position attends to.
 
-A layer hands its queries, keys and values to a *look*, which says what each row of attention sees
-and puts the rows together again: a whole sequence under its mask (``FullView``), or new positions
-before which others lie in a cache (``cache.CachedView``).
+A layer passes its queries, keys and values to a ``KVView``.  The view arranges them as attention
+rows, selects the keys of each row and reassembles the output.  ``FullView`` covers a whole
+sequence under its mask.  ``kv_cache.CachedView`` covers new positions after cached ones.
 
 Source: CogView (arXiv:2105.13290) for PB-relax.
 
-Shapes: B samples, N heads, R = B * N rows of attention, T positions, H head size.
+Shapes: B samples, N heads, R = B * N attention rows, G groups of rows that share keys, T query
+positions, T' key positions, H head size.
 """
 
 from collections.abc import Sequence
@@ -20,17 +21,22 @@ from torch.nn import functional as F
 from rudolph.models.layers.dropout import apply_dropout
 
 PB_RELAX_SCALE = 32.0
-# Of what the maximum is that PB-relax subtracts.
+# The maximum that PB-relax subtracts: of each score row or of the whole matrix.
 MAXIMA = ("row", "matrix")
-# So many products with single rows are less work than the call of one for all.
+# Up to this many single-row products, a fused sum is faster than one call of bmm.
 FEW_PRODUCTS = 64
 
 
 class KeyValue(NamedTuple):
-    """Keys and values ``(G, T', H)`` each; ``mask`` (T, T') bool, None where all is seen, or
-    FlexAttention's blocks of one.
+    """Keys and values for one group of attention rows each.
 
-    R / G rows next to each other see the same keys.
+    R / G adjacent rows attend to the same keys.
+
+    Attributes:
+        key: ``(G, T', H)``.
+        value: ``(G, T', H)``.
+        mask: ``(T, T')`` bool, true where a query may attend to a key; a ``BlockMask`` of
+            FlexAttention; or None to attend to all keys.
     """
 
     key: Tensor
@@ -39,7 +45,7 @@ class KeyValue(NamedTuple):
 
 
 def block_mask(table: Tensor) -> Any:
-    """FlexAttention's blocks of a mask ``(T, T)`` bool: empty ones are never computed."""
+    """Return FlexAttention's ``BlockMask`` of a mask ``(T, T)`` bool; it skips empty blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -51,17 +57,25 @@ def block_mask(table: Tensor) -> Any:
 
 @cache
 def block_kernel(device: str) -> Any:
-    """FlexAttention, compiled; on the CPU its plain form, which has no gradient."""
+    """Return FlexAttention, compiled except on the CPU.
+
+    The uncompiled CPU version has no gradient.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
 
 
 def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
-    """Attention ``(R, T, H)`` over the blocks of a mask that are not empty.
+    """Return attention ``(R, T, H)`` over the non-empty blocks of a ``BlockMask``.
+
+    Args:
+        query: ``(R, T, H)``.
+        seen: keys and values with a ``BlockMask``.
+        dropout: must be 0, because FlexAttention has no dropout.
 
     Raises:
-        ValueError: with dropout, which FlexAttention has not.
+        ValueError: if ``dropout`` is not 0.
 
     Source: Dong et al. 2024 (arXiv:2412.05496).
     """
@@ -76,21 +90,30 @@ def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
 def attention(
     query: Tensor, seen: Sequence[KeyValue], *, pb_relax: str | None, dropout: float
 ) -> Tensor:
-    """Softmax attention of queries ``(R, T, H)`` over all keys seen, ``(R, T, H)``.
+    """Return softmax attention ``(R, T, H)`` over the concatenation of all given keys.
 
-    PB-relax keeps float16 scores from overflowing (``apply_pb_relax``), by the maximum of each
-    ``row`` or of the whole ``matrix``; None computes them as they are.  In float32 and bfloat16,
-    and in a kernel that keeps its scores in float32, it changes nothing but rounding and is left
-    out.
+    PB-relax (``apply_pb_relax``) keeps float16 scores from overflowing.  Elsewhere it would change
+    only rounding, so it is skipped: in float32, in bfloat16, and in fused kernels with float32
+    scores.
+
+    Args:
+        query: ``(R, T, H)``, not yet scaled.
+        seen: one or two parts of the keys and values; two parts are the prompt's shared keys and
+            each sample's own.
+        pb_relax: maximum to subtract, ``row`` or ``matrix``; None disables PB-relax.
+        dropout: dropout probability of the attention weights.
+
+    Raises:
+        ValueError: if ``dropout`` is not 0 with a ``BlockMask``.
     """
     if len(seen) == 1 and seen[0].mask is not None and not isinstance(seen[0].mask, Tensor):
         return block_attention(query, seen[0], dropout=dropout)
-    # On CPU the fused kernel takes three times as long as plain products in half precision, and
-    # as long for single queries.
+    # On the CPU, the fused kernel takes three times as long as plain products in half
+    # precision, and is no faster for single queries.
     is_fused = query.device.type != "cpu" or (query.dtype == torch.float32 and query.shape[1] > 1)
     if is_fused and len(seen) == 1 and len(seen[0].key) == len(query):
         key, value, mask = seen[0]
-        # A batch of one with many heads, since that takes four dimensions.
+        # The kernel needs four dimensions: treat the rows as heads of a batch of one.
         return F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, dropout_p=dropout
         )[0]
@@ -108,28 +131,37 @@ def attention(
     first, second = seen
     before, after = shares.tensor_split((first.key.shape[1],), dim=-1)
     out = _product(_together(before, first), first.value).view_as(query)
-    # Rows that see keys of their own add what these give.
+    # The own keys have one group per row; baddbmm adds their part without another tensor.
     return _product(after, second.value, out)
 
 
 def apply_pb_relax(scores: Tensor, maximum: str | None) -> Tensor:
-    """Scores ``(R, T, T')`` that were computed ``PB_RELAX_SCALE`` times smaller, at full size.
+    """Return full-size scores ``(R, T, T')`` with their maximum subtracted.
 
-    The maximum leaves before they grow back, so that the largest is 0: of each ``row``, or, as in
-    CogView and ru-dolph, of the whole ``matrix``, where rows far below it are lost in float16.
-    The softmax is the same.
+    The input scores were computed ``PB_RELAX_SCALE`` times smaller.  The maximum is subtracted
+    before they are scaled back, so the largest score is 0 and nothing overflows.  The softmax is
+    unchanged.
+
+    Args:
+        scores: ``(R, T, T')``, divided by ``PB_RELAX_SCALE``.
+        maximum: ``matrix`` for one maximum per score matrix ``(T, T')``, as in CogView and
+            ru-dolph; otherwise one per query.  With ``matrix``, queries whose scores lie far below
+            the maximum lose precision in float16.
     """
     over = (-2, -1) if maximum == "matrix" else -1
     return (scores - scores.amax(over, keepdim=True)) * PB_RELAX_SCALE
 
 
 def _together(rows: Tensor, seen: KeyValue) -> Tensor:
-    """Rows ``(R, T, .)`` that see the same keys as one, ``(G, T * R / G, .)``: read once."""
+    """Return rows ``(R, T, .)`` that share keys stacked as ``(G, T * R / G, .)``.
+
+    The keys of a group are then read from memory once.
+    """
     return rows if len(rows) == len(seen.key) else rows.reshape(len(seen.key), -1, rows.shape[-1])
 
 
 def _scores(query: Tensor, seen: KeyValue) -> Tensor:
-    """``(R, T, T')``."""
+    """Return attention scores ``(R, T, T')`` of scaled queries, with -inf where masked."""
     rows, key = _together(query, seen), seen.key.mT
     if seen.mask is None:
         return _product(rows, key).view(*query.shape[:2], -1)
@@ -139,9 +171,9 @@ def _scores(query: Tensor, seen: KeyValue) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
-    """``start`` plus the products of matrices ``(G, T, K)`` and ``(G, K, T')``."""
+    """Return the batched product of ``(G, T, K)`` and ``(G, K, T')``, plus ``start`` if given."""
     if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= FEW_PRODUCTS:
-        # Single rows as a sum, which fuses with what is around it; a product is called.
+        # The compiler fuses a sum with the operations around it, but calls bmm separately.
         product = (left.mT * right).sum(1, keepdim=True)
         return product if start is None else start + product
     return left.bmm(right) if start is None else torch.baddbmm(start, left, right)
@@ -152,28 +184,37 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KVView(Protocol):
-    """How the positions of a layer see others: from queries, keys and values of new positions to
-    the rows of attention, and back."""
+    """A view of keys and values: from new positions to attention rows, and back."""
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Queries ``(R, T, H)`` of ``(B, T, 3, N, H)``, and what they see."""
+        """Return queries ``(R, T, H)`` and the keys and values that they attend to.
+
+        Args:
+            qkv: queries, keys and values of the new positions, ``(B, T, 3, N, H)``.
+        """
         ...
 
     def merge(self, out: Tensor) -> Tensor:
-        """``(R, T, H)`` to ``(B, T, N * H)``."""
+        """Return attention rows ``(R, T, H)`` as ``(B, T, N * H)``."""
         ...
 
 
 class FullView(NamedTuple):
-    """The new positions are the whole sequence, and see each other by ``mask`` (see
-    ``KeyValue``)."""
+    """The view of a whole sequence whose positions attend to each other.
+
+    Attributes:
+        mask: the mask of ``KeyValue``.
+        batch_size: B.
+    """
 
     mask: Any
     batch_size: int
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
+        """Return queries ``(R, T, H)`` of ``(B, T, 3, N, H)`` and their keys and values."""
         query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)
         return query, [KeyValue(key, value, self.mask)]
 
     def merge(self, out: Tensor) -> Tensor:
+        """Return attention rows ``(R, T, H)`` as ``(B, T, N * H)``."""
         return out.view(self.batch_size, -1, *out.shape[1:]).transpose(1, 2).flatten(2)

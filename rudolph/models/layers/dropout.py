@@ -1,20 +1,24 @@
-"""Dropout from few random bits, for processors that draw random numbers one by one."""
+"""Dropout from few random bits, for processors that generate random numbers sequentially."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A number of 16 bits decides for each element: shares are exact to 1 / 65536.
+# One 16-bit number decides each element, so probabilities are exact to 1 / 65536.
 LEVELS = 2**16
 
 
 def apply_dropout(x: Tensor, share: float) -> Tensor:
-    """``x`` with this share of its elements set to 0, and the rest divided by 1 - ``share``.
+    """Set random elements of ``x`` to 0 and divide the rest by 1 - ``share``.
 
-    On the CPU a draw of 64 bits decides for four elements, which takes a third of the time of
-    torch's own; it draws from torch's default generator too.
+    On the CPU one 64-bit random number decides four elements, in a third of the time of torch's
+    own dropout.  Both use torch's default generator.
+
+    Args:
+        x: tensor of any shape.
+        share: dropout probability in [0, 1].
     """
-    # What is compiled draws in its own way; a draw in place would cut it in pieces.
+    # Compiled code has its own random numbers, and an in-place ``random_`` would break the graph.
     is_usual = torch.compiler.is_compiling() or x.device.type != "cpu"
     if is_usual or not 0 < share < 1:
         return F.dropout(x, share)

@@ -1,11 +1,11 @@
-"""Keys and values of the positions that a decoding has behind it.
+"""Key/value cache for incremental decoding with several samples per prompt.
 
-A prompt is computed once: its keys and values are kept once for all of its samples (*shared*),
-and each sample keeps only what it adds (*own*).  Reading follows the mask: of an image row, column
-or window a new position takes the tens of keys that it may see and not the hundreds before it.
+A prompt is computed once.  Its keys and values are stored once for all of its samples (*shared*),
+and each sample stores only the positions that it adds (*own*).  Reads follow the mask: under a
+row, column or window mask, a new position reads tens of keys instead of all hundreds before it.
 
-Shapes: P prompts, S samples of each, B = P * S, N heads, R = P * N * S rows of attention, T
-positions, H head size, L layers.
+Shapes: P prompts, S samples of each, B = P * S, N heads, R = P * N * S attention rows, G key rows,
+M distinct masks, T positions, T' earlier positions, H head size, L layers.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,36 @@ from torch import Tensor
 from rudolph.models.layers.attention import KeyValue
 from rudolph.models.rudolph.static_decode import StaticSelection, StaticView, static_selection
 
-# A gather reads, writes and reads again what it takes; up to so many times what is needed, reading
-# a whole stretch with the rest masked costs no more.
+# A gather reads, writes and rereads every key that it takes.  Reading a contiguous stretch of up
+# to this many times the needed keys, with the rest masked, costs no more.
 GATHER_COST = 3
 
 
 class KeySelection(NamedTuple):
-    """Which of some keys are read, in ascending order, and which of these each query sees."""
+    """The keys to read, in ascending order, and which of them each query attends to.
+
+    Attributes:
+        at: positions of the keys, as a slice or an index tensor.
+        mask: ``(T, number of keys read)`` bool; None if every query attends to all of them.
+    """
 
     at: slice | Tensor
     mask: Tensor | None
 
 
 def select_keys(rows: Tensor) -> KeySelection | None:
-    """The keys that queries need, from their rows of a mask, ``(T, T')`` bool; None for none.
+    """Return the keys that some queries need, or None if they need none.
 
     >>> select_keys(torch.tensor([[True, False, True, False, True]]))
     KeySelection(at=slice(0, 5, 2), mask=None)
+
+    Args:
+        rows: mask rows of the queries, ``(T, T')`` bool.
+
+    Returns:
+        A slice with a step where the positions are regular, a slice with a mask where they are
+            dense
+        enough, otherwise an index tensor.
     """
     positions = rows.any(0).nonzero().flatten()
     if not len(positions):
@@ -52,18 +65,22 @@ def select_keys(rows: Tensor) -> KeySelection | None:
 
 
 Selections = tuple[KeySelection | None, KeySelection | None]
-# Number of shared positions, first and end of the new ones, and where the memory is.
+# Number of shared positions, start and end of the new positions, device of the cache.
 CacheSpan = tuple[int, int, int, torch.device]
 
 
 class KeyValueCache:
-    """Memory that is allocated once; positions from a smaller ``length`` on are forgotten.
+    """A preallocated cache of keys and values.
+
+    ``length`` counts the valid positions, shared ones included.  Setting it to a smaller value
+    discards the positions after it.
 
     Args:
-        tables: ``(M, T, T)`` bool on the CPU, the different masks of the layers.
-        known_reads: what was found out about these masks, for all caches of a model.
+        tables: ``(M, T, T)`` bool on the CPU, the distinct masks of the layers.
+        known_reads: key selections already derived from these masks, shared by all caches of a
+            model.
         own: ``(L, 2, P, N, S, T, H)``, memory for the keys and values of each sample.
-        shared: ``(L, 2, P, N, T', H)``, those that samples of a prompt have in common.
+        shared: ``(L, 2, P, N, T', H)``, keys and values that all samples of a prompt share.
     """
 
     def __init__(
@@ -76,11 +93,19 @@ class KeyValueCache:
         self.tables, self.known_reads, self.own, self.shared = tables, known_reads, own, shared
         self.num_prefix = 0 if shared is None else shared.shape[4]
         self.length = self.num_prefix
-        # Rows of attention side by side: (L, 2, G, T, H), shared ones and own.
+        # Views with prompts, heads and samples flattened to key rows: (L, 2, G, T, H).
         self.rows = None if shared is None else shared.flatten(2, 3), own.flatten(2, 4)
 
     def repeat(self, num_samples: int, *, num_positions: int) -> "KeyValueCache":
-        """The same prompts for several samples of each, with room for what these add."""
+        """Return a cache in which the current positions are shared by several samples per prompt.
+
+        Args:
+            num_samples: S, samples per prompt.
+            num_positions: positions that each sample can add.
+
+        Raises:
+            ValueError: if the cache has shared positions already.
+        """
         if self.shared is not None:
             raise ValueError("the prompts of a cache are repeated once")
         num_layers, _, prompts, heads, _, _, size = self.own.shape
@@ -89,7 +114,12 @@ class KeyValueCache:
         return KeyValueCache(self.tables, self.known_reads, own, shared)
 
     def keep(self, prompts: Tensor, samples: Tensor) -> "KeyValueCache":
-        """The cache of some prompts ``(P',)`` and some samples of each ``(P', S')``, by number."""
+        """Return a copy with a selection of prompts and samples.
+
+        Args:
+            prompts: indices of the prompts, ``(P',)``.
+            samples: indices of the samples of each kept prompt, ``(P', S')``.
+        """
         shared = None if self.shared is None else self.shared.index_select(2, prompts)
         own = torch.stack(
             [
@@ -103,10 +133,15 @@ class KeyValueCache:
         return kept
 
     def looks(self, end: int, mask_of_layer: Sequence[int]) -> list["CachedView"]:
-        """How each layer's positions from ``length`` to ``end`` see those before them."""
+        """Return each layer's view of the positions from ``length`` to ``end``.
+
+        Args:
+            end: position after the last new one.
+            mask_of_layer: index into ``tables`` for each layer.
+        """
         start = self.length - self.num_prefix
         places = self.own.narrow(5, start, end - self.length).unbind()
-        # Views for all layers at once: what is done for each costs more than what is computed.
+        # Build the views of all layers at once: per-layer overhead would exceed the computation.
         seen = [
             [self._views(*pair) for pair in zip(self.rows, reads, strict=True)]
             for reads in self._reads(end)
@@ -117,7 +152,10 @@ class KeyValueCache:
         ]
 
     def static_views(self, mask_of_layer: Sequence[int]) -> list[StaticView]:
-        """How each layer's next position sees those before it, in shapes that stay."""
+        """Return each layer's view of the next position, with shapes that never change.
+
+        The cache must have shared positions.
+        """
         assert self.shared is not None
         step = self.length - self.num_prefix
         places, reads = self._steps
@@ -129,7 +167,7 @@ class KeyValueCache:
     def _steps(
         self,
     ) -> tuple[Sequence[Tensor], list[tuple[StaticSelection | None, StaticSelection | None]]]:
-        """Where each position of its own is stored, and what it reads by each mask."""
+        """Return the storage index of each own position, and its reads under each mask."""
         first, device = self.num_prefix, self.own.device
         rows = self.tables[:, first : first + self.own.shape[5]]
         end = first + rows.shape[1]
@@ -153,7 +191,7 @@ class KeyValueCache:
         return [KeyValue(key, value, read.mask) for key, value in zip(keys, values, strict=True)]
 
     def _reads(self, end: int) -> list[Selections]:
-        """For each mask, what positions from ``length`` to ``end`` read: shared keys and own."""
+        """Return, for each mask, the shared and own keys that positions up to ``end`` read."""
         place = (self.num_prefix, self.length, end, self.own.device)
         if place not in self.known_reads:
             rows = [table[self.length : end, :end] for table in self.tables]
@@ -172,37 +210,50 @@ class KeyValueCache:
 
 
 class GatheredKeys(NamedTuple):
-    """Keys and values ``(2, G, T, H)`` of which those ``at`` some positions are read."""
+    """Keys and values that are gathered only when they are read.
+
+    Attributes:
+        rows: ``(2, G, T, H)``.
+        at: positions to gather.
+        mask: ``(T, number of positions)`` bool, or None.
+    """
 
     rows: Tensor
     at: Tensor
     mask: Tensor | None
 
     def seen(self) -> KeyValue:
+        """Gather the keys and values."""
         key, value = self.rows.index_select(2, self.at).unbind()
         return KeyValue(key, value, self.mask)
 
 
 class CachedView(NamedTuple):
-    """How new positions of a layer see those before them: see ``attention.Look``.
+    """The view of new positions of one layer that follow cached positions; see ``KVView``.
 
-    ``place`` (2, P, N, S, T, H) is where their keys and values are stored.
+    Attributes:
+        place: ``(2, P, N, S, T, H)``, memory for the keys and values of the new positions.
+        parts: the shared and the own keys to read.
     """
 
     place: Tensor
     parts: list[KeyValue | GatheredKeys]
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Queries ``(R, T, H)`` of ``(B, T, 3, N, H)``, and what they see."""
+        """Store the new keys and values; return queries ``(R, T, H)`` and the keys to attend to.
+
+        Args:
+            qkv: ``(B, T, 3, N, H)``.
+        """
         prompts, samples = self.place.shape[1:4:2]
         # (3, P, N, S, T, H)
         rows = qkv.view(prompts, samples, *qkv.shape[1:]).permute(3, 0, 4, 1, 2, 5)
         self.place.copy_(rows[1:])
-        # What is gathered is copied, so it has to be stored before.
+        # A gather copies, so the new keys must be stored first.
         seen = [part.seen() if isinstance(part, GatheredKeys) else part for part in self.parts]
         return rows[0].flatten(0, 2), seen
 
     def merge(self, out: Tensor) -> Tensor:
-        """``(R, T, H)`` to ``(B, T, N * H)``."""
+        """Return attention rows ``(R, T, H)`` as ``(B, T, N * H)``."""
         rows = out.view(self.place.shape[1:]).permute(0, 2, 3, 1, 4)
         return rows.flatten(0, 1).flatten(2)

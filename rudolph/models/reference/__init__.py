@@ -1,9 +1,10 @@
-"""Reference checkpoints into this project's modules, and back.
+"""Conversion between reference checkpoints and this project's modules, in both directions.
 
-A family says how the reference names its tensors and constructor arguments; nothing else differs,
-so loading is renaming and ``to_reference(from_reference(...))`` is the same file again.
+A family defines how the reference names its tensors and constructor arguments; nothing else
+differs.  Loading is therefore renaming, and ``to_reference(from_reference(...))`` reproduces the
+file.
 
-To add a family, write its ``ReferenceFamily`` and name it in ``FAMILIES``.
+To add a family, write its ``ReferenceFamily`` and list it in ``FAMILIES``.
 
 Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2.
 """
@@ -22,10 +23,14 @@ from rudolph.models.reference.vqgan import VQGAN_FAMILY
 
 
 def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
-    """A module on the meta device from the reference constructor's arguments.
+    """Return a module on the meta device, built from the reference constructor's arguments.
+
+    Args:
+        family: a key of ``FAMILIES``.
+        config: the reference constructor's arguments.
 
     Raises:
-        ValueError: for an unknown family, or naming an argument that is missing.
+        ValueError: if the family is unknown or an argument is missing.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -39,18 +44,19 @@ def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
 def from_reference(
     family: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
 ) -> nn.Module:
-    """A module of this project with the weights of a reference checkpoint.
+    """Return a module of this project with the weights of a reference checkpoint.
+
+    Stored masks override the mask rules; a difference is a ``StoredMaskWarning``.
 
     Args:
         family: ``rudolph``, ``rudalle``, ``vqgan``, ``ruclip`` or ``realesrgan``.
         config: the reference constructor's arguments.
-        state_dict: the reference's tensors by its key names, as they are in its file: wrapped in
-            ``state_dict``, ``params`` or ``params_ema``, or with Lightning's ``model.`` before
-            each.  Masks that are stored win over the rules, and a difference is a warning.
+        state_dict: the reference's tensors by key, as in its file.  They may be wrapped in
+            ``state_dict``, ``params`` or ``params_ema``, or have Lightning's ``model.`` prefix.
 
     Raises:
-        ValueError: for an unknown family, or naming the first tensor that is missing, not
-            expected or of another shape.
+        ValueError: if the family is unknown, or naming the first tensor that is missing,
+            unexpected or of another shape.
     """
     model = empty_model(family, config)
     load_reference(model, family, unwrap_state_dict(state_dict))
@@ -58,7 +64,7 @@ def from_reference(
 
 
 def load_reference(model: nn.Module, family: str, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module of ``empty_model`` the reference's tensors, already unwrapped.
+    """Load the reference's unwrapped tensors into a module of ``empty_model``.
 
     Raises:
         ValueError: naming the first tensor that does not fit.
@@ -67,7 +73,7 @@ def load_reference(model: nn.Module, family: str, tensors: Mapping[str, Tensor])
 
 
 def to_reference(model: nn.Module) -> ReferenceCheckpoint:
-    """The family, constructor arguments and tensors that the reference's package loads.
+    """Return the family, constructor arguments and tensors for the reference's package.
 
     Raises:
         ValueError: naming what the reference cannot express.
@@ -79,8 +85,8 @@ def to_reference(model: nn.Module) -> ReferenceCheckpoint:
 
 
 def unwrap_state_dict(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors themselves, out of what trainers wrap around them."""
-    # Bounded, since a file may hold itself.
+    """Return the tensors inside the dictionaries that trainers wrap around them."""
+    # Bounded, because a damaged file may nest itself.
     for _ in range(len(WRAPPINGS)):
         inner = [state_dict[name] for name in WRAPPINGS if name in state_dict]
         if not inner or not isinstance(inner[0], Mapping):

@@ -1,4 +1,4 @@
-"""ruCLIP: OpenAI's key names, which are this project's own.
+"""The ruCLIP family: OpenAI's key names, which this project uses as well.
 
 Source: ruclip 0.0.2, ``ruclip/model.py``; the fields of its ``config.json``.
 """
@@ -15,6 +15,11 @@ from rudolph.models.weights import load_exactly
 
 
 def build_clip(config: Mapping[str, Any]) -> CLIP:
+    """Return a CLIP from ruCLIP's constructor arguments.
+
+    Raises:
+        KeyError: naming a missing argument.
+    """
     optional = {"eos_id": 3, "has_logit_bias": False}
     names = [field.name for field in fields(CLIPConfig) if field.name not in optional]
     given = {name: config[name] for name in names}
@@ -23,12 +28,19 @@ def build_clip(config: Mapping[str, Any]) -> CLIP:
 
 
 def load_clip(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+    """Load ruCLIP's tensors, whose names are this project's own.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
     load_exactly(model, tensors, family="ruclip")
 
 
 def config_of(model: CLIP) -> dict[str, Any]:
+    """Return ruCLIP's constructor arguments of a CLIP."""
     found = asdict(model.config)
-    # ruclip's constructor has no such argument; a CLIP with a bias it refuses, and rightly.
+    # ruclip's constructor lacks this argument.  It stays for a CLIP with a bias, so that ruclip
+    # rejects a model that it would compute wrongly.
     if not model.config.has_logit_bias:
         del found["has_logit_bias"]
     return found

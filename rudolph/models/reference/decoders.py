@@ -1,4 +1,4 @@
-"""RUDOLPH's and ruDALL-E's decoders: one module, two spellings.
+"""The RUDOLPH and ruDALL-E families: one decoder module under two naming schemes.
 
 Source: ru-dolph, ``rudolph/model/model.py`` and ``transformer.py``; rudalle, ``dalle/model.py``
 and ``transformer.py`` (constructor arguments, key names, order of the layers' masks).
@@ -51,7 +51,7 @@ LAYER_NAMES = {
     "mlp.dense_h_to_4h": "mlp_in",
     "mlp.dense_4h_to_h": "mlp_out",
 }
-# The buffers of each package: what a layer's place in the pattern of four is called.
+# The mask buffer of each layer index modulo 4, by package.
 MASK_NAMES = {
     "rudolph": ("row_mask", "col_mask", "row_mask", "conv_mask"),
     "rudalle": ("row_mask", "col_mask", "row_mask", "row_mask"),
@@ -61,12 +61,17 @@ RUDALLE_KERNEL = 11
 
 
 def build_rudolph(config: Mapping[str, Any]) -> MaskedDecoder:
+    """Return a decoder from RUDOLPH's constructor arguments.
+
+    Raises:
+        KeyError: naming a missing argument.
+    """
     kernel, last = config.get("kernel_size", 7), config.get("last_kernel_size", 9)
     layout = SequenceLayout(
         config["l_text_seq_length"], config["image_tokens_per_dim"], config["r_text_seq_length"]
     )
     vocabulary = Vocabulary(
-        # The reference's vocab_size counts BPE ids and left paddings.
+        # The reference's vocab_size includes the left padding ids.
         bpe_size=config["vocab_size"] - layout.left_text_length,
         num_text_specials=config.get("text_special_tokens", 0),
         num_left_paddings=layout.left_text_length,
@@ -79,6 +84,12 @@ def build_rudolph(config: Mapping[str, Any]) -> MaskedDecoder:
 
 
 def build_rudalle(config: Mapping[str, Any]) -> MaskedDecoder:
+    """Return a decoder from ruDALL-E's constructor arguments.
+
+    Raises:
+        KeyError: naming a missing argument.
+        ValueError: if ``hf_version`` is neither v2 nor v3.
+    """
     version = config.get("hf_version", "v3")
     if version not in ("v2", "v3"):
         raise ValueError(f"rudalle: hf_version must be v2 or v3, got {version!r}")
@@ -97,7 +108,13 @@ def build_rudalle(config: Mapping[str, Any]) -> MaskedDecoder:
 def _block(
     config: Mapping[str, Any], masks: tuple[tuple[str, ...], str], *, sandwich: bool
 ) -> dict[str, Any]:
-    """Fields that both packages tell; ``sandwich`` is their default for CogView's two switches."""
+    """Return the decoder settings that both packages share.
+
+    Args:
+        config: constructor arguments.
+        masks: layer masks and last-layer mask.
+        sandwich: the package's default for CogView's sandwich norm and PB-relax.
+    """
     return {
         "num_layers": config["num_layers"],
         "hidden_size": config["hidden_size"],
@@ -112,10 +129,10 @@ def _block(
 
 
 def our_name(key: str, family: str) -> str:
-    """Our name of a reference key: ``transformer.layers.3.mlp.dense_4h_to_h.bias``.
+    """Return this project's name of a key such as ``transformer.layers.3.mlp.dense_4h_to_h.bias``.
 
     Raises:
-        ValueError: when the reference has no such key.
+        ValueError: if the reference has no such key.
     """
     path, _, kind = key.rpartition(".")
     layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
@@ -127,7 +144,7 @@ def our_name(key: str, family: str) -> str:
 
 
 def their_name(name: str, family: str) -> str:
-    """The reference's key of one of our tensors."""
+    """Return the reference's key of a tensor of this project."""
     path, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
     names = LAYER_NAMES if layer else SHARED_NAMES | POSITION_NAMES[family]
@@ -138,6 +155,16 @@ def their_name(name: str, family: str) -> str:
 def load_reference_decoder(
     model: MaskedDecoder, tensors: Mapping[str, Tensor], family: str
 ) -> None:
+    """Load the reference's tensors and masks into a decoder.
+
+    Args:
+        model: decoder to fill.
+        tensors: the reference's tensors by key, with or without Lightning's ``model.`` prefix.
+        family: ``rudolph`` or ``rudalle``.
+
+    Raises:
+        ValueError: naming the first tensor or mask that does not fit.
+    """
     tensors = without_prefix(tensors, "model.")
     is_mask = {key: key.endswith("_mask") for key in tensors}
     names = {our_name(key, family): key for key in tensors if not is_mask[key]}
@@ -153,7 +180,19 @@ def load_reference_decoder(
 
 
 def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family: str) -> None:
-    """The masks of the file, each for its layers; one that differs from its rule is a warning."""
+    """Use the masks of a checkpoint file; warn about those that differ from their rules.
+
+    If they equal the rules without attention from right to left text, ``right_attends_left``
+    becomes False; otherwise the tables replace the rules.
+
+    Args:
+        model: decoder whose masks are replaced.
+        stored: ``(T, T)`` table of each mask name in the file.
+        family: ``rudolph`` or ``rudalle``.
+
+    Raises:
+        ValueError: if a mask is unknown to the reference or has another shape.
+    """
     rules, names = model.layer_tables, reference_mask_names(model, family)
     for name, table in stored.items():
         if name not in {*MASK_NAMES[family], LAST_MASK_NAME[family]}:
@@ -161,7 +200,7 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
         if table.shape != rules[0].shape:
             shape = tuple(rules[0].shape)
             raise ValueError(f"{family}: {name} must be {shape}, got {tuple(table.shape)}")
-    # The rules are made on the CPU, wherever the weights go.
+    # Masks from rules are on the CPU, whatever the device of the weights.
     tables = {name: table.bool().cpu() for name, table in stored.items() if name in names}
     pairs = [(name, rule) for name, rule in zip(names, rules, strict=True) if name in tables]
     differ = sorted({name for name, rule in pairs if not torch.equal(tables[name], rule)})
@@ -184,7 +223,10 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
 
 
 def reference_mask_names(model: MaskedDecoder, family: str) -> list[str]:
-    """The reference's mask of each layer; a column layer keeps its own even as the last."""
+    """Return the reference's mask name of each layer.
+
+    A column layer keeps its own mask even as the last layer.
+    """
     names = [MASK_NAMES[family][layer % 4] for layer in range(model.config.num_layers)]
     if names[-1] != "col_mask":
         names[-1] = LAST_MASK_NAME[family]
@@ -192,20 +234,26 @@ def reference_mask_names(model: MaskedDecoder, family: str) -> list[str]:
 
 
 def tensors_of_decoder(model: MaskedDecoder, family: str) -> dict[str, Tensor]:
+    """Return the weights and masks of a decoder under the reference's names.
+
+    Raises:
+        ValueError: if layers that share a reference mask have different masks.
+    """
     tensors = {their_name(name, family): value for name, value in model.state_dict().items()}
     layers = list(zip(reference_mask_names(model, family), model.layer_tables, strict=True))
     for name in sorted({*MASK_NAMES[family], LAST_MASK_NAME[family]}):
         tables = [table for own, table in layers if own == name]
         same = all(torch.equal(table, tables[0]) for table in tables)
         require(same, family, f"different masks in the layers of {name}")
-        # A model that is too shallow for a mask, or ends with a column layer, still stores it.
+        # The reference also stores masks that a shallow model, or one that ends with a column
+        # layer, does not use.
         found = tables[0] if tables else _unused_mask(model, name, family)
         tensors[f"transformer.{name}"] = found
     return tensors
 
 
 def _unused_mask(model: MaskedDecoder, name: str, family: str) -> Tensor:
-    """The table of a mask that no layer has, by its rule."""
+    """Return the table of a mask that no layer uses, computed from its rule."""
     pattern, last = model.config.layer_masks, model.config.last_layer_mask
     if name == LAST_MASK_NAME[family]:
         text = last or pattern[-1]
@@ -218,12 +266,17 @@ def _unused_mask(model: MaskedDecoder, name: str, family: str) -> Tensor:
 
 
 def rudolph_config_of(model: MaskedDecoder) -> dict[str, Any]:
+    """Return RUDOLPH's constructor arguments of a decoder.
+
+    Raises:
+        ValueError: naming a setting that RUDOLPH cannot express.
+    """
     kernels = [_kernel(mask, 7) for mask in model.config.layer_masks]
     return {
         **_shared_config(model, "rudolph"),
         "l_text_seq_length": model.layout.left_text_length,
         "r_text_seq_length": model.layout.right_text_length,
-        # Masks are stored beside the weights; the sizes of their kernels only name them.
+        # Masks are stored with the weights, so kernel sizes have no effect on the loaded model.
         "kernel_size": kernels[3 % len(kernels)],
         "last_kernel_size": _kernel(model.config.last_layer_mask or "", 9),
         "text_special_tokens": model.vocabulary.num_text_specials,
@@ -232,6 +285,11 @@ def rudolph_config_of(model: MaskedDecoder) -> dict[str, Any]:
 
 
 def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
+    """Return ruDALL-E's constructor arguments of a decoder.
+
+    Raises:
+        ValueError: naming a setting that ruDALL-E cannot express.
+    """
     has_specials = model.vocabulary.num_text_specials + model.vocabulary.num_image_specials > 0
     require(not has_specials, "rudalle", "special tokens")
     return {
@@ -260,7 +318,7 @@ def _shared_config(model: MaskedDecoder, family: str) -> dict[str, Any]:
         "cogview_pb_relax": config.pb_relax,
         "attention_dropout_prob": config.attention_dropout,
         "output_dropout_prob": config.output_dropout,
-        # The reference builds this dropout and never applies it.
+        # The reference constructs this dropout but never applies it.
         "embedding_dropout_prob": 0.1,
     }
 

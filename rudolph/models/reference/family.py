@@ -1,4 +1,4 @@
-"""What is to be known of a reference package to read and write its checkpoints."""
+"""The interface of a reference family: what is needed to read and write its checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,11 +8,17 @@ from torch import Tensor, nn
 
 
 class StoredMaskWarning(UserWarning):
-    """A checkpoint's stored mask differs from the rule of its layers."""
+    """A warning that a checkpoint's stored mask differs from the rule of its layers."""
 
 
 class ReferenceCheckpoint(NamedTuple):
-    """A checkpoint of a reference package: its constructor's arguments and its tensors."""
+    """A checkpoint of a reference package.
+
+    Attributes:
+        family: a key of ``FAMILIES``.
+        config: the reference constructor's arguments.
+        state_dict: tensors under the reference's names.
+    """
 
     family: str
     config: dict[str, Any]
@@ -21,15 +27,15 @@ class ReferenceCheckpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferenceFamily:
-    """One reference package's model.
+    """The conversion functions for one reference package's model.
 
-    Args:
-        build: an empty module from the constructor's arguments; ``KeyError`` names a missing one.
-        load: gives that module the tensors of a checkpoint, already unwrapped.
-        holds: whether a module is of this family.
-        config_of: the constructor's arguments of a module; ``ValueError`` where it has none.
-        tensors_of: a module's tensors under the reference's names.
-        keeps: whether a tensor of a checkpoint is the model's, not its trainer's.
+    Attributes:
+        build: returns an empty module for constructor arguments; ``KeyError`` names a missing one.
+        load: loads unwrapped tensors of a checkpoint into that module.
+        holds: returns whether a module belongs to this family.
+        config_of: returns a module's constructor arguments; ``ValueError`` if it has none.
+        tensors_of: returns a module's tensors under the reference's names.
+        keeps: returns whether a tensor of a checkpoint belongs to the model, not to its trainer.
     """
 
     build: Callable[[Mapping[str, Any]], nn.Module]
@@ -41,33 +47,43 @@ class ReferenceFamily:
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Tensors under other names, each read from ``tensors`` when it is asked for.
+    """A read-only view of tensors under other names, which reads each tensor on access.
 
     Args:
-        names: the name here -> the name in ``tensors``.
+        tensors: the underlying mapping.
+        names: name in ``tensors`` of each new name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self.tensors, self.names = tensors, names
 
     def __getitem__(self, key: str) -> Tensor:
+        """Return the tensor of a new name."""
         return self.tensors[self.names[key]]
 
     def __iter__(self) -> Iterator[str]:
+        """Return an iterator over the new names."""
         return iter(self.names)
 
     def __len__(self) -> int:
+        """Return the number of names."""
         return len(self.names)
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-    """Tensors with ``prefix`` taken off where every name has it."""
+    """Return tensors with ``prefix`` removed, or unchanged unless every name has it."""
     if not all(key.startswith(prefix) for key in tensors):
         return tensors
     return Renamed(tensors, {key.removeprefix(prefix): key for key in tensors})
 
 
 def require(condition: bool, family: str, words: str) -> None:
-    """``ValueError`` unless the reference can express what it is asked to."""
+    """Raise ``ValueError`` unless ``condition`` holds.
+
+    Args:
+        condition: whether the reference can express the model.
+        family: family to name in the error.
+        words: description of the unsupported setting.
+    """
     if not condition:
         raise ValueError(f"{family}: the reference cannot express {words}")

@@ -1,4 +1,4 @@
-"""Real-ESRGAN: the reference's key names, which are this project's own.
+"""The Real-ESRGAN family: the reference's key names, which this project uses as well.
 
 Source: rudalle, ``realesrgan/rrdbnet_arch.py``.
 """
@@ -15,16 +15,27 @@ from rudolph.models.weights import load_exactly
 
 
 def build_upscaler(config: Mapping[str, Any]) -> Upscaler:
+    """Return an upscaler from Real-ESRGAN's constructor arguments.
+
+    Raises:
+        KeyError: if ``scale`` is missing.
+    """
     names = {"num_feat": "num_channels", "num_block": "num_blocks", "num_grow_ch": "growth"}
     given = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     return Upscaler(UpscalerConfig(scale=config["scale"], **given))
 
 
 def load_reference_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> None:
+    """Load Real-ESRGAN's tensors, whose names are this project's own.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
     load_exactly(model, tensors, family="realesrgan")
 
 
 def config_of_upscaler(model: Upscaler) -> dict[str, Any]:
+    """Return Real-ESRGAN's constructor arguments of an upscaler."""
     given = asdict(model.config)
     return {
         "num_in_ch": 3,

@@ -1,7 +1,7 @@
-"""Sber's VQ-GAN, with the plain and with the wavelet decoder.
+"""The family of Sber's VQ-GAN, with the plain and with the wavelet decoder.
 
-Its YAML and its key names are taming-transformers'; the wavelet decoder hides under
-``model.decoder`` together with the 1x1 convolution before it.
+Its YAML and key names are those of taming-transformers.  The wavelet decoder and the 1x1
+convolution before it are both nested under ``model.decoder``.
 
 Source: rudalle, ``vae/model.py`` and ``vae/decoder_dwt.py``.
 """
@@ -22,6 +22,11 @@ WAVELET_BUFFERS = ("g0_col", "g0_row", "g1_col", "g1_row")
 
 
 def build_vqgan(config: Mapping[str, Any]) -> VQGAN:
+    """Return a VQ-GAN from the reference's YAML, plus ``dwt`` for the wavelet decoder.
+
+    Raises:
+        KeyError: naming a missing argument.
+    """
     given = config["model"]["params"]
     shape = given["ddconfig"]
     return VQGAN(
@@ -41,6 +46,11 @@ def build_vqgan(config: Mapping[str, Any]) -> VQGAN:
 
 
 def load_reference_vqgan(model: VQGAN, tensors: Mapping[str, Tensor]) -> None:
+    """Load the reference's tensors, without the loss network and the wavelet constants.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
     has_wavelet = model.config.wavelet
     kept = [key for key in tensors if not _is_left_out(key, has_wavelet=has_wavelet)]
     names = {_our_name(key, has_wavelet=has_wavelet): key for key in kept}
@@ -53,7 +63,7 @@ def load_reference_vqgan(model: VQGAN, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_left_out(key: str, *, has_wavelet: bool) -> bool:
-    """Whether a tensor is of the training alone, or a constant of the wavelet."""
+    """Return whether a tensor belongs only to training or is a constant of the wavelet."""
     return key.startswith(TRAINING_ONLY) or (has_wavelet and ".idwt." in key)
 
 
@@ -75,6 +85,7 @@ def _their_name(name: str, *, has_wavelet: bool) -> str:
 
 
 def tensors_of_vqgan(model: VQGAN) -> dict[str, Tensor]:
+    """Return the tensors of a VQ-GAN under the reference's names, wavelet constants included."""
     has_wavelet = model.config.wavelet
     tensors = {
         _their_name(name, has_wavelet=has_wavelet): value
@@ -92,6 +103,11 @@ def tensors_of_vqgan(model: VQGAN) -> dict[str, Tensor]:
 
 
 def config_of_vqgan(model: VQGAN) -> dict[str, Any]:
+    """Return the reference's YAML content of a VQ-GAN.
+
+    Raises:
+        ValueError: naming a setting that the reference cannot express.
+    """
     config, quantizer = model.config, model.config.quantizer
     require(quantizer.kind == "gumbel", "vqgan", f"a {quantizer.kind} quantizer")
     require(config.norm_groups == 32, "vqgan", f"{config.norm_groups} groups in its norms")

@@ -1,0 +1,1 @@
+"""The RUDOLPH family: masked decoder, static-shape decoding, scoring and weight adaptation."""

@@ -1,8 +1,8 @@
-"""A trained decoder's weights in another layout or vocabulary.
+"""Transfer of a trained decoder's weights to another layout or vocabulary.
 
-Old rows of a table stay as they are and new ones as the new model made them.  A text that becomes
-shorter loses its last positions; what becomes longer, and an image of another size, has its
-positions interpolated.
+Existing embedding rows are copied, and additional rows keep the target's initialisation.  A
+shorter text drops its last position embeddings.  A longer text or an image of another size gets
+linearly interpolated position embeddings.
 """
 
 import torch
@@ -26,10 +26,17 @@ SAME_FIELDS = (
 
 @torch.no_grad()
 def adapt(source: MaskedDecoder, target: MaskedDecoder) -> list[str]:
-    """Give ``target`` the weights of ``source``; what had to be changed, a line each.
+    """Copy the weights of ``source`` into ``target``, resizing embedding tables where needed.
+
+    Args:
+        source: trained decoder.
+        target: decoder to overwrite in place; it may differ in layout and vocabulary sizes.
+
+    Returns:
+        One line per change of size.
 
     Raises:
-        ValueError: naming the first setting that must be the same and is not.
+        ValueError: naming the first setting of ``SAME_FIELDS`` that differs.
     """
     for name in SAME_FIELDS:
         old, new = getattr(source.config, name), getattr(target.config, name)
@@ -47,13 +54,13 @@ def adapt(source: MaskedDecoder, target: MaskedDecoder) -> list[str]:
 
 
 def _tables(source: MaskedDecoder, target: MaskedDecoder, notes: list[str]) -> dict[str, Tensor]:
-    """The tables that may differ in size: of positions, and of the ids of both vocabularies."""
+    """Return the tables whose size may differ: position tables and those indexed by token id."""
     old, new = source.state_dict(), target.state_dict()
     tables: dict[str, Tensor] = {}
     for side in ("left", "right"):
         name = f"{side}_position.weight"
         if name in old and name in new:
-            # The last row is a relic that no position reads.
+            # Only a leading BOS uses the last row, so it is copied instead of interpolated.
             rows = _resized(old[name][:-1], len(new[name]) - 1, what=f"{side} text", notes=notes)
             tables[name] = torch.cat([rows, old[name][-1:]])
         elif name in new:
@@ -79,7 +86,7 @@ ID_KINDS = ("BPE ids", "text specials", "left padding", "codes", "image specials
 
 
 def _sizes(vocabulary: Vocabulary) -> list[int]:
-    """Ids of each kind, in the order of the logits."""
+    """Return the number of ids of each kind in the order of the logits, as in ``ID_KINDS``."""
     return [
         vocabulary.bpe_size,
         vocabulary.num_text_specials,
@@ -90,7 +97,14 @@ def _sizes(vocabulary: Vocabulary) -> list[int]:
 
 
 def _rows(old: Tensor, new: Tensor, was: list[int], now: list[int]) -> Tensor:
-    """``new`` with the rows of ``old``, kind of id by kind of id."""
+    """Return ``new`` with the rows of ``old`` copied in, separately for each kind of id.
+
+    Args:
+        old: table or bias of the source, ``(sum(was), ...)``.
+        new: table or bias of the target, ``(sum(now), ...)``.
+        was: number of ids of each kind in ``old``.
+        now: number of ids of each kind in ``new``.
+    """
     parts = []
     for before, after in zip(torch.split(old, was), torch.split(new, now), strict=True):
         kept = min(len(before), len(after))
@@ -99,7 +113,7 @@ def _rows(old: Tensor, new: Tensor, was: list[int], now: list[int]) -> Tensor:
 
 
 def _resized(table: Tensor, length: int, *, what: str, notes: list[str]) -> Tensor:
-    """A table of positions ``(L, D)`` at another length."""
+    """Return a position table ``(L, D)`` cut or interpolated to another length."""
     if len(table) == length:
         return table
     is_cut = what.endswith("text") and length < len(table)

@@ -1,8 +1,8 @@
-"""What torch compiles: the layers of a decoder, in training and for single steps of a decoding.
+"""Compilation of decoder layers with ``torch.compile``, for training and single decoding steps.
 
-Beside the reading of the weights, the many small operations of a token take a third of its time
-when they are called one by one; compiled, what a layer does between its products is a few loops
-of C++.
+Besides reading the weights, a decoding step runs many small operations.  Called one by one, they
+take a third of its time.  Compiled, the operations between two matrix products become a few C++
+loops.
 """
 
 from functools import cache
@@ -13,17 +13,17 @@ import torch
 
 @cache
 def compile_function(function: Any) -> Any:
-    """A function compiled for the shapes that it gets, for each anew."""
-    # Loops over one position are too short to be shared among threads.
+    """Return a compiled function that recompiles for every new input shape."""
+    # A loop over a single position is too short to split across threads.
     return torch.compile(function, dynamic=False, options={"cpp.min_chunk_size": 4096})
 
 
 @cache
 def check_compiler(device: str) -> None:
-    """Compile something small for a device, as ``cpu``.
+    """Compile a small function to check that ``torch.compile`` works on a device such as ``cpu``.
 
     Raises:
-        ValueError: where torch cannot compile.
+        ValueError: if torch cannot compile for the device.
     """
     try:
         compile_function(torch.exp)(torch.ones(3, device=device))

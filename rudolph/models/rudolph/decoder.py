@@ -1,15 +1,16 @@
-"""The masked decoder: one transformer over left text, image tokens and right text.
+"""The masked decoder: one causal transformer over left text, image tokens and right text.
 
 ``tokens -> embed -> layers (each with its mask) -> norms -> logits of text and image``
 
-Tokens are one int tensor in RUDOLPH's convention: 0 pads both texts, image ids start at 0, and
-the segment of a token is told by its position alone.
+Tokens are one integer tensor in RUDOLPH's convention: 0 pads both texts and image ids start at 0.
+The position of a token alone determines its segment.
 
 Source: RuDOLPH, ``rudolph/model/model.py`` and ``transformer.py``; CogView (arXiv:2105.13290) for
 sandwich norms and PB-relax; Henry 2020 (arXiv:2010.04245) and Chameleon (arXiv:2405.09818) for
-norms of queries and keys.
+query and key norms.
 
-Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary.
+Shapes: B batch, T tokens, D hidden size, N heads, H head size, V vocabulary size, Vt text ids, Vi
+image ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,32 +45,45 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What embeddings of image tokens are before any training.
+# How image-token embeddings are initialised.
 IMAGE_EMBEDDING_INITS = ("random", "codebook")
-# The share of variance that tells codes apart which are near.
+# Fraction of the variance that stays random per code, so that similar codes remain distinct.
 OWN_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The transformer; lengths are the layout's and sizes of tables the vocabulary's.
+    """The transformer's settings; lengths belong to the layout and table sizes to the vocabulary.
 
-    ``layer_masks`` is tiled over the depth and the last layer takes ``last_layer_mask`` (null: no
-    mask of its own).  ``embedding_gradient`` scales the gradient that reaches the embeddings.
-
-    ``leading_bos`` is ruDALL-E v2's: one more ``BOS`` before the sequence, whose last token leaves
-    at the end, while masks stay where they were (rudalle, ``dalle/model.py``, ``hf_version``).
-
-    ``image_embedding_init`` says what the embeddings of image tokens are at first: ``random``, or
-    ``codebook``, where codes that are near in the VQ-GAN are near here too
-    (``init_from_codebook``). With ``init_by_name`` each part is drawn by its name, so that
-    decoders which differ in one part begin alike in all others (``init_by_name``).
-
-    ``qk_norm`` normalises queries and keys of each head.  ``attention_precision`` names the type
-    in which attention is computed, whatever the machine's own (null), so that types can be
-    compared anywhere; PB-relax subtracts the maximum of a ``row`` or of the whole ``matrix`` of
-    scores, as the reference does.  Without ``positional_padding`` one id pads the left text
-    everywhere.
+    Attributes:
+        num_layers: number of transformer layers.
+        hidden_size: width D, a multiple of ``num_heads``.
+        num_heads: attention heads per layer.
+        layer_masks: mask names, tiled over the depth (see ``masks.parse_mask``).
+        last_layer_mask: mask of the last layer; None keeps the tiled one.
+        right_attends_left: whether right text may attend to left text.
+        sandwich_norm: normalise the output of attention and MLP before each residual addition.
+        qk_norm: apply layer norm to the queries and keys of each head.
+        pb_relax: keep float16 attention scores from overflowing (``attention.apply_pb_relax``).
+        pb_relax_maximum: maximum that PB-relax subtracts, per ``row`` or over the whole ``matrix``
+            of scores as in the reference.
+        attention_precision: dtype of attention, a key of ``PRECISIONS``, so that dtypes can be
+            compared on any machine; None keeps the current dtype.
+        double_final_norm: apply a second layer norm before the logits.
+        leading_bos: prepend one more ``BOS`` and drop the last token, without shifting the masks.
+            ruDALL-E v2 does this (rudalle, ``dalle/model.py``, ``hf_version``).
+        gelu: ``tanh`` for the approximation, ``none`` for the exact function.
+        embedding_gradient: factor on the gradient that reaches the embeddings, in [0, 1].
+        attention_dropout: dropout probability of attention weights.
+        output_dropout: dropout probability of attention and MLP outputs.
+        token_init_std: standard deviation of the initial token embeddings.
+        position_init_std: standard deviation of the initial position embeddings.
+        image_embedding_init: ``random``, or ``codebook`` to give similar VQ-GAN codes similar
+            embeddings (``MaskedDecoder.init_from_codebook``).
+        init_by_name: seed each module from its name, so that decoders which differ in one part
+            start equal in all others (``MaskedDecoder.init_by_name``).
+        positional_padding: use a separate padding id per left-text position; otherwise id 0 pads
+            every position.
     """
 
     num_layers: int = 24
@@ -96,6 +110,7 @@ class DecoderConfig:
     positional_padding: bool = True
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.image_embedding_init not in IMAGE_EMBEDDING_INITS:
             raise ValueError(
                 f"image_embedding_init must be one of {', '.join(IMAGE_EMBEDDING_INITS)}, "
@@ -143,22 +158,25 @@ class DecoderConfig:
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """The mask of each layer, first to last."""
+        """Return the mask name of each layer, first to last."""
         return layer_masks(self.layer_masks, self.last_layer_mask, self.num_layers)
 
 
 class SegmentHead(nn.Linear):
-    """Logits of all text ids and then all image ids; a token needs one part alone."""
+    """The output layer: logits of all text ids, followed by logits of all image ids.
+
+    A position needs only the logits of its own segment, so ``heads`` splits the layer in two.
+    """
 
     def __init__(self, hidden_size: int, vocabulary: Vocabulary) -> None:
         super().__init__(hidden_size, vocabulary.size)
         self.sizes = [vocabulary.text_size, vocabulary.image_size]
 
     def heads(self) -> list[Head]:
-        """What gives the logits of the text ids, and what gives those of the image ids."""
+        """Return the text head and the image head, each mapping ``(..., D)`` to its own logits."""
         weight, device = self.weight, self.weight.device.type
         if torch.is_autocast_enabled(device):
-            # Once, and not for each product and again for each in the backward pass.
+            # Cast once here; autocast would cast for every product and again in the backward pass.
             weight = weight.to(torch.get_autocast_dtype(device))
         weights, biases = torch.split(weight, self.sizes), torch.split(self.bias, self.sizes)
         pairs = zip(weights, biases, strict=True)
@@ -166,7 +184,10 @@ class SegmentHead(nn.Linear):
 
 
 class Layer(nn.Module):
-    """One transformer layer: norm, attention, (norm,) add; norm, MLP, (norm,) add."""
+    """One transformer layer: norm, attention, (norm,) add; norm, MLP, (norm,) add.
+
+    The norms in parentheses exist only with ``sandwich_norm``.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -186,19 +207,25 @@ class Layer(nn.Module):
         self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
 
     def forward(self, x: Tensor, look: KVView) -> Tensor:
-        """``(B, T, D)``; ``look`` says what each position sees."""
+        """Return the layer's output ``(B, T, D)``.
+
+        Args:
+            x: hidden states ``(B, T, D)``.
+            look: the view that decides which keys each position attends to.
+        """
         x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
         hidden = self.activation(self.mlp_in(self.mlp_norm(x)))
         return x + self.mlp_out_norm(self.dropped(self.mlp_out(hidden)))
 
     def attend(self, x: Tensor, look: KVView) -> Tensor:
+        """Return the attention output ``(B, T, D)`` for normalised hidden states ``(B, T, D)``."""
         query, seen = look.split(self.project_qkv(x))
         out = self.to_out(look.merge(self.attend_in_precision(query, seen)))
-        # The reference clamps to the range of float16 in every precision.
+        # The reference clamps to the float16 range in every dtype.
         return self.dropped(out.clamp(-HALF_MAX, HALF_MAX))
 
     def project_qkv(self, x: Tensor) -> Tensor:
-        """``(B, T, 3, N, H)`` of what a norm gave, ``(B, T, D)``."""
+        """Return queries, keys and values ``(B, T, 3, N, H)`` for normalised ``(B, T, D)``."""
         batch, length, _ = x.shape
         qkv: Tensor = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
         if not self.config.qk_norm:
@@ -208,7 +235,7 @@ class Layer(nn.Module):
         return torch.stack([*(norm.to(qkv.dtype) for norm in norms), value], dim=2)
 
     def attend_in_precision(self, query: Tensor, seen: Sequence[KeyValue]) -> Tensor:
-        """Attention in the machine's precision, or in the one that the configuration names."""
+        """Compute attention in ``attention_precision``, or in the current dtype if it is None."""
         share = self.config.attention_dropout if self.training else 0.0
         relaxed = self.config.pb_relax_maximum if self.config.pb_relax else None
         if self.config.attention_precision is None:
@@ -220,22 +247,26 @@ class Layer(nn.Module):
         return out.to(query.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
+        """Apply output dropout in training mode."""
         return apply_dropout(x, self.config.output_dropout) if self.training else x
 
 
 def run_layer(layer: nn.Module, x: Tensor, look: KVView) -> Tensor:
-    """A layer as a function, so that all of them share a compilation."""
+    """Call a layer as a plain function, so that all layers share one compiled function."""
     out: Tensor = layer(x, look)
     return out
 
 
 class MaskedDecoder(nn.Module):
-    """Text-image-text transformer: ``model(tokens) -> logits``.
+    """A text-image-text transformer: ``model(tokens) -> logits``.
 
     Args:
-        config: the transformer.
+        config: transformer settings.
         layout: lengths of the three segments.
         vocabulary: sizes of the text and image tables.
+
+    Raises:
+        ValueError: if ``vocabulary.num_left_paddings`` differs from ``layout.left_text_length``.
     """
 
     def __init__(
@@ -248,16 +279,16 @@ class MaskedDecoder(nn.Module):
                 f"got {vocabulary.num_left_paddings}"
             )
         self.config, self.layout, self.vocabulary = config, layout, vocabulary
-        # Whether training computes each layer anew in its backward pass instead of keeping it.
+        # Recompute each layer's activations in the backward pass of training.
         self.has_checkpointing = False
-        # Whether whole sequences attend by FlexAttention, on CUDA: empty blocks cost nothing.
+        # Use FlexAttention for whole sequences, on CUDA: it skips empty mask blocks.
         self.has_block_masks = False
-        # Whether torch compiles the layers: in training, and for single steps of a decoding.
+        # Compile the layers in training and in single-token decoding steps.
         self.has_compiled_layers = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
-        # One row more than positions: kept from ruDALL-E v2, so that released tables fit.
+        # ruDALL-E v2 needs one more row for its leading BOS; all released tables have it.
         self.left_position = nn.Embedding(layout.left_text_length + 1, size)
         if layout.right_text_length:
             self.right_position = nn.Embedding(layout.right_text_length + 1, size)
@@ -273,7 +304,7 @@ class MaskedDecoder(nn.Module):
     mask_tables: Tensor
 
     def register_masks(self) -> None:
-        """One ``(T, T)`` table for each different rule, shared by its layers."""
+        """Build one ``(T, T)`` table per distinct mask of the config, shared by its layers."""
         names = list(dict.fromkeys(self.config.masks))
         rules = [parse_mask(name) for name in names]
         if not self.config.right_attends_left:
@@ -282,7 +313,12 @@ class MaskedDecoder(nn.Module):
         self.use_masks(tables, [names.index(name) for name in self.config.masks])
 
     def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
-        """Let layer i see what ``tables[mask_of_layer[i]]`` says, ``(T, T)`` bool each."""
+        """Let layer i attend by ``tables[mask_of_layer[i]]``; clear the caches derived from masks.
+
+        Args:
+            tables: distinct masks, ``(T, T)`` bool each.
+            mask_of_layer: index of each layer's mask in ``tables``.
+        """
         self.mask_of_layer = list(mask_of_layer)
         self.known_reads: dict[CacheSpan, list[Selections]] = {}
         self.known_blocks: dict[tuple[int, torch.device], list[Any]] = {}
@@ -290,10 +326,11 @@ class MaskedDecoder(nn.Module):
 
     @property
     def layer_tables(self) -> list[Tensor]:
-        """The mask of each layer, ``(T, T)`` bool."""
+        """Return the mask of each layer, ``(T, T)`` bool."""
         return [self.mask_tables[index] for index in self.mask_of_layer]
 
     def init_embeddings(self) -> None:
+        """Initialise all embedding tables from normal distributions."""
         for name, table in self.named_children():
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=self._init_std(name))
@@ -303,7 +340,11 @@ class MaskedDecoder(nn.Module):
         return self.config.token_init_std if is_token else self.config.position_init_std
 
     def init_by_name(self, seed_of: Callable[[str], int]) -> None:
-        """Draw every part anew, from the seed of its name."""
+        """Reinitialise every linear and embedding layer with a seed derived from its name.
+
+        Args:
+            seed_of: seed of each module name; it seeds torch's global generator.
+        """
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 torch.manual_seed(seed_of(name))
@@ -314,10 +355,13 @@ class MaskedDecoder(nn.Module):
 
     @torch.no_grad()
     def init_from_codebook(self, codes: Tensor) -> None:
-        """Let the image embeddings be the codes ``(K, E)``, turned into the hidden size at random.
+        """Mix a random projection of VQ-GAN codes into the image embeddings.
 
-        Every dimension of the codes is brought to one variance first; of the embeddings' variance
-        a quarter stays each code's own.
+        Each code dimension is first scaled to unit variance.  A fraction ``OWN_SHARE`` of the
+        embedding variance stays independent per code.
+
+        Args:
+            codes: code vectors ``(K, E)`` of the quantizer.
         """
         weight = self.image_embedding.weight
         spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
@@ -327,7 +371,12 @@ class MaskedDecoder(nn.Module):
         weight[: len(codes)] += (1 - OWN_SHARE) ** 0.5 * shared
 
     def new_cache(self, batch_size: int, *, num_positions: int | None = None) -> KeyValueCache:
-        """An empty cache, with room for whole sequences unless told otherwise."""
+        """Return an empty key/value cache.
+
+        Args:
+            batch_size: number of prompts P, with one sample each.
+            num_positions: capacity in positions; None reserves a whole sequence.
+        """
         config, length = self.config, num_positions or self.layout.length
         heads, size = config.num_heads, config.hidden_size // config.num_heads
         own = self.final_norm.weight.new_empty(
@@ -337,23 +386,35 @@ class MaskedDecoder(nn.Module):
 
     @property
     def num_leading(self) -> int:
-        """Positions before the sequence's own first token."""
+        """Return the number of positions before the sequence's own first token."""
         return int(self.config.leading_bos)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(B, T, V)`` of a sequence or a prefix of one, ``(B, T)``.
+        """Return logits ``(B, T, V)`` for a sequence or a prefix of one, ``(B, T)``.
 
-        With ``leading_bos`` they begin with its own, and T is at most the layout's length.
+        With ``leading_bos`` the first logits belong to the extra ``BOS``, and T is at most the
+        layout's length.
+
+        Raises:
+            ValueError: if the tokens are longer than the layout.
         """
         hidden = self.hidden(tokens)
         return self.to_logits(hidden)
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What the head reads, ``(B, T, D)``; with a cache, tokens are only the new positions."""
+        """Return the normalised states ``(B, T, D)`` that the head reads.
+
+        Args:
+            tokens: ``(B, T)``; with a cache, only the new positions.
+            cache: keys and values of the earlier positions, extended in place.
+        """
         return self.logits_norm(self.final_norm(self.run_layers(tokens, cache)))
 
     def run_layers(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Output of the last layer before the final norms, ``(B, T, D)``."""
+        """Return the output of the last layer before the final norms, ``(B, T, D)``.
+
+        The arguments are those of ``hidden``.
+        """
         start = 0 if cache is None else cache.length
         if start == 0:
             tokens = self._after_leading(tokens)
@@ -382,7 +443,7 @@ class MaskedDecoder(nn.Module):
         return x
 
     def full_masks(self, length: int) -> Sequence[Any]:
-        """The different masks of a sequence's first positions, as ``KeyValue`` takes them."""
+        """Return the distinct masks of the first ``length`` positions, for ``KeyValue.mask``."""
         tables = self.mask_tables[:, :length, :length].unbind()
         if not self.has_block_masks:
             return tables
@@ -392,15 +453,19 @@ class MaskedDecoder(nn.Module):
         return self.known_blocks[place]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the text vocabulary alone, ``(..., Vt)``."""
+        """Return logits over the text vocabulary only, ``(..., Vt)``."""
         return self.to_logits.heads()[0](hidden)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the image vocabulary alone, ``(..., Vi)``."""
+        """Return logits over the image vocabulary only, ``(..., Vi)``."""
         return self.to_logits.heads()[1](hidden)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Token plus position embeddings of the positions from ``start`` on, ``(B, T, D)``."""
+        """Return token plus position embeddings ``(B, T, D)``, for positions ``start`` onwards.
+
+        Raises:
+            ValueError: if the tokens reach beyond the layout.
+        """
         end = start + tokens.shape[1]
         if end > self.layout.length:
             raise ValueError(f"a sequence has {self.layout.length} tokens, got {end}")
@@ -423,14 +488,21 @@ class MaskedDecoder(nn.Module):
         return F.pad(tokens, (1, 0), value=BOS)[:, : self.layout.length]
 
     def replace_left_padding(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Left text with each padding replaced by the padding id of its position, if any."""
+        """Replace each padding token of the left text with the padding id of its position.
+
+        Without ``positional_padding`` the tokens are returned unchanged.
+
+        Args:
+            tokens: ``(B, T)``, a slice of the left text.
+            first: left-text position of the first token.
+        """
         if not self.config.positional_padding:
             return tokens
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         return torch.where(tokens == PAD, self.vocabulary.first_left_padding + positions, tokens)
 
     def _segments(self) -> tuple[tuple[int, int, Callable[[Tensor, int], Tensor]], ...]:
-        """First position, end and embedding of each segment."""
+        """Return the first position, the end and the embedding function of each segment."""
         image, right = (
             start + self.num_leading
             for start in (self.layout.image_start, self.layout.right_text_start)

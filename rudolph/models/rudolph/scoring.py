@@ -1,6 +1,6 @@
-"""Which position predicts which token, and how well: the labels of a segment and their losses.
+"""Labels and losses of each segment: which position predicts which token, and how well.
 
-Training means these losses over a batch, ranking over a sequence; both read them here.
+Training averages these losses over a batch, and ranking over a sequence.
 
 Shapes: B batch, T tokens, M labels of a segment, D hidden size.
 """
@@ -16,7 +16,7 @@ from rudolph.models.rudolph.decoder import Head, MaskedDecoder
 from rudolph.sequence.layout import PAD
 
 NOT_SCORED = -1
-# Logits that are held at once, 128 MiB in float32: the head is the widest product of the model.
+# Maximum number of logits in memory, 128 MiB in float32: the head is the widest layer.
 LOGITS_AT_ONCE = 2**25
 
 
@@ -27,18 +27,19 @@ def segment_labels(
     has_legacy_first_token: bool = False,
     has_left_padding: bool = True,
 ) -> dict[str, tuple[int, Tensor]]:
-    """For each segment, the first position that predicts it and its labels, ``(B, M)``.
+    """Return, for each segment, the first predicting position and the labels ``(B, M)``.
 
-    A position predicts the token after it; in a model with a leading ``BOS`` every token of the
-    left text is predicted too.  What is not scored has the label -1.
+    A position predicts the token after it.  A model with a leading ``BOS`` therefore also predicts
+    the first token of the left text.  Unscored labels are ``NOT_SCORED``.
 
     Args:
+        model: decoder that defines layout, vocabulary and leading positions.
         tokens: ``(B, T)``: left text, left text and image, or the whole sequence.
-        has_legacy_first_token: image token 0 is a label of the left text, as in the reference.
-        has_left_padding: the padding ids of the left text are labels, as in the reference.
+        has_legacy_first_token: count image token 0 as a left-text label, as in the reference.
+        has_left_padding: score the padding ids of the left text, as in the reference.
 
     Raises:
-        ValueError: when tokens end inside a segment.
+        ValueError: if the tokens end inside a segment.
     """
     layout, lead, length = model.layout, model.num_leading, tokens.shape[1]
     if length not in (layout.image_start, layout.right_text_start, layout.length):
@@ -51,7 +52,7 @@ def segment_labels(
     if not has_left_padding:
         left = left.masked_fill(tokens[:, 1 - lead : image_start] == PAD, NOT_SCORED)
     has_image = length > image_start
-    # Only without a leading BOS does the reference predict it with the text.
+    # With a leading BOS, the reference does not count this token as text.
     is_legacy = has_legacy_first_token and lead == 0
     if has_image and is_legacy:
         left = torch.cat([left, tokens[:, image_start : image_start + 1]], dim=1)
@@ -77,21 +78,25 @@ def label_losses(
     is_joint: bool = False,
     z_loss_weight: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy in nats of the labels that are scored, ``(number of them,)``, row by row.
+    """Return the cross-entropy of each scored label in nats, as a flat tensor in row-major order.
 
     Args:
-        hidden: ``(B, T, D)``, what ``model.hidden`` gave for the whole sequence.
-        heads: the model's, when they serve several segments.
-        num_classes: the first classes of the segment's vocabulary alone; all when None.
-        is_joint: among all ids of text and image, and not among the segment's own.
-        z_loss_weight: of the squared logarithm of the softmax's sum, which is added (Chameleon,
-        2.3).
+        model: decoder whose head computes the logits.
+        hidden: ``(B, T, D)``, output of ``model.hidden`` for the whole sequence.
+        segment: name of the segment, one of ``SEGMENTS``.
+        labels: the segment's entry of ``segment_labels``.
+        heads: result of ``model.to_logits.heads()``, to share it between segments.
+        num_classes: restrict the softmax to the first classes; None uses all.
+        label_smoothing: label smoothing of the cross-entropy.
+        is_joint: normalise over all text and image ids instead of the segment's own.
+        z_loss_weight: weight of the added z-loss, the squared log-partition function (Chameleon,
+            section 2.3).
     """
     start, target = labels
     keep = target != NOT_SCORED
     text, image = heads or model.to_logits.heads()
     head = image if segment == "image" else text
-    # Only scored positions pass through the head.
+    # The head is the widest layer, so only scored positions pass through it.
     rows, labelled = hidden[:, start : start + target.shape[1]][keep], target[keep]
     if is_joint:
         head = model.to_logits
@@ -111,7 +116,7 @@ def label_losses(
     if len(rows) <= at_once:
         return losses(rows, labelled)
     parts = zip(torch.split(rows, at_once), torch.split(labelled, at_once), strict=True)
-    # Logits are computed again in the backward pass, so those of one part are held and no more.
+    # Recomputing logits in the backward pass keeps only one part of them in memory.
     return torch.cat(
         [
             checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False)

@@ -1,10 +1,10 @@
-"""How a single new position sees those before it, in the same shapes at every position.
+"""Single-token decoding with the same tensor shapes at every position.
 
-A step that is compiled once serves a whole decoding, so every step reads as many keys: those its
-mask shows, and then one of them again, hidden, up to the most that any position needs.
+Static shapes let one compiled step serve a whole decoding.  Every step therefore reads the same
+number of keys: the keys of its mask row, padded with a masked repetition of one of them.
 
-Shapes: P prompts, S samples of each, N heads, R = P * N * S rows of attention, G rows of keys, T
-positions, K keys read, H head size.
+Shapes: P prompts, S samples of each, B = P * S, N heads, R = P * N * S attention rows, G key rows,
+T positions, K keys read per step, H head size.
 """
 
 from typing import NamedTuple
@@ -14,37 +14,47 @@ from torch import Tensor
 
 from rudolph.models.layers.attention import KeyValue
 
-# Masks whose numbers of keys are close share a compilation.
+# K is rounded up to a multiple of this, so that masks with similar key counts share a compilation.
 KEYS_AT_ONCE = 32
 
 
 class StaticSelection(NamedTuple):
-    """Which keys are read, ``(T, K)`` or all, and which of these are seen, ``(T, K)`` or all."""
+    """The keys that each position reads, and which of them it attends to.
+
+    Attributes:
+        at: indices of the keys read, ``(T, K)``, or ``(K,)`` for one position; None reads all
+            keys.
+        mask: bool, ``(T, K)``, or ``(1, K)`` for one position; None attends to all keys read.
+    """
 
     at: Tensor | None
     mask: Tensor | None
 
     def step(self, number: int) -> "StaticSelection":
-        """Those of one position, ``(K,)`` and ``(1, K)``."""
+        """Return the selection of one position, with ``at`` ``(K,)`` and ``mask`` ``(1, K)``."""
         at = None if self.at is None else self.at[number]
         return StaticSelection(at, None if self.mask is None else self.mask[number, None])
 
     def seen(self, rows: Tensor) -> KeyValue:
-        """Of keys and values ``(2, G, T, H)``, what one position reads."""
+        """Return the keys and values that one position reads, out of ``rows`` ``(2, G, T, H)``."""
         if self.at is not None:
             rows = rows.index_select(2, self.at)
-            # A view by strides is of memory: compiled, it makes this a copy, row after row, and
-            # no gather inside of each sum.
+            # as_strided forces the compiler to materialise the gather as one copy, instead of
+            # repeating it inside each sum.
             rows = rows.as_strided(rows.shape, rows.stride())
         key, value = rows
         return KeyValue(key, value, self.mask)
 
 
 def static_selection(rows: Tensor, device: torch.device) -> StaticSelection | None:
-    """What positions read of some keys, from their rows of a mask, ``(T, T')`` bool.
+    """Return which keys each position reads, padded to one number of keys, or None if none do.
 
-    None where no position reads any.  What is read and hidden is a key that the position sees,
-    since others may not be there yet; the first, which must be there, where it sees none.
+    A padding entry repeats a key that the position attends to, because other keys may not be
+    computed yet.  A position that attends to none repeats key 0, which always exists.
+
+    Args:
+        rows: mask rows of the positions over some keys, ``(T, T')`` bool.
+        device: where the returned tensors go.
     """
     most = int(rows.sum(1).max()) if rows.numel() else 0
     if not most:
@@ -59,13 +69,13 @@ def static_selection(rows: Tensor, device: torch.device) -> StaticSelection | No
 
 
 class StaticView(NamedTuple):
-    """How a new position of a layer sees those before it: see ``attention.Look``.
+    """The key/value view of one new position of a layer, with static shapes; see ``KVView``.
 
-    Args:
-        shared: ``(2, P, N, T', H)``, keys and values that samples of a prompt have in common.
-        own: ``(2, P, N, S, T, H)``, those of each sample.
-        place: ``(1,)``, where among its own ones the new position's are stored.
-        reads: of the shared ones and of its own.
+    Attributes:
+        shared: ``(2, P, N, T', H)``, keys and values common to all samples of a prompt.
+        own: ``(2, P, N, S, T, H)``, keys and values of each sample.
+        place: ``(1,)``, index in ``own`` at which the new position is stored.
+        reads: selections from ``shared`` and from ``own``; None reads none of them.
     """
 
     shared: Tensor
@@ -74,7 +84,11 @@ class StaticView(NamedTuple):
     reads: tuple[StaticSelection | None, StaticSelection | None]
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Queries ``(R, 1, H)`` of ``(B, 1, 3, N, H)``, and what they see."""
+        """Store the new keys and values; return queries ``(R, 1, H)`` and the keys to attend to.
+
+        Args:
+            qkv: ``(B, 1, 3, N, H)``.
+        """
         prompts, samples = self.own.shape[1:4:2]
         # (3, P, N, S, 1, H)
         rows = qkv.view(prompts, samples, *qkv.shape[1:]).permute(3, 0, 4, 1, 2, 5)
@@ -84,6 +98,6 @@ class StaticView(NamedTuple):
         return rows[0].flatten(0, 2), [reads.seen(part) for part, reads in pairs if reads]
 
     def merge(self, out: Tensor) -> Tensor:
-        """``(R, 1, H)`` to ``(B, 1, N * H)``."""
+        """Return attention rows ``(R, 1, H)`` as ``(B, 1, N * H)``."""
         rows = out.view(*self.own.shape[1:4], 1, -1).permute(0, 2, 3, 1, 4)
         return rows.flatten(0, 1).flatten(2)

@@ -1,15 +1,16 @@
-"""CLIP: how well a text and an image go together.
+"""CLIP: similarity of texts and images.
 
-``text -> transformer -> feature at EOS``, ``image -> vision transformer -> feature of the class
-token``; logits are the scaled cosines of both.
+``text -> transformer -> feature at EOS`` and
+``image -> vision transformer -> feature of the class token``.  Logits are the scaled cosine
+similarities of both features.
 
-Names of modules are OpenAI's, so that ruCLIP's checkpoints' keys are ours.
+Module names are those of OpenAI, so ruCLIP's checkpoint keys load without renaming.
 
 Source: Radford 2021 (arXiv:2103.00020); openai/CLIP, ``clip/model.py``; ruclip 0.0.2,
 ``ruclip/model.py``; Zhai 2023 (arXiv:2303.15343) for the bias.
 
-Shapes: B texts, P images, L text tokens, N patches and the class token, E embedding dim,
-H and W pixels.
+Shapes: B texts, P images, L text tokens, N patches plus the class token, D width of a transformer,
+E embedding dim, H and W pixels.
 """
 
 import math
@@ -24,16 +25,30 @@ from rudolph.sequence.layout import EOS
 VISION_HEAD_SIZE = 64
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-# What cosines are multiplied by, and for the sigmoid loss shifted by, before any training.
+# Initial scale of the cosines and, for the sigmoid loss, their initial bias.
 SOFTMAX_SCALE = 1 / 0.07
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Names are those of ruCLIP's ``config.json``; vision heads have 64 channels each.
+    """The architecture of a CLIP model, with the field names of ruCLIP's ``config.json``.
 
-    ``has_logit_bias`` adds the bias that the sigmoid loss learns, which ruCLIP has not.
+    Vision heads have 64 channels each.
+
+    Attributes:
+        embed_dim: dimension E of the shared features.
+        image_resolution: side of the input images in pixels, a multiple of ``vision_patch_size``.
+        vision_layers: layers of the vision transformer.
+        vision_width: width of the vision transformer.
+        vision_patch_size: side of a patch in pixels.
+        context_length: maximum number of text tokens.
+        vocab_size: number of text ids.
+        transformer_width: width of the text transformer.
+        transformer_heads: attention heads of the text transformer.
+        transformer_layers: layers of the text transformer.
+        eos_id: id at whose position the text feature is read.
+        has_logit_bias: add the learned bias of the sigmoid loss, which ruCLIP lacks.
     """
 
     embed_dim: int = 512
@@ -50,6 +65,7 @@ class CLIPConfig:
     has_logit_bias: bool = False
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for field in fields(CLIPConfig):
             value = getattr(self, field.name)
             if field.name not in ("eos_id", "has_logit_bias") and value < 1:
@@ -72,6 +88,7 @@ class CLIPConfig:
 
     @property
     def vision_heads(self) -> int:
+        """Return the number of attention heads of the vision transformer."""
         return max(self.vision_width // VISION_HEAD_SIZE, 1)
 
 
@@ -82,9 +99,15 @@ def pixel_values(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> Tensor:
-    """What CLIP reads of images ``(P, 3, H, W)`` in [0, 1]: ``(P, 3, size, size)`` float32.
+    """Return preprocessed images ``(P, 3, size, size)`` float32.
 
-    The middle square, resized as Pillow does, minus ``mean`` and divided by ``std`` of a channel.
+    Crop the central square, resize it as Pillow does and normalise each channel.
+
+    Args:
+        images: ``(P, 3, H, W)`` in [0, 1].
+        size: side of the result in pixels.
+        mean: subtracted from each channel.
+        std: divisor of each channel.
 
     Source: ruclip 0.0.2, ``ruclip/processor.py``.
     """
@@ -100,14 +123,15 @@ def pixel_values(
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``."""
+    """The activation ``x * sigmoid(1.702 x)``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of ``x``."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
-    """Norm, attention, add; norm, MLP, add."""
+    """A transformer layer: norm, attention, add; norm, MLP, add."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -120,26 +144,28 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return ``(B, T, D)``; ``mask`` ``(T, T)`` is true where attention is forbidden."""
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Blocks in a row; ``mask`` (T, T) bool is true where a query may not look."""
+    """A sequence of transformer layers."""
 
     def __init__(self, width: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return ``(B, T, D)``; ``mask`` ``(T, T)`` is true where attention is forbidden."""
         for block in self.resblocks:
             x = block(x, mask)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """Images ``(P, 3, H, W)``, normalised, to features ``(P, E)``."""
+    """The vision tower: normalised images ``(P, 3, H, W)`` to features ``(P, E)``."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -155,7 +181,8 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, W)
+        """Return the features of preprocessed images."""
+        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, D)
         first = self.class_embedding.expand(len(patches), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
@@ -163,7 +190,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """``model(input_ids, pixel_values) -> (logits_per_image, logits_per_text)``."""
+    """A CLIP model: ``model(input_ids, pixel_values) -> (logits_per_image, logits_per_text)``."""
 
     logit_bias: nn.Parameter | None
 
@@ -180,24 +207,42 @@ class CLIP(nn.Module):
         scale = SIGMOID_SCALE if config.has_logit_bias else SOFTMAX_SCALE
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if config.has_logit_bias else None
-        # Without one, the state dict has no such key.
+        # Registering None keeps the key out of the state dict.
         self.register_parameter("logit_bias", bias)
         initialize_text_tower(self)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(P, B)`` and ``(B, P)`` of texts ``(B, L)`` and images ``(P, 3, H, W)``."""
+        """Return logits per image ``(P, B)`` and per text ``(B, P)``.
+
+        Args:
+            input_ids: ``(B, L)``; each text contains an ``EOS``.
+            pixel_values: preprocessed images ``(P, 3, H, W)``.
+
+        Raises:
+            ValueError: if a text is too long or lacks an ``EOS``, or the images have another
+                shape.
+        """
         images = F.normalize(self.encode_image(pixel_values), dim=-1)
         texts = F.normalize(self.encode_text(input_ids), dim=-1)
         logits = self.logits(images, texts)
         return logits, logits.t()
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Scaled, and with a bias shifted, cosines ``(P, B)`` of normalised features."""
+        """Return scaled cosines ``(P, B)``, plus the bias if there is one.
+
+        Args:
+            images: normalised features ``(P, E)``.
+            texts: normalised features ``(B, E)``.
+        """
         logits = self.logit_scale.exp() * images @ texts.t()
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Features ``(P, E)``, not normalised."""
+        """Return image features ``(P, E)``, not normalised.
+
+        Raises:
+            ValueError: if the images do not have the configured resolution.
+        """
         side = self.config.image_resolution
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
@@ -206,10 +251,10 @@ class CLIP(nn.Module):
         return self.visual(pixel_values)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Features ``(B, E)``, not normalised, read at the first ``EOS`` of each text.
+        """Return text features ``(B, E)``, not normalised, read at the first ``EOS`` of each text.
 
         Raises:
-            ValueError: when a text is longer than the context or has no ``EOS``.
+            ValueError: if a text is longer than the context or has no ``EOS``.
         """
         length = input_ids.shape[1]
         if length > self.config.context_length:
@@ -227,9 +272,9 @@ class CLIP(nn.Module):
 
 
 def initialize_text_tower(model: CLIP) -> None:
-    """OpenAI's spread of the text tower's weights: the deeper, the less a layer adds at first.
+    """Initialise the text tower like OpenAI: deeper models add less per layer at first.
 
-    As there, the vision transformer's layers keep torch's own.
+    As in OpenAI's code, the layers of the vision transformer keep torch's default initialisation.
     """
     width, num_layers = model.config.transformer_width, model.config.transformer_layers
     added = width**-0.5 * (2 * num_layers) ** -0.5

@@ -1,0 +1,1 @@
+"""The VQ-GAN family: encoder, decoder and quantizers of the image tokenizer."""

@@ -1,6 +1,6 @@
-"""What quantizers have in common: the nearest code, the gradient around it, how many are used.
+"""Operations shared by the quantizers: nearest codes, straight-through gradient, codebook usage.
 
-Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of codes, M vectors.
+Shapes: B batch, E embedding dim, H and W the grid of latents, K number of codes, M vectors.
 """
 
 from typing import NamedTuple
@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Scores of vectors against codes that are in memory at once.
+# Maximum number of vector-code scores in memory.
 MOST_SCORES = 2**22
 
 
 class Quantized(NamedTuple):
-    """``z_q`` (B, E, H, W), ``indices`` (B, H, W) int64 and the quantizer's own scalar loss."""
+    """The output of a quantizer.
+
+    Attributes:
+        z_q: quantized latents ``(B, E, H, W)``.
+        indices: ``(B, H, W)`` int64.
+        loss: scalar loss of the quantizer itself.
+    """
 
     z_q: Tensor
     indices: Tensor
@@ -22,8 +28,13 @@ class Quantized(NamedTuple):
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each vector by squared distance, ``(M,)``."""
-    # |v|^2 is the same for every code and is left out.
+    """Return the index of each vector's nearest code by squared distance, ``(M,)`` int64.
+
+    Args:
+        vectors: ``(M, E)``.
+        codebook: ``(K, E)``.
+    """
+    # |v|^2 is the same for every code, so it does not affect the argmin.
     squares = codebook.pow(2).sum(1)
     found = [
         (squares - 2 * part @ codebook.t()).argmin(1) for part in _parts(vectors, len(codebook))
@@ -32,7 +43,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def largest_logit(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The index of the largest of ``vectors @ weight.T + bias`` for each vector, ``(M,)``."""
+    """Return the argmax of ``vectors @ weight.T + bias`` for each vector, ``(M,)`` int64.
+
+    Args:
+        vectors: ``(M, E)``.
+        weight: ``(K, E)``.
+        bias: ``(K,)``.
+    """
     found = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
     return torch.cat(found)
 
@@ -42,21 +59,33 @@ def _parts(vectors: Tensor, num_codes: int) -> tuple[Tensor, ...]:
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    """Return ``z_q`` in the forward pass and the gradient of ``z`` in the backward pass."""
     return z + (z_q - z).detach()
 
 
 def codebook_usage(counts: Tensor) -> tuple[float, float]:
-    """Share of codes that occur and their perplexity, exp of the entropy, from counts (K,)."""
+    """Return the fraction of codes in use and their perplexity, the exp of the entropy in nats.
+
+    Args:
+        counts: occurrences of each code, ``(K,)``.
+    """
     share = counts.double() / counts.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-12).log()).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 
 def nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
+    """Return the nearest code of each latent, ``(B, H, W)`` int64, compared in float32.
+
+    Args:
+        z: latents ``(B, E, H, W)``.
+        codebook: ``(K, E)``.
+    """
     vectors = z.movedim(1, -1)  # (B, H, W, E)
     found = nearest_codes(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
     return found.view(vectors.shape[:-1])
 
 
 def channels(vector: Tensor) -> Tensor:
+    """Return a vector ``(C,)`` as ``(1, C, 1, 1)``, to broadcast over maps."""
     return vector[None, :, None, None]

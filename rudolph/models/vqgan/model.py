@@ -1,17 +1,19 @@
-"""The image tokenizer: encoder, quantizer, decoder.
+"""The VQ-GAN image tokenizer: encoder, quantizer and decoder.
 
 ``images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images``
 
-With ``wavelet`` the decoder gives the four Haar bands of an image of twice the size.  Names of
-modules are taming-transformers', so that its checkpoints' keys are ours.
+With ``wavelet`` the decoder outputs the four Haar bands of an image of twice the size.  Module
+names are those of taming-transformers, so its checkpoint keys load without renaming.
 
-The precision is that of the weights; bfloat16 is more than twice as fast where the machine
-multiplies it.  Images larger than about 256 pixels are computed in strips, see ``tiled_conv``.
+The model computes in the dtype of its weights; bfloat16 is more than twice as fast on machines
+with native bfloat16 products.  Images larger than about 256 pixels are computed in strips, see
+``rudolph.models.cpu.tiled_conv``.
 
 Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
 ``vae/decoder_dwt.py``.
 
-Shapes: B batch, C channels, H and W pixels; a grid of latents is H / factor by W / factor.
+Shapes: B batch, C channels, H and W pixels, h = H / factor and w = W / factor the grid of latents,
+I = h * w indices.
 """
 
 import itertools
@@ -39,13 +41,22 @@ from rudolph.models.vqgan.quantizers import QUANTIZERS, QuantizerConfig
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """``channels`` has one entry a level; each level but the last halves the image.
+    """The architecture of a VQ-GAN; the defaults are those of Sber's checkpoint.
 
-    ``attention_resolutions`` are sides of the feature map, counted from ``resolution``, at which
-    every residual block is followed by attention.  A normalisation has ``norm_groups`` groups of
-    channels, or as many fewer as divide the channels: with few channels it should have few
-    groups, since one channel alone loses how strong it is.  ``init`` names the weights that are
-    used as they are, without a training.  The defaults are Sber's.
+    Attributes:
+        resolution: side of the training images in pixels, a multiple of ``factor``.
+        channels: width of each level; every level except the last halves the image.
+        num_res_blocks: residual blocks per encoder level; decoder levels have one more.
+        attention_resolutions: sides of the feature maps, counted from ``resolution``, at which
+            every residual block is followed by attention.
+        z_channels: channels of the latents.
+        dropout: dropout probability in residual blocks.
+        norm_groups: groups of each group norm, reduced to the largest number that divides the
+            channels.  Narrow networks need few groups, because a group of one channel loses that
+            channel's magnitude.
+        wavelet: whether the decoder outputs Haar bands.
+        init: name of pretrained weights to use without training, or None.
+        quantizer: codebook settings.
     """
 
     resolution: int = 256
@@ -60,6 +71,7 @@ class VQGANConfig:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be positive, got {list(self.channels)}")
         for name in ("norm_groups", "num_res_blocks", "z_channels"):
@@ -73,22 +85,24 @@ class VQGANConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels a side of a token spans."""
+        """Return the number of pixels per side of a token."""
         return 2 ** (len(self.channels) - 1)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
+        """Return the side of the feature map at each level, in encoder order."""
         return tuple(self.resolution // 2**level for level in range(len(self.channels)))
 
 
 def make_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
+    """Return a group norm with the most groups up to ``norm_groups`` that divide the channels."""
     most = min(config.norm_groups, channels)
     groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """``(B, C_in, H, W) -> (B, C_out, H, W)``."""
+    """A residual block with two 3x3 convolutions, ``(B, C_in, H, W)`` to ``(B, C_out, H, W)``."""
 
     def __init__(self, channels_in: int, channels_out: int, config: VQGANConfig) -> None:
         super().__init__()
@@ -101,6 +115,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output; large maps are computed in strips outside training."""
         hidden = norm_conv(x, self.norm1, self.conv1)
         if is_tiled(hidden) and not self.training:
             for place, rows in tiled_norm_conv(hidden, self.norm2, self.conv2):
@@ -109,11 +124,12 @@ class ResnetBlock(nn.Module):
         return self.conv2(self.dropout(norm_silu(hidden, self.norm2))).add_(self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
+        """Return the input with ``C_out`` channels for the residual addition."""
         return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
 
 
 class AttentionBlock(nn.Module):
-    """One head over all cells of the feature map."""
+    """Single-head self-attention over all cells of a feature map."""
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
@@ -124,12 +140,13 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` with the attention output added."""
         hidden = group_norm(x, self.norm)
         query, key, value = (
             layer(hidden).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )  # each (B, H * W, C)
         seen = [KeyValue(key, value)]
-        # A large map in parts, or the scores would be larger than it.
+        # Split the queries of a large map, or the scores would need more memory than the map.
         parts = [
             attention(part, seen, pb_relax=None, dropout=0.0)
             for part in query.split(max(STRIP // query.shape[1], 1), dim=1)
@@ -139,25 +156,33 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A strided 3x3 convolution that halves the map."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Padded right and below only, as in the reference.
+        """Return ``(B, C, H / 2, W / 2)``."""
+        # The reference pads only on the right and at the bottom.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour enlargement by 2, followed by a 3x3 convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, 2H, 2W)``."""
         return upsample_conv(x, self.conv)
 
 
 class MiddleBlocks(nn.Module):
+    """Residual block, attention and residual block at the lowest resolution."""
+
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, config)
@@ -165,11 +190,18 @@ class MiddleBlocks(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the same shape."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class ResolutionLevel(nn.Module):
-    """Residual blocks of one resolution, each with its attention, then the change of size."""
+    """The residual and attention blocks of one resolution, then the change of resolution if any.
+
+    Args:
+        channels: widths before the first and after each residual block.
+        config: architecture.
+        resolution: side of the feature map; it decides whether attention blocks exist.
+    """
 
     downsample: Downsample
     upsample: Upsample
@@ -183,6 +215,7 @@ class ResolutionLevel(nn.Module):
         self.attn = nn.ModuleList(attention if has_attention else ())
 
     def layers(self) -> Iterator[nn.Module]:
+        """Yield the layers in the order of the forward pass."""
         for index, block in enumerate(self.block):
             yield block
             if len(self.attn):
@@ -193,7 +226,7 @@ class ResolutionLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``(B, 3, H, W)`` in [-1, 1] to latents ``(B, z_channels, H / factor, W / factor)``."""
+    """The encoder: ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -215,16 +248,17 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(last, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the latents of images."""
         x = self.conv_in(fast_memory_format(images))
         for level in self.down:
-            # One after the other here, where nothing else keeps the map before.
+            # Loop here, not in a level's forward, so that each previous map is freed at once.
             for layer in level.layers():
                 x = layer(x)
         return norm_conv(self.mid(x), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
-    """Latents ``(B, z_channels, h, w)`` to images ``(B, 3, h * factor, w * factor)``."""
+    """The decoder: latents ``(B, z_channels, h, w)`` to images ``(B, 3, H, W)``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -247,6 +281,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(first, 12 if config.wavelet else 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return images, not clamped; with ``wavelet`` their sides are doubled."""
         x = self.mid(self.conv_in(fast_memory_format(z)))
         for level in reversed(self.up):
             for layer in level.layers():
@@ -256,19 +291,19 @@ class Decoder(nn.Module):
 
 
 def haar_filters() -> tuple[Tensor, Tensor]:
-    """The low and the high pass of Haar's wavelet, ``(2,)`` each."""
+    """Return the low-pass and high-pass filters of the Haar wavelet, ``(2,)`` each."""
     half = 0.5**0.5
     return torch.tensor([half, half]), torch.tensor([half, -half])
 
 
 def inverse_haar(bands: Tensor) -> Tensor:
-    """Images ``(B, 3, 2H, 2W)`` of wavelet coefficients ``(B, 12, H, W)``.
+    """Return images ``(B, 3, 2H, 2W)`` from Haar coefficients ``(B, 12, H, W)``.
 
-    The first three channels are the means of each colour; then come, colour by colour, its
-    vertical, horizontal and diagonal differences.
+    The first three channels are the low-pass bands of the colours.  Then follow the vertical,
+    horizontal and diagonal differences of each colour in turn.
     """
     low, details = bands[:, :3, None], bands[:, 3:].reshape(len(bands), 3, 3, *bands.shape[2:])
-    # Rows are bands, columns the four pixels that a coefficient spreads over, row by row.
+    # Rows are bands; columns are the four pixels of a coefficient in row-major order.
     signs = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
     spread = torch.tensor(signs, device=bands.device, dtype=bands.dtype) / 2
     pixels = torch.einsum("bcnhw,np->bcphw", torch.cat([low, details], dim=2), spread)
@@ -276,7 +311,13 @@ def inverse_haar(bands: Tensor) -> Tensor:
 
 
 class Reconstruction(NamedTuple):
-    """``images`` (B, 3, H, W) in [-1, 1], not clamped; ``indices`` (B, h, w); quantizer loss."""
+    """The output of a VQ-GAN's forward pass.
+
+    Attributes:
+        images: ``(B, 3, H, W)``, nominally in [-1, 1], not clamped.
+        indices: ``(B, h, w)`` int64.
+        loss: scalar loss of the quantizer.
+    """
 
     images: Tensor
     indices: Tensor
@@ -284,7 +325,7 @@ class Reconstruction(NamedTuple):
 
 
 class VQGAN(nn.Module):
-    """Images to indices of a codebook and back."""
+    """A VQ-GAN: images to codebook indices and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -295,29 +336,35 @@ class VQGAN(nn.Module):
         self.quantize: Any = QUANTIZERS[config.quantizer.kind](config.quantizer)
         self.post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
         if config.wavelet:
-            # The released file has a second one that nothing reads; kept to write it back.
+            # The released file has a second, unused one; it is kept so that exports are complete.
             self.unused_post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
         self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct ``(B, 3, H, W)`` images in [-1, 1]."""
+        """Reconstruct images ``(B, 3, H, W)`` in [-1, 1]."""
         quantized = self.quantize(self.quant_conv(self.encoder(images)))
         decoded = self.decoder(self.post_quant_conv(quantized.z_q))
         return Reconstruction(decoded, quantized.indices, quantized.loss)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents ``(B, embedding_dim, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
-        # Rounded to the weights' precision only now: 8 bits must not lose before.
+        """Return latents ``(B, embedding_dim, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
+        # Cast after the scaling, so that 8-bit pixel values are not rounded before it.
         return self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
 
     @torch.no_grad()
     def encode_indices(
         self, images: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Indices ``(B, I)``, row-major, of images ``(B, 3, H, W)`` in [0, 1].
+        """Return row-major codebook indices ``(B, I)`` of images ``(B, 3, H, W)`` in [0, 1].
 
-        The best code of each cell; with a generator and a Gumbel quantizer, a code drawn by its
-        weight, as the reference does unless it is told not to.
+        Args:
+            images: images whose sides are multiples of the factor.
+            generator: None selects the best code of each cell.  With a generator, a Gumbel
+                quantizer samples each code from its softmax, the default of the reference.
+
+        Raises:
+            ValueError: if a side is not a multiple of the factor, or a generator is given with
+                another quantizer.
         """
         height, width = images.shape[-2:]
         if height % self.config.factor or width % self.config.factor:
@@ -334,12 +381,16 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, *, height: int | None = None) -> Tensor:
-        """Images in [0, 1] of indices ``(B, I)``; ``height`` in tokens, a square when None.
+        """Return images ``(B, 3, H, W)`` in [0, 1] from indices ``(B, I)``.
 
-        They are float32 also where the weights are of half precision.
+        The images are at least float32, even if the weights have half precision.
+
+        Args:
+            indices: row-major codebook indices.
+            height: rows of the token grid; None expects a square.
 
         Raises:
-            ValueError: when the indices do not fill a rectangle of that height.
+            ValueError: if the indices do not fill a rectangle of that height.
         """
         rows = height or round(indices.shape[1] ** 0.5)
         if indices.shape[1] % rows or (height is None and rows * rows != indices.shape[1]):

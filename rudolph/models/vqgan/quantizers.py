@@ -1,11 +1,13 @@
-"""From continuous latents to codes: every quantizer has one call shape.
+"""Vector quantizers with one call signature: from continuous latents to codebook indices.
 
-``quantizer(z) -> Quantized(z_q, indices, loss)`` and ``quantizer.codes(indices) -> z_q``; gradient
-reaches ``z`` through the straight-through estimator.  Usage is counted from the indices.
+``quantizer(z) -> Quantized(z_q, indices, loss)``, ``quantizer.indices(z) -> indices`` and
+``quantizer.codes(indices) -> z_q``.  The gradient reaches ``z`` through the straight-through
+estimator.  Codebook usage is computed from the indices (``codes.codebook_usage``).
 
-To add a quantizer, write a class ``(QuantizerConfig)`` and name it in ``QUANTIZERS``.
+To add a quantizer, write an ``nn.Module`` that takes a ``QuantizerConfig`` and list it in
+``QUANTIZERS``.
 
-Shapes: B batch, E embedding dim, H and W the grid of latents, K the number of codes.
+Shapes: B batch, E embedding dim, H and W the grid of latents, K number of codes, M vectors.
 """
 
 import math
@@ -29,14 +31,21 @@ from rudolph.models.vqgan.codes import (
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """The codebook.
+    """The codebook settings of all quantizers; each kind reads its own subset.
 
-    ``beta`` weighs the commitment term.  ``decay`` and ``dead_code_threshold`` are of ``ema``: a
-    code is replaced by a latent of the batch when its running count falls below that share of the
-    mean.
-    ``entropy_weight`` is of ``lfq``, whose codes are a power of two.
-    ``code_dim`` is the dimension of ``cosine``.  ``levels`` are of ``fsq``; their product is its
-    number of codes.  ``kl_weight`` and ``temperature`` are of ``gumbel``.
+    Attributes:
+        kind: a key of ``QUANTIZERS``.
+        num_codes: number of codes K.
+        embedding_dim: channels E of ``z`` and ``z_q``.
+        beta: weight of the commitment loss.
+        decay: ``ema``: decay of the running statistics.
+        dead_code_threshold: ``ema``: a code whose running count falls below this fraction of the
+            mean is replaced by a latent of the batch.
+        code_dim: ``cosine``: dimension in which codes are compared.
+        levels: ``fsq``: levels of each channel; their product must be ``num_codes``.
+        kl_weight: ``gumbel``: weight of the KL divergence from the uniform prior.
+        temperature: ``gumbel``: temperature of the Gumbel softmax.
+        entropy_weight: ``lfq``: weight of the entropy loss; ``num_codes`` must be a power of two.
     """
 
     kind: str = "gumbel"
@@ -52,6 +61,7 @@ class QuantizerConfig:
     entropy_weight: float = 0.1
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.kind not in QUANTIZERS:
             raise ValueError(f"kind must be one of {', '.join(QUANTIZERS)}, got {self.kind!r}")
         for name in ("num_codes", "embedding_dim", "code_dim"):
@@ -75,7 +85,10 @@ class QuantizerConfig:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code; codebook and commitment loss (van den Oord 2017), beta on commitment."""
+    """Nearest-code quantizer with a learned codebook (van den Oord 2017).
+
+    The loss is the codebook loss plus ``beta`` times the commitment loss.
+    """
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -85,27 +98,31 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -bound, bound)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         indices = self.indices(z)
         return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
         return nearest_map(z, self.embedding.weight)
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         return self.embedding(indices).movedim(-1, 1)
 
 
 def _with_both_losses(z: Tensor, z_q: Tensor, indices: Tensor, beta: float) -> Quantized:
-    """Codes that move towards their latents, and latents that commit to their codes."""
+    """Quantize with the codebook loss plus ``beta`` times the commitment loss."""
     loss = F.mse_loss(z_q, z.detach()) + beta * F.mse_loss(z, z_q.detach())
     return Quantized(straight_through(z, z_q), indices, loss)
 
 
 class ExponentialMovingAverageQuantizer(nn.Module):
-    """The codebook follows the mean of its latents; codes that die are revived from the batch.
+    """Nearest-code quantizer whose codes are moving averages of their latents.
 
-    Codebook and statistics stay in float32 where the model is converted to half precision: steps
-    of 1 - decay would round to nothing there.
+    Dead codes are revived from latents of the batch.  The codebook and its statistics stay in
+    float32 even if the model is converted to half precision, where steps of 1 - decay would round
+    to nothing.
 
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
@@ -135,6 +152,10 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         return self
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``; update the codebook in training mode.
+
+        The first training batch initialises the codebook.
+        """
         vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.codebook.dtype)
         if self.training and not self.is_started:
             every = torch.arange(self.config.num_codes, device=z.device)
@@ -149,11 +170,16 @@ class ExponentialMovingAverageQuantizer(nn.Module):
 
     @torch.no_grad()
     def follow(self, vectors: Tensor, indices: Tensor) -> None:
-        """Move the codes towards their ``vectors`` (M, E) and revive the dead ones."""
+        """Update the running statistics and codes, and revive dead codes.
+
+        Args:
+            vectors: latents ``(M, E)``.
+            indices: their codes ``(M,)``.
+        """
         counts = torch.bincount(indices, minlength=self.config.num_codes).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # The codebook follows the latents of all devices.
+            # Sum over devices, so that every replica keeps the same codebook.
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         self.counts.lerp_(counts, 1 - self.config.decay)
@@ -168,8 +194,8 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     def _replace(self, codes: Tensor, vectors: Tensor, errors: Tensor) -> None:
         if not len(codes):
             return
-        # As k-means++ seeds: a latent that its code misses by far is likely to become a code, and
-        # most of an image, its background, is not.
+        # As in k-means++, sample latents in proportion to their squared error; uniform sampling
+        # would pick mostly background.
         chosen = torch.multinomial(errors + 1e-12, len(codes), replacement=True)
         self.codebook[codes] = vectors[chosen]
         self.sums[codes] = vectors[chosen]
@@ -177,14 +203,16 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.sums[codes] *= self.counts[codes, None]
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
         return nearest_map(z, self.codebook)
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         return self.codebook[indices].movedim(-1, 1)
 
 
 class CosineQuantizer(nn.Module):
-    """Nearest direction in few dimensions: latents and codes are l2-normalised.
+    """Nearest code by cosine similarity in few dimensions; latents and codes are l2-normalised.
 
     Source: ViT-VQGAN (arXiv:2110.04627), section 3.2; LlamaGen (arXiv:2406.06525).
     """
@@ -197,6 +225,7 @@ class CosineQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(torch.randn(config.num_codes, config.code_dim)))
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         direction = F.normalize(self.to_code(z), dim=1)
         indices = nearest_map(direction, F.normalize(self.codebook))
         code = self._directions(indices)
@@ -205,9 +234,11 @@ class CosineQuantizer(nn.Module):
         return Quantized(self.from_code(straight_through(direction, code)), indices, loss)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the index of the most similar code of each latent, ``(B, H, W)`` int64."""
         return nearest_map(F.normalize(self.to_code(z), dim=1), F.normalize(self.codebook))
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         return self.from_code(self._directions(indices))
 
     def _directions(self, indices: Tensor) -> Tensor:
@@ -215,10 +246,12 @@ class CosineQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """A categorical draw in training, its argmax otherwise; KL to the uniform prior.
+    """Gumbel-softmax quantizer: samples codes in training and takes the argmax otherwise.
 
-    Source: taming-transformers, ``GumbelQuantize``; rudalle draws in evaluation too, here a code
-    is the argmax unless ``sample`` is called.
+    The loss is ``kl_weight`` times the KL divergence from the uniform prior.
+
+    Source: taming-transformers, ``GumbelQuantize``.  Unlike rudalle, which also samples in
+    evaluation, this class does so only in ``sample``.
     """
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -228,6 +261,7 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(config.num_codes, config.embedding_dim)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         logits = self.proj(z)
         if self.training:
             shares = F.gumbel_softmax(logits, tau=self.config.temperature, dim=1)
@@ -240,31 +274,35 @@ class GumbelQuantizer(nn.Module):
         return Quantized(z_q, indices, self.config.kl_weight * kl)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the most likely code of each latent, ``(B, H, W)`` int64."""
         vectors = z.movedim(1, -1)  # (B, H, W, E)
-        # In half precision many of thousands of codes would be as likely as the likeliest.
+        # In half precision, many of the thousands of logits would tie with the largest.
         weight, bias = self.proj.weight.flatten(1).float(), self.proj.bias
         assert bias is not None
         found = largest_logit(vectors.flatten(0, -2).float(), weight, bias.float())
         return found.view(vectors.shape[:-1])
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """Codes drawn from the softmax of their logits, ``(B, H, W)``."""
+        """Sample codes from the softmax of their logits, ``(B, H, W)`` int64."""
         weights = self.proj(z).float().softmax(1).movedim(1, -1)
         drawn = torch.multinomial(weights.flatten(0, -2), 1, generator=generator)
         return drawn.view(weights.shape[:-1])
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         return self.embed(indices).movedim(-1, 1)
 
 
 class _ChosenCodes(torch.autograd.Function):
-    """The code of the largest share ``(B, K, H, W)`` and its index, without a one-hot product.
+    """The most probable code and its index, without a product with one-hot vectors.
 
-    Straight through: the gradient of the shares is that of the mean of the codes by them.
+    The estimator is straight-through: the gradient of the probabilities ``(B, K, H, W)`` is that
+    of the probability-weighted mean of the codes.
     """
 
     @staticmethod
     def forward(ctx: Any, shares: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes ``(B, E, H, W)`` and indices ``(B, H, W)``."""
         indices = shares.argmax(1)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(indices, codebook)
@@ -274,6 +312,7 @@ class _ChosenCodes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the probabilities and of the codebook."""
         indices, codebook = ctx.saved_tensors
         of_codes = gradient.movedim(1, -1)  # (B, H, W, E)
         of_shares = of_codes.to(ctx.dtype) @ codebook.to(ctx.dtype).t()
@@ -283,7 +322,9 @@ class _ChosenCodes(torch.autograd.Function):
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Each of a few channels is bounded and rounded to one of its levels; no codebook, no loss.
+    """Finite scalar quantization: bounds a few channels and rounds each to one of its levels.
+
+    It has no codebook and no loss.
 
     Source: arXiv:2309.15505, section 3 and appendix A.
     """
@@ -302,20 +343,23 @@ class FiniteScalarQuantizer(nn.Module):
         self.from_code = nn.Conv2d(len(levels), config.embedding_dim, 1)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         bounded = self._bound(self.to_code(z))
         digits = straight_through(bounded, bounded.round())
         loss = torch.zeros((), device=z.device)
         return Quantized(self._expand(digits), self._to_indices(bounded.round()), loss)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the mixed-radix index of the rounded channels, ``(B, H, W)`` int64."""
         return self._to_indices(self._bound(self.to_code(z)).round())
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         digits = indices[..., None] // self.basis % self.levels - self.levels // 2
         return self._expand(digits.movedim(-1, 1).to(self.from_code.weight.dtype))
 
     def _bound(self, z: Tensor) -> Tensor:
-        # An even number of levels has no middle, so the range is shifted by half a level.
+        # An even number of levels has no middle level, so shift its range by half a level.
         half = (self.levels - 1).to(torch.float32) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = (offset / half).atanh()
@@ -331,13 +375,14 @@ class FiniteScalarQuantizer(nn.Module):
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The signs of a few channels are the bits of the index; no codebook.
+    """Lookup-free quantizer: the signs of a few channels are the bits of the index.
 
-    Each bit is to be sure for a latent and even over all of them.  Both entropies are those of the
-    bits by themselves, so that 2^18 codes cost no more than a few.
+    It has no codebook.  The entropy loss makes each bit certain for one latent and balanced over
+    all latents of a batch.  Both entropies are computed per bit, so 2^18 codes cost no more than a
+    few.
 
-    Source: Yu 2023 (arXiv:2310.05737), section 3.1, with Open-MAGVIT2's softmax at temperature
-    0.01; entropies bit by bit: BSQ (arXiv:2406.07548), section 4.1.
+    Source: Yu 2023 (arXiv:2310.05737), section 3.1, with Open-MAGVIT2's softmax temperature of
+    0.01; entropies per bit: BSQ (arXiv:2406.07548), section 4.1.
     """
 
     SHARPNESS = 4 / 0.01
@@ -352,11 +397,12 @@ class LookupFreeQuantizer(nn.Module):
         self.from_code = nn.Conv2d(num_bits, config.embedding_dim, 1)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         code = self.to_code(z).float()
         bits = self._bits(code)
         loss = self.config.beta * F.mse_loss(code, bits)
         logits = self.SHARPNESS * code
-        # No share rounds to 0 or 1.
+        # Keep probabilities away from 0 and 1, where the logit is infinite.
         least = torch.finfo(logits.dtype).eps
         even = logits.sigmoid().mean((0, 2, 3)).clamp(least, 1 - least).logit()
         unsure = _bit_entropy(logits).sum(1).mean() - _bit_entropy(even).sum()
@@ -365,9 +411,11 @@ class LookupFreeQuantizer(nn.Module):
         return Quantized(out, self._to_indices(bits), loss)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the index whose bits are the signs of the channels, ``(B, H, W)`` int64."""
         return self._to_indices(self._bits(self.to_code(z)))
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         bits = (indices[..., None] // self.basis % 2 * 2 - 1).movedim(-1, 1)
         return self.from_code(bits.to(self.from_code.weight.dtype))
 
@@ -380,12 +428,12 @@ class LookupFreeQuantizer(nn.Module):
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:
-    """Of bits that are 1 with the sigmoid of a logit, in nats; its gradient is finite."""
+    """Return the entropy in nats of bits given by their logits; its gradient is always finite."""
     return F.softplus(logits) - logits * logits.sigmoid()
 
 
 class LinearCodebookQuantizer(nn.Module):
-    """Nearest code of a codebook that never moves but is turned by a layer: all codes learn.
+    """Nearest code in a frozen codebook that a linear layer transforms, so that all codes learn.
 
     Source: SimVQ (arXiv:2411.02038), section 4.
     """
@@ -400,13 +448,16 @@ class LinearCodebookQuantizer(nn.Module):
         self.turn = nn.Linear(size, size)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantize latents ``(B, E, H, W)``."""
         indices = self.indices(z)
         return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
+        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
         return nearest_map(z, self.turn(self.codebook))
 
     def codes(self, indices: Tensor) -> Tensor:
+        """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
         return self.turn(self.codebook[indices]).movedim(-1, 1)
 
 
