@@ -1,7 +1,7 @@
 """Cleaning of text that enters the package: prompts, captions, questions and answers.
 
-Every external text passes through ``clean_text`` once, so that texts which look the same are the
-same string.
+Every external text passes through ``clean_text`` once, so that visually equal texts are equal
+strings.
 """
 
 import re
