@@ -201,7 +201,7 @@ class Int8Product(NamedTuple):
 
     Attributes:
         kernel: product with the packed weight.
-        sums: sum of each output's weights, ``(O,)``: the result of shifting all inputs by 1.
+        sums: row sums of the weight, ``(O,)``, which correct the product for zero points.
         bias: ``(O,)``.
     """
 
@@ -257,13 +257,13 @@ def max_quantization_level() -> int:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round each row of ``(R, I)`` to integers from 0 to ``max_quantization_level``.
+    """Round each row of ``(B, I)`` to integers from 0 to ``max_quantization_level``.
 
     The range of a row spans its minimum, its maximum and 0.
 
     Returns:
-        The integers ``(R, I)`` in the dtype of ``x``, the scales ``(R, 1)`` and the zero points
-        ``(R, 1)``.
+        The integers ``(B, I)`` in the dtype of ``x``, the scales ``(B, 1)`` and the zero points
+        ``(B, 1)``.
 
     Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded like a single one.
     """

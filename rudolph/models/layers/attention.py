@@ -2,7 +2,8 @@
 
 A layer passes its queries, keys and values to a ``KVView``.  The view arranges them as attention
 rows, selects the keys of each row and reassembles the output.  ``FullView`` covers a whole
-sequence under its mask.  ``kv_cache.CachedView`` covers new positions after cached ones.
+sequence under its mask.  ``kv_cache.CachedView`` covers new positions after cached ones, and
+``static_decode.StaticView`` a single new position with static shapes.
 
 Source: CogView (arXiv:2105.13290) for PB-relax.
 
@@ -28,9 +29,9 @@ FEW_PRODUCTS = 64
 
 
 class KeyValue(NamedTuple):
-    """Keys and values for one group of attention rows each.
+    """Keys and values, stored once per group of attention rows that share them.
 
-    R / G adjacent rows attend to the same keys.
+    Each group consists of R / G adjacent rows.
 
     Attributes:
         key: ``(G, T', H)``.
@@ -184,7 +185,11 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KVView(Protocol):
-    """A view of keys and values: from new positions to attention rows, and back."""
+    """A view of keys and values: from new positions to attention rows, and back.
+
+    ``Layer.attend`` calls ``split``, then ``attention``, then ``merge``, whatever the keys come
+    from.
+    """
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Return queries ``(R, T, H)`` and the keys and values that they attend to.
@@ -212,7 +217,7 @@ class FullView(NamedTuple):
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Return queries ``(R, T, H)`` of ``(B, T, 3, N, H)`` and their keys and values."""
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # each (R, T, H)
         return query, [KeyValue(key, value, self.mask)]
 
     def merge(self, out: Tensor) -> Tensor:

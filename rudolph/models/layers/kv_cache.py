@@ -45,9 +45,8 @@ def select_keys(rows: Tensor) -> KeySelection | None:
         rows: mask rows of the queries, ``(T, T')`` bool.
 
     Returns:
-        A slice with a step where the positions are regular, a slice with a mask where they are
-            dense
-        enough, otherwise an index tensor.
+        A slice with a step if the positions are evenly spaced.  Otherwise a contiguous slice if it
+        reads at most ``GATHER_COST`` times the needed keys, else an index tensor.
     """
     positions = rows.any(0).nonzero().flatten()
     if not len(positions):
@@ -71,6 +70,9 @@ CacheSpan = tuple[int, int, int, torch.device]
 
 class KeyValueCache:
     """A preallocated cache of keys and values.
+
+    Decoding first runs the prompts through the model, with one sample each.  ``repeat`` then turns
+    their positions into shared ones, and every further run appends own positions of the samples.
 
     ``length`` counts the valid positions, shared ones included.  Setting it to a smaller value
     discards the positions after it.

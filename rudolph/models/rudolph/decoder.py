@@ -5,6 +5,9 @@
 Tokens are one integer tensor in RUDOLPH's convention: 0 pads both texts and image ids start at 0.
 The position of a token alone determines its segment.
 
+Training, prompt processing and incremental decoding share ``MaskedDecoder.run_layers``.  They
+differ only in the ``KVView`` that each layer receives, which decides what its positions attend to.
+
 Source: RuDOLPH, ``rudolph/model/model.py`` and ``transformer.py``; CogView (arXiv:2105.13290) for
 sandwich norms and PB-relax; Henry 2020 (arXiv:2010.04245) and Chameleon (arXiv:2405.09818) for
 query and key norms.
@@ -230,7 +233,7 @@ class Layer(nn.Module):
         qkv: Tensor = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
         if not self.config.qk_norm:
             return qkv
-        query, key, value = qkv.unbind(2)
+        query, key, value = qkv.unbind(2)  # each (B, T, N, H)
         norms = self.query_norm(query), self.key_norm(key)
         return torch.stack([*(norm.to(qkv.dtype) for norm in norms), value], dim=2)
 
@@ -313,13 +316,14 @@ class MaskedDecoder(nn.Module):
         self.use_masks(tables, [names.index(name) for name in self.config.masks])
 
     def use_masks(self, tables: Sequence[Tensor], mask_of_layer: Sequence[int]) -> None:
-        """Let layer i attend by ``tables[mask_of_layer[i]]``; clear the caches derived from masks.
+        """Set the mask tables; layer i uses ``tables[mask_of_layer[i]]``.
 
         Args:
             tables: distinct masks, ``(T, T)`` bool each.
             mask_of_layer: index of each layer's mask in ``tables``.
         """
         self.mask_of_layer = list(mask_of_layer)
+        # Results derived from the tables are memoised here, so new tables clear them.
         self.known_reads: dict[CacheSpan, list[Selections]] = {}
         self.known_blocks: dict[tuple[int, torch.device], list[Any]] = {}
         self.register_buffer("mask_tables", torch.stack(list(tables)), persistent=False)
@@ -365,7 +369,7 @@ class MaskedDecoder(nn.Module):
         """
         weight = self.image_embedding.weight
         spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
-        turn = torch.randn(codes.shape[1], weight.shape[1]) / codes.shape[1] ** 0.5
+        turn = torch.randn(codes.shape[1], weight.shape[1]) / codes.shape[1] ** 0.5  # (E, D)
         shared = self.config.token_init_std * spread @ turn
         weight[: len(codes)] *= OWN_SHARE**0.5
         weight[: len(codes)] += (1 - OWN_SHARE) ** 0.5 * shared
@@ -403,6 +407,8 @@ class MaskedDecoder(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the normalised states ``(B, T, D)`` that the head reads.
+
+        With ``leading_bos``, a call at position 0 returns the state of the extra ``BOS`` first.
 
         Args:
             tokens: ``(B, T)``; with a cache, only the new positions.
@@ -478,6 +484,7 @@ class MaskedDecoder(nn.Module):
         ]
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         share = self.config.embedding_gradient
+        # Equal to x in value; only the gradient is scaled.
         return x if share == 1 else share * x + (1 - share) * x.detach()
 
     def _after_leading(self, tokens: Tensor) -> Tensor:

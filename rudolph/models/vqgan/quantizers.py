@@ -121,8 +121,8 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     """Nearest-code quantizer whose codes are moving averages of their latents.
 
     Dead codes are revived from latents of the batch.  The codebook and its statistics stay in
-    float32 even if the model is converted to half precision, where steps of 1 - decay would round
-    to nothing.
+    float32 when the model is converted to half precision, because steps of 1 - decay would round
+    to 0.
 
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
@@ -246,12 +246,12 @@ class CosineQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """Gumbel-softmax quantizer: samples codes in training and takes the argmax otherwise.
+    """Gumbel-softmax quantizer that samples codes in training and takes the argmax otherwise.
 
     The loss is ``kl_weight`` times the KL divergence from the uniform prior.
 
-    Source: taming-transformers, ``GumbelQuantize``.  Unlike rudalle, which also samples in
-    evaluation, this class does so only in ``sample``.
+    Source: taming-transformers, ``GumbelQuantize``.  In evaluation rudalle samples too, while this
+    class does so only in ``sample``.
     """
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -322,7 +322,7 @@ class _ChosenCodes(torch.autograd.Function):
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Finite scalar quantization: bounds a few channels and rounds each to one of its levels.
+    """Finite scalar quantizer that rounds each of a few bounded channels to one of its levels.
 
     It has no codebook and no loss.
 
