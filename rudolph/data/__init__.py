@@ -1,0 +1,1 @@
+"""Datasets of image-text pairs, their splits, and training batches."""

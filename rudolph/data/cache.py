@@ -1,9 +1,10 @@
-"""Arrays that are computed once and kept on disk: VQ indices, token ids.
+"""Arrays that are computed once and cached on disk, such as VQ indices and token ids.
 
-An array is named by everything that decides it, its parts, so a changed part is another file and
-never a stale one.  Beside ``<name>.npy`` stand ``<name>.json``, the parts and the SHA-256 of the
-array file, and ``<name>.lock``, empty.  Any file of the folder may be deleted at any time when no
-process computes.
+The name of a cached array is the hash of its ``parts``: every input that determines its content.
+A changed part therefore gives a new file, never a stale one.  Each cached array has three files:
+``<name>.npy`` is the array, ``<name>.json`` its record and ``<name>.lock`` an empty lock file.
+The record holds the parts and the SHA-256 of the array file.  Any of the files may be deleted
+while no process is computing.
 """
 
 import errno
@@ -26,17 +27,20 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Part of every name: raise it when the files are written in another way.
+# Part of every name; increment it when the file format changes.
 FORMAT_VERSION = 1
 
-# What flock says on network file systems that are mounted without locks.
+# Errors that flock raises on network file systems mounted without locks.
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 log = logging.getLogger(__name__)
 
 
 class ArrayWriter(NamedTuple):
-    """An array that is too large for the memory: it is written one row after the other."""
+    """An array too large for memory, given as rows that are written one at a time.
+
+    ``rows`` yields ``shape[0]`` arrays of shape ``shape[1:]`` and dtype ``dtype``.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -49,21 +53,23 @@ def cached_array(
     parts: Mapping[str, str],
     compute: Callable[[], np.ndarray[Any, Any] | ArrayWriter],
 ) -> np.ndarray[Any, Any]:
-    """The array named by ``parts``, memory-mapped and read-only; computed only if not on disk.
+    """Return the array for ``parts``, memory-mapped and read-only, and compute it if not cached.
 
-    Of several processes one computes and the others wait for it; on file systems without locks
-    each computes, which costs time only.  A damaged file is computed again, with a warning.
+    If several processes need the same array, one computes it and the others wait.  On file systems
+    without locks every process computes it, which only costs time.  A damaged file is recomputed,
+    with a warning.
 
     Args:
-        folder: made if missing.
-        parts: all that decides the array, e.g. ``{"kind": "image_indices", "data": digest,
-            "vqgan": digest}``.
-        compute: gives the array, of any shape and any dtype but object, or the rows of one.
+        folder: Cache folder, created if missing.
+        parts: Everything that determines the array, e.g. its kind "image_indices" and the digests
+            of data and VQ-GAN.
+        compute: Returns the array, of any shape and any dtype except object, or an
+            ``ArrayWriter``.
 
     Raises:
-        ValueError: a part is empty, the array holds Python objects, or its rows are not those
-            that its shape says.
-        OSError: the folder cannot be written; the message names the file.
+        ValueError: If a part is empty, the array holds Python objects, or the rows of an
+            ``ArrayWriter`` do not match its shape and dtype.
+        OSError: If the folder cannot be written; the message names the file.
     """
     for name, value in parts.items():
         if not value:
@@ -72,7 +78,7 @@ def cached_array(
             )
     name = _name(parts)
     array_path, record_path = folder / f"{name}.npy", folder / f"{name}.json"
-    # Without the lock first: a finished cache may lie in a folder that cannot be written.
+    # Check without the lock first, because a complete cache may be in a read-only folder.
     if _fault(array_path, record_path, parts=parts) is None:
         return _mapped(array_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +139,7 @@ def _mapped(path: Path) -> np.ndarray[Any, Any]:
 
 
 def _fault(array_path: Path, record_path: Path, *, parts: Mapping[str, str]) -> str | None:
-    """What keeps the two files from being read as the array of these parts; None if nothing."""
+    """Return why the cached files cannot be used for these parts, or None if they can."""
     try:
         record = json.loads(record_path.read_bytes())
         if not isinstance(record, dict) or record.get("parts") != dict(parts):
@@ -159,14 +165,17 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock while inside; false where there are none.  It ends with the process."""
-    # The file stays: to delete it would let a third process lock another file of the same name.
+    """Hold the file lock inside the context; yield False if the file system has no locks.
+
+    The operating system releases the lock when the process ends.
+    """
+    # Never delete the lock file: another process could then lock a new file of the same name.
     with path.open("ab") as file:
         is_locked = _lock(file, path)
         try:
             yield is_locked
         finally:
-            # Not left to close(): a worker forked meanwhile would hold the lock on.
+            # Unlock explicitly: after close() alone, a worker forked earlier would hold the lock.
             if is_locked:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -189,13 +198,13 @@ def _lock(file: IO[bytes], path: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Half-written files of killed processes; only the holder of the lock may call this."""
+    """Delete partial files of killed processes.  Only the holder of the lock may call this."""
     for leftover in folder.glob(f"{name}.*.partial"):
         leftover.unlink(missing_ok=True)
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write all of a file or nothing: beside it, on to the disk, then renamed in one step."""
+    """Write a file atomically: write a temporary file, fsync it, then rename it."""
     partial = path.with_suffix(f"{path.suffix}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("wb") as file:
@@ -205,7 +214,7 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        # A full disk is told without a file name, and by numpy without a number.
+        # Errors of a full disk have no file name, and those raised by NumPy have no errno.
         reason = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, reason, str(path)) from error
     finally:
@@ -213,7 +222,10 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut; Windows cannot open folders and needs it not."""
+    """Flush a rename to disk so that it survives a power cut.
+
+    This does nothing on Windows, which cannot open folders.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,9 +1,10 @@
-"""From pairs to batches: examples are numbered from 0, and the number decides all that is drawn.
+"""Training examples built from pairs, numbered from 0 and determined by their number.
 
-So batches are the same whatever the number of workers, machines and micro-batches, and a resumed
-run goes on where it stopped.
+Batches are therefore the same for any number of workers, machines and micro-batches, and a resumed
+run continues where it stopped.
 
-Shapes: N pairs, B batch, H and W pixels, I image tokens, T sequence, L and R left and right text.
+Shapes: N pairs, B batch size, H and W pixels, I image tokens, S code samples, T sequence length.
+L and R are the lengths of the left and right text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +29,16 @@ from rudolph.sequence.tasks import (
 )
 from rudolph.sequence.tokenizer import Tokenizer
 
-# Where in a text its task token stands: after BOS.
+# Position of the task token in a text: after BOS.
 TASK_TOKEN_AT = 1
 
 
 class TaskTexts(NamedTuple):
-    """The texts of one task for every pair: ``left`` (N, L), ``right`` (N, R), without caption."""
+    """The token ids of the texts of every pair for one task.
+
+    ``left`` is ``(N, L)`` and ``right`` ``(N, R)``.  ``empty`` holds the texts for an empty
+    caption; ``num_cut`` counts the pairs whose text is cut.
+    """
 
     left: np.ndarray[Any, Any]
     right: np.ndarray[Any, Any]
@@ -49,10 +54,10 @@ def task_texts(
     layout: SequenceLayout,
     vocabulary: Vocabulary,
 ) -> TaskTexts:
-    """Token ids of the texts of every pair for a task; computed once, then read from disk.
+    """Return the token ids of every pair's texts for a task, cached on disk.
 
     Raises:
-        ValueError: for a task whose question or image some pair lacks.
+        ValueError: If a pair lacks the question or the image that the task needs.
     """
     _require_fitting(split, task)
 
@@ -95,17 +100,21 @@ def _require_fitting(split: Split, task: str) -> None:
 
 
 class ImageBatch(NamedTuple):
-    """``images`` (B, 3, H, W) in [-1, 1]; ``examples`` (B,), the numbers of the pairs."""
+    """A batch for the VQ-GAN: ``images`` ``(B, 3, H, W)`` in [-1, 1] and ``examples`` ``(B,)``.
+
+    ``examples`` holds the indices of the pairs.
+    """
 
     images: Tensor
     examples: Tensor
 
 
 class TokenBatch(NamedTuple):
-    """``tokens`` (B, T) are the labels and ``inputs`` (B, T) what the decoder reads.
+    """A batch for the decoder.
 
-    ``weights`` (B, 3) are those of left text, image and right text of each example's task;
-    ``sources`` (B,) are the rows of the mixture; ``examples`` (B,) are the numbers of the pairs.
+    ``tokens`` ``(B, T)`` are the labels and ``inputs`` ``(B, T)`` the decoder input.  ``weights``
+    ``(B, 3)`` are the loss weights of left text, image and right text for each example's task.
+    ``sources`` ``(B,)`` are indices of mixture entries and ``examples`` ``(B,)`` of pairs.
     """
 
     tokens: Tensor
@@ -116,12 +125,15 @@ class TokenBatch(NamedTuple):
 
     @property
     def scored(self) -> dict[str, Tensor]:
-        """For each segment ``(B,)`` bool: the examples whose segment is scored."""
+        """Return a ``(B,)`` bool mask per segment, true where its weight is above 0."""
         return {name: self.weights[:, at] > 0 for at, name in enumerate(SEGMENTS)}
 
 
 class ImageExamples:
-    """Examples of the VQ-GAN: an image of one of some splits, mirrored or not."""
+    """Training examples of the VQ-GAN: images of one or more splits, randomly mirrored.
+
+    A training image is mirrored horizontally with probability ``flip_probability``.
+    """
 
     def __init__(self, *splits: Split, seed: int, flip_probability: float = 0.0) -> None:
         self.splits, self.seed, self.flip_probability = splits, seed, flip_probability
@@ -129,6 +141,7 @@ class ImageExamples:
         self.num_whole = int(self.ends[-1])
 
     def batch(self, numbers: Sequence[int]) -> ImageBatch:
+        """Return the training batch of these example numbers; every epoch is a new permutation."""
         indices = shuffled_pairs(numbers, self.num_whole, self.seed)
         images = self._images(indices) * 2 - 1
         if self.flip_probability:
@@ -139,7 +152,7 @@ class ImageExamples:
         return ImageBatch(images, torch.from_numpy(indices))
 
     def whole(self, indices: Sequence[int]) -> ImageBatch:
-        """The pairs themselves, unshuffled and unchanged, for validation."""
+        """Return the pairs at ``indices``, unshuffled and never mirrored, for validation."""
         return ImageBatch(self._images(np.asarray(indices)) * 2 - 1, torch.tensor(indices))
 
     def _images(self, indices: np.ndarray[Any, Any]) -> Tensor:
@@ -155,10 +168,10 @@ class ImageExamples:
 
 
 class MixtureExamples(NamedTuple):
-    """A row of the mixture with its texts and, where its pairs have images, their indices.
+    """A mixture entry with its texts and, if its pairs have images, their VQ indices.
 
-    ``indices`` is ``(N, I)``, or of several drawn sets of codes ``(N, S, I)``; ``redraw`` encodes
-    a pair's texts anew, with BPE-dropout.
+    ``indices`` is ``(N, I)``, or ``(N, S, I)`` if each image has S sampled sets of codes.
+    ``redraw`` tokenises the texts of a pair again with BPE-dropout.
     """
 
     source: MixtureEntry
@@ -168,7 +181,19 @@ class MixtureExamples(NamedTuple):
 
 
 class TokenExamples:
-    """Examples of the decoder: a row of the mixture is drawn by weight, and a pair fills it."""
+    """Training examples of the decoder, sampled from the mixture.
+
+    Each example samples a mixture entry in proportion to its weight, then takes a pair from it.
+
+    Args:
+        sources: Mixture entries with their texts and VQ indices.
+        config: Rates of caption dropout, image-token noise and unknown-task tokens.
+        layout: Positions of the segments in the sequence.
+        vocabulary: Ranges of text, special and image tokens.
+        num_examples: Number of examples in the whole training.
+        seed: Seed of every random choice.
+        task_weights: Segment weights by task, which replace those of ``TASKS``.
+    """
 
     def __init__(
         self,
@@ -181,10 +206,6 @@ class TokenExamples:
         seed: int,
         task_weights: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """``num_examples`` are those of the whole training.
-
-        ``task_weights`` replaces the weights of a task's segments.
-        """
         self.sources, self.config, self.seed = list(sources), config, seed
         self.layout, self.vocabulary, self.num_examples = layout, vocabulary, num_examples
         shares = np.array([each.source.weight for each in sources])
@@ -200,17 +221,20 @@ class TokenExamples:
 
     @cached_property
     def all(self) -> np.ndarray[Any, Any]:
-        """Pair and row of each: pairs in turn, each for every row that has as many, ``(., 2)``."""
+        """Return the (pair, entry) indices of all validation examples, ``(num_whole, 2)``.
+
+        They are sorted by pair; a pair index occurs once for every entry that has as many pairs.
+        """
         places = [(pair, row) for row, size in enumerate(self.sizes) for pair in range(size)]
         return np.array(sorted(places))
 
     @property
     def num_whole(self) -> int:
-        """Examples that ``whole`` can give: every pair of every row of the mixture."""
+        """Return the number of validation examples: the pairs of every mixture entry, summed."""
         return sum(self.sizes)
 
     def note(self) -> str:
-        """Return how many texts are cut, in one line."""
+        """Return one line with the number of cut texts, the maximum over the mixture entries."""
         num_cut = max(each.texts.num_cut for each in self.sources)
         sizes = {
             each.source.dataset: size for each, size in zip(self.sources, self.sizes, strict=True)
@@ -218,9 +242,10 @@ class TokenExamples:
         return f"{num_cut} of {sum(sizes.values())} texts are too long and cut"
 
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
+        """Return the training batch of these example numbers, with dropout and noise."""
         size = self.layout.num_image_tokens
         drawn = uniform_per_example(numbers, self.seed, 4 + 2 * size)
-        # The last number below 1 may lie above the last bound by rounding.
+        # Rounding can make the last bound smaller than a sampled number, so it is not compared.
         rows = np.searchsorted(self.bounds[:-1], drawn[:, 0], side="right")
         pairs = self._pairs(numbers, rows)
         is_dropped = drawn[:, 1] < self.config.caption_dropout
@@ -234,7 +259,7 @@ class TokenExamples:
         return batch._replace(inputs=self._noisy(batch, numbers, drawn[:, 2 : 2 + 2 * size]))
 
     def whole(self, indices: Sequence[int]) -> TokenBatch:
-        """For validation: every pair for every row of the mixture, unchanged."""
+        """Return the validation examples at ``indices`` of ``all``, without dropout and noise."""
         pairs, rows = self.all[np.asarray(indices)].T
         texts = [
             (self.sources[row].texts.left[pair], self.sources[row].texts.right[pair])
@@ -243,12 +268,12 @@ class TokenExamples:
         return self._tokens(texts, pairs, rows, indices)
 
     def _pairs(self, numbers: Sequence[int], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The pair of each example: in every epoch of a row's pairs its order is another."""
+        """Return the pair index of each example; every epoch of an entry is a new permutation."""
         orders = {size: shuffled_pairs(numbers, size, self.seed) for size in set(self.sizes)}
         return np.array([orders[self.sizes[row]][at] for at, row in enumerate(rows)])
 
     def _with_unknown(self, batch: TokenBatch, drawn: np.ndarray[Any, Any]) -> TokenBatch:
-        """Some task tokens replaced by those of an unknown task, left and right by themselves."""
+        """Replace random task tokens by the unknown-task token, left and right independently."""
         share = self.config.unknown_task_probability
         if not share or self.vocabulary.num_text_specials == 0:
             return batch
@@ -258,7 +283,7 @@ class TokenExamples:
             zip(starts, (UNKNOWN_LEFT, UNKNOWN_RIGHT), strict=True)
         ):
             at, unknown = start + TASK_TOKEN_AT, self.vocabulary.task_token(name) or 0
-            # A text that is not there has no task token either.
+            # An absent text has no task token.
             is_there = tokens[:, at] >= self.vocabulary.bpe_size
             is_unknown = torch.from_numpy(drawn[:, side] < share) & is_there
             tokens[:, at] = torch.where(is_unknown, unknown, tokens[:, at])
@@ -267,7 +292,7 @@ class TokenExamples:
     def _noisy(
         self, batch: TokenBatch, numbers: Sequence[int], drawn: np.ndarray[Any, Any]
     ) -> Tensor:
-        """Tokens with a share of the image tokens random, where an image is to be drawn."""
+        """Return the inputs with random codes as noise, in tasks that generate an image."""
         where, codes = np.split(drawn, 2, axis=1)
         share = self.config.image_token_noise * (1 - np.asarray(numbers) / self.num_examples)
         is_drawn = torch.tensor(

@@ -1,9 +1,9 @@
-"""From the bytes of any image to a square RGB one, and a count of what fell out on the way.
+"""Decoding of image files to square RGB images, and reports of skipped and converted rows.
 
-``decode_image`` decodes and converts, or raises ``RejectedError`` with the reason; ``center_crop``
-crops and resizes; ``RowReport`` counts and names what was skipped and what was converted.
+``decode_image`` decodes and converts an image, or raises ``RejectedError`` with the reason.
+``center_crop`` crops and resizes it.  ``RowReport`` counts and names skipped and converted rows.
 
-To convert another pixel format, name its Pillow mode in ``CONVERSIONS``.
+To convert another pixel format, add its Pillow mode to ``CONVERSIONS``.
 """
 
 import io
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-# Pillow's own limit, from which it warns; checked here again because that one only warns.
+# Pillow's own limit; checked here too, because Pillow only warns when it is exceeded.
 MAX_PIXELS = 1024**3 // 4 // 3
 MIN_SIDE = 8
 NAMES_PER_REASON = 20
-# The reason for leaving out the line of a table in which a quote is opened.
+# Reason for skipping the table line that opens a quote which is never closed.
 OPEN_QUOTE = "quote that is never closed"
 
-# EPS would start Ghostscript, and TGA takes other files for its own, so not all that Pillow opens.
+# Not every format of Pillow: EPS would start Ghostscript, and TGA misidentifies other files.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 ORIENTATION_TAG = 0x0112
@@ -37,7 +37,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow's decoders raise on damaged bytes; some are slips of theirs, each means this file.
+# Errors of Pillow's decoders on damaged bytes; some are bugs there, but all mean a bad file.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -54,7 +54,7 @@ DAMAGE = (
 
 
 class RejectedError(Exception):
-    """A row or an image that is left out; ``reason`` is what the report counts."""
+    """A row or an image that is left out; the report counts rows by ``reason``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -63,22 +63,23 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image: ``image`` is RGB, upright, of any size; ``changes`` made it so."""
+    """A decoded image: upright RGB of any size, and the names of the conversions applied."""
 
     image: Image.Image
     changes: tuple[str, ...]
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Decode the bytes of an image file and convert it to upright RGB over white.
+    """Decode an image file and convert it to upright RGB on a white background.
 
     Args:
-        data: the whole file, in one of ``FORMATS``.
-        max_pixels: width times height from which the header alone rejects it.
+        data: Bytes of the whole file, in one of ``FORMATS``.
+        max_pixels: Largest width times height; a larger image is rejected from its header alone.
 
     Raises:
-        Rejected: "corrupt image" (also: no image at all), "decompression bomb",
-            "too small" (a side under ``MIN_SIDE`` pixels) or "unsupported pixel format".
+        RejectedError: With the reason "corrupt image" (also for data that is not an image),
+            "decompression bomb", "too small" or "unsupported pixel format".  An image is too small
+            if a side is under ``MIN_SIDE`` pixels.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -101,20 +102,21 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of ``image``, its side the shorter side, resized to ``size`` pixels.
+    """Return the largest centred square of ``image``, resized to ``size`` pixels per side.
 
-    Bicubic with antialiasing; where the margin is odd, the larger half is right and below.
+    Resizing is bicubic with antialiasing.  If the margin is odd, the extra pixel is cut on the
+    right or at the bottom.
     """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Cropped first: resize(box=...) would let pixels from outside the square bleed in.
+    # Crop first: resize(box=...) would let pixels from outside the square bleed in.
     square = image.crop((left, top, left + side, top + side))
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     Image.init()
-    # An older Pillow, or one built without a codec, fails on a format that it does not know.
+    # Pillow fails on unknown format names, and older or partial builds lack some formats.
     known = [name for name in FORMATS if name in Image.OPEN]
     with Image.open(io.BytesIO(data), formats=known) as image:
         if image.width * image.height > max_pixels:
@@ -129,14 +131,14 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
         upright: Image.Image = image
         transpose = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG, 1))
         if transpose is not None:
-            # ImageOps.exif_transpose also rewrites the metadata and fails on what it cannot write.
+            # ImageOps.exif_transpose also rewrites the metadata, which can fail.
             upright = image.transpose(transpose)
             changes.append("EXIF orientation")
         return _to_rgb(upright, changes, is_16_bit=is_16_bit)
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether the file, not yet loaded, holds unsigned 16-bit samples."""
+    """Return whether the file, not yet loaded, holds unsigned 16-bit samples."""
     if image.format == "PPM" and image.mode == "I":
         return True
     layouts = [str(tile[3]) for tile in getattr(image, "tile", ())]
@@ -164,7 +166,7 @@ def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> Decod
     transparency = image.info.get("transparency")
     if is_16_bit and image.mode.startswith("I"):
         image = _grey_from_16_bit(image, transparency)
-    # 32-bit and floating point pixels do not say which value is white.
+    # 32-bit and floating-point pixels do not define which value is white.
     if image.mode not in CONVERSIONS:
         raise RejectedError("unsupported pixel format")
     if CONVERSIONS[image.mode]:
@@ -179,7 +181,7 @@ def _to_rgb(image: Image.Image, changes: list[str], *, is_16_bit: bool) -> Decod
 
 
 def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
-    """65535 becomes 255, rounded; Pillow's own conversion clips at 255 instead."""
+    """Scale 16-bit grey to 8 bits with rounding; Pillow's own conversion clips at 255 instead."""
     values = np.asarray(image).astype(np.int64)
     if isinstance(transparency, int):
         values[values == transparency] = 65535
@@ -188,13 +190,13 @@ def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
 
 @dataclass
 class ReasonCount:
-    """How often, and the first ``NAMES_PER_REASON`` names."""
+    """A count of rows and their first ``NAMES_PER_REASON`` names."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """Count one more."""
+        """Count one more row."""
         self.count += 1
         if len(self.names) < NAMES_PER_REASON:
             self.names.append(name)
@@ -202,40 +204,48 @@ class ReasonCount:
 
 @dataclass
 class RowReport:
-    """What became of every row; a kept image may have been converted in several ways."""
+    """Counts of kept, skipped and converted rows; a kept image may have several conversions."""
 
     kept: int = 0
     skipped: dict[str, ReasonCount] = field(default_factory=dict)
     converted: dict[str, ReasonCount] = field(default_factory=dict)
 
     def keep(self, name: str, changes: Sequence[str] = ()) -> None:
-        """Count a row that stays, and each of the changes that it took."""
+        """Count a kept row and each conversion that was applied to it."""
         self.kept += 1
         for change in changes:
             self.converted.setdefault(change, ReasonCount()).add(_on_one_line(name))
 
     def skip(self, name: str, reason: str) -> None:
-        """Count a row that is left out."""
+        """Count a skipped row under its reason."""
         self.skipped.setdefault(reason, ReasonCount()).add(_on_one_line(name))
 
     @property
     def bad(self) -> int:
-        """The number of rows left out."""
+        """Return the number of skipped rows."""
         return sum(tally.count for tally in self.skipped.values())
 
     @property
     def rows(self) -> int:
-        """The number of all rows."""
+        """Return the number of all rows."""
         return self.kept + self.bad
 
     @property
     def bad_fraction(self) -> float:
-        """The share of rows left out, 0 to 1; 0 where there are no rows."""
+        """Return the fraction of skipped rows, 0 to 1; 0 if there are no rows."""
         return self.bad / self.rows if self.rows else 0.0
 
     def require_usable(self, source: str, *, max_bad_fraction: float) -> None:
-        """Raise ``ValueError``, in one line, if more than ``max_bad_fraction`` or all is left
-        out."""
+        """Raise ``ValueError`` if too many rows are skipped.
+
+        Args:
+            source: File name that starts the error message.
+            max_bad_fraction: Largest fraction of skipped rows that is accepted, 0 to 1.
+
+        Raises:
+            ValueError: In one line, if no row is kept or more than ``max_bad_fraction`` are
+                skipped.
+        """
         if self.kept and self.bad_fraction <= max_bad_fraction:
             return
         self.require_closed_quotes(source)
@@ -256,7 +266,7 @@ class RowReport:
         )
 
     def require_closed_quotes(self, source: str) -> None:
-        """Raise ``ValueError``, in one line, if a quote of a table is never closed."""
+        """Raise a one-line ``ValueError`` if a quote in the table is never closed."""
         tally = self.skipped.get(OPEN_QUOTE)
         if tally is not None:
             line = " ".join(tally.names[0].split()[:2])
@@ -267,7 +277,7 @@ class RowReport:
             )
 
     def summary(self) -> str:
-        """A line of totals, then a line for each reason, the commonest first."""
+        """Return a line of totals, then one line per reason, the most frequent first."""
         lines = [
             f"{self.rows} rows: {self.kept} kept, {self.bad} skipped ({self.bad_fraction:.1%})"
         ]
@@ -278,7 +288,7 @@ class RowReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
-        """The same for JSON: totals, and ``{reason: {count, names}}`` of both kinds."""
+        """Return the report for JSON: totals, and ``{reason: {count, names}}`` for both kinds."""
         return {
             "rows": self.rows,
             "kept": self.kept,
@@ -305,6 +315,9 @@ def _as_dict(tallies: dict[str, ReasonCount]) -> dict[str, dict[str, object]]:
 
 
 def _on_one_line(name: str) -> str:
-    """A caption or path from a stranger's file may hold line ends and terminal controls."""
+    """Replace non-printable characters by spaces and cut the name to 120 characters.
+
+    Names come from untrusted files, which may hold line ends and terminal control characters.
+    """
     printable = "".join(letter if letter.isprintable() else " " for letter in name)
     return printable if len(printable) <= 120 else printable[:117] + "..."

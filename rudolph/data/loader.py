@@ -1,4 +1,4 @@
-"""The loaders of a training: endless seeded streams of batches, and validation."""
+"""Data loaders for training: seeded streams of training batches, and validation batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class _Batches(Dataset[Any]):
-    """Whole batches by the list of their examples' numbers."""
+    """A dataset whose items are whole batches, indexed by lists of example numbers."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any]) -> None:
         self.make = make
@@ -18,9 +18,9 @@ class _Batches(Dataset[Any]):
 
 
 class _StreamSampler(Sampler[Any]):
-    """Lists of example numbers, from the batch at which training stands.
+    """A sampler of lists of example numbers that starts at batch ``start``.
 
-    Its length is that of the whole training: the loop counts resumed batches as done.
+    Its length is that of the whole training, because the loop counts resumed batches as done.
     """
 
     def __init__(self, size: int, total: int, *, rank: int, world: int, start: int) -> None:
@@ -36,13 +36,15 @@ class _StreamSampler(Sampler[Any]):
 
 
 class Streams(pl.LightningDataModule):
-    """The loaders of one training.
+    """The data loaders of one training run.
 
     Args:
-        train: makes a batch of the stream.
-        validation: makes a batch of whole pairs, ``num_validation`` in all.
-        batch_size: examples of a batch on one device.
-        num_batches: batches of the whole training on one device.
+        train: Returns the training batch of some example numbers.
+        validation: Returns the validation batch of some pair indices.
+        batch_size: Examples per batch on one device.
+        num_batches: Batches on one device in the whole training.
+        num_validation: Number of validation examples on all devices together.
+        num_workers: Worker processes per loader.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Streams(pl.LightningDataModule):
         self.num_validation, self.num_workers = num_validation, num_workers
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the training batches that are still to come."""
         trainer: Any = self.trainer
         start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         sampler = _StreamSampler(
@@ -73,16 +76,17 @@ class Streams(pl.LightningDataModule):
         return self._loader(self.train, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
+        """Return this device's validation loader, with at least 64 examples per full batch."""
         size = max(self.batch_size, 64)
         rank, world = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        # A device without pairs would leave out the validation that the others wait in; all pairs
-        # once more weigh as much as each other.
+        # A device without pairs would skip the validation in which the others wait for it.  It
+        # evaluates all pairs instead, which leaves their relative weights unchanged.
         mine = range(rank, self.num_validation, world) or range(self.num_validation)
         sampler = [list(mine[first : first + size]) for first in range(0, len(mine), size)]
         return self._loader(self.validation, sampler)
 
     def _loader(self, make: Callable[[Sequence[int]], Any], sampler: Any) -> DataLoader[Any]:
-        # Batches are made whole, so the loader itself must not batch.
+        # The dataset returns whole batches, so the loader must not batch.
         return DataLoader(
             _Batches(make), sampler=sampler, batch_size=None, num_workers=self.num_workers
         )

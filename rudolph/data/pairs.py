@@ -1,6 +1,6 @@
-"""A pair of image and text, and what every dataset of pairs offers.
+"""Image-text pairs and the interfaces of their datasets.
 
-To add a dataset, write a class with the three members of ``PairDataset`` and name it in
+To add a dataset, write a class with the three members of ``PairDataset`` and add it to
 ``rudolph.data.splits.DATASETS``.
 """
 
@@ -16,11 +16,15 @@ SPLITS = ("train", "validation", "test", "compositional")
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its caption, or a question with, as its caption, the answer.
+    """One image with its caption, or one question whose answer is the caption.
 
-    ``key`` names the pair for ever (splits and sample files use it); ``image`` is RGB and square,
-    or None where no image is asked about; ``attributes`` is what else is known of it, by name;
-    ``choices`` are the answers there are to choose from, the caption among them, or nothing.
+    Attributes:
+        key: Permanent name of the pair, used by splits and sample files.
+        caption: Caption of the image, or answer to ``question``.
+        image: Square RGB image, or None for a pair without an image.
+        attributes: Further properties of the pair, by name.
+        question: Question, or "" for a captioned image.
+        choices: Answer options, which include the caption, or nothing for an open question.
     """
 
     key: str
@@ -32,48 +36,55 @@ class Pair:
 
 
 class PairDataset(Protocol):
-    """One split of a dataset: as many pairs as ``len`` says, the same pair for the same index.
+    """One split of a dataset: ``len`` pairs, and always the same pair for the same index.
 
-    ``digest`` is a SHA-256 in hexadecimal of everything that decides the pairs of this split.
+    ``digest`` is the hexadecimal SHA-256 of everything that determines the pairs of this split.
     """
 
     digest: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        ...
 
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
+        ...
 
 
 @runtime_checkable
 class HasHardNegatives(Protocol):
-    """A dataset that knows pairs that are easily taken for another."""
+    """A dataset that provides hard negatives of its pairs."""
 
     def hard_negatives(self, index: int, number: int) -> list[Pair]:
-        """``number`` pairs that differ from the one at ``index`` in one thing, in any split.
+        """Return ``number`` pairs that differ from the pair at ``index`` in one thing.
 
-        All captions differ from one another and from that pair's; fewer where there are no more.
+        They may be from any split.  All captions differ from one another and from that pair's
+        caption.  The list is shorter if there are fewer such pairs.
         """
         ...
 
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """A dataset whose images fall into classes; ``classes`` are captions that name them."""
+    """A dataset whose images fall into classes."""
 
     @property
-    def classes(self) -> tuple[str, ...]: ...
+    def classes(self) -> tuple[str, ...]:
+        """Return the captions that name the classes."""
+        ...
 
     def class_index(self, index: int) -> int | None:
-        """The class of the pair at ``index``; None for a pair of no class."""
+        """Return the pair's class as an index of ``classes``, or None if it has none."""
         ...
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: a split by hash never moves a pair."""
+    """Return a number in [0, 1) that depends on the text alone, so that hash splits are stable."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def require_split(split: str) -> None:
-    """Raise ``ValueError`` when there is no such split."""
+    """Raise ``ValueError`` if ``split`` is not one of ``SPLITS``."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -1,6 +1,6 @@
-"""Seeds, orders and draws that depend on an example's number alone.
+"""Seeds, permutations and random numbers that depend on the example number alone.
 
-So every draw has a stream of its own, whatever the batches, workers and machines.
+Every example has its own random stream, which does not depend on batches, workers or machines.
 """
 
 import hashlib
@@ -11,13 +11,16 @@ import numpy as np
 
 
 def mixed_seed(*parts: int | str) -> int:
-    """One seed of 63 bits from several numbers and names."""
+    """Return a 63-bit seed computed from several numbers and names."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def shuffled_pairs(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
-    """The pair of each example: every epoch of ``num_pairs`` examples is a permutation."""
+    """Return the pair index of each example number.
+
+    Every epoch of ``num_pairs`` examples is a permutation of the pairs.
+    """
     epochs, places = np.divmod(np.asarray(numbers), num_pairs)
     pairs = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -27,6 +30,9 @@ def shuffled_pairs(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndar
 
 
 def uniform_per_example(numbers: Sequence[int], seed: int, size: int) -> np.ndarray[Any, Any]:
-    """Numbers in [0, 1), ``(len(numbers), size)``: a row depends on its example's number alone."""
+    """Sample uniform numbers in [0, 1), ``(len(numbers), size)``.
+
+    Each row depends only on ``seed`` and its example number.
+    """
     streams = (np.random.Philox(key=seed, counter=[0, 0, 0, number]) for number in numbers)
     return np.stack([np.random.Generator(stream).random(size) for stream in streams])

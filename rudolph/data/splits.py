@@ -1,7 +1,7 @@
-"""Which pairs there are: datasets by name, and their splits in memory-mapped arrays.
+"""Datasets by name, and their splits as memory-mapped arrays.
 
-To add a dataset, write its class (``rudolph.data.pairs``) and name it in ``DATASETS`` and, with
-its config, in ``DataConfig``.
+To add a dataset, write its class (see ``rudolph.data.pairs``), add it to ``DATASETS`` and add its
+config to ``DataConfig``.
 
 Shapes: N pairs, H and W pixels.
 """
@@ -34,7 +34,7 @@ from rudolph.sequence.tasks import TASKS
 
 
 class MixtureEntry(NamedTuple):
-    """A row of the mixture: its name in the configuration, pairs of which dataset, which task."""
+    """One entry of the mixture: name in the configuration, dataset, task and weight."""
 
     name: str
     dataset: str
@@ -44,21 +44,25 @@ class MixtureEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pairs, and how an example of training is made of one.
+    """Configuration of the datasets, the task mixture and the augmentation.
 
-    ``tasks`` is the mixture: it weighs the tasks that examples are drawn for.  A task is of the
-    pairs of ``dataset``, or, as ``words/text_recognition``, of those of the dataset that it names.
-    ``caption_dropout`` is the share of text-to-image examples without their caption, for guidance.
-    Of their image tokens the decoder reads a share as random ones, while their labels stay: it
-    learns to listen to the text rather than to continue images that it knows (word dropout,
-    Bowman 2016, arXiv:1511.06349).  The share falls evenly from ``image_token_noise`` at the first
-    example of a training to 0 at its last, since images are generated without noise.
-    ``unknown_task_probability`` is the share of texts whose task token is that of an unknown
-    task, left and right by themselves (fbc2_aij2022: 0.25).  ``flip_probability`` is the share of
-    images that the VQ-GAN sees mirrored.  With ``num_code_samples`` an example's image tokens are
-    one of so many drawn sets of codes, by the weights of a Gumbel quantizer, instead of the best
-    code of each cell
-    (DALL-E, arXiv:2102.12092, section 2.2).
+    Attributes:
+        dataset: Name of the main dataset, a key of ``DATASETS``.
+        image_size: Side of the square images, in pixels.
+        tasks: Mixture weights by task.  ``words/text_recognition`` takes its pairs from ``words``;
+            a name without a dataset takes them from ``dataset``.
+        caption_dropout: Fraction of text-to-image examples without a caption, for guidance.
+        image_token_noise: Fraction of the image tokens of text-to-image examples that are random
+            in the input but not in the labels.  It teaches the decoder to attend to the text
+            instead of continuing images it knows (word dropout, Bowman 2016, arXiv:1511.06349).
+            The fraction decays linearly from this value at the first example to 0 at the last,
+            since generation has no such noise.
+        unknown_task_probability: Fraction of texts whose task token is the unknown-task token, for
+            left and right texts independently (fbc2_aij2022: 0.25).
+        flip_probability: Fraction of images that are mirrored for the VQ-GAN.
+        num_code_samples: Number of sets of codes sampled per image by the weights of a Gumbel
+            quantizer.  Each example uses one of them, or with 0 the best code of each cell
+            (DALL-E, arXiv:2102.12092, section 2.2).
     """
 
     dataset: str = "emoji"
@@ -82,6 +86,7 @@ class DataConfig:
     fusion_brain: FusionBrainConfig = field(default_factory=FusionBrainConfig)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
         if self.image_size < 1:
@@ -113,7 +118,7 @@ class DataConfig:
 
     @property
     def mixture(self) -> list[MixtureEntry]:
-        """The rows of the mixture that weigh anything, in the order of the configuration."""
+        """Return the mixture entries of weight above 0, in configuration order."""
         rows = []
         for name, weight in self.tasks.items():
             dataset, _, task = name.rpartition("/")
@@ -123,7 +128,7 @@ class DataConfig:
 
     @property
     def datasets(self) -> list[str]:
-        """All datasets of the mixture, after the main one, each once."""
+        """Return the name of the main dataset and of the others in the mixture."""
         return list(dict.fromkeys([self.dataset, *(row.dataset for row in self.mixture)]))
 
 
@@ -141,23 +146,29 @@ DATASETS: dict[str, Callable[..., PairDataset]] = {
 
 
 def require_dataset_prefix(name: str, field: str) -> None:
-    """Raise ``ValueError`` for ``dataset/...`` of a dataset that is not."""
+    """Raise ``ValueError`` if ``name`` is ``dataset/...`` with an unknown dataset.
+
+    Args:
+        name: Name with or without a dataset prefix.
+        field: Configuration field that starts the error message.
+    """
     dataset, slash, _ = name.rpartition("/")
     if slash and dataset not in DATASETS:
         raise ValueError(f"{field} must name a dataset of {', '.join(DATASETS)}, got {dataset!r}")
 
 
 def open_dataset(config: DataConfig, split: str, dataset: str | None = None) -> PairDataset:
-    """One split of a dataset: of the one that the config names, if no other is told."""
+    """Open one split of a dataset, by default of ``config.dataset``."""
     name = dataset or config.dataset
     return DATASETS[name](getattr(config, name), split=split, image_size=config.image_size)
 
 
 class Split:
-    """One split as arrays: ``images`` (N, 3, H, W) uint8, and ``keys``, ``captions`` and
-    ``questions`` (N,) str; a pair without a question has an empty one.
+    """One split of a dataset as arrays and lists.
 
-    ``images`` is None where pairs have no image.
+    ``images`` is ``(N, 3, H, W)`` uint8, or None if the pairs have no images.  ``keys``,
+    ``captions`` and ``questions`` are lists of N strings; the question is empty if a pair has
+    none.
     """
 
     def __init__(
@@ -166,7 +177,7 @@ class Split:
         self.dataset_name = dataset or config.dataset
         self.dataset = open_dataset(config, split, self.dataset_name)
         self.name, self.cache = split, cache
-        # Texts that were read while the images were decoded.
+        # Texts read while decoding the images, so that no pair is loaded twice.
         self.texts_read: list[tuple[str, str, str]] = []
         self.digest = self.dataset.digest
         has_images = self.dataset[0].image is not None
@@ -175,6 +186,7 @@ class Split:
         self.keys, self.captions, self.questions = (list(column) for column in texts)
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return len(self.captions)
 
     def _cached(
@@ -184,7 +196,7 @@ class Split:
         return cached_array(self.cache, parts=parts, compute=compute)
 
     def _images(self) -> ArrayWriter:
-        """Each image once, and at the same time the texts, so that no pair is read twice."""
+        """Return the images as rows; writing them also collects the texts of the pairs."""
         first = np.asarray(self.dataset[0].image)
         texts: list[tuple[str, str, str]] = []
 
@@ -199,7 +211,7 @@ class Split:
         return ArrayWriter(shape, first.dtype, images())
 
     def _texts(self) -> np.ndarray[Any, Any]:
-        """Keys, captions and questions as bytes of JSON: as large as the texts, no more."""
+        """Return keys, captions and questions as JSON bytes, about as large as the texts."""
         pairs = (self.dataset[index] for index in range(len(self.dataset)))
         rows = self.texts_read or [(pair.key, pair.caption, pair.question) for pair in pairs]
         self.texts_read = []
@@ -207,9 +219,9 @@ class Split:
 
     @cached_property
     def image_numbers(self) -> np.ndarray[Any, Any]:
-        """A number for the image of every pair, ``(N,)``, equal where images are equal.
+        """Return an image number for every pair, ``(N,)``, equal where images are equal.
 
-        Pairs without an image have a number of their own each.
+        Each pair without an image has a number of its own.
         """
         images = self.images
         if images is None:
@@ -222,11 +234,11 @@ class Split:
         return self._cached("image numbers", compute)
 
     def clusters(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the image's number of each pair, ``(len(indices),)``."""
+        """Return the image numbers of the pairs at ``indices``, ``(len(indices),)``."""
         return np.asarray(self.image_numbers[np.asarray(indices)])
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Return all captions that the split has of the image of each pair, its own first."""
+        """Return all captions in the split of each pair's image, the pair's own caption first."""
         clusters = self.clusters(range(len(self))).tolist()
         members: dict[int, list[str]] = {}
         for cluster, caption in zip(clusters, self.captions, strict=True):
@@ -234,37 +246,41 @@ class Split:
         return [list(dict.fromkeys([self.captions[at], *members[clusters[at]]])) for at in indices]
 
     def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Images ``(len(indices), 3, H, W)`` in [0, 1]."""
+        """Return images ``(len(indices), 3, H, W)`` as float in [0, 1].
+
+        Raises:
+            ValueError: If the pairs have no images.
+        """
         if self.images is None:
             raise ValueError(f"{self.dataset_name}: its pairs have no images")
         return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
 
 
 class Splits:
-    """The splits of all datasets of a configuration, each opened when it is asked for first."""
+    """The splits of all datasets of a configuration, opened on first use."""
 
     def __init__(self, config: DataConfig, cache: Path) -> None:
         self.config, self.cache = config, cache
         self.opened: dict[tuple[str, str], Split] = {}
 
     def __call__(self, name: str, dataset: str | None = None) -> Split:
-        """A split of a dataset; of the main one, if no other is told."""
+        """Return a split of a dataset, by default of the main one."""
         place = (dataset or self.config.dataset, name)
         if place not in self.opened:
             self.opened[place] = Split(self.config, name, self.cache, dataset=place[0])
         return self.opened[place]
 
     def all(self, name: str) -> list[Split]:
-        """That split of every dataset of the mixture, the main one's first."""
+        """Return the split ``name`` of every dataset of the mixture, the main one first."""
         return [self(name, dataset) for dataset in self.config.datasets]
 
     def with_images(self, name: str) -> list[Split]:
-        """That split of every dataset whose pairs have images."""
+        """Return the split ``name`` of every dataset whose pairs have images."""
         return [split for split in self.all(name) if split.images is not None]
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of every opened split, by ``data.split`` or ``data.split.dataset``."""
+        """Return the digests of opened splits, by ``data.split`` or ``data.split.dataset``."""
         return {
             f"data.{name}" if dataset == self.config.dataset else f"data.{name}.{dataset}": (
                 split.digest

@@ -1,9 +1,9 @@
-"""Examples of CLIP: the caption and the image of one pair, each as the model reads it.
+"""Training examples for CLIP: caption and image of a pair, in CLIP's input format.
 
-Nothing is drawn but the order of the pairs: captions of the made world tell left from right, so
-that no image may be mirrored.
+Only the order of the pairs is random.  Images are never mirrored, because captions of synthetic
+shapes distinguish left from right.
 
-Shapes: N pairs, B batch, L text tokens, H and W pixels.
+Shapes: N pairs, B batch size, L text tokens, H and W pixels.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,11 @@ from rudolph.sequence.tokenizer import Tokenizer, normalize_unicode
 
 
 class TextImageBatch(NamedTuple):
-    """``input_ids`` (B, L) and ``pixel_values`` (B, 3, H, W) of pairs, as CLIP reads them.
+    """A batch for CLIP: ``input_ids`` ``(B, L)`` and ``pixel_values`` ``(B, 3, H, W)``.
 
-    ``captions`` (B,) are equal where captions are equal texts, whatever the batch, and
-    ``image_numbers`` (B,) where images are equal; ``examples`` (B,) are the numbers of the pairs.
+    ``captions`` ``(B,)`` and ``image_numbers`` ``(B,)`` are numbers that are equal for equal
+    captions and for equal images, across all batches.  ``examples`` ``(B,)`` are the indices of
+    the pairs.
     """
 
     input_ids: Tensor
@@ -35,10 +36,12 @@ class TextImageBatch(NamedTuple):
 
 
 class TextImageExamples:
-    """Examples of CLIP of a split; ``num_cut`` captions are too long for it and lose their end.
+    """Training examples for CLIP from one split.
+
+    ``num_cut`` counts the captions that exceed the context length and lose their end.
 
     Raises:
-        ValueError: when the tokenizer has ids that the CLIP has not.
+        ValueError: If the tokenizer has more ids than CLIP's vocabulary.
     """
 
     def __init__(
@@ -56,15 +59,15 @@ class TextImageExamples:
         self.captions = caption_numbers(split.captions)
 
     def note(self) -> str:
-        """Return how many captions are cut, in one line."""
+        """Return one line with the number of cut captions."""
         return f"{self.num_cut} of {self.num_whole} captions are too long and cut"
 
     def batch(self, numbers: Sequence[int]) -> TextImageBatch:
-        """Examples of the stream; every epoch is another permutation of the pairs."""
+        """Return the training batch of these example numbers; every epoch is a new permutation."""
         return self._pairs(shuffled_pairs(numbers, self.num_whole, self.seed))
 
     def whole(self, indices: Sequence[int]) -> TextImageBatch:
-        """The pairs themselves, unshuffled, for validation."""
+        """Return the pairs at ``indices``, unshuffled, for validation."""
         return self._pairs(np.asarray(indices))
 
     def _pairs(self, indices: np.ndarray[Any, Any]) -> TextImageBatch:
@@ -76,9 +79,9 @@ class TextImageExamples:
 
 
 def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.ndarray[Any, Any]:
-    """``BOS ids EOS`` of every caption, padded, and last how many ids were cut: ``(N, L + 1)``.
+    """Return ``BOS ids EOS`` of every caption, ``(N, L + 1)`` int32, cached on disk.
 
-    Computed once, then read from disk.
+    The ids are padded to L.  The last column is the number of ids that were cut off.
     """
 
     def compute() -> np.ndarray[Any, Any]:
@@ -93,7 +96,9 @@ def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.n
 
 
 def caption_numbers(captions: Sequence[str]) -> np.ndarray[Any, Any]:
-    """A number of each caption, ``(N,)`` int64, equal where they are the same to a tokenizer.
+    """Return a number for each caption, ``(N,)`` int64.
+
+    Numbers are equal where captions are equal after ``normalize_unicode``.
 
     >>> caption_numbers(["Синий круг", "красный круг", " синий круг"]).tolist()
     [1, 0, 1]

@@ -1,0 +1,1 @@
+"""Datasets, one module or group of modules each."""

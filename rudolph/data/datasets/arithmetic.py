@@ -1,20 +1,20 @@
-"""Sums, differences and products in words, without an image, with or without answer options.
+"""Sums, differences and products as questions, without images, with or without answer options.
 
 ======  =============================================  =======
-form    a question                                     answer
+form    example question                               answer
 ======  =============================================  =======
 open    сколько будет 7 + 5?                           12
 choice  сколько будет 7 + 5? а) 11 б) 12 в) 17         б
 ======  =============================================  =======
 
-The right option is in every place equally often, and as often the least as the greatest, so far as
-no option is below 0.
+The correct option is equally often at each position.  It is the smallest as often as the largest,
+except where smaller options would be negative.
 
-Splits: the hash of an expression says whether it is of train, validation or test, in either form;
-7 + 5 and 5 + 7 are one expression. *Compositional* are the expressions with a number that its
-operation has in no other split, while the other operations have it everywhere.
+Splits: the hash of an expression decides between train, validation and test, for both forms; 7 + 5
+and 5 + 7 are one expression.  The *compositional* split has the expressions with a number that
+their operation uses in no other split.  The other operations use that number in every split.
 
-To add an operation, write its row in ``OPERATIONS``.
+To add an operation, add it to ``OPERATIONS``.
 """
 
 from collections.abc import Callable
@@ -37,16 +37,16 @@ from rudolph.data.datasets.synthetic import (
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other pairs than before.
+# Part of every digest; increment it when the same configuration gives other pairs.
 ARITHMETIC_VERSION = 1
 
 LETTERS = ("а", "б", "в", "г", "д")
-# How far a wrong option is from the one beside it: mistakes by one, and in one digit.
+# Distances between neighbouring options: off-by-one errors, and errors in one digit.
 _STEPS = (1, 1, 2, 3, 5, 10)
 
 
 class Operation(NamedTuple):
-    """``is_symmetric``: both orders of the operands give the same."""
+    """An operation on two numbers, symmetric if the order of the operands does not matter."""
 
     compute: Callable[[int, int], int]
     is_symmetric: bool
@@ -61,16 +61,18 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class ArithmeticConfig:
-    """Which expressions there are, and how they are asked.
+    """Configuration of the expressions and the form of their questions.
 
-    Args:
-        max_number: the greatest number of a sum, and the one that a difference takes away from.
-            No difference is below 0.
-        max_factor: the greatest number of a product.
-        choice_fraction: the share of pairs with options.
-        num_choices: how many options, 2 to 5.
-        num_test: pairs of the test split, and as many of the compositional one.
-        seed: another seed draws other pairs, and leaves every expression in its split.
+    Attributes:
+        operations: Keys of ``OPERATIONS``.
+        max_number: Largest operand of a sum or a difference; no difference is negative.
+        max_factor: Largest factor of a product.
+        choice_fraction: Fraction of pairs with answer options.
+        num_choices: Number of options, 2 to 5.
+        num_train: Number of pairs in the training split.
+        num_validation: Number of pairs in the validation split.
+        num_test: Number of pairs in the test split and in the compositional split.
+        seed: Seed of the pairs; it does not change the split of an expression.
     """
 
     operations: tuple[str, ...] = ("+", "-", "×")
@@ -84,6 +86,7 @@ class ArithmeticConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         require_choices("operations", self.operations, legal=OPERATIONS, at_least=1)
         require_within("max_factor", self.max_factor, 5, 99)
         require_within("max_number", self.max_number, self.max_factor, 9999)
@@ -93,9 +96,10 @@ class ArithmeticConfig:
 
     @property
     def held_out(self) -> dict[str, int]:
-        """The number that an operation has in the compositional split alone, another for each.
+        """Return the number that each operation uses in the compositional split only.
 
-        With one operation there is none: no other would show the number.
+        Each operation holds out a different number.  The dictionary is empty for a single
+        operation, because no other operation would show the number in training.
         """
         if len(self.operations) == 1:
             return {}
@@ -106,28 +110,30 @@ class ArithmeticConfig:
 
 
 class Expression(NamedTuple):
-    """Two numbers and what is done with them."""
+    """Two operands and the operation between them."""
 
     first: int
     operation: str
     second: int
 
     def __str__(self) -> str:
+        """Return the expression as it is written in a question."""
         return f"{self.first} {self.operation} {self.second}"
 
     @property
     def value(self) -> int:
+        """Return the value of the expression."""
         return OPERATIONS[self.operation].compute(self.first, self.second)
 
 
 class Arithmetic:
-    """One split of the expressions; see ``PairDataset``. There is no image: of what size it
-    would be changes nothing.
+    """One split of the arithmetic questions; see ``PairDataset``.
 
-    ``attributes`` of a pair are ``family``, the operation; ``form``; ``expression`` and ``value``.
+    There are no images, so ``image_size`` has no effect.  The ``attributes`` of a pair are
+    ``family`` (the operation), ``form``, ``expression`` and ``value``.
 
     Raises:
-        ValueError: the compositional split is asked for with one operation.
+        ValueError: If the split is compositional and there is only one operation.
     """
 
     def __init__(self, config: ArithmeticConfig, *, split: str, image_size: int) -> None:
@@ -142,9 +148,11 @@ class Arithmetic:
         self.digest = json_digest("arithmetic", ARITHMETIC_VERSION, asdict(config), split)
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return num_examples(self.config, self.split)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
         operation = choose(rng, config.operations)
@@ -179,7 +187,7 @@ class Arithmetic:
 
 
 def sample_expression(operation: str, config: ArithmeticConfig, rng: Random) -> Expression:
-    """Any two numbers within the bounds; a difference takes the smaller from the greater."""
+    """Sample two numbers within the bounds; a difference subtracts the smaller from the larger."""
     most = config.max_factor if operation == "×" else config.max_number
     numbers = [choose_number(rng, 0, most) for _ in range(2)]
     first, second = sorted(numbers, reverse=True) if operation == "-" else numbers
@@ -187,14 +195,14 @@ def sample_expression(operation: str, config: ArithmeticConfig, rng: Random) -> 
 
 
 def sample_options(value: int, number: int, rng: Random) -> list[int]:
-    """Different options of which one is right, none of them below 0, in an order that is drawn."""
-    # The place of the right one among them by size comes first, or the middle would be a hint.
+    """Sample ``number`` distinct non-negative options, one of them ``value``, in random order."""
+    # Sample the rank of the correct option first; otherwise it would tend to be in the middle.
     num_below = min(choose_number(rng, 0, number - 1), value)
     options = [value]
     for place in range(1, number):
         step = choose(rng, _STEPS)
         if place <= num_below:
-            # So much that the ones still to come find room above 0.
+            # Leave room for the smaller options that follow, which must not be negative.
             options.append(min(options) - min(step, min(options) - (num_below - place)))
         else:
             options.append(max(options) + step)
@@ -202,7 +210,7 @@ def sample_options(value: int, number: int, rng: Random) -> list[int]:
 
 
 def split_of_expression(expression: Expression, config: ArithmeticConfig) -> str:
-    """The one split that an expression can be of."""
+    """Return the only split to which an expression can belong."""
     numbers = [expression.first, expression.second]
     if config.held_out.get(expression.operation) in numbers:
         return "compositional"

@@ -1,15 +1,16 @@
-"""Emoji with their Russian names: real images, some 3,600 pairs, shipped with the package.
+"""Emoji images with their Russian names: about 3,600 pairs, shipped with the package.
 
-Two files hold the set, and ``emoji_builder`` writes both: ``emoji.csv``, one row a pair, and
-``emoji.png``, an atlas of ``EMOJI_COLUMNS`` square tiles a row.  Pairs whose images are equal
+The set has two files, both written by ``emoji_builder``.  ``emoji.csv`` has one row per pair, and
+``emoji.png`` is an atlas with ``EMOJI_COLUMNS`` square tiles per row.  Pairs with equal images
 share a tile.
 
-Words: the *base* of an emoji is the same emoji without a skin tone; a *family* is the bases that
-share an image, such as the flags of France and of Saint Martin.
+Terms: the *base* of an emoji is the same emoji without a skin tone.  A *family* is a set of bases
+that share an image, such as the flags of France and of Saint Martin.
 
-Splits are fixed by hash.  A family falls whole into train, validation or test, so that no image
-of a validation base is ever seen in training.  *Compositional* are pairs of a base and a skin tone
-that training sees only apart: the base untoned and in other tones, the tone on other bases.
+Splits are fixed by hash.  A whole family falls into train, validation or test, so that no image of
+a validation base occurs in training.  The *compositional* split has pairs of a base and a skin
+tone that training shows only separately.  Training has the base untoned and in other tones, and
+the tone on other bases.
 """
 
 import csv
@@ -42,7 +43,7 @@ SKIN_TONES = {
     "\U0001f3ff": "dark",
 }
 CAPTION_KINDS = ("name", "name_and_keywords")
-# The groups of emoji-test.txt; one that is not here keeps its English name.
+# Groups of emoji-test.txt; a group that is missing here keeps its English name.
 GROUPS = {
     "Smileys & Emotion": "смайлики и эмоции",
     "People & Body": "люди и тело",
@@ -69,9 +70,17 @@ MOST_HELD_OUT_OF_A_BASE = 2
 class EmojiRecord:
     """One row of ``emoji.csv``.
 
-    ``key`` and ``base`` are code points in hexadecimal joined with "-", U+FE0F left out;
-    ``keywords`` are joined with "|"; ``skin_tone`` is a value of ``SKIN_TONES``, "none" or
-    "mixed"; ``version`` is the Emoji version that brought it; ``tile`` counts along the atlas.
+    Attributes:
+        key: Hexadecimal code points joined with "-", without U+FE0F.
+        characters: The emoji itself.
+        name: Russian name.
+        keywords: Russian keywords joined with "|".
+        group: English name of the Unicode group.
+        subgroup: English name of the Unicode subgroup.
+        skin_tone: A value of ``SKIN_TONES``, "none" or "mixed".
+        base: Key of the base.
+        version: Emoji version that introduced it.
+        tile: Index of its tile in the atlas, row by row.
     """
 
     key: str
@@ -88,17 +97,19 @@ class EmojiRecord:
 
 @dataclass(frozen=True)
 class EmojiConfig:
-    """What the captions say and where the set lies.
+    """Configuration of the captions, and the folder of the set.
 
-    ``captions`` is "name", the CLDR name as CLDR spells it, or "name_and_keywords", the name and
-    the other keywords after commas.  ``folder`` is a result of ``rudolph data emoji``; ``None``
-    is the set in the package.
+    Attributes:
+        captions: "name" is the CLDR name in CLDR's spelling; "name_and_keywords" adds the other
+            keywords after commas.
+        folder: Output folder of ``rudolph data emoji``; ``None`` is the set in the package.
     """
 
     captions: str = "name"
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if ``captions`` is unknown."""
         if self.captions not in CAPTION_KINDS:
             raise ValueError(
                 f"captions must be one of {', '.join(CAPTION_KINDS)}, got {self.captions!r}"
@@ -106,11 +117,18 @@ class EmojiConfig:
 
 
 class Emoji:
-    """One split of the emoji; ``image_size`` is in pixels, the shipped tiles are 64.
+    """One split of the emoji; see ``PairDataset``, ``HasHardNegatives`` and ``HasClasses``.
 
-    ``classes`` are the Russian names of the groups of Unicode.  Raises ``ValueError`` when the
-    split, the size or the files are not right.  The atlas is decoded with the first image, once
-    a process.
+    ``classes`` are the Russian names of the Unicode groups.  The atlas is decoded with the first
+    image, once per process.
+
+    Args:
+        config: Captions and folder of the set.
+        split: Name of the split.
+        image_size: Side of the images, in pixels; the shipped tiles have 64.
+
+    Raises:
+        ValueError: If the split, the size or the files are invalid.
     """
 
     def __init__(self, config: EmojiConfig, *, split: str, image_size: int) -> None:
@@ -127,17 +145,23 @@ class Emoji:
         self.digest = hashlib.sha256(json.dumps(["emoji", *question]).encode()).hexdigest()
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return len(self.records)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         return self._pair(self.records[index])
 
     def hard_negatives(self, index: int, number: int) -> list[Pair]:
-        """The ``number`` emoji that are most easily taken for the one at ``index``, in any split.
+        """Return the ``number`` emoji closest to the one at ``index``, from any split.
 
-        The other skin tones of its base come first, then its subgroup, then its group; there those
-        of its own skin tone first, and of these the nearest in the order of Unicode.  No caption
-        and no image comes twice, nor those of the emoji itself; fewer where a group has no more.
+        Other skin tones of its base come first, then its subgroup, then its group.  Within each,
+        emoji of its own skin tone come first, and then the nearest in Unicode order.  All captions
+        and images differ from one another and from those of the emoji.  The list is shorter if its
+        group is exhausted.
+
+        Raises:
+            ValueError: If ``number`` is less than 1.
         """
         if number < 1:
             raise ValueError(f"number of negatives must be at least 1, got {number}")
@@ -163,7 +187,7 @@ class Emoji:
         return negatives
 
     def class_index(self, index: int) -> int:
-        """The place of the pair's group in ``classes``; every emoji has one."""
+        """Return the index in ``classes`` of the pair's group; every emoji has one."""
         return self.classes.index(group_name(self.records[index]))
 
     def _pair(self, record: EmojiRecord) -> Pair:
@@ -176,23 +200,23 @@ class Emoji:
 
 
 def attributes(record: EmojiRecord) -> dict[str, str]:
-    """What a pair says of its emoji beside the caption."""
+    """Return the attributes of an emoji's pair."""
     names = ("characters", "group", "subgroup", "skin_tone", "base")
     return {name: getattr(record, name) for name in names}
 
 
 def group_name(record: EmojiRecord) -> str:
-    """The Russian name of the group."""
+    """Return the Russian name of the emoji's group."""
     return GROUPS.get(record.group, record.group)
 
 
 def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
-    """The Russian names of all groups, in the order of the records."""
+    """Return the Russian names of all groups, in the order of the records."""
     return tuple(dict.fromkeys(group_name(record) for record in records))
 
 
 def emoji_images(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
-    """All keys, whatever their split, and their images: uint8 ``(N, H, W, 3)``."""
+    """Return the keys of all splits and their images, uint8 ``(N, H, W, 3)``."""
     require_image_size(image_size)
     records = read_records(folder)
     images = [np.asarray(emoji_image(folder, record.tile, image_size)) for record in records]
@@ -200,7 +224,7 @@ def emoji_images(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np
 
 
 def caption(record: EmojiRecord, captions: str) -> str:
-    """The caption of a pair, see ``EmojiConfig``."""
+    """Return the caption of an emoji; ``captions`` is that of ``EmojiConfig``."""
     if captions == "name":
         return record.name
     others = [word for word in record.keywords.split("|") if word not in ("", record.name)]
@@ -208,7 +232,7 @@ def caption(record: EmojiRecord, captions: str) -> str:
 
 
 def emoji_image(folder: Path, tile: int, image_size: int) -> Image.Image:
-    """One tile of the atlas, RGB, resized to ``image_size`` pixels a side."""
+    """Return one tile of the atlas as RGB, ``image_size`` pixels per side."""
     atlas = read_atlas(folder)
     tile_size = atlas.shape[1] // EMOJI_COLUMNS
     top, left = tile // EMOJI_COLUMNS * tile_size, tile % EMOJI_COLUMNS * tile_size
@@ -218,7 +242,11 @@ def emoji_image(folder: Path, tile: int, image_size: int) -> Image.Image:
 
 @lru_cache(maxsize=2)
 def read_records(folder: Path) -> tuple[EmojiRecord, ...]:
-    """The rows of ``emoji.csv`` in their order."""
+    """Return the rows of ``emoji.csv`` in file order.
+
+    Raises:
+        ValueError: If the file is missing or has other columns.
+    """
     path = require_file(folder / TABLE_NAME)
     names = [field.name for field in fields(EmojiRecord)]
     with path.open(encoding="utf-8", newline="") as file:
@@ -230,14 +258,17 @@ def read_records(folder: Path) -> tuple[EmojiRecord, ...]:
 
 @lru_cache(maxsize=2)
 def read_atlas(folder: Path) -> np.ndarray:
-    """The decoded atlas, uint8 ``(H, W, 3)``; read only, for every caller gets the same one."""
+    """Return the decoded atlas, uint8 ``(H, W, 3)``.
+
+    All callers share the same array, which is read-only.
+    """
     with Image.open(require_file(folder / ATLAS_NAME)) as image:
         return np.asarray(image)
 
 
 @lru_cache(maxsize=2)
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of both files."""
+    """Return the SHA-256 of both files of the set."""
     sha = hashlib.sha256()
     for name in (TABLE_NAME, ATLAS_NAME):
         sha.update(hashlib.sha256(require_file(folder / name).read_bytes()).digest())
@@ -245,9 +276,9 @@ def folder_digest(folder: Path) -> str:
 
 
 def assign_splits(records: Sequence[EmojiRecord]) -> dict[str, str]:
-    """The split of every key.
+    """Return the split of every key.
 
-    Validation and test hold whole families; see ``compositional_keys`` for the fourth split.
+    Validation and test hold whole families; ``compositional_keys`` defines the fourth split.
     """
     family_of = families(records)
     split_of_base = {base: split_of_family(family) for base, family in family_of.items()}
@@ -260,7 +291,10 @@ def assign_splits(records: Sequence[EmojiRecord]) -> dict[str, str]:
 
 
 def families(records: Sequence[EmojiRecord]) -> dict[str, str]:
-    """The family of every base, named by a base: bases that share a tile are one family."""
+    """Return the family of every base, identified by one of its bases.
+
+    Bases that share a tile belong to the same family.
+    """
     parent = {record.base: record.base for record in records}
 
     def root(base: str) -> str:
@@ -275,7 +309,7 @@ def families(records: Sequence[EmojiRecord]) -> dict[str, str]:
 
 
 def split_of_family(family: str) -> str:
-    """Train, validation or test, by hash."""
+    """Return "train", "validation" or "test", by hash."""
     fraction = hash_fraction(family)
     if fraction < TRAIN_SHARE:
         return "train"
@@ -283,11 +317,11 @@ def split_of_family(family: str) -> str:
 
 
 def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
-    """The pairs of base and skin tone to hold out of these records, by hash of the key.
+    """Return the keys of the pairs of base and skin tone to hold out, by hash of the key.
 
-    Of a base at most ``MOST_HELD_OUT_OF_A_BASE`` tones go, and never all; the base untoned stays;
-    every tone that goes stays on another base.  An image that several pairs share never goes:
-    training would see it.
+    Each base loses at most ``MOST_HELD_OUT_OF_A_BASE`` of its tones, never all of them, and keeps
+    its untoned emoji.  Every held-out tone remains on another base.  An image that several pairs
+    share is never held out, because training would still show it.
     """
     untoned = {record.base for record in train if record.skin_tone == "none"}
     pairs_of_tile: dict[int, list[str]] = defaultdict(list)
@@ -314,33 +348,33 @@ def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
 
 
 def require_file(path: Path) -> Path:
-    """The path, or ``ValueError`` when no file is there."""
+    """Return ``path``; raise ``ValueError`` if it is not a file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, `rudolph data emoji` writes it")
     return path
 
 
 def require_image_size(image_size: int) -> None:
-    """Raise ``ValueError`` for a size below one pixel."""
+    """Raise ``ValueError`` if a size is less than one pixel."""
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
 
 
 def write_emoji_tables(folder: Path) -> tuple[int, list[str]]:
-    """Write tables for a folder of emoji images that are named by code points.
+    """Write tables of pairs for a folder of emoji images that are named by code points.
 
-    ``captions.csv`` has their names; ``questions.json`` and ``answers.json`` ask for the thing, a
-    flag's country and the tone of a skin.
+    ``captions.csv`` holds the names.  ``questions.json`` and ``answers.json`` have questions about
+    the object, the country of a flag and the skin tone.
 
     ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped set; U+FE0F
-    counts for nothing.  So any style of emoji is a table of pairs.
+    is ignored.  Emoji of any style can thus become a table of pairs.
 
     Returns:
-        The number of pairs, and the files without a name.
+        The number of pairs, and the names of the files that are not an emoji of the shipped set.
 
     Raises:
-        ValueError: when no file of the folder is named after an emoji, or its ``captions.csv``
-            holds other captions.
+        ValueError: If no file of the folder is named after an emoji, or ``captions.csv`` exists
+            with other captions.
     """
     names = {record.key: record.name for record in read_records(SHIPPED)}
     rows, strangers = [], []
@@ -362,13 +396,13 @@ def write_emoji_tables(folder: Path) -> tuple[int, list[str]]:
 
 
 def _key_of_file(name: str) -> str:
-    """Return the key of the emoji whose code points name a file; U+FE0F counts for nothing."""
+    """Return the key of the emoji whose code points form a file name, ignoring U+FE0F."""
     points = [point.lstrip("0") for point in Path(name).stem.lower().split("-")]
     return "-".join(point for point in points if point != "fe0f")
 
 
 def _require_own(table: Path, names: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` for a table of pairs that holds other captions than are written."""
+    """Raise ``ValueError`` if a table exists with captions other than the emoji names."""
     if not table.exists():
         return
     for row in csv.reader(io.StringIO(table.read_text("utf-8", errors="replace"), newline="")):
@@ -380,7 +414,7 @@ def _require_own(table: Path, names: Mapping[str, str]) -> None:
 
 
 def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """What a name tells beside its first words, as questions in the format of Fusion Brain."""
+    """Write questions that the names answer, in the format of Fusion Brain."""
     records: list[TaskRecord] = []
     for image, name in rows:
         thing, _, rest = (part.strip() for part in name.partition(":"))

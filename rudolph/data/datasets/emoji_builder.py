@@ -1,10 +1,11 @@
-"""Draws the emoji of a colour font and names them in Russian: writes what ``Emoji`` reads.
+"""Rendering of emoji from a colour font, with Russian names, into the files of ``Emoji``.
 
-Sources: the list of emoji is Unicode's ``emoji-test.txt`` (UTS #51); names and keywords are the
-annotations of CLDR (UTS #35, part 2), main and derived; the images are the font's.
+Sources: the list of emoji is Unicode's ``emoji-test.txt`` (UTS #51).  Names and keywords are the
+main and derived annotations of CLDR (UTS #35, part 2).  The images come from the font.
 
-All images have one scale and one placement, on white: the square around the ink of all of them
-together.  For Noto Color Emoji that is 128 pixels of its bitmaps, so that 64 is exactly half.
+All images have the same scale and position on white.  They are cropped to the smallest square that
+holds the visible pixels of every emoji.  For Noto Color Emoji its side is 128 pixels of the font's
+bitmaps, so tiles of 64 pixels are exactly half that size.
 """
 
 import csv
@@ -40,10 +41,10 @@ MISSING = "not in the font"
 SEVERAL_GLYPHS = "several glyphs in the font"
 BLANK = "blank in the font"
 
-# A bitmap font opens at its own size only: 109 is Noto's, the others are of other colour fonts.
+# A bitmap font opens only at its own size: Noto at 109, other colour fonts at the other sizes.
 FONT_SIZES = (109, 160, 136, 128, 96, 72, 64)
 VARIATION_SELECTOR = "\ufe0f"
-# A noncharacter, never assigned: what a font draws for it is its image for "missing".
+# A noncharacter, never assigned, for which fonts render their image for "missing".
 UNASSIGNED = "\U0010ffff"
 ENTRY = re.compile(
     r"(?P<points>[0-9A-F]+( [0-9A-F]+)*) *; fully-qualified *# \S+ E(?P<version>\S+) (?P<name>.+)"
@@ -54,7 +55,10 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class EmojiEntry:
-    """A fully-qualified line of ``emoji-test.txt``; ``key`` and ``base`` as in ``EmojiRecord``."""
+    """A fully-qualified line of ``emoji-test.txt``.
+
+    ``key`` and ``base`` are as in ``EmojiRecord``.
+    """
 
     key: str
     characters: str
@@ -68,7 +72,7 @@ class EmojiEntry:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build wrote, and by reason the keys that it left out."""
+    """The numbers of written pairs, images and bytes, and the skipped keys by reason."""
 
     num_pairs: int
     num_images: int
@@ -76,6 +80,7 @@ class BuildReport:
     skipped: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
+        """Return one line of totals and one line per reason."""
         size = f"{self.num_bytes / 1e6:.1f} MB"
         lines = [f"{self.num_pairs} pairs, {self.num_images} different images, {size}"]
         for reason, keys in self.skipped.items():
@@ -84,26 +89,27 @@ class BuildReport:
 
 
 class EmojiFont:
-    """A font at the size it has, drawing one emoji at a time.
+    """A colour font at its own bitmap size that renders one emoji at a time.
 
-    Raises ``ValueError`` when the file is no font that Pillow can draw, and when Pillow cannot
-    shape text: only raqm joins the parts of a sequence into one glyph.
+    Raises:
+        ValueError: If Pillow cannot open the font, or lacks raqm, which alone joins the parts of a
+            sequence into one glyph.
     """
 
     def __init__(self, path: Path) -> None:
         if not features.check("raqm"):
-            # Wheels of Pillow carry raqm, and open the system's fribidi when it is there.
+            # Wheels of Pillow include raqm, but it needs the system's fribidi.
             raise ValueError(
                 "Pillow has no raqm: install the Debian package libfribidi0"
                 " (libraqm0 where Pillow was built on this machine)"
             )
         self.font = open_font(path)
-        # Ink may lie around the origin on every side, as far as an emoji is large.
+        # Visible pixels can extend from the origin in every direction by the size of an emoji.
         self.origin = 2 * int(self.font.size)
         self.missing = self.canvas(UNASSIGNED, "RGBA").tobytes()
 
     def canvas(self, characters: str, mode: str) -> Image.Image:
-        """The characters on a white canvas, transparent white where ``mode`` is RGBA."""
+        """Return the characters on a white canvas, transparent white if ``mode`` is RGBA."""
         side = 3 * self.origin
         image = Image.new(mode, (side, side), (255, 255, 255, 0)[: len(mode)])
         draw = ImageDraw.Draw(image)
@@ -111,23 +117,23 @@ class EmojiFont:
         return image
 
     def measure(self, characters: str) -> tuple[str | None, Box]:
-        """Why this cannot be drawn as one emoji, if it cannot; and the box of its ink.
+        """Return why the characters cannot be one emoji, or None, and their bounding box.
 
-        One glyph is as wide as its widest part; glyphs side by side are wider.
+        One glyph is as wide as its widest part, while several glyphs side by side are wider.
         """
         widest_part = max(self.font.getlength(part) for part in characters)
         if self.font.getlength(characters) > widest_part + 0.5:
             return SEVERAL_GLYPHS, (0, 0, 0, 0)
         image = self.canvas(characters, "RGBA")
         box = image.getbbox()
-        # Blank first: Noto's image for "missing" is blank as well.
+        # Check for blank first, because Noto's image for "missing" is blank too.
         if box is None:
             return BLANK, (0, 0, 0, 0)
         return (MISSING if image.tobytes() == self.missing else None), box
 
     def draw(self, characters: str, frame: Box, size: int) -> Image.Image:
-        """The part of the canvas in ``frame``, RGB, ``size`` pixels a side."""
-        # Not from the RGBA canvas: its half-transparent edges are mixed with white already.
+        """Return the part of the canvas in ``frame`` as RGB, ``size`` pixels per side."""
+        # Not from the RGBA canvas, whose half-transparent edges are already mixed with white.
         cropped = self.canvas(characters, "RGB").crop(frame)
         return cropped.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -143,11 +149,18 @@ def build_emoji_set(
 ) -> BuildReport:
     """Write ``emoji.csv`` and ``emoji.png`` into the folder ``target``.
 
-    The same sources and the same Pillow give the same bytes.  ``size`` is the side of a tile in
-    pixels; ``on_progress`` is called with the number of steps done and of all steps.
+    The same sources and the same version of Pillow give the same bytes.
 
-    Raises ``ValueError`` when a source is missing or not what it should be, or a file to write is
-    one.
+    Args:
+        target: Output folder.
+        font: Colour font.
+        annotations: CLDR annotation files; the first takes precedence.
+        emoji_test: Unicode's ``emoji-test.txt``.
+        size: Side of a tile, in pixels.
+        on_progress: Called with the number of completed steps and of all steps.
+
+    Raises:
+        ValueError: If a source is missing or invalid, or an output file is also a source.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -158,7 +171,7 @@ def build_emoji_set(
     names, keywords = read_annotations(annotations)
     entries = read_emoji_test(emoji_test)
     named = [entry for entry in entries if entry.key in names]
-    # Every named emoji is measured, then drawn: two steps each.
+    # Two steps per named emoji: it is measured, then rendered.
     progress = StepPrinter(2 * len(named), on_progress)
     faults, boxes = measure_all(emoji_font, named, progress)
     drawable = [entry for entry in named if entry.key in boxes]
@@ -178,7 +191,7 @@ def build_emoji_set(
 
 
 class StepPrinter:
-    """Counts steps and says so."""
+    """A counter of completed steps that reports them to a callback."""
 
     def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
         self.done = 0
@@ -186,7 +199,7 @@ class StepPrinter:
         self.on_progress = on_progress
 
     def step(self, steps: int = 1) -> None:
-        """So many steps further."""
+        """Count ``steps`` completed steps and report the total."""
         self.done += steps
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
@@ -195,7 +208,7 @@ class StepPrinter:
 def measure_all(
     font: EmojiFont, entries: Sequence[EmojiEntry], progress: StepPrinter
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Box]]:
-    """The keys that cannot be drawn, by reason, and the boxes of ink of the others, by key."""
+    """Return the keys without an image by reason, and the boxes of the others by key."""
     faults: dict[str, tuple[str, ...]] = {}
     boxes: dict[str, Box] = {}
     for entry in entries:
@@ -204,13 +217,13 @@ def measure_all(
             boxes[entry.key] = box
         else:
             faults[fault] = (*faults.get(fault, ()), entry.key)
-        # What is not drawn later has both its steps behind it.
+        # An emoji that cannot be rendered completes its second step here.
         progress.step(1 if fault is None else 2)
     return faults, boxes
 
 
 def square_around(boxes: Sequence[Box]) -> Box:
-    """The smallest square that holds all boxes, centred on them; even where the boxes are."""
+    """Return the smallest square that holds all boxes, centred on their union."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     side = max(right - left, bottom - top)
@@ -220,7 +233,7 @@ def square_around(boxes: Sequence[Box]) -> Box:
 
 
 def record_of(entry: EmojiEntry, name: str, keywords: Sequence[str], tile: int) -> EmojiRecord:
-    """The row of ``emoji.csv``."""
+    """Return the row of ``emoji.csv`` for an emoji."""
     return EmojiRecord(
         key=entry.key,
         characters=entry.characters,
@@ -238,7 +251,14 @@ def record_of(entry: EmojiEntry, name: str, keywords: Sequence[str], tile: int) 
 def write_emoji_set(
     target: Path, records: Sequence[EmojiRecord], tiles: Sequence[bytes], size: int
 ) -> int:
-    """Write both files; the number of their bytes.  ``tiles`` are RGB, row by row."""
+    """Write both files and return their total number of bytes.
+
+    Args:
+        target: Output folder.
+        records: Rows of ``emoji.csv``.
+        tiles: RGB bytes of each tile, row by row.
+        size: Side of a tile, in pixels.
+    """
     rows = -(-len(tiles) // EMOJI_COLUMNS)
     atlas = np.full((rows * EMOJI_COLUMNS, size, size, 3), 255, dtype=np.uint8)
     atlas[: len(tiles)] = np.frombuffer(b"".join(tiles), np.uint8).reshape(-1, size, size, 3)
@@ -255,11 +275,14 @@ def write_emoji_set(
 
 
 def read_emoji_test(path: Path) -> list[EmojiEntry]:
-    """The fully-qualified emoji in the order of the file, which is CLDR's.
+    """Return the fully-qualified emoji in file order, which is CLDR's order.
 
-    The base of a sequence is itself without skin tones, where that is an emoji.  Where it is not
-    (two hands of different tones make a handshake), the base is the emoji that has the English
-    name before the colon.
+    The base of a sequence is the sequence without skin tones, if that is an emoji.  Otherwise the
+    base is the emoji with the English name before the colon, as for handshakes of two different
+    tones.
+
+    Raises:
+        ValueError: If the file is missing or has no fully-qualified emoji.
     """
     group = subgroup = ""
     entries: list[EmojiEntry] = []
@@ -295,15 +318,15 @@ def read_emoji_test(path: Path) -> list[EmojiEntry]:
 
 
 def key_of(characters: str) -> str:
-    """Code points in hexadecimal joined with "-".
+    """Return the hexadecimal code points joined with "-", without U+FE0F.
 
-    U+FE0F is left out: it only asks for the coloured image, and CLDR leaves it out too.
+    U+FE0F only requests the coloured image, and CLDR leaves it out too.
     """
     return "-".join(f"{ord(part):x}" for part in characters if part != VARIATION_SELECTOR)
 
 
 def skin_tone_of(characters: str) -> str:
-    """The name of the skin tone; "none", or "mixed" where the tones differ."""
+    """Return the name of the skin tone, "none", or "mixed" for several tones."""
     tones = {SKIN_TONES[part] for part in characters if part in SKIN_TONES}
     if len(tones) > 1:
         return "mixed"
@@ -311,7 +334,13 @@ def skin_tone_of(characters: str) -> str:
 
 
 def read_annotations(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Names and keywords by key; where two files name an emoji, the first is right."""
+    """Return Russian names and keywords by key.
+
+    The first file that has an emoji takes precedence.
+
+    Raises:
+        ValueError: If a file is missing or not XML.
+    """
     names: dict[str, str] = {}
     keywords: dict[str, tuple[str, ...]] = {}
     for path in paths:
@@ -330,7 +359,11 @@ def read_annotations(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, t
 
 
 def open_font(path: Path) -> ImageFont.FreeTypeFont:
-    """The font at the first of ``FONT_SIZES`` that it has."""
+    """Return the font at the first of ``FONT_SIZES`` that it supports.
+
+    Raises:
+        ValueError: If the file is missing or supports none of the sizes.
+    """
     require_source(path, "fonts-noto-color-emoji")
     faults: list[str] = []
     for font_size in FONT_SIZES:
@@ -342,7 +375,7 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def require_source(path: Path, package: str) -> Path:
-    """The path, or ``ValueError`` that names the Debian package when no file is there."""
+    """Return ``path``; raise ``ValueError`` with its Debian package if it is not a file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, the Debian package {package} has it")
     return path

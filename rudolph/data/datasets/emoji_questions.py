@@ -1,22 +1,22 @@
-"""Questions about emoji with short answers in Russian, for the images of ``Emoji``.
+"""Questions about emoji images with short Russian answers, for the images of ``Emoji``.
 
-A *family* is a kind of question:
+A *family* is a type of question:
 
 =========  ==========================================  ==========================================
-family     a question                                  its answer
+family     example question                            answer
 =========  ==========================================  ==========================================
 name       что на картинке?, чей это флаг?             the name of the base, or of the country
 keyword    подходит ли слово «рога»?                   да for a keyword of CLDR, нет for a word
                                                        that no emoji of its subgroup has
-group      к какой группе относится?                   one of the groups of Unicode
-skin_tone  какой тон кожи?                             one of five, where there is exactly one
-gender     кто это: мужчина, женщина или человек?      where code points and name agree on it
+group      к какой группе относится?                   one of the Unicode groups
+skin_tone  какой тон кожи?                             one of five, if there is exactly one
+gender     кто это: мужчина, женщина или человек?      one of three, if points and name agree
 =========  ==========================================  ==========================================
 
-A question is asked of an image only where all emoji that share it have the same answer.
+An image has a question only if all emoji that share it have the same answer.
 
-To add a family, write a function from the emoji of a split, and those of the whole set, to its
-questions, and name it in ``FAMILIES``.
+To add a family, write a function and add it to ``FAMILIES``.  It gets the emoji of a split and
+those of the whole set, and returns the questions.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ GROUP_QUESTION = "к какой группе относится?"
 GENDER_QUESTION = "кто это: мужчина, женщина или человек?"
 YES, NO = "да", "нет"
 GENDERS = ("мужчина", "женщина", "человек")
-# CLDR 41, annotationsDerived/ru.xml; the tones are those of emoji.SKIN_TONES.
+# From CLDR 41, annotationsDerived/ru.xml; the keys are the values of emoji.SKIN_TONES.
 SKIN_TONE_NAMES = {
     "light": "очень светлый тон кожи",
     "medium-light": "светлый тон кожи",
@@ -57,7 +57,7 @@ SKIN_TONE_NAMES = {
     "dark": "очень темный тон кожи",
 }
 
-# In a key: man, woman, adult, and the male and female sign after a joiner.
+# Code points in a key: man, woman, adult, and the male and female sign after a joiner.
 GENDER_OF_POINT = {
     "1f468": "мужчина",
     "1f469": "женщина",
@@ -78,15 +78,18 @@ SEVERAL_PEOPLE = {"люди", "мужчины", "женщины"}
 
 @dataclass(frozen=True)
 class EmojiQuestionsConfig:
-    """Which families of questions are asked, and of which set.
+    """Configuration of the question families, and the folder of the set.
 
-    ``folder`` is a result of ``rudolph data emoji``; ``None`` is the set in the package.
+    Attributes:
+        families: Keys of ``FAMILIES``.
+        folder: Output folder of ``rudolph data emoji``; ``None`` is the set in the package.
     """
 
     families: tuple[str, ...] = ("name", "keyword", "group", "skin_tone", "gender")
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a family is unknown or repeated, or there is none."""
         names = self.families
         if not names or len(set(names)) < len(names) or not set(names) <= set(FAMILIES):
             raise ValueError(
@@ -96,7 +99,7 @@ class EmojiQuestionsConfig:
 
 @dataclass(frozen=True)
 class EmojiQuestion:
-    """A question about an emoji; ``choices`` are its possible answers, none where it is open."""
+    """A question about an emoji; ``choices`` are its possible answers, or empty if it is open."""
 
     record: EmojiRecord
     family: str
@@ -106,7 +109,7 @@ class EmojiQuestion:
 
     @property
     def key(self) -> str:
-        """The emoji and the family; a word is asked for with both answers."""
+        """Return the key of the emoji with the family and, for yes-no questions, the answer."""
         answer = ("/yes" if self.answer == YES else "/no") if self.choices == (YES, NO) else ""
         return f"{self.record.key}/{self.family}{answer}"
 
@@ -115,11 +118,17 @@ Records = Sequence[EmojiRecord]
 
 
 class EmojiQuestions:
-    """The questions about one split of the emoji, whose splits are those of ``Emoji``.
+    """The questions about one split of the emoji, with the splits of ``Emoji``.
 
-    They come emoji by emoji, whatever the order of the families in the config.  ``image_size`` is
-    in pixels.  Raises ``ValueError`` when the split, the size or the files are not right, or
-    nothing of the split can be asked.
+    They are ordered by emoji, independent of the order of the families in the config.
+
+    Args:
+        config: Families and folder of the set.
+        split: Name of the split.
+        image_size: Side of the images, in pixels.
+
+    Raises:
+        ValueError: If the split, the size or the files are invalid, or the split has no question.
     """
 
     def __init__(self, config: EmojiQuestionsConfig, *, split: str, image_size: int) -> None:
@@ -144,9 +153,11 @@ class EmojiQuestions:
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
+        """Return the number of questions."""
         return len(self.questions)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         question = self.questions[index]
         return Pair(
             key=question.key,
@@ -161,7 +172,7 @@ class EmojiQuestions:
 def emoji_questions(
     records: Records, split: str, *, families: Sequence[str]
 ) -> list[EmojiQuestion]:
-    """All questions of the families about one split of a whole set, emoji by emoji."""
+    """Return all questions of the families about one split of a whole set, ordered by emoji."""
     splits = assign_splits(records)
     asked = [record for record in records if splits[record.key] == split]
     place = {record.key: at for at, record in enumerate(asked)}
@@ -178,7 +189,7 @@ def emoji_questions(
 
 
 def name_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
-    """What is shown, without the skin tone; of a flag, whose it is."""
+    """Return questions about the base, without its skin tone, and about the country of a flag."""
     names = {record.base: record.name for record in every if record.key == record.base}
 
     def tell(record: EmojiRecord) -> tuple[str, str]:
@@ -190,10 +201,11 @@ def name_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
 
 
 def keyword_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
-    """Of each emoji one word that fits and one that does not.
+    """Return two questions per emoji: about a keyword that fits and about a word that does not.
 
-    The words that do not fit are those that fit the others, dealt out anew: each word is as often
-    the one as the other, so that it tells nothing without the image.
+    The words that do not fit are a permutation of those that fit.  Each word therefore occurs as
+    often with either answer, and reveals nothing without the image.  An emoji has no questions if
+    no legal word is found for it.
     """
     known: dict[str | int, set[str]] = defaultdict(set)
     for record in every:
@@ -218,7 +230,7 @@ def keyword_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
 
 
 def group_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
-    """The group of Unicode, one of those that the set has."""
+    """Return questions about the Unicode group, one of those in the set."""
     return _where_certain(
         "group",
         asked,
@@ -228,7 +240,7 @@ def group_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
 
 
 def skin_tone_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
-    """The tone, where the emoji has one and only one."""
+    """Return questions about the skin tone of emoji with exactly one."""
 
     def tell(record: EmojiRecord) -> tuple[str, str] | None:
         name = SKIN_TONE_NAMES.get(record.skin_tone)
@@ -238,7 +250,7 @@ def skin_tone_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
 
 
 def gender_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
-    """Man, woman, or a person of whom neither is said."""
+    """Return questions about man, woman or person of unspecified gender."""
 
     def tell(record: EmojiRecord) -> tuple[str, str] | None:
         answer = gender(record)
@@ -248,9 +260,10 @@ def gender_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
 
 
 def gender(record: EmojiRecord) -> str | None:
-    """One of ``GENDERS``, where it is one person and code points and name do not disagree.
+    """Return one of ``GENDERS`` for a single person, or None if it is unclear.
 
-    A name alone does not do: a Russian profession is masculine whoever has it.
+    Code points and name must not disagree.  Names of professions do not count, because they are
+    masculine in Russian for any gender.
     """
     words = set(_words(record.name.lower()))
     if not record.subgroup.startswith("person") or words & SEVERAL_PEOPLE:
@@ -261,16 +274,16 @@ def gender(record: EmojiRecord) -> str | None:
     if len(told) != 1:
         return None
     (answer,) = told
-    # Men and women are "человек" in CLDR's keywords too; the other way round it is a doubt.
+    # CLDR lists "человек" as a keyword of men and women too, but the reverse is ambiguous.
     if answer == "человек" and {"мужчина", "женщина"} & set(record.keywords.split("|")):
         return None
     return answer
 
 
 def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) -> list[str | None]:
-    """The same words in another order, so that each stands at a place where it is legal.
+    """Return the words in another order, each at a position where it is legal.
 
-    None stands where no exchange of two helps.
+    A position is None if no exchange of two words makes it legal.
 
     >>> deal(["кот", "дом", "лев", "сад"], lambda at, word: (at < 2) == (word in ("дом", "сад")))
     ['дом', 'сад', 'кот', 'лев']
@@ -295,7 +308,10 @@ def _where_certain(
     *,
     choices: tuple[str, ...] = (),
 ) -> list[EmojiQuestion]:
-    """The question and answer of each emoji that is told the same as all with its image."""
+    """Return the questions of the emoji that agree with all others of the same image.
+
+    They agree if question and answer are equal.
+    """
     told = {record.key: tell(record) for record in asked}
     of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)
     for record in asked:
@@ -308,7 +324,7 @@ def _where_certain(
 
 
 def _fitting_word(record: EmojiRecord) -> str:
-    """One keyword of a single word, drawn by hash; empty where there is none."""
+    """Return a keyword that is a single word, chosen by hash, or "" if none is."""
     words = [word for word in record.keywords.split("|") if _words(word) == [word]]
     return words[int(hash_fraction(f"{record.key} keyword") * len(words))] if words else ""
 
@@ -318,7 +334,7 @@ def _words(text: str) -> list[str]:
 
 
 def _alike(word: str) -> str:
-    """Equal for two spellings of a word."""
+    """Return a form that is equal for different spellings of a word."""
     return word.lower().replace("ё", "е")
 
 

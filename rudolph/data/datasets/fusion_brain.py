@@ -1,6 +1,6 @@
-"""Pairs of the six tasks of the Fusion Brain Challenge 2; ``fusion_brain_files`` is the format.
+"""Pairs of the six tasks of the Fusion Brain Challenge 2; ``fusion_brain_files`` reads the files.
 
-To add a task, write its row in ``FUSION_BRAIN_TASKS``.
+To add a task, add it to ``FUSION_BRAIN_TASKS``.
 
 Source: fbc2_aij2022, README (the sub-tasks) and ``evaluation/split_tasks.py`` (their names).
 """
@@ -22,18 +22,18 @@ from rudolph.data.datasets.manifests import split_of_image
 from rudolph.data.image_files import RejectedError, center_crop, decode_image
 from rudolph.data.pairs import Pair, require_split
 
-# Part of every digest: raise it when the same files would give other pairs.
+# Part of every digest; increment it when the same files give other pairs.
 PAIRS_VERSION = 1
-# Between the variants of an attribute.  No bar: one may stand in an answer, as in |x|.
+# Joins the variants in an attribute; not a bar, because answers can contain one, as in |x|.
 VARIANT_SEPARATOR = "\n"
 OPTION = re.compile(r"(?:^|(?<=[\s;:]))([a-z])\)\s*([^;]*)")
 
 
 @dataclass(frozen=True)
 class FusionBrainTask:
-    """What a question of a task holds, and which type its answer is of, "text" or "image".
+    """The required content of a task's questions, and the type of its answers, "text" or "image".
 
-    Where there is a context, several questions are asked of one text.
+    If ``has_context`` is true, several questions can share one context.
     """
 
     has_image: bool
@@ -42,7 +42,7 @@ class FusionBrainTask:
     has_context: bool = False
 
 
-# In the order of the challenge's numbers, 0 to 5.
+# In the order of the challenge's task numbers, 0 to 5.
 FUSION_BRAIN_TASKS = {
     "textqa": FusionBrainTask(has_image=False, needs_text=True, has_context=True),
     "mathqa": FusionBrainTask(has_image=False, needs_text=True),
@@ -55,10 +55,13 @@ FUSION_BRAIN_TASKS = {
 
 @dataclass(frozen=True)
 class FusionBrainConfig:
-    """One task, and the files of its questions and truths.
+    """A task and the paths of its files.
 
-    ``images`` is the folder that image paths start from; ``None`` is that of the file that names
-    them.
+    Attributes:
+        task: Key of ``FUSION_BRAIN_TASKS``.
+        questions: Path of the questions.
+        answers: Path of the reference answers.
+        images: Base folder of image paths; ``None`` is the folder of the file that contains them.
     """
 
     task: str = "vqa"
@@ -67,6 +70,7 @@ class FusionBrainConfig:
     images: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if the task is unknown."""
         if self.task not in FUSION_BRAIN_TASKS:
             raise ValueError(
                 f"task must be one of {', '.join(FUSION_BRAIN_TASKS)}, got {self.task!r}"
@@ -74,7 +78,7 @@ class FusionBrainConfig:
 
 
 class TaskEntry(NamedTuple):
-    """A record and its image, where there is one: the path and the SHA-256 of the file."""
+    """A record and, if it has an image, the path and SHA-256 of the image file."""
 
     record: TaskRecord
     path: str = ""
@@ -82,22 +86,24 @@ class TaskEntry(NamedTuple):
 
 
 class FusionBrain:
-    """One split of a task: 90% train, 5% validation, 5% test, by content.
+    """One split of a task: 90% train, 5% validation, 5% test, by hash of the content.
 
-    All questions about an image are in one split, and so are all about a context, the longest
-    text of a TextQA, and equal mathematical problems.  The caption of a pair is the first variant
-    of its answer; ``attributes["variants"]`` has the others, joined with ``VARIANT_SEPARATOR``.
-    For image generation the caption is the text and the image the answer; its
-    ``attributes["description"]`` is the text without the instruction.  A key is task and id.
+    All questions about an image share a split.  So do all questions about a context (the longest
+    text of a TextQA question) and equal mathematical problems.
+
+    The key of a pair is task and id, and its caption is the first variant of the answer.
+    ``attributes["variants"]`` has the other variants, joined with ``VARIANT_SEPARATOR``.  For
+    image generation the caption is the text and the image is the answer;
+    ``attributes["description"]`` is the text without the instruction.
 
     Args:
-        config: the task and its files.
+        config: The task and its files.
         split: "train", "validation" or "test".
-        image_size: side of the square images, in pixels.
+        image_size: Side of the square images, in pixels.
 
     Raises:
-        ValueError: in one line with file and id, where a file is not of the format, a question not
-            of the task, an image missing, or where no question falls into the split.
+        ValueError: If a file has the wrong format, a question does not fit the task, an image is
+            missing, or no question falls into the split.  The one-line message has file and id.
     """
 
     def __init__(self, config: FusionBrainConfig, *, split: str, image_size: int) -> None:
@@ -113,7 +119,7 @@ class FusionBrain:
                 raise ValueError(f"{field} of Fusion Brain is empty: give the path of a JSON file")
         self.config, self.image_size = config, image_size
         self.task = FUSION_BRAIN_TASKS[config.task]
-        # Images are asked about in the one file, or answer in the other.
+        # Images belong to the answers in image generation, and to the questions otherwise.
         shown = config.answers if self.task.answer_type == "image" else config.questions
         self.file_with_images = shown
         self.folder = Path(shown).parent if config.images is None else Path(config.images)
@@ -131,10 +137,15 @@ class FusionBrain:
         self.digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair; ``ValueError`` when its image cannot be read, or is no longer the same."""
+        """Return the pair at ``index``.
+
+        Raises:
+            ValueError: If its image cannot be decoded or has changed.
+        """
         entry = self.entries[index]
         record, answers = entry.record, entry.record.answers(self.task.answer_type)
         attributes = {"task": self.config.task, "id": record.id}
@@ -150,7 +161,7 @@ class FusionBrain:
         return Pair(key, caption, image, attributes, question=question, choices=choices)
 
     def _entry(self, record: TaskRecord) -> TaskEntry:
-        """The record, seen to be of the task, and its image, seen to be there."""
+        """Check that a record fits the task and its image exists, and return both."""
         with naming_record(self.config.questions, record.id):
             misfit = _misfit(record, self.task)
             if misfit:
@@ -173,7 +184,7 @@ class FusionBrain:
                 raise ValueError(f"no image {path} ({error.strerror})") from error
 
     def _content(self, entry: TaskEntry) -> str:
-        """The SHA-256 of what all questions that must share a split have in common."""
+        """Return a SHA-256 that is equal for all questions that must share a split."""
         if entry.sha256:
             return entry.sha256
         texts = entry.record.texts
@@ -193,15 +204,15 @@ class FusionBrain:
                 raise ValueError(f"{entry.path}: {rejected.reason}") from rejected
 
 
-# Kept in memory, so that the three splits read each image once; the signature makes a changed
-# file a new question.
+# Cached so that the three splits read each image once; the signature makes a changed file a
+# different key.
 @cache
 def _file_sha256(path: str, signature: tuple[int, ...]) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def possible_tasks(record: TaskRecord) -> tuple[str, ...]:
-    """The tasks that a record can be of; nothing in it tells these apart.
+    """Return the tasks to which a record can belong; its content cannot distinguish them.
 
     >>> possible_tasks(TaskRecord("0", ("Что это?",), "0.jpg"))
     ('captioning', 'vqa', 'text_recognition')
@@ -212,13 +223,15 @@ def possible_tasks(record: TaskRecord) -> tuple[str, ...]:
 
 
 def description(record: TaskRecord) -> str:
-    """What is to be drawn, without the instruction, as the challenge's ruCLIP score reads it.
+    """Return the description of the image to generate, without the instruction.
+
+    The ruCLIP score of the challenge uses it.
 
     >>> description(TaskRecord("0", ("Сгенерируй изображение.", "Кот в шляпе.")))
     'Кот в шляпе.'
 
-    Source: fbc2_aij2022, ``evaluation/generation/metrics/ruclip.py``.  Unlike it, a text of one
-    sentence is its own description, not an empty one.
+    Source: fbc2_aij2022, ``evaluation/generation/metrics/ruclip.py``.  Unlike there, the
+    description of a text with one sentence is that text instead of an empty one.
     """
     if len(record.texts) > 1:
         return record.texts[1].strip()
@@ -226,7 +239,9 @@ def description(record: TaskRecord) -> str:
 
 
 def options(record: TaskRecord, answer: str) -> tuple[str, ...]:
-    """The options of a question, in the form in which ``answer`` is one of them; or none.
+    """Return the options of a question in the form that includes ``answer``, or none.
+
+    An option can be its marker, its text, or both.
 
     >>> record = TaskRecord("0", ("2x = 4, чему равен x?", "a) -4; b) 2"))
     >>> options(record, "b"), options(record, "2"), options(record, "b 2"), options(record, "c")
@@ -245,7 +260,7 @@ def options(record: TaskRecord, answer: str) -> tuple[str, ...]:
 
 
 def _misfit(record: TaskRecord, task: FusionBrainTask) -> str:
-    """Why a record cannot be of a task; nothing where it can."""
+    """Return why a record cannot belong to a task, or "" if it can."""
     if task.has_image and record.image is None:
         return "the question needs an image"
     if not task.has_image and record.image is not None:

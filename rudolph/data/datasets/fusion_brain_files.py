@@ -1,11 +1,13 @@
-"""The files of the Fusion Brain Challenge 2: questions, answers and predictions.
+"""Files of the Fusion Brain Challenge 2: questions, answers and predictions.
 
-A file maps ids to lists of parts, ``{"0": [{"type": "text", "content": "..."}, ...]}``; a part is
-a text or an image, whose content is a path.  Texts are cleaned (``texts.clean_text``), paths are
-not.  The texts of a question are an instruction, a context, the question proper and options,
-whichever there are, and belong together; its first image counts.  Of an answer the first text and
-the first image count; in a file of truths a content may be a list of *variants*, all of them
-right.  No file says which task an id is of.
+A file maps ids to lists of parts, ``{"0": [{"type": "text", "content": "..."}, ...]}``.  A part is
+a text, or an image whose content is a path.  Texts are cleaned (``texts.clean_text``), paths are
+not.
+
+The texts of a question are an instruction, a context, the question itself and options, as far as
+present, and belong together.  Only its first image counts.  An answer is its first text and its
+first image.  In a file of reference answers a content can be a list of *variants*, all of them
+correct.  No file contains the task of an id.
 
 Source: fbc2_aij2022, README ("Data structure", "General rules for metric calculation") and
 ``src/train/utils.py``.
@@ -31,9 +33,9 @@ NO_IMAGES: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A question and, where they are known, the variants of its answer.
+    """A question and, if known, the variants of its answer.
 
-    ``image`` and ``answer_images`` are paths as they stand in the files.
+    ``image`` and ``answer_images`` are paths as written in the files.
     """
 
     id: str
@@ -44,20 +46,24 @@ class TaskRecord:
 
     @property
     def text(self) -> str:
-        """All texts of the question, in one; empty where it has none."""
+        """Return all texts of the question joined with spaces, or ""."""
         return " ".join(self.texts)
 
     def answers(self, answer_type: str) -> tuple[str, ...]:
-        """The variants of one type, "text" or "image"; none where no such part answers."""
+        """Return the answer's variants of one type, "text" or "image", or none."""
         return self.answer_images if answer_type == "image" else self.answer_texts
 
 
 def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list[TaskRecord]:
-    """The questions in the order of their file, with answers, truths or predictions, if given.
+    """Return the questions in file order, with their answers if ``answers`` is given.
+
+    Args:
+        questions: Path of the questions.
+        answers: Path of reference answers or predictions.
 
     Raises:
-        ValueError: in one line, with the file and the id, where a file is not of the format, or
-            the ids of the two are not the same.
+        ValueError: In one line with file and id, if a file has the wrong format or the two files
+            have different ids.
     """
     asked = read_parts(questions)
     records = []
@@ -82,9 +88,10 @@ def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list
 def write_tasks(
     records: Sequence[TaskRecord], questions: str | Path, answers: str | Path | None = None
 ) -> None:
-    """Write what ``read_tasks`` reads as the same records.
+    """Write records to files from which ``read_tasks`` returns the same records.
 
-    Raises ``ValueError`` where two records have one id, or one has no answer to be written.
+    Raises:
+        ValueError: If two records have the same id, or ``answers`` is given and a record has none.
     """
     for name, count in Counter(record.id for record in records).items():
         if count > 1:
@@ -111,10 +118,13 @@ def write_tasks(
 def write_predictions(
     path: str | Path, texts: Mapping[str, str], images: Mapping[str, str] = NO_IMAGES
 ) -> None:
-    """Write answers by id as the challenge scores them.
+    """Write predictions by id in the format that the challenge scores.
 
-    ``images`` are paths from the folder of ``path``.  An id may have both, and then its text comes
-    first.
+    Args:
+        path: Output file.
+        texts: Answer texts by id.
+        images: Image paths by id, relative to the folder of ``path``; the text comes first if an
+            id has both.
     """
     predictions = {
         name: [
@@ -128,7 +138,11 @@ def write_predictions(
 
 
 def read_parts(path: str | Path) -> dict[str, Any]:
-    """Return the parts of each id, as yet unchecked; ``ValueError`` where a file maps no ids."""
+    """Return the parts of each id without checking them.
+
+    Raises:
+        ValueError: If the file is missing, is not JSON, or does not map ids.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     text, _ = read_table_text(path)
@@ -143,7 +157,7 @@ def read_parts(path: str | Path) -> dict[str, Any]:
 
 
 def parse_question(name: str, parts: Any) -> TaskRecord:
-    """The record of a question; ``ValueError`` says what its parts must be."""
+    """Return the record of a question; raise ``ValueError`` for invalid parts."""
     _require_text(name, "an id")
     contents = _contents(parts, allow_variants=False)
     texts = tuple(text for (text,) in contents["text"])
@@ -152,7 +166,11 @@ def parse_question(name: str, parts: Any) -> TaskRecord:
 
 
 def parse_answer(record: TaskRecord, parts: Any) -> TaskRecord:
-    """The record with the first text and the first image of an answer."""
+    """Return the record with the first text and the first image of an answer.
+
+    Raises:
+        ValueError: If the parts are invalid or empty.
+    """
     contents = _contents(parts, allow_variants=True)
     if not contents["text"] and not contents["image"]:
         raise ValueError(f"an answer must hold at least one {PART_PATTERN}, got none")
@@ -162,7 +180,7 @@ def parse_answer(record: TaskRecord, parts: Any) -> TaskRecord:
 
 @contextmanager
 def naming_record(path: str | Path, name: str) -> Iterator[None]:
-    """Every ``ValueError`` inside names the file and the id."""
+    """Prefix every ``ValueError`` raised inside with the file and the id."""
     try:
         yield
     except ValueError as error:
@@ -170,8 +188,8 @@ def naming_record(path: str | Path, name: str) -> Iterator[None]:
 
 
 def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, ...]]]:
-    """The contents of each type in their order, each as its variants."""
-    # The README shows the truths of two tasks without the list around their only part.
+    """Return the contents of each type in order, each as its variants."""
+    # The README shows reference answers of two tasks without a list around their only part.
     listed = [parts] if isinstance(parts, dict) else parts
     if not isinstance(listed, list):
         raise ValueError(f"must be a list of {PART_PATTERN}, got {type(parts).__name__}")
@@ -190,7 +208,7 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
             _require_text(variant, "content")
             if part_type == "image" and not variant.strip():
                 raise ValueError("content of an image must be a path, got an empty text")
-        # A path stays as it is on disk, where another normal form is another file.
+        # Paths stay unchanged, because another Unicode normal form is another file on disk.
         cleaned = map(clean_text, variants) if part_type == "text" else variants
         found[part_type].append(tuple(cleaned))
     return found

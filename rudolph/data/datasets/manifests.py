@@ -1,7 +1,7 @@
-"""Your own pairs: a table of image paths and captions, and of questions where there are any.
+"""Pairs from a user's own table of image paths and captions, and optionally questions.
 
-Image paths are absolute, or relative to the folder of the table.  Text is UTF-8.  Every image
-is opened once when a ``Manifest`` is made; bad rows are skipped, counted and named in its report.
+Image paths are absolute or relative to the folder of the table, and text is UTF-8.  Creating a
+``Manifest`` opens every image once.  Bad rows are skipped, and its report counts and names them.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from rudolph.data.image_files import RejectedError, RowReport, center_crop, deco
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 from rudolph.sequence.texts import clean_text
 
-# Part of every digest: raise it when the same files would give other pairs.
+# Part of every digest; increment it when the same files give other pairs.
 MANIFEST_PAIRS_VERSION = 2
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 class ExaminedImage(NamedTuple):
-    """An image that can be used: SHA-256 of its file, what converts it, its shorter side."""
+    """A usable image: the SHA-256 of its file, the conversions it needs, and its shorter side."""
 
     sha256: str
     changes: tuple[str, ...]
@@ -36,9 +36,10 @@ class ExaminedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """A usable row.  ``sha256`` is that of the image's file.
+    """A usable row of the table.
 
-    ``stored`` is where the table itself holds the image; ``path`` is then the table.
+    ``sha256`` is that of the image file.  ``stored`` locates an image inside the table itself;
+    then ``path`` is the table.
     """
 
     key: str
@@ -49,14 +50,14 @@ class ManifestEntry:
     stored: StoredImage | None = None
 
     def data(self) -> bytes:
-        """Return the bytes of the image's file."""
+        """Return the bytes of the image file."""
         if self.stored is not None:
             return self.stored.data() or b""
         return Path(self.path).read_bytes()
 
 
 class ExaminedTable(NamedTuple):
-    """A table, its usable rows in their order and the report of the others."""
+    """A table, its usable rows in order, and the report of all rows."""
 
     table: Path
     entries: list[ManifestEntry]
@@ -66,19 +67,19 @@ class ExaminedTable(NamedTuple):
 class Manifest:
     """One split of the pairs of a table: 90% train, 5% validation, 5% test, by image.
 
-    The hash of an image's file says where all its captions belong: rows may be added, reordered
-    or renamed without moving any other to another split, and no image is in two.  A key is the
-    image path and the caption.
+    The hash of the image file decides the split of all its captions.  Rows can therefore be added,
+    reordered or renamed without moving another row to a different split, and no image is in two
+    splits.  A key consists of image path, question and caption.
 
     Args:
-        config: the table and its columns.
+        config: The table and its columns.
         split: "train", "validation" or "test".
-        image_size: side of the square images, in pixels.
-        progress: called with (rows done, all rows) while the images are opened.
+        image_size: Side of the square images, in pixels.
+        progress: Called with (completed rows, all rows) while the images are opened.
 
     Raises:
-        ValueError: in one line, where the table cannot be read, lacks a column, has more bad rows
-            than ``max_bad_fraction`` or no pair in this split.
+        ValueError: In one line, if the table cannot be read, lacks a column, has no pair in this
+            split, or exceeds ``max_bad_fraction``.
     """
 
     def __init__(
@@ -111,10 +112,15 @@ class Manifest:
         self.digest = self._digest()
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair; ``ValueError`` when its image is no longer the one that was examined."""
+        """Return the pair at ``index``.
+
+        Raises:
+            ValueError: If its image can no longer be read or has changed.
+        """
         entry = self.entries[index]
         try:
             data = entry.data()
@@ -135,7 +141,7 @@ class Manifest:
 
 
 def split_of_image(sha256: str) -> str:
-    """The split that an image belongs to, for ever, by the SHA-256 of its file."""
+    """Return the permanent split of an image, given the SHA-256 of its file."""
     fraction = hash_fraction(sha256)
     if fraction < 0.90:
         return "train"
@@ -150,8 +156,13 @@ def examine_table(
 ) -> ExaminedTable:
     """Open every image of a table and return the usable rows of all splits.
 
+    Args:
+        config: The table and its columns.
+        image_size: Smaller images are reported as enlarged, in pixels.
+        progress: Called with (completed rows, all rows) after each row.
+
     Raises:
-        ValueError: in one line, if the table cannot be read, lacks a column or has no rows.
+        ValueError: In one line, if the table cannot be read, lacks a column or has no rows.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -190,7 +201,7 @@ def _examine_row(
         question = _clean(row.question, "question", str(config.question_column))
     if stored is not None and data is not None:
         examined = _examine_data(data)
-        # Paths of other machines may repeat; the hash tells the images apart.
+        # Paths from other machines can repeat, so the hash distinguishes the images.
         name = f"{stored.path or ''}#{examined.sha256[:16]}"
         key = " | ".join(part for part in (name, question, caption) if part)
         return ManifestEntry(
@@ -199,7 +210,7 @@ def _examine_row(
     base = Path(os.path.abspath(folder))
     path = os.path.abspath(base / name)
     examined = _examine_file(path, name, config)
-    # A folder that is moved as a whole keeps its keys.
+    # Relative paths keep the keys when the whole folder is moved.
     stable = Path(path)
     if stable.is_relative_to(base) or not os.path.isabs(name):
         stable = Path(os.path.relpath(path, base))
@@ -208,7 +219,7 @@ def _examine_row(
 
 
 def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage:
-    """Open the image at ``path``, which the table calls ``name``."""
+    """Examine the image at ``path``, whose name in the table is ``name``."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -216,7 +227,7 @@ def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage
         signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return _examine_image(path, signature)
     except OSError as error:
-        # The path of a data URI is too long rather than missing.
+        # A data URI fails because it is too long for a path, not because a file is missing.
         if URL.match(name):
             raise RejectedError(
                 f"images are URLs in column {config.image_column} (download them, write paths)"
@@ -228,8 +239,8 @@ def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage
         raise RejectedError("missing file") from error
 
 
-# Kept in memory, so that the three splits of a table decode its images once; the signature
-# makes a changed file a new question.
+# Cached so that the three splits of a table decode its images once; the signature makes a
+# changed file a different key.
 @cache
 def _examine_image(path: str, signature: tuple[int, ...]) -> ExaminedImage:
     data = Path(path).read_bytes()
@@ -237,7 +248,7 @@ def _examine_image(path: str, signature: tuple[int, ...]) -> ExaminedImage:
     return ExaminedImage(hashlib.sha256(data).hexdigest(), image.changes, min(image.image.size))
 
 
-# By the hash alone: bytes in a table must not be kept.
+# Keyed by hash, so that the cache does not keep the image bytes of a table in memory.
 _EXAMINED_DATA: dict[str, ExaminedImage] = {}
 
 
@@ -250,7 +261,7 @@ def _examine_data(data: bytes) -> ExaminedImage:
 
 
 def _clean(value: object, what: str, column: str) -> str:
-    """Return a caption or question as it enters the package; a path stays as it is on disk."""
+    """Return a caption or question after cleaning; raise ``RejectedError`` if empty."""
     text = clean_text(_text(value, what, column))
     if not text.strip():
         raise RejectedError(f"empty {what}")
@@ -258,7 +269,7 @@ def _clean(value: object, what: str, column: str) -> str:
 
 
 def _text(value: object, what: str, column: str) -> str:
-    """Return ``value`` if it is text and not blank; else the reason names ``what`` it is."""
+    """Return ``value`` if it is non-blank text; else raise ``RejectedError``, naming ``what``."""
     missing = f"no {what}" if what == "image path" else f"empty {what}"
     if value is None or (isinstance(value, float) and value != value):
         raise RejectedError(missing)

@@ -1,27 +1,27 @@
-"""Short texts about who has which shapes, and questions about them, without an image.
+"""Short texts about people and the shapes they have, and questions about them, without images.
 
-"у ани большой синий круг. три красные звезды у пети." has two to four sentences, each about
-another person, with one object and its size or two to five objects. A *family* is a kind of
-question:
+"у ани большой синий круг. три красные звезды у пети." is an example.  A text has two to four
+sentences, each about another person with one object of a stated size or with two to five objects.
+A *family* is a type of question:
 
 ==========  ========================================  =========================================
-family      a question                                answers
+family      example question                          answers
 ==========  ========================================  =========================================
 thing       что у пети?                               три красные звезды
 colour      какого цвета круг у ани?                  синий: agrees with "цвет"
 size        какого размера круг у ани?                большой: agrees with "размер"
 count       сколько звёзд у пети?                     три
-owner       у кого звёзды? у кого красные звёзды?     у пети: nobody else has such ones
-existence   есть ли у ани звёзды?                     да or нет; if not, another has them
+owner       у кого звёзды? у кого красные звёзды?     у пети: nobody else has such objects
+existence   есть ли у ани звёзды?                     да or нет; for нет, another person has them
 comparison  у кого больше фигур, у ани или у пети?    у пети
 ==========  ========================================  =========================================
 
-The text comes before the question and both together have at most ``MOST_WORDS`` words, so that
-they fit into the left text of a small decoder.
+The text precedes the question.  Together they have at most ``MOST_WORDS`` words, so that they fit
+into the left text of a small decoder.
 
-To add a family, write a function ``(Random, Sequence[Possession], Possession) -> Answered | None``
-about the possessions of a text and one that is asked about, and name it in ``TEXT_FAMILIES``;
-``None`` is a text that cannot be asked so.
+To add a family, write a function and add it to ``TEXT_FAMILIES``.  Its arguments are a random
+number generator, the possessions in a text, and the possession that the question is about.  It
+returns a ``QuestionAnswer``, or ``None`` if the text does not allow the question.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,12 +56,12 @@ from rudolph.data.datasets.synthetic import (
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other pairs than before.
+# Part of every digest; increment it when the same configuration gives other pairs.
 PARAGRAPHS_VERSION = 1
 
 MOST_WORDS = 29
 
-# After "у" everybody is in the genitive.
+# Names in the nominative, and in the genitive that follows "у".
 NAMES = {
     "аня": "ани",
     "ваня": "вани",
@@ -89,13 +89,18 @@ _COLOURS = tuple(word for word in ADJECTIVES if word not in _SIZES)
 
 @dataclass(frozen=True)
 class ParagraphsConfig:
-    """Which texts and questions there are, and how many of each split.
+    """Configuration of the texts and questions, and the size of each split.
 
-    Args:
-        max_sentences: the most sentences of a text, 2 to 4.
-        max_count: the most objects of a person, 2 to 5.
-        num_test: pairs of the test split, and as many of the compositional one.
-        seed: another seed draws other pairs, and leaves every text in its split.
+    Attributes:
+        families: Keys of ``TEXT_FAMILIES``.
+        shapes: Shapes that people can have, at least two.
+        colours: Colours of the shapes, at least two.
+        max_sentences: Largest number of sentences of a text, 2 to 4.
+        max_count: Largest number of objects of a person, 2 to 5.
+        num_train: Number of pairs in the training split.
+        num_validation: Number of pairs in the validation split.
+        num_test: Number of pairs in the test split and in the compositional split.
+        seed: Seed of the pairs; it does not change the split of a text.
     """
 
     families: tuple[str, ...] = (
@@ -117,6 +122,7 @@ class ParagraphsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         require_choices("families", self.families, legal=TEXT_FAMILIES, at_least=1)
         require_choices("shapes", self.shapes, legal=_SHAPES, at_least=2)
         require_choices("colours", self.colours, legal=_COLOURS, at_least=2)
@@ -126,13 +132,13 @@ class ParagraphsConfig:
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:
-        """The (colour, shape) that only pairs of the compositional split have."""
+        """Return the (colour, shape) combinations that only the compositional split has."""
         return held_out_combinations(self.colours, self.shapes)
 
 
 @dataclass(frozen=True)
 class Possession:
-    """What a person has: a size is told of one object and never of more."""
+    """The objects of one person; a text states the size only of a single object."""
 
     person: str
     number: int
@@ -142,18 +148,18 @@ class Possession:
 
     @property
     def owner(self) -> str:
-        """With the preposition: "у ани"."""
+        """Return the person with the preposition, e.g. "у ани"."""
         return f"у {NAMES[self.person]}"
 
     @property
     def phrase(self) -> str:
-        """As the text calls it: "большой синий круг" or "три красные звезды"."""
+        """Return the phrase in the text, e.g. "большой синий круг" or "три красные звезды"."""
         if self.number == 1:
             return noun_phrase(self.size, self.colour, self.shape)
         return counted_phrase(self.number, self.colour, self.shape)
 
     def named(self, *words: str) -> str:
-        """A noun and adjectives for it, in its number: "звёзды"."""
+        """Return a noun with adjectives in the number of the objects, e.g. "звёзды"."""
         return noun_phrase(*words) if self.number == 1 else plural_phrase(*words)
 
 
@@ -166,7 +172,7 @@ class QuestionAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A text, what it tells, and a question about it."""
+    """A text with the possessions that it states, and a question with its answer."""
 
     family: str
     context: str
@@ -176,13 +182,15 @@ class Paragraph:
 
 
 class Paragraphs:
-    """One split of the texts; see ``PairDataset``. There is no image: of what size it would be
-    changes nothing.
+    """One split of the texts with questions; see ``PairDataset``.
 
-    The ``question`` of a pair is the text and, after it, what is asked, and the caption is the
-    answer. ``attributes`` are ``family``, ``context`` and ``question``. A pair of the
-    compositional split asks about objects with a look of ``ParagraphsConfig.held_out``, which no
-    other split has; the hash of the text says where any other pair belongs.
+    There are no images, so ``image_size`` has no effect.  The ``question`` of a pair is the text
+    followed by the question, and the caption is the answer.  ``attributes`` are ``family``,
+    ``context`` and ``question``.
+
+    A pair of the compositional split asks about objects with a combination in
+    ``ParagraphsConfig.held_out``, which no other split has.  The hash of the text decides the
+    split of any other pair.
     """
 
     def __init__(self, config: ParagraphsConfig, *, split: str, image_size: int) -> None:
@@ -192,9 +200,11 @@ class Paragraphs:
         self.digest = json_digest("paragraphs", PARAGRAPHS_VERSION, NAMES, asdict(config), split)
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return num_examples(self.config, self.split)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         paragraph = self.paragraph(index)
         return Pair(
             key=f"paragraphs/{self.split}/{index:06d}",
@@ -209,10 +219,10 @@ class Paragraphs:
         )
 
     def paragraph(self, index: int) -> Paragraph:
-        """The truth about the pair at ``index``."""
+        """Return the text, question and answer of the pair at ``index``."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
-        # Before the search for a pair of this split: no family is rarer for being harder to draw.
+        # Choose before rejection sampling, so that families that are often rejected are not rarer.
         family = choose(rng, config.families)
         is_compositional = self.split == "compositional"
         return sample_until(
@@ -225,7 +235,10 @@ class Paragraphs:
 def sample_paragraph(
     family: str, config: ParagraphsConfig, rng: Random, *, is_compositional: bool
 ) -> Paragraph | None:
-    """A text and a question of a family; ``None`` when the text cannot be asked so."""
+    """Sample a text and a question of a family.
+
+    Return ``None`` if the text does not allow the question.
+    """
     held_out = sorted(config.held_out)
     looks = [
         look for look in product(config.colours, config.shapes) if look not in config.held_out
@@ -236,7 +249,7 @@ def sample_paragraph(
     for place, person in enumerate(people):
         is_asked = place == asked
         colour, shape = choose(rng, held_out if is_asked and is_compositional else looks)
-        # Only of one object a size is told.
+        # A text states the size only of a single object.
         most = 1 if is_asked and family == "size" else config.max_count
         number, size = choose_number(rng, 1, most), choose(rng, _SIZES)
         possessions.append(Possession(person, number, size, colour, shape))
@@ -257,24 +270,24 @@ def _sentence(each: Possession, rng: Random) -> str:
 
 
 def thing_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
-    """All that a person has."""
+    """Return a question about all that a person has."""
     return QuestionAnswer(f"что {asked.owner}?", asked.phrase)
 
 
 def colour_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
-    """The colour of what a person has."""
+    """Return a question about the colour of a person's objects."""
     question = f"какого цвета {asked.named(asked.shape)} {asked.owner}?"
     return QuestionAnswer(question, quality(asked.colour))
 
 
 def size_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
-    """The size of the one object of a person."""
+    """Return a question about the size of a person's only object."""
     question = f"какого размера {asked.named(asked.shape)} {asked.owner}?"
     return QuestionAnswer(question, quality(asked.size))
 
 
 def count_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
-    """How many objects a person has."""
+    """Return a question about the number of a person's objects."""
     question = f"сколько {plural_phrase(asked.shape, case='genitive')} {asked.owner}?"
     return QuestionAnswer(question, numeral(asked.number, asked.shape))
 
@@ -282,7 +295,10 @@ def count_question(rng: Random, _: Sequence[Possession], asked: Possession) -> Q
 def owner_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
 ) -> QuestionAnswer | None:
-    """Who has objects of a shape, or of a colour and a shape."""
+    """Return a question about who has objects of a shape, or of a colour and a shape.
+
+    Return ``None`` if several people have them.
+    """
     words = (asked.shape,) if rng.random() < 0.5 else (asked.colour, asked.shape)
     owners = [each for each in possessions if set(words) <= {each.colour, each.shape}]
     if len(owners) > 1:
@@ -293,11 +309,14 @@ def owner_question(
 def existence_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
 ) -> QuestionAnswer | None:
-    """Whether a person has what somebody has."""
+    """Return a yes-no question about whether a person has objects of a shape.
+
+    Return ``None`` if everybody has the same shape.
+    """
     has_it = rng.random() < 0.5
     others = [each for each in possessions if each.shape != asked.shape]
     if not others:
-        # For "да" as well: or it would be likelier where everybody has the same shape.
+        # Return None for "да" too; otherwise equal shapes would make that answer more likely.
         return None
     owner = asked.owner if has_it else choose(rng, others).owner
     return QuestionAnswer(
@@ -308,7 +327,10 @@ def existence_question(
 def comparison_question(
     rng: Random, possessions: Sequence[Possession], asked: Possession
 ) -> QuestionAnswer | None:
-    """Which of two people has more objects."""
+    """Return a question about which of two people has more objects.
+
+    Return ``None`` if everybody has the same number of objects.
+    """
     others = [each for each in possessions if each.number != asked.number]
     if not others:
         return None

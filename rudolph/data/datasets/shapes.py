@@ -1,21 +1,21 @@
-"""A made world with exact truth: coloured shapes on a grid and the Russian sentences about them.
+"""A synthetic dataset with exact ground truth: coloured shapes on a grid, with Russian captions.
 
-A *scene* is a few objects, each with a shape, a colour, a size and a cell of the grid. A *family*
-is a kind of sentence, and the sentence states all that is asked of an image of it:
+A *scene* has a few objects, each with a shape, a colour, a size and a grid cell.  A *family* is a
+type of sentence.  The sentence states everything that an image of it must show:
 
 ========  =========================================  ===========================================
-family    a sentence                                 what it states
+family    example sentence                           statement
 ========  =========================================  ===========================================
-one       большой синий круг в центре                one object, everything of it
-two       ... круг слева сверху, ... крест справа    two objects, everything of them
-relation  маленький чёрный крест под синим кругом    two objects of one row or column and their
+one       большой синий круг в центре                one object with all its attributes
+two       ... круг слева сверху, ... крест справа    two objects with all their attributes
+relation  маленький чёрный крест под синим кругом    two objects in one row or column and their
                                                      order; the second may have any size
-count     пять жёлтых квадратов                      how many, in any cells, of any one size
+count     пять жёлтых квадратов                      the number; cells and common size are free
 ========  =========================================  ===========================================
 
-Scene ``index`` of a split depends on the configuration, the split and the index alone.
-``shapes_scenes`` draws scenes, ``shapes_images`` paints them, ``shapes_russian`` has the words,
-``shapes_hard_negatives`` changes one thing of a scene, and ``shapes_checker`` reads images back.
+Scene ``index`` depends only on the configuration, the split and the index.  ``shapes_scenes``
+samples scenes and ``shapes_rendering`` renders them.  ``shapes_russian`` has the words,
+``shapes_hard_negatives`` changes one thing in a scene, and ``shapes_checker`` reads images.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,17 +56,20 @@ from rudolph.data.pairs import Pair, require_split
 
 __all__ = ["Shapes", "ShapesConfig", "is_sentence", "true_sentences"]
 
-# Counted up whenever the same configuration would give other images or sentences than before.
+# Part of every digest; increment it when the same configuration gives other pairs.
 WORLD_VERSION = 1
 
 
 class Shapes:
-    """One split of the world; see ``PairDataset``, ``Ranked`` and ``Classified``.
+    """One split of the scenes; see ``PairDataset``, ``HasHardNegatives`` and ``HasClasses``.
 
-    ``attributes`` of a pair are ``family`` and ``objects``: "small red circle 0 2; ...", with row
-    and column. A scene of the compositional split has an object of ``ShapesConfig.held_out``, no
-    other scene has one; the hash of its sentence says where any other scene belongs. The classes
-    are a colour and a shape, of the scenes with exactly one object.
+    The ``attributes`` of a pair are ``family`` and ``objects``, e.g. "small red circle 0 2; ...",
+    with row and column.  The classes are the (colour, shape) combinations of scenes with exactly
+    one object.
+
+    Every scene of the compositional split has an object with a combination in
+    ``ShapesConfig.held_out``, and no other scene has one.  The hash of its sentence decides the
+    split of any other scene.
     """
 
     def __init__(self, config: ShapesConfig, *, split: str, image_size: int) -> None:
@@ -79,13 +82,15 @@ class Shapes:
         self._looks = tuple(product(config.colours, config.shapes))
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return num_examples(self.config, self.split)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         return self._pair(f"shapes/{self.split}/{index:06d}", self.scene(index))
 
     def scene(self, index: int) -> Scene:
-        """The truth about the pair at ``index``."""
+        """Return the scene of the pair at ``index``."""
         config = self.config
         rng = example_rng(
             index, seed=config.seed, split=self.split, length=len(self), unit="scenes"
@@ -98,14 +103,14 @@ class Shapes:
         )
 
     def sentences(self, index: int) -> list[str]:
-        """Every sentence that is true of the image at ``index``, its caption among them."""
+        """Return every sentence that is true of the image at ``index``, including its caption."""
         return true_sentences(self.scene(index).objects, self.config)
 
     def hard_negatives(self, index: int, number: int) -> list[Pair]:
-        """Pairs that differ from the one at ``index`` in one thing; fewer if there are no more.
+        """Return up to ``number`` pairs that differ from the pair at ``index`` in one thing.
 
-        Their attribute ``changed`` says in which: a key of ``shapes_hard_negatives.CHANGES``. The
-        first of many are those of few.
+        Their attribute ``changed`` is the kind of change, a key of
+        ``shapes_hard_negatives.CHANGES``.  A shorter list is a prefix of a longer one.
         """
         rng = Random(f"{self.config.seed}/{self.split}/{index}/rivals")
         found = hard_negatives_of(self.scene(index), self.config, rng)
@@ -118,21 +123,21 @@ class Shapes:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Every colour with every shape: "один красный круг" and so on."""
+        """Return a caption per combination of colour and shape, e.g. "один красный круг"."""
         return tuple(counted_phrase(1, colour, shape) for colour, shape in self._looks)
 
     def class_index(self, index: int) -> int | None:
-        """The class of a scene with one object, and of no other."""
+        """Return the class of the pair at ``index``, or None if its scene has several objects."""
         objects = self.scene(index).objects
         if len(objects) > 1:
             return None
         return self._looks.index((objects[0].colour, objects[0].shape))
 
     def distinct(self, number: int) -> list[int]:
-        """The first ``number`` indices whose sentences have not come before.
+        """Return the first ``number`` indices with distinct sentences.
 
         Raises:
-            ValueError: the split has fewer different sentences.
+            ValueError: If the split has fewer distinct sentences.
         """
         first: dict[str, int] = {}
         for index in range(len(self)):
@@ -160,7 +165,7 @@ class Shapes:
 
 
 def is_sentence(text: str, config: ShapesConfig) -> bool:
-    """Whether the world can say this, letter for letter, in any split.
+    """Return whether the dataset can generate exactly this sentence, in any split.
 
     >>> config = ShapesConfig()
     >>> is_sentence("пять жёлтых квадратов", config), is_sentence("пять жёлтых кругом", config)
@@ -170,16 +175,17 @@ def is_sentence(text: str, config: ShapesConfig) -> bool:
     first, comma, second = text.partition(", ")
     if comma:
         is_known = "two" in config.families and first in placed and second in placed
-        # In reading order, and never two objects in one cell.
+        # Objects are in reading order, and never two in one cell.
         return is_known and placed[first] < placed[second]
     return text in _short_sentences(config)
 
 
 def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list[str]:
-    """Every sentence of the world that is true of just these objects, in the order of families.
+    """Return every sentence that is true of exactly these objects, in the order of families.
 
-    One image can have several: of two objects in a row each is beside the other, and both have
-    a place.  Which of them a pair has for its caption cannot be seen in the image.
+    One image can have several sentences.  Two objects in a row or column have a relation in each
+    direction, and each has a named cell.  The image does not determine which sentence is the
+    caption.
 
     >>> true_sentences([SceneObject("circle", "red", "small", 0, 1)], ShapesConfig())
     ['маленький красный круг сверху', 'один красный круг']
@@ -200,7 +206,10 @@ def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list
 
 
 def _relation(first: SceneObject, second: SceneObject) -> str | None:
-    """Where the first is, seen from the second; None for equal looks or no line through both."""
+    """Return the relation of the first object to the second.
+
+    Return None if they are equal in shape and colour, or not in one row or column.
+    """
     if (first.shape, first.colour) == (second.shape, second.colour):
         return None
     down, right = first.row - second.row, first.column - second.column
@@ -210,7 +219,7 @@ def _relation(first: SceneObject, second: SceneObject) -> str | None:
 
 @lru_cache(maxsize=4)
 def _placed_phrases(config: ShapesConfig) -> dict[str, Cell]:
-    """All that can be said of one object in a named place, and the cell it stands in."""
+    """Return a mapping from the phrase of every object in every cell to that cell."""
     return {
         placed_phrase(SceneObject(shape, colour, size, *cell), config.grid): cell
         for shape, colour, size in product(config.shapes, config.colours, SIZES)
@@ -220,7 +229,7 @@ def _placed_phrases(config: ShapesConfig) -> dict[str, Cell]:
 
 @lru_cache(maxsize=4)
 def _short_sentences(config: ShapesConfig) -> frozenset[str]:
-    """All sentences without a comma."""
+    """Return all sentences without a comma."""
     looks = tuple(product(config.colours, config.shapes))
     families: dict[str, Iterable[str]] = {
         "one": _placed_phrases(config),

@@ -1,13 +1,13 @@
-"""Reads an image of the world of shapes back, and says whether it shows what a sentence states.
+"""Template matching on images of synthetic shapes, which reads objects and checks sentences.
 
-The reader tries to draw every cell of the image itself: it lays each shape in each size, in many
-places and more or less blurred, over the cell as a template, fits the colours of the object and of
-what is behind it by least squares, and keeps the template that explains most of the cell. What the
-other templates leave unexplained says how sure the reading is. All of this is one matrix product,
-which averages the noise, the blur and the stray pixels of a generated image away.
+Every cell of the image is compared with templates: each shape in each size, at many offsets and
+several blurs.  A least-squares fit gives the colours of the object and the background.  The
+template that explains the largest fraction of the cell's variance wins, and the fractions of the
+other templates give the confidence.  The fit is one matrix product, which averages out noise, blur
+and stray pixels of generated images.
 
-Shapes: H hypotheses (a shape and a size), T of them in a place, B blurs, P pixels of a cell,
-C cells; the three channels are brightness and two of hue.
+Shapes: C cells, P pixels per cell, H hypotheses (a shape and a size), T hypotheses at an offset, B
+blurs.  The three channels are brightness and two channels of hue.
 """
 
 from collections.abc import Callable
@@ -36,30 +36,33 @@ FloatArray = NDArray[np.floating[Any]]
 _COLOURS = tuple(PALETTE)
 _HYPOTHESES = tuple(product(SIGNED_DISTANCES, SIZES))
 
-# Pixels a side of a cell, once the image has been brought to the size that the reader works in.
+# Pixels per side of a cell, after the image is resized for reading.
 _CELL = 16
-# How far off the middle of its cell an object is looked for, in cells.
+# Offsets of the templates from the centre of a cell, in cells.
 _OFFSETS = np.linspace(-0.18, 0.18, 9)
-# Standard deviations of the blurs, in cells. JPEG and VQ codes blur hue more than brightness, so
-# each has its own blur, and brightness only one of the first two: a wide blur of brightness would
-# explain any stain as an object.
+# Standard deviations of the blurs, in cells. Hue and brightness have separate blurs, because JPEG
+# and VQ codes blur hue more. Brightness uses only the first two: with a wide blur any stain would
+# match an object.
 _BLURS = (0.05, 0.1, 0.18)
 _NUM_BRIGHTNESS_BLURS = 2
-# From RGB to brightness and two differences from it, which count for less when shapes are told
-# apart.
+# Maps RGB to brightness and two colour differences, which have less weight in the choice of the
+# shape.
 _OPPONENT = np.array([[0.299, 0.587, 0.114], [-0.18, -0.35, 0.53], [0.42, -0.35, -0.07]]) / 255
 _HUE_WEIGHT = 0.2
-# Errors of neighbouring pixels go together: as many independent ones say how sure a fit is.
+# Effective number of pixels in the likelihood, as errors of neighbouring pixels correlate.
 _INDEPENDENT_PIXELS = 24
 _COLOUR_SPREAD = 0.07
-# A cell holds an object when it is this like one, where 1 is its full colour without any noise.
+# Likeness at which a cell holds an object; 1 is its full colour without any noise.
 _LEAST_PRESENCE, _PRESENCE_SPREAD = 0.45, 0.05
 _FAINTEST_CONTENT = 1e-3
 
 
 @dataclass(frozen=True)
 class ReadObject:
-    """An object found in an image; ``confidence`` in [0, 1] that all of it is read right."""
+    """An object found in an image.
+
+    ``confidence`` in [0, 1] is the probability that all its attributes are correct.
+    """
 
     shape: str
     colour: str
@@ -71,7 +74,10 @@ class ReadObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """All objects found, in reading order; ``confidence`` in [0, 1] that all is read right."""
+    """All objects found in an image, in reading order, with a confidence in [0, 1].
+
+    ``confidence`` is the probability that the whole reading, with its empty cells, is correct.
+    """
 
     objects: tuple[ReadObject, ...]
     confidence: float
@@ -79,10 +85,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class SceneVerdict:
-    """Whether an image shows what a sentence states, and nothing else.
+    """The result of checking an image against a sentence.
 
-    ``object_accuracy`` is the share of right objects among those stated or read, whichever are
-    more.
+    ``right`` is true if the image shows exactly what the sentence states.  ``object_accuracy`` is
+    the number of correct objects divided by the number of stated or of read objects, whichever is
+    larger.
     """
 
     right: bool
@@ -93,10 +100,14 @@ class SceneVerdict:
 
 
 def read_scene(image: Image.Image | NDArray[np.uint8], *, grid: int) -> Reading:
-    """The objects in a square image, a PIL image or ``(side, side, 3)`` RGB bytes.
+    """Return the objects in a square image.
+
+    Args:
+        image: A PIL image, or RGB bytes ``(side, side, 3)``.
+        grid: Cells per side.
 
     Raises:
-        ValueError: the image is not square, or has less than 24 pixels a side.
+        ValueError: If the image is not square or has less than 24 pixels per side.
     """
     share, contrast = _explain(_cells(image, grid))
     hypothesis = _softmax(-_INDEPENDENT_PIXELS / 2 * np.log(1.002 - share))  # (C, H)
@@ -120,7 +131,7 @@ def read_scene(image: Image.Image | NDArray[np.uint8], *, grid: int) -> Reading:
 
 
 def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> FloatArray:
-    """The cells in reading order, ``(C, P, 3)``, in opponent colours."""
+    """Return the cells in reading order, ``(C, P, 3)``, in opponent colours."""
     rgb = image if isinstance(image, Image.Image) else Image.fromarray(image)
     width, height = rgb.size
     if width != height or width < SMALLEST_IMAGE:
@@ -135,7 +146,10 @@ def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> FloatArray:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[FloatArray, FloatArray]:
-    """Templates ``(T * B, P)`` of mean 0 and length 1; lengths before that ``(T, B, 1, 1)``."""
+    """Return templates ``(T * B, P)`` of mean 0 and norm 1, and their original norms.
+
+    The norms are those of the centred templates before normalisation, ``(T, B, 1, 1)``.
+    """
     points = (np.arange(_CELL) + 0.5) / _CELL - 0.5
     squares = (points[:, None] - points) ** 2
     kernels = [
@@ -153,14 +167,14 @@ def _templates() -> tuple[FloatArray, FloatArray]:
 
 
 def _explain(cells: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The best templates of every cell.
+    """Fit the templates to every cell.
 
     Args:
-        cells: ``(C, P, 3)``.
+        cells: Pixels of the cells, ``(C, P, 3)``.
 
     Returns:
-        The share of a cell's variance that each hypothesis explains, ``(C, H)``, and how the
-        object of the best one differs from what is behind it, ``(C, 3)``.
+        The fraction of each cell's variance that each hypothesis explains, ``(C, H)``, and the
+        difference between object and background for the best template, ``(C, 3)``.
     """
     templates, lengths = _templates()
     every = np.arange(len(cells))
@@ -188,11 +202,11 @@ def _softmax(logits: FloatArray) -> FloatArray:
     return probabilities
 
 
-# --- judging -------------------------------------------------------------------------------------
+# --- checking ------------------------------------------------------------------------------------
 
 
 def check_scene(scene: Scene, reading: Reading) -> SceneVerdict:
-    """Whether an image that was read so shows what the sentence of ``scene`` states."""
+    """Check a reading of an image against the sentence of ``scene``."""
     num_right, sentence_holds = JUDGES[scene.family](scene, reading.objects)
     most = max(len(scene.objects), len(reading.objects))
     return SceneVerdict(
@@ -201,7 +215,7 @@ def check_scene(scene: Scene, reading: Reading) -> SceneVerdict:
 
 
 def check_positions(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
-    """Each object with its size, in its cell."""
+    """Count the objects that have the right shape, colour and size in the right cell."""
     read = {(each.row, each.column): each for each in found}
     right = [
         (each.row, each.column) in read and _alike(each, read[each.row, each.column])
@@ -211,7 +225,10 @@ def check_positions(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, b
 
 
 def check_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
-    """The first object with its size, the second of any size, straight in the stated direction."""
+    """Count the correct objects of a relation, and check its direction.
+
+    The first object must have its size, while the second may have any size.
+    """
     assert scene.relation is not None
     first, second = scene.objects
     best = (0, False)
@@ -222,7 +239,10 @@ def check_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bo
 
 
 def check_count(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
-    """As many objects of the shape and the colour, of any size, in any cells."""
+    """Count the objects of the stated shape and colour, of any size and in any cell.
+
+    The count is at most the stated number.
+    """
     model = scene.objects[0]
     num_alike = sum(_alike(model, each, any_size=True) for each in found)
     return min(num_alike, len(scene.objects)), True
@@ -241,7 +261,7 @@ def _direction(one: ReadObject | None, other: ReadObject | None) -> tuple[int, i
     return int(np.sign(one.row - other.row)), int(np.sign(one.column - other.column))
 
 
-# How many objects are as a sentence states, and whether all else that it states holds.
+# Each returns the number of correct objects, and whether the rest of the sentence holds.
 JUDGES: dict[str, Callable[[Scene, tuple[ReadObject, ...]], tuple[int, bool]]] = {
     "one": check_positions,
     "two": check_positions,

@@ -1,11 +1,11 @@
-"""Scenes that are easily taken for another: each differs from it in exactly one thing.
+"""Hard negatives of scenes: scenes that differ from a given one in exactly one thing.
 
-What is changed is the colour, the shape, the size or the place of one object, the number of the
-objects, or the relation between them. A change that the sentence does not tell is no negative: the
+A change alters the colour, shape, size or cell of one object, the number of objects, or the
+relation between them.  A change that the sentence does not express gives no negative, because the
 sentence would be true of both images.
 
-To add a change, write a function ``(Scene, ShapesConfig, Random) -> Iterator[Scene]`` and name it
-in ``CHANGES``.
+To add a change, write a function ``(Scene, ShapesConfig, Random) -> Iterator[Scene]`` and add it
+to ``CHANGES``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +28,17 @@ from rudolph.data.datasets.synthetic import choose_distinct
 
 
 class HardNegative(NamedTuple):
-    """A scene, and the one thing in which it differs: a key of ``CHANGES``."""
+    """A scene, and the one thing in which it differs as a key of ``CHANGES``."""
 
     changed: str
     scene: Scene
 
 
 def hard_negatives_of(scene: Scene, config: ShapesConfig, rng: Random) -> list[HardNegative]:
-    """All negatives of a scene, each kind of change as often as it can among the first ones.
+    """Return all hard negatives of a scene, with kinds of change in rotation.
 
-    All sentences differ from one another and from that of the scene.
+    The order within each kind is random.  All sentences differ from one another and from that of
+    the scene.
     """
     kinds = []
     for changed, change in CHANGES.items():
@@ -54,22 +55,22 @@ def hard_negatives_of(scene: Scene, config: ShapesConfig, rng: Random) -> list[H
 
 
 def other_colours(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """One object of another colour; in a count, all of them."""
+    """Yield scenes with another colour of one object or, in a count, of all objects."""
     return _repainted(scene, config, "colour", config.colours)
 
 
 def other_shapes(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """One object of another shape; in a count, all of them."""
+    """Yield scenes with another shape of one object or, in a count, of all objects."""
     return _repainted(scene, config, "shape", config.shapes)
 
 
 def other_sizes(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """One object of the other size."""
+    """Yield scenes with the other size of one object."""
     return _repainted(scene, config, "size", tuple(SIZES))
 
 
 def other_places(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """One object in a free cell, where a sentence names the cells."""
+    """Yield scenes with one object moved to a free cell, if their sentences name cells."""
     if scene.family not in ("one", "two"):
         return
     taken = {(each.row, each.column) for each in scene.objects}
@@ -82,7 +83,7 @@ def other_places(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scen
 
 
 def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[Scene]:
-    """A count with some objects taken away, or with more of them."""
+    """Yield scenes of a count with objects removed or added."""
     if scene.family != "count":
         return
     taken = {(each.row, each.column) for each in scene.objects}
@@ -97,7 +98,10 @@ def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[S
 
 
 def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """The same two objects in each of the other relations, in the same line and places of it."""
+    """Yield the same two objects in each relation.
+
+    The index of their row or column and their positions in it stay the same.
+    """
     if scene.relation is None:
         return
     first, second = scene.objects

@@ -1,7 +1,7 @@
-"""Families of questions about the world of shapes; ``shapes_questions`` tells about them.
+"""Families of questions about synthetic shapes; ``shapes_questions`` describes them.
 
-To add a family, write a function ``(QuestionSampler) -> Question | None`` and name it in
-``QUESTION_FAMILIES``; ``None`` is a draw that failed.
+To add a family, write a function ``(QuestionSampler) -> Question | None`` and add it to
+``QUESTION_FAMILIES``; it returns ``None`` for a failed attempt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +21,9 @@ from rudolph.data.datasets.shapes_russian import (
 from rudolph.data.datasets.shapes_scenes import cells, sample_shift
 from rudolph.data.datasets.synthetic import Option, choose, choose_distinct, choose_number
 
-# A colour and a shape.
+# (colour, shape).
 ObjectAttributes = tuple[str, str]
-# What a description says: the shape, both, or the colour of a "figure".
+# Descriptions name the shape, both, or the colour of a "figure".
 _DESCRIPTIONS: tuple[Callable[[ObjectAttributes], tuple[str, ...]], ...] = (
     lambda look: (look[1],),
     lambda look: look,
@@ -33,7 +33,10 @@ _DESCRIPTIONS: tuple[Callable[[ObjectAttributes], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question about objects, its answer, and the looks of what it asks about."""
+    """A question about objects, with its answer.
+
+    ``asked`` holds the (colour, shape) combinations that the question is about.
+    """
 
     family: str
     text: str
@@ -44,9 +47,15 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSampler:
-    """Draws what a question needs.
+    """A sampler of the objects and words of a question.
 
-    ``looks`` are those of any object; what is asked for has one of ``targets``.
+    Attributes:
+        rng: Random number generator of the example.
+        grid: Cells per side.
+        max_objects: Largest number of objects of a scene.
+        jitter: Largest offset of an object from the centre of its cell per axis, in cells.
+        looks: (colour, shape) combinations of any object.
+        targets: (colour, shape) combinations that a question can be about.
     """
 
     rng: Random
@@ -57,15 +66,16 @@ class QuestionSampler:
     targets: Sequence[ObjectAttributes]
 
     def choose(self, options: Sequence[Option]) -> Option:
+        """Sample one of the options uniformly."""
         return choose(self.rng, options)
 
     def description(self) -> tuple[ObjectAttributes, tuple[str, ...]]:
-        """A look that is asked for, and the words that ask for it: adjectives and a noun."""
+        """Sample a target and a description of it: adjectives and a noun."""
         look = self.choose(self.targets)
         return look, self.choose(_DESCRIPTIONS)(look)
 
     def fitting(self, number: int, *words: str) -> list[ObjectAttributes]:
-        """Looks that fit a description."""
+        """Sample ``number`` (colour, shape) combinations that fit a description."""
         looks = [look for look in self.looks if fits(look, words)]
         return [self.choose(looks) for _ in range(number)]
 
@@ -76,9 +86,16 @@ class QuestionSampler:
         least: int = 0,
         near: ObjectAttributes | None = None,
     ) -> list[ObjectAttributes]:
-        """Looks that fit none of the descriptions, as many as drawn, or as there can be.
+        """Sample (colour, shape) combinations that fit none of the descriptions.
 
-        Every other one has the colour or the shape of ``near``: only who looks at both can answer.
+        Each one shares the colour or the shape of ``near`` with probability at least 0.5, if there
+        are such combinations.  Answering therefore requires attending to both.
+
+        Args:
+            most: Largest number of combinations.
+            *descriptions: Words of the descriptions that must not fit.
+            least: Smallest number of combinations, unless none is left to choose from.
+            near: Combination of the target, if there is one.
         """
         looks = [
             look for look in self.looks if not any(fits(look, words) for words in descriptions)
@@ -93,7 +110,12 @@ class QuestionSampler:
     def place(
         self, looks: Sequence[ObjectAttributes], sizes: Sequence[str] = ()
     ) -> list[SceneObject]:
-        """Objects of these looks, the first ones of these sizes, in cells of their own."""
+        """Place objects of these combinations in distinct random cells.
+
+        Args:
+            looks: (colour, shape) combination of each object.
+            sizes: Sizes of the first objects; the others have random sizes.
+        """
         places = choose_distinct(self.rng, cells(self.grid), number=len(looks))
         objects = []
         for number, ((colour, shape), cell) in enumerate(zip(looks, places, strict=True)):
@@ -105,20 +127,20 @@ class QuestionSampler:
     def place_one(
         self, target: ObjectAttributes, *descriptions: Iterable[str]
     ) -> list[SceneObject]:
-        """The target first, and others that fit none of the descriptions."""
+        """Place the target, returned first, and objects that fit none of the descriptions."""
         others = self.others(self.max_objects - 1, *descriptions, near=target)
         return self.place([target, *others])
 
 
 def fits(look: ObjectAttributes, words: Iterable[str]) -> bool:
-    """Whether a description is true of a look: everything is a figure."""
+    """Return whether a description is true of a combination; everything is a "figure"."""
     return set(words) <= {*look, "figure"}
 
 
 def is_clear(target: SceneObject, objects: Iterable[SceneObject], *, grid: int) -> bool:
-    """Whether nothing else can be meant by the name of the target's cell.
+    """Return whether the name of the target's cell cannot refer to another object.
 
-    "слева сверху" and "в центре" are one cell, while "слева" may be understood as all that side.
+    "слева сверху" and "в центре" name one cell, but "слева" can also mean the whole left side.
     """
     if grid == 2 or (target.row == 1) == (target.column == 1):
         return True
@@ -143,7 +165,10 @@ def _question(
 
 
 def shapes_colour_question(draw: QuestionSampler) -> Question | None:
-    """The colour of the one object of its shape, or of the one in a place."""
+    """Return a question about the colour of an object identified by its shape or its cell.
+
+    Return ``None`` if the name of the cell is ambiguous.
+    """
     target, grid = draw.choose(draw.targets), draw.grid
     if draw.rng.random() < 0.5:
         shape = target[1]
@@ -158,7 +183,10 @@ def shapes_colour_question(draw: QuestionSampler) -> Question | None:
 
 
 def shapes_shape_question(draw: QuestionSampler) -> Question | None:
-    """The shape of the one object of its colour, or of the one in a place."""
+    """Return a question about the shape of an object identified by its colour or its cell.
+
+    Return ``None`` if the name of the cell is ambiguous.
+    """
     target, grid = draw.choose(draw.targets), draw.grid
     if draw.rng.random() < 0.5:
         colour = target[0]
@@ -173,7 +201,7 @@ def shapes_shape_question(draw: QuestionSampler) -> Question | None:
 
 
 def shapes_size_question(draw: QuestionSampler) -> Question:
-    """The size of the one object that fits a description."""
+    """Return a question about the size of the only object that fits a description."""
     target, words = draw.description()
     first, *others = draw.place_one(target, words)
     text = f"какого размера {noun_phrase(*words)}?"
@@ -181,7 +209,7 @@ def shapes_size_question(draw: QuestionSampler) -> Question:
 
 
 def shapes_position_question(draw: QuestionSampler) -> Question:
-    """The place of the one object that fits a description."""
+    """Return a question about the cell of the only object that fits a description."""
     target, words = draw.description()
     first, *others = draw.place_one(target, words)
     answer = position_phrase(first.row, first.column, grid=draw.grid)
@@ -189,7 +217,10 @@ def shapes_position_question(draw: QuestionSampler) -> Question:
 
 
 def shapes_count_question(draw: QuestionSampler) -> Question:
-    """How many objects fit a description, of which every fourth is all objects."""
+    """Return a question about the number of objects that fit a description.
+
+    A quarter of the questions count all objects.
+    """
     target, words = draw.description()
     most = draw.max_objects
     if draw.rng.random() < 0.25:
@@ -198,7 +229,7 @@ def shapes_count_question(draw: QuestionSampler) -> Question:
         return _question("count", "сколько всего фигур?", answer, draw.place(looks), looks)
     number = choose_number(draw.rng, 0, most)
     counted = draw.fitting(number, *words)
-    # At least one object in the image: an empty one tells the answer by itself.
+    # At least one object, because an empty image would reveal the answer.
     others = draw.others(most - number, words, least=int(number == 0), near=target)
     text = f"сколько {plural_phrase(*words, case='genitive')}?"
     asked = [*counted, target] if words == target else counted
@@ -207,7 +238,7 @@ def shapes_count_question(draw: QuestionSampler) -> Question:
 
 
 def shapes_existence_question(draw: QuestionSampler) -> Question:
-    """Whether there is an object of a colour and a shape."""
+    """Return a yes-no question about whether an object of a colour and a shape exists."""
     target = draw.choose(draw.targets)
     is_there = draw.rng.random() < 0.5
     found = draw.fitting(int(is_there), *target)
@@ -219,7 +250,7 @@ def shapes_existence_question(draw: QuestionSampler) -> Question:
 
 
 def shapes_comparison_question(draw: QuestionSampler) -> Question:
-    """Which of two kinds are more, whether one is more, or which of two objects is larger."""
+    """Return a question that compares two numbers of objects or the sizes of two objects."""
     form = draw.choose(("which", "whether", "larger"))
     return _ask_larger(draw) if form == "larger" else _ask_more(draw, form)
 
@@ -230,7 +261,7 @@ def _ask_more(draw: QuestionSampler, form: str) -> Question:
     first, second = choose_distinct(draw.rng, kinds, number=2)
     name = qualities if is_of_colours else _many
     most = draw.max_objects
-    # Which side the difference of the numbers is on; for a plain "нет" the second or none.
+    # Sign of the difference of the numbers; "whether" repeats 1, so that "да" is as frequent.
     side = draw.choose((1, -1, 0) if form == "which" else (1, 1, -1, 0))
     numbers = draw.choose(
         [

@@ -1,9 +1,9 @@
-"""Questions about images of the world of shapes, with exact answers.
+"""Questions about images of synthetic shapes, with exact answers.
 
-A scene has one to five objects in different cells. A *family* is a kind of question:
+A scene has one to five objects in different cells.  A *family* is a type of question:
 
 ==========  =============================================  ====================================
-family      a question                                     answers
+family      example question                               answers
 ==========  =============================================  ====================================
 colour      какого цвета круг? ... фигура слева сверху?    синий: agrees with "цвет"
 shape       какая фигура красная? ... слева сверху?        круг
@@ -17,12 +17,13 @@ comparison  чего больше: кругов или крестов?          
 existence   есть ли зелёный крест?                         да or нет
 ==========  =============================================  ====================================
 
-What is asked for by a description is there exactly once, and what is asked for by a place cannot
-be meant by another: "слева" is the cell in the middle of the left side, so no other object is on
-that side. Answers are drawn first, and a scene around them: "да" is as frequent as "нет", and so
-are the numbers of a count and the sides of a comparison.
+An object identified by a description occurs exactly once.  An object identified by its cell is
+unambiguous: "слева" is the middle cell of the left side, so no other object is on that side.
 
-``shapes_question_families`` draws the questions, and says how to add a family.
+Answers are sampled before the scene.  Therefore "да" is as frequent as "нет", and the numbers of a
+count and the sides of a comparison are equally frequent too.
+
+``shapes_question_families`` samples the questions and explains how to add a family.
 """
 
 from dataclasses import asdict, dataclass
@@ -55,20 +56,25 @@ from rudolph.data.datasets.synthetic import (
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other images or texts than before.
+# Part of every digest; increment it when the same configuration gives other pairs.
 QUESTIONS_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ShapesQuestionsConfig:
-    """Which scenes and questions there are, and how many of each split.
+    """Configuration of the scenes and questions, and the size of each split.
 
-    Args:
-        grid: cells a side, 2 or 3.
-        max_objects: the most objects of a scene, 3 to 5 (4 when ``grid`` is 2).
-        jitter: how far an object may stand off the middle of its cell, in cells.
-        num_test: pairs of the test split, and as many of the compositional one.
-        seed: another seed draws other pairs, and leaves every pair in its split.
+    Attributes:
+        grid: Cells per side, 2 or 3.
+        families: Keys of ``QUESTION_FAMILIES``.
+        shapes: Keys of ``SIGNED_DISTANCES``, at least two.
+        colours: Keys of ``PALETTE``, at least two.
+        max_objects: Largest number of objects of a scene, 3 to 5 (4 if ``grid`` is 2).
+        jitter: Largest offset of an object from the centre of its cell per axis, in cells.
+        num_train: Number of pairs in the training split.
+        num_validation: Number of pairs in the validation split.
+        num_test: Number of pairs in the test split and in the compositional split.
+        seed: Seed of the pairs; it does not change the split of a pair.
     """
 
     grid: int = 3
@@ -91,6 +97,7 @@ class ShapesQuestionsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         if self.grid not in (2, 3):
             raise ValueError(f"grid must be 2 or 3, got {self.grid}")
         require_choices("families", self.families, legal=QUESTION_FAMILIES, at_least=1)
@@ -102,17 +109,19 @@ class ShapesQuestionsConfig:
 
     @property
     def held_out(self) -> frozenset[ObjectAttributes]:
-        """The (colour, shape) that only pairs of the compositional split have."""
+        """Return the (colour, shape) combinations that only the compositional split has."""
         return held_out_combinations(self.colours, self.shapes)
 
 
 class ShapesQuestions:
     """One split of the questions; see ``PairDataset``.
 
-    ``attributes`` of a pair are ``family`` and ``objects``: "small red circle 0 2; ...", with row
-    and column, in reading order. A pair of the compositional split asks about something that has a
-    look of ``ShapesQuestionsConfig.held_out``; in no other split is such a thing shown or asked
-    for. The hash of the question and the objects says where any other pair belongs.
+    The ``attributes`` of a pair are ``family`` and ``objects``, e.g. "small red circle 0 2; ...",
+    with row and column, in reading order.
+
+    A pair of the compositional split asks about a combination in
+    ``ShapesQuestionsConfig.held_out``.  No other split shows such an object or asks about one.
+    The hash of the question and the objects decides the split of any other pair.
     """
 
     def __init__(self, config: ShapesQuestionsConfig, *, split: str, image_size: int) -> None:
@@ -125,9 +134,11 @@ class ShapesQuestions:
         self.digest = json_digest("shapes_questions", QUESTIONS_VERSION, *world)
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return num_examples(self.config, self.split)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         question = self.question(index)
         return Pair(
             key=f"shapes_questions/{self.split}/{index:06d}",
@@ -138,10 +149,10 @@ class ShapesQuestions:
         )
 
     def question(self, index: int) -> Question:
-        """The truth about the pair at ``index``."""
+        """Return the question of the pair at ``index``, with its answer and objects."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
-        # Before the search for a pair of this split: no family is rarer for being harder to draw.
+        # Choose before rejection sampling, so that families that are often rejected are not rarer.
         family = choose(rng, config.families)
         every = tuple(product(config.colours, config.shapes))
         others = tuple(look for look in every if look not in config.held_out)
@@ -163,7 +174,10 @@ class ShapesQuestions:
 
 
 def split_of_question(question: Question, config: ShapesQuestionsConfig) -> str | None:
-    """The one split that a question can be of; ``None`` when it would spoil the compositional."""
+    """Return the only split to which a question can belong.
+
+    Return ``None`` if the scene shows a held-out combination that the question is not about.
+    """
     if question.asked & config.held_out:
         return "compositional"
     if any((each.colour, each.shape) in config.held_out for each in question.objects):

@@ -1,6 +1,6 @@
-"""How the world of shapes looks: its shapes, colours and sizes, and the images of its objects.
+"""Rendering of synthetic shapes: their geometry, colours and sizes.
 
-To add a shape or a colour, add its row to ``SIGNED_DISTANCES`` or ``PALETTE``, and its word to
+To add a shape or a colour, add it to ``SIGNED_DISTANCES`` or ``PALETTE``, and its word to
 ``shapes_russian``.
 """
 
@@ -17,8 +17,8 @@ CoverageArray = NDArray[np.floating[Any]]
 SMALLEST_IMAGE = 24
 
 BACKGROUND = (255, 255, 255)
-# As far apart as colours on white can be, and each clearly darker than white: a JPEG file and a
-# small VQ-GAN keep brightness better than hue. Orange is missing: too near to red and yellow.
+# The colours are as distinct as possible, and each is clearly darker than white because JPEG and
+# small VQ-GANs preserve brightness better than hue. Orange would be too close to red and yellow.
 PALETTE = {
     "red": (215, 30, 35),
     "green": (20, 165, 50),
@@ -28,13 +28,16 @@ PALETTE = {
     "black": (20, 20, 20),
     "cyan": (70, 190, 232),
 }
-# Half the width of an object, in cells.
+# Half widths of objects, in cells.
 SIZES = {"small": 0.29, "large": 0.44}
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; ``shift`` (down, right) is how far off its cell's middle it is, in cells."""
+    """An object in a grid cell.
+
+    ``shift`` (down, right) is its offset from the centre of the cell, in cells.
+    """
 
     shape: str
     colour: str
@@ -65,7 +68,7 @@ def _cross(x: CoverageArray, y: CoverageArray) -> CoverageArray:
 
 
 def _star(x: CoverageArray, y: CoverageArray) -> CoverageArray:
-    # All ten edges are mirror images of one, from a tip at (1, 0) to a notch at 36 degrees.
+    # By symmetry, all ten edges reduce to one, from a tip at (1, 0) to a notch at 36 degrees.
     tip, notch, sector = 1.0, 0.55, np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
     edge = np.array([notch * np.cos(sector) - tip, notch * np.sin(sector)])
@@ -74,7 +77,7 @@ def _star(x: CoverageArray, y: CoverageArray) -> CoverageArray:
     return distance
 
 
-# How far a point (x right, y down, in half widths) is outside of a shape; negative inside.
+# Distance of a point (x right, y down, in half widths) from a shape; negative inside.
 SIGNED_DISTANCES: dict[str, Callable[[CoverageArray, CoverageArray], CoverageArray]] = {
     "circle": _circle,
     "square": _square,
@@ -87,10 +90,16 @@ SIGNED_DISTANCES: dict[str, Callable[[CoverageArray, CoverageArray], CoverageArr
 def coverage(
     shape: str, x: CoverageArray, y: CoverageArray, *, radius: float, softness: float
 ) -> CoverageArray:
-    """How much of each point a shape at the origin covers, in [0, 1].
+    """Return the fraction of each point that a shape at the origin covers, in [0, 1].
 
-    ``x``, ``y``, ``radius`` (half the width) and ``softness`` (how wide the edge is: one pixel for
-    an anti-aliased image, more for a blurred one) are in one unit; ``x`` and ``y`` broadcast.
+    All lengths have the same unit, and ``x`` and ``y`` broadcast.
+
+    Args:
+        shape: A key of ``SIGNED_DISTANCES``.
+        x: Coordinates to the right.
+        y: Coordinates downwards.
+        radius: Half the width of the shape.
+        softness: Width of the edge: one pixel for an anti-aliased image, more for a blurred one.
     """
     distance = SIGNED_DISTANCES[shape](x / radius, y / radius) * (radius / softness)
     opacity: CoverageArray = np.clip(0.5 - distance, 0.0, 1.0)
@@ -98,8 +107,8 @@ def coverage(
 
 
 def cell_pixels(row: int, column: int, *, grid: int, image_size: int) -> tuple[slice, slice]:
-    """The rows and the columns of pixels that an object in a cell can reach."""
-    # An object lies in its cell; only the soft edge can reach a pixel further.
+    """Return the slices of pixel rows and columns that an object in a cell can cover."""
+    # Objects lie within their cell; only the soft edge can extend one pixel further.
     pixel = grid / image_size
     rows, columns = (
         slice(max(0, int(place / pixel) - 1), int((place + 1) / pixel) + 2)
@@ -109,7 +118,7 @@ def cell_pixels(row: int, column: int, *, grid: int, image_size: int) -> tuple[s
 
 
 def paint(objects: Sequence[SceneObject], *, grid: int, image_size: int) -> CoverageArray:
-    """Anti-aliased objects on white: ``(image_size, image_size, 3)`` in [0, 255]."""
+    """Return anti-aliased objects on white, ``(image_size, image_size, 3)`` float in [0, 255]."""
     pixel = grid / image_size
     points = (np.arange(image_size) + 0.5) * pixel
     image = np.full((image_size, image_size, 3), BACKGROUND, dtype=np.float64)
@@ -127,16 +136,16 @@ def paint(objects: Sequence[SceneObject], *, grid: int, image_size: int) -> Cove
 
 
 def render(objects: Sequence[SceneObject], *, grid: int, image_size: int) -> Image.Image:
-    """The RGB image of some objects, ``image_size`` pixels a side."""
+    """Return the RGB image of some objects, ``image_size`` pixels per side."""
     return as_image(paint(objects, grid=grid, image_size=image_size))
 
 
 def as_image(image: CoverageArray) -> Image.Image:
-    """An RGB image of values in [0, 255]."""
+    """Convert values in [0, 255], ``(H, W, 3)``, to an RGB image."""
     return Image.fromarray(np.rint(image).astype(np.uint8))
 
 
 def require_readable_size(image_size: int, *, least: int = SMALLEST_IMAGE) -> None:
-    """Raise ``ValueError`` for an image in which a small object cannot be told."""
+    """Raise ``ValueError`` if an image is too small for small objects to be recognised."""
     if image_size < least:
         raise ValueError(f"image_size must be at least {least}, got {image_size}")

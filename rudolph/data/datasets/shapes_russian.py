@@ -1,13 +1,13 @@
-"""Russian for a world of shapes: declension, agreement, numerals and places.
+"""Russian phrases for synthetic shapes: declension, agreement, numerals and positions.
 
-The words are asked for by their English names, which are those of ``shapes_images`` and
-``shapes_scenes``. To add a shape or a colour, add its row to ``NOUNS`` or ``ADJECTIVES``.
+Words are identified by their English names in ``shapes_rendering`` and ``shapes_scenes``.  To add
+a shape or a colour, add it to ``NOUNS`` or ``ADJECTIVES``.
 """
 
 _CASES = ("nominative", "genitive", "instrumental")
 _NOMINATIVE_PLURAL, _GENITIVE_PLURAL = 6, 7
 
-# masculine and feminine singular in the order of _CASES, then nominative and genitive plural
+# Masculine and feminine singular in the order of _CASES, then nominative and genitive plural.
 _ENDINGS = {
     "hard": "ый ого ым ая ой ой ые ых",
     "stressed": "ой ого ым ая ой ой ые ых",
@@ -26,7 +26,7 @@ ADJECTIVES = {
     "small": ("маленьк", "velar"),
     "large": ("больш", "stressed velar"),
 }
-# gender; singular in the order of _CASES; genitive and nominative plural
+# Gender, singular in the order of _CASES, genitive plural and nominative plural.
 NOUNS = {
     "circle": ("masculine", "круг круга кругом кругов круги"),
     "square": ("masculine", "квадрат квадрата квадратом квадратов квадраты"),
@@ -36,7 +36,7 @@ NOUNS = {
     ),
     "cross": ("masculine", "крест креста крестом крестов кресты"),
     "star": ("feminine", "звезда звезды звездой звёзд звёзды"),
-    # What every shape is.
+    # The general term for every shape.
     "figure": ("feminine", "фигура фигуры фигурой фигур фигуры"),
 }
 _PLURALS = {"genitive": (3, _GENITIVE_PLURAL), "nominative": (4, _NOMINATIVE_PLURAL)}
@@ -44,7 +44,7 @@ NUMERALS = {
     "masculine": ("один", "два", "три", "четыре", "пять"),
     "feminine": ("одна", "две", "три", "четыре", "пять"),
 }
-# the phrase between two objects, and the case of the second
+# The phrase between two objects, and the case of the second.
 RELATIONS = {
     "left": ("слева от", "genitive"),
     "right": ("справа от", "genitive"),
@@ -59,7 +59,7 @@ _POSITIONS = (
 
 
 def noun_phrase(*words: str, case: str = "nominative") -> str:
-    """Adjectives and, last, a noun, in the singular.
+    """Return adjectives followed by a noun, in the singular.
 
     >>> noun_phrase("large", "blue", "star", case="instrumental")
     'большой синей звездой'
@@ -72,7 +72,7 @@ def noun_phrase(*words: str, case: str = "nominative") -> str:
 
 
 def plural_phrase(*words: str, case: str = "nominative") -> str:
-    """Adjectives and, last, a noun, in the nominative or genitive plural.
+    """Return adjectives followed by a noun, in the nominative or genitive plural.
 
     >>> plural_phrase("blue", "star"), plural_phrase("blue", "star", case="genitive")
     ('синие звёзды', 'синих звёзд')
@@ -84,9 +84,9 @@ def plural_phrase(*words: str, case: str = "nominative") -> str:
 
 
 def counted_phrase(number: int, colour: str, shape: str) -> str:
-    """One to five objects of a colour and a shape.
+    """Return the phrase for one to five objects of a colour and a shape.
 
-    After 2, 3 and 4 the noun is a genitive singular, its adjective a plural.
+    After 2, 3 and 4 the noun is in the genitive singular and its adjective in the plural.
 
     >>> counted_phrase(3, "red", "circle"), counted_phrase(3, "red", "star")
     ('три красных круга', 'три красные звезды')
@@ -102,7 +102,7 @@ def counted_phrase(number: int, colour: str, shape: str) -> str:
 
 
 def numeral(number: int, noun: str) -> str:
-    """Nought to five, in the gender of a noun.
+    """Return the numeral for 0 to 5 in the gender of a noun.
 
     >>> numeral(2, "circle"), numeral(2, "star"), numeral(0, "star")
     ('два', 'две', 'ноль')
@@ -112,10 +112,10 @@ def numeral(number: int, noun: str) -> str:
 
 
 def quality(word: str, noun: str | None = None) -> str:
-    """An adjective by itself, in the singular of a noun.
+    """Return an adjective alone, in the singular and the gender of a noun.
 
-    Without a noun it answers "какого цвета?" or "какого размера?", and agrees with "цвет" and
-    "размер", whatever has the colour or the size.
+    Without a noun it answers "какого цвета?" or "какого размера?".  It then agrees with "цвет" or
+    "размер" rather than with the object.
 
     >>> quality("blue"), quality("blue", "star")
     ('синий', 'синяя')
@@ -125,7 +125,7 @@ def quality(word: str, noun: str | None = None) -> str:
 
 
 def qualities(word: str) -> str:
-    """An adjective by itself, in the genitive plural.
+    """Return an adjective alone, in the genitive plural.
 
     >>> qualities("blue")
     'синих'
@@ -134,7 +134,7 @@ def qualities(word: str) -> str:
 
 
 def relation_phrase(first: str, relation: str, *second: str) -> str:
-    """A noun phrase, a relation and the words of a second noun phrase.
+    """Return a noun phrase, a relation and the declined second noun phrase.
 
     >>> relation_phrase("круг", "above", "green", "square")
     'круг над зелёным квадратом'
@@ -144,7 +144,7 @@ def relation_phrase(first: str, relation: str, *second: str) -> str:
 
 
 def position_phrase(row: int, column: int, *, grid: int) -> str:
-    """Where a cell is: one of nine places, or one of the four corners when ``grid`` is 2."""
+    """Return the name of a cell: one of nine positions, or of four corners if ``grid`` is 2."""
     step = 2 if grid == 2 else 1
     return _POSITIONS[row * step][column * step]
 

@@ -1,9 +1,9 @@
-"""The scenes of the world of shapes: what there is to see, and the sentence that says it.
+"""Scenes of synthetic shapes: sampling of their objects, and their sentences.
 
-``shapes`` tells about the families. To add one, write a function ``(ShapesConfig, Random) ->
-Scene`` and name it in ``FAMILIES``; write its sentence and name it in ``SENTENCES``; say in
-``shapes_checker.JUDGES`` what the sentence asks of a reading, in ``shapes.is_sentence`` what can
-be said, and in ``shapes_hard_negatives`` what else of it can be changed.
+``shapes`` describes the families.  To add one, write a function that samples its scenes and add it
+to ``FAMILIES``.  Write its sentence function and add it to ``SENTENCES``.  Add its check to
+``shapes_checker.JUDGES`` and its sentences to ``shapes.is_sentence``.  Add further changes of its
+scenes to ``shapes_hard_negatives``.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from rudolph.data.datasets.synthetic import (
     split_by_hash,
 )
 
-# The way (down, right) from the second object of a relation to the first.
+# Direction (down, right) from the second object of a relation to the first.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 LARGEST_JITTER = 0.05
@@ -38,14 +38,19 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Which scenes there are, and how many of each split.
+    """Configuration of the scenes, and the size of each split.
 
-    Args:
-        grid: cells a side, 2 or 3.
-        max_count: the most objects of a ``count`` sentence.
-        jitter: how far an object may stand off the middle of its cell, in cells.
-        num_test: scenes of the test split, and as many of the compositional one.
-        seed: another seed draws other scenes, and leaves every sentence in its split.
+    Attributes:
+        grid: Cells per side, 2 or 3.
+        families: Keys of ``FAMILIES``.
+        shapes: Keys of ``SIGNED_DISTANCES``, at least two.
+        colours: Keys of ``PALETTE``, at least two.
+        max_count: Largest number of objects in a ``count`` sentence.
+        jitter: Largest offset of an object from the centre of its cell per axis, in cells.
+        num_train: Number of scenes in the training split.
+        num_validation: Number of scenes in the validation split.
+        num_test: Number of scenes in the test split and in the compositional split.
+        seed: Seed of the scenes; it does not change the split of a sentence.
     """
 
     grid: int = 3
@@ -60,6 +65,7 @@ class ShapesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         if self.grid not in (2, 3):
             raise ValueError(f"grid must be 2 or 3, got {self.grid}")
         require_choices("families", self.families, legal=FAMILIES, at_least=1)
@@ -75,21 +81,24 @@ class ShapesConfig:
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:
-        """The (colour, shape) that only scenes of the compositional split have."""
+        """Return the (colour, shape) combinations that only the compositional split has."""
         return held_out_combinations(self.colours, self.shapes)
 
 
 def held_out_combinations(
     colours: Sequence[str], shapes: Sequence[str]
 ) -> frozenset[tuple[str, str]]:
-    """One colour a shape, of another colour each: training shows every colour and every shape."""
+    """Return (colour, shape) combinations in which no colour and no shape occurs twice.
+
+    Training therefore still shows every colour and every shape.
+    """
     first = 2 % len(shapes)
     return frozenset(zip(colours, [*shapes[first:], *shapes[:first]], strict=False))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth: the objects in the order of the sentence, and the relation if it states one."""
+    """A scene: objects in sentence order, the sentence, and the relation if it states one."""
 
     family: str
     objects: tuple[SceneObject, ...]
@@ -100,42 +109,45 @@ class Scene:
 def describe_scene(
     family: str, objects: Sequence[SceneObject], config: ShapesConfig, *, relation: str = ""
 ) -> Scene:
-    """The scene of these objects, with the sentence that its family makes of them."""
+    """Return the scene of these objects, with the sentence of its family."""
     sentence = SENTENCES[family](objects, config.grid, relation)
     return Scene(family, tuple(objects), sentence, relation or None)
 
 
 def objects_text(objects: Sequence[SceneObject]) -> str:
-    """All there is, with row and column: "small red circle 0 2; large blue star 1 1"."""
+    """Return all objects with row and column, e.g. "small red circle 0 2; large blue star 1 1"."""
     return "; ".join(
         f"{each.size} {each.colour} {each.shape} {each.row} {each.column}" for each in objects
     )
 
 
 def split_of_scene(scene: Scene, config: ShapesConfig) -> str:
-    """The one split that a scene, and its sentence, can be of."""
+    """Return the only split to which a scene and its sentence can belong."""
     if any((each.colour, each.shape) in config.held_out for each in scene.objects):
         return "compositional"
     return split_by_hash(scene.sentence)
 
 
-# --- drawing -------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------
 
 
 def sample_one(config: ShapesConfig, rng: Random) -> Scene:
-    """One object in a named place."""
+    """Sample one object in a named cell."""
     cell = choose(rng, cells(config.grid))
     return describe_scene("one", [sample_object(config, rng, cell)], config)
 
 
 def sample_two(config: ShapesConfig, rng: Random) -> Scene:
-    """Two objects in named places, in reading order: one image has one sentence."""
+    """Sample two objects in named cells.
+
+    They are in reading order, so that an image has only one such sentence.
+    """
     places = sorted(choose_distinct(rng, cells(config.grid), number=2))
     return describe_scene("two", [sample_object(config, rng, cell) for cell in places], config)
 
 
 def sample_relation(config: ShapesConfig, rng: Random) -> Scene:
-    """Two objects, different in shape or colour, in one row or one column."""
+    """Sample two objects that differ in shape or colour, in one row or one column."""
     relation = choose(rng, tuple(DIRECTIONS))
     line = choose_number(rng, 0, config.grid - 1)
     places = choose_distinct(rng, range(config.grid), number=2)
@@ -147,7 +159,7 @@ def sample_relation(config: ShapesConfig, rng: Random) -> Scene:
 
 
 def sample_count(config: ShapesConfig, rng: Random) -> Scene:
-    """Some objects alike in shape, colour and size."""
+    """Sample some objects of the same shape, colour and size."""
     number = choose_number(rng, 1, config.max_count)
     model = sample_object(config, rng, (0, 0))
     objects = [
@@ -158,12 +170,18 @@ def sample_count(config: ShapesConfig, rng: Random) -> Scene:
 
 
 def cells(grid: int) -> list[Cell]:
-    """All (row, column), in reading order."""
+    """Return all (row, column) cells in reading order."""
     return [(row, column) for row in range(grid) for column in range(grid)]
 
 
 def related_cells(relation: str, line: int, places: Sequence[int]) -> tuple[Cell, Cell]:
-    """The cells of the first and the second object, in two places of one row or one column."""
+    """Return the cells of the first and the second object of a relation.
+
+    Args:
+        relation: A key of ``DIRECTIONS``.
+        line: Index of the common row or column.
+        places: Two distinct positions in that row or column.
+    """
     down, right = DIRECTIONS[relation]
     near, far = sorted(places)
     first, second = (near, far) if down + right < 0 else (far, near)
@@ -171,14 +189,14 @@ def related_cells(relation: str, line: int, places: Sequence[int]) -> tuple[Cell
 
 
 def sample_object(config: ShapesConfig, rng: Random, cell: Cell) -> SceneObject:
-    """An object of any shape, colour and size in a cell."""
+    """Sample an object of any shape, colour and size for a cell."""
     shape, colour = choose(rng, config.shapes), choose(rng, config.colours)
     size = choose(rng, tuple(SIZES))
     return SceneObject(shape, colour, size, *cell, shift=sample_shift(config.jitter, rng))
 
 
 def sample_shift(jitter: float, rng: Random) -> tuple[float, float]:
-    """How far (down, right) off its cell's middle an object is, in cells."""
+    """Sample the offset (down, right) of an object from the centre of its cell, in cells."""
     down, right = (jitter * (2 * rng.random() - 1) for _ in range(2))
     return down, right
 
@@ -191,11 +209,11 @@ FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
 }
 
 
-# --- telling -------------------------------------------------------------------------------------
+# --- sentences -----------------------------------------------------------------------------------
 
 
 def placed_phrase(each: SceneObject, grid: int) -> str:
-    """All of an object: "большой синий круг в центре"."""
+    """Return the phrase of an object in its cell, e.g. "большой синий круг в центре"."""
     phrase = noun_phrase(each.size, each.colour, each.shape)
     return f"{phrase} {position_phrase(each.row, each.column, grid=grid)}"
 
@@ -214,7 +232,7 @@ def _tell_count(objects: Sequence[SceneObject], _: int, __: str) -> str:
     return counted_phrase(len(objects), objects[0].colour, objects[0].shape)
 
 
-# The sentence about some objects, on a grid, in a relation.
+# Sentence functions of (objects, grid, relation).
 SENTENCES: dict[str, Callable[[Sequence[SceneObject], int, str], str]] = {
     "one": _tell_places,
     "two": _tell_places,

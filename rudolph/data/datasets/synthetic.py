@@ -1,8 +1,9 @@
-"""What datasets that are drawn by rule have in common.
+"""Shared functions of the procedurally generated datasets.
 
-An example depends on the configuration, the split and its index alone, so there are as many as
-wanted and none needs an earlier one: its draws come from ``example_rng``. Which split something
-belongs to, the hash of a text says. A dataset draws until it has drawn something of its split.
+An example depends only on the configuration, the split and its index, because all its random
+numbers come from ``example_rng``.  Any number of examples can be generated, in any order.  The
+hash of a text decides the split of an example, and a dataset samples until an example belongs to
+its split.
 """
 
 import hashlib
@@ -16,37 +17,52 @@ from rudolph.data.pairs import hash_fraction
 Option = TypeVar("Option")
 Drawn = TypeVar("Drawn")
 
-# A text is of the first split whose bound is above its hash_fraction.
+# A text belongs to the first split whose bound is above its hash_fraction.
 _SPLIT_BOUNDS = {"train": 0.8, "validation": 0.9, "test": 1.0}
 _MAX_DRAWS = 10_000
 
 
 class SplitSizes(Protocol):
-    """A config that says how many examples there are of each split.
+    """A config with the number of examples per split.
 
-    The compositional split has as many as the test split.
+    The compositional split is as large as the test split.
     """
 
     @property
-    def num_train(self) -> int: ...
+    def num_train(self) -> int:
+        """Return the size of the training split."""
+        ...
+
     @property
-    def num_validation(self) -> int: ...
+    def num_validation(self) -> int:
+        """Return the size of the validation split."""
+        ...
+
     @property
-    def num_test(self) -> int: ...
+    def num_test(self) -> int:
+        """Return the size of the test split."""
+        ...
 
 
 def num_examples(config: SplitSizes, split: str) -> int:
-    """How many examples a split has."""
+    """Return the number of examples in a split."""
     size = "test" if split == "compositional" else split
     number: int = getattr(config, f"num_{size}")
     return number
 
 
 def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "pairs") -> Random:
-    """The source of all that is drawn for one example; ``unit`` is what ``length`` counts.
+    """Return the random number generator of one example.
+
+    Args:
+        index: Index of the example.
+        seed: Seed of the dataset.
+        split: Name of the split.
+        length: Number of examples in the split.
+        unit: Plural name of the examples, for the error message.
 
     Raises:
-        IndexError: there is no such example.
+        IndexError: If ``index`` is not in ``range(length)``.
     """
     if not 0 <= index < length:
         raise IndexError(f"{split} has {length} {unit}, got index {index}")
@@ -56,10 +72,10 @@ def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "
 def sample_until(
     draw: Callable[[], Drawn | None], belongs: Callable[[Drawn], bool], *, otherwise: str
 ) -> Drawn:
-    """The first draw that belongs; ``None`` is a draw that failed.
+    """Return the first sample that belongs; ``draw`` returns ``None`` for a failed attempt.
 
     Raises:
-        ValueError: with the message ``otherwise``, when nearly none can belong.
+        ValueError: With the message ``otherwise``, after 10,000 attempts.
     """
     for _ in range(_MAX_DRAWS):
         drawn = draw()
@@ -69,37 +85,37 @@ def sample_until(
 
 
 def split_by_hash(text: str) -> str:
-    """Train (80 %), validation or test, which depends on the text alone."""
+    """Return "train" (80 %), "validation" (10 %) or "test" (10 %), depending on the text alone."""
     fraction = hash_fraction(text)
     return next(split for split, bound in _SPLIT_BOUNDS.items() if fraction < bound)
 
 
 def choose(rng: Random, options: Sequence[Option]) -> Option:
-    """One of the options."""
-    # Of all methods, only random() is promised to give the same in every version of Python.
+    """Sample one of the options uniformly."""
+    # Only random() is guaranteed to give the same numbers in every version of Python.
     return options[int(rng.random() * len(options))]
 
 
 def choose_distinct(rng: Random, options: Sequence[Option], *, number: int) -> list[Option]:
-    """As many of the options, each at most once, in an order that is drawn as well."""
+    """Sample ``number`` distinct options in random order."""
     remaining = list(options)
     return [remaining.pop(int(rng.random() * len(remaining))) for _ in range(number)]
 
 
 def choose_number(rng: Random, least: int, most: int) -> int:
-    """A whole number from ``least`` to ``most``, both of them included."""
+    """Sample an integer from ``least`` to ``most``, both included."""
     return least + int(rng.random() * (most - least + 1))
 
 
 def json_digest(*parts: Any) -> str:
-    """SHA-256, in hexadecimal, of values that JSON can write."""
+    """Return the hexadecimal SHA-256 of values that JSON can encode."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
 
 
 def require_choices(
     field: str, names: tuple[str, ...], *, legal: Collection[str], at_least: int
 ) -> None:
-    """Raise ``ValueError`` unless the names are legal, different and enough."""
+    """Raise ``ValueError`` unless there are ``at_least`` names, all legal and distinct."""
     if len(names) < at_least or len(set(names)) < len(names) or not set(names) <= set(legal):
         raise ValueError(
             f"{field} must be at least {at_least} of {', '.join(legal)}, each once, got {names}"
@@ -107,13 +123,13 @@ def require_choices(
 
 
 def require_within(field: str, value: float, least: float, most: float) -> None:
-    """Raise ``ValueError`` for a number out of its bounds."""
+    """Raise ``ValueError`` if a number is not in ``[least, most]``."""
     if not least <= value <= most:
         raise ValueError(f"{field} must be {least} to {most}, got {value}")
 
 
 def require_sizes(config: SplitSizes) -> None:
-    """Raise ``ValueError`` for a split without examples."""
+    """Raise ``ValueError`` if a split has no examples."""
     for name in ("num_train", "num_validation", "num_test"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")

@@ -1,9 +1,9 @@
-"""Parquet tables: columns of text, and images whose bytes are in the table itself.
+"""Parquet tables: text columns, and images whose bytes are stored in the table itself.
 
-Text columns are read in batches.  Bytes of images are never read with them: a ``StoredImage``
-names its row, and rows that are asked for in order are read once.  Memory holds a page of the
-file, some 1,000 rows where its writer did not choose smaller pages or row groups.  An image is
-text (a path), bytes, or a struct of bytes and path, which is how Hugging Face datasets store it.
+Text columns are read in batches that never contain image bytes.  A ``StoredImage`` refers to its
+row; reading rows in ascending order reads the file once.  Memory holds one page of the file, about
+1,000 rows unless its writer chose smaller pages or row groups.  An image is text (a path), bytes,
+or a struct of bytes and path, as in Hugging Face datasets.
 """
 
 from bisect import bisect_right
@@ -21,7 +21,7 @@ IMAGE_ROWS = 16
 
 
 class StoredImage(NamedTuple):
-    """An image of a row: its bytes in the table, if there are any, and its path, if there is one.
+    """A reference to the image of a row, with its path in the table if it has one.
 
     ``row`` counts from 0.
     """
@@ -32,14 +32,14 @@ class StoredImage(NamedTuple):
     path: str | None = None
 
     def data(self) -> bytes | None:
-        """Return the bytes of the image; None if the table has none for this row."""
+        """Return the bytes of the image, or None if the row has none."""
         status = Path(self.table).stat()
         signature = (status.st_size, status.st_mtime_ns)
         return _stored_bytes(self.table, self.column, signature)[self.row]
 
 
 class StoredBytes:
-    """The bytes of the images of a column, by row; fast for rows in ascending order."""
+    """The image bytes of a column, indexed by row and efficient for rows in ascending order."""
 
     def __init__(self, table: Path, column: str) -> None:
         self.table, self.column = table, column
@@ -49,15 +49,16 @@ class StoredBytes:
                 self.file.metadata.row_group(group).num_rows
                 for group in range(self.file.metadata.num_row_groups)
             ]
-        # The first row of each group, and the number of all rows.
+        # First row of each row group, followed by the total number of rows.
         self.starts = list(accumulate(sizes, initial=0))
         self.group, self.first = -1, 0
         self.cells: Sequence[Any] = []
         self.batches: Iterator[Any] = iter(())
 
     def __getitem__(self, row: int) -> bytes | None:
+        """Return the image bytes of a row, or None if it has none."""
         with _blamed_on(self.table):
-            # Of groups that start at the same row, all but the last are empty.
+            # If several groups start at the same row, only the last has rows.
             group = bisect_right(self.starts, row) - 1
             if group != self.group or row < self.first:
                 self._start(group)
@@ -81,14 +82,14 @@ class StoredBytes:
         self.cells = batch.column(batch.schema.get_field_index(self.column))
 
 
-# A few tables stay open; the signature makes a changed file another table.
+# Keeps a few tables open; the signature makes a changed file a different key.
 @lru_cache(maxsize=4)
 def _stored_bytes(table: str, column: str, signature: tuple[int, ...]) -> StoredBytes:
     return StoredBytes(Path(table), column)
 
 
 def parquet_columns(table: Path) -> list[str]:
-    """Return the names of the columns of a Parquet file."""
+    """Return the column names of a Parquet file."""
     with _blamed_on(table):
         names: list[str] = _open(table).schema_arrow.names
     return names
@@ -97,8 +98,12 @@ def parquet_columns(table: Path) -> list[str]:
 def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
     """Yield the values of each row, the image first; None for a row with damaged text.
 
+    Args:
+        table: Path of the Parquet file.
+        columns: The image column, followed by the text columns.
+
     Raises:
-        ValueError: in one line, if the file cannot be read or a column cannot hold what it must.
+        ValueError: In one line, if the file cannot be read or a column has the wrong type.
     """
     with _blamed_on(table):
         file = _open(table)
@@ -109,7 +114,7 @@ def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ..
         first = 0
         for batch in file.iter_batches(batch_size=TEXT_ROWS, columns=wanted, use_threads=False):
             found = [batch.schema.get_field_index(name) for name in columns]
-            # A column that is not read, that of the bytes, has no index.
+            # A column of image bytes is not read and therefore has no index.
             cells = [batch.column(index) if index >= 0 else None for index in found]
             for index in range(batch.num_rows):
                 values = _values(cells, index)
@@ -121,7 +126,7 @@ def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ..
 
 
 class _ImageColumn(NamedTuple):
-    """How images are given: the column of their paths ("" if none), and if bytes are stored."""
+    """The format of an image column: its path column, or "", and whether it stores bytes."""
 
     path: str
     is_stored: bool
@@ -147,9 +152,9 @@ def _image_column(table: Path, field: Any) -> _ImageColumn:
 
 
 def _require_text(table: Path, name: str, kind: Any) -> None:
-    """Raise ``ValueError`` if a column holds anything but texts, numbers or nothing.
+    """Raise ``ValueError`` unless a column has type text, number or null.
 
-    Numbers are rejected row by row, so that missing ones are told from them.
+    Numbers are rejected row by row, so that missing values are reported separately.
     """
     from pyarrow import types
 
@@ -197,13 +202,13 @@ def _path(value: Any) -> str | None:
 def _open(table: Path) -> Any:
     import pyarrow.parquet
 
-    # The buffer lets a batch be read without the rest of its row group.
+    # With a buffer, a batch can be read without the rest of its row group.
     return pyarrow.parquet.ParquetFile(table, pre_buffer=False, buffer_size=1 << 20)
 
 
 @contextmanager
 def _blamed_on(table: Path) -> Iterator[None]:
-    """Turn what PyArrow raises on damaged files into a ``ValueError`` of one line."""
+    """Convert PyArrow's errors on damaged files to a one-line ``ValueError``."""
     import pyarrow
 
     try:

@@ -1,9 +1,9 @@
-"""Text of table files: its encoding, and what to do with a file that is not UTF-8 text.
+"""Decoding of table files, and error messages for files that are not UTF-8 text.
 
-UTF-8 is read with or without a byte order mark.  UTF-16 and UTF-32 are read if they have one.
-Everything else is refused with the command that converts the file.
+UTF-8 is read with or without a byte order mark, UTF-16 and UTF-32 only with one.  Any other file
+raises an error with a command that converts it.
 
-To recognise another kind of file by its first bytes, add a row to ``OTHER_CONTENTS``.
+To recognise another type of file by its first bytes, add a row to ``OTHER_CONTENTS``.
 """
 
 import codecs
@@ -13,7 +13,7 @@ from pathlib import Path
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
-    # UTF-32 first: its little-endian mark starts with that of UTF-16.
+    # UTF-32 comes first, because its little-endian mark starts with that of UTF-16.
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -21,7 +21,7 @@ BYTE_ORDER_MARKS = (
 )
 
 SPREADSHEET = "Save it as CSV in UTF-8."
-# First bytes, what they mean, what to do.
+# First bytes, type of file, advice.
 OTHER_CONTENTS = (
     (b"\x1f\x8b", "gzip-compressed data", "Unpack it: gunzip -c {source} > {unpacked}"),
     (b"BZh", "bzip2-compressed data", "Unpack it: bunzip2 -c {source} > {unpacked}"),
@@ -39,7 +39,7 @@ OTHER_CONTENTS = (
     (b"<html", "a web page", "Download the file itself."),
 )
 
-# From the commonest letter of Russian texts down; the weight falls evenly with the rank.
+# Letters by decreasing frequency in Russian texts; the weight decreases linearly with rank.
 CYRILLIC_FREQUENCIES = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё"
 CYRILLIC_WEIGHTS = {letter: 1 - rank / 33 for rank, letter in enumerate(CYRILLIC_FREQUENCIES)}
 CYRILLIC_ENCODINGS = ("cp1251", "koi8-r", "cp866", "mac_cyrillic")
@@ -48,15 +48,15 @@ ICONV_NAMES = {"mac_cyrillic": "MACCYRILLIC"}
 
 
 class TableWarning(UserWarning):
-    """A table was read otherwise than its name or its configuration says."""
+    """A warning that a table was read differently from its name or configuration."""
 
 
 def read_table_text(path: str | Path) -> tuple[str, str]:
     """Return the text of a file without its byte order mark, and the name of its encoding.
 
     Raises:
-        ValueError: in one line, if the file is neither UTF-8 nor starts with a byte order mark;
-            it names the encoding that was recognised and the command that converts the file.
+        ValueError: In one line, if the file is neither UTF-8 nor starts with a byte order mark.
+            The message has the recognised encoding and a command that converts the file.
     """
     data = Path(path).read_bytes()
     require_table(path, data.lstrip()[:64])
@@ -81,16 +81,16 @@ def read_table_text(path: str | Path) -> tuple[str, str]:
 
 
 def require_table(path: str | Path, start: bytes) -> None:
-    """Raise ``ValueError`` if the first bytes of a file are those of something else or blank.
+    """Raise ``ValueError`` if a file is blank or starts with the bytes of another file type.
 
-    A Parquet file may be called ``.parquet``.
+    A Parquet file is accepted under the suffix ``.parquet``.
     """
     if not start.removeprefix(codecs.BOM_UTF8).strip():
         raise ValueError(f"{path}: expected data, got an empty file. Write it again")
     suffix = Path(path).suffix.lower()
     for magic, what, advice in OTHER_CONTENTS:
         is_expected = magic == b"PAR1" and suffix == ".parquet"
-        # Tags of HTML may be in capitals and below empty lines.
+        # HTML tags can be in upper case and follow empty lines.
         text = start.lstrip().lower() if magic.startswith(b"<") else start
         if text.startswith(magic) and not is_expected:
             told = advice.format(source=shlex.quote(str(path)), unpacked=_unpacked(Path(path)))
@@ -98,16 +98,16 @@ def require_table(path: str | Path, start: bytes) -> None:
 
 
 def guess_encoding(data: bytes) -> str:
-    """Return the likeliest encoding of text that is not UTF-8, or "" if none is likely.
+    r"""Return the most likely encoding of text that is not UTF-8, or "" if none is likely.
 
-    >>> guess_encoding("image,caption\\na.png,ёж и кот".encode("koi8-r"))
+    >>> guess_encoding("image,caption\na.png,ёж и кот".encode("koi8-r"))
     'koi8-r'
     >>> guess_encoding("a.png,un café crème".encode("latin-1"))
     'cp1252'
     """
     high = re.findall(rb"[\x80-\xff]+", data[:1_000_000])
     count = sum(map(len, high))
-    # Western text has single accented letters between ASCII ones, Cyrillic has whole words.
+    # Western text has single accented letters among ASCII letters; Cyrillic has whole words.
     if sum(len(run) == 1 for run in high) > count / 2:
         return _if_decodable(data, "cp1252")
     letters = b" ".join(high)
@@ -117,7 +117,7 @@ def guess_encoding(data: bytes) -> str:
 
 
 def _cyrillic_score(letters: bytes, count: int, encoding: str) -> float:
-    """Return the mean weight of the decoded letters; 0 if too many are not Cyrillic."""
+    """Return the mean weight of the decoded letters; 0 if over a tenth are not Cyrillic."""
     text = letters.decode(encoding, errors="replace").replace(" ", "")
     strange = sum(
         character.lower() not in CYRILLIC_WEIGHTS and character not in CYRILLIC_MARKS
@@ -140,7 +140,7 @@ def _if_decodable(data: bytes, encoding: str) -> str:
 
 
 def _utf_16_without_mark(data: bytes) -> str:
-    """Return the byte order of UTF-16 whose first letters are ASCII, "" for anything else."""
+    """Return "UTF-16LE" or "UTF-16BE" if the first letters are ASCII in it, otherwise ""."""
     first, second = data[0:8:2], data[1:8:2]
     if len(second) == 4 and second == b"\0" * 4 and 0 not in first:
         return "UTF-16LE"
@@ -150,7 +150,7 @@ def _utf_16_without_mark(data: bytes) -> str:
 
 
 def _not_utf_8(path: str | Path, data: bytes, start: int) -> str:
-    """Return the message for text that is not UTF-8 from offset ``start`` on."""
+    """Return the error message for text that is not UTF-8 from byte offset ``start`` on."""
     line = data.count(b"\n", 0, start) + 1
     what = f"{path}: expected UTF-8, got byte 0x{data[start]:02x} at offset {start} (line {line})"
     replaced = data.decode("utf-8", errors="replace")

@@ -1,8 +1,8 @@
-"""Tables of image-text pairs: CSV, TSV, JSONL, Parquet, and the questions of Fusion Brain.
+"""Tables of image-text pairs: CSV, TSV, JSONL, Parquet and the JSON of Fusion Brain.
 
-A reader gives every row of a table, a malformed one with its fault.
+A reader returns every row of a table; a malformed row has a ``fault``.
 
-To add a format, write a reader and name it in ``READERS``.
+To add a format, write a reader and add it to ``READERS``.
 """
 
 import csv
@@ -26,20 +26,24 @@ from rudolph.data.image_files import OPEN_QUOTE
 from rudolph.sequence.texts import clean_text
 
 NAMES_LISTED = 20
-# Characters in which a header must end for its separator to be found.
+# The header must end within this many characters for its separator to be found.
 HEADER_LENGTH = 100_000
-# Excel writes this line above the header, and reads it.
+# Excel writes this line above the header and reads it.
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?(?:\r\n|\r|\n|$)', re.IGNORECASE)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
 class ManifestConfig:
-    """Where the pairs are, and which share of bad rows stops the run.
+    """Configuration of a table of pairs, and the accepted fraction of bad rows.
 
-    ``path`` is the table, or a folder that holds exactly one table.  A table of questions has its
-    answers in ``caption_column`` and names its ``question_column``; the JSON of Fusion Brain has
-    them in two files, and ``answers`` is the path of the second.
+    Attributes:
+        path: The table, or a folder with exactly one table.
+        image_column: Column of the images.
+        caption_column: Column of the captions or, in a table of questions, of the answers.
+        question_column: Column of the questions; None if there are none.
+        answers: Path of the answers for the JSON of Fusion Brain, which has two files.
+        max_bad_fraction: Largest fraction of bad rows that is accepted, 0 to 1.
     """
 
     path: str = ""
@@ -50,6 +54,7 @@ class ManifestConfig:
     max_bad_fraction: float = 0.05
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ValueError(f"max_bad_fraction must be from 0 to 1, got {self.max_bad_fraction}")
         if self.image_column == self.caption_column:
@@ -63,15 +68,16 @@ class ManifestConfig:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are read: image, caption and, if there is one, question."""
+        """Return the columns to read: image, caption and question, if any."""
         asked = [] if self.question_column is None else [self.question_column]
         return [self.image_column, self.caption_column, *asked]
 
 
 class TableRow(NamedTuple):
-    """A row as it stands in the table; ``place`` says where, ``fault`` why it cannot be read.
+    """A row as it is in the table.
 
-    ``question`` is None where the table has none.
+    ``place`` locates the row in the table, and ``fault`` is why it cannot be read, or "".
+    ``question`` is None if the table has no questions.
     """
 
     place: str
@@ -82,13 +88,17 @@ class TableRow(NamedTuple):
 
 
 def find_table(path: str) -> Path:
-    """Return the table at ``path``, or the only one in that folder; else ``ValueError``."""
+    """Return the table at ``path``, or the only one in that folder.
+
+    Raises:
+        ValueError: If there is no such table, the folder has several, or the suffix is unknown.
+    """
     legal = ", ".join(READERS)
     table = Path(path)
     if not path:
         raise ValueError(f"path of the manifest is empty: give a table ({legal}) or its folder")
     if table.is_dir():
-        # Questions in JSON are two files, so a folder does not say which.
+        # Questions in JSON have two files, so a folder would be ambiguous.
         suffixes = READERS.keys() - {".json"}
         found = sorted(file for file in table.iterdir() if file.suffix.lower() in suffixes)
         if len(found) != 1:
@@ -108,25 +118,25 @@ def find_table(path: str) -> Path:
 
 
 def read_rows(table: Path, config: ManifestConfig) -> list[TableRow]:
-    """Return every row of a table, a malformed one with its fault.
+    """Return every row of a table; malformed rows have a ``fault``.
 
-    A ``TableWarning`` says where the table differs from what the configuration or its name says:
-    in the letters of a column name, the separator or the encoding.
+    A ``TableWarning`` reports deviations of the table from its name or configuration, in the
+    spelling of a column name, the separator or the encoding.
 
     Raises:
-        ValueError: in one line, if the table cannot be read or lacks a column.
+        ValueError: In one line, if the table cannot be read or lacks a column.
     """
     return READERS[table.suffix.lower()](table, config)
 
 
 def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -> list[int]:
-    """Return the index of each column of the configuration among those of a table.
+    """Return the index in ``columns`` of each column of the configuration.
 
-    A name that is there exactly is taken; if it is not, the only one that differs in case, blanks
-    or invisible characters is taken with a ``TableWarning``.
+    An exact match takes precedence.  Otherwise the only name that differs in case, spaces or
+    invisible characters is used, with a ``TableWarning``.
 
     Raises:
-        ValueError: in one line, if a column is missing or several could be meant.
+        ValueError: In one line, if a column is missing or ambiguous.
     """
     indices = [_match_column(table, columns, wanted) for wanted in config.columns]
     if len(set(indices)) < len(indices):
@@ -161,7 +171,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _folded(name: str) -> str:
-    """Return a column name without what a reader of the table would not notice."""
+    """Return a column name without differences that readers would not notice."""
     text = unicodedata.normalize("NFKC", name)
     return (
         "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
@@ -171,7 +181,7 @@ def _folded(name: str) -> str:
 
 
 def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
-    """Warn of names that were taken for others, unless both are one text in two normal forms."""
+    """Warn about inexact column matches, except those that differ only in Unicode normal form."""
     taken = [pair for pair in taken if clean_text(pair[0]) != clean_text(pair[1])]
     if taken:
         names = " and ".join(repr(name) for _, name in taken)
@@ -189,7 +199,7 @@ def _read_tsv(table: Path, config: ManifestConfig) -> list[TableRow]:
 
 
 def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> list[TableRow]:
-    """Read rows with quotes as in RFC 4180; the first row names the columns."""
+    """Read rows with quotes as in RFC 4180; the first row has the column names."""
     text = _decoded(table)
     lines = io.StringIO(text, newline="")
     first_line, stated = 1, SEPARATOR_LINE.match(text)
@@ -216,16 +226,17 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
             place = f"line {record.first_line}"
             rows.append(TableRow(place, *(record.fields[at] for at in wanted)))
             continue
-        # A quote that never closes swallows the lines below it, so each of them counts as bad.
+        # A quote that is never closed swallows the lines below it, so each of them counts as bad.
         for line in range(record.first_line, record.last_line + 1):
             rows.append(TableRow(f"line {line}", fault=record.fault_of(line)))
     return rows
 
 
 def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
-    """Return what separates the columns: ``usual``, unless another separator fits the header.
+    """Return the column separator: ``usual``, unless only another one fits the header.
 
-    Another one fits if the header has all columns with it, or is one column without it.
+    A separator fits if the header has all columns with it.  If none fits and ``usual`` gives a
+    single column, the separator that gives the most columns is returned.
     """
     names = {
         separator: _header(head, separator) for separator in dict.fromkeys([usual, *SEPARATORS])
@@ -234,22 +245,22 @@ def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
     for separator, found in names.items():
         if wanted <= set(map(_folded, found)):
             return separator
-    # None has all: the message about the missing column names the columns that a reader sees.
+    # No separator fits: the error about the missing column lists the columns as readers see them.
     if len(names[usual]) != 1:
         return usual
     return max(names, key=lambda separator: len(names[separator]))
 
 
 def _header(head: str, delimiter: str) -> list[str]:
-    """Return the names of the columns with this delimiter; none if the line is malformed."""
+    """Return the column names with this delimiter, or none if the line is malformed."""
     record = next(_records(io.StringIO(head, newline=""), delimiter), None)
     return [] if record is None or record.fields is None else record.fields
 
 
 class _Record(NamedTuple):
-    """A record of a delimited table; ``fields`` is None where it is malformed.
+    """A record of a delimited table; ``fields`` is None if it is malformed.
 
-    ``open_line`` is the line of a quote that is never closed, 0 if there is none.
+    ``open_line`` is the line of a quote that is never closed, or 0.
     """
 
     first_line: int
@@ -258,7 +269,7 @@ class _Record(NamedTuple):
     open_line: int = 0
 
     def fault_of(self, line: int) -> str:
-        """Return why a line of a malformed record is left out."""
+        """Return why a line of a malformed record is skipped."""
         if not self.open_line or line < self.open_line:
             return "malformed row"
         return OPEN_QUOTE if line == self.open_line else "swallowed by an open quote"
@@ -292,9 +303,9 @@ def _records(lines: Iterable[str], delimiter: str, first_line: int = 1) -> Itera
 
 
 def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
-    """Return the index of the line whose quote is open at the end of a malformed record.
+    """Return the index of the line whose quote is still open at the end of a malformed record.
 
-    None if the record is malformed within one line.
+    Return None if the record is malformed within one line.
     """
     opened: int | None = None
     at_start = True
@@ -323,7 +334,7 @@ def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
     rows = []
     columns: dict[str, None] = {}
     taken: dict[tuple[str, str], None] = {}
-    # Not splitlines: JSON strings may hold U+2028 and its kin as they are.
+    # Not splitlines, because JSON strings can hold U+2028 and similar characters unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -342,7 +353,7 @@ def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
         names = [_key(value, wanted) for wanted in config.columns]
         taken.update(dict.fromkeys(zip(config.columns, names, strict=True)))
         image, caption, *asked = (value.get(name) for name in names)
-        # A question that a row lacks is an empty one, not a table without questions.
+        # A row without a question has an empty one; None would mean a table without questions.
         rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
     if columns:
         known = [wanted for wanted, name in taken if name in columns]
@@ -354,7 +365,7 @@ def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
 
 
 def _key(value: Mapping[str, Any], wanted: str) -> str:
-    """Return the key of an object that is a column's name, if need be in other letters."""
+    """Return the key that matches a column name, exactly or after ``_folded``."""
     if wanted in value:
         return wanted
     alike = [name for name in value if _folded(name) == _folded(wanted)]
@@ -362,7 +373,7 @@ def _key(value: Mapping[str, Any], wanted: str) -> str:
 
 
 def _require_lines(table: Path, text: str) -> None:
-    """Raise ``ValueError`` if a table of JSON is one array instead of a line per object."""
+    """Raise ``ValueError`` if a JSON table is one array instead of an object per line."""
     if not text.lstrip().startswith("["):
         return
     try:
@@ -379,7 +390,7 @@ def _require_lines(table: Path, text: str) -> None:
 
 
 def kind_of(value: object) -> str:
-    """Return what JSON or Parquet calls values of this type, in the plural.
+    """Return the JSON or Parquet term for values of this type, in the plural.
 
     >>> kind_of(3.5), kind_of([]), kind_of(None)
     ('numbers', 'arrays', 'null')
@@ -402,13 +413,13 @@ def _read_parquet(table: Path, config: ManifestConfig) -> list[TableRow]:
             rows.append(TableRow(place, fault="malformed row"))
             continue
         image, caption, *asked = values
-        # A question that a row lacks is an empty one, not a table without questions.
+        # A row without a question has an empty one; None would mean a table without questions.
         rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
     return rows
 
 
 def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[TableRow]:
-    """Questions and answers of the Fusion Brain Challenge 2, of the variants the first."""
+    """Read the JSON of the Fusion Brain Challenge 2, with the first variant of each answer."""
     if config.answers is None:
         _require_lines(table, _decoded(table))
         raise ValueError(

@@ -1,23 +1,22 @@
-"""Images with a text in them, to learn to read: words, numbers and made-up syllables.
+"""Images of rendered text for text recognition: words, numbers and made-up syllables.
 
-The text stands somewhere in a scene of the world of shapes, in one of several fonts and colours,
-turned a little, and nothing covers it. Its *kind* is one of three:
+The text lies over a scene of synthetic shapes, in one of several fonts and colours, slightly
+rotated and never covered.  Its *kind* is one of three:
 
 =========  ================  ===================================================================
-kind       a text            where from
+kind       example           source
 =========  ================  ===================================================================
-word       кошка             the names of the shipped emoji
-number     307               any digits, the first of several not 0
-syllables  рупи              made up, so that whoever knows only words cannot read it
+word       кошка             words in the names of the shipped emoji
+number     307               random digits; the first of several is not 0
+syllables  рупи              made up, so that a model that knows only words cannot read it
 =========  ================  ===================================================================
 
-Fonts are the DejaVu family, which comes with matplotlib; of matplotlib only these files are used.
+Fonts are from the DejaVu family shipped with matplotlib; only its font files are used.
 
-Splits: the hash of a text says whether it is of train, validation or test. *Compositional* are
-texts of train in a font and a colour that training shows only apart; the other splits never show
-them together either.
+Splits: the hash of a text decides between train, validation and test.  The *compositional* split
+has training texts in combinations of font and colour that no other split has.
 
-To add a font, add its row to ``FONTS``; it must have the Russian letters.
+To add a font, add it to ``FONTS``; it must have the Russian letters.
 """
 
 import hashlib
@@ -63,7 +62,7 @@ from rudolph.data.datasets.synthetic import (
 )
 from rudolph.data.pairs import Pair, require_split
 
-# Counted up whenever the same configuration would give other images or texts than before.
+# Part of every digest; increment it when the same configuration gives other pairs.
 WORDS_VERSION = 1
 
 FONTS = {
@@ -76,35 +75,41 @@ FONTS = {
     "serif bold": "DejaVuSerif-Bold.ttf",
     "serif italic": "DejaVuSerif-Italic.ttf",
 }
-# Thin strokes of the lighter colours of the palette are lost on white.
+# Thin strokes in the lighter colours of the palette are invisible on white.
 TEXT_COLOURS = ("red", "green", "blue", "violet", "black")
 
 _GRID = 3
 _JITTER = 0.04
 _SHORTEST_WORD = 2
-# As wide a letter as there is needs this many pixels to be told from another.
+# Pixels that the widest letters need to be distinguishable.
 _PIXELS_A_LETTER = 9
-# Sizes and places of a text, in sides of the image.
+# Sizes and positions of a text, as fractions of the image side.
 _LARGEST_FONT, _READABLE_FONT, _MARGIN, _BAND = 0.34, 0.23, 0.02, 0.62
-# Letters are drawn this much larger and then shrunk: turned ones have no grid of pixels to fit.
+# Letters are rendered larger and then reduced, because rotated ones do not fit a pixel grid.
 _OVERSAMPLING = 4
 _CONSONANTS, _VOWELS = "бвгджзклмнпрстфхцчшщ", "аеёиоуыэюя"
-# Syllables that are put together at random spell swear words too.
+# Random syllables can spell swear words.
 _RUDE = re.compile("ху|[её]б|жоп|муд|пид|сук|сра|гов|хер")
 
 
 @dataclass(frozen=True)
 class WordsConfig:
-    """Which texts there are, and how they look.
+    """Configuration of the texts and their rendering.
 
-    Args:
-        max_letters: the longest word; an image needs 9 pixels for each letter.
-        max_digits: the longest number.
-        rotation: the most that a text is turned, in degrees.
-        noise: the most that a channel of a pixel is off, of 255.
-        max_objects: the most objects of the scene around the text.
-        num_test: pairs of the test split, and as many of the compositional one.
-        seed: another seed draws other pairs, and leaves every text in its split.
+    Attributes:
+        kinds: Keys of ``KINDS``.
+        max_letters: Largest number of letters in a word or in syllables; an image needs 9 pixels
+            per letter.
+        max_digits: Largest number of digits; an image needs 9 pixels per digit.
+        fonts: Keys of ``FONTS``.
+        colours: Members of ``TEXT_COLOURS``.
+        rotation: Largest rotation of a text, in degrees.
+        noise: Largest uniform noise on a channel of a pixel, on a scale of 255.
+        max_objects: Largest number of objects in the scene around the text.
+        num_train: Number of pairs in the training split.
+        num_validation: Number of pairs in the validation split.
+        num_test: Number of pairs in the test split and in the compositional split.
+        seed: Seed of the pairs; it does not change the split of a text.
     """
 
     kinds: tuple[str, ...] = ("word", "number", "syllables")
@@ -121,6 +126,7 @@ class WordsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an invalid field."""
         require_choices("kinds", self.kinds, legal=KINDS, at_least=1)
         require_choices("fonts", self.fonts, legal=FONTS, at_least=2)
         require_choices("colours", self.colours, legal=TEXT_COLOURS, at_least=2)
@@ -133,13 +139,17 @@ class WordsConfig:
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:
-        """The (font, colour) that only pairs of the compositional split join."""
+        """Return the (font, colour) combinations that only the compositional split has."""
         return frozenset(zip(self.fonts, self.colours, strict=False))
 
 
 @dataclass(frozen=True)
 class Inscription:
-    """A text and how it is written; ``place`` is drawn in [0, 1), see ``text_opacity``."""
+    """A text and its rendering parameters.
+
+    ``angle`` is in degrees.  ``size`` and ``place`` (down, right) are in [0, 1) and scaled by
+    ``text_opacity``.
+    """
 
     kind: str
     text: str
@@ -152,12 +162,12 @@ class Inscription:
 
 
 class Words:
-    """One split of the images with a text; see ``PairDataset``. The caption is the text.
+    """One split of the images of text, whose captions are the texts; see ``PairDataset``.
 
-    ``attributes`` of a pair are ``kind``, ``font`` and ``colour`` of the text, and ``objects``.
+    The ``attributes`` of a pair are ``kind``, ``font``, ``colour`` and ``objects``.
 
     Raises:
-        ValueError: the image is too small for the longest text, or a font is not there.
+        ValueError: If the image is too small for the longest text, or a font is missing.
     """
 
     def __init__(self, config: WordsConfig, *, split: str, image_size: int) -> None:
@@ -176,14 +186,16 @@ class Words:
             [PALETTE, SIZES, asdict(config), split, image_size],
             known_words(config.max_letters),
             [hashlib.sha256(font_path(font).read_bytes()).hexdigest() for font in config.fonts],
-            # Another release may round a stroke otherwise.
+            # Another release may rasterise a stroke differently.
             [PIL.__version__, features.version("freetype2")],
         )
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return num_examples(self.config, self.split)
 
     def __getitem__(self, index: int) -> Pair:
+        """Return the pair at ``index``."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
         inscription = self._inscription(rng)
@@ -204,7 +216,7 @@ class Words:
         )
 
     def inscription(self, index: int) -> Inscription:
-        """The text of the pair at ``index`` and how it is written."""
+        """Return the text and the rendering parameters of the pair at ``index``."""
         seed, length = self.config.seed, len(self)
         return self._inscription(example_rng(index, seed=seed, split=self.split, length=length))
 
@@ -228,7 +240,7 @@ class Words:
 
 @lru_cache(maxsize=4)
 def known_words(max_letters: int) -> tuple[str, ...]:
-    """All words of the names of the shipped emoji that are short enough, sorted."""
+    """Return the words in names of shipped emoji with 2 to ``max_letters`` letters, sorted."""
     words = {
         word
         for record in read_records(SHIPPED)
@@ -238,19 +250,19 @@ def known_words(max_letters: int) -> tuple[str, ...]:
 
 
 def sample_word(config: WordsConfig, rng: Random) -> str:
-    """A real word."""
+    """Sample a word of the names of the shipped emoji."""
     return choose(rng, known_words(config.max_letters))
 
 
 def sample_number(config: WordsConfig, rng: Random) -> str:
-    """A number, as often of one digit as of many."""
+    """Sample a number, with every number of digits equally likely."""
     num_digits = choose_number(rng, 1, config.max_digits)
     least = 10 ** (num_digits - 1) if num_digits > 1 else 0
     return str(choose_number(rng, least, 10**num_digits - 1))
 
 
 def sample_syllables(config: WordsConfig, rng: Random) -> str | None:
-    """Consonants and vowels in turn, starting with either; some have one more letter."""
+    """Sample alternating consonants and vowels, some with a final letter; None for a rude text."""
     length = choose_number(rng, 3, config.max_letters)
     has_end, starts = rng.random() < 0.3, choose_number(rng, 0, 1)
     text = "".join(
@@ -273,10 +285,10 @@ KINDS: dict[str, Callable[[WordsConfig, Random], str | None]] = {
 
 
 def font_path(font: str) -> Path:
-    """The file of a font of ``FONTS``.
+    """Return the path of a font in ``FONTS``.
 
     Raises:
-        ValueError: matplotlib, or the file in it, is not installed.
+        ValueError: If matplotlib is not installed or lacks the file.
     """
     spec = find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
@@ -289,10 +301,11 @@ def font_path(font: str) -> Path:
 
 
 def text_opacity(inscription: Inscription, image_size: int) -> CoverageArray:
-    """How much of each pixel the text covers: ``(image_size, image_size)`` in [0, 1].
+    """Return the fraction of each pixel that the text covers.
 
-    The text is turned about its middle, and drawn as large as fits and then somewhat smaller. It
-    lies within 0.62 of the side from the top or from the bottom, so that a row of cells is free.
+    The result is ``(image_size, image_size)`` in [0, 1].  The text is rotated about its centre,
+    and ``inscription.size`` sets its size from readable to the largest that fits.  It lies within
+    0.62 of the image side from the top or from the bottom, so that one row of cells stays free.
     """
     side = image_size * _OVERSAMPLING
     text = _turned_text(inscription, side)
@@ -307,13 +320,13 @@ def text_opacity(inscription: Inscription, image_size: int) -> CoverageArray:
 
 
 def _turned_text(inscription: Inscription, side: int) -> Image.Image:
-    """The text alone, white on black, for an image of ``side`` pixels."""
+    """Return the rotated text alone, white on black, for an image of ``side`` pixels."""
     largest = _write(inscription, round(_LARGEST_FONT * side))
     room = side - 2 * _margin(side), _BAND * side - _margin(side)
     share = min(1.0, room[0] / largest.width, room[1] / largest.height)
     least = min(share, _READABLE_FONT / _LARGEST_FONT)
     points = int((least + inscription.size * (share - least)) * _LARGEST_FONT * side)
-    # Letters are set on whole pixels, so a text is not quite as large as the share of it.
+    # Letters start at whole pixels, so the size of a text is not exactly linear in points.
     text = _write(inscription, points)
     while text.width > room[0] or text.height > room[1]:
         points -= 1
@@ -322,7 +335,7 @@ def _turned_text(inscription: Inscription, side: int) -> Image.Image:
 
 
 def _margin(side: int) -> int:
-    # A pixel of the image at the least.
+    # At least one pixel of the final image.
     return max(_OVERSAMPLING, round(_MARGIN * side))
 
 
@@ -337,12 +350,12 @@ def _write(inscription: Inscription, points: int) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def _open_font(font: str, points: int) -> ImageFont.FreeTypeFont:
-    # The basic layout is in every build of Pillow; the other one places letters otherwise.
+    # Every build of Pillow has the basic layout; the other one places letters differently.
     return ImageFont.truetype(font_path(font), points, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _draw_objects(config: WordsConfig, rng: Random, opacity: CoverageArray) -> list[SceneObject]:
-    """Objects in cells that the text does not reach, in reading order."""
+    """Sample objects in cells that the text does not reach, in reading order."""
     free = [
         cell
         for cell in cells(_GRID)
