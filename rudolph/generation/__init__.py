@@ -1,0 +1,1 @@
+"""Sampling, search, scoring and reranking with trained models; image prompts and upscaling."""

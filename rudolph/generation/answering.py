@@ -1,10 +1,11 @@
-"""Answers in words: prompts of any task, answers drawn or searched, choices judged.
+"""Text answers to prompts of any task: sampling, beam search and scoring of given choices.
 
-A prompt ends where its answer begins: after the task token of the right text, or, where text is
-continued, after the words that are given.  It is read once for all answers that are drawn or
-judged after it.
+A prompt ends where its answer begins: after the task token of the right text, or after the given
+words when a text is continued.  The decoder computes each prompt once, for all answers that are
+sampled or scored after it.
 
-Shapes: B prompts, S samples of each, C choices, T tokens, N new tokens, V text ids.
+Shapes: B prompts, S samples per prompt, C choices per prompt, T tokens, I image tokens, N new
+tokens, V text ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ OnToken = Callable[[int, int], None]
 
 
 class GeneratedText(NamedTuple):
-    """A text and its log-likelihood in nats, of its ``EOS`` too where it has one."""
+    """A text and its log-likelihood in nats, which includes its ``EOS`` if it has one."""
 
     text: str
     log_likelihood: float
@@ -41,16 +42,21 @@ def answer_prompts(
     questions: Sequence[str] | None = None,
     number: int | None = None,
 ) -> Tensor:
-    """What stands before the answers of a task with a right text, ``(B, T)``.
+    """Build the prompts ``(B, T)`` of a task whose answer is the right text.
+
+    A prompt is the left text, the image indices and the right text up to its task token.
 
     Args:
-        indices: ``(B, I)``, the images; None, for the codes that stand for none, where the task
-            has no images.
-        questions: one for each prompt, where the task has them.
-        number: of prompts, where neither says it.
+        pipeline: the tokenizer and the decoder that define the layout.
+        task: a name in ``TASKS``.
+        indices: ``(B, I)``, the images as VQ-GAN indices.  None is for tasks without images and
+            fills the image with ``MISSING_IMAGE_CODE``.
+        questions: one per prompt, for tasks that have a question.
+        number: the number of prompts if there are neither images nor questions; 1 by default.
 
     Raises:
-        ValueError: when images or questions are missing, too many, or not as many.
+        ValueError: if images or questions are missing, superfluous or unequal in number, or if the
+            decoder has no right text.
     """
     row = TASKS[task]
     if row.image != "none" and indices is None:
@@ -78,9 +84,16 @@ def imagined_images(
     config: TokenSamplingConfig,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Images ``(B, I)`` drawn for questions, one each by its seed, without guidance.
+    """Sample image indices ``(B, I)`` for questions, one image per seed, without guidance.
 
-    fbc2_aij2022 answers questions that have no image after such a one.
+    Source: fbc2_aij2022, which answers questions without an image after such a sampled image.
+
+    Args:
+        pipeline: the tokenizer and the decoder.
+        task: the task whose task token stands in the left text, a name in ``TASKS``.
+        questions: one per image.
+        config: how image tokens are sampled; its ``guidance`` is ignored.
+        seeds: one per question.
     """
     left = _lefts(pipeline, task, questions).to(pipeline.device)
     plain = replace(config, guidance=None)
@@ -93,7 +106,7 @@ def imagined_images(
 
 
 def _lefts(pipeline: TrainedModels, task: str, questions: Sequence[str]) -> Tensor:
-    """Left texts ``(B, L)`` of a task that is asked."""
+    """Encode the questions of a task as left texts ``(B, L)``."""
     lefts = {text: pipeline.texts(task, "", beside=text).left for text in dict.fromkeys(questions)}
     return torch.stack([lefts[text] for text in questions])
 
@@ -107,10 +120,21 @@ def sample_answers(
     allowed: Tensor | None = None,
     on_token: OnToken | None = None,
 ) -> list[str]:
-    """Texts after prompts ``(B, T)``, S of each by ``seeds`` (B * S): drawn one by one.
+    """Sample texts after prompts, S per prompt.
 
     Args:
-        allowed: ``(V,)`` bool over BPE ids, those that an answer may hold.
+        pipeline: the tokenizer and the decoder.
+        tokens: ``(B, T)``, the prompts.
+        config: how tokens are sampled.
+        seeds: one per sample, B * S, with the samples of a prompt next to each other.
+        allowed: ``(V,)`` bool, true for the BPE ids that an answer may contain.
+        on_token: called with the numbers of tokens done and of all tokens.
+
+    Returns:
+        B * S texts, in the order of ``seeds``.
+
+    Raises:
+        ValueError: if the number of seeds is not a multiple of the number of prompts.
     """
     if not len(tokens) or len(seeds) % len(tokens):
         raise ValueError(
@@ -139,10 +163,18 @@ def beam_answers(
     length_penalty: float = 0.0,
     allowed: Tensor | None = None,
 ) -> list[list[GeneratedText]]:
-    """Of each prompt ``(B, T)`` the ``number`` likeliest texts that beam search finds, best first.
+    """Find the most likely texts after each prompt by beam search, best first.
 
     Args:
-        num_beams: as many as ``number`` when None.
+        pipeline: the tokenizer and the decoder.
+        tokens: ``(B, T)``, the prompts.
+        number: texts returned per prompt.
+        num_beams: the beam width, raised to ``number`` if smaller; None means ``number``.
+        length_penalty: the exponent of the length, see ``search_text``.
+        allowed: ``(V,)`` bool, true for the BPE ids that an answer may contain.
+
+    Returns:
+        One list of ``number`` texts per prompt.
     """
     width = max(num_beams or number, number)
     found: list[list[GeneratedText]] = []
@@ -164,14 +196,14 @@ def beam_answers(
 
 
 class ChoiceLogLikelihoods(NamedTuple):
-    """Log-likelihoods of choices ``(B, C)``, in nats, and their numbers of tokens ``(B, C)``."""
+    """Log-likelihoods ``(B, C)`` of choices in nats, and their numbers of tokens ``(B, C)``."""
 
     log_likelihoods: Tensor
     num_tokens: Tensor
 
     @property
     def per_token(self) -> Tensor:
-        """Log-likelihood a token, ``(B, C)``: what orders texts of different lengths."""
+        """Mean log-likelihood per token, ``(B, C)``, which ranks texts of different lengths."""
         return self.log_likelihoods / self.num_tokens
 
 
@@ -184,10 +216,20 @@ def score_choices(
     *,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ChoiceLogLikelihoods:
-    """How likely each of C choices is as the right text after its prompt ``(B, T)``.
+    """Score each of C choices as the right text after its prompt.
 
-    The distribution is that which texts are drawn from at temperature 1, without filters.  Every
-    prompt is read once, and its choices after it in one call.
+    The scores use the distribution that texts are sampled from at temperature 1 without filters.
+    Each prompt is computed once, and all of its choices follow in one call.
+
+    Args:
+        pipeline: the tokenizer and the decoder.
+        task: a name in ``TASKS``, which gives the task token of the right text.
+        tokens: ``(B, T)``, prompts from ``answer_prompts``.
+        choices: one sequence of C texts per prompt.
+        on_batch: called with the numbers of prompts done and of all prompts.
+
+    Raises:
+        ValueError: if the prompts do not all have the same number of choices.
     """
     counts = {len(each) for each in choices}
     if len(counts) != 1 or len(choices) != len(tokens):
@@ -211,7 +253,7 @@ def score_choices(
 def _judged(
     model: MaskedDecoder, answer_prompts: Tensor, texts: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods and lengths ``(B * C,)`` of texts ``(B * C, N)``, after ``(B, T)``."""
+    """Return log-likelihoods and lengths ``(B * C,)`` of texts ``(B * C, N)`` after ``(B, T)``."""
     answer_prompts, texts = answer_prompts.to(device), texts.to(device)
     num_choices, length = len(texts) // len(answer_prompts), texts.shape[1]
     cache = model.new_cache(
@@ -239,9 +281,20 @@ def continue_texts(
     seeds: Sequence[int],
     on_token: OnToken | None = None,
 ) -> list[str]:
-    """Texts with what the decoder goes on to say, one by each seed: text to text.
+    """Continue each text with the decoder and return the text with its continuation.
 
-    Text is generated on the left, without an image.
+    The continuation fills the left text segment, without an image.
+
+    Args:
+        pipeline: the tokenizer and the decoder.
+        texts: the beginnings.
+        config: how tokens are sampled.
+        seeds: one per text.
+        on_token: called with the numbers of tokens done and of all tokens.
+
+    Raises:
+        ValueError: if there are no texts, the seeds are not one per text, or a text is too long
+            for the left text segment.
     """
     if len(texts) != len(seeds) or not texts:
         raise ValueError(f"seeds must be one for each of {len(texts)} texts, got {len(seeds)}")
@@ -253,7 +306,7 @@ def continue_texts(
                 f"a text to continue must fit into {length} tokens, {num_cut} too many: {text!r}"
             )
         begun.append(left[: int((left != PAD).sum()) - 1])
-    # What is drawn at a place follows from its seed alone, whatever other texts begin with.
+    # Start all rows after the task token, so that a row's noise does not depend on other texts.
     shared = int((pipeline.texts("text_to_text", "").left != PAD).sum()) - 1
     known = torch.full((len(texts), length - shared), FREE)
     for row, each in enumerate(begun):
@@ -275,7 +328,10 @@ def continue_texts(
 
 
 def ids_of(pipeline: TrainedModels, characters: str) -> Tensor:
-    """The BPE ids that say nothing but some characters and spaces, ``(V,)`` bool."""
+    """Return the BPE ids ``(V,)``, bool, that decode to nothing but ``characters`` and spaces.
+
+    ``EOS`` is included.
+    """
     is_legal = legal_ids(pipeline.decoder, None).cpu()
     for token in range(min(len(is_legal), pipeline.tokenizer.vocab_size)):
         text = pipeline.tokenizer.decode([token])
@@ -286,7 +342,15 @@ def ids_of(pipeline: TrainedModels, characters: str) -> Tensor:
 def batch_progress(
     on_token: OnToken | None, rows: slice, num_rows: int, model: MaskedDecoder, start: int
 ) -> Callable[[int], None] | None:
-    """Progress of the rows of one batch, whose segment goes on at ``start``, as that of all."""
+    """Convert the progress within one batch of rows to progress over all rows.
+
+    Args:
+        on_token: called with the numbers of tokens done and of all tokens; None returns None.
+        rows: the rows of the batch.
+        num_rows: the number of all rows.
+        model: the decoder, whose layout gives the end of the segment.
+        start: the first position that is generated.
+    """
     if on_token is None:
         return None
     layout = model.layout

@@ -1,4 +1,4 @@
-"""The likeliest texts after a prompt: beam search over the same cache that sampling uses.
+"""Beam search for the most likely texts after a prompt, with the key/value cache of sampling.
 
 Shapes: B prompts, K beams, N new tokens, V text ids, T tokens.
 """
@@ -17,7 +17,7 @@ from rudolph.sequence.layout import EOS, PAD
 class Beams(NamedTuple):
     """Texts ``(B, K, N)``, best first, and their log-likelihoods ``(B, K)`` in nats.
 
-    A text that there are not so many of has minus infinity.
+    If fewer than K texts exist, the surplus beams have a log-likelihood of minus infinity.
     """
 
     ids: Tensor
@@ -33,18 +33,23 @@ def search_text(
     length_penalty: float = 0.0,
     allowed: Tensor | None = None,
 ) -> Beams:
-    """The ``num_beams`` likeliest texts found after ``tokens`` (B, T), which end inside a text.
+    """Search for the ``num_beams`` most likely texts after each prompt.
 
-    Every step keeps the likeliest beginnings; one that has ended stays as it is.  With as many
-    beams as there are texts the search is exhaustive, so it is exact.
+    Each step keeps the most likely prefixes; a finished prefix stays unchanged.  With as many
+    beams as there are texts the search is exhaustive and therefore exact.
 
     Args:
-        length_penalty: texts are ordered by log-likelihood over the number of their tokens to
-            this power (Wu 2016, arXiv:1609.08144, without its constant); 0 orders by likelihood.
-        allowed: ``(V,)`` bool over BPE ids, those that a text may hold; ``EOS`` always may.
+        model: the decoder.
+        tokens: ``(B, T)``, prompts that end inside a text segment.
+        num_beams: the beam width K, which is also the number of texts returned.
+        length_penalty: texts are ordered by log-likelihood divided by their number of tokens to
+            this power (Wu 2016, arXiv:1609.08144, without its constant).  0 orders by likelihood.
+        allowed: ``(V,)`` bool, true for the BPE ids that a text may contain; ``EOS`` is always
+            allowed.
 
     Raises:
-        ValueError: for less than one beam, or a penalty that is not finite.
+        ValueError: if ``num_beams`` is below 1, the penalty is not finite, or the prompts do not
+            end inside a text segment.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
@@ -57,7 +62,7 @@ def search_text(
     hidden = model.hidden(tokens, cache)[:, -1].repeat_interleave(num_beams, dim=0)
     cache = cache.repeat(num_beams, num_positions=num_new - 1)
     ids = torch.full((num_prompts, num_beams, num_new), PAD, device=device)
-    # At first all beams are the same beginning, so that one of them counts.
+    # All beams start from the same prefix, so only the first one may count.
     likelihoods = torch.full((num_prompts, num_beams), -torch.inf, device=device)
     likelihoods[:, 0] = 0
     is_ended = torch.zeros_like(likelihoods, dtype=torch.bool)
@@ -66,7 +71,7 @@ def search_text(
         logits = model.text_logits(hidden)[:, : len(is_legal)].float()
         nexts = logits.masked_fill(~is_legal, -torch.inf).log_softmax(-1)
         nexts = nexts.view(num_prompts, num_beams, -1)
-        # What has ended goes on with nothing but padding, at no cost.
+        # A finished text continues with padding alone, at no cost.
         stay = torch.full_like(nexts[0, 0], -torch.inf)
         stay[PAD] = 0
         nexts = torch.where(is_ended[..., None], stay, nexts)

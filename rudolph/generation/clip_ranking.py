@@ -1,9 +1,10 @@
-"""Which images fit a text best, by CLIP; zero-shot classes; retrieval among many pairs.
+"""CLIP scores: rank images for a text, classify zero-shot, and measure retrieval among pairs.
 
-Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``; Radford 2021
-(arXiv:2103.00020) for retrieval.
+Source: ruclip 0.0.2, ``ruclip/processor.py`` and ``predictor.py``; Radford 2021 (arXiv:2103.00020)
+for retrieval.
 
-Shapes: B texts, P images, C classes, N pairs, L text tokens, E embedding dim, H and W pixels.
+Shapes: B texts, P images, C classes, N pairs, Q queries, G gallery items, R right answers, L text
+tokens, E embedding dim, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,19 +27,22 @@ TEMPLATES = (
     "фото с {}",
     "на фото видно {}",
 )
-# For a CLIP that was trained on captions as they are.
+# For a CLIP that was trained on plain captions.
 PLAIN_TEMPLATES = ("{}",)
-# Rows of similarities that are in memory at once.
+# The number of similarity rows held in memory at once.
 QUERIES_AT_ONCE = 1024
 RECALLS_AT = (1, 5)
 
 
 @dataclass
 class ClipRanker:
-    """A CLIP with its tokenizer; ``templates`` are averaged, as in the reference.
+    """A CLIP with its tokenizer; text features are averaged over ``templates``, as in ruclip.
+
+    ``mean`` and ``std`` normalise each channel, and ``batch_size`` texts or images are encoded at
+    once.
 
     Raises:
-        ValueError: when the tokenizer has ids that the CLIP has not.
+        ValueError: if the tokenizer has more ids than the CLIP.
     """
 
     clip: CLIP
@@ -49,6 +53,7 @@ class ClipRanker:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        """Check the vocabulary size and switch the CLIP to evaluation mode."""
         known, given = self.clip.config.vocab_size, self.tokenizer.vocab_size
         if given > known:
             raise ValueError(f"a tokenizer of this CLIP has at most {known} ids, got {given}")
@@ -56,15 +61,16 @@ class ClipRanker:
 
     @property
     def device(self) -> torch.device:
+        """The device of the CLIP."""
         return self.clip.logit_scale.device
 
     def input_ids(self, texts: Sequence[str]) -> Tensor:
-        """``BOS ids EOS`` of each text, padded to the context, ``(B, L)``; a long text is cut."""
+        """Encode each text as ``BOS ids EOS``, padded or cut to the context length, ``(B, L)``."""
         length = self.clip.config.context_length
         return torch.stack([self.tokenizer.encode_segment(text, length).ids for text in texts])
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Images ``(P, 3, H, W)`` in [0, 1] as the model reads them: centre square, resized."""
+        """Crop images ``(P, 3, H, W)`` in [0, 1] to the centre square, resize and normalise."""
         size = self.clip.config.image_resolution
         return pixel_values(images, size, mean=self.mean, std=self.std)
 
@@ -72,9 +78,9 @@ class ClipRanker:
     def features(
         self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1], not normalised, on the CPU.
+        """Return unnormalised features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1].
 
-        What distances between sets of images (FID, KID) are taken of.
+        FID and KID compare sets of images by these features.  They are float32, on the CPU.
         """
         dtype = self.clip.visual.conv1.weight.dtype
         features = torch.zeros(len(images), self.clip.config.embed_dim)
@@ -89,12 +95,12 @@ class ClipRanker:
     def image_features(
         self, images: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Normalised features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1]."""
+        """Return normalised features ``(P, E)`` of images ``(P, 3, H, W)`` in [0, 1]."""
         return F.normalize(self.features(images, on_batch=on_batch), dim=-1)
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Normalised features ``(B, E)``: each text in every template, averaged before that."""
+        """Return normalised features ``(B, E)``, averaged over templates before normalisation."""
         total = torch.zeros(len(texts), self.clip.config.embed_dim)
         for template in self.templates:
             ids = self.input_ids([template.format(text) for text in texts])
@@ -110,11 +116,11 @@ class ClipRanker:
         *,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Cosines ``(P, B)`` of images ``(P, 3, H, W)`` in [0, 1] and texts; more is better."""
+        """Return cosine similarities ``(P, B)`` of images ``(P, 3, H, W)`` in [0, 1] and texts."""
         return self.image_features(images, on_batch=on_batch) @ self.text_features(texts).t()
 
     def classify(self, images: Tensor, classes: Sequence[str]) -> Tensor:
-        """Zero-shot probabilities ``(P, C)``."""
+        """Return zero-shot class probabilities ``(P, C)`` of images ``(P, 3, H, W)`` in [0, 1]."""
         scale = self.clip.logit_scale.detach().float().exp().cpu()
         return (scale * self.similarities(images, classes)).softmax(-1)
 
@@ -127,17 +133,18 @@ def retrieval_recalls(
     *,
     at: Sequence[int] = RECALLS_AT,
 ) -> dict[str, float]:
-    """Recall at k both ways: the share of queries with a right answer among the first k.
+    """Compute recall at k in both directions: the fraction of queries answered in the top k.
 
-    Pairs may share a caption or an image.  Each then asks and is found once, and any of its own
-    answers is right.  What is as similar as the right answer counts as before it, so that features
-    that are all alike find nothing.
+    Pairs may share a caption or an image.  Each distinct image or text counts once, and each of
+    its partners is a right answer.  A gallery item that ties with the right answer ranks before
+    it, so constant features gain nothing.
 
     Args:
-        images: ``(N, E)``, normalised features of the images.
-        texts: ``(N, E)``, those of their captions.
+        images: ``(N, E)``, normalised image features.
+        texts: ``(N, E)``, normalised caption features.
         image_numbers: ``(N,)`` int64, equal where images are equal.
         captions: ``(N,)`` int64, equal where captions are equal texts.
+        at: the values of k.
 
     Returns:
         ``image_to_text/recall_at_1`` and so on, each in [0, 1].
@@ -152,10 +159,10 @@ def retrieval_recalls(
 
 
 class RetrievalSet(NamedTuple):
-    """The different images and texts of pairs, and which of them belong together.
+    """The distinct images and texts of some pairs, and which of them belong together.
 
-    ``images`` (P,) and ``texts`` (B,) are the pairs in which each stands first; ``right`` (R, 2)
-    are the places of an image and of a text that some pair puts together.
+    ``images`` (P,) and ``texts`` (B,) hold the index of the first pair with each image or text.
+    ``right`` (R, 2) holds the positions of an image and a text that form a pair.
     """
 
     images: Tensor
@@ -164,7 +171,7 @@ class RetrievalSet(NamedTuple):
 
     @classmethod
     def of(cls, image_numbers: Tensor, captions: Tensor) -> "RetrievalSet":
-        """The gallery of pairs whose images and captions have these numbers, ``(N,)`` each."""
+        """Build the set from the image numbers and caption numbers of all pairs, ``(N,)`` each."""
         sides = [
             np.unique(numbers.cpu().numpy(), return_index=True, return_inverse=True)[1:]
             for numbers in (image_numbers, captions)
@@ -175,7 +182,12 @@ class RetrievalSet(NamedTuple):
         return cls(*every)
 
     def ranks(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Ranks both ways by normalised features of ``images`` (P, E) and ``texts`` (B, E)."""
+        """Compute ranks in both directions from normalised features.
+
+        Args:
+            images: ``(P, E)``, features of the distinct images.
+            texts: ``(B, E)``, features of the distinct texts.
+        """
         return {
             "image_to_text": retrieval_ranks(images, texts, self.right),
             "text_to_image": retrieval_ranks(texts, images, self.right.flip(1)),
@@ -183,13 +195,14 @@ class RetrievalSet(NamedTuple):
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
-    """The rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
+    """Return the rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
 
-    Other right answers are not counted.
+    Other right answers of a query do not count towards the rank.
 
     Args:
-        queries: ``(Q, E)``, normalised; ``gallery``: ``(G, E)``, what they are answered from.
-        right: ``(R, 2)``, the places of a query and of an answer that is right.
+        queries: ``(Q, E)``, normalised features.
+        gallery: ``(G, E)``, normalised features of the candidates.
+        right: ``(R, 2)``, the positions of a query and of one of its right answers.
     """
     ranks = []
     for first in range(0, len(queries), QUERIES_AT_ONCE):
@@ -198,6 +211,6 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
         is_right = torch.zeros_like(similarities, dtype=torch.bool)
         is_right[own[:, 0] - first, own[:, 1]] = True
         best = similarities.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
-        # Not ">=": what is not a number is no answer either.
+        # Not ">=", so that a NaN similarity never improves a rank.
         ranks.append(1 + (~(similarities < best) & ~is_right).sum(1))
     return torch.cat(ranks)

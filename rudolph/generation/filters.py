@@ -1,7 +1,7 @@
-"""Which next tokens may be drawn, and the draw.
+"""Logit filters and the sampling of the next token.
 
-The order is that of ru-dolph and LlamaGen, temperature, then top-k, then top-p, unless another is
-asked for: top-p numbers of two orders are not comparable.
+The default filter order follows ru-dolph and LlamaGen: temperature, then top-k, then top-p.  Top-p
+values of different orders are not comparable.
 
 Shapes: B batch, V vocabulary.
 """
@@ -14,21 +14,25 @@ from torch import Tensor
 
 ORDER = ("temperature", "top_k", "top_p", "min_p")
 GUIDANCE_KINDS = ("extrapolation", "mixture")
-# Beyond these, logits over a temperature leave the range of float32.
+# Beyond these bounds, scaled logits leave the range of float32.
 LEAST_TEMPERATURE, GREATEST_GUIDANCE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
 class TokenSamplingConfig:
-    """How a next token is drawn.  ``None`` turns a filter off; 0 is an error, not "off".
+    """How the next token is sampled.  ``None`` turns a filter off; 0 is an error, not "off".
 
-    ``top_k`` keeps that many tokens, ``top_p`` the likeliest that together have that share, and
-    ``min_p`` those that have at least that share of the likeliest one's probability (Nguyen 2024,
-    arXiv:2407.01082).  ``filter_order`` is that in which they and the temperature are applied.
+    ``top_k`` keeps that many tokens; 1 is greedy decoding.  ``top_p`` keeps the most likely tokens
+    that together reach that probability.  ``min_p`` keeps tokens with at least that fraction of
+    the highest probability (Nguyen 2024, arXiv:2407.01082).  ``filter_order`` is the order of
+    these filters and the temperature.
 
-    ``guidance`` is the number of its kind: for ``extrapolation`` the scale s of classifier-free
-    guidance, ``u + s (c - u)`` on logits; for ``mixture`` the weight w of the unconditional
-    distribution in ru-dolph's ``(1 - w) c + w u``.  Greedy decoding is ``top_k`` 1.
+    ``guidance`` is a strength whose meaning depends on ``guidance_kind``.  For ``extrapolation``
+    it is the scale s of classifier-free guidance, ``u + s (c - u)`` on logits.  For ``mixture`` it
+    is the weight w of the unconditional distribution in ru-dolph's ``(1 - w) c + w u``.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     temperature: float = 1.0
@@ -40,7 +44,8 @@ class TokenSamplingConfig:
     guidance_kind: str = "extrapolation"
 
     def __post_init__(self) -> None:
-        # Not "<=": NaN is no temperature either.
+        """Raise ``ValueError`` if a setting is out of range."""
+        # Not "<=", so that NaN is rejected too.
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0 (greedy is top_k 1), got {self.temperature}"
@@ -76,12 +81,12 @@ class TokenSamplingConfig:
 
 
 def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
-    """Logits ``(B, V)`` over temperature, with what may not be drawn at minus infinity."""
+    """Apply temperature and filters to logits ``(B, V)``; removed tokens become minus infinity."""
     size = logits.shape[-1]
     top_k, top_p = min(config.top_k or size, size), config.top_p or 1.0
     if top_k == size and top_p == 1 and config.min_p is None:
         return logits / config.temperature
-    # Sorted once, and no more of it than is needed; every filter keeps a part from the first on.
+    # Sort once and only as far as needed, since every filter keeps a prefix of the sorted logits.
     is_k_first = config.filter_order.index("top_k") < config.filter_order.index("top_p")
     values, kept = logits.topk(top_k if is_k_first or top_p == 1 else size)
     for name in config.filter_order:
@@ -105,7 +110,7 @@ def _top_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
     if config.top_p is None or config.top_p == 1:
         return values
     shares = values.softmax(-1)
-    # The token that crosses top_p is kept: what counts is the mass before it.
+    # Compare the mass before each token, so that the token that crosses top_p is kept.
     return values.masked_fill(shares.cumsum(-1) - shares > config.top_p, -torch.inf)
 
 
@@ -116,7 +121,7 @@ def _min_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
     return values.masked_fill(shares < config.min_p * shares[..., :1], -torch.inf)
 
 
-# Of logits (B, K), the greatest first, those that are left.
+# Each filter takes logits (B, K) in descending order and masks the ones it removes.
 FILTERS: dict[str, Callable[[Tensor, TokenSamplingConfig], Tensor]] = {
     "temperature": _temperature,
     "top_k": _top_k,
@@ -128,10 +133,12 @@ FILTERS: dict[str, Callable[[Tensor, TokenSamplingConfig], Tensor]] = {
 def next_probabilities(
     logits: Tensor, config: TokenSamplingConfig, unconditional: Tensor | None = None
 ) -> Tensor:
-    """The distribution that a next token is drawn from, ``(B, V)``.
+    """Compute the distribution ``(B, V)`` that the next token is sampled from.
 
     Args:
-        unconditional: ``(B, V)``, what the model says without the text; guidance needs it.
+        logits: ``(B, V)``, conditional on the text.
+        config: temperature, filters and guidance.
+        unconditional: ``(B, V)``, logits without the text; None turns guidance off.
     """
     if config.guidance is None or unconditional is None:
         return filter_logits(logits.float(), config).softmax(-1)
@@ -144,17 +151,20 @@ def next_probabilities(
 
 
 def sample_token(shares: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row of ``(B, V)``, by inverting the distribution function at ``uniform`` (B,).
+    """Sample one token per row of ``(B, V)`` by inverting the CDF at ``uniform`` (B,).
 
-    A row depends on its own number alone, so a sample is the same in a batch of any size.
+    Each row depends on its own number alone, so a sample is the same at every batch size.
     """
     steps = shares.cumsum(-1)
     drawn = torch.searchsorted(steps, uniform[:, None] * steps[:, -1:], right=True)
-    # Rounding can carry a draw past the last token of weight above 0.
+    # Rounding can push a sample past the last token of non-zero probability.
     last = shares.shape[-1] - 1 - (shares > 0).flip(-1).int().argmax(-1, keepdim=True)
     return torch.minimum(drawn, last).squeeze(-1)
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """``u + s (c - u)`` (Ho and Salimans 2022): 1 is no guidance, 0 no condition."""
+    """Extrapolate logits: ``u + s (c - u)`` (Ho and Salimans 2022).
+
+    Scale 1 is no guidance; scale 0 ignores the condition.
+    """
     return unconditional + scale * (conditional - unconditional)

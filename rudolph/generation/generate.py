@@ -1,20 +1,24 @@
-"""From a prompt to tokens: one loop for every segment and task.
+"""The decoding loop: from a prompt to tokens, for every segment and task.
 
-The prompt is computed once for all samples of it; then come new positions with a static key-value
-cache, through the segment's part of the head alone.
+The prompt is computed once for all of its samples.  New positions then follow with a static
+key/value cache, through the segment's part of the output head alone.
 
-A token is a function of its distribution and of noise that is fixed before it (``noise``), so
-what is drawn is a fixed point that several tokens at once can find.  The next ``window`` tokens
-are guessed; one call gives the distributions after all of the guesses; each token is drawn again,
-from its own, with its own noise.  Up to the first that differs from its guess, and with it, the
-draws followed tokens that are final, so they are final too; the others are the next guesses.  A
-window of 1 is decoding token by token.
+A token is a function of its distribution and of noise that is fixed in advance (``noise``).  The
+sampled sequence is therefore a fixed point, which can be found several tokens at a time:
 
-Source: Teng et al. 2024 (arXiv:2410.01699) for the window and its first guesses; noise that is
-kept instead of their test of ratios is Gumbel coupling (So et al. 2025, arXiv:2510.24211).
+1.  Guess the next ``window`` tokens.
+2.  Compute the distributions after all guesses in one call.
+3.  Sample each token again from its own distribution, with its own noise.
+4.  Accept the tokens up to and including the first one that differs from its guess.  They followed
+   final tokens, so they are final too.  The others are the next guesses.
 
-Shapes: B prompts, S samples of each, N new tokens, W tokens of a window, T tokens, C copies of
-each sample (2 with guidance), D hidden size.
+A window of 1 decodes token by token.
+
+Source: Teng et al. 2024 (arXiv:2410.01699) for the window and its first guesses.  Fixed noise
+replaces their ratio test; this is Gumbel coupling (So et al. 2025, arXiv:2510.24211).
+
+Shapes: B prompts, S samples per prompt, N new tokens, W tokens per window, T tokens, I image
+tokens, C copies of each sample (2 with guidance), D hidden size, V text ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +32,7 @@ from rudolph.models.layers.kv_cache import KeyValueCache
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD
 
-# A token that is to be drawn.
+# Marks a position whose token is sampled.
 FREE = -1
 
 
@@ -45,19 +49,22 @@ def generate_image(
     coupling: str = "inversion",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Image indices ``(B * S, I)`` for left texts ``(B, l)``; S is ``len(seeds) / B``.
+    """Sample image indices ``(B * S, I)`` after left texts.
 
     Args:
-        seeds: one for each sample, the samples of a prompt next to each other.
-        unconditional: ``(l,)``, the left text that guidance leads away from.
-        known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
-        window: tokens a call; the indices are the same for every window, up to rounding.
+        model: the decoder.
+        left: ``(B, l)``, the left texts.
+        config: how image tokens are sampled.
+        seeds: one per sample, B * S, with the samples of a prompt next to each other.
+        unconditional: ``(l,)``, the left text that guidance extrapolates away from.
+        known: ``(B, I)``, indices that are given, and ``FREE`` at positions that are sampled.
+        window: tokens per call; the indices are the same for every window, up to rounding.
         coupling: a name in ``NOISES``.
         on_token: called after each call with the number of tokens done.
 
     Raises:
-        ValueError: when guidance is set and there is no unconditional text, for a window below 1
-            or an unknown coupling.
+        ValueError: if guidance is set without an unconditional text, the window is below 1, or the
+            coupling is unknown.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
@@ -104,14 +111,22 @@ def generate_text(
     allowed: Tensor | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Text ids ``(B * S, N)`` after ``tokens`` (B, T), which end inside a text.
+    """Sample text ids ``(B * S, N)`` after prompts that end inside a text segment.
 
-    N tokens are missing to the end of that text, the left one or the right one.  What follows the
-    first ``EOS`` is padding; task tokens and padding ids are never drawn.
+    N is the number of tokens to the end of that segment, the left or the right text.  Positions
+    after the first ``EOS`` are padding.  Task tokens and padding ids are never sampled.
 
     Args:
-        known: ``(B, N)``, ids that are given, as of prompts longer than others; else ``FREE``.
-        allowed: ``(V,)`` bool over BPE ids, those that may be drawn; ``EOS`` always may.
+        model: the decoder.
+        tokens: ``(B, T)``, the prompts.
+        config: how tokens are sampled; ``guidance`` has no effect.
+        seeds: one per sample, B * S, with the samples of a prompt next to each other.
+        known: ``(B, N)``, ids that are given, such as the rest of longer prompts; else ``FREE``.
+        allowed: ``(V,)`` bool, true for the BPE ids that may be sampled; ``EOS`` always may.
+        on_token: called after each call with the number of tokens done.
+
+    Raises:
+        ValueError: if the prompts do not end inside a text segment.
     """
     num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
     noise = NOISES["inversion"].noise(seeds, num_new, 0).to(tokens.device)
@@ -139,7 +154,11 @@ def generate_text(
 
 
 def text_end(model: MaskedDecoder, length: int) -> int:
-    """Where the text ends inside which a sequence of ``length`` tokens ends."""
+    """Return the end of the text segment inside which a sequence of ``length`` tokens ends.
+
+    Raises:
+        ValueError: if such a sequence does not end inside a text segment.
+    """
     layout = model.layout
     if length < layout.left_text_length:
         return layout.left_text_length
@@ -152,7 +171,14 @@ def text_end(model: MaskedDecoder, length: int) -> int:
 
 
 def legal_ids(model: MaskedDecoder, allowed: Tensor | None) -> Tensor:
-    """Which BPE ids may be drawn, ``(V,)`` bool: those allowed and ``EOS``, never padding."""
+    """Return a mask ``(V,)`` of BPE ids that may be sampled.
+
+    These are the allowed ids and ``EOS``, but never padding.
+
+    Args:
+        model: the decoder, whose vocabulary gives V.
+        allowed: bool over the first BPE ids, true for those that may be sampled; None allows all.
+    """
     device = model.final_norm.weight.device
     is_legal = torch.ones(model.vocabulary.bpe_size, dtype=torch.bool, device=device)
     if allowed is not None:
@@ -173,19 +199,26 @@ def _generate(
     stop: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The loop: ``prompts`` (C * B, T) and ``known`` (B, N) to tokens (B * S, N).
+    """Run the decoding loop; return tokens ``(B * S, N)``.
 
     Args:
-        redraw: tokens ``(., W)`` of ``hidden`` (C * ., W, D), which samples these are, (.,), and
-            the first one's place.
-        stop: a sample that has drawn it is done, and leaves the batch when half of it has.
+        model: the decoder.
+        prompts: ``(C * B, T)``.
+        known: ``(B, N)``, tokens that are given, and ``FREE`` at positions that are sampled.
+        num_samples: S.
+        redraw: samples tokens ``(R, W)`` for R samples.  Its arguments are ``hidden`` (C * R, W,
+            D), the numbers of the samples (R,) and the position of the first token.
+        window: W.
+        stop: a sample that contains this token is done.  Finished samples leave the batch once
+            half of it is done.
+        on_token: called after each call with the number of tokens done.
     """
     places = (known == FREE).any(0).nonzero().flatten().tolist()
     tokens = known.repeat_interleave(num_samples, dim=0)
     if not places:
         return tokens
     given, last, copies = places[0], places[-1], len(prompts) // len(known)
-    # What all have at the beginning is read with the prompt, once for all of its samples.
+    # Leading tokens that are given for all prompts are computed once, together with the prompt.
     prompts = torch.cat([prompts, known[:, :given].repeat(copies, 1)], dim=1)
     num_prefix = model.num_leading + prompts.shape[1]
     cache = model.new_cache(len(prompts), num_positions=num_prefix)
@@ -203,7 +236,7 @@ def _generate(
         if end > final:
             is_right = (drawn == guesses)[:, :-1].all(0)
             final += int(is_right.long().cumprod(0).sum())
-        # What every sample is given needs no draw.
+        # Positions that are given for every sample need no sampling.
         done = next((place for place in places if place >= final), tokens.shape[1])
         if on_token is not None:
             on_token(done)
@@ -212,11 +245,11 @@ def _generate(
         if done > last or not is_going.any():
             return tokens
         if not model.has_compiled_layers:
-            # Where steps are compiled, another number of samples would be another compilation.
+            # Compiled layers would have to be compiled again for another number of samples.
             rows, is_going, cache = _without_ended(rows, is_going, cache)
         guessed, end = end, min(done + window, last + 1)
         _guess(tokens, is_free, range(guessed, end - 1), model.layout.image_tokens_per_dim)
-        # What was read after a wrong guess is forgotten, and the guess itself is read anew.
+        # Drop the cache entries from the first wrong guess on, and compute its position again.
         cache.length = num_prefix + final - 1 - given
         new = tokens[rows.flatten(), final - 1 : end - 1].repeat(copies, 1)
         hidden = model.hidden(new, cache)[:, done - end :]
@@ -225,9 +258,9 @@ def _generate(
 def _without_ended(
     rows: Tensor, is_going: Tensor, cache: KeyValueCache
 ) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Samples ``rows`` (B, S) with half of them or fewer left out that are done, if so many are.
+    """Drop finished samples from ``rows`` (B, S) if this at least halves the batch.
 
-    As many are kept of each prompt as go on of the one with the most.
+    Every remaining prompt keeps as many samples as the prompt with the most unfinished ones.
     """
     prompts = is_going.any(1).nonzero().flatten()
     num_samples = int(is_going.sum(1).max())
@@ -240,7 +273,7 @@ def _without_ended(
 
 
 def _guess(tokens: Tensor, is_free: Tensor, places: range, side: int) -> None:
-    """Put the token right above, in the first row the first token, where none is given."""
+    """Guess the token above, or the first token in the first row, where no token is given."""
     for place in places:
         above = tokens[:, max(place - side, 0)]
         tokens[:, place] = torch.where(is_free[:, place], above, tokens[:, place])

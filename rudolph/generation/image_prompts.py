@@ -1,12 +1,12 @@
-"""An image that is partly given: borders, any region, or a share of it to be kept.
+"""Image prompts: borders, a region or a random part of an image that generation keeps.
 
-What is given is read by the VQ-GAN and stands in the sequence as it is; the rest is drawn.  The
-decoder draws row by row, so it sees what is given above and left of a token, and what is below
-only when it gets there.
+The VQ-GAN encodes the given part, whose indices stay fixed; all other indices are sampled.  The
+decoder samples row by row, so a token can attend only to given tokens that precede it in row-major
+order.
 
 Source: rudalle, ``image_prompts.py``.
 
-Shapes: h and w are sides of the grid of tokens, H and W pixels.
+Shapes: I image tokens, h and w sides of the token grid, H and W pixels.
 """
 
 import re
@@ -22,15 +22,19 @@ SIDES = ("up", "down", "left", "right")
 
 
 def border_mask(borders: Mapping[str, int], side: int) -> Tensor:
-    """Which tokens of a ``(side, side)`` grid are given: so many rows or columns of each border.
+    """Return which tokens of a ``(side, side)`` grid lie in given borders, as a bool mask.
 
     >>> print(border_mask({"up": 1, "left": 2}, 3).int())
     tensor([[1, 1, 1],
             [1, 1, 0],
             [1, 1, 0]], dtype=torch.int32)
 
+    Args:
+        borders: the width of each given border, in rows or columns of tokens, by its side.
+        side: the side of the grid.
+
     Raises:
-        ValueError: for an unknown side, or a border that is no part of the image.
+        ValueError: if a side is unknown or a border is wider than the grid.
     """
     is_given = torch.zeros(side, side, dtype=torch.bool)
     for name, width in borders.items():
@@ -46,10 +50,10 @@ def border_mask(borders: Mapping[str, int], side: int) -> Tensor:
 
 
 def parse_borders(text: str) -> dict[str, int]:
-    """Borders as the command line writes them: ``up=4,left=2``.
+    """Parse borders in the command line's format: ``up=4,left=2``.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the text has another format or names a side twice.
     """
     borders = {}
     for part in text.split(","):
@@ -63,9 +67,12 @@ def parse_borders(text: str) -> dict[str, int]:
 
 
 def token_mask(mask: Tensor, side: int) -> Tensor:
-    """Which tokens of a grid are given, from a mask ``(H, W)`` that is true where pixels are.
+    """Convert a pixel mask ``(H, W)`` to a token mask ``(side, side)``.
 
-    A token is given when all of its pixels are.
+    Both masks are true for what is given.  A token is given if all of its pixels are.
+
+    Raises:
+        ValueError: if H or W is not a multiple of ``side``.
     """
     height, width = mask.shape
     if height % side or width % side:
@@ -77,14 +84,18 @@ def token_mask(mask: Tensor, side: int) -> Tensor:
 def known_indices(
     vqgan: VQGAN, image: Tensor, is_given: Tensor, *, crop_first: bool = False
 ) -> Tensor:
-    """Indices ``(I,)`` of an image ``(3, H, W)`` in [0, 1] where given (h, w), else ``FREE``.
+    """Encode the given part of an image as indices ``(I,)``, with ``FREE`` everywhere else.
 
     Args:
-        crop_first: nothing but what is given may tell its indices: what is free is grey while
-            the image is read.  The reference reads each border as an image of its own instead.
+        vqgan: the VQ-GAN.
+        image: ``(3, H, W)`` in [0, 1].
+        is_given: ``(h, w)`` bool, true for tokens that are given.
+        crop_first: whether to replace the pixels that are not given by grey before encoding, so
+            that they cannot affect the indices.  The reference instead encodes each border as an
+            image of its own.
 
     Raises:
-        ValueError: when the image is not of the grid's size.
+        ValueError: if the size of the image does not match the grid.
     """
     factor = vqgan.config.factor
     expected = (3, *(side * factor for side in is_given.shape))
@@ -98,12 +109,21 @@ def known_indices(
 
 
 def variation_mask(share: float, side: int, generator: torch.Generator) -> Tensor:
-    """Tokens of a ``(side, side)`` grid that stay when a share of them is drawn anew at random."""
+    """Return the tokens of a ``(side, side)`` grid that are kept for a variation, as a bool mask.
+
+    Args:
+        share: the fraction of tokens to sample again, in (0, 1].
+        side: the side of the grid.
+        generator: the source of randomness.
+
+    Raises:
+        ValueError: if ``share`` is not in (0, 1].
+    """
     require_fraction(share)
     return torch.rand(side, side, generator=generator) >= share
 
 
 def require_fraction(share: float) -> None:
-    """Raise ``ValueError`` unless a fraction of an image can be sampled again."""
+    """Raise ``ValueError`` unless the fraction to sample again is in (0, 1]."""
     if not 0 < share <= 1:
         raise ValueError(f"the share to draw anew must be in (0, 1], got {share}")

@@ -1,11 +1,11 @@
-"""How a token follows from its distribution and from noise that is fixed before it.
+"""Couplings: how a token follows from its distribution and from noise that is fixed in advance.
 
-``inversion`` takes one number a token and inverts the distribution function.
-``exponential_race`` takes a time for every code, and the code that comes first is drawn; it draws
-other tokens, of the same probabilities, and draws from two distributions that are near differ
-less often, so guesses of several tokens at once (``generate``) are right more often.
+``inversion`` uses one number per token and inverts the CDF.  ``race`` uses one arrival time per
+code, and the code that arrives first is sampled.  Both sample from the same distribution, although
+their tokens differ.  With ``race``, samples from two similar distributions differ less often, so
+guesses of several tokens at once (``generate``) are right more often.
 
-To add a coupling, write its noise and its draw and name them in ``NOISES``.
+To add a coupling, write its noise and its sampler and name them in ``NOISES``.
 
 Shapes: B samples, N new tokens, V codes.
 """
@@ -20,15 +20,18 @@ from rudolph.generation.filters import sample_token
 
 
 class SamplingNoise(NamedTuple):
-    """``noise(seeds, N, V)`` is ``(B, N, ...)``; ``sample_token(shares, noise)`` has a row a
-    token."""
+    """A coupling: a function that generates noise and a function that samples with it.
+
+    ``noise(seeds, N, V)`` returns ``(B, N, ...)``.  ``draw(probabilities, noise)`` takes one row
+    per token and returns one token per row.
+    """
 
     noise: Callable[[Sequence[int], int, int], Tensor]
     draw: Callable[[Tensor, Tensor], Tensor]
 
 
 def uniform_numbers(seeds: Sequence[int], num_new: int, num_codes: int = 0) -> Tensor:
-    """Numbers in [0, 1) for each draw, ``(len(seeds), N)``: one stream a sample, by its seed."""
+    """Generate uniform numbers in [0, 1), ``(len(seeds), N)``, with one stream per seed."""
     rows = [
         torch.rand(num_new, generator=torch.Generator().manual_seed(seed % 2**63))
         for seed in seeds
@@ -37,9 +40,9 @@ def uniform_numbers(seeds: Sequence[int], num_new: int, num_codes: int = 0) -> T
 
 
 def exponential_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Tensor:
-    """Exponential times above 0, ``(len(seeds), N, V)``: one stream a sample, by its seed.
+    """Generate exponential times above 0, ``(len(seeds), N, V)``, with one stream per seed.
 
-    Of 1024 tokens of 8192 codes these are 32 MiB a sample.
+    1024 tokens of 8192 codes take 32 MiB per sample.
     """
     rows = [
         torch.empty(num_new, num_codes).exponential_(
@@ -51,10 +54,16 @@ def exponential_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Ten
 
 
 def exponential_race(shares: Tensor, times: Tensor) -> Tensor:
-    """One token a row of ``(B, V)``: the first, as each comes at its time over its share.
+    """Sample one token per row of ``(B, V)``: the code with the least time over probability.
 
-    From distributions of total variation d the tokens are the same with a probability of at least
-    ``(1 - d) / (1 + d)``, in whatever order the codes are (Daliri et al. 2024, arXiv:2408.07978).
+    Let two distributions have total variation d.  Their tokens then agree with a probability of at
+    least ``(1 - d) / (1 + d)``, in any order of the codes.
+
+    Source: Daliri et al. 2024 (arXiv:2408.07978).
+
+    Args:
+        shares: ``(B, V)``, probabilities.
+        times: ``(B, V)``, exponential times above 0.
     """
     return (shares / times).argmax(-1)
 

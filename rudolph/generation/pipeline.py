@@ -1,6 +1,6 @@
-"""Text to images and images to text with a trained tokenizer, VQ-GAN and decoder.
+"""Text to ranked images, and images to text, with a trained tokenizer, VQ-GAN and decoder.
 
-Shapes: B texts or images, S samples of each, I image tokens, H and W pixels.
+Shapes: B texts or images, S samples per text or image, I image tokens, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,16 @@ RANKS = ("none", "self", "clip")
 
 @dataclass(frozen=True)
 class Request:
-    """What ``Pipeline.generate`` is asked for beside the text.
+    """Settings of ``Pipeline.generate`` besides the text and the sampling config.
 
-    ``keep`` of ``number`` images stay, the best by ``rank``: ``self`` (the decoder's own
-    perplexity), ``clip`` or ``none``.  ``known`` (I,) are indices that are given and not drawn,
-    ``FREE`` where they are.  With a ``window`` above 1 so many tokens are guessed at once, and
-    other images are drawn, of the same distribution.
+    The best ``keep`` of ``number`` images by ``rank`` are returned; None keeps all.  ``rank`` is
+    ``self`` (the decoder's own perplexity), ``clip`` or ``none``.  ``known`` (I,) holds indices
+    that are given, and ``FREE`` at positions that are sampled.  With ``window`` above 1, that many
+    tokens are guessed per call.  The images then differ from those at ``window`` 1, but follow the
+    same distribution.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     number: int = 8
@@ -45,6 +49,7 @@ class Request:
     window: int = 1
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a setting is out of range."""
         if self.number < 1:
             raise ValueError(f"number must be at least 1, got {self.number}")
         if self.keep is not None and not 1 <= self.keep <= self.number:
@@ -70,9 +75,9 @@ class Candidate:
 
 
 class StageError(ValueError):
-    """A stage after sampling failed.  What was sampled is in ``candidates``, unranked.
+    """A failure of a stage after sampling; ``candidates`` holds the images so far, unranked.
 
-    Where decoding failed ``candidates`` is empty and there are only ``indices`` (S, I).
+    If decoding failed, ``candidates`` is empty and only ``indices`` (S, I) are available.
     """
 
     def __init__(
@@ -86,8 +91,8 @@ class StageError(ValueError):
 class Pipeline(TrainedModels):
     """Models that were trained together, and the stages from a text to ranked images.
 
-    ``clip`` and ``upscaler`` are further stages, each of which may be left out.  Tensors come and
-    go on the CPU, wherever the models are.
+    ``clip`` and ``upscaler`` are optional further stages.  Inputs and results are on the CPU, even
+    if the models are on another device.
     """
 
     clip: ClipRanker | None = None
@@ -96,7 +101,15 @@ class Pipeline(TrainedModels):
     def to(
         self, device: torch.device | str, *, image_dtype: torch.dtype | None = None
     ) -> "Pipeline":
-        """Move the networks; ``image_dtype`` is for the VQ-GAN and the upscaler."""
+        """Move all networks to a device.
+
+        Args:
+            device: the device of all networks.
+            image_dtype: the dtype of the VQ-GAN and the upscaler; None keeps their dtype.
+
+        Returns:
+            The pipeline itself.
+        """
         clip = self.clip.clip if self.clip is not None else None
         for network in (self.vqgan, self.decoder, clip, self.upscaler):
             if network is not None:
@@ -112,16 +125,19 @@ class Pipeline(TrainedModels):
         window: int = 1,
         is_compiled: bool = False,
     ) -> None:
-        """Put weights in the layout that is read fastest for so many samples.
+        """Convert the decoder's weights to the layout that is fastest at this number of samples.
 
-        The decoder can only sample and rank from then on.
+        Afterwards the decoder supports sampling and ranking only.
 
         Args:
-            window: tokens a call, as in ``Request``.
-            is_compiled: whether torch compiles a layer's step, for seconds that many tokens repay.
+            number: samples per text.
+            config: the sampling config; guidance doubles the number of rows.
+            window: tokens per call, as in ``Request``.
+            is_compiled: whether torch compiles the step of a layer.  Compilation takes seconds,
+                which pay off over many tokens.
 
         Raises:
-            ValueError: where torch cannot compile.
+            ValueError: if torch cannot compile.
         """
         num_rows = min(number, self.batch_size) * (1 if config.guidance is None else 2) * window
         prepack_in_own_dtype(self.decoder, num_rows=num_rows, is_compiled=is_compiled)
@@ -134,15 +150,22 @@ class Pipeline(TrainedModels):
         config: TokenSamplingConfig,
         on_stage: OnStage | None = None,
     ) -> list[Candidate]:
-        """Return images of one text, best first: sampled, decoded, ranked, enlarged.
+        """Generate images of one text, best first: sample, decode, rank and upscale.
 
-        Every stage leaves its scores: ``perplexity_text``, ``perplexity_image`` and ``self``, of
-        which less is better, and ``clip``, of which more is.  Image k has the seed
-        ``mixed_seed(seed, k)``, in whatever number and batch it is sampled.
+        Ranking by ``self`` adds the scores ``perplexity_text``, ``perplexity_image`` and ``self``,
+        of which lower is better.  A pipeline with a CLIP adds ``clip``, of which higher is better.
+        Image k has the seed ``mixed_seed(seed, k)``, independent of the number of images and of
+        the batch size.
+
+        Args:
+            text: the caption.
+            request: the number of images, their ranking and their seed.
+            config: how image tokens are sampled.
+            on_stage: called with the name of the stage and the amounts done and in total.
 
         Raises:
-            ValueError: when it is asked to rank by a CLIP that it has not.
-            StageError: when a stage fails after sampling; it holds what there is by then.
+            ValueError: if ``rank`` is ``clip`` and the pipeline has no CLIP.
+            StageError: if a stage fails after sampling; it holds the results so far.
         """
         if request.rank == "clip" and self.clip is None:
             raise ValueError("ranking by clip needs a CLIP")
@@ -176,7 +199,7 @@ class Pipeline(TrainedModels):
             finished = self.enlarge(
                 torch.stack([each.image for each in kept]), on_tile=begin("enlarge")
             )
-        # What torch, the file system and our own checks raise.
+        # Torch, the file system and our own checks raise these.
         except (RuntimeError, ValueError, MemoryError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StageError(
@@ -191,7 +214,7 @@ class Pipeline(TrainedModels):
         request: Request,
         begin: Callable[[str], Callable[[int, int], None]],
     ) -> list[Candidate]:
-        """Return the candidates best first, and leave the scores of each in it."""
+        """Return the candidates best first, and write the scores into each candidate."""
         order = list(range(len(candidates)))
         if request.rank == "self":
             indices = torch.stack([each.indices for each in candidates])
@@ -213,7 +236,11 @@ class Pipeline(TrainedModels):
         return [candidates[at] for at in order]
 
     def enlarge(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1], enlarged tile by tile."""
+        """Upscale images ``(B, 3, H, W)`` in [0, 1] tile by tile.
+
+        Raises:
+            ValueError: if the pipeline has no upscaler.
+        """
         if self.upscaler is None:
             raise ValueError("enlarging needs an upscaler")
         device = self.upscaler.conv_first.weight.device
@@ -227,7 +254,17 @@ class Pipeline(TrainedModels):
         seeds: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Images ``(B * S, 3, H, W)`` in [0, 1], S of each caption by ``seeds`` (B * S)."""
+        """Sample images ``(B * S, 3, H, W)`` in [0, 1], S per caption.
+
+        Args:
+            captions: B texts.
+            config: how image tokens are sampled.
+            seeds: one per image, B * S, with the images of a caption next to each other.
+            on_token: called with the numbers of tokens done and of all tokens.
+
+        Raises:
+            ValueError: if the number of seeds is not a multiple of the number of captions.
+        """
         indices = self.generate_indices(captions, config=config, seeds=seeds, on_token=on_token)
         return self.decode(indices)
 
@@ -241,11 +278,18 @@ class Pipeline(TrainedModels):
         window: int = 1,
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Image indices ``(B * S, I)``; see ``generate_images``.
+        """Sample image indices ``(B * S, I)``, S per caption.
 
         Args:
-            known: ``(B, I)``, indices that are given and not drawn; ``FREE`` where they are drawn.
-            window: above 1, tokens that are guessed at once; drawn by races.
+            captions: B texts.
+            config: how image tokens are sampled.
+            seeds: one per image, B * S, with the images of a caption next to each other.
+            known: ``(B, I)``, indices that are given, and ``FREE`` at positions that are sampled.
+            window: tokens guessed per call; above 1, tokens are sampled by an exponential race.
+            on_token: called with the numbers of tokens done and of all tokens.
+
+        Raises:
+            ValueError: if the number of seeds is not a multiple of the number of captions.
         """
         if not captions or len(seeds) % len(captions):
             raise ValueError(
@@ -280,10 +324,17 @@ class Pipeline(TrainedModels):
         questions: Sequence[str] | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
-        """Captions of images ``(B, 3, H, W)`` in [0, 1], S of each by ``seeds`` (B * S).
+        """Sample captions of images, or answers to questions about them, S per image.
 
         Args:
-            questions: one of each image; then the texts are answers to them.
+            images: ``(B, 3, H, W)`` in [0, 1].
+            config: how tokens are sampled.
+            seeds: one per text, B * S, with the texts of an image next to each other.
+            questions: one per image; None samples captions.
+            on_token: called with the numbers of tokens done and of all tokens.
+
+        Returns:
+            B * S texts, in the order of ``seeds``.
         """
         task = "image_captioning" if questions is None else "question_answering"
         tokens = answer_prompts(self, task, indices=self.encode(images), questions=questions)
@@ -291,4 +342,4 @@ class Pipeline(TrainedModels):
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """No progress."""
+    """Ignore progress."""

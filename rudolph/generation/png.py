@@ -1,4 +1,4 @@
-"""Images as files that say where they came from.
+"""PNG files with metadata that records their provenance.
 
 Shapes: H and W pixels.
 """
@@ -19,13 +19,17 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """An image ``(3, H, W)`` in [0, 1] as an image of 8 bits, rounded."""
+    """Convert an image ``(3, H, W)`` in [0, 1] to an 8-bit RGB image, rounded."""
     pixels = image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
-    """Write a PNG with a text field for each of ``told``; what is no text is written as JSON."""
+    """Write a PNG with one text field per item of ``told``; values other than text become JSON.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     info = PngInfo()
     for key, value in told.items():
         text = value if isinstance(value, str) else json_text(value)
@@ -34,7 +38,7 @@ def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Return whether a file begins and ends as a PNG does."""
+    """Return whether a file begins and ends like a PNG."""
     if not path.is_file():
         return False
     content = path.read_bytes()
@@ -42,16 +46,16 @@ def is_whole_png(path: Path) -> bool:
 
 
 def has_text_fields(path: Path, keys: Collection[str]) -> bool:
-    """Return whether a file is a PNG with text fields of these names."""
+    """Return whether a file is a readable PNG with text fields of these names."""
     try:
         return set(keys) <= read_text_fields(path).keys()
-    # Pillow raises these for a file that is no image, a broken image and one that is too large.
+    # Pillow raises these for a file that is not an image, a broken image or an oversized one.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
 def read_text_fields(path: Path) -> dict[str, str]:
-    """The text fields of a PNG that ``save_png`` wrote."""
+    """Return the text fields of a PNG that ``save_png`` wrote."""
     with Image.open(path) as image:
         found = ((str(key), value) for key, value in image.info.items())
         return {key: str(value) for key, value in found if isinstance(value, str)}

@@ -1,14 +1,14 @@
-"""Which of several images or texts fit best, by the decoder's own perplexity.
+"""Rerank images or texts by the decoder's own perplexity.
 
-A perplexity is of one segment of a sequence, given what stands before it.  Two are known:
-``exp_mean_ce``, the exponential of the mean cross-entropy, is the proper one and the default;
-``mean_exp_ce``, the mean over tokens of the exponential, is the reference's, which one unlikely
-token can decide.
+A perplexity is that of one segment of a sequence, given what precedes it.  There are two kinds.
+``exp_mean_ce``, the exponential of the mean cross-entropy, is the standard definition and the
+default.  ``mean_exp_ce``, the mean over tokens of the exponential, is the reference's; a single
+unlikely token can dominate it.
 
 Source: ru-dolph, ``rudolph/api.py`` (``self_reranking_by_text``, ``self_reranking_by_image``,
 ``zs_clf``); rudalle, ``pipelines.py`` (``generate_images``).
 
-Shapes: B sequences, M labels of a segment, T tokens, P images, C classes.
+Shapes: B sequences, M labels of a segment, T tokens, I image tokens, P images, C classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ from rudolph.generation.trained_models import TrainedModels
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.rudolph.scoring import NOT_SCORED, label_losses, segment_labels
 
-# In the reference's sum of two perplexities, the weight of the text's.
+# Weights of the text's perplexity in the reference's sum of two perplexities.
 BY_TEXT_WEIGHT, BY_IMAGE_WEIGHT = 0.95, 0.05
 
 
 def exp_mean_ce(losses: Tensor, is_scored: Tensor) -> Tensor:
-    """exp of the mean of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
+    """Return exp of the mean of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
     total = losses.masked_fill(~is_scored, 0).sum(1)
     return (total / is_scored.sum(1)).exp()
 
 
 def mean_exp_ce(losses: Tensor, is_scored: Tensor) -> Tensor:
-    """The mean of exp of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
+    """Return the mean of exp of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
     total = losses.exp().masked_fill(~is_scored, 0).sum(1)
     return total / is_scored.sum(1)
 
@@ -47,18 +47,22 @@ def perplexities(
     batch_size: int = 16,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The perplexity of segments of each sequence ``(B, T)``, ``(B,)`` each.
+    """Compute the perplexity of segments of each sequence, ``(B,)`` per segment.
 
-    Text is judged among BPE ids and special tokens without padding, an image among its codebook.
-    Padding is not judged, nor the first token of a segment: that of a text is always ``BOS``, and
-    the first image token RUDOLPH never learned to draw.
+    The softmax of a text runs over BPE ids and special tokens without padding, that of an image
+    over the codebook.  Padding is not scored, nor is the first token of a segment.  In a text that
+    token is always ``BOS``, and RUDOLPH was never trained to generate the first image token.
 
     Args:
-        segments: of ``left_text``, ``image`` and ``right_text``.
-        kind: a name of ``PERPLEXITIES``.
+        model: the decoder.
+        tokens: ``(B, T)``, whole sequences, or sequences up to the end of a segment.
+        segments: names out of ``left_text``, ``image`` and ``right_text``.
+        kind: a name in ``PERPLEXITIES``.
+        batch_size: sequences per forward pass.
+        on_batch: called with the numbers of sequences done and of all sequences.
 
     Raises:
-        ValueError: for an unknown kind, or when nothing of a segment is judged.
+        ValueError: if the kind is unknown, or a segment of a sequence has no scored token.
     """
     if kind not in PERPLEXITIES:
         raise ValueError(f"kind must be one of {', '.join(PERPLEXITIES)}, got {kind!r}")
@@ -85,7 +89,7 @@ def _judged(
     is_scored = (target != NOT_SCORED).cpu()
     if not is_scored.any(1).all():
         raise ValueError(f"{segment}: without a token to judge it has no perplexity")
-    # In float32 the exponential of one very unlikely token is infinite.
+    # float64, because the exponential of a very unlikely token overflows float32.
     losses = torch.zeros(target.shape, dtype=torch.float64)
     found = label_losses(model, hidden, segment, (start, target), num_classes=classes)
     losses[is_scored] = found.cpu().double()
@@ -93,27 +97,34 @@ def _judged(
 
 
 class Ranking(NamedTuple):
-    """Candidates by what speaks for them: ``score`` (B,), lower is better, and its parts."""
+    """Scores of candidates: the total ``score`` (B,), lower is better, and its two parts."""
 
     score: Tensor
     text: Tensor
     image: Tensor
 
     def order(self) -> list[int]:
-        """The candidates, best first; equal ones in the order given."""
+        """Return the candidates' indices, best first; ties keep their given order."""
         return torch.sort(self.score, stable=True).indices.tolist()
 
 
 def balanced_sum(
     text: Tensor, image: Tensor, *, text_weight: float, quantile: float = 0.5
 ) -> Ranking:
-    """The reference's sum of two perplexities ``(B,)``, each on a scale from best to median.
+    """Add two perplexities ``(B,)`` as the reference does, each rescaled from best to median.
 
-    Where all candidates are equal, or half of them and more, the scale is that of the worst one,
-    or none; the reference divides by zero there.
+    The rescaled value is 0 for the best candidate and 1 at ``quantile``.  If these two coincide,
+    the worst candidate becomes 1 instead.  If all candidates are equal, all become 0; the
+    reference divides by zero in both cases.
+
+    Args:
+        text: ``(B,)``, perplexities of the text.
+        image: ``(B,)``, perplexities of the image.
+        text_weight: the weight of the text in [0, 1]; the image has the rest.
+        quantile: the quantile that is rescaled to 1; 0.5 is the median.
 
     Raises:
-        ValueError: for a weight or a quantile that is no share.
+        ValueError: if the weight or the quantile is not in [0, 1].
     """
     for name, share in (("text_weight", text_weight), ("quantile", quantile)):
         if not 0 <= share <= 1:
@@ -139,10 +150,19 @@ def rank_images(
     text_weight: float = BY_TEXT_WEIGHT,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Ranking:
-    """How well images ``(P, I)`` in indices fit a caption: is it told when they are seen?
+    """Rank images for a caption by the caption's perplexity given each image.
 
-    A decoder without right text is asked how likely the image is after the caption, and then
-    ``text`` is that of the caption before any image, the same for all.
+    The image's own perplexity enters with the remaining weight.  If the decoder has no right text,
+    the score is the image's perplexity given the caption alone.  In that case ``text`` is the
+    perplexity of the caption before any image, which is equal for all images.
+
+    Args:
+        pipeline: the tokenizer and the decoder.
+        indices: ``(P, I)``, images as VQ-GAN indices.
+        caption: the text that the images should fit.
+        kind: a name in ``PERPLEXITIES``.
+        text_weight: the weight of the text in [0, 1]; the image has the rest.
+        on_batch: called with the numbers of images done and of all images.
     """
     has_right = pipeline.decoder.layout.right_text_length > 0
     task = "image_captioning" if has_right else "text_to_image"
@@ -170,7 +190,15 @@ def rank_captions(
     kind: str = "exp_mean_ce",
     text_weight: float = BY_IMAGE_WEIGHT,
 ) -> Ranking:
-    """How well captions fit one image ``(I,)`` in indices: is it drawn when they are read?"""
+    """Rank captions for one image by the image's perplexity given each caption.
+
+    Args:
+        pipeline: the tokenizer and the decoder.
+        indices: ``(I,)``, the image as VQ-GAN indices.
+        captions: the candidates.
+        kind: a name in ``PERPLEXITIES``.
+        text_weight: the weight of the caption's own perplexity in [0, 1]; the image has the rest.
+    """
     left = torch.stack([pipeline.texts("text_to_image", caption).left for caption in captions])
     tokens = torch.cat([left, indices.expand(len(captions), -1)], dim=1)
     found = perplexities(
@@ -192,13 +220,18 @@ def classify_images(
     right_template: str = "{}",
     kind: str = "exp_mean_ce",
 ) -> Tensor:
-    """Zero-shot: perplexities ``(P, C)`` of each class's name after each image; lowest wins.
+    """Compute the perplexity ``(P, C)`` of each class name after each image; the lowest wins.
 
-    Templates hold ``{}`` where the class is named, or nothing of it; each class is judged with its
-    own, and any number of classes fits.
+    This is zero-shot classification.  Each class is scored with its own pair of filled templates,
+    so any number of classes fits.
 
     Args:
-        indices: ``(P, I)``, images as the VQ-GAN's indices.
+        pipeline: the tokenizer and the decoder.
+        indices: ``(P, I)``, images as VQ-GAN indices.
+        classes: the names of the C classes.
+        left_template: the left text, with ``{}`` in place of the class name, or without it.
+        right_template: the right text, which is scored, with ``{}`` in place of the class name.
+        kind: a name in ``PERPLEXITIES``.
     """
     texts = [
         pipeline.texts(

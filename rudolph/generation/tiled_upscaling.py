@@ -1,28 +1,28 @@
-"""Images enlarged tile by tile, so that memory depends on the tile and not on the image.
+"""Upscale images tile by tile, so that memory depends on the tile and not on the image.
 
-The network sees one *tile* at a time and a part of what it gives is *kept*.  Each pixel is kept
-of the tile in which it lies deepest; between it and an inner side of that tile lie at least
-``overlap`` pixels of the image::
+The network computes one *tile* at a time, and only a part of its output is *kept*.  Each pixel is
+kept from the tile in which it lies deepest.  At least ``overlap`` pixels of the image lie between
+a kept pixel and an inner side of its tile::
 
     image   |.........................|
-    tile 1    [kkkkkkkk-----]                 k: kept, -: computed and thrown away
-    tile 2          [---kkkkk-----]           a side at the image's border throws nothing away
+    tile 1    [kkkkkkkk-----]                 k: kept, -: computed and discarded
+    tile 2          [---kkkkk-----]           a side at the image's border discards nothing
     tile 3                [---kkkkkkkkk]
 
-A tile at the image's border ends there and is zero-padded there by the convolutions, just as
-the whole image would be.  So tiling is exact, borders included, where ``overlap`` reaches
-``receptive_radius``; the result then differs from the untiled one by rounding alone.
+A tile at the image's border ends there, and the convolutions zero-pad it exactly as they would the
+whole image.  Tiling is therefore exact, borders included, if ``overlap`` is at least
+``receptive_radius``.  The result then differs from the untiled one by rounding alone.
 
-For Real-ESRGAN's 23 blocks that radius is 349 pixels (698 at scale 2), more than tiles that save
-memory can have.  Far pixels weigh little, so the default overlap of 24 leaves a difference along
-the seams that is small and not zero: with random weights, less than rounding.  Comparing two
-overlaps measures it on others.
+For Real-ESRGAN's 23 blocks that radius is 349 pixels (698 at scale 2), more than a tile that saves
+memory can have.  Distant pixels have little weight, so the default overlap of 24 leaves a small,
+non-zero difference along the seams.  With random weights it is below rounding; for other weights,
+compare two overlaps to measure it.
 
-Source: rudalle, ``realesrgan/utils.py`` and ``model.py``: patches of 192 with 24 pixels around.
-Ours differs: there the image is first reflected by 15 pixels and extended to a multiple of 192
-by its edge pixels, so the network never meets the image's border; ours adds nothing (but one
-row or column where scale 2 needs an even size), and its tiles are of equal size, as small as
-their number allows, the last one shifted inward.
+Source: rudalle, ``realesrgan/utils.py`` and ``model.py``, with patches of 192 pixels and a margin
+of 24.  The reference first reflects the image by 15 pixels and extends it to a multiple of 192 by
+its edge pixels.  Its network therefore never reaches the image's border.  This module adds
+nothing, except one row or column where scale 2 needs an even size.  Its tiles have equal size, as
+small as their number allows, and the last one is shifted inward.
 
 Shapes: B images, H and W pixels.
 """
@@ -42,7 +42,7 @@ DENSE_BLOCKS = 3
 
 
 class TileSpan(NamedTuple):
-    """One tile along one axis, in pixels: it sees ``start:end``; ``first:last`` is kept."""
+    """One tile along one axis, in pixels: input ``start:end``, of which ``first:last`` is kept."""
 
     start: int
     end: int
@@ -51,29 +51,30 @@ class TileSpan(NamedTuple):
 
 
 def fold_of(config: UpscalerConfig) -> int:
-    """Pixels of the image, along one axis, to one position of the features."""
+    """Return how many pixels of the image, per axis, the network folds into one position."""
     return 2 if config.scale == 2 else 1
 
 
 def receptive_radius(config: UpscalerConfig) -> int:
-    """How many pixels around its own an output pixel depends on: the overlap that is exact.
+    """Compute the radius in pixels of an output pixel's receptive field: the exact overlap.
 
-    At scale 2 it is counted from the pair of pixels that the network folds into one position.
+    At scale 2 the radius is counted from the pair of pixels that the network folds into one
+    position.
 
     >>> receptive_radius(UpscalerConfig(scale=4)), receptive_radius(UpscalerConfig(scale=2))
     (349, 698)
     """
-    # conv_hr and conv_last; then, from the result back, each enlargement's convolution.
+    # Count conv_hr and conv_last, then the convolution of each upsampling, from the output back.
     radius = 2
     for _ in range(round(math.log2(config.scale * fold_of(config)))):
         radius = math.ceil((radius + 1) / 2)
-    # conv_first, the body and conv_body.
+    # Add conv_first, the residual blocks and conv_body.
     radius += 1 + config.num_blocks * DENSE_BLOCKS * NUM_DENSE + 1
     return radius * fold_of(config)
 
 
 def tile_spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> list[TileSpan]:
-    """Tiles of one size, at most ``tile``, whose kept parts make up ``length`` pixels.
+    """Return tiles of one size, at most ``tile``, whose kept parts cover ``length`` pixels.
 
     Starts and sizes are multiples of ``multiple`` if ``length`` and ``tile`` are.
 
@@ -88,7 +89,7 @@ def tile_spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> li
     stride = math.ceil((length - margins) / (num_tiles * multiple)) * multiple
     size = stride + margins
     starts = [min(index * stride, length - size) for index in range(num_tiles)]
-    # In the middle of what two tiles share: as deep as can be in both.
+    # Cut in the middle of the shared part, as far as possible from the sides of both tiles.
     cuts = [(before + size + after) // 2 for before, after in pairwise(starts)]
     ends = pairwise([0, *cuts, length])
     return [TileSpan(start, start + size, *kept) for start, kept in zip(starts, ends, strict=True)]
@@ -104,22 +105,25 @@ def upscale_tiled(
     batch_size: int = 4,
     on_tile: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)`` in [0, 1].
+    """Upscale images ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)`` in [0, 1].
 
-    The result has the device and dtype of ``images``; tiles are computed in the upscaler's.
-    An image of at most ``tile`` pixels a side is one tile, that is ``upscaler(images)`` clamped.
-    At scale 2 an odd side is made even by repeating its last row or column, and the result is cut.
+    The result has the device and dtype of ``images``; tiles are computed in those of the upscaler.
+    An image of at most ``tile`` pixels per side is a single tile, so the result is
+    ``upscaler(images)`` clamped.  At scale 2 an odd side is made even by repeating its last row or
+    column, and the result is cropped.
 
     Args:
-        tile: the longest side that the network sees, in pixels of ``images``.
-        overlap: pixels of ``images`` between what is kept of a tile and the tile's inner sides;
-            from ``receptive_radius`` on the seams are exact.
-        batch_size: tiles at once.
-        on_tile: called after each batch with the numbers of tiles done and of all.
+        upscaler: the network.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        tile: the longest side of a tile, in pixels of ``images``.
+        overlap: pixels of ``images`` between the kept part of a tile and its inner sides.  Seams
+            are exact from ``receptive_radius`` on.
+        batch_size: tiles per call of the network.
+        on_tile: called after each batch with the numbers of tiles done and of all tiles.
 
     Raises:
-        ValueError: when ``images`` are not ``(B, 3, H, W)``, the overlap is negative, the tile is
-            not longer than two overlaps or odd at scale 2, or the batch is empty.
+        ValueError: if ``images`` are not ``(B, 3, H, W)``, the overlap is negative, the tile is
+            not longer than two overlaps or is odd at scale 2, or the batch size is below 1.
     """
     scale, multiple = upscaler.config.scale, fold_of(upscaler.config)
     require_tiling(images, tile=tile, overlap=overlap, batch_size=batch_size, multiple=multiple)
@@ -145,14 +149,14 @@ def upscale_tiled(
 
 
 def kept_slice(span: TileSpan, scale: int, origin: int = 0) -> slice:
-    """The kept part in enlarged pixels, counted from the pixel ``origin`` of the image."""
+    """Return the kept part in upscaled pixels, relative to pixel ``origin`` of the image."""
     return slice((span.first - origin) * scale, (span.last - origin) * scale)
 
 
 def require_tiling(
     images: Tensor, *, tile: int, overlap: int, batch_size: int, multiple: int
 ) -> None:
-    """Raise ``ValueError`` for what ``upscale_tiled`` cannot tile."""
+    """Raise ``ValueError`` for arguments that ``upscale_tiled`` cannot tile."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
     if overlap < 0:

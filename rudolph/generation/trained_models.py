@@ -1,4 +1,4 @@
-"""Tokenizer, VQ-GAN and decoder that were trained together: what generation asks of them.
+"""A tokenizer, a VQ-GAN and a decoder that were trained together, as generation needs them.
 
 Shapes: B images, I image tokens, H and W pixels.
 """
@@ -17,13 +17,14 @@ from rudolph.sequence.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ImageTokenizer:
-    """A VQ-GAN in inference, ``batch_size`` images at a time; results lie on the CPU."""
+    """A VQ-GAN in inference, ``batch_size`` images at a time; results are on the CPU."""
 
     vqgan: VQGAN
     batch_size: int = 64
 
     @property
     def device(self) -> torch.device:
+        """The device of the VQ-GAN."""
         return next(self.vqgan.parameters()).device
 
     @property
@@ -41,7 +42,12 @@ class ImageTokenizer:
     def decode(
         self, indices: Tensor, *, on_batch: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Decode indices ``(B, I)`` to images ``(B, 3, H, W)`` in [0, 1]."""
+        """Decode indices ``(B, I)`` to images ``(B, 3, H, W)`` in [0, 1].
+
+        Args:
+            indices: ``(B, I)``, codebook indices.
+            on_batch: called after each batch with the numbers of images done and of all images.
+        """
         parts = []
         for first in range(0, len(indices), self.batch_size):
             part = indices[first : first + self.batch_size].to(self.device)
@@ -53,7 +59,11 @@ class ImageTokenizer:
 
 @dataclass
 class TrainedModels:
-    """A tokenizer, a VQ-GAN and a decoder in inference, used ``batch_size`` rows at a time."""
+    """A tokenizer, a VQ-GAN and a decoder in inference, ``batch_size`` rows at a time.
+
+    Raises:
+        ValueError: if ``batch_size`` is below 1.
+    """
 
     tokenizer: Tokenizer
     vqgan: VQGAN
@@ -61,6 +71,7 @@ class TrainedModels:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        """Check the batch size and switch both networks to evaluation mode."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         self.vqgan.eval()
@@ -68,13 +79,19 @@ class TrainedModels:
 
     @property
     def device(self) -> torch.device:
+        """The device of the decoder."""
         return self.decoder.final_norm.weight.device
 
     def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
-        """Fill the layout with a caption for a task; ``beside`` is the other text.
+        """Fill the text segments of the layout with a caption for a task.
+
+        Args:
+            task: a name in ``TASKS``.
+            caption: the text of the segment that holds the caption or the answer.
+            beside: the text of the other segment, such as the question.
 
         Raises:
-            ValueError: for a task with a right text that the decoder has not.
+            ValueError: if the task has a right text and the decoder does not.
         """
         if TASKS[task].right_token and not self.decoder.layout.right_text_length:
             raise ValueError(f"{task} needs a decoder with a right text, and this one has none")
@@ -88,7 +105,11 @@ class TrainedModels:
         )
 
     def batches(self, num_prompts: int, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """Prompts and rows of each batch: prompts with all of their rows, or some rows of one."""
+        """Yield the slices of prompts and of rows of each batch.
+
+        Each prompt has ``num_rows / num_prompts`` consecutive rows.  A batch holds some prompts
+        with all of their rows, or some rows of one prompt.
+        """
         num_samples = num_rows // num_prompts
         step = max(self.batch_size // num_samples, 1)
         for first in range(0, num_prompts, step):
@@ -98,6 +119,7 @@ class TrainedModels:
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
+        """The VQ-GAN as an ``ImageTokenizer``."""
         return ImageTokenizer(self.vqgan, self.batch_size)
 
     def encode(self, images: Tensor) -> Tensor:
