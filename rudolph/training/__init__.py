@@ -1,0 +1,1 @@
+"""Lightning modules, losses, optimizers, callbacks and resume checkpoints."""

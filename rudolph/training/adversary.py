@@ -1,7 +1,7 @@
-"""What judges reconstructions beside pixels: a patch discriminator and LPIPS.
+"""Losses of reconstructions beyond pixels: a patch discriminator and LPIPS.
 
 Source: taming-transformers, ``modules/discriminator/model.py`` and ``modules/losses/lpips.py``;
-Isola 2017 (PatchGAN); Zhang 2018 (LPIPS).
+Isola 2017 (PatchGAN) and Zhang 2018 (LPIPS).
 
 Shapes: B batch, H and W pixels.
 """
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Channels of VGG16's convolutions; None halves the image.  LPIPS reads the maps before each.
+# Channels of VGG16's convolutions; None halves the image.  LPIPS compares the maps before each
+# halving and the last ones.
 VGG16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
@@ -23,15 +24,16 @@ NUM_LAYERS = 3
 
 
 def min_image_size(num_layers: int = NUM_LAYERS) -> int:
-    """Return the smallest side of images that a patch discriminator can judge, in pixels.
+    """Return the smallest image side that a patch discriminator can process, in pixels.
 
-    It halves them ``num_layers`` times, and two convolutions of size 4 take one pixel each.
+    The discriminator halves the image ``num_layers`` times, and each of two convolutions of kernel
+    size 4 takes one more pixel.
     """
     return 3 * int(2**num_layers)
 
 
 class PatchDiscriminator(nn.Module):
-    """``(B, 3, H, W)`` images in [-1, 1] to a map of logits: each patch is real or not."""
+    """A PatchGAN: images ``(B, 3, H, W)`` in [-1, 1] to a map of real-or-fake logits."""
 
     def __init__(self, channels: int = 64, num_layers: int = NUM_LAYERS) -> None:
         super().__init__()
@@ -54,18 +56,19 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return one logit per patch of images ``(B, 3, H, W)`` in [-1, 1]; high means real."""
         return self.main(images)
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS of two batches of images in [-1, 1], ``(B,)``, from weights that the user names.
+    """LPIPS of two batches of images in [-1, 1], ``(B,)``, with weights from a given file.
 
     Args:
-        path: a safetensors file with torchvision's ``features.N.weight`` and ``.bias`` of VGG16
-            and LPIPS' ``lin0.model.1.weight`` to ``lin4.model.1.weight``.
+        path: a safetensors file with torchvision's ``features.N.weight`` and ``.bias`` of VGG16,
+            and with LPIPS' ``lin0.model.1.weight`` to ``lin4.model.1.weight``.
 
     Raises:
-        ValueError: when the file is missing or lacks a tensor.
+        ValueError: if the file is missing, lacks a tensor or has one of another shape.
     """
 
     shift: Tensor
@@ -85,6 +88,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the distance ``(B,)`` between images ``(B, 3, H, W)`` in [-1, 1]."""
         total = torch.zeros(len(first), device=first.device)
         pairs = zip(self._maps(first), self._maps(second), strict=True)
         for head, (left, right) in zip(self.heads, pairs, strict=True):

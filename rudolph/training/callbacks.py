@@ -1,4 +1,4 @@
-"""What happens around a training step: seeds, checkpoints, journal, progress."""
+"""Callbacks and logger of a training: step seeds, resume checkpoints, progress and metrics."""
 
 import logging
 import time
@@ -19,11 +19,17 @@ from rudolph.training.checkpoints import put_checkpoint, require_same_training
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss became NaN or infinite; says the step, the segment and the examples."""
+    """A loss or a weight became NaN or infinite; the message names the step and the cause."""
 
 
 def require_finite(losses: Mapping[str, Tensor], *, step: int, examples: Tensor) -> None:
-    """Raise ``NonFiniteLossError`` naming what is not finite."""
+    """Raise ``NonFiniteLossError`` for the first loss that is not finite.
+
+    Args:
+        losses: scalar losses by name.
+        step: the optimizer step, for the message.
+        examples: ``(B,)``, the numbers of the examples, for the message.
+    """
     for name, loss in losses.items():
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
@@ -32,7 +38,7 @@ def require_finite(losses: Mapping[str, Tensor], *, step: int, examples: Tensor)
 
 
 class StepSeed(pl.Callback):
-    """Every step draws from its own stream, so that a resumed run draws what it would have."""
+    """A callback that seeds torch before every batch, so that a resumed run samples the same."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -40,16 +46,21 @@ class StepSeed(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
+        """Seed torch from the run's seed, the micro-batch and the rank."""
         torch.manual_seed(mixed_seed(self.seed, batch_index, trainer.global_rank))
 
 
 class ResumeCheckpoint(pl.Callback):
-    """Writes ``last.ckpt`` every so many batches, whole or not at all, with finite weights only.
+    """A callback that writes ``last.ckpt`` every so many batches, if the weights are finite.
 
-    The one before it is kept as ``previous.ckpt``, for when the last is damaged.  It is written as
-    the next batch starts: only then have the loops counted the last one.  It says how many batches
-    its training has and what it learns from; another training refuses it with ``ValueError``,
-    since it would go on from a step that is not its own.
+    Writes are atomic.  The checkpoint before it is kept as ``previous.ckpt``, in case the last one
+    is damaged.  A checkpoint is written at the start of the next batch, because only then have
+    Lightning's loops counted the last one.  It records the number of batches of its training and
+    what it was trained on.
+
+    Raises:
+        ValueError: on loading a checkpoint of another training, whose steps would not match.
+        NonFiniteLossError: before writing weights that are not finite.
     """
 
     def __init__(
@@ -59,9 +70,11 @@ class ResumeCheckpoint(pl.Callback):
         self.num_batches, self.made_of = num_batches, made_of
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what identifies the training."""
         return {"num_batches": self.num_batches, "made_of": self.made_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if the checkpoint is that of another training."""
         require_same_training(
             self.path, state_dict, num_batches=self.num_batches, made_of=self.made_of
         )
@@ -69,6 +82,7 @@ class ResumeCheckpoint(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
+        """Write a checkpoint of the batches before this one, if one is due."""
         if batch_index % self.every == 0 and batch_index > 0:
             if not all(torch.isfinite(each).all() for each in module.parameters()):
                 raise NonFiniteLossError(f"batch {batch_index}: the weights are not finite")
@@ -85,7 +99,11 @@ class ResumeCheckpoint(pl.Callback):
 
 
 class ReportProgress(pl.Callback):
-    """Tells ``advance(done, total, note)`` after every step; the note is the newest loss."""
+    """A callback that calls ``advance(done, total, note)`` after every batch.
+
+    The note holds the newest loss, the newest validation result and the fraction of time spent
+    waiting for data.
+    """
 
     def __init__(self, advance: Callable[[int, int, str], None], num_batches: int) -> None:
         self.advance, self.num_batches = advance, num_batches
@@ -95,11 +113,13 @@ class ReportProgress(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
+        """Add the time since the last batch to the time spent waiting for data."""
         self.started = time.perf_counter()
-        # The first batch waits for workers to start, and after a validation nobody knows.
+        # The wait before the first batch is worker start-up; after a validation it is unknown.
         self.seconds_waited += self.started - self.ended if self.ended else 0.0
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Exclude the time of the validation."""
         self.ended = 0.0
 
     def on_train_batch_end(
@@ -110,6 +130,7 @@ class ReportProgress(pl.Callback):
         batch: Any,
         batch_index: int,
     ) -> None:
+        """Report the batch and its note."""
         metrics = trainer.callback_metrics
         shown = [name for name in ("train/loss", "train/loss/reconstruction") if name in metrics]
         note = f"loss {metrics[shown[0]].item():.3f}" if shown else ""
@@ -124,9 +145,10 @@ class ReportProgress(pl.Callback):
 
 
 class MetricLogger(Logger):
-    """Passes Lightning's metrics on as ``log_metrics(values, step=step)``, named by their stage.
+    """A Lightning logger that forwards metrics to ``log_metrics(values, step=step)``.
 
-    Each is a line of ``path`` too, for the runs that will share what this stage makes.
+    Metric names get the stage as a prefix.  Each record is also appended to ``path`` as a JSON
+    line, for other runs that share the result of this stage.
     """
 
     def __init__(
@@ -143,33 +165,36 @@ class MetricLogger(Logger):
 
     @property
     def name(self) -> str:
+        """The name of the stage."""
         return self.stage
 
     @property
     def version(self) -> str:
+        """An empty version, as a stage has one log."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, *arguments: Any, **keywords: Any) -> None:
-        """Parameters are recorded with the run, not by its trainers."""
+        """Do nothing, because the run records hyperparameters itself."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Forward metrics at the current optimizer step and append them to the file."""
         values = {
             f"{self.stage}/{name}": float(value)
             for name, value in metrics.items()
             if name != "epoch"
         }
         if values:
-            # Lightning's step counts micro-batches, and one too many once a run was resumed.
+            # Lightning's step counts micro-batches, and is one too high after resuming.
             number = self.num_steps_done()
             self._log_metrics(values, step=number)
             append_line(self.path, json_text([number, values]))
 
 
 def quiet_lightning() -> None:
-    """Hints for programmers stay unsaid, and a warning about what is taken care of here."""
-    # Lightning sets its level when it is imported.
+    """Silence Lightning's hints and its warning about resuming in the middle of an epoch."""
+    # Lightning sets its log level on import.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # The stream of examples goes on by its own count, which Lightning cannot see.
+    # The example stream resumes by its own count, which Lightning does not know of.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")

@@ -1,7 +1,7 @@
-"""Resume checkpoints on disk: two of them, checked before one is used.
+"""Resume checkpoints on disk: two generations, verified before use.
 
-``last.ckpt`` is the newest and ``previous.ckpt`` the one before it.  A damaged one is set aside
-and the other is used; without any, training starts from the beginning, to the same bits.
+``last.ckpt`` is the newest and ``previous.ckpt`` the one before it.  A damaged one is renamed and
+the other is used.  Without any, training starts from the beginning and gives the same bits.
 """
 
 import os
@@ -17,10 +17,10 @@ import torch
 
 from rudolph.files.atomic import rename_damaged, warn_once
 
-# The callback that writes them, as Lightning names its state.
+# Lightning's key for the state of the callback that writes the checkpoints.
 STATE = "ResumeCheckpoint"
 CHECKPOINT_PARTS = ("state_dict", "optimizer_states", "loops", "callbacks")
-# What zipfile and torch's unpickler raise on a file that is cut off, overwritten or another's.
+# zipfile and torch's unpickler raise these on a truncated, overwritten or foreign file.
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, OSError),
     *(RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError),
@@ -29,13 +29,13 @@ UNREADABLE = (
 
 
 def previous_of(last: Path) -> Path:
-    """Return where the checkpoint before ``last`` lies."""
+    """Return the path of the checkpoint before ``last``."""
     return last.with_name("previous.ckpt")
 
 
 def put_checkpoint(new: Path, last: Path) -> None:
-    """Move a checkpoint that is whole in place; the one that was there becomes the previous."""
-    # Its bytes first, then its name: a power cut must not leave a name without bytes.
+    """Rename a complete checkpoint to ``last``; the one that was there becomes the previous."""
+    # Sync the content before the name, so that a power cut cannot leave a name without content.
     with new.open("rb") as file:
         os.fsync(file.fileno())
     if last.is_file():
@@ -44,20 +44,23 @@ def put_checkpoint(new: Path, last: Path) -> None:
 
 
 def remove_checkpoints(last: Path) -> None:
-    """Remove both checkpoints, once the weights are safe."""
+    """Remove both checkpoints, once the weights are saved."""
     last.unlink(missing_ok=True)
     previous_of(last).unlink(missing_ok=True)
 
 
 def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool) -> Path | None:
-    """Return the newest whole checkpoint of a training, None when there is none.
+    """Return the newest intact checkpoint of a training, or None.
 
     Args:
-        is_main: whether this process sets the damaged ones aside and reports them; every process
-            finds the same one, whether or not that was done already.
+        last: the path of ``last.ckpt``.
+        num_batches: the number of batches of this training.
+        made_of: the identity of its data, tokenizer and VQ-GAN.
+        is_main: whether this process renames and reports damaged checkpoints.  Every process finds
+            the same checkpoint, before and after the renaming.
 
     Raises:
-        ValueError: when the checkpoint is of another training, with what to do.
+        ValueError: if the checkpoint is that of another training, with advice.
     """
     damaged = []
     found = None
@@ -79,10 +82,10 @@ def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool
 
 
 def read_state(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return what is wrong with a checkpoint, empty if nothing, and what its training was."""
+    """Return the fault of a checkpoint, or "" if it is intact, and the state of its training."""
     try:
         with zipfile.ZipFile(path) as content:
-            # Reads every byte once and compares checksums.
+            # This reads every byte once and compares checksums.
             member = content.testzip()
         if member is not None:
             return f"wrong checksum of {member}", {}
@@ -105,7 +108,7 @@ def read_state(path: Path) -> tuple[str, dict[str, Any]]:
 def require_same_training(
     path: Path, state: Mapping[str, Any], *, num_batches: int, made_of: str
 ) -> None:
-    """Raise ``ValueError`` for a checkpoint of a training with other batches or other data."""
+    """Raise ``ValueError`` if a checkpoint's training has other batches or other data."""
     if state["num_batches"] != num_batches:
         raise ValueError(
             f"{path}: was written by a training of {state['num_batches']} batches, "

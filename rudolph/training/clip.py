@@ -1,14 +1,14 @@
-"""CLIP in training: images and captions of one batch find each other.
+"""Training of CLIP: contrastive matching of images and captions within a batch.
 
-Every pair of a batch is compared with every other, on all devices, so a batch is never parted.
-Several pairs may share a caption, and each image of it fits: the softmax loss leaves the other
-pairs of a caption out of its sums, the sigmoid loss judges each combination alone and calls them
-matches.
+Every pair of a batch is compared with every other, on all devices, so a batch is never split into
+micro-batches.  Several pairs may share a caption, and then each of their images fits it.  The
+softmax loss leaves the other pairs of a caption out of its sums.  The sigmoid loss scores each
+combination by itself and counts these pairs as matches.
 
-Source: Radford 2021 (arXiv:2103.00020); open_clip for the bounds of the scale; Zhai 2023, SigLIP
-(arXiv:2303.15343); Zhai 2021, LiT (arXiv:2111.07991).
+Source: Radford 2021 (arXiv:2103.00020), with open_clip for the bounds of the scale; SigLIP (Zhai
+2023, arXiv:2303.15343) and LiT (Zhai 2021, arXiv:2111.07991).
 
-Shapes: B pairs of a batch, N pairs in all, E embedding dim.
+Shapes: B pairs per batch, N pairs in all, E embedding dim.
 """
 
 import math
@@ -33,10 +33,10 @@ from rudolph.training.steps import ManualStepModule
 
 
 def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
-    """Give a CLIP the first scale and bias of a loss and lock the tower that it freezes.
+    """Set a CLIP's initial scale and bias for a loss, and freeze the tower that the loss names.
 
     Raises:
-        ValueError: when the model has a bias that the loss does not learn, or lacks one.
+        ValueError: if the model has a bias that the loss does not train, or lacks one it needs.
     """
     require_bias(losses, has_bias=model.config.has_logit_bias)
     with torch.no_grad():
@@ -51,13 +51,13 @@ def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
 
 
 class CLIPTraining(ManualStepModule):
-    """Trains a ``CLIP`` on ``TextImageBatch``; validates by loss and retrieval.
+    """The training of a ``CLIP`` on ``TextImageBatch``; validates by loss and retrieval.
 
     Logs ``val/loss`` over groups of ``global_batch_size`` pairs, as in training, and the recalls
     of ``retrieval_recalls`` among all validation pairs.
 
     Raises:
-        ValueError: for a batch in parts, or a model that does not fit the loss.
+        ValueError: if a batch is split into micro-batches, or the model does not fit the loss.
     """
 
     def __init__(
@@ -74,9 +74,11 @@ class CLIPTraining(ManualStepModule):
         self.validated: list[tuple[Tensor, ...]] = []
 
     def networks(self) -> list[nn.Module]:
+        """Return the CLIP."""
         return [self.model]
 
     def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
+        """Compute the loss over all devices, step, bound the logit scale and log."""
         images, texts = (self.of_all_devices(each) for each in self.features(batch))
         numbers = (self.of_all_devices(each) for each in (batch.image_numbers, batch.captions))
         loss = self.loss(images, texts, *numbers)
@@ -88,43 +90,53 @@ class CLIPTraining(ManualStepModule):
         self.log_dict({"train/loss": loss, "train/logit_scale": self.model.logit_scale.exp()})
 
     def features(self, batch: TextImageBatch) -> tuple[Tensor, Tensor]:
-        """Normalised features ``(B, E)`` of images and of captions, in float32."""
+        """Return normalised float32 features ``(B, E)`` of the images and of the captions."""
         images = self.model.encode_image(batch.pixel_values)
         texts = self.model.encode_text(batch.input_ids)
         return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
 
     def of_all_devices(self, rows: Tensor) -> Tensor:
-        """The rows of every device, one device after the other; gradients go back to its own."""
+        """Concatenate the rows of all devices; gradients flow to this device's own rows alone."""
         world = self.trainer.world_size
         if world == 1:
             return rows
         gathered = [torch.empty_like(rows) for _ in range(world)]
-        # Lightning's own gathers by what torch says is deprecated.
+        # Lightning's own gathering uses a function that torch has deprecated.
         torch.distributed.all_gather(gathered, rows.detach())
         gathered[self.global_rank] = rows
         if rows.requires_grad:
-            # Every device has the loss of all pairs, and the mean over devices is what is stepped.
+            # Gradients are averaged over devices, but only this device's loss reaches these rows.
             rows.register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
         return torch.cat(gathered)
 
     def loss(
         self, images: Tensor, texts: Tensor, image_numbers: Tensor, captions: Tensor
     ) -> Tensor:
-        """The loss of features ``(B, E)`` of pairs with these numbers of images and captions."""
-        # Mixed precision would round logits near 100 to halves.
+        """Compute the scalar loss of a batch of pairs.
+
+        Args:
+            images: ``(B, E)``, normalised image features.
+            texts: ``(B, E)``, normalised caption features.
+            image_numbers: ``(B,)``, equal where images are equal.
+            captions: ``(B,)``, equal where captions are equal texts.
+        """
+        # bfloat16 autocast would round logits near 100 to multiples of 0.5.
         with torch.autocast(images.device.type, enabled=False):
             logits = self.model.logits(images, texts)
         is_match = (captions[:, None] == captions) | (image_numbers[:, None] == image_numbers)
         return CLIP_LOSSES[self.losses.kind](logits, is_match)
 
     def on_validation_epoch_start(self) -> None:
+        """Discard the features of the last validation."""
         self.validated = []
 
     def validation_step(self, batch: TextImageBatch, batch_index: int) -> None:
+        """Store the features of a validation batch."""
         numbers = batch.image_numbers, batch.captions
         self.validated.append((batch.examples, *numbers, *self.features(batch)))
 
     def on_validation_epoch_end(self) -> None:
+        """Log the loss and the retrieval recalls of all validation pairs."""
         numbers, captions, images, texts = self.whole_validation()
         size = self.optim.global_batch_size
         starts = range(0, max(len(captions) - size, 0) + 1, size)
@@ -133,26 +145,31 @@ class CLIPTraining(ManualStepModule):
             [all_of[each] for all_of in (images, texts, numbers, captions)] for each in groups
         ]
         losses = [self.loss(*each) for each in parts]
-        # Every device has them all; without the flag Lightning warns.
+        # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log("val/loss", torch.stack(losses).mean(), sync_dist=True)
         recalls = retrieval_recalls(images, texts, numbers, captions)
         values = {f"val/{name}": value for name, value in recalls.items()}
         self.log_dict(values, sync_dist=True)
 
     def whole_validation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Numbers of images and captions ``(N,)`` and features ``(N, E)`` of all pairs."""
+        """Collect all validation pairs over all devices, in the order of their numbers.
+
+        Returns:
+            The numbers of images and of captions, ``(N,)``, and the features of images and of
+                captions, ``(N, E)``.
+        """
         examples, *found = (torch.cat(part) for part in zip(*self.validated, strict=True))
         reduce: Any = self.trainer.strategy.reduce
         num_pairs = int(reduce(examples.max(), reduce_op="max")) + 1
 
         def placed(rows: Tensor) -> Tensor:
-            # Each device has some of the pairs; the sum with zeros has all.
+            # Each device has some of the pairs; a sum over zero-filled tensors has all.
             whole = rows.new_zeros(num_pairs, *rows.shape[1:])
             whole[examples] = rows
             return reduce(whole, reduce_op="sum")
 
         numbers, captions, images, texts = (placed(rows) for rows in found)
-        # Of fewer pairs than devices some devices have the same.
+        # With fewer pairs than devices, a pair lies on several; divide by how many.
         times = placed(torch.ones_like(examples))
         features = images / times[:, None], texts / times[:, None]
         return numbers // times, captions // times, *features

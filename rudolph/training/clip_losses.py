@@ -1,11 +1,11 @@
-"""What a CLIP learns from: its losses, their bounds, and which tower moves.
+"""Losses of CLIP, the bounds of its logit scale, and which tower is frozen.
 
 To add a loss, write its function and name it in ``CLIP_LOSSES``.
 
-Source: Radford 2021 (arXiv:2103.00020); open_clip for the bounds of the scale; Zhai 2023, SigLIP
-(arXiv:2303.15343); Zhai 2021, LiT (arXiv:2111.07991).
+Source: Radford 2021 (arXiv:2103.00020), with open_clip for the bounds of the scale; SigLIP (Zhai
+2023, arXiv:2303.15343) and LiT (Zhai 2021, arXiv:2111.07991).
 
-Shapes: B pairs of a batch.
+Shapes: B pairs per batch.
 """
 
 import math
@@ -20,16 +20,16 @@ LARGEST_SCALE = 100.0
 
 
 def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """The mean of the cross-entropies of both directions, a scalar in nats.
+    """Compute the mean cross-entropy of both retrieval directions, a scalar in nats.
 
-    Row i asks which caption belongs to image i, column i which image to caption i.  Another
-    pair with the same caption or the same image is no answer and no mistake: its place is left
+    Row i classifies the caption of image i; column i classifies the image of caption i.  Another
+    pair with the same caption or the same image is neither right nor wrong, so its entry is left
     out of both sums.
 
     Args:
-        logits: ``(B, B)``, of images and captions.
-        is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
-            image of the row.
+        logits: ``(B, B)``, images by captions.
+        is_match: ``(B, B)`` bool, true if the pair of the column has the caption or the image of
+            the row.
     """
     own = torch.arange(len(logits), device=logits.device)
     is_other = is_match & (own[:, None] != own)
@@ -38,12 +38,14 @@ def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
 
 
 def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """The binary cross-entropies of all combinations, summed, for one image: a scalar in nats.
+    """Compute the binary cross-entropy of all image-caption combinations, a scalar in nats.
+
+    The sum over all combinations is divided by B, the number of images.
 
     Args:
-        logits: ``(B, B)``, of images and captions.
-        is_match: ``(B, B)`` bool, true where the pair of the column has the caption or the
-            image of the row.
+        logits: ``(B, B)``, images by captions.
+        is_match: ``(B, B)`` bool, true if the pair of the column has the caption or the image of
+            the row.
     """
     signed = torch.where(is_match, logits, -logits)
     return -F.logsigmoid(signed).sum() / len(logits)
@@ -54,12 +56,16 @@ CLIP_LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
 @dataclass(frozen=True)
 class CLIPLossConfig:
-    """What is learned, and of which tower.
+    """The loss of CLIP, the initial scale and bias of its logits, and the frozen tower.
 
-    ``kind: softmax`` is CLIP's loss and keeps the scale of its cosines in [1, 100]; ``sigmoid`` is
-    SigLIP's and needs a model with ``has_logit_bias``.  ``initial_scale`` and ``initial_bias`` are
-    those of the logits before the first step (null: the model's own, 14.3 or with a bias 10 and
-    -10 when it is new).  ``frozen`` locks the ``image`` or the ``text`` tower whole.
+    ``kind: softmax`` is CLIP's loss and keeps the logit scale in [1, 100].  ``kind: sigmoid`` is
+    SigLIP's and needs a model with ``has_logit_bias``.  ``initial_scale`` and ``initial_bias``
+    apply before the first step; None keeps the model's own.  A new model has a scale of 14.3, or a
+    scale of 10 and a bias of -10 if it has a bias.  ``frozen`` freezes the whole ``image`` or
+    ``text`` tower.
+
+    Raises:
+        ValueError: if a setting is out of range or does not fit the loss.
     """
 
     kind: str = "softmax"
@@ -68,6 +74,7 @@ class CLIPLossConfig:
     frozen: str = "none"
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a setting is out of range or does not fit the loss."""
         if self.kind not in CLIP_LOSSES:
             raise ValueError(f"kind must be one of {', '.join(CLIP_LOSSES)}, got {self.kind!r}")
         if self.initial_scale is not None and not 0 < self.initial_scale < math.inf:
@@ -86,7 +93,7 @@ class CLIPLossConfig:
 
 
 def require_bias(losses: CLIPLossConfig, *, has_bias: bool) -> None:
-    """Raise ``ValueError`` for a model whose bias the loss does not learn, or that lacks one."""
+    """Raise ``ValueError`` unless the model has a logit bias exactly when the loss trains one."""
     needs_bias = losses.kind == "sigmoid"
     if has_bias != needs_bias:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The masked decoder in training: batch, losses, log."""
+"""Training of the masked decoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +24,15 @@ from rudolph.training.steps import ManualStepModule
 
 
 class DecoderTraining(ManualStepModule):
-    """Trains a ``MaskedDecoder`` on token sequences; logs nats a token of each segment.
+    """The training of a ``MaskedDecoder`` on token sequences; logs nats per token per segment.
 
     Args:
-        sources: names of the rows of the mixture; of more than one, the losses of each and the
-            share of the examples seen so far that it had are logged too.
+        model: the decoder.
+        losses: the losses and their weights.
+        optim: the optimizer settings.
+        num_accumulated: micro-batches per optimizer step.
+        sources: names of the mixture entries.  With more than one, the losses of each entry and
+            its fraction of the examples so far are logged too.
     """
 
     def __init__(
@@ -48,12 +52,15 @@ class DecoderTraining(ManualStepModule):
     num_seen: Tensor
 
     def networks(self) -> list[nn.Module]:
+        """Return the decoder."""
         return [self.model]
 
     def beside(self) -> list[nn.Parameter]:
+        """Return the learned loss weights, if there are any."""
         return [] if self.learned is None else list(self.learned.parameters())
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
+        """Add the loss of a micro-batch to the gradients, step at its end and log."""
         found = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
@@ -77,16 +84,19 @@ class DecoderTraining(ManualStepModule):
             self.log_dict({f"train/fraction/{name}": share for name, share in named})
 
     def on_validation_epoch_start(self) -> None:
-        # For each source and segment, its loss summed over labels and how many they were.
+        """Reset the sums of losses and the counts of labels."""
+        # Per mixture entry and segment: the loss summed over labels, and the number of labels.
         size = 2, len(self.sources), len(SEGMENTS)
         self.totals = torch.zeros(size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
+        """Add the losses and label counts of a validation batch."""
         found = compute_losses(self.model, batch.tokens, self.losses.plain, scored=batch.scored)
         means, counts = entry_means(found, batch.sources, len(self.sources))
         self.totals += torch.stack([means * counts, counts])
 
     def on_validation_epoch_end(self) -> None:
+        """Log validation losses over all devices, per segment and per mixture entry."""
         totals: Any = self.trainer.strategy.reduce(self.totals, reduce_op="sum")
         sums, counts = totals.sum(1)
         means = {
@@ -94,7 +104,7 @@ class DecoderTraining(ManualStepModule):
             for name, total, count in zip(SEGMENTS, sums, counts, strict=True)
             if count > 0
         }
-        # Every device has the same; without the flag Lightning warns.
+        # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log_dict({f"val/loss/{name}": value for name, value in means.items()}, sync_dist=True)
         weights = (
             self.losses.weights if self.losses.reduction == "batch" else dict.fromkeys(means, 1)
@@ -106,7 +116,7 @@ class DecoderTraining(ManualStepModule):
             self.log_dict(own, sync_dist=True)
 
     def _of_sources(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """The losses of each row of the mixture and segment that had labels, by their names."""
+        """Return the losses of each mixture entry and segment with labels, by metric name."""
         return {
             f"{stage}/loss/{source}/{segment}": means[row, column]
             for row, source in enumerate(self.sources)

@@ -1,12 +1,12 @@
-"""Every loss of the project and every weight of a loss.
+"""All losses of the decoder and the VQ-GAN, and their weights.
 
-Cross-entropies are in nats a token, means over what is scored; a segment of weight 0, or with
-nothing to score, costs nothing and gives no gradient.
+Cross-entropies are in nats per token and are means over the scored tokens.  A segment of weight 0,
+or without a scored token, adds no loss and no gradient.
 
-Source: RuDOLPH, ``rudolph/model/model.py`` for the decoder; taming-transformers,
-``modules/losses/vqperceptual.py`` for the VQ-GAN.
+Source: RuDOLPH, ``rudolph/model/model.py``, for the decoder; taming-transformers,
+``modules/losses/vqperceptual.py``, for the VQ-GAN.
 
-Shapes: B batch, T tokens, D hidden size.
+Shapes: B batch, T tokens, M labels, K mixture entries, D hidden size.
 """
 
 from collections.abc import Mapping
@@ -32,22 +32,30 @@ WEIGHTINGS = ("fixed", "learned")
 class DecoderLossConfig:
     """Weights of the segments' mean losses; the total is divided by the sum of the weights.
 
-    ``reduction`` says over what the means are taken.  ``batch``: a segment's over all examples
-    that score it, weighed by the three weights here (ru-dolph).  ``task``: of each task by
-    itself, its segments weighed by the weights of the task, and then over tasks by their examples
-    (fbc2_aij2022).  ``token``: over all labels, each of which has the weight that its task gives
-    its segment.  ``task_weights`` are weights of left text, image and right text of a task that
-    replace those of ``TASKS``.
+    ``reduction`` selects what the means are taken over:
+
+    - ``batch``: each segment's mean over all examples that score it, weighted by the three weights
+      here (ru-dolph).
+    - ``task``: for each mixture entry, the means of its segments, weighted by the weights of its
+      task.  The entries are averaged in proportion to their examples (fbc2_aij2022).
+    - ``token``: a mean over all labels, each weighted by its task's weight of its segment.
+
+    ``task_weights`` replace the weights of left text, image and right text of a task in ``TASKS``.
 
     ``first_image_token: legacy`` scores image token 0 as a class of the text vocabulary, as the
-    reference does; by default it is scored among image ids.  ``left_padding`` says whether the
-    padding ids of the left text are labels, as in the reference.
+    reference does.  By default it is scored among image ids.  ``left_padding`` counts the padding
+    ids of the left text as labels, as in the reference.
 
-    ``softmax: joint`` takes it over the ids of text and image, as DALL-E does, and not over those
-    that the segment can have.  ``z_loss_weight`` is that of the z-loss (Chameleon: 1e-5).
-    ``weighting: learned`` starts from weights of one and learns them as the precisions of the
-    segments (Kendall 2018, arXiv:1705.07115), with ``reduction: batch``.  Losses of validation
-    have none of these, nor smoothed labels, so that they compare.
+    ``softmax: joint`` normalises over the ids of text and image together, as DALL-E does, instead
+    of over the ids of the segment.  ``z_loss_weight`` weights the z-loss (Chameleon: 1e-5).
+    ``weighting: learned`` starts from weights of 1 and learns them as the precisions of the
+    segments (Kendall 2018, arXiv:1705.07115).  It needs ``reduction: batch``.
+
+    Validation uses the segment softmax and fixed weights, without z-loss and label smoothing, so
+    that configurations can be compared.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     left_text_weight: float = 1.0
@@ -63,6 +71,7 @@ class DecoderLossConfig:
     task_weights: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a setting is out of range."""
         for name in ("left_text_weight", "image_weight", "right_text_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -105,12 +114,12 @@ class DecoderLossConfig:
 
     @property
     def plain(self) -> "DecoderLossConfig":
-        """What validation takes: cross-entropies over a segment's own ids, and nothing beside."""
+        """The config of validation: cross-entropy over a segment's own ids and no extra terms."""
         return replace(self, softmax="segment", z_loss_weight=0.0, label_smoothing=0.0)
 
 
 class ComputedLosses(NamedTuple):
-    """Losses ``(M,)`` of the labels of a segment, in nats, and the example of each, ``(M,)``."""
+    """Losses ``(M,)`` of a segment's labels in nats, and each label's example ``(M,)``."""
 
     losses: Tensor
     rows: Tensor
@@ -124,12 +133,12 @@ def segment_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Mean cross-entropy of each segment that has labels, in nats: see ``compute_losses``."""
+    """Return the mean cross-entropy in nats per segment with labels; see ``compute_losses``."""
     return segment_means(compute_losses(model, tokens, config, scored=scored, inputs=inputs))
 
 
 def segment_means(found: Mapping[str, ComputedLosses]) -> dict[str, Tensor]:
-    """The mean loss of each segment over its labels."""
+    """Return the mean loss of each segment over its labels."""
     return {name: each.losses.mean() for name, each in found.items()}
 
 
@@ -141,15 +150,17 @@ def compute_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, ComputedLosses]:
-    """Cross-entropies of each segment that has labels, label by label.
+    """Compute the cross-entropy of every label, per segment with labels.
 
     Args:
-        tokens: ``(B, T)``: left text, left text and image, or the whole sequence.
-        scored: for some segments, ``(B,)`` bool: the examples whose segment is scored.
-        inputs: ``(B, T)``, what the model reads where that is not ``tokens``.
+        model: the decoder.
+        tokens: ``(B, T)``: the left text, left text and image, or the whole sequence.
+        config: the losses and their weights.
+        scored: for some segments, ``(B,)`` bool, true for examples whose segment is scored.
+        inputs: ``(B, T)``, the model's input if it differs from ``tokens``.
 
     Raises:
-        ValueError: when tokens end inside a segment.
+        ValueError: if ``tokens`` end inside a segment.
     """
     segments = scored_labels(model, tokens, config, scored=scored)
     hidden = scored_hidden(model, tokens if inputs is None else inputs, segments)
@@ -173,18 +184,19 @@ def compute_losses(
 def scored_hidden(
     model: MaskedDecoder, inputs: Tensor, segments: Mapping[str, tuple[int, Tensor]]
 ) -> Tensor:
-    """Return what the head reads, ``(B, T, D)``, and zeros in right texts without a label.
+    """Compute the head's input ``(B, T, D)``, with zeros in right texts without a label.
 
     Every mask is causal, so positions after the last label of an example change no loss.  The
-    layers skip them: in a mixture of text-to-image and captioning most examples have no right
+    layers skip them: in a mixture of text-to-image and captioning, most examples have no right
     text.
 
     Args:
-        inputs: ``(B, T)``, what the model reads.
-        segments: first position and labels of each segment, as ``scored_labels`` gives them.
+        model: the decoder.
+        inputs: ``(B, T)``, the model's input.
+        segments: the first position and the labels of each segment, as in ``scored_labels``.
     """
     end = model.layout.right_text_start
-    # A compiled layer is compiled for one batch size; ranks must run their layers equally often.
+    # Layers are compiled for one batch size, and all ranks must run them equally often.
     is_fixed = model.has_compiled_layers or torch.distributed.is_initialized()
     if inputs.shape[1] <= end or is_fixed:
         return model.hidden(inputs)
@@ -197,7 +209,7 @@ def scored_hidden(
     parts = [F.pad(short, (0, 0, 0, inputs.shape[1] - short.shape[1]))]
     if bool(is_whole.any()):
         parts.append(model.hidden(inputs[is_whole]))
-    # Back to the order of the batch: examples without a right text came first.
+    # Restore the order of the batch, since examples without a right text come first in ``parts``.
     order = is_whole.int().argsort(stable=True).argsort()
     return torch.cat(parts)[order]
 
@@ -209,9 +221,19 @@ def scored_labels(
     *,
     scored: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[int, Tensor]]:
-    """The labels of each segment of weight above 0, for the examples that are scored.
+    """Return the labels of each segment of weight above 0, for the scored examples.
 
-    Where tasks weigh their segments themselves, ``scored`` alone says what counts.
+    If the weights are those of tasks (``reduction`` is not ``batch``), ``scored`` alone decides
+    which segments count.
+
+    Args:
+        model: the decoder.
+        tokens: ``(B, T)``: the left text, left text and image, or the whole sequence.
+        config: the losses and their weights.
+        scored: for some segments, ``(B,)`` bool, true for examples whose segment is scored.
+
+    Returns:
+        Per segment, the first position that predicts it and its labels ``(B, M)``.
     """
     labels = segment_labels(
         model,
@@ -228,7 +250,11 @@ def scored_labels(
 
 
 def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted mean of the segments that were scored, a scalar."""
+    """Return the weighted mean of the losses of the scored segments, a scalar.
+
+    Raises:
+        ValueError: if every scored segment has weight 0.
+    """
     total = sum(weights[name] for name in losses)
     if total == 0:
         raise ValueError("no segment of weight above 0 has a label in this batch")
@@ -237,9 +263,9 @@ def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 
 
 class LearnedWeights(nn.Module):
-    """The segments' losses, each times its precision, plus the logarithm of its variance.
+    """The sum of each segment's loss times its precision, plus the logarithm of its variance.
 
-    So a segment cannot win by being weighed little.
+    The logarithm penalises low precisions, so no segment can win by a low weight.
 
     Source: Kendall 2018 (arXiv:1705.07115), equation 10.
     """
@@ -249,13 +275,14 @@ class LearnedWeights(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(len(SEGMENTS)))
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss, a scalar, from the mean loss of each scored segment."""
         at = [SEGMENTS.index(name) for name in losses]
         variances = self.log_variances[at]
         return ((-variances).exp() * torch.stack(list(losses.values())) + variances).sum()
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each segment is weighed by now, together 1."""
+        """The current relative weight of each segment; they sum to 1."""
         shares = (-self.log_variances).softmax(0).tolist()
         return dict(zip(SEGMENTS, shares, strict=True))
 
@@ -263,10 +290,15 @@ class LearnedWeights(nn.Module):
 def entry_means(
     found: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss of each row of the mixture and segment, ``(K, 3)``, and their labels' number.
+    """Compute the mean loss and the number of labels of each mixture entry and segment.
 
     Args:
-        sources: ``(B,)``, the row of the mixture of each example, 0 to K - 1.
+        found: the losses of each segment, see ``compute_losses``.
+        sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
+        num_sources: K.
+
+    Returns:
+        Means and counts, ``(K, 3)`` each; a mean without labels is 0.
     """
     nothing = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
     columns = dict.fromkeys(SEGMENTS, nothing)
@@ -284,11 +316,13 @@ def mixed_loss(
     weights: Tensor,
     sources: Tensor,
 ) -> Tensor:
-    """The loss of a batch of several tasks, a scalar, by ``config.reduction``.
+    """Reduce the losses of a batch of several tasks to a scalar, by ``config.reduction``.
 
     Args:
-        weights: ``(B, 3)``, of each example's segments.
-        sources: ``(B,)``, the row of the mixture of each example.
+        found: the losses of each segment, see ``compute_losses``.
+        config: the reduction and the weights of ``batch``.
+        weights: ``(B, 3)``, the weights of each example's segments.
+        sources: ``(B,)``, the mixture entry of each example.
     """
     if config.reduction == "batch":
         return weighted_mean(segment_means(found), config.weights)
@@ -309,9 +343,12 @@ def mixed_loss(
 class ReconstructionLossConfig:
     """Weights of the VQ-GAN's losses; images are in [-1, 1].
 
-    The adversary starts at ``discriminator_start`` steps (null: never) with
+    The discriminator starts at step ``discriminator_start`` (None: never).  Its weight is
     ``discriminator_weight`` times the ratio of the gradients at the decoder's last layer.
-    ``lpips_weights`` is a file of VGG16 and LPIPS weights; null leaves the perceptual loss out.
+    ``lpips_weights`` is a file with VGG16 and LPIPS weights; None omits the perceptual loss.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     l1_weight: float = 1.0
@@ -323,6 +360,7 @@ class ReconstructionLossConfig:
     lpips_weights: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a setting is out of range."""
         names = ("l1_weight", "l2_weight", "quantizer_weight", "discriminator_weight")
         for name in (*names, "perceptual_weight"):
             if getattr(self, name) < 0:
@@ -338,18 +376,21 @@ class ReconstructionLossConfig:
 def reconstruction_loss(
     decoded: Tensor, images: Tensor, config: ReconstructionLossConfig
 ) -> Tensor:
-    """Weighted L1 and L2 between images ``(B, 3, H, W)`` in [-1, 1], a scalar."""
+    """Compute the weighted L1 and L2 loss between images ``(B, 3, H, W)`` in [-1, 1], a scalar."""
     difference = decoded.float() - images
     return config.l1_weight * difference.abs().mean() + config.l2_weight * difference.pow(2).mean()
 
 
 def hinge_adversary_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's loss (Lim and Ye 2017)."""
+    """Compute the discriminator's hinge loss, a scalar (Lim and Ye 2017)."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last_weight: Tensor) -> Tensor:
-    """Ratio of both losses' gradients at the last layer, at most 1e4 (VQ-GAN, equation 7)."""
+    """Compute the ratio of both losses' gradient norms at the last layer, at most 1e4.
+
+    Source: VQ-GAN, equation 7.
+    """
     first = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)[0].norm()
     second = torch.autograd.grad(adversary, last_weight, retain_graph=True)[0].norm()
     return (first / (second + 1e-4)).clamp(0, 1e4).detach()

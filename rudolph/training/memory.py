@@ -1,8 +1,8 @@
-"""How much memory a training will need, before anything is allocated.
+"""Estimate of the memory that a training needs, before anything is allocated.
 
-Weights, gradients and the optimizer's state are counted.  Activations are those that a forward
-pass on the meta device keeps for its backward pass, attention written out; a fused attention
-kernel keeps less.
+The estimate adds weights, gradients, optimizer state and activations.  Activations are the tensors
+that a forward pass on the meta device saves for its backward pass, with unfused attention.  A
+fused attention kernel saves less.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Parameters, and bytes of each kind."""
+    """Numbers of parameters, and the memory of each kind in bytes."""
 
     trainable: int
     total: int
@@ -30,6 +30,7 @@ class TrainingMemory:
 
     @property
     def bytes(self) -> int:
+        """The total memory in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -41,11 +42,14 @@ def training_memory(
     micro_batch_size: int,
     activation_bytes: int = FLOAT,
 ) -> TrainingMemory:
-    """The memory of training a model that was built on the meta device.
+    """Estimate the memory of training a model that was built on the meta device.
 
     Args:
-        micro_batch_size: examples that pass through the model at once.
-        activation_bytes: of a number, 2 where matrices are multiplied in half precision.
+        model: the decoder, on the meta device.
+        losses: the losses, whose weights decide which logits are computed.
+        optim: the optimizer settings.
+        micro_batch_size: examples per forward pass.
+        activation_bytes: bytes per activation element; 2 with half-precision matrix products.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -65,7 +69,7 @@ def training_memory(
 def count_activation_bytes(
     model: MaskedDecoder, losses: DecoderLossConfig, batch_size: int
 ) -> int:
-    """Bytes in float32 that a forward pass keeps, each memory once, weights left out."""
+    """Count the bytes that a forward pass in float32 saves, each storage once, without weights."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -85,5 +89,5 @@ def count_activation_bytes(
         for length, size, weight in zip(lengths, classes, losses.weights.values(), strict=True)
         if weight > 0
     )
-    # Of each segment's logits their softmax is kept as well.
+    # The softmax of each segment's logits is saved as well as the logits.
     return sum(seen.values()) + hidden.untyped_storage().nbytes() + 2 * FLOAT * batch_size * logits

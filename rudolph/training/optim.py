@@ -1,7 +1,7 @@
-"""How weights move: AdamW, warm-up and cosine, and the precision of the machine.
+"""Optimizers, learning-rate schedule, gradient clipping and training precision.
 
-Source: Loshchilov and Hutter (arXiv:1711.05101); nanoGPT for which tensors decay; Muon: Jordan
-2024, scaled as in Moonlight (arXiv:2502.16982).
+Source: Loshchilov and Hutter (arXiv:1711.05101) for AdamW, and nanoGPT for which tensors decay.
+Muon is Jordan 2024, scaled as in Moonlight (arXiv:2502.16982).
 """
 
 import math
@@ -18,23 +18,27 @@ from torch.optim.lr_scheduler import LambdaLR
 from rudolph.models.layers.native_types import has_native_bfloat16
 
 OPTIMIZERS = ("adamw", "muon", "adamw8bit")
-# Bytes of state for a number: two moments, one momentum.
+# Bytes of state per parameter: two moments for AdamW, one momentum for Muon.
 ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
-# Numbers in the matrices that Muon multiplies at once; larger ones fill the cores alone.
+# Elements per batched product in Muon; a larger matrix uses all cores by itself.
 STACK = 2**20
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One training: ``num_steps`` optimizer steps of ``global_batch_size`` examples; of none, no
-    training.
+    """Settings of one training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
 
-    ``optimizer: muon`` moves the hidden matrices and convolutions by Muon with
-    ``muon_learning_rate`` and all else by AdamW with ``learning_rate``; ``adamw8bit`` keeps the
-    moments in eight bits, on CUDA with bitsandbytes.
-    The learning rate rises over ``warmup_steps`` and falls by a cosine to
-    ``final_learning_rate_fraction`` of its peak.  ``ema_decay`` averages the weights for sampling
-    (null: off).  A checkpoint to resume from is written every ``checkpoint_every`` steps.
+    With 0 steps nothing is trained.  ``optimizer: muon`` trains hidden matrices and convolutions
+    by Muon with ``muon_learning_rate``, and all other parameters by AdamW with ``learning_rate``.
+    ``adamw8bit`` keeps the moments in 8 bits and needs CUDA and bitsandbytes.
+
+    The learning rate rises linearly over ``warmup_steps`` and then falls along a cosine to
+    ``final_learning_rate_fraction`` of its peak.  ``ema_decay`` is the decay of the weight average
+    that sampling uses (None: off).  A resume checkpoint is written every ``checkpoint_every``
+    steps.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     num_steps: int = 1000
@@ -53,6 +57,7 @@ class OptimConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a setting is out of range."""
         if self.num_steps < 0:
             raise ValueError(f"num_steps must be at least 0, got {self.num_steps}")
         for name in ("global_batch_size", "validate_every", "checkpoint_every"):
@@ -81,7 +86,7 @@ class OptimConfig:
 
 
 def learning_rate_fraction(step: int, config: OptimConfig) -> float:
-    """The share of the peak learning rate at a step, counted from 0."""
+    """Return the fraction of the peak learning rate at a step, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     rest = max(config.num_steps - config.warmup_steps, 1)
@@ -91,10 +96,11 @@ def learning_rate_fraction(step: int, config: OptimConfig) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal; a convolution's kernel (O, I, h, w) is a matrix (O, I * h * w).
+    """Muon: orthogonalised Nesterov momentum for matrices and convolution kernels.
 
-    On matrices it is ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, which takes
-    nothing but matrices: steps are as long as AdamW's, so that one weight decay fits both.
+    A kernel ``(O, I, h, w)`` counts as a matrix ``(O, I * h * w)``.  For matrices this is
+    ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, which accepts matrices only.
+    Updates have the RMS of AdamW's, so the same weight decay suits both.
     """
 
     momentum = 0.95
@@ -104,6 +110,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; ``closure`` is ignored."""
         for group in self.param_groups:
             for parameters in _stacks([each for each in group["params"] if each.grad is not None]):
                 steps = orthogonal(torch.stack([self.direction(each) for each in parameters]))
@@ -113,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(step.view_as(parameter), alpha=-group["lr"] * length)
 
     def direction(self, parameter: Tensor) -> Tensor:
-        """Add the gradient to its running average; return Nesterov's momentum, ``(O, I)``."""
+        """Add the gradient to its moving average and return Nesterov's momentum, ``(O, I)``."""
         average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         assert parameter.grad is not None
         average.lerp_(parameter.grad, 1 - self.momentum)
@@ -121,9 +128,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield parameters of one matrix shape together, at most ``STACK`` numbers or one alone.
+    """Yield lists of parameters with one matrix shape, at most ``STACK`` elements per list.
 
-    A batched product of small matrices uses all cores; one after the other, they do not.
+    A parameter above ``STACK`` elements is alone in its list.  A batched product of small matrices
+    uses all cores, while one product after another does not.
     """
     waiting: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -137,10 +145,10 @@ def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Approximate the nearest orthogonal matrix of each, ``(..., M, N)``, by Newton-Schulz.
+    """Approximate the nearest orthogonal matrix of each ``(..., M, N)`` by Newton-Schulz.
 
-    The five steps need no more precision than bfloat16, which is used where the device multiplies
-    it natively; elsewhere they are done in float32.
+    Five iterations run in bfloat16, which is precise enough, where the device multiplies it
+    natively, and in float32 elsewhere.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(torch.bfloat16 if has_native_bfloat16(matrices.device) else torch.float32)
@@ -156,7 +164,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Parameters that are trained: by Muon, by AdamW with decay, by AdamW without."""
+    """Trained parameters: by Muon, by AdamW with weight decay, and by AdamW without."""
 
     muon: list[nn.Parameter]
     decayed: list[nn.Parameter]
@@ -164,9 +172,11 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
-    """Muon moves what is hidden; the rest is all vectors and embeddings, and the layers from and
-    to pixels or tokens.  Only matrices and kernels decay: not norms, biases, embeddings or a
-    codebook.
+    """Split the trained parameters of a model by optimizer and weight decay.
+
+    Muon trains hidden matrices and kernels.  AdamW trains vectors, embeddings, and the layers from
+    and to pixels or tokens.  Weight decay applies to matrices and kernels alone, not to norms,
+    biases, embeddings or a codebook.
     """
     embeddings = {
         parameter
@@ -188,10 +198,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
 
 
 def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of what is trained of a model.
+    """Create the optimizers for the trained parameters of a model.
 
     Raises:
-        ValueError: when 8-bit moments are asked for and the machine has no CUDA or bitsandbytes.
+        ValueError: if ``adamw8bit`` is set and the machine lacks CUDA or bitsandbytes.
     """
     found = parameter_groups(model, config)
     groups = [
@@ -214,7 +224,14 @@ def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Opt
 
 
 def eight_bit_adamw(kind: str = "cuda") -> Any:
-    """Return bitsandbytes' AdamW, whose moments have eight bits, for a kind of device."""
+    """Return bitsandbytes' AdamW class, whose moments have 8 bits.
+
+    Args:
+        kind: the kind of device, which must be ``cuda``.
+
+    Raises:
+        ValueError: if the device is not CUDA, CUDA is unavailable, or bitsandbytes is missing.
+    """
     if kind != "cuda" or not torch.cuda.is_available():
         raise ValueError("optimizer adamw8bit needs a CUDA GPU; adamw does the same in 32 bits")
     try:
@@ -225,7 +242,7 @@ def eight_bit_adamw(kind: str = "cuda") -> Any:
 
 
 def optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
-    """Memory of the optimizers' state."""
+    """Compute the size of the optimizer state in bytes."""
     found = parameter_groups(model, config)
     by_muon = sum(parameter.numel() for parameter in found.muon)
     rest = sum(parameter.numel() for parameter in (*found.decayed, *found.kept))
@@ -239,7 +256,9 @@ def clip_gradients(
     """Scale all gradients of a network down to the norm ``gradient_clip``, if one is set.
 
     Args:
-        scale: how many times too large the gradients are, as those of scaled losses.
+        optimizers: the optimizers that hold the network's parameters.
+        config: the settings with ``gradient_clip``.
+        scale: the factor by which the gradients are too large, such as that of a gradient scaler.
     """
     if config.gradient_clip is not None:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -248,14 +267,15 @@ def clip_gradients(
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimConfig) -> LambdaLR:
+    """Return the learning-rate schedule of ``learning_rate_fraction`` for an optimizer."""
     return LambdaLR(optimizer, lambda step: learning_rate_fraction(step, config))
 
 
 def machine_precision(kind: str | None = None) -> str:
-    """Return ``bf16-mixed`` where a device multiplies bfloat16 natively, else ``32-true``.
+    """Return ``bf16-mixed`` if a device multiplies bfloat16 natively, else ``32-true``.
 
     Args:
-        kind: ``cpu``, ``cuda`` or ``mps``; None means CUDA where there is one, else the CPU.
+        kind: ``cpu``, ``cuda`` or ``mps``; None means CUDA if available, else the CPU.
     """
     device = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     return "bf16-mixed" if has_native_bfloat16(device) else "32-true"

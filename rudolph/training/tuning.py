@@ -1,9 +1,9 @@
-"""Which parts of a decoder a training moves: freezing by part, low-rank updates.
+"""Which parts of a decoder a training updates: freezing by part and low-rank updates (LoRA).
 
 To add a part, name it in ``FREEZABLE_PARTS`` with the pattern of its parameters.
 
 Source: ru-dolph's fine-tuning notebooks (``freeze``, whose ``freeze_attn`` matches no parameter);
-Emojich (arXiv:2112.02448): attention and MLP frozen.
+Emojich (arXiv:2112.02448), which freezes attention and MLP.
 """
 
 import re
@@ -28,10 +28,13 @@ IN_LAYERS = ("attention", "mlp", "norms", "layers")
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """What is trained.  A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
+    """Which parts are trained.  A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
 
-    ``frozen`` parts do not move.  ``lora_rank`` trains low-rank updates of the linear layers of
-    ``lora_target_modules`` instead of their weights, and merges them at the end (null: off).
+    ``frozen`` parts are not updated.  ``lora_rank`` trains low-rank updates of the linear layers
+    in ``lora_target_modules`` instead of their weights, and merges them at the end (None: off).
+
+    Raises:
+        ValueError: if a part is unknown, or the rank or alpha is out of range.
     """
 
     frozen: tuple[str, ...] = ()
@@ -40,6 +43,7 @@ class TuningConfig:
     lora_target_modules: tuple[str, ...] = ("attention",)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a part is unknown, or the rank or alpha is out of range."""
         for name in ("frozen", "lora_target_modules"):
             for part in getattr(self, name):
                 _pattern_and_layers(name, part)
@@ -50,10 +54,10 @@ class TuningConfig:
 
 
 def apply_tuning(model: MaskedDecoder, config: TuningConfig) -> None:
-    """Freeze parts of a model and give it its low-rank updates.
+    """Freeze parts of a model and add its low-rank updates.
 
     Raises:
-        ValueError: for layers that the model has not, or when nothing is left to train.
+        ValueError: if a part names layers beyond the model's depth, or nothing is left to train.
     """
     for part in config.frozen:
         for name in _parameters_of(model, "frozen", part):

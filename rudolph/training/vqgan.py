@@ -1,4 +1,4 @@
-"""The VQ-GAN in training: reconstruct, judge, log.
+"""Training of the VQ-GAN, with an optional discriminator and perceptual loss.
 
 Source: taming-transformers, ``models/vqgan.py``.
 """
@@ -23,9 +23,9 @@ from rudolph.training.steps import ManualStepModule
 
 
 class VQGANTraining(ManualStepModule):
-    """Trains a ``VQGAN``; with an adversary, both optimizers step on every batch.
+    """The training of a ``VQGAN``; with a discriminator, both networks step on every global batch.
 
-    Logs PSNR in dB and SSIM of images in [0, 1], the share of codes used and their perplexity.
+    Logs PSNR in dB and SSIM of images in [0, 1], the fraction of codes used and their perplexity.
     """
 
     def __init__(
@@ -42,15 +42,17 @@ class VQGANTraining(ManualStepModule):
         self.discriminator = PatchDiscriminator() if has_adversary else None
         path = losses.lpips_weights
         self.perceptual = PerceptualDistance(path) if path else None
-        # No buffer: an average of weights swaps buffers for its own before the counts are read.
+        # Not a buffer, because weight averaging swaps buffers before the counts are read.
         self.code_counts = torch.zeros(model.config.quantizer.num_codes)
 
     def networks(self) -> list[nn.Module]:
+        """Return the VQ-GAN and, if there is one, the discriminator."""
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
 
     def training_step(self, batch: ImageBatch, batch_index: int) -> None:
+        """Add the losses of a micro-batch to the gradients, step at its end and log."""
         if self.discriminator is not None:
-            # It takes part in the generator's loss and must not learn from it.
+            # The generator's loss passes through the discriminator, which must not learn from it.
             self.discriminator.requires_grad_(False)
         result = self.model(batch.images)
         losses = self.generator_losses(result, batch.images, batch_index)
@@ -68,7 +70,13 @@ class VQGANTraining(ManualStepModule):
     def generator_losses(
         self, result: Reconstruction, images: Tensor, batch_index: int
     ) -> dict[str, Tensor]:
-        """Each term of the VQ-GAN's loss, weighted."""
+        """Return each weighted term of the VQ-GAN's loss, a scalar by its name.
+
+        Args:
+            result: the reconstruction of ``images``.
+            images: ``(B, 3, H, W)`` in [-1, 1].
+            batch_index: the micro-batch, which decides whether the discriminator takes part.
+        """
         reconstruction = reconstruction_loss(result.images, images, self.losses)
         if self.perceptual is not None:
             distance = self.perceptual(result.images.float(), images).mean()
@@ -83,10 +91,12 @@ class VQGANTraining(ManualStepModule):
         return losses
 
     def uses_discriminator(self, batch_index: int) -> bool:
+        """Return whether the discriminator takes part in this micro-batch."""
         start = self.losses.discriminator_start
         return start is not None and self.step_of(batch_index) >= start
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
+        """Log the metrics of a validation batch and count its codes."""
         result = self.model(batch.images)
         decoded = (result.images.float().clamp(-1, 1) + 1) / 2
         truth, size = (batch.images + 1) / 2, len(batch.images)
@@ -102,9 +112,10 @@ class VQGANTraining(ManualStepModule):
         self.code_counts += found.cpu()
 
     def on_validation_epoch_end(self) -> None:
+        """Log codebook usage and perplexity over all devices, and reset the counts."""
         counts = self.trainer.strategy.reduce(self.code_counts.to(self.device), reduce_op="sum")
         usage, perplexity = codebook_usage(counts)
-        # Every device has the same; without the flag Lightning warns.
+        # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         values = {"val/codebook_usage": usage, "val/codebook_perplexity": perplexity}
         self.log_dict(values, sync_dist=True)
         self.code_counts.zero_()
