@@ -1,0 +1,1 @@
+"""Released checkpoints: their table, download, safe reading and conversion to safetensors."""

@@ -1,7 +1,7 @@
-"""Checkpoint files of any age, read without executing anything that they hold.
+"""Read checkpoint files of any age without executing any code that they contain.
 
-Safetensors are read tensor by tensor; pickles through torch's unpickler for tensors alone, mapped
-from the disk where their format allows it.
+Safetensors are read tensor by tensor.  Pickles are read by torch's unpickler restricted to
+tensors, and memory-mapped if their format allows it.
 """
 
 import pickle
@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Names that begin so are what trainers leave in a checkpoint beside its tensors.  They are read as
-# ``IgnoredObject`` or ``IgnoredMapping``, so that nothing of their packages is imported or run.
+# Prefixes of the classes that trainers store in a checkpoint besides tensors.  They are read as
+# ``IgnoredObject`` or ``IgnoredMapping``, so that none of their packages is imported or run.
 TRAINERS = (
     *("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse."),
     *("pathlib.", "numpy.", "typing.Any", "collections.defaultdict"),
@@ -26,7 +26,7 @@ TRAINERS = (
 )
 MAPPINGS = (".AttributeDict", ".defaultdict")
 ZIP_START = b"PK\x03\x04"
-# What torch's unpickler raises on a file that is cut off or made up.
+# Torch's unpickler raises these on a truncated or forged file.
 UNREADABLE_ERRORS = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError),
     *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError, OSError),
@@ -34,24 +34,29 @@ UNREADABLE_ERRORS = (
 
 
 class IgnoredObject:
-    """Stands for an object of a trainer; it takes any arguments and any state, and keeps none."""
+    """A stand-in for a trainer's object; it accepts any arguments and state, and keeps none."""
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
-        """Nothing."""
+        """Ignore all arguments."""
 
     def __setstate__(self, state: object) -> None:
-        """Nothing."""
+        """Ignore the state."""
 
 
 class IgnoredMapping:
-    """Stands for a class of mappings; its objects are empty dicts, which take any items."""
+    """A stand-in for a mapping class; its instances are empty dicts, which accept any items."""
 
     def __new__(cls, *arguments: object) -> dict[Any, Any]:  # type: ignore[misc]
+        """Return an empty dict, ignoring all arguments."""
         return {}
 
 
 class SafeFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of a safetensors file, each read on access.
+
+    Raises:
+        ValueError: if the file is not a complete safetensors file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,6 +69,12 @@ class SafeFile(Mapping[str, Tensor]):
         self.names = list(self.file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, key: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: if the file has no such tensor.
+            ValueError: if the tensor cannot be read.
+        """
         if key not in self.names:
             raise KeyError(key)
         try:
@@ -75,17 +86,21 @@ class SafeFile(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the tensors."""
         return iter(self.names)
 
     def __len__(self) -> int:
+        """Return the number of tensors."""
         return len(self.names)
 
 
 class ConvertedTensors(Mapping[str, Tensor]):
-    """Tensors of another dtype or device; each is converted when it is asked for, masks are not.
+    """Tensors that are converted to another dtype or device on access; masks keep their dtype.
 
     Args:
-        dtype: of floating-point tensors; as they are when None.
+        tensors: the original tensors by name.
+        dtype: the dtype of floating-point tensors; None keeps theirs.
+        device: the device of all tensors.
     """
 
     def __init__(
@@ -98,22 +113,26 @@ class ConvertedTensors(Mapping[str, Tensor]):
         self.tensors, self.dtype, self.device = tensors, dtype, device
 
     def __getitem__(self, key: str) -> Tensor:
+        """Return one tensor, converted."""
         tensor = self.tensors[key]
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.to(self.device, dtype or tensor.dtype)
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the tensors."""
         return iter(self.tensors)
 
     def __len__(self) -> int:
+        """Return the number of tensors."""
         return len(self.tensors)
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint file holds: tensors by name, or a wrapping around them.
+    """Read a checkpoint file: tensors by name, or a mapping that wraps them.
 
     Raises:
-        ValueError: one line, when the file is missing, cut off, or holds what is no tensor.
+        ValueError: if the file is missing, truncated, or contains other objects than tensors; the
+            message is one line.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -129,7 +148,7 @@ def _read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START
     try:
-        # Its warnings advise whoever writes checkpoints.
+        # Its warnings address authors of checkpoints, not their readers.
         with warnings.catch_warnings(action="ignore"), _stand_ins(path if is_zip else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNREADABLE_ERRORS as error:
@@ -137,7 +156,7 @@ def _read_pickle(path: Path) -> Any:
         if asked:
             reason = f"refused, it asks to run {asked[1]}; nothing of it was run"
         elif isinstance(error, pickle.UnpicklingError):
-            # Torch's words advise to load it all the same.
+            # Torch's own message advises loading the file anyway.
             reason = "no checkpoint of torch.save, or a damaged one"
         else:
             reason = (
@@ -147,7 +166,11 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
-    """Where torch's unpickler reads what a zipped checkpoint names of ``TRAINERS`` as ignored."""
+    """Return a context in which torch's unpickler reads names of ``TRAINERS`` as ignored objects.
+
+    Args:
+        path: a zipped checkpoint; None for other formats, where nothing is replaced.
+    """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if path else []
     pairs: Any = [
         (IgnoredMapping if name.endswith(MAPPINGS) else IgnoredObject, name)
@@ -158,6 +181,6 @@ def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's words."""
+    """Return the first sentence of an error's message, or the error's type without a message."""
     words = " ".join(str(error).split())
     return words.partition(". ")[0] or type(error).__name__

@@ -1,15 +1,15 @@
-"""One file of the Hugging Face hub, brought into a folder, resumed and checked.
+"""Download one file from the Hugging Face hub, with resuming and verification of its hash.
 
-huggingface_hub finds the file, its hash, the user's token and mirror; the bytes are streamed here,
-because its own download (2.4) throws away what it has when it is interrupted, and these files have
-up to 23 GB.  Beside a file ``F`` of the hub may lie
+huggingface_hub resolves the file, its hash, the user's token and the mirror; this module streams
+the bytes.  The library's own download (version 2.4) discards its bytes when interrupted, and these
+files have up to 23 GB.  Next to a file ``F`` of the hub there may be:
 
-    F.<hash>.part   what an interrupted download has; the next call goes on from its end
-    F.lock          empty, held by the process that downloads now
-    F.sha256        its hash, and as a comment its repository and commit; ``sha256sum -c`` reads it
+    F.<hash>.part   the bytes of an interrupted download, to which the next call appends
+    F.lock          empty, held by the process that is downloading
+    F.sha256        its hash, with repository and commit as a comment, for ``sha256sum -c``
 
-HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_TOKEN mean here what they mean to huggingface_hub.
-It reads them when it is imported, so functions import it, never this module.
+HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_TOKEN have the same meaning as in huggingface_hub.
+The library reads them on import, so this module imports it inside functions only.
 """
 
 import errno
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK_BYTES = 2**20
-# Connections in a row that brought no byte, and the pause before the next.
+# Limit of consecutive connections without a byte, and the pause before the next one.
 MAX_IDLE_CONNECTIONS = 5
 SECONDS_BETWEEN_CONNECTIONS = 1.0
 SECONDS_FOR_LOCK = 1.0
@@ -39,7 +39,7 @@ OnBytes = Callable[[int, int], None]
 
 
 class FetchedFile(NamedTuple):
-    """A whole file on this disk, the hash of its bytes, and the commit they are of."""
+    """A complete local file, the SHA-256 of its bytes, and their commit."""
 
     path: Path
     sha256: str
@@ -47,9 +47,9 @@ class FetchedFile(NamedTuple):
 
 
 class HubFile(NamedTuple):
-    """What the hub says of a file.
+    """A file's URL, commit, size in bytes and hash on the hub.
 
-    ``hash`` is SHA-256 for what the hub keeps as a large file, else git's SHA-1 of a blob.
+    ``hash`` is a SHA-256 for large files of the hub, else git's SHA-1 of the blob.
     """
 
     url: str
@@ -61,16 +61,20 @@ class HubFile(NamedTuple):
 def fetch(
     repo: str, file: str, folder: Path, *, on_progress: OnBytes | None = None
 ) -> FetchedFile:
-    """Bring a file of a repository's newest commit to ``folder / file``, whole and checked.
+    """Download a file of a repository's newest commit to ``folder / file``, complete and verified.
 
-    Nothing is downloaded when the file there is the hub's already.  When the hub cannot be asked,
-    a file that an earlier call has checked, and that has not changed since, is used as it is.
+    Nothing is downloaded if the local file already equals the hub's.  If the hub is unreachable or
+    offline mode is set, an unchanged file that an earlier call verified is used.
 
     Args:
-        on_progress: told the bytes on this disk and in all, while bytes arrive.
+        repo: the repository on the hub.
+        file: the file's path in the repository.
+        folder: the local folder.
+        on_progress: called with the local bytes and all bytes, while bytes arrive.
 
     Raises:
-        ValueError: one line that says what to do, whatever failed; an interruption passes through.
+        ValueError: if anything fails; the message is one line with advice.  A
+            ``KeyboardInterrupt`` passes through.
     """
     import httpx2
 
@@ -89,15 +93,15 @@ def fetch(
 
 
 def ask_hub(repo: str, file: str) -> HubFile:
-    """Commit, size and hash of a file, without its bytes.
+    """Request the commit, size and hash of a file, without its bytes.
 
     Raises:
-        ValueError: the answer is not a hub's.
-        Exception: what huggingface_hub and httpx2 raise; ``hub_errors`` translates it.
+        ValueError: if the response is not that of a hub.
+        Exception: errors of huggingface_hub and httpx2, which ``hub_errors`` translates.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
-    # Its user agent asks the hub for a list of coding agents, and its log repeats advice.
+    # Its user agent requests a list of coding agents from the hub, and its log repeats advice.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
@@ -112,27 +116,34 @@ def ask_hub(repo: str, file: str) -> HubFile:
             f"{constants.ENDPOINT} answers without the commit, size or hash of {repo} {file}, so "
             "it is no hub: check HF_ENDPOINT and the network's proxy or sign-in page"
         )
-    # Of this commit, so that all connections of a download bring parts of the same file.
+    # Fix the commit, so that all connections of a download get parts of the same file.
     return HubFile(hf_hub_url(repo, file, revision=commit), commit, size, found)
 
 
 def download(
     wanted: HubFile, path: Path, *, label: str, on_progress: OnBytes | None = None
 ) -> None:
-    """Put a file at ``path`` once all its bytes are here and right.
+    """Download a file and move it to ``path`` once its hash is verified.
+
+    Args:
+        wanted: the file on the hub.
+        path: the local file.
+        label: the name of the file in error messages.
+        on_progress: called with the local bytes and all bytes, while bytes arrive.
 
     Raises:
-        ValueError: the bytes are not what the hub's hash says; they are removed.
-        TimeoutError: another process downloads the same.
+        ValueError: if the bytes do not match the hub's hash; they are removed.
+        TimeoutError: if another process is downloading the same file.
+        OSError: if the disk lacks the space.
     """
-    # Exported, but not by the letter that mypy asks for.
+    # The name is exported, but not in the way that mypy requires.
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{wanted.hash[:12]}.part")
     lock = path.with_name(f"{path.name}.lock")
     with WeakFileLock(lock, timeout=SECONDS_FOR_LOCK):
-        # Whoever held the lock may have brought it.
+        # The last holder of the lock may have downloaded the file.
         if not is_whole(path, wanted):
             for other in path.parent.glob(f"{escape(path.name)}.*.part"):
                 if other != part:
@@ -150,7 +161,12 @@ def download(
 
 
 def download_to_end(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
-    """Fill ``part`` up to the file's size; a broken connection is taken up where it broke."""
+    """Download the rest of ``part``, resuming after broken connections.
+
+    Raises:
+        OSError: if the disk lacks the space.
+        TransportError: of httpx2, after ``MAX_IDLE_CONNECTIONS`` connections without a byte.
+    """
     import httpx2
 
     part.touch()
@@ -173,10 +189,10 @@ def download_to_end(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
 
 
 def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes) -> None:
-    """One connection: append to ``part``, which holds ``done`` bytes.
+    """Append to ``part``, which has ``done`` bytes, over one connection.
 
     Raises:
-        TransportError: of httpx2, when the connection ends before the file does.
+        TransportError: of httpx2, if the connection ends before the file does.
     """
     import httpx2
     from huggingface_hub import constants, get_session
@@ -207,14 +223,14 @@ def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes)
 
 
 def is_whole(path: Path, wanted: HubFile) -> bool:
-    """Whether ``path`` is the hub's file, to the last bit."""
+    """Return whether ``path`` is identical to the hub's file."""
     if not path.is_file() or path.stat().st_size != wanted.size:
         return False
     return file_hash(path, like=wanted.hash) == wanted.hash
 
 
 def file_hash(path: Path, *, like: str) -> str:
-    """A file's SHA-256, or git's SHA-1 of it, whichever has as many digits as ``like``."""
+    """Return a file's SHA-256 or git's SHA-1 of it, depending on the length of ``like``."""
     blob = b"blob %d\0" % path.stat().st_size
     with path.open("rb") as content:
         if SHA256.fullmatch(like):
@@ -223,18 +239,18 @@ def file_hash(path: Path, *, like: str) -> str:
 
 
 def write_record(repo: str, path: Path, wanted: HubFile) -> FetchedFile:
-    """Note the SHA-256 of a checked file beside it."""
+    """Write the SHA-256 of a verified file next to it."""
     is_sha256 = SHA256.fullmatch(wanted.hash)
     sha256 = wanted.hash if is_sha256 else file_hash(path, like="0" * 64)
     record = f"# {repo}@{wanted.commit}\n{sha256}  {path.name}\n"
-    # A file that is right already may lie in a folder that cannot be written.
+    # A correct file may lie in a read-only folder, so an unchanged record is not written again.
     if read_response_text(record_path(path)) != record:
         record_path(path).write_text(record, encoding="utf-8")
     return FetchedFile(path, sha256, wanted.commit)
 
 
 def read_record(repo: str, path: Path) -> FetchedFile | None:
-    """A file as an earlier call has checked it; None if there was none, or it has changed."""
+    """Return a file that an earlier call verified, or None if there is none or it has changed."""
     record = HASH_RECORD.fullmatch(read_response_text(record_path(path)))
     if record is None or record["repo"] != repo or not path.is_file():
         return None
@@ -244,16 +260,18 @@ def read_record(repo: str, path: Path) -> FetchedFile | None:
 
 
 def record_path(path: Path) -> Path:
+    """Return the path of a file's hash record."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def read_response_text(path: Path) -> str:
+    """Return the text of a file, or "" without one."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 @contextmanager
 def hub_errors(repo: str, file: str, folder: Path) -> Iterator[None]:
-    """Every failure of the network, hub or disk becomes a ``ValueError`` of one line."""
+    """Translate every network, hub or disk error into a ``ValueError`` of one line."""
     import httpx2
 
     try:
@@ -263,7 +281,7 @@ def hub_errors(repo: str, file: str, folder: Path) -> Iterator[None]:
 
 
 def explain_hub_error(error: Exception, repo: str, file: str, folder: Path) -> str:
-    """What failed and what to do, in one line."""
+    """Describe in one line why a download failed and how to fix it."""
     from huggingface_hub import constants, errors
 
     hub, page = constants.ENDPOINT, f"https://huggingface.co/{repo}"
@@ -299,7 +317,7 @@ def explain_hub_error(error: Exception, repo: str, file: str, folder: Path) -> s
 
 
 def explain_http_status(status: int, hub: str, label: str) -> str:
-    """What a refusal without further words means, and what to do."""
+    """Describe in one line the meaning of an HTTP error status and how to fix it."""
     if status == 401:
         return (
             f"{hub} does not take your token for {label}: run `hf auth login` or correct "
@@ -316,4 +334,5 @@ def explain_http_status(status: int, hub: str, label: str) -> str:
 
 
 def collapse_lines(error: Exception) -> str:
+    """Return an error's message on one line, or the error's type without a message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,11 @@
-"""Every released file by its name: where it lies, what it holds, what it needs beside it.
+"""Table of all released checkpoints: location, contents and the other files that they need.
 
-Configurations are the reference constructors' arguments, so that a name alone builds the model.
+Configurations are the reference constructors' arguments, so a name alone builds the model.
 
 To add a release, write its row in ``RELEASED``.
 
-Source: the registries of ``rudolph_release`` 0.0.1rc10, ``rudalle_release`` 1.1.3 and
-``ruclip_release`` 0.0.2, and the files' pages on the Hugging Face hub.
+Source: the registries of ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2, and the
+files' pages on the Hugging Face hub.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ NUM_CODES = 8192
 class Release:
     """One released file.
 
-    ``needs`` are the releases without which a pipeline of this one is not whole; ``companions``
-    are further files of the same repository that are kept beside the weights.
-    ``num_parameters`` is None for a tokenizer.
+    ``needs`` names the other releases that a pipeline of this one requires.  ``companions`` are
+    further files of the same repository that are stored next to the weights.  ``num_parameters``
+    is None for a tokenizer.
     """
 
     family: str
@@ -52,13 +52,17 @@ def rudolph_release(
     specials: tuple[int, int] = (0, 0),
     note: str = "",
 ) -> Release:
-    """A decoder of text, image and text.
+    """Return the release of a RUDOLPH, a decoder of text, image and text.
 
     Args:
-        shape: layers, hidden size, heads.
-        lengths: left text, image tokens a side, right text.
-        kernels: of the conv masks, and of the last layer's.
-        specials: special tokens of text and of image.
+        repository: the repository on the hub.
+        megabytes: the size of the file.
+        num_parameters: the number of parameters.
+        shape: number of layers, hidden size and number of heads.
+        lengths: left text, image tokens per side and right text.
+        kernels: kernel sizes of the conv masks and of the last layer's conv mask.
+        specials: numbers of special tokens of text and of image.
+        note: a remark for the user.
     """
     left, side, right = lengths
     config = {
@@ -98,7 +102,18 @@ def rudalle_release(
     is_gated: bool = False,
     note: str = "",
 ) -> Release:
-    """A decoder of text and image; ``shape`` is layers, hidden size, heads."""
+    """Return the release of a ruDALL-E, a decoder of text and image.
+
+    Args:
+        repository: the repository on the hub.
+        file: the file in the repository.
+        version: the reference's ``hf_version``.
+        shape: number of layers, hidden size and number of heads.
+        megabytes: the size of the file.
+        num_parameters: the number of parameters.
+        is_gated: whether the hub requires approved access.
+        note: a remark for the user.
+    """
     config = {
         "num_layers": shape[0],
         "hidden_size": shape[1],
@@ -108,7 +123,7 @@ def rudalle_release(
         "vocab_size": NUM_BPE + 128,
         "image_vocab_size": NUM_CODES,
         "hf_version": version,
-        # The registry turns both on; the constructor alone leaves them off.
+        # The reference's registry turns both on, although its constructor leaves them off.
         "cogview_sandwich_layernorm": True,
         "cogview_pb_relax": True,
     }
@@ -126,7 +141,14 @@ def rudalle_release(
 
 
 def ruclip_release(patch: int, side: int, megabytes: int, num_parameters: int) -> Release:
-    """A ruCLIP of base size, or of large size where a patch has 14 pixels."""
+    """Return the release of a ruCLIP, of large size if the patch has 14 pixels, else of base size.
+
+    Args:
+        patch: the side of a patch, in pixels.
+        side: the side of an image, in pixels.
+        megabytes: the size of the file.
+        num_parameters: the number of parameters.
+    """
     is_large = patch == 14
     config = {
         "embed_dim": 768 if is_large else 512,
@@ -153,6 +175,7 @@ def ruclip_release(patch: int, side: int, megabytes: int, num_parameters: int) -
 
 
 def realesrgan_release(scale: int, num_parameters: int) -> Release:
+    """Return the release of a Real-ESRGAN upscaler by its scale."""
     return Release(
         "realesrgan",
         "ai-forever/Real-ESRGAN",
@@ -165,6 +188,7 @@ def realesrgan_release(scale: int, num_parameters: int) -> Release:
 
 
 def vqgan_release(file: str, megabytes: int, num_parameters: int, *, has_wavelet: bool) -> Release:
+    """Return the release of a Sber VQ-GAN; ``has_wavelet`` doubles the side of its images."""
     shape = {
         "double_z": False,
         "z_channels": 256,

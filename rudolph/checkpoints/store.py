@@ -1,8 +1,9 @@
-"""Weights on this disk: one safetensors file with its config beside it, by name or path.
+"""Local weights, by name or path: one safetensors file and its config per folder.
 
-``<weights home>/<name>/`` holds ``weights.safetensors`` (the reference's own tensor names),
-``config.json`` (family, constructor's arguments, where it came from) and what belongs to it, such
-as ``bpe.model``.  The home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolph``.
+``<weights home>/<name>/`` holds ``weights.safetensors`` with the reference's own tensor names, and
+``config.json`` with family, constructor arguments and origin.  Companion files such as
+``bpe.model`` lie next to them.  The weights home is ``RUDOLPH_WEIGHTS``, by default
+``~/.cache/rudolph``.
 """
 
 import os
@@ -35,14 +36,15 @@ OnBytes = Callable[[str, int, int], None]
 
 
 def weights_home() -> Path:
+    """Return the folder of all released weights on this disk."""
     return Path(os.environ.get("RUDOLPH_WEIGHTS") or Path.home() / ".cache" / "rudolph")
 
 
 def release_of(name: str) -> Release:
-    """The release of a name, whatever its case.
+    """Return the release of a name, ignoring case.
 
     Raises:
-        ValueError: naming the nearest ones.
+        ValueError: if the name is unknown; the message suggests the nearest one.
     """
     names = {known.lower(): known for known in RELEASED}
     if name.lower() in names:
@@ -53,17 +55,22 @@ def release_of(name: str) -> Release:
 
 
 def is_released(name: str) -> bool:
+    """Return whether a name is that of a release, ignoring case."""
     return name.lower() in {known.lower() for known in RELEASED}
 
 
 def release_folder(name: str) -> Path:
-    """Where a release lies once it is pulled."""
+    """Return the folder of a release, pulled or not.
+
+    Raises:
+        KeyError: if the name is not that of a release.
+    """
     names = {known.lower(): known for known in RELEASED}
     return weights_home() / names[name.lower()]
 
 
 def is_pulled(name: str) -> bool:
-    """Whether a release is on this disk, converted and whole."""
+    """Return whether a release is on this disk, converted and complete."""
     release = release_of(name)
     is_tokenizer = release.family == "tokenizer"
     files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS_FILE, CONFIG, *release.companions)
@@ -71,10 +78,10 @@ def is_pulled(name: str) -> bool:
 
 
 def locate(source: str) -> Path:
-    """The folder of weights that a released name or a path names.
+    """Return the folder of weights for a released name or a path.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: if the name is unknown or not pulled yet; the message includes the remedy.
     """
     if Path(source).exists():
         return Path(source)
@@ -85,15 +92,19 @@ def locate(source: str) -> Path:
 
 
 def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
-    """Get a release and write it as one safetensors file with its config; its folder.
+    """Download a release and convert it to one safetensors file with its config.
 
     Args:
-        file: the released file, if it is on this disk already; the hub is asked otherwise.  What
-            is kept beside the weights is looked for beside it, too.
-        on_bytes: told the file, the bytes done and the bytes in all.
+        name: the name of the release, in any case.
+        file: the released file, if it is already on this disk; otherwise it is downloaded.
+            Companion files next to it are used too.
+        on_bytes: called with the file's name, the bytes done and the bytes in all.
+
+    Returns:
+        The folder of the release.
 
     Raises:
-        ValueError: one line that says what to do.
+        ValueError: if anything fails; the message is one line with advice.
     """
     release, folder = release_of(name), release_folder(name)
     download = folder / "download"
@@ -106,7 +117,7 @@ def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | Non
     if file is not None and not file.is_file():
         raise ValueError(f"{file}: no such file")
     if file is not None:
-        # That folder is deleted at the end.
+        # The download folder is deleted at the end.
         require_apart(file, download, "--file")
     for companion in release.companions:
         near = None if file is None else file.with_name(companion)
@@ -126,10 +137,10 @@ def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | Non
 
 
 def copy_whole(file: Path, path: Path) -> None:
-    """Copy what belongs to weights, whole or not at all.
+    """Copy a companion file atomically.
 
     Raises:
-        ValueError: when it should be a tokenizer and is none.
+        ValueError: if the target is a tokenizer and the file is not.
     """
     if path.name == TOKENIZER_FILE:
         read_model(file)
@@ -147,13 +158,21 @@ def convert_checkpoint(
     config: Mapping[str, Any],
     origin: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a reference checkpoint as ``weights.safetensors`` and ``config.json``, once it fits.
+    """Convert a reference checkpoint to ``weights.safetensors`` and ``config.json``.
 
-    Tensors keep their names, dtypes and bits; what only a trainer needs is left out.  The config
-    is written last, so that a folder with a config is whole.
+    Nothing is written unless all tensors fit the family.  Tensors keep their names, dtypes and
+    bits; tensors that only a trainer needs are left out.  The config is written last, so that a
+    folder with a config is complete.
+
+    Args:
+        file: the reference checkpoint.
+        folder: the folder to write.
+        family: a name in ``FAMILIES``.
+        config: the reference constructor's arguments.
+        origin: the provenance that ``config.json`` records.
 
     Raises:
-        ValueError: naming the first tensor that does not fit the family.
+        ValueError: if a tensor does not fit the family; the message names the first such tensor.
     """
     tensors = unwrap_state_dict(read_tensors(file))
     for key, value in tensors.items():
@@ -177,10 +196,17 @@ def write_checkpoint(
     config: Mapping[str, Any],
     origin: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors under the reference's names and their config; whole or not at all.
+    """Write tensors under the reference's names and their config, atomically.
+
+    Args:
+        folder: the folder to write.
+        tensors: the tensors by the reference's names.
+        family: a name in ``FAMILIES``.
+        config: the reference constructor's arguments.
+        origin: the provenance that ``config.json`` records.
 
     Raises:
-        ValueError: when the disk is full, say.
+        ValueError: if the files cannot be written, for instance because the disk is full.
     """
     content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +214,7 @@ def write_checkpoint(
     try:
         save_file(contiguous_tensors(tensors), weights)
         words.write_text(json_text(content, indent=1) + "\n", "utf-8")
-        # An old config must not stand beside new weights, not for a moment.
+        # An old config must never stand next to new weights.
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(words, folder / CONFIG)
@@ -202,7 +228,7 @@ def write_checkpoint(
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether `rudolph convert` wrote a folder of weights."""
+    """Return whether ``rudolph convert`` wrote a folder of weights."""
     try:
         content = read_json(folder / CONFIG)
         return "from" in content["origin"]
@@ -211,7 +237,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def contiguous_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that lie whole and share no memory, as safetensors demands; a copy where needed."""
+    """Return contiguous tensors without shared memory, as safetensors requires; copy if needed."""
     found: dict[str, Tensor] = {}
     end = 0
     for key in sorted(tensors, key=lambda key: tensors[key].data_ptr()):
@@ -225,10 +251,10 @@ def contiguous_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Family and constructor's arguments of a folder of weights.
+    """Return the family and the constructor's arguments of a folder of weights.
 
     Raises:
-        ValueError: when the folder is none.
+        ValueError: if the folder has no valid config.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -250,17 +276,19 @@ def load_weights(
     device: torch.device | str = "cpu",
     int8: bool = False,
 ) -> nn.Module:
-    """The module of a released name or a folder of weights, in evaluation mode.
+    """Load the module of a released name or a folder of weights, in evaluation mode.
 
-    Tensors are read one at a time, converted, and put where they belong, so no more is held than
-    the module and one tensor.
+    Tensors are read, converted and assigned one at a time, so memory holds at most the module and
+    one tensor.
 
     Args:
-        dtype: of the weights; as in the file when None.
-        int8: the layers of a decoder in eight bits.
+        source: a released name, or the path of a folder of weights.
+        dtype: the dtype of the weights; None keeps that of the file.
+        device: the device of the module.
+        int8: whether the layers of a decoder are quantized to 8 bits.
 
     Raises:
-        ValueError: one line with the name, file or tensor.
+        ValueError: if loading fails; the message is one line with the name, file or tensor.
     """
     folder = locate(str(source))
     with _naming_folder(folder):
@@ -278,13 +306,13 @@ def load_weights(
     with _naming_folder(folder):
         tensors = ConvertedTensors(read_tensors(folder / WEIGHTS_FILE), dtype=dtype, device=device)
         load_reference(model, family, tensors)
-    # Buffers that are in no file, such as masks, are made on the CPU.
+    # Buffers that are in no file, such as masks, are created on the CPU.
     return model.to(device).eval()
 
 
 @contextmanager
 def _naming_folder(folder: Path) -> Iterator[None]:
-    """Name the folder in every ``ValueError``, and for a release how to get it again."""
+    """Add the folder to every ``ValueError``, and for a release how to pull it again."""
     try:
         yield
     except ValueError as error:
@@ -295,5 +323,6 @@ def _naming_folder(folder: Path) -> Iterator[None]:
 
 
 def use_int8_on_meta(layers: nn.Module) -> None:
+    """Replace the linear layers by int8 ones on the meta device."""
     with torch.device("meta"):
         use_int8(layers)
