@@ -49,8 +49,8 @@ def answer_prompts(
     Args:
         pipeline: the tokenizer and the decoder that define the layout.
         task: a name in ``TASKS``.
-        indices: ``(B, I)``, the images as VQ-GAN indices.  None is for tasks without images and
-            fills the image with ``MISSING_IMAGE_CODE``.
+        indices: ``(B, I)``, the images as VQ-GAN indices; None, for tasks without images, fills
+            the image with ``MISSING_IMAGE_CODE``.
         questions: one per prompt, for tasks that have a question.
         number: the number of prompts if there are neither images nor questions; 1 by default.
 

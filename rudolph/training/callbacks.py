@@ -53,7 +53,7 @@ class StepSeed(pl.Callback):
 class ResumeCheckpoint(pl.Callback):
     """A callback that writes ``last.ckpt`` every so many batches, if the weights are finite.
 
-    Writes are atomic.  The checkpoint before it is kept as ``previous.ckpt``, in case the last one
+    Writes are atomic.  The preceding checkpoint is kept as ``previous.ckpt``, in case the last one
     is damaged.  A checkpoint is written at the start of the next batch, because only then have
     Lightning's loops counted the last one.  It records the number of batches of its training and
     what it was trained on.

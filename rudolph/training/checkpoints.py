@@ -1,7 +1,7 @@
 """Resume checkpoints on disk: two generations, verified before use.
 
 ``last.ckpt`` is the newest and ``previous.ckpt`` the one before it.  A damaged one is renamed and
-the other is used.  Without any, training starts from the beginning and gives the same bits.
+the other is used.  Without an intact one, training starts over and reproduces the same bits.
 """
 
 import os
@@ -60,7 +60,7 @@ def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool
             the same checkpoint, before and after the renaming.
 
     Raises:
-        ValueError: if the checkpoint is that of another training, with advice.
+        ValueError: if the checkpoint is that of another training; the message includes the remedy.
     """
     damaged = []
     found = None

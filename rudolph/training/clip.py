@@ -156,7 +156,7 @@ class CLIPTraining(ManualStepModule):
 
         Returns:
             The numbers of images and of captions, ``(N,)``, and the features of images and of
-                captions, ``(N, E)``.
+            captions, ``(N, E)``.
         """
         examples, *found = (torch.cat(part) for part in zip(*self.validated, strict=True))
         reduce: Any = self.trainer.strategy.reduce
@@ -169,7 +169,7 @@ class CLIPTraining(ManualStepModule):
             return reduce(whole, reduce_op="sum")
 
         numbers, captions, images, texts = (placed(rows) for rows in found)
-        # With fewer pairs than devices, a pair lies on several; divide by how many.
+        # With fewer pairs than devices, several devices hold the same pair; divide by how many.
         times = placed(torch.ones_like(examples))
         features = images / times[:, None], texts / times[:, None]
         return numbers // times, captions // times, *features

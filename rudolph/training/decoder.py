@@ -24,7 +24,7 @@ from rudolph.training.steps import ManualStepModule
 
 
 class DecoderTraining(ManualStepModule):
-    """The training of a ``MaskedDecoder`` on token sequences; logs nats per token per segment.
+    """The training of a ``MaskedDecoder``; logs the loss of each segment in nats per token.
 
     Args:
         model: the decoder.
@@ -32,7 +32,7 @@ class DecoderTraining(ManualStepModule):
         optim: the optimizer settings.
         num_accumulated: micro-batches per optimizer step.
         sources: names of the mixture entries.  With more than one, the losses of each entry and
-            its fraction of the examples so far are logged too.
+            its fraction of all examples so far are logged too.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DecoderTraining(ManualStepModule):
         return [] if self.learned is None else list(self.learned.parameters())
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
-        """Add the loss of a micro-batch to the gradients, step at its end and log."""
+        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
         found = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )

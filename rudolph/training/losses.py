@@ -196,7 +196,8 @@ def scored_hidden(
         segments: the first position and the labels of each segment, as in ``scored_labels``.
     """
     end = model.layout.right_text_start
-    # Layers are compiled for one batch size, and all ranks must run them equally often.
+    # Do not split the batch: layers are compiled for one batch size, and all ranks must run them
+    # equally often.
     is_fixed = model.has_compiled_layers or torch.distributed.is_initialized()
     if inputs.shape[1] <= end or is_fixed:
         return model.hidden(inputs)
@@ -223,8 +224,8 @@ def scored_labels(
 ) -> dict[str, tuple[int, Tensor]]:
     """Return the labels of each segment of weight above 0, for the scored examples.
 
-    If the weights are those of tasks (``reduction`` is not ``batch``), ``scored`` alone decides
-    which segments count.
+    If tasks define the weights (``reduction`` is not ``batch``), ``scored`` alone decides which
+    segments count.
 
     Args:
         model: the decoder.

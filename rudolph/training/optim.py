@@ -98,9 +98,9 @@ def learning_rate_fraction(step: int, config: OptimConfig) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon: orthogonalised Nesterov momentum for matrices and convolution kernels.
 
-    A kernel ``(O, I, h, w)`` counts as a matrix ``(O, I * h * w)``.  For matrices this is
+    A kernel ``(O, I, h, w)`` is treated as a matrix ``(O, I * h * w)``.  For matrices this is
     ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, which accepts matrices only.
-    Updates have the RMS of AdamW's, so the same weight decay suits both.
+    Updates have the same RMS as AdamW's, so the same weight decay suits both.
     """
 
     momentum = 0.95
@@ -147,8 +147,8 @@ def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Approximate the nearest orthogonal matrix of each ``(..., M, N)`` by Newton-Schulz.
 
-    Five iterations run in bfloat16, which is precise enough, where the device multiplies it
-    natively, and in float32 elsewhere.
+    The five iterations need no more precision than bfloat16.  They run in bfloat16 where the
+    device multiplies it natively, else in float32.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(torch.bfloat16 if has_native_bfloat16(matrices.device) else torch.float32)

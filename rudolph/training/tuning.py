@@ -1,4 +1,4 @@
-"""Which parts of a decoder a training updates: freezing by part and low-rank updates (LoRA).
+"""Fine-tuning of parts of a decoder: freezing by part and low-rank updates (LoRA).
 
 To add a part, name it in ``FREEZABLE_PARTS`` with the pattern of its parameters.
 
@@ -28,10 +28,11 @@ IN_LAYERS = ("attention", "mlp", "norms", "layers")
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Which parts are trained.  A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
+    """The frozen parts and the low-rank updates of a training.
 
-    ``frozen`` parts are not updated.  ``lora_rank`` trains low-rank updates of the linear layers
-    in ``lora_target_modules`` instead of their weights, and merges them at the end (None: off).
+    A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.  ``frozen`` parts are not
+    updated.  ``lora_rank`` trains low-rank updates of the linear layers in ``lora_target_modules``
+    instead of their weights, and merges them at the end (None: off).
 
     Raises:
         ValueError: if a part is unknown, or the rank or alpha is out of range.

@@ -25,7 +25,7 @@ from rudolph.training.steps import ManualStepModule
 class VQGANTraining(ManualStepModule):
     """The training of a ``VQGAN``; with a discriminator, both networks step on every global batch.
 
-    Logs PSNR in dB and SSIM of images in [0, 1], the fraction of codes used and their perplexity.
+    Logs PSNR in dB and SSIM of images in [0, 1], and the codebook's usage and perplexity.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class VQGANTraining(ManualStepModule):
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
 
     def training_step(self, batch: ImageBatch, batch_index: int) -> None:
-        """Add the losses of a micro-batch to the gradients, step at its end and log."""
+        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
         if self.discriminator is not None:
             # The generator's loss passes through the discriminator, which must not learn from it.
             self.discriminator.requires_grad_(False)
