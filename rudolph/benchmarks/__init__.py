@@ -1,0 +1,1 @@
+"""Speed and memory benchmarks against other implementations and the machine's limits."""

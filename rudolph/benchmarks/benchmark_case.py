@@ -1,12 +1,12 @@
-"""What is measured: the sizes of a run, its random weights and its inputs, in files for all.
+"""Benchmark cases: the sizes, random weights and inputs common to all implementations.
 
-Implementations are told by a ``BenchmarkCase`` in JSON and by the files of a folder:
+An implementation reads a ``BenchmarkCase`` from JSON and the files of one folder:
 
     decoder.safetensors, vqgan.safetensors, upscaler.safetensors
                                                 random weights under our names
     reference_decoder.safetensors and so on, each with a .json
                                                 the same weights as the reference loads them
-    inputs.safetensors                          left (L,), tokens (B, T), images (B, 3, H, W)
+    inputs.safetensors                          the tensors that ``make_inputs`` returns
     bpe.model                                   a tokenizer
 
 Shapes: B images or sequences, T tokens, L left-text tokens, I image tokens, H and W pixels.
@@ -42,7 +42,7 @@ BENCHMARK_CAPTIONS = (
     "зимний лес на закате",
     "лиса у реки",
 )
-# Image tokens after the left text in the sequence on which ours and the reference are compared.
+# Image tokens after the left text in the sequence that checks our logits against the reference's.
 CHECKED_TOKENS = 8
 WITH_DECODER = ("decode", "train", "pipeline", "memory")
 WITH_VQGAN = ("vqgan", "pipeline")
@@ -66,18 +66,22 @@ class BenchmarkCase:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are drawn of each image."""
+        """Return the number of image tokens to sample per image."""
         most = self.layout.num_image_tokens
         return min(self.speed.num_tokens or most, most)
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the case as plain JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
 
 def read_case(content: Any) -> BenchmarkCase:
-    """A case as ``to_plain`` gave it."""
+    """Return the case that ``BenchmarkCase.to_plain`` serialised.
+
+    Raises:
+        ConfigError: If a setting is unknown, missing or invalid.
+    """
     case: BenchmarkCase = validate(Path("case"), BenchmarkCase, content)
     return case
 
@@ -85,7 +89,16 @@ def read_case(content: Any) -> BenchmarkCase:
 def prepare_case(
     case: BenchmarkCase, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
-    """Write the files of a case; what ours say of the inputs, and the models themselves."""
+    """Write the files of a case and run our models on its fixed inputs.
+
+    Args:
+        case: The case to prepare; its seed fixes weights and inputs.
+        folder: An existing folder that receives the files listed in the module docstring.
+
+    Returns:
+        The outputs of ``expected_outputs`` and the models by name (``decoder``, ``vqgan``,
+        ``upscaler``), in evaluation mode.
+    """
     workload, has_reference = case.speed.workload, REFERENCE in case.speed.implementations
     inputs = make_inputs(case)
     save_file(inputs, folder / "inputs.safetensors")
@@ -109,14 +122,25 @@ def prepare_case(
 
 
 def save_reference(model: nn.Module, path: Path) -> None:
-    """Weights and constructor arguments as the reference's package loads them."""
+    """Write weights and constructor arguments as the reference's package loads them.
+
+    The arguments go to a JSON file next to ``path``.
+    """
     found = to_reference(model)
     save_file({name: value.contiguous() for name, value in found.state_dict.items()}, path)
     path.with_suffix(".json").write_text(json.dumps(found.config), "utf-8")
 
 
 def make_inputs(case: BenchmarkCase) -> dict[str, Tensor]:
-    """Random tokens and images; the left text is half full, the right one to its end."""
+    """Return the random inputs of a case.
+
+    The left text is filled up to half its length; the right text is filled completely.
+
+    Returns:
+        ``left`` (L,), ``tokens`` (B, T) and ``images`` (B, 3, H, W) in [0, 1]. ``indices`` is
+        (B, positions of the VQ-GAN's latent grid). ``checked`` (1, L + ``CHECKED_TOKENS``) is the
+        prefix of the first row of ``tokens``.
+    """
     generator = torch.Generator().manual_seed(mixed_seed(case.seed, "speed inputs"))
     layout, size = case.layout, case.speed.batch_size
     last = max(case.vocabulary.bpe_size, EOS + 2)
@@ -144,7 +168,12 @@ def make_inputs(case: BenchmarkCase) -> dict[str, Tensor]:
 
 
 def expected_outputs(models: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the models say of the fixed inputs in float32: logits, images in [0, 1]."""
+    """Return the float32 outputs of our models on the fixed inputs.
+
+    Returns:
+        ``logits`` of the decoder on ``checked``, and ``images`` of the VQ-GAN or the upscaler in
+        [0, 1]. A key is missing if ``models`` lacks the model.
+    """
     said: dict[str, Tensor] = {}
     with torch.no_grad():
         if isinstance(decoder := models.get("decoder"), MaskedDecoder):
@@ -157,7 +186,7 @@ def expected_outputs(models: dict[str, nn.Module], inputs: dict[str, Tensor]) ->
 
 
 def load_case_decoder(case: BenchmarkCase, folder: Path) -> MaskedDecoder:
-    """The decoder of the folder, for inference."""
+    """Load the decoder in ``folder`` for inference."""
     with torch.device("meta"):
         model = MaskedDecoder(case.decoder, case.layout, case.vocabulary)
     load_exactly(model, load_file(folder / "decoder.safetensors"), family="speed")
@@ -166,15 +195,15 @@ def load_case_decoder(case: BenchmarkCase, folder: Path) -> MaskedDecoder:
 
 
 def load_case_vqgan(case: BenchmarkCase, folder: Path) -> VQGAN:
-    """The VQ-GAN of the folder, for inference."""
-    # Not on the meta device: some quantizers have constants that no file holds.
+    """Load the VQ-GAN in ``folder`` for inference."""
+    # Not on the meta device: some quantizers have constants that the file does not store.
     model = VQGAN(case.vqgan)
     model.load_state_dict(load_file(folder / "vqgan.safetensors"))
     return model.eval()
 
 
 def load_case_upscaler(folder: Path) -> Upscaler:
-    """The upscaler of the folder, for inference."""
+    """Load the upscaler in ``folder`` for inference."""
     with torch.device("meta"):
         model = Upscaler(UpscalerConfig())
     load_exactly(model, load_file(folder / "upscaler.safetensors"), family="speed")
@@ -182,4 +211,5 @@ def load_case_upscaler(folder: Path) -> Upscaler:
 
 
 def load_case_inputs(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors that ``make_inputs`` returned."""
     return load_file(folder / "inputs.safetensors")

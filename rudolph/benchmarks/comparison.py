@@ -1,7 +1,7 @@
-"""Implementations in turn: a process each, repetition by repetition, never two at work at once.
+"""Comparison of implementations, each in its own process, with only one running at a time.
 
-Repetition k of every implementation comes before repetition k + 1 of any, so that a machine that
-slows down or warms up meets all of them alike.
+Repetition k of every implementation comes before repetition k + 1 of any. A machine that slows
+down or warms up thus affects all implementations alike.
 """
 
 import json
@@ -33,19 +33,24 @@ from rudolph.reports.timings import Timing
 REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
 REFERENCE_FOLDER = Path("data/reference")
 REFERENCE_PACKAGES = ("rudolph==0.0.1rc10", "rudalle==1.1.3", "taming-transformers==0.0.1")
-# No repetition takes as long; a process that says nothing for so long is given up.
+# Longer than any repetition: a process without an answer by then has failed.
 SECONDS_TO_ANSWER = 3 * 3600.0
 SECONDS_TO_CLOSE = 5.0
 
-# What is told before each repetition: done, total, note.
+# Progress callback, called before each repetition with done, total and a note.
 Told = Callable[[int, int, str], None]
 
 
 @dataclass
 class ComparisonResult:
-    """What a comparison gave: all repetitions, and by implementation what else is known of it.
+    """The repetitions of a comparison and further facts about each implementation.
 
-    ``profiles``: implementation -> rows of part, operation, calls, milliseconds, share.
+    Attributes:
+        num_repetitions: The timed repetitions of all implementations, in order.
+        weights_bytes: Bytes of all weights, by implementation.
+        cache_bytes: Bytes of the key/value cache, by implementation.
+        profiles: Rows of part, operation, calls, milliseconds and fraction, by implementation.
+        versions: Versions of third-party packages, by package.
     """
 
     num_repetitions: list[Timing] = field(default_factory=list)
@@ -56,11 +61,13 @@ class ComparisonResult:
 
 
 class ImplementationProcess:
-    """The process of one implementation and the talk with it.
+    """The process of one implementation, with the requests that it answers.
 
     Args:
-        log: where its standard error goes; its last line is told when it fails.
-        variables: added to the environment of the process.
+        name: The implementation's name, used in error messages.
+        command: The command line that starts the process.
+        log: File for its standard error; its last line becomes the error message of a failure.
+        variables: Variables added to the environment of the process.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class ImplementationProcess:
     ) -> None:
         self.name, self.log = name, log
         with log.open("wb") as errors:
-            # A group of its own: a key press reaches the parent alone, which then ends it.
+            # With its own process group, Ctrl-C reaches only the parent, which then ends it.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -86,8 +93,15 @@ class ImplementationProcess:
     def ask(self, request: Mapping[str, Any], timeout: float = SECONDS_TO_ANSWER) -> Any:
         """Send one request and wait for its answer.
 
+        Args:
+            request: The request, sent as one line of JSON.
+            timeout: Seconds to wait for the answer.
+
+        Returns:
+            The answer, parsed from JSON.
+
         Raises:
-            ValueError: in one line, when the process ends or says nothing in ``timeout`` seconds.
+            ValueError: If the process ends or does not answer within ``timeout`` seconds.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -102,7 +116,7 @@ class ImplementationProcess:
         return json.loads(line)
 
     def failure(self) -> ValueError:
-        """Why the process ended, in one line."""
+        """Return the error that reports why the process ended, in one line."""
         try:
             code: int | None = self.process.wait(SECONDS_TO_CLOSE)
         except subprocess.TimeoutExpired:
@@ -113,7 +127,7 @@ class ImplementationProcess:
         return ValueError(f"implementation {self.name}: {reason[:400]}")
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -122,7 +136,11 @@ class ImplementationProcess:
 
 
 def require_implementations(names: Sequence[str]) -> None:
-    """Raise ``ValueError``, with the command that installs it, for a package that is missing."""
+    """Check that the third-party packages of the named implementations are installed.
+
+    Raises:
+        ValueError: If one is missing; the message has the command that installs it.
+    """
     if REFERENCE in names:
         folder = reference_folder()
         if not (folder / "rudolph").is_dir() or not (folder / "rudalle").is_dir():
@@ -136,12 +154,12 @@ def require_implementations(names: Sequence[str]) -> None:
 
 
 def reference_folder() -> Path:
-    """Where the packages of the reference are looked for."""
+    """Return the folder that holds the reference's packages."""
     return Path(os.environ.get(REFERENCE_VARIABLE) or REFERENCE_FOLDER)
 
 
 def command_of(name: str) -> list[str]:
-    """The command of an implementation's process."""
+    """Return the command line that starts an implementation's process."""
     if name == REFERENCE:
         script = Path(__file__).with_name("reference_worker.py")
         return [sys.executable, "-P", str(script), str(reference_folder().resolve())]
@@ -152,8 +170,20 @@ def command_of(name: str) -> list[str]:
 def started_process(
     name: str, case: BenchmarkCase, folder: Path
 ) -> Iterator[tuple[ImplementationProcess, Any]]:
-    """An implementation that is ready, and what it said then; ended when the block is left."""
-    # Beside the folder, which is deleted in the end: a failure can still be read there.
+    """Start an implementation and end its process on leaving the block.
+
+    Args:
+        name: The implementation's name.
+        case: The case to run.
+        folder: The folder that ``prepare_case`` filled.
+
+    Yields:
+        The process and its first answer, sent when its models are loaded.
+
+    Raises:
+        ValueError: If the process fails to start.
+    """
+    # The log stays outside the folder: the folder is deleted, the log is read after a failure.
     variables = INSTRUCTIONS.get(case.speed.instruction_set or "")
     worker = ImplementationProcess(
         name, command_of(name), folder.parent / f"{name}.log", variables
@@ -181,14 +211,16 @@ def compare_implementations(
     told: Told,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
-    """Warm every implementation up, let them repeat in turn, then profile ours.
+    """Warm up every implementation, time them in turn, then profile ours.
 
     Args:
-        folder: with the files of ``case.prepare``; logs of the processes go beside it.
-        check: is given the reference's process before anything is timed.
+        case: The case to run.
+        folder: The folder that ``prepare_case`` filled; the process logs go next to it.
+        told: Progress callback.
+        check: Called with the reference's process before anything is timed.
 
     Raises:
-        ValueError: in one line, when an implementation fails.
+        ValueError: If an implementation fails.
     """
     found, names = ComparisonResult(), case.speed.implementations
     turns = list(turns_of(case))
@@ -224,8 +256,11 @@ def compare_memory(
     told: Told,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
-    """As ``compare_implementations``, with a fresh process for every repetition: its peak is that
-    of a whole life."""
+    """Measure peak memory, with a fresh process per repetition.
+
+    A peak thus covers the whole life of a process. Arguments and errors are those of
+    ``compare_implementations``.
+    """
     found, names = ComparisonResult(), case.speed.implementations
     if REFERENCE in names:
         with started_process(REFERENCE, case, folder) as (worker, _):
@@ -245,7 +280,10 @@ def compare_memory(
 
 
 def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
-    """Every implementation with each part of its work; a part's implementations stand together."""
+    """Yield every implementation with each part of its work.
+
+    The roofline comes first; then the implementations are grouped by part.
+    """
     workload = WORKLOADS[case.speed.workload or ""]
     names = [name for name in case.speed.implementations if name != ROOFLINE]
     if ROOFLINE in case.speed.implementations:
@@ -260,18 +298,20 @@ def units_of(case: BenchmarkCase, implementation: str) -> Mapping[str, str]:
 
 
 def turns_of(case: BenchmarkCase) -> Iterator[tuple[int, str, str]]:
-    """Repetition, implementation and part of every turn, in their order."""
+    """Yield repetition, implementation and part of every timed turn, in order."""
     for repetition in range(case.speed.num_repetitions):
         yield from ((repetition, name, part) for name, part in implementation_parts(case))
 
 
 def turn_note(case: BenchmarkCase, repetition: int, name: str, part: str) -> str:
+    """Return the progress note of a turn."""
     units = units_of(case, name)
     what = f"{name} {part}" if len(units) > 1 else name
     return f"{what}, repetition {repetition + 1} of {case.speed.num_repetitions}"
 
 
 def note_ready(found: ComparisonResult, name: str, ready: Mapping[str, Any]) -> None:
+    """Record weight sizes and versions from a process's first answer."""
     found.weights_bytes[name] = ready["weights_bytes"]
     found.versions |= ready["versions"]
 
@@ -282,6 +322,7 @@ def note_answer(
     answer: Mapping[str, Any],
     turn: tuple[int, str, str],
 ) -> None:
+    """Record the timing and cache size of one turn: repetition, implementation and part."""
     repetition, name, part = turn
     units = units_of(case, name)
     found.num_repetitions.append(

@@ -1,6 +1,7 @@
-"""What a speed experiment measures, and who takes part.
+"""Configuration of a speed experiment: its workloads and their implementations.
 
-To add an implementation, name it here in ``WORKLOADS`` and write it in ``worker.CONTESTANTS``.
+To add an implementation, name it in ``WORKLOADS`` and map it to a class in
+``worker.IMPLEMENTATIONS``.
 """
 
 from collections.abc import Mapping
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 
 from rudolph.models.layers.native_types import has_native_bfloat16
 
-# Built from this project; the others are packages of other people and the machine itself.
+# Only these are our own code; the others are third-party packages and the machine's limits.
 WEIGHT_DTYPES = ("float32", "half", "int8")
 COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHT_DTYPES)
 OURS = (*WEIGHT_DTYPES, *COMPILED, "bfloat16")
 REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "roofline", "transformers"
-# Implementations that would measure an emulation on a processor without native bfloat16 products.
+# These would time an emulation on a processor without native bfloat16 products.
 WITH_BFLOAT16 = ("bfloat16",)
 LIMIT_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
     "float32": "operation"
@@ -33,14 +34,21 @@ DECODERS = (REFERENCE, TRANSFORMERS, *WEIGHT_DTYPES, *COMPILED)
 
 @dataclass(frozen=True)
 class Workload:
-    """Its implementations, and the unit of each part of a repetition."""
+    """A task that implementations are timed on.
+
+    Attributes:
+        implementations: The implementations that support it.
+        units: The unit of each part of a repetition, such as ``{"decode": "token"}``.
+    """
 
     implementations: tuple[str, ...]
     units: Mapping[str, str]
 
     def units_of(self, implementation: str, *, has_bfloat16: bool) -> Mapping[str, str]:
-        """Return the parts of an implementation's repetition and their units; the limit has its
-        own."""
+        """Return the parts of an implementation's repetition and their units.
+
+        The roofline has its own parts; those in bfloat16 are left out without ``has_bfloat16``.
+        """
         if implementation != ROOFLINE:
             return self.units
         left_out = () if has_bfloat16 else LIMIT_WITH_BFLOAT16
@@ -62,15 +70,24 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """``workload: null`` is an ordinary run; otherwise ``implementations`` do the same work in
-    turn.
+    """Settings of a speed experiment; with ``workload: null`` the run is an ordinary one.
 
-    Each implementation is a process of its own on the CPU, and repetition k of all of them comes
-    before repetition k + 1 of any.  ``batch_size`` images or sequences are done at once.
-    ``num_tokens`` are drawn of each image where images are decoded (null: all of them).  The
-    machine's limit is the sum of a tensor of ``roofline_bytes`` and the product of two square
-    matrices of side ``roofline_side``.  ``instruction_set: avx2`` makes every implementation use
-    AVX2 only, as most laptops do (null: all that the processor has).
+    Each implementation runs on the CPU in its own process. Repetition k of all of them comes
+    before repetition k + 1 of any.
+
+    Attributes:
+        workload: A name in ``WORKLOADS``, or null.
+        implementations: The implementations that do the same work in turn.
+        batch_size: Images or sequences per batch.
+        num_tokens: Tokens to sample per image in ``decode`` and ``memory``; null samples them all.
+        num_repetitions: Timed repetitions per implementation.
+        roofline_bytes: Bytes of the tensor whose sum measures the memory bandwidth.
+        roofline_side: Side of the square matrices whose product measures the arithmetic limit.
+        instruction_set: ``avx2`` limits every implementation to AVX2, as on most laptops; null
+            allows all instructions of the processor.
+
+    Raises:
+        ValueError: If a setting is out of range or does not fit the workload.
     """
 
     workload: str | None = None
@@ -84,16 +101,17 @@ class SpeedConfig:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether implementations multiply bfloat16 natively."""
+        """Return whether implementations multiply bfloat16 natively."""
         return self.instruction_set is None and has_native_bfloat16()
 
     @property
     def measurable(self) -> tuple[str, ...]:
-        """The implementations without those that would measure an emulation."""
+        """Return the implementations without those that would time an emulation."""
         left_out = () if self.has_bfloat16 else WITH_BFLOAT16
         return tuple(name for name in self.implementations if name not in left_out)
 
     def __post_init__(self) -> None:
+        """Check the settings."""
         if self.instruction_set is not None and self.instruction_set not in INSTRUCTIONS:
             names = ", ".join(INSTRUCTIONS)
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Implementations that draw the image tokens of a fixed text: ours, by how weights are held.
+"""Our implementations of sampling image tokens for a fixed text, one per weight format.
 
 Shapes: B images, L left-text tokens, I image tokens.
 """
@@ -25,11 +25,11 @@ WARM_UP_TOKENS = 16
 
 
 class StopDecodingError(Exception):
-    """As many tokens are drawn as were asked for."""
+    """Raised to end a decoding loop after the requested number of tokens."""
 
 
 class DecodingWorkload:
-    """Whole images of one prompt, or their first ``num_tokens`` tokens."""
+    """Sampling of whole images for one prompt, or of their first ``num_tokens`` tokens."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         self.case = case
@@ -40,6 +40,11 @@ class DecodingWorkload:
         self._cache_bytes = 0
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Sample ``batch_size`` images.
+
+        A short repetition samples at most ``WARM_UP_TOKENS`` tokens of each. The cache is measured
+        only in short repetitions and in the memory workload.
+        """
         size = self.case.speed.batch_size
         num_tokens = (
             min(WARM_UP_TOKENS, self.case.num_tokens) if is_short else self.case.num_tokens
@@ -62,16 +67,24 @@ class DecodingWorkload:
         return WorkResult(size * num_tokens)
 
     def cache_bytes(self) -> int:
+        """Return the bytes of the key/value cache in the last measured repetition."""
         return self._cache_bytes
 
     def check(self, path: Path) -> None:
+        """Write the logits on the checked tokens to ``path``."""
         with torch.no_grad():
             logits = self.model(load_case_inputs(path.parent)["checked"])
         save_file({"logits": logits.float()}, path)
 
 
 def prepared_decoder(case: BenchmarkCase, kind: str, folder: Path) -> MaskedDecoder:
-    """The decoder with its weights held, and its steps compiled or not, as ``kind`` says."""
+    """Load the decoder and pack its weights for decoding.
+
+    Args:
+        case: The case to run.
+        kind: The weight format; the prefix ``compiled_`` also compiles each layer's step.
+        folder: The folder that ``prepare_case`` filled.
+    """
     model, weights = load_case_decoder(case, folder), kind.removeprefix("compiled_")
     prepack(
         model,
@@ -83,13 +96,13 @@ def prepared_decoder(case: BenchmarkCase, kind: str, folder: Path) -> MaskedDeco
 
 
 def held_cache_bytes() -> int:
-    """Memory of the keys and values that exist now, in whatever tensors a cache keeps them."""
+    """Return the bytes of all key/value caches alive in this process."""
     caches = [found for found in gc.get_objects() if type(found) is KeyValueCache]
     return tensor_bytes(t for cache in caches for t in (cache.own, cache.shared) if t is not None)
 
 
 def module_bytes(model: nn.Module) -> int:
-    """Memory of all tensors of a module, those too that it holds beside its parameters."""
+    """Return the bytes of all tensors of a module, including those that are no parameters."""
     held = [kept for module in model.modules() for kept in iter_tensors(vars(module))]
     packed = [kept for kept in held if isinstance(kept, torch.ScriptObject)]
     return tensor_bytes(kept for kept in held if isinstance(kept, Tensor)) + sum(
@@ -98,16 +111,16 @@ def module_bytes(model: nn.Module) -> int:
 
 
 def packed_bytes(packed: torch.ScriptObject) -> int:
-    """Memory of a weight that fbgemm has packed: 8 bits a number, or 16."""
+    """Return the bytes of a weight packed by fbgemm, at 8 or 16 bits per number."""
     with warnings.catch_warnings():
-        # Quantized tensors are to leave torch some day.
+        # torch warns that it will drop quantized tensors, and this call creates one.
         warnings.simplefilter("ignore")
         weight: Tensor = torch.ops.quantized.linear_unpack(packed)[0]
     return weight.numel() * (1 if weight.is_quantized else 2)
 
 
 def iter_tensors(found: object) -> list[Tensor | torch.ScriptObject]:
-    """The tensors and packed weights in nested mappings, lists and kernels."""
+    """Return the tensors and packed weights in nested mappings, lists and kernels."""
     if isinstance(found, Tensor | torch.ScriptObject):
         return [found]
     if isinstance(found, dict):

@@ -1,8 +1,8 @@
-"""How much work a unit is: bytes that must be read, products that must be done.
+"""Bytes and operations that one unit of work requires.
 
-Both are what the task needs, not what an implementation does, and the same for every
-implementation but for the width of its weights; so a share of the machine's limit falls with
-needless work.
+Both counts follow from the task and not from an implementation. They are equal for all
+implementations, except for the width of the weights. Needless work therefore lowers the measured
+fraction of the machine's limit.
 
 Shapes: B images or sequences, T tokens, D hidden size, L layers, V vocabulary.
 """
@@ -16,30 +16,37 @@ from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.sequence.masks import mask_table, parse_mask
 
-# Bytes of a weight and of a key's or value's number.
+# Bytes per weight and per number of a key or value.
 WIDTHS = {
     "reference": (4, 4),
     "float32": (4, 4),
     "half": (2, 4),
     "int8": (1, 4),
     "transformers": (2, 2),
-    # On a GPU weights and cache are held in the same type.
+    # A GPU holds weights and cache in the same dtype.
     "bfloat16": (2, 2),
     "float16": (2, 2),
 }
 
 
 def layer_weights(case: BenchmarkCase) -> int:
-    """Weights of the layers' matrices: 12 D^2 a layer; biases and norms are left out."""
+    """Return the number of matrix weights in all layers.
+
+    It is 12 D^2 per layer; biases and norms are not counted.
+    """
     return 12 * case.decoder.hidden_size**2 * case.decoder.num_layers
 
 
 def decode_bytes(case: BenchmarkCase, implementation: str) -> float:
-    """What drawing one token of one image must read, in bytes.
+    """Return the bytes that must be read to sample one token of one image.
 
-    Weights of the layers and of the image's part of the head, and keys and values of the text,
-    once for the whole batch; those that the masks let an image token see of the image, the mean
-    over its positions.
+    These are the weights of the layers and of the image part of the head, and the keys and values
+    that the token attends to. Weights and text keys are read once per batch. The number of image
+    keys is the mean over the image positions, under the masks.
+
+    Args:
+        case: The case to count.
+        implementation: An implementation with an entry in ``WIDTHS``, compiled or not.
     """
     if implementation == TRANSFORMERS and not case.speed.has_bfloat16:
         implementation = "float32"
@@ -51,7 +58,10 @@ def decode_bytes(case: BenchmarkCase, implementation: str) -> float:
 
 
 def attended_keys(case: BenchmarkCase, mask: str) -> float:
-    """Keys that one of the drawn image tokens sees on average; the text's shared by the batch."""
+    """Return the mean number of keys that a sampled image token attends to.
+
+    Keys of the text count once per batch.
+    """
     start = case.layout.image_start
     table = mask_table(parse_mask(mask), case.layout)[start : start + case.num_tokens]
     of_text, of_image = table[:, :start], table[:, start:]
@@ -60,11 +70,11 @@ def attended_keys(case: BenchmarkCase, mask: str) -> float:
 
 
 def train_operations(case: BenchmarkCase) -> float:
-    """Products and sums that one token of a training step needs.
+    """Return the floating-point operations that a training step requires per token.
 
-    Forward and backward of the layers' matrices (6 a weight), of attention over all pairs of
-    positions, masked or not (12 T D a layer), and of the head where a segment is scored, over its
-    own vocabulary.
+    Forward and backward of the layers' matrices count 6 per weight. Attention counts over all
+    pairs of positions, masked or not: 12 T D per layer. The head counts at each position over its
+    segment's own vocabulary.
     """
     layout, vocabulary = case.layout, case.vocabulary
     size, length = case.decoder.hidden_size, layout.length
@@ -75,9 +85,10 @@ def train_operations(case: BenchmarkCase) -> float:
 
 
 def vqgan_operations(case: BenchmarkCase) -> dict[str, float]:
-    """Products and sums that each part of the VQ-GAN's work needs for one image, as counted.
+    """Return the floating-point operations per image for each part of the VQ-GAN's work.
 
-    A training step is forward and backward of all, three times the forward pass.
+    torch's ``FlopCounterMode`` counts them. A training step counts as three forward passes: one
+    forward, and a backward that costs two.
     """
     with torch.device("meta"):
         model = VQGAN(case.vqgan).eval()
@@ -94,7 +105,10 @@ def vqgan_operations(case: BenchmarkCase) -> dict[str, float]:
 
 
 def upscaler_operations(case: BenchmarkCase) -> float:
-    """Products and sums that one image needs, as counted; images have the VQ-GAN's sides."""
+    """Return the floating-point operations of upscaling one image of the VQ-GAN's resolution.
+
+    torch's ``FlopCounterMode`` counts them.
+    """
     side = case.vqgan.resolution
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
         Upscaler(UpscalerConfig()).eval()(torch.empty(1, 3, side, side))

@@ -1,8 +1,8 @@
-"""Implementations of other packages that this project can import: Hugging Face's GPT-2.
+"""Implementation of decoding with Hugging Face's GPT-2.
 
-A GPT-2 of the decoder's depth, width and heads, with dense attention, its own loop and a static
-cache.  It computes in bfloat16 where the processor multiplies it natively, else in float32.  Its
-vocabulary is the image's, so that its head does the work that ours does.
+The GPT-2 has our decoder's depth, width and number of heads, dense attention, its own decoding
+loop and a static cache. It computes in bfloat16 if the processor multiplies it natively, else in
+float32. Its vocabulary is that of the image, so its head does the same work as ours.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from rudolph.benchmarks.serving import WorkResult, tensor_bytes
 
 
 class HuggingFaceDecoding:
-    """``generate`` of as many tokens as ours, after a prompt of the left text's length."""
+    """``generate`` for as many tokens as ours, after a prompt as long as the left text."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         import transformers
@@ -45,6 +45,7 @@ class HuggingFaceDecoding:
         self._cache_bytes = 0
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Sample one batch; a short repetition samples at most ``WARM_UP_TOKENS`` per image."""
         sampling, most = self.case.sampling, self.case.num_tokens
         num_tokens = min(WARM_UP_TOKENS, most) if is_short else most
         with torch.inference_mode():
@@ -58,7 +59,8 @@ class HuggingFaceDecoding:
                 max_new_tokens=num_tokens,
                 min_new_tokens=num_tokens,
                 cache_implementation="static",
-                # As long for a short repetition, so that it warms up what is measured.
+                # Short repetitions allocate the full cache too, so that they warm up what is
+                # timed.
                 max_cache_len=self.case.layout.length,
                 disable_compile=True,
                 return_dict_in_generate=True,
@@ -69,7 +71,9 @@ class HuggingFaceDecoding:
         return WorkResult(len(self.prompt) * num_tokens)
 
     def cache_bytes(self) -> int:
+        """Return the bytes of the key/value cache in the last repetition."""
         return self._cache_bytes
 
     def check(self, path: Path) -> None:
+        """Write an empty file: this model has no weights in common with ours."""
         save_file({}, path)

@@ -1,6 +1,6 @@
-"""Implementations that make images of a text from beginning to end, or larger ones of these: ours.
+"""Our implementations of generating images from a text and of upscaling images.
 
-Tokenizing, drawing every image token, decoding, PNG files; the upscaler alone.
+Generation covers tokenizing, sampling every image token, decoding and writing PNG files.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ from rudolph.sequence.tokenizer import Tokenizer
 
 
 class GenerationWorkload:
-    """``batch_size`` images of one caption."""
+    """Generation of ``batch_size`` images for one caption, from text to PNG files."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         self.case, self.folder = case, folder / kind
@@ -41,6 +41,7 @@ class GenerationWorkload:
         self.versions: dict[str, str] = {}
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Generate one batch of images; a short repetition stops the sampling early."""
         size = self.case.speed.batch_size
 
         def on_stage(stage: str, done: int, total: int) -> None:
@@ -55,7 +56,7 @@ class GenerationWorkload:
                 on_stage=on_stage,
             )
         except StopDecodingError:
-            # What it skips is warmed up by itself.
+            # The stopped sampling skips the VQ-GAN, so it is warmed up separately.
             self.pipeline.decode(torch.zeros(size, self.num_image_tokens, dtype=torch.long))
             return WorkResult(size)
         for number, candidate in enumerate(found):
@@ -64,12 +65,15 @@ class GenerationWorkload:
 
     @property
     def num_image_tokens(self) -> int:
+        """Return the number of image tokens per image."""
         return self.case.layout.num_image_tokens
 
     def cache_bytes(self) -> int:
+        """Return 0: this workload does not measure the cache."""
         return 0
 
     def check(self, path: Path) -> None:
+        """Write the decoder's logits and the VQ-GAN's images for the fixed inputs to ``path``."""
         inputs = load_case_inputs(path.parent)
         with torch.no_grad():
             logits = self.pipeline.decoder(inputs["checked"])
@@ -78,7 +82,7 @@ class GenerationWorkload:
 
 
 class UpscalingWorkload:
-    """Images through the upscaler, each whole."""
+    """Upscaling of a batch of images, without tiling."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         self.model = load_case_upscaler(folder).to(getattr(torch, kind))
@@ -88,17 +92,21 @@ class UpscalingWorkload:
 
     @torch.inference_mode()
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Upscale one batch of images."""
         self.upscaled(self.images)
         return WorkResult(len(self.images))
 
     def upscaled(self, images: Tensor) -> Tensor:
+        """Return the upscaled images, computed in the model's dtype."""
         found: Tensor = self.model(images.to(self.model.conv_first.weight))
         return found
 
     def cache_bytes(self) -> int:
+        """Return 0: the upscaler has no cache."""
         return 0
 
     @torch.inference_mode()
     def check(self, path: Path) -> None:
+        """Write the upscaled first image to ``path``."""
         images = self.upscaled(load_case_inputs(path.parent)["images"][:1])
         save_file({"images": images.float().contiguous()}, path)

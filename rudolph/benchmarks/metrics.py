@@ -1,8 +1,9 @@
-"""Repetitions to numbers with intervals.
+"""Metrics of a comparison, each with an interval.
 
-Names are ``<implementation>[/<part>]/<quantity>``: ``seconds_per_token``, ``tokens_per_second``,
-``speedup``, ``roofline_fraction``, ``operations_per_second``, ``peak_bytes``; and of a
-implementation ``weights_bytes`` and ``cache_bytes``.
+Names are ``<implementation>[/<part>]/<quantity>``. Quantities of a part are
+``seconds_per_token``, ``tokens_per_second``, ``speedup``, ``roofline_fraction``,
+``operations_per_second`` and ``peak_bytes``; ``token`` stands for the part's unit. Quantities of
+an implementation are ``weights_bytes`` and ``cache_bytes``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,17 @@ from rudolph.benchmarks.flops import (
 from rudolph.evaluation.statistics import Estimate, geometric_mean_interval, ratio_interval
 from rudolph.reports.timings import Timing
 
-# An implementation's part -> the repetitions of it, in their order.
+# Implementation and part -> its repetitions, in order.
 Groups = Mapping[tuple[str, str], Sequence[Timing]]
 
 
 def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, str], Estimate]:
-    """Every number of a comparison, by case and quantity."""
+    """Return every metric of a comparison, by case and quantity.
+
+    A case is the label of a timing: the implementation and, if it has several, the part. Times and
+    rates are geometric means with their intervals; ``peak_bytes`` is the maximum, with the minimum
+    and the maximum as its interval.
+    """
     groups: dict[tuple[str, str], list[Timing]] = {}
     for repetition in found.num_repetitions:
         groups.setdefault((repetition.implementation, repetition.part), []).append(repetition)
@@ -56,14 +62,19 @@ def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, 
 
 
 def unit_seconds(group: Sequence[Timing]) -> NDArray[np.float64]:
-    """Seconds of one unit in each repetition."""
+    """Return the seconds per unit in each repetition."""
     return np.array([each.seconds / each.units for each in group])
 
 
 def roofline_fraction(
     case: BenchmarkCase, groups: Groups, implementation: str, part: str
 ) -> dict[str, Estimate]:
-    """What was done a second, and its share of what the machine could in the same repetition."""
+    """Return the work per second and its fraction of the machine's limit in the same repetitions.
+
+    Returns:
+        ``operations_per_second`` for workloads that count operations, and ``roofline_fraction`` if
+        the roofline was measured. Empty if the work of a unit is not counted.
+    """
     rates = work_rates(case, groups[implementation, part], implementation, part)
     if rates is None:
         return {}
@@ -79,7 +90,10 @@ def roofline_fraction(
 def work_rates(
     case: BenchmarkCase, group: Sequence[Timing], implementation: str, part: str
 ) -> NDArray[np.float64] | None:
-    """Needed bytes or operations a second; None where a unit's work is not counted."""
+    """Return the required bytes or operations per second in each repetition.
+
+    None if the work of a unit is not counted.
+    """
     workload = case.speed.workload
     if workload == "decode":
         work = decode_bytes(case, implementation)
@@ -96,7 +110,11 @@ def work_rates(
 
 
 def roofline_rates(groups: Groups, *, is_read: bool) -> NDArray[np.float64] | None:
-    """What the machine did a second: of the fastest product, or of reading."""
+    """Return the machine's rate in each repetition.
+
+    The rate is bytes per second of reading, or operations per second of its fastest product. None
+    if the roofline was not measured.
+    """
     parts = [part for name, part in groups if name == ROOFLINE and (part == "read") == is_read]
     rates = [1 / unit_seconds(groups[ROOFLINE, part]) for part in parts]
     return max(rates, key=lambda rate: float(rate.mean()), default=None)

@@ -1,12 +1,12 @@
-"""The reference's process: the published packages, each with its own loop, none of ours.
+"""Worker process of the reference: the published packages with their own loops.
 
-``python -P reference_worker.py FOLDER``, where FOLDER holds ``rudolph`` 0.0.1rc10, ``rudalle``
-1.1.3 and ``taming-transformers`` 0.0.1.  There ``rudolph`` is the reference, so nothing of this
-project is imported but ``serving.py``, by its path.
+Usage: ``python -P reference_worker.py FOLDER``. FOLDER holds ``rudolph`` 0.0.1rc10, ``rudalle``
+1.1.3 and ``taming-transformers`` 0.0.1. In this process ``rudolph`` is the reference, so of this
+project only ``serving.py`` is imported, by its path.
 
-What the packages import and a measurement does not need is replaced by stubs, which also keeps
-its memory small.  ``top_k_top_p_filtering`` is as transformers 4 had it, which the reference
-calls and transformers 5 has no more.
+Stubs replace the packages that the reference imports but a benchmark does not need, which also
+saves memory. ``top_k_top_p_filtering`` is a copy of the one in transformers 4: the reference calls
+it, and transformers 5 has removed it.
 """
 
 import importlib
@@ -51,19 +51,25 @@ SHORT = 16
 
 
 class Stub(types.ModuleType):
-    """A module whose every name is a stub, and which can be called."""
+    """A callable module in which every attribute is another stub."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return a stub for any public name.
+
+        Raises:
+            AttributeError: For names that start with two underscores.
+        """
         if name.startswith("__"):
             raise AttributeError(name)
         return Stub(f"{self.__name__}.{name}")
 
     def __call__(self, *arguments: object, **named: object) -> "Stub":
+        """Return the stub itself."""
         return self
 
 
 def install_stubs() -> None:
-    """Put stubs where the packages look, and what is needed of them into the stubs."""
+    """Put stubs into ``sys.modules``, with the few functions that the packages call."""
     for name in NOT_NEEDED:
         stub: Any = Stub(name)
         stub.__path__ = []
@@ -79,7 +85,11 @@ def install_stubs() -> None:
 
 
 def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
-    """The patterns of the packages."""
+    """Rearrange a tensor by one of the patterns that the packages use.
+
+    Raises:
+        ValueError: For any other pattern.
+    """
     if pattern == "b n c -> b c n":
         return x.permute(0, 2, 1)
     if pattern == "b h w -> b (h w)":
@@ -90,7 +100,10 @@ def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Source: transformers 4.30, ``generation_utils.top_k_top_p_filtering``."""
+    """Set logits outside the top k or the top-p nucleus to minus infinity.
+
+    Source: transformers 4.30, ``generation_utils.top_k_top_p_filtering``.
+    """
     if top_k > 0:
         last = torch.topk(logits, min(top_k, logits.shape[-1]))[0][..., -1, None]
         logits = logits.masked_fill(logits < last, -float("inf"))
@@ -103,26 +116,29 @@ def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) ->
 
 
 def chunked(values: Any, size: int) -> list[list[Any]]:
+    """Split values into lists of at most ``size``."""
     values = list(values)
     return [values[first : first + size] for first in range(0, len(values), size)]
 
 
 def to_pil_image(image: Tensor) -> Any:
+    """Convert a ``(3, H, W)`` image in [0, 1] to a PIL image."""
     from PIL import Image
 
     return Image.fromarray(image.mul(255).byte().permute(1, 2, 0).numpy())
 
 
 class Namespace(dict[str, Any]):
-    """Nested mappings whose keys are attributes too, as OmegaConf's."""
+    """A nested mapping whose keys are also attributes, as in OmegaConf."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return the value of a key, a mapping as a ``Namespace``."""
         found = self[name]
         return Namespace(found) if isinstance(found, dict) else found
 
 
 class GivenTokens:
-    """A tokenizer that gives one prompt, whatever the text."""
+    """A tokenizer that returns one fixed prompt for any text."""
 
     eos_id, bos_id, unk_id, pad_id = 3, 2, 1, 0
 
@@ -130,14 +146,19 @@ class GivenTokens:
         self.prompt, self.tokenizer = prompt, self
 
     def encode(self, texts: list[str], **named: object) -> list[list[int]]:
+        """Return an empty list of ids for each text."""
         return [[] for _ in texts]
 
     def prepare_tokens(self, tokens: object, length: int) -> Tensor:
+        """Return a copy of the fixed prompt."""
         return self.prompt.clone()
 
 
 class Reference:
-    """All measures; the models are those that a measure needs."""
+    """The reference's implementation of all workloads.
+
+    It loads only the models whose files exist in the folder.
+    """
 
     def __init__(self, asked: Mapping[str, Any], versions: dict[str, str]) -> None:
         self.case, self.versions = asked["case"], versions
@@ -160,31 +181,36 @@ class Reference:
             self.prepare_api()
 
     def path(self, name: str) -> Path:
+        """Return the file that holds the weights of a model."""
         return self.folder / f"reference_{name}.safetensors"
 
     def arguments(self, name: str) -> Any:
+        """Return the constructor arguments of a model."""
         return json.loads(self.path(name).with_suffix(".json").read_text("utf-8"))
 
     def load_decoder(self) -> Any:
+        """Load the decoder for inference."""
         package = importlib.import_module("rudolph.model.model")
         model = package.ruDolphModel(device="cpu", **self.arguments("decoder"))
         model.load_state_dict(load_file(self.path("decoder")))
         return model.eval()
 
     def load_vqgan(self) -> Any:
+        """Load the VQ-GAN for inference."""
         config = Namespace(self.arguments("vqgan"))
         model = importlib.import_module("rudalle.vae.model").VQGanGumbelVAE(config, dwt=config.dwt)
         model.load_state_dict(load_file(self.path("vqgan")))
         return model.eval()
 
     def load_upscaler(self) -> Any:
+        """Load the upscaler for inference."""
         package = importlib.import_module("rudalle.realesrgan.rrdbnet_arch")
         model = package.RRDBNet(**self.arguments("upscaler"))
         model.load_state_dict(load_file(self.path("upscaler")))
         return model.eval()
 
     def prepare_api(self) -> None:
-        """The reference's own loop of decoding, for the prompt or for the pipeline's text."""
+        """Create the reference's own decoding loop, for the fixed prompt or the caption."""
         package = importlib.import_module("rudolph.api")
         tokenizer: Any = GivenTokens(self.inputs["left"])
         vocabulary, sampling = self.case["vocabulary"], self.case["sampling"]
@@ -200,7 +226,7 @@ class Reference:
             specials,
             quite=True,
             bs=self.size,
-            # 0 and 1 filter nothing.
+            # 0 and 1 disable these filters.
             img_top_k=sampling["top_k"] or 0,
             img_top_p=sampling["top_p"] or 1.0,
             img_temperature=sampling["temperature"],
@@ -208,27 +234,33 @@ class Reference:
         self.decoder.register_forward_hook(self.watch_cache)
 
     def watch_cache(self, model: object, inputs: object, output: Any) -> None:
+        """Record the cache size after each forward pass of the decoder."""
         layers = output[1].values() if isinstance(output[1], dict) else ()
         found = [t for layer in layers if isinstance(layer, tuple) for t in layer]
         self._cache_bytes = sum(t.numel() * t.element_size() for t in found)
 
     def cache_bytes(self) -> int:
+        """Return the bytes of the key/value cache after the last forward pass."""
         return self._cache_bytes
 
     def run(self, part: str, *, is_short: bool) -> Any:
+        """Run one part of the workload."""
         return WORKS[self.case["speed"]["workload"], part](self, is_short)
 
     def draw_tokens(self, is_short: bool) -> Any:
+        """Sample image tokens."""
         self.draw(self.num_tokens(is_short))
         return serving.Work(self.size * self.num_tokens(is_short))
 
     def num_tokens(self, is_short: bool) -> int:
+        """Return the number of tokens to sample per image."""
         whole = self.case["layout"]["image_tokens_per_dim"] ** 2
         most = min(self.case["speed"]["num_tokens"] or whole, whole)
         return min(SHORT, most) if is_short else most
 
     def draw(self, num_tokens: int) -> Tensor:
-        # The loop draws as many tokens as the API believes an image to have.
+        """Sample ``num_tokens`` tokens for each image of a batch."""
+        # The loop samples as many tokens as the API's setting for an image.
         self.api.image_seq_length = num_tokens
         found: Tensor = self.api.generate_codebooks(
             self.caption, images_num=self.size, bs=self.size, seed=self.seed
@@ -236,6 +268,7 @@ class Reference:
         return found
 
     def make_images(self, is_short: bool) -> Any:
+        """Generate images from text to PNG files; a short repetition decodes indices of zero."""
         utilities = importlib.import_module("rudolph.utils")
         indices = self.draw(self.num_tokens(is_short))
         if is_short:
@@ -247,6 +280,7 @@ class Reference:
         return serving.Work(self.size)
 
     def train_decoder(self, is_short: bool) -> Any:
+        """Run one training step of the decoder."""
         model, tokens = self.decoder, self.inputs["tokens"]
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -257,20 +291,24 @@ class Reference:
         return serving.Work(tokens.numel())
 
     def step(self, loss: Any) -> None:
+        """Backpropagate a loss and update the weights."""
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def encode(self, is_short: bool) -> Any:
+        """Encode images to indices."""
         self.vqgan.eval().get_codebook_indices(self.inputs["images"], disable_gumbel_softmax=True)
         return serving.Work(self.size)
 
     def decode(self, is_short: bool) -> Any:
+        """Decode indices to images."""
         with torch.no_grad():
             self.vqgan.eval().decode(self.inputs["indices"])
         return serving.Work(self.size)
 
     def train_vqgan(self, is_short: bool) -> Any:
+        """Run one training step of the VQ-GAN."""
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(self.vqgan.parameters(), lr=4.5e-6, betas=(0.5, 0.9))
         self.vqgan.train()
@@ -281,11 +319,13 @@ class Reference:
         return serving.Work(self.size)
 
     def upscale(self, is_short: bool) -> Any:
+        """Upscale images."""
         with torch.no_grad():
             self.upscaler(self.inputs["images"])
         return serving.Work(self.size)
 
     def check(self, path: Path) -> None:
+        """Write the outputs of the models on the fixed inputs to ``path``."""
         said = {}
         with torch.no_grad():
             if self.decoder is not None:
@@ -299,7 +339,7 @@ class Reference:
         save_file({name: value.contiguous() for name, value in said.items()}, path)
 
 
-# By measure and part.
+# Workload and part -> method.
 WORKS = {
     ("decode", "decode"): Reference.draw_tokens,
     ("memory", "decode"): Reference.draw_tokens,
@@ -314,7 +354,11 @@ TASK_TOKENS = ("<LT_UNK>", "<RT_UNK>", "<LT_T2I>", "<LT_I2T>", "<LT_T2T>", "<RT_
 
 
 def load_by_path(name: str) -> Any:
-    """A file beside this one as a module of no package."""
+    """Import a file next to this one as a module outside any package.
+
+    Raises:
+        ValueError: If the file is missing.
+    """
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     if spec is None or spec.loader is None:
         raise ValueError(f"{name}.py is missing beside {__file__}")
@@ -324,10 +368,17 @@ def load_by_path(name: str) -> Any:
 
 
 def import_packages(folder: Path) -> dict[str, str]:
-    """Make the packages of the folder importable, without what they import; their versions."""
+    """Make the packages in ``folder`` importable, with stubs for their dependencies.
+
+    Returns:
+        The versions of the packages, by name.
+
+    Raises:
+        ValueError: If ``rudolph`` is imported from elsewhere.
+    """
     sys.path.insert(0, str(folder))
     install_stubs()
-    # Their own __init__ import every model that the package has, and what downloads them.
+    # Their own ``__init__`` import all models of the package and their downloaders.
     for name in ("rudalle", "rudalle.realesrgan"):
         package: Any = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")))]
@@ -336,7 +387,7 @@ def import_packages(folder: Path) -> dict[str, str]:
     for name in MODULES:
         importlib.import_module(name)
     for name in NOT_NEEDED:
-        # torch asks whether some of these are installed.
+        # torch checks whether some of these are installed.
         del sys.modules[name]
     if found is None or not Path(found).is_relative_to(folder):
         raise ValueError(f"rudolph is {found}, not the reference in {folder}")

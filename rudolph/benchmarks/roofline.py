@@ -1,4 +1,4 @@
-"""What the machine can do at most: read memory, multiply matrices."""
+"""The machine's limits: reading from memory and multiplying matrices."""
 
 import time
 from collections.abc import Callable
@@ -14,11 +14,11 @@ PASSES = {"read": 5, "bfloat16": 2, "packed": 2, "float32": 2}
 
 
 class RooflineWorkload:
-    """The best of a few passes; a sum is of ``roofline_bytes``, a product of ``roofline_side``
-    squares.
+    """The fastest of a few passes of reading memory or multiplying matrices.
 
-    ``packed`` is the product with a weight in oneDNN's own order, in bfloat16.  Both
-    products in bfloat16 are left out where the processor emulates them.
+    ``read`` sums a tensor of ``roofline_bytes``; the other parts multiply two square matrices of
+    side ``roofline_side``. ``packed`` multiplies by a bfloat16 weight in oneDNN's own layout. Both
+    bfloat16 parts are left out on processors that emulate them.
     """
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
@@ -40,6 +40,10 @@ class RooflineWorkload:
         self.versions: dict[str, str] = {}
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Run the passes of one part and return the time of the fastest.
+
+        Units are bytes for ``read`` and floating-point operations otherwise.
+        """
         seconds = []
         for _ in range(1 if is_short else PASSES[part]):
             started = time.perf_counter()
@@ -49,19 +53,21 @@ class RooflineWorkload:
         return WorkResult(units, min(seconds))
 
     def cache_bytes(self) -> int:
+        """Return 0: there is no cache."""
         return 0
 
     def check(self, path: Path) -> None:
-        """Nothing to say."""
+        """Do nothing: there is no model to check."""
 
 
 def packed_weight(weight: Tensor, *, num_rows: int) -> Tensor:
-    """A weight ``(out, in)`` in the order that oneDNN wants for that many rows."""
+    """Return a weight ``(out, in)`` in oneDNN's layout for inputs of ``num_rows`` rows."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
     return packed
 
 
 def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply ``x`` by the transpose of a weight, packed or not."""
     if weight.layout == torch.strided:
         return x @ weight.T
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

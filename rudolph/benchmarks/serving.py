@@ -1,7 +1,7 @@
-"""An implementation's side of the talk: one JSON line is asked, one is answered, until input ends.
+"""Request loop of a worker process: one line of JSON per request and per answer.
 
-Nothing of the project is imported here: the reference's process, in which ``rudolph`` is another
-package, loads this file by its path.
+This file imports nothing of the project. The reference's process, in which ``rudolph`` is another
+package, loads it by its path.
 """
 
 import gc
@@ -15,44 +15,57 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-# Read by the parent from the end of the log of a process that failed.
+# An answer, written to the parent as one line of JSON.
 ServerAnswer = dict[str, Any]
 
 
 class WorkResult(NamedTuple):
-    """What one repetition did; ``seconds`` None are those that the clock says around it."""
+    """The work done in one repetition.
+
+    Attributes:
+        units: The number of units, such as tokens or images.
+        seconds: Its duration; if None, the duration of the whole call counts.
+    """
 
     units: int
     seconds: float | None = None
 
 
 class Implementation(Protocol):
-    """One way of doing the work; ``weights_bytes`` are those of all its tensors."""
+    """One implementation of a workload.
+
+    Attributes:
+        weights_bytes: Bytes of all its tensors.
+        versions: Versions of the third-party packages that it uses.
+    """
 
     weights_bytes: int
     versions: dict[str, str]
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
-        """One repetition; a short one only warms up."""
+        """Run one repetition of a part; a short one only warms up."""
         ...
 
     def cache_bytes(self) -> int:
-        """What the keys and values of the last repetition took; 0 where there are none."""
+        """Return the bytes of the last repetition's key/value cache, 0 if there is none."""
         ...
 
     def check(self, path: Path) -> None:
-        """Write what the model says of the fixed inputs."""
+        """Write the model's outputs on the fixed inputs to ``path``."""
         ...
 
 
 def serve_implementation(make: Callable[[Mapping[str, Any]], Implementation]) -> None:
-    """Read what to be, become it, and answer requests.
+    """Build an implementation and answer requests until input ends.
 
-    Requests are ``run`` (``part``, ``is_short``), ``check`` (``path``) and ``profile``
-    (``part``).
+    The first line of input describes the implementation and its case. Each further line is a
+    request: ``run`` (``part``, ``is_short``), ``check`` (``path``) or ``profile`` (``part``).
+
+    Args:
+        make: Builds the implementation from the first line, parsed from JSON.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What libraries print goes to the log and never into an answer.
+    # Libraries print to standard output, which must hold answers only.
     os.dup2(2, 1)
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
@@ -96,7 +109,7 @@ def _check(implementation: Implementation, request: Mapping[str, Any]) -> Server
 
 
 def _profile(implementation: Implementation, request: Mapping[str, Any]) -> ServerAnswer:
-    """Each operation's own time, without those that it calls, longest first."""
+    """Profile a short repetition; rows give each operation's self time, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         implementation.run(request["part"], is_short=True)
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -112,7 +125,7 @@ REQUESTS = {"run": _run, "check": _check, "profile": _profile}
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held since its start, or since ``restart_peak``."""
+    """Return the peak memory of this process in bytes, since its start or ``restart_peak``."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text("utf-8").splitlines():
@@ -125,7 +138,7 @@ def peak_bytes() -> int:
 
 
 def restart_peak() -> None:
-    """Count the peak from now on, where the system can."""
+    """Reset the peak memory, if the system supports it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", "utf-8")
     except OSError:
@@ -133,11 +146,11 @@ def restart_peak() -> None:
 
 
 def tensor_bytes(tensors: Any) -> int:
-    """Bytes of tensors, each storage once."""
+    """Return the bytes of tensors, counting each storage once."""
     found = {}
     for tensor in tensors:
         if tensor.is_mkldnn:
-            # Opaque to torch: no storage, but a size.
+            # Tensors in oneDNN's layout expose a size but no storage.
             found[id(tensor)] = tensor.numel() * tensor.element_size()
         else:
             storage = tensor.untyped_storage()

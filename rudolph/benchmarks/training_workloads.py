@@ -1,6 +1,7 @@
-"""Implementations that make one training step of the decoder or of the VQ-GAN: ours.
+"""Our implementations of one training step of the decoder or the VQ-GAN.
 
-A step is what a training of this project does: losses, backward, clipped gradients, optimizers.
+A step is the same as in this project's training: losses, backward pass, gradient clipping and
+optimizers.
 """
 
 from contextlib import AbstractContextManager
@@ -23,18 +24,19 @@ from rudolph.training.optim import OptimConfig, clip_gradients, optimizers_of
 
 
 def autocast_for(kind: str) -> AbstractContextManager[object]:
-    """What a forward pass is computed in: bfloat16 as Lightning's ``bf16-mixed`` does it."""
+    """Return the autocast context of a forward pass; bfloat16 as in Lightning's ``bf16-mixed``."""
     return torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16")
 
 
 class TrainingStep:
-    """A model and its optimizers, moved by a loss."""
+    """A model with the optimizers that update it."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.model, self.config = model, config
         self.optimizers = optimizers_of(model, config)
 
     def step(self, loss: Tensor) -> None:
+        """Backpropagate a loss, clip the gradients and update the weights."""
         loss.backward()  # type: ignore[no-untyped-call]
         clip_gradients(self.optimizers, self.config)
         for optimizer in self.optimizers:
@@ -43,7 +45,7 @@ class TrainingStep:
 
 
 class DecoderTrainingWorkload:
-    """One step on ``(B, T)`` tokens, every segment scored."""
+    """One training step on ``(B, T)`` tokens, with a loss on every segment."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         self.case, self.kind = case, kind
@@ -54,6 +56,7 @@ class DecoderTrainingWorkload:
         self.versions: dict[str, str] = {}
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Run one training step; units are tokens."""
         self.model.train()
         with autocast_for(self.kind):
             losses = segment_losses(self.model, self.tokens, self.case.losses)
@@ -62,21 +65,23 @@ class DecoderTrainingWorkload:
         return WorkResult(self.tokens.numel())
 
     def cache_bytes(self) -> int:
+        """Return 0: training has no cache."""
         return 0
 
     def check(self, path: Path) -> None:
+        """Write the logits on the checked tokens to ``path``."""
         with torch.no_grad():
             logits = self.model.eval()(load_case_inputs(path.parent)["checked"])
         save_file({"logits": logits.float()}, path)
 
 
 class VQGANWorkload:
-    """The VQ-GAN: images to indices, indices to images, one step on its loss."""
+    """Encoding, decoding and one training step of the VQ-GAN."""
 
     def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
         self.case, self.kind = case, kind
         self.model = load_case_vqgan(case, folder)
-        # Sampling holds the weights in the precision that it computes in.
+        # Inference holds the weights in the dtype that it computes in.
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
         self.sampled = load_case_vqgan(case, folder).to(dtype)
         inputs = load_case_inputs(folder)
@@ -86,6 +91,7 @@ class VQGANWorkload:
         self.versions: dict[str, str] = {}
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
+        """Run one part: ``encode``, ``decode`` or ``train``; units are images."""
         if part == "encode":
             self.sampled.encode_indices(self.images)
         elif part == "decode":
@@ -95,6 +101,7 @@ class VQGANWorkload:
         return WorkResult(len(self.images))
 
     def step(self) -> None:
+        """Run one training step on reconstruction and quantizer losses."""
         images = 2 * self.images - 1
         with autocast_for(self.kind):
             found = self.model.train()(images)
@@ -102,8 +109,10 @@ class VQGANWorkload:
         self.stepping.step(loss + self.case.vqgan_losses.quantizer_weight * found.loss.float())
 
     def cache_bytes(self) -> int:
+        """Return 0: the VQ-GAN has no cache."""
         return 0
 
     def check(self, path: Path) -> None:
+        """Write the image decoded from the first fixed indices to ``path``."""
         images = self.sampled.decode_indices(load_case_inputs(path.parent)["indices"][:1])
         save_file({"images": images.float()}, path)

@@ -1,11 +1,10 @@
-"""The process of one implementation: ``python -m rudolph.benchmarks.worker``.
+"""Worker process of one implementation: ``python -m rudolph.benchmarks.worker``.
 
-Standard input tells it what to be.
+The first line of standard input names the implementation and its case. The reference has its own
+worker, ``reference_worker.py``.
 
-The reference has a process of its own kind, ``reference_worker.py``.
-
-To add an implementation, write a ``serving.Implementation``, name it here, and in
-``config.MEASURES``.
+To add an implementation, write a ``serving.Implementation`` and name it in ``IMPLEMENTATIONS`` and
+in ``config.WORKLOADS``.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +46,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Make]] = {
 
 
 def implementation(asked: Mapping[str, Any]) -> Implementation:
-    """The implementation that a request names."""
+    """Build the implementation that a request names."""
     case = read_case(asked["case"])
     make = IMPLEMENTATIONS[case.speed.workload or ""][asked["implementation"]]
     return make(case, asked["implementation"], Path(asked["folder"]))
