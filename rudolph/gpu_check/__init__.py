@@ -1,0 +1,1 @@
+"""Checks and speed measurements of the package on one GPU: ``make gpu-check``."""

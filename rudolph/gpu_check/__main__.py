@@ -1,7 +1,7 @@
-"""The command: ``python -m rudolph.gpu_check``, or ``make gpu-check``.
+"""Command line of the GPU check: ``python -m rudolph.gpu_check``, or ``make gpu-check``.
 
-It needs torch, Lightning, torchmetrics, NumPy, pandas, PyYAML, Pillow and safetensors, and nothing
-else of what the package depends on.
+It needs few of the package's dependencies: torch, Lightning, torchmetrics, NumPy, pandas, PyYAML,
+Pillow and safetensors.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def commit_here() -> str:
-    """Return the commit of the checkout, or "unknown" where there is no git."""
+    """Return the commit of the checkout, or "unknown" without git."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         return subprocess.run(
@@ -42,6 +42,11 @@ def commit_here() -> str:
 
 
 def main() -> int:
+    """Run the check and return its exit code: 1 if a part failed, else 0.
+
+    Raises:
+        ValueError: If an option is invalid.
+    """
     given = arguments().parse_args()
     names = given.parts.split(",") if given.parts else list(PLAN)
     unknown = [name for name in names if name not in PLAN]
@@ -63,7 +68,7 @@ def main() -> int:
             f"--out: expected a new folder or one of an earlier check, got {folder} with "
             f"{ENVIRONMENT} and no {PART_NAMES}. Name another"
         )
-    # Budgets are for a GPU; a slow core may take its time.
+    # The time budgets assume a GPU; a slow CPU core needs far longer.
     plan = {name: replace(part, seconds=1800.0) for name, part in PLAN.items()}
     check = Check(
         worker_command(sizes),

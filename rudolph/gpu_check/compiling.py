@@ -1,4 +1,7 @@
-"""Compiled code and CUDA graphs against plain calls: training steps and steps of a decoding."""
+"""Checks of compiled code and CUDA graphs against eager execution.
+
+They cover training steps and decoding steps.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +21,7 @@ NUM_STEPS = 6
 
 
 def compile_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give each way to compile a decoder against the same decoder uncompiled."""
+    """Yield one case per way to compile a decoder, each compared with the uncompiled decoder."""
     yield Case("CUDA graph of a decoding step", partial(compare_graph, sizes))
     yield Case("compiled decoding steps", partial(compare_decoding, sizes))
     for has_checkpointing in (False, True):
@@ -28,6 +31,7 @@ def compile_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def compare_training(sizes: Sizes, has_checkpointing: bool) -> Iterator[CheckRow]:
+    """Compare the gradients of compiled and uncompiled layers."""
     torch._dynamo.reset()
     tokens, gradients = sizes.checked.tokens(4, sizes.device), []
     for is_compiled in (False, True):
@@ -38,13 +42,13 @@ def compare_training(sizes: Sizes, has_checkpointing: bool) -> Iterator[CheckRow
 
 
 def compare_reduced_overhead(sizes: Sizes) -> Iterator[CheckRow]:
-    """Compare the gradient of a model compiled whole, whose kernels are replayed as a graph."""
+    """Compare the gradient of a model compiled as a whole and replayed as a CUDA graph."""
     torch._dynamo.reset()
     tokens = sizes.checked.tokens(4, sizes.device)
     plain = gradient_of(sizes.checked.model(sizes.device).train(), tokens)
     model = sizes.checked.model(sizes.device).train()
     reduced = torch.compile(model.hidden, mode="reduce-overhead", dynamic=False)
-    # The first calls warm up and record; the last one is a replay.
+    # The first calls warm up and record the graph; the last one replays it.
     for _ in range(1 if sizes.is_smoke else 4):
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
@@ -54,7 +58,7 @@ def compare_reduced_overhead(sizes: Sizes) -> Iterator[CheckRow]:
 
 @torch.inference_mode()
 def compare_decoding(sizes: Sizes) -> Iterator[CheckRow]:
-    """Compare the hidden states of some compiled steps, at several batch sizes."""
+    """Compare the hidden states of several compiled decoding steps, at two batch sizes."""
     for batch in (1, 8):
         torch._dynamo.reset()
         hidden = []
@@ -71,6 +75,11 @@ def compare_decoding(sizes: Sizes) -> Iterator[CheckRow]:
 
 @torch.inference_mode()
 def compare_graph(sizes: Sizes) -> Iterator[CheckRow]:
+    """Compare the logits of a replayed CUDA graph, at two batch sizes.
+
+    Raises:
+        UnavailableError: Without CUDA.
+    """
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     model = sizes.checked.model(sizes.device).eval()
@@ -100,10 +109,16 @@ def started_decoding(
 
 
 class GraphedStep:
-    """One decoding step, all layers and the head, recorded once and replayed at every position.
+    """A decoding step recorded as a CUDA graph, with all layers and the head.
 
-    A graph reads and writes fixed memory, so what changes from step to step is copied there before
-    a replay: the embedded tokens, where the new keys and values go, and which keys are read.
+    The graph is replayed at each position and works on fixed memory. Before a replay, three inputs
+    are copied there: the embedded tokens, the position of the new keys and values, and the keys to
+    read.
+
+    Args:
+        model: The decoder.
+        cache: A cache that holds the prompt and has room for the steps.
+        run: The function that runs one layer, such as ``run_layer``.
     """
 
     def __init__(
@@ -115,7 +130,7 @@ class GraphedStep:
         batch = cache.own.shape[2] * cache.own.shape[4]
         self.x = weight.new_zeros(batch, 1, len(weight))
         self.place = looks[0].place.clone()
-        # One copy for each mask, which its layers share.
+        # Layers with the same mask share one copy.
         self.reads: dict[int, Any] = {
             mask: tuple(read and StaticSelection(*map(_copy, read)) for read in look.reads)
             for mask, look in zip(model.mask_of_layer, looks, strict=True)

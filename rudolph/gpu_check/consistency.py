@@ -1,6 +1,8 @@
-"""Two ways to compute the same: masks as blocks, half precision, cached steps, samples in batches.
+"""Consistency checks between two ways to compute the same result.
 
-Errors of vectors are relative: the norm of the difference over the norm of the exact one.
+They compare block masks with dense masks, half precision with float32, cached steps with whole
+sequences, and batches of samples with single samples. Errors of vectors are relative: the norm of
+the difference divided by the norm of the exact vector.
 
 Shapes: R rows of attention, T positions, H head size.
 """
@@ -20,24 +22,28 @@ from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
 CHECKED_MASKS = ("causal", "row", "row_block", "column", "conv(3)", "conv(7)", "conv_torus(3)")
-# Largest relative errors by precision: a few roundings of its 24, 8 or 11 bits.
+# Largest relative errors by dtype: a few rounding errors of its 24, 8 or 11 significant bits.
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over the norm of the exact tensor."""
+    """Return the norm of the difference divided by the norm of the exact tensor."""
     exact = exact.detach().double()
     return ((found.detach().double() - exact).norm() / exact.norm()).item()
 
 
 def round_digits(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def mask_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give FlexAttention's block masks against dense masks, alone and in a model."""
+    """Yield cases that compare FlexAttention's block masks with dense masks.
+
+    They compare attention alone and a whole model.
+    """
     for number, layout in enumerate(sizes.mask_layouts):
-        # One layout in all precisions, the others in the one that trains.
+        # The first layout runs in both precisions, the others only in that of training.
         dtypes = (torch.float32, torch.bfloat16) if number == 0 else (torch.bfloat16,)
         for dtype in dtypes:
             name = f"{round_digits(dtype)}, T={layout.length}"
@@ -46,6 +52,7 @@ def mask_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def compare_masks(sizes: Sizes, layout: SequenceLayout, dtype: torch.dtype) -> Iterator[CheckRow]:
+    """Compare attention under block masks and dense masks; on CUDA also its gradients."""
     torch._dynamo.reset()
     device = sizes.device
     for name in (*CHECKED_MASKS, "row without left"):
@@ -67,7 +74,7 @@ def compare_masks(sizes: Sizes, layout: SequenceLayout, dtype: torch.dtype) -> I
 
 
 def attend(inputs: list[Tensor], mask: object, direction: Tensor) -> list[Tensor]:
-    """Return attention ``(R, T, H)`` and, on CUDA, its gradient in query, key and value."""
+    """Return attention ``(R, T, H)`` and, on CUDA, its gradients for query, key and value."""
     # FlexAttention has no gradient on the CPU.
     has_gradient = direction.device.type == "cuda"
     query, key, value = (part.detach().clone().requires_grad_(has_gradient) for part in inputs)
@@ -78,6 +85,11 @@ def attend(inputs: list[Tensor], mask: object, direction: Tensor) -> list[Tensor
 
 
 def compare_model_gradients(sizes: Sizes) -> Iterator[CheckRow]:
+    """Compare a decoder's gradients under block masks and dense masks.
+
+    Raises:
+        UnavailableError: Without CUDA.
+    """
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     gradients = []
@@ -93,9 +105,15 @@ def compare_model_gradients(sizes: Sizes) -> Iterator[CheckRow]:
 def gradient_of(
     model: MaskedDecoder, tokens: Tensor, hidden_of: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Return the gradient of all layers, flattened, of the hidden states along a fixed direction.
+    """Return the flattened gradient of all layers' parameters.
 
-    Not of their square, which the last norm keeps constant.
+    The loss is the projection of the hidden states on a fixed random direction. Their squared norm
+    would not do, because the final norm keeps it constant.
+
+    Args:
+        model: The decoder, with no accumulated gradients.
+        tokens: ``(B, T)``.
+        hidden_of: Computes the hidden states from tokens; the default is ``model.hidden``.
     """
     hidden = (hidden_of or model.hidden)(tokens).float()
     generator = torch.Generator().manual_seed(2)
@@ -106,7 +124,10 @@ def gradient_of(
 
 
 def precision_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give half precision against float32: whole sequences, cached steps, large scores."""
+    """Yield cases that compare half precision with float32.
+
+    They cover whole sequences, cached steps and large attention scores.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         for maximum in MAXIMA:
             name = f"{round_digits(dtype)}, {maximum}"
@@ -118,6 +139,7 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
 
 @torch.no_grad()
 def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterator[CheckRow]:
+    """Compare a decoder's hidden states in half precision with those in float32."""
     exact = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval()
     half = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval().to(dtype)
     tokens = sizes.checked.tokens(2, sizes.device)
@@ -134,11 +156,16 @@ def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterato
 
 @torch.no_grad()
 def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow]:
-    """Compare float16 attention whose scores exceed what float16 holds, in two parts of keys."""
+    """Compare float16 attention with scores beyond the range of float16, with keys in two parts.
+
+    Args:
+        sizes: The sizes of the check.
+        maximum: The maximum that PB-relax subtracts, from ``MAXIMA``; None turns PB-relax off.
+    """
     torch.manual_seed(0)
     size = sizes.head_size
     query, key, value = torch.randn(3, 8, 32, size, device=sizes.device)
-    # Scores have a standard deviation of 20000, so that a few of them pass 65504.
+    # Scores have a standard deviation of 20000, so a few exceed 65504, the largest float16.
     query, key = query * 400, key * 50
     exact = _in_two_parts(query, key, value, maximum)
     half = _in_two_parts(query.half(), key.half(), value.half(), maximum)
@@ -148,7 +175,7 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow
         yield CheckRow("not finite", lost, "numbers", note=note)
         return
     yield CheckRow("not finite", lost, "numbers", limit=0)
-    # Scores this large round to whole numbers: what matters is who wins.
+    # float16 rounds scores this large to whole numbers, so this error has no limit.
     error = relative_error(half.nan_to_num(), exact)
     yield CheckRow("attention", error, "relative error", note="scores above 65504")
 
@@ -160,13 +187,14 @@ def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, maximum: str | None
 
 
 def step_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give cached decoding against whole sequences, and samples alone against in a batch."""
+    """Yield a case for cached decoding and one for batches of samples."""
     yield Case("cached steps", partial(compare_cached, sizes))
     yield Case("batch of one", partial(compare_batches, sizes))
 
 
 @torch.no_grad()
 def compare_cached(sizes: Sizes) -> Iterator[CheckRow]:
+    """Compare the hidden states of cached decoding with those of whole sequences."""
     model = sizes.checked.model(sizes.device).eval()
     tokens = sizes.checked.tokens(3, sizes.device)
     error = relative_error(stepwise_hidden(model, tokens), model.hidden(tokens))
@@ -174,7 +202,7 @@ def compare_cached(sizes: Sizes) -> Iterator[CheckRow]:
 
 
 def stepwise_hidden(model: MaskedDecoder, tokens: Tensor) -> Tensor:
-    """Return the hidden states of sequences whose image and right text are read one by one."""
+    """Return hidden states of sequences, with image and right text decoded token by token."""
     left, rest = tokens.tensor_split((model.layout.left_text_length,), dim=1)
     cache = model.new_cache(len(left), num_positions=left.shape[1])
     hidden = [model.hidden(left, cache)]
@@ -184,7 +212,10 @@ def stepwise_hidden(model: MaskedDecoder, tokens: Tensor) -> Tensor:
 
 
 def compare_batches(sizes: Sizes) -> Iterator[CheckRow]:
-    """Draw eight images of a text at once and each alone, from the same seeds."""
+    """Compare eight images sampled in one batch with the same images sampled one by one.
+
+    Both use the same seeds. A batch sampled with a window of four tokens is also compared.
+    """
     model, seeds = sizes.checked.model(sizes.device).eval(), range(8)
     left = sizes.checked.tokens(1, sizes.device)[:, : model.layout.left_text_length]
     together = generate_image(model, left, config=SAMPLING, seeds=seeds)

@@ -1,4 +1,7 @@
-"""Image tokens of RUDOLPH's sizes: the whole sampling loop, and single steps as a CUDA graph."""
+"""Speed of sampling image tokens at RUDOLPH's sizes.
+
+It times the whole sampling loop, and single steps replayed as a CUDA graph.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +26,13 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def decoding_cases(name: str, sizes: Sizes) -> Iterator[Case]:
-    """Give one decoder by batch size, precision and way of calling, the most telling first."""
+    """Yield one case per batch size, precision and execution mode of a decoder.
+
+    The most informative cases come first, because a part may run out of time.
+    """
     geometry, batches = sizes.decoders[name], sizes.decode_batches
     ways = [(BF16, "plain", batches), (BF16, "graph", batches)]
-    # A compilation takes seconds for each batch size.
+    # Each batch size needs its own compilation, which takes seconds.
     ways += [(BF16, "compiled", (batches[0], batches[-1])), (FP16, "plain", batches)]
     for dtype, way, own in ways:
         for batch in own:
@@ -37,7 +43,7 @@ def decoding_cases(name: str, sizes: Sizes) -> Iterator[Case]:
 def measure_loop(
     sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
 ) -> Iterator[CheckRow]:
-    """Time the tokens of ``generate_image``, sampling included."""
+    """Measure the time per token of ``generate_image``, including sampling."""
     torch._dynamo.reset()
     model = geometry.model(sizes.device).eval().to(dtype)
     model.has_compiled_layers = way == "compiled"
@@ -61,7 +67,11 @@ def measure_loop(
 def measure_graph(
     sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
 ) -> Iterator[CheckRow]:
-    """Time steps that are replayed as a CUDA graph, without sampling."""
+    """Measure decoding steps replayed as a CUDA graph, without sampling.
+
+    Raises:
+        UnavailableError: Without CUDA.
+    """
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     model = geometry.model(sizes.device).eval().to(dtype)
@@ -72,6 +82,7 @@ def measure_graph(
 def graph_rows(
     sizes: Sizes, geometry: Geometry, model: MaskedDecoder, batch: int
 ) -> Iterator[CheckRow]:
+    """Yield the rows of a decoder whose steps are replayed as a CUDA graph."""
     dtype = model.final_norm.weight.dtype
     cache, steps = started_decoding(model, geometry, batch, geometry.num_tokens)
     graph = GraphedStep(model, cache, run_layer)
@@ -93,7 +104,7 @@ def token_rows(
     *,
     note: str,
 ) -> Iterator[CheckRow]:
-    """Give the rows of a step that takes some seconds for one token of each image."""
+    """Yield the rows of a decoding step that takes ``seconds`` for one token of each image."""
     yield CheckRow("token", 1e3 * seconds, "ms", note=note)
     yield CheckRow("tokens", batch / seconds, "tokens/s")
     rate = decode_bytes(sizes.case(geometry, batch), round_digits(dtype)) * batch / seconds

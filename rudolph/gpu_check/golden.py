@@ -1,4 +1,7 @@
-"""Golden outputs of the reference packages against this device, in float32 without TF32."""
+"""Check of this device against golden outputs of the reference packages.
+
+Models run in float32 without TF32.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -31,27 +34,33 @@ FAMILIES = {
     "realesrgan_x4": "realesrgan",
     "realesrgan_x8": "realesrgan",
 }
-# On the CPU, where the golden data was made, and elsewhere: sums in another order.
+# The golden data was computed on a CPU; CUDA sums in another order, so its limit is larger.
 LIMITS = {"cpu": 1e-5, "cuda": 1e-4}
 
 Io = Mapping[str, Tensor]
 
 
 def golden(sizes: Sizes) -> Iterator[Case]:
-    """Give one case for each model of the golden data."""
+    """Yield one case per model of the golden data."""
     for name in FAMILIES:
         yield Case(name, partial(compare_golden, name, sizes.device))
 
 
 @torch.no_grad()
 def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
-    """Yield the largest error of each output of a case."""
+    """Yield one row per output of a model.
+
+    Float outputs report the largest absolute error, token outputs the number of differing tokens.
+
+    Raises:
+        UnavailableError: Without the golden data in ``tests/parity``.
+    """
     folder = PARITY / name
     if not folder.is_dir():
         raise UnavailableError("needs tests/parity of the repository")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     weights, io = (load_file(folder / f"{part}.safetensors") for part in ("weights", "io"))
-    # Everything that is uint8 in these files was boolean.
+    # These files store booleans as uint8, and nothing else.
     weights = {
         key: value.bool() if value.dtype == torch.uint8 else value
         for key, value in weights.items()
@@ -69,6 +78,7 @@ def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
 
 
 def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    """Yield the logits, loss, gradient and greedy image tokens of a RUDOLPH model."""
     tokens, left = io["tokens"], model.layout.left_text_length
     yield "logits", model(tokens)
     yield "logits_left", model(tokens[:, :left])
@@ -87,6 +97,7 @@ def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
 
 
 def rudalle_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    """Yield the logits and loss of a ruDALL-E model."""
     tokens = io["tokens"]
     yield "logits", model(tokens)
     yield "logits_text", model(tokens[:, : model.layout.left_text_length])
@@ -95,18 +106,21 @@ def rudalle_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
 
 
 def vqgan_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    """Yield the indices and decoded images of a VQ-GAN."""
     yield "indices", model.encode_indices(io["images"])
-    # Of the golden indices, so that a code at a tie does not count twice.
+    # Decode the golden indices, so that a tie between codes does not count as two errors.
     yield "decoded", model.decode_indices(io["indices"])
 
 
 def ruclip_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    """Yield the logits and features of a ruCLIP model."""
     yield "logits_per_image", model(io["input_ids"], io["pixel_values"])[0]
     yield "text_features", model.encode_text(io["input_ids"])
     yield "image_features", model.encode_image(io["pixel_values"])
 
 
 def realesrgan_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
+    """Yield the output of an upscaler."""
     yield "upscaled", model(io["images"])
 
 

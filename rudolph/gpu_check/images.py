@@ -1,4 +1,4 @@
-"""The VQ-GAN's encoder and decoder and the upscaler: images per second by precision and layout."""
+"""Speed of the VQ-GAN and the upscaler in images per second, by precision and memory layout."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,7 +17,7 @@ from rudolph.models.cpu import tiled_conv
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan.model import VQGAN
 
-# Type of weights and images, whether float32 may be rounded to TF32, channels last in memory.
+# dtype of weights and images, whether TF32 is allowed, whether memory is channels last.
 SETTINGS = {
     "float32": (torch.float32, False, False),
     "float32 with TF32": (torch.float32, True, False),
@@ -28,7 +28,7 @@ LARGEST_ERROR = 0.1
 
 
 def image_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give both networks in each setting."""
+    """Yield one case per network and setting."""
     case = sizes.case(sizes.checked)
     measures = {
         "VQ-GAN": partial(measure_vqgan, vqgan_operations(case)),
@@ -44,13 +44,13 @@ def use_setting(
     sizes: Sizes,
     setting: str,
 ) -> Iterator[CheckRow]:
-    """Measure with TF32 and the memory layout of a setting, and put both back."""
+    """Measure with the TF32 flag and memory layout of a setting, then restore both."""
     dtype, has_tf32, is_last = SETTINGS[setting]
     layout = torch.channels_last if is_last else torch.contiguous_format
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = has_tf32
     try:
-        # The networks choose the layout by the device; here both are tried on it.
+        # The networks choose a layout by device; the check measures both layouts on one device.
         with patch.object(tiled_conv, "memory_format_of", lambda x: layout), torch.no_grad():
             yield from measure(sizes, dtype, layout)
     finally:
@@ -58,6 +58,7 @@ def use_setting(
 
 
 def random_images(sizes: Sizes) -> Tensor:
+    """Return random images ``(B, 3, H, W)`` in [0, 1] at the VQ-GAN's resolution."""
     generator = torch.Generator().manual_seed(0)
     side = sizes.vqgan.resolution
     images = torch.rand(sizes.image_batch, 3, side, side, generator=generator)
@@ -70,6 +71,7 @@ def measure_vqgan(
     dtype: torch.dtype,
     layout: torch.memory_format,
 ) -> Iterator[CheckRow]:
+    """Measure the encoder and the decoder, and compare decoded images with float32."""
     torch.manual_seed(0)
     with sizes.device:
         model = VQGAN(sizes.vqgan).eval()
@@ -90,10 +92,11 @@ def measure_vqgan(
 def measure_upscaler(
     operations: float, sizes: Sizes, dtype: torch.dtype, layout: torch.memory_format
 ) -> Iterator[CheckRow]:
+    """Measure the upscaler, and compare its output with float32."""
     torch.manual_seed(0)
     with sizes.device:
         model = Upscaler(sizes.upscaler).eval()
-    # A quarter of the batch: what comes out is sixteen times as large.
+    # A quarter of the batch: the output has sixteen times as many pixels.
     images = random_images(sizes)[: max(sizes.image_batch // 4, 1)]
     exact = model(images)
     model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -109,7 +112,7 @@ def image_rows(
     operations: float,
     batch: int | None = None,
 ) -> Iterator[CheckRow]:
-    """Time a batch and give images and operations per second."""
+    """Measure one batch and yield its images per second and operations per second."""
     batch = batch or sizes.image_batch
     seconds = median_seconds(work, sizes.device, num_repetitions=sizes.num_repetitions)
     note = f"batch {batch}, {sizes.vqgan.resolution} px"

@@ -1,6 +1,7 @@
 """The parts of the check by name.
 
-To add a part, write a function ``(Sizes) -> Iterator[Case]``, name it here and in ``plan.PLAN``.
+To add a part, write a function ``(Sizes) -> Iterator[Case]`` and name it here and in
+``plan.PLAN``.
 """
 
 from collections.abc import Callable, Iterator

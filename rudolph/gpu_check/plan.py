@@ -1,8 +1,8 @@
-"""Which parts the check has, in which order, and how long each may take.
+"""The parts of the check, in order, with their time budgets.
 
-This module imports nothing heavy: the process that supervises the check needs no torch.
+This module imports nothing heavy, because the process that supervises the check needs no torch.
 
-To add a part, name it here and in ``worker.PARTS``.
+To add a part, name it here and in ``parts.PARTS``.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ CHECKS, SPEED = "checks.csv", "speed.csv"
 
 @dataclass(frozen=True)
 class Part:
-    """The table that a part writes to, and its time budget in seconds."""
+    """A part's output table and its time budget in seconds."""
 
     table: str
     seconds: float
 
 
-# The most valuable first: what does not fit into the whole budget is left out at the end.
+# The most valuable parts come first: the last ones are dropped when the total time runs out.
 PLAN = {
     "limits": Part(SPEED, 20),
     "golden": Part(CHECKS, 30),

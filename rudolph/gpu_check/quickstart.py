@@ -1,7 +1,7 @@
-"""The quickstart from its data to its scores, stage by stage, on this device.
+"""The quickstart from data to scores, stage by stage, on this device.
 
-The configuration is that of ``experiments/quickstart.yaml``, written out because a bare machine
-cannot read configuration files; a test holds both equal.
+The configuration equals ``experiments/quickstart.yaml``. It is repeated here because a bare
+machine lacks the packages that read configuration files; a test keeps both equal.
 """
 
 import csv
@@ -43,7 +43,7 @@ SCORED_SPLITS = ("validation", "train", "compositional")
 
 
 def quickstart_config() -> RunConfig:
-    """Return the quickstart's configuration, without the prompts of its sample grid."""
+    """Return the configuration of the quickstart, without the prompts of its sample grid."""
     muon = OptimConfig(optimizer="muon")
     return RunConfig(
         data=DataConfig(
@@ -86,6 +86,7 @@ def quickstart_config() -> RunConfig:
 
 
 def quickstart_vqgan() -> VQGANConfig:
+    """Return the VQ-GAN configuration of the quickstart."""
     return VQGANConfig(
         resolution=32,
         channels=(16, 32, 64),
@@ -98,6 +99,7 @@ def quickstart_vqgan() -> VQGANConfig:
 
 
 def quickstart_decoder() -> RudolphConfig:
+    """Return the decoder configuration of the quickstart."""
     return RudolphConfig(
         num_layers=2,
         hidden_size=128,
@@ -113,7 +115,7 @@ def quickstart_decoder() -> RudolphConfig:
 
 
 def smallest_config(config: RunConfig) -> RunConfig:
-    """Return the quickstart with two steps of each training and few images to score."""
+    """Return the configuration with two steps per training and two images to score."""
     steps: dict[str, Any] = {"num_steps": 2, "global_batch_size": 2, "validate_every": 2}
     return replace(
         config,
@@ -127,7 +129,7 @@ def smallest_config(config: RunConfig) -> RunConfig:
 
 
 def quickstart_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give the stages one after the other; each needs those before it."""
+    """Yield the stages in order; each stage needs those before it."""
     config = quickstart_config()
     config = smallest_config(config) if sizes.is_smoke else config
     with TemporaryDirectory() as folder:
@@ -137,14 +139,14 @@ def quickstart_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def timed(run: Callable[[], Iterator[CheckRow]]) -> Iterator[CheckRow]:
-    """Yield the rows of a stage, then its time."""
+    """Yield the rows of a stage, then its duration."""
     started = perf_counter()
     yield from run()
     yield CheckRow("stage", perf_counter() - started, "s")
 
 
 class Quickstart:
-    """A run of the quickstart and what its stages made so far."""
+    """A run of the quickstart with the results of its completed stages."""
 
     def __init__(self, config: RunConfig, sizes: Sizes, folder: Path) -> None:
         hardware = Hardware(accelerator="cpu" if sizes.is_smoke else "auto")
@@ -157,6 +159,7 @@ class Quickstart:
         self.splits = Splits(config.data, folders.cache)
 
     def stages(self) -> dict[str, Callable[[], Iterator[CheckRow]]]:
+        """Return the stages by name, in order."""
         return {
             "data and tokenizer": self.open_data,
             "VQ-GAN training": self.train_vqgan,
@@ -166,6 +169,7 @@ class Quickstart:
         }
 
     def open_data(self) -> Iterator[CheckRow]:
+        """Open the data and train the tokenizer."""
         torch.manual_seed(self.config.seed)
         tokenizer = open_data(self.execution, self.splits, has_tokenizer=True)
         assert tokenizer is not None
@@ -173,20 +177,23 @@ class Quickstart:
         yield CheckRow("BPE ids", self.tokenizer.vocab_size)
 
     def train_vqgan(self) -> Iterator[CheckRow]:
+        """Train the VQ-GAN."""
         self.vqgan = make_vqgan(self.execution, self.splits)
         seconds = self.execution.seconds["vqgan"]
         yield CheckRow("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
 
     def encode_images(self) -> Iterator[CheckRow]:
+        """Encode all images to image tokens."""
         encode = partial(image_indices, self.execution, self.vqgan)
         self.parts = Parts(self.tokenizer, self.vqgan, encode)
         splits = (self.splits.with_images(name) for name in ("train", "validation"))
         yield CheckRow("images", sum(len(encode(split)) for each in splits for split in each))
 
     def train_decoder(self) -> Iterator[CheckRow]:
+        """Train the decoder."""
         family = family_of(self.config.model)
         self.decoder = family.build(self.config, self.parts)
-        # A folder of its own: a stage names its training after the folder of the weights.
+        # In its own folder, because a stage names its training after the folder of the weights.
         weights = self.execution.folder / f"decoder-{digest_of(self.config)[:16]}" / "weights"
         weights.parent.mkdir()
         train_model(self.execution, family, self.decoder, self.splits, self.parts, weights)
@@ -194,7 +201,7 @@ class Quickstart:
         yield CheckRow("steps", self.config.optim.num_steps / seconds, "steps/s")
 
     def score(self) -> Iterator[CheckRow]:
-        """Score images and captions; notes have the value that two CPU cores reached."""
+        """Score images and captions; the notes give the scores reached on two CPU cores."""
         model = self.decoder.requires_grad_(False).to(self.execution.hardware.device)
         self.vqgan.to(self.execution.hardware.device)
         capabilities = family_of(self.config.model).open(model, self.parts)
@@ -213,7 +220,7 @@ class Quickstart:
 
 
 def scores_on_cpu() -> dict[str, str]:
-    """Return the committed scores of the quickstart by name."""
+    """Return the committed scores of the quickstart, by name."""
     if not QUICKSTART_RESULTS.is_file():
         return {}
     with QUICKSTART_RESULTS.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""A training that is interrupted and resumed, through the project's own trainer and checkpoint."""
+"""Check of interrupted and resumed training, with the project's own trainer and checkpoints."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,7 +25,7 @@ DROPOUT = {"attention_dropout": 0.1, "output_dropout": 0.1}
 
 
 def resume_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give each optimizer in each precision of training."""
+    """Yield one case per optimizer and training precision."""
     for optimizer in ("adamw", "muon"):
         for precision in ("32-true", "bf16-mixed"):
             run = partial(compare_resumed, sizes, optimizer, precision)
@@ -33,7 +33,7 @@ def resume_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[CheckRow]:
-    """Compare the weights of two trainings, one of which was interrupted, bit by bit."""
+    """Compare bit by bit the weights of an uninterrupted and a resumed training."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -57,7 +57,18 @@ def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[Ch
 def train_checked(
     sizes: Sizes, optimizer: str, precision: str, folder: Path, *, stop_at: int | None
 ) -> None:
-    """Train the checked decoder, from the checkpoint in the folder if there is one."""
+    """Train the checked decoder, from the checkpoint in the folder if there is one.
+
+    Args:
+        sizes: The sizes of the check.
+        optimizer: ``adamw`` or ``muon``.
+        precision: Lightning's name of a precision, such as ``bf16-mixed``.
+        folder: The run folder.
+        stop_at: The step after which to interrupt; None trains to the end.
+
+    Raises:
+        KeyboardInterrupt: After ``stop_at`` steps.
+    """
     geometry = sizes.checked
     config = OptimConfig(
         NUM_STEPS,
@@ -101,4 +112,4 @@ def train_checked(
 
 
 def ignore_progress(stage: str, done: int, total: int, note: str) -> None:
-    """Report no progress."""
+    """Ignore the reported progress."""

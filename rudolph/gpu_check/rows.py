@@ -1,4 +1,4 @@
-"""What a part of the check gives: cases, and the rows that each measures."""
+"""Cases of a part of the check, and the rows that they yield."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,12 +9,12 @@ OK, FAILED = "ok", "failed"
 
 
 class UnavailableError(Exception):
-    """The machine lacks what a case needs; the message says what."""
+    """Raised if the machine lacks what a case needs; the message names it."""
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One number of a case.  With a ``limit`` it is a check: the value must not exceed it."""
+    """One number of a case; with a ``limit`` it is a check, and the value must not exceed it."""
 
     quantity: str
     value: float
@@ -24,12 +24,13 @@ class CheckRow:
 
     @property
     def status(self) -> str:
+        """Return ``OK``, or ``FAILED`` for a value that is not finite or exceeds the limit."""
         is_fine = math.isfinite(self.value) and (self.limit is None or self.value <= self.limit)
         return OK if is_fine else FAILED
 
 
 class Case(NamedTuple):
-    """A piece of a part that fails alone."""
+    """A piece of a part; its failure does not stop the other pieces."""
 
     name: str
     run: Callable[[], Iterable[CheckRow]]

@@ -1,8 +1,8 @@
-"""The supervisor of the check: starts the worker, keeps the time, writes the tables.
+"""Supervisor of the check: it starts the worker, enforces the time budgets and writes the tables.
 
-A part that hangs or takes its process with it costs itself alone: the worker is started anew for
-the next part.  Every row is on disk before the next one is measured.  A part is skipped when it
-was finished with the same code, sizes, device and torch.
+A part that hangs or crashes its process does not affect other parts, because the worker is
+restarted for the next one. Every row is on disk before the next one is measured. A part is skipped
+if it has finished with the same code, sizes, device and torch.
 
 Files: ``checks.csv``, ``speed.csv``, ``parts.csv`` (one line per part), ``environment.json`` and
 ``log.txt`` (warnings and tracebacks).
@@ -32,25 +32,36 @@ KEY_COLUMNS = ("code", "sizes", "device", "torch")
 PART_COLUMNS = ("part", "status", "seconds", "rows", "commit", *KEY_COLUMNS)
 PART_NAMES = "parts.csv"
 ENVIRONMENT = "environment.json"
-# What a part may take longer than its budget, in its last case, before it is ended.
+# Seconds that a part's last case may exceed the budget before the process is killed.
 GRACE_SECONDS = 20.0
-# What a cold disk may take to import torch.
+# Importing torch from a cold disk may take this long.
 START_SECONDS = 300.0
-# A part is not begun with less time than this.
+# Parts are not started with less time left.
 LEAST_SECONDS = 5.0
 FINISHED = "ok"
 
 
 @dataclass
 class CheckProcess:
-    """The process that runs parts, see ``serving``."""
+    """The worker process that runs parts; see ``serving`` for its protocol.
+
+    Attributes:
+        command: The command line that starts the process.
+        log: File for its standard error.
+        environment: The machine and package versions that it reports.
+    """
 
     command: Sequence[str]
     log: IO[bytes]
     environment: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        # cuBLAS is deterministic only with a workspace of a fixed size.
+        """Start the process and wait for its environment.
+
+        Raises:
+            ValueError: If the process does not start.
+        """
+        # cuBLAS is deterministic only with a workspace of fixed size.
         variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             self.command,
@@ -81,7 +92,11 @@ class CheckProcess:
                 return
 
     def messages(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """Yield what the process says until the deadline or its end."""
+        """Yield the messages of the process until the deadline or its end.
+
+        Args:
+            deadline: Time in seconds, on the clock of ``time.monotonic``.
+        """
         assert self.process.stdout is not None
         while True:
             line, newline, rest = self.buffer.partition(b"\n")
@@ -98,7 +113,8 @@ class CheckProcess:
             self.buffer += read_lines
 
     def close(self) -> None:
-        # With the compilers that it started.
+        """Kill the process and close its pipes."""
+        # The process group includes the compilers that it started.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -109,11 +125,16 @@ class CheckProcess:
 
 @dataclass
 class Check:
-    """One call of the check: which parts, where to, and how long.
+    """One invocation of the check.
 
-    Args:
-        command: starts the worker.
-        sizes: "full" or "smoke", a part of what decides whether a part must run again.
+    Attributes:
+        command: The command line that starts the worker.
+        folder: The folder that receives the tables.
+        sizes: "full" or "smoke"; a finished part runs again if this differs.
+        minutes: Time budget for all parts.
+        is_again: Run finished parts again.
+        commit: The commit recorded with the results.
+        plan: The parts with their tables and time budgets.
     """
 
     command: Sequence[str]
@@ -125,7 +146,14 @@ class Check:
     plan: Mapping[str, Part] = field(default_factory=lambda: PLAN)
 
     def run(self, names: Sequence[str]) -> int:
-        """Run the parts, write and print their results, and return the exit code."""
+        """Run the parts, write and print their results, and return the exit code.
+
+        Args:
+            names: The parts to run, in order.
+
+        Returns:
+            1 if a part failed, else 0.
+        """
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("ab") as log:
@@ -173,7 +201,7 @@ class Check:
             else:
                 status = message["end"]
         if status in ("", "lost"):
-            # Killed, crashed or hanging: whatever follows needs a new process.
+            # After a crash, a timeout or a lost device, the next part needs a new process.
             is_late = time.monotonic() - started >= seconds
             self.worker.close()
             code = self.worker.process.returncode
@@ -198,7 +226,7 @@ class Check:
         return {line["part"]: line for line in read_lines(self.folder / PART_NAMES)}
 
     def _forget(self, name: str) -> None:
-        """Drop what an earlier call wrote of a part."""
+        """Remove a part's rows written by an earlier invocation."""
         tables = dict.fromkeys((CHECKS, SPEED), ROW_COLUMNS) | {PART_NAMES: PART_COLUMNS}
         for file, columns in tables.items():
             lines = [line for line in read_lines(self.folder / file) if line["part"] != name]
@@ -209,7 +237,7 @@ class Check:
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
-    """Return the lines of a table; none where there is no file."""
+    """Return the rows of a table; empty if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -217,7 +245,7 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, columns: Sequence[str], line: Mapping[str, Any]) -> None:
-    """Add a line to a table and bring it to the disk."""
+    """Append a row to a table and flush it to disk."""
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, columns, lineterminator="\n").writerow(line)
         file.flush()
@@ -225,7 +253,7 @@ def append_row(path: Path, columns: Sequence[str], line: Mapping[str, Any]) -> N
 
 
 def code_digest() -> str:
-    """Return the first digits of a SHA-256 of all that the parts run and compare with."""
+    """Return the first 16 hex digits of a SHA-256 of the package's code and the golden data."""
     sha = hashlib.sha256()
     golden = (ROOT / "tests" / "parity").rglob("*.*")
     for path in sorted([*(ROOT / "rudolph").rglob("*.py"), *golden]):
@@ -234,7 +262,7 @@ def code_digest() -> str:
 
 
 def results_table(folder: Path, names: Sequence[str]) -> str:
-    """Return all rows of some parts as one aligned table, and a line for each part."""
+    """Return the rows of the named parts as one aligned table, then a line per part."""
     rows = [line for file in (CHECKS, SPEED) for line in read_lines(folder / file)]
     rows.sort(key=lambda line: list(PLAN).index(line["part"]) if line["part"] in PLAN else 0)
     columns = [name for name in ROW_COLUMNS if name != "limit"]
@@ -259,7 +287,10 @@ def results_table(folder: Path, names: Sequence[str]) -> str:
 
 
 def format_cell(line: Mapping[str, str], column: str) -> str:
-    """Return a cell of the printed table: numbers with four digits, notes cut."""
+    """Return a cell of the printed table.
+
+    Numbers are rounded to four digits, and long notes are cut.
+    """
     text = line[column]
     if column == "value" and text:
         text = f"{float(text):.4g}"
@@ -269,5 +300,5 @@ def format_cell(line: Mapping[str, str], column: str) -> str:
 
 
 def worker_command(sizes: str) -> list[str]:
-    """Return the command of the worker of the real parts."""
+    """Return the command line of the worker."""
     return [sys.executable, "-m", "rudolph.gpu_check.worker", sizes]

@@ -1,8 +1,8 @@
-"""The process that runs parts: requests on stdin, messages on stdout, one line of JSON each.
+"""Protocol of the worker process: requests on stdin, messages on stdout, one line of JSON each.
 
-A request is ``{"part": name, "seconds": budget}``.  The messages that answer it are rows, as they
-are measured, and at last ``{"end": status}``.  A case that fails is a row with the error; its
-traceback goes to standard error, and the next case follows.
+A request is ``{"part": name, "seconds": budget}``. The worker answers with one message per row as
+it is measured, and finally ``{"end": status}``. A failed case yields a row with the error and
+prints its traceback to standard error; then the next case runs.
 """
 
 import json
@@ -28,12 +28,12 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True)
 class Server:
-    """Runs the cases of parts and says what they give.
+    """A server that runs the cases of parts and sends their rows.
 
-    Args:
-        say: takes each message.
-        memory_errors: exceptions that mean a result, not a mistake.
-        release: called after each case; ``RuntimeError`` means that the device is lost.
+    Attributes:
+        say: Sends one message.
+        memory_errors: Exceptions that are reported as out of memory rather than as a failure.
+        release: Called after each case; a ``RuntimeError`` means that the device is lost.
     """
 
     say: Callable[[Mapping[str, Any]], None]
@@ -41,7 +41,7 @@ class Server:
     release: Callable[[], None] = do_nothing
 
     def run_part(self, cases: Cases, seconds: float) -> str:
-        """Run the cases of a part until its time is over and return its status."""
+        """Run the cases of a part until its time is over, and return its status."""
         started, statuses = time.monotonic(), [OK]
         for case in cases():
             if time.monotonic() - started > seconds:
@@ -55,7 +55,7 @@ class Server:
         return FAILED if FAILED in statuses else OK
 
     def run_case(self, case: Case) -> list[str]:
-        """Run one case, say its rows, and return their statuses."""
+        """Run one case, send its rows, and return their statuses."""
         statuses = []
 
         def tell(quantity: str, value: float | None, status: str, **rest: Any) -> None:
@@ -72,7 +72,7 @@ class Server:
         except self.memory_errors as error:
             tell("error", None, OUT_OF_MEMORY, note=_one_line(error))
         except Exception as error:
-            # Whatever goes wrong in a case is what the check was made to find.
+            # The check exists to find errors of any kind in a case.
             print(f"--- {case.name}", file=sys.stderr)
             traceback.print_exc()
             tell("error", None, FAILED, note=f"{type(error).__name__}: {_one_line(error)}")
@@ -82,13 +82,14 @@ class Server:
 def serve_parts(
     open_parts: Callable[[], Mapping[str, Cases]], environment: Mapping[str, Any], **settings: Any
 ) -> None:
-    """Say what the machine is, then run the parts that are asked for until stdin ends.
+    """Send the environment, then run the requested parts until stdin ends.
 
     Args:
-        open_parts: called with the first request.
-        settings: the fields of ``Server`` but the first.
+        open_parts: Returns the parts by name; called once, at the first request.
+        environment: The machine and package versions to send.
+        **settings: Fields of ``Server`` other than ``say``.
     """
-    # What libraries print must not mix with the messages.
+    # Libraries print to standard output, which must hold messages only.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
 
@@ -102,7 +103,7 @@ def serve_parts(
             status = server.run_part(parts()[request["part"]], request["seconds"])
             say({"end": status})
             if status == LOST:
-                # After some errors CUDA answers nothing more in this process.
+                # After some errors CUDA is unusable for the rest of the process.
                 return
 
 

@@ -1,8 +1,8 @@
-"""What is checked and measured, in full and at the smallest size.
+"""Sizes of the check's models and inputs, at full size and for a smoke test.
 
-The geometries are those of ``rudolph_350m.yaml`` and ``rudolph_1.3b.yaml`` in
-``experiments/base``, written out because a bare machine cannot read configuration files; a test
-holds them equal.
+The geometries equal those of ``rudolph_350m.yaml`` and ``rudolph_1.3b.yaml`` in
+``experiments/base``. They are repeated here because a bare machine lacks the packages that read
+configuration files; a test keeps both equal.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,15 @@ SAMPLING = TokenSamplingConfig(top_k=768, top_p=0.99)
 
 @dataclass(frozen=True)
 class Geometry:
-    """A decoder's sizes; the batch of a training step, and the tokens timed of each decoding."""
+    """A decoder's sizes and the amount of work to time.
+
+    Attributes:
+        decoder: The decoder's configuration.
+        layout: The layout of its sequences.
+        vocabulary: Its vocabulary.
+        train_batch: Sequences per training step.
+        num_tokens: Image tokens to time per image when decoding.
+    """
 
     decoder: DecoderConfig
     layout: SequenceLayout
@@ -34,7 +42,12 @@ class Geometry:
     num_tokens: int
 
     def model(self, device: torch.device, **changes: object) -> MaskedDecoder:
-        """Return a decoder with random weights, the same at every call."""
+        """Return a decoder with the same random weights at every call.
+
+        Args:
+            device: The device of the weights.
+            **changes: Fields of ``DecoderConfig`` to replace.
+        """
         torch.manual_seed(0)
         config = replace(self.decoder, **changes)  # type: ignore[arg-type]
         with torch.device(device):
@@ -60,9 +73,21 @@ class Geometry:
 class Sizes:
     """All sizes of a check.
 
-    ``checked`` is the decoder whose results are compared, with masks of every kind on an uneven
-    layout.  ``roofline_side`` is that of the square matrices whose product is the machine's limit,
-    and ``roofline_bytes`` what is copied.
+    Attributes:
+        is_smoke: True for the smallest sizes.
+        device: The device to check.
+        checked: The decoder whose results are compared; at full size it has every kind of mask
+            and an uneven layout.
+        decoders: The decoders whose speed is measured, by name.
+        decode_batches: Batch sizes of decoding.
+        mask_layouts: Layouts on which block masks are checked.
+        head_size: Head size in the checks of attention.
+        vqgan: The VQ-GAN whose speed is measured.
+        upscaler: The upscaler whose speed is measured.
+        image_batch: Images per batch.
+        num_repetitions: Repetitions of each measurement.
+        roofline_side: Side of the square matrices whose product measures the arithmetic limit.
+        roofline_bytes: Bytes that the copy reads and writes to measure the memory bandwidth.
     """
 
     is_smoke: bool
@@ -80,7 +105,7 @@ class Sizes:
     roofline_bytes: int
 
     def case(self, geometry: Geometry, batch: int = 1) -> BenchmarkCase:
-        """Return what operations and bytes are counted from, see ``benchmarks.flops``."""
+        """Return the case from which ``benchmarks.flops`` counts operations and bytes."""
         return BenchmarkCase(
             seed=0,
             speed=SpeedConfig("decode", ("float32",), batch, geometry.num_tokens),
@@ -106,7 +131,10 @@ def rudolph_geometry(
     train_batch: int,
     num_tokens: int,
 ) -> Geometry:
-    """Return a published RUDOLPH of 24 layers, without dropout, which block masks lack."""
+    """Return a published RUDOLPH with 24 layers.
+
+    It has no dropout, because block masks do not support dropout.
+    """
     decoder = DecoderConfig(
         num_layers=24,
         hidden_size=hidden_size,
@@ -124,7 +152,7 @@ def rudolph_geometry(
 def small_geometry(
     masks: tuple[str, ...], hidden_size: int, num_heads: int, layout: SequenceLayout
 ) -> Geometry:
-    """Return a decoder with a small vocabulary and one layer for each mask."""
+    """Return a decoder with a small vocabulary and one layer per mask."""
     decoder = DecoderConfig(
         num_layers=len(masks),
         hidden_size=hidden_size,
@@ -179,7 +207,7 @@ def full_sizes(device: torch.device) -> Sizes:
 
 
 def smoke_sizes() -> Sizes:
-    """Return sizes that take seconds on one core."""
+    """Return sizes that take seconds on one CPU core."""
     layout = SequenceLayout(3, 3, 4)
     checked = small_geometry(("row", "column"), 32, 2, layout)
     return Sizes(

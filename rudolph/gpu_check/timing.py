@@ -1,4 +1,4 @@
-"""How long work takes on a device, and the most that the device can do."""
+"""Timing of work on a device, and the device's limits."""
 
 import statistics
 import time
@@ -10,8 +10,8 @@ import torch
 from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 
-# Dense bfloat16 products in operations per second, by a part of the device's name; the first that
-# fits counts.  Source: NVIDIA's data sheets.
+# Dense bfloat16 operations per second, by a substring of the device's name; the first match
+# counts. Source: NVIDIA's data sheets.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -22,12 +22,12 @@ PEAKS = {
 
 
 def peak_bfloat16(name: str) -> float | None:
-    """Return the data sheet's bfloat16 operations per second of a device, None if not known."""
+    """Return a device's bfloat16 operations per second from its data sheet, None if unknown."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -35,7 +35,7 @@ def synchronize(device: torch.device) -> None:
 def median_seconds(
     work: Callable[[], object], device: torch.device, *, num_repetitions: int, warm_up: int = 2
 ) -> float:
-    """Return the median time of some repetitions, by CUDA events where there are any."""
+    """Return the median duration of some repetitions in seconds, by CUDA events on a GPU."""
     for _ in range(warm_up):
         work()
     synchronize(device)
@@ -60,8 +60,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 @cache
 def product_limit(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return operations per second of the product of two square random matrices."""
-    # Random numbers: products of zeros draw less power and run faster.
+    """Return the operations per second of multiplying two random square matrices."""
+    # Random numbers, because multiplying zeros takes less power and runs faster.
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = median_seconds(lambda: left @ right, device, num_repetitions=10, warm_up=3)
     return 2 * side**3 / seconds
@@ -69,7 +69,7 @@ def product_limit(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def copy_limit(num_bytes: int, device: torch.device) -> float:
-    """Return bytes per second, read and written, of a copy on the device."""
+    """Return the bytes per second, read plus written, of a copy on the device."""
     source = torch.randint(127, (num_bytes // 2,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     seconds = median_seconds(lambda: target.copy_(source), device, num_repetitions=10)
@@ -77,7 +77,7 @@ def copy_limit(num_bytes: int, device: torch.device) -> float:
 
 
 def device_limits(sizes: Sizes) -> Iterator[Case]:
-    """Give what the machine can do: products of each type, and copies."""
+    """Yield one case that measures matrix products in each dtype, and a copy."""
 
     def run() -> Iterator[CheckRow]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,6 +1,7 @@
-"""Training steps of RUDOLPH's sizes on random tokens: speed, use of the device, memory.
+"""Training steps at RUDOLPH's sizes on random tokens: speed, utilisation and memory.
 
-A step is the project's: bfloat16 by autocast, all segments scored, gradients clipped, AdamW.
+A step is the same as in this project's training: bfloat16 autocast, a loss on all segments,
+gradient clipping and AdamW.
 """
 
 import time
@@ -18,7 +19,7 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 from rudolph.training.optim import OptimConfig, optimizers_of
 
-# Names of the switches of ``MaskedDecoder`` that are on; a batch of another size.
+# Variant -> the switches of ``MaskedDecoder`` that it turns on.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "compiled": ("has_compiled_layers",),
@@ -30,12 +31,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def training_cases(name: str, sizes: Sizes) -> Iterator[Case]:
-    """Give each variant of a training step of one decoder."""
+    """Yield one case per variant of a decoder's training step."""
     for variant in VARIANTS:
         yield Case(variant, partial(measure_training, sizes, sizes.decoders[name], variant))
 
 
 def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator[CheckRow]:
+    """Measure the time, throughput and peak memory of a training step.
+
+    Raises:
+        UnavailableError: For block masks without CUDA.
+    """
     device, switches = sizes.device, VARIANTS[variant]
     if device.type != "cuda" and "has_block_masks" in switches:
         raise UnavailableError("needs CUDA")
@@ -62,7 +68,7 @@ def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator
 
 
 def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], None]:
-    """Return a function that makes one step on the same batch."""
+    """Return a function that runs one training step on a fixed batch."""
     stepping, losses = TrainingStep(model, OptimConfig()), DecoderLossConfig()
 
     def step() -> None:
@@ -75,7 +81,7 @@ def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], No
 
 
 def operation_rows(rate: float, sizes: Sizes) -> Iterator[CheckRow]:
-    """Give operations per second, and their fraction of what the device can do in bfloat16."""
+    """Yield operations per second and their fraction of the device's bfloat16 limit."""
     yield CheckRow("operations", rate / 1e12, "TFLOP/s")
     limit = product_limit(sizes.roofline_side, sizes.device, torch.bfloat16)
     yield CheckRow("fraction of measured product", rate / limit)
@@ -88,12 +94,16 @@ def operation_rows(rate: float, sizes: Sizes) -> Iterator[CheckRow]:
 
 
 def adam8bit_cases(sizes: Sizes) -> Iterator[Case]:
-    """Give AdamW with moments in eight bits against AdamW."""
+    """Yield one case that compares AdamW with 8-bit moments to AdamW."""
     yield Case("some steps", partial(compare_adam8bit, sizes))
 
 
 def compare_adam8bit(sizes: Sizes) -> Iterator[CheckRow]:
-    """Compare the loss after some steps on one batch, and the memory of the moments."""
+    """Compare the loss after 20 steps on one batch.
+
+    Raises:
+        UnavailableError: Without CUDA or bitsandbytes.
+    """
     if sizes.device.type != "cuda":
         raise UnavailableError("needs CUDA")
     try:

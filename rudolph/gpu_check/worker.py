@@ -1,4 +1,4 @@
-"""The process that runs the parts: ``python -m rudolph.gpu_check.worker full|smoke``."""
+"""Worker process that runs the parts: ``python -m rudolph.gpu_check.worker full|smoke``."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ PACKAGES = ("numpy", "pytorch-lightning", "torchmetrics", "triton", "bitsandbyte
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a number may depend on beside the code."""
+    """Return the facts besides the code that can affect a measurement."""
     found: dict[str, Any] = {
         "device": f"CPU {platform.machine()}",
         "torch": torch.__version__,
@@ -42,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
+    """Return the version of an installed package, "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -49,7 +50,7 @@ def version_of(package: str) -> str:
 
 
 def driver() -> str:
-    """Return the version of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver, "unknown" if it cannot be read."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(
@@ -61,8 +62,8 @@ def driver() -> str:
 
 
 def open_parts(device: torch.device) -> Mapping[str, Cases]:
-    """Return the parts at full size on CUDA, at the smallest size elsewhere."""
-    # Only when a part must run: all that the parts use takes seconds to import.
+    """Return the parts by name, at full size on CUDA and at the smallest size elsewhere."""
+    # Imported only when a part must run, because these modules take seconds to import.
     from rudolph.gpu_check.parts import PARTS
     from rudolph.gpu_check.sizes import full_sizes, smoke_sizes
 
@@ -71,7 +72,7 @@ def open_parts(device: torch.device) -> Mapping[str, Cases]:
 
 
 def release(device: torch.device) -> None:
-    """Wait for the device, which raises what is still wrong there, and free what a case held."""
+    """Wait for the device, which raises pending errors, and free the memory of a case."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -79,16 +80,16 @@ def release(device: torch.device) -> None:
 
 
 def serve_sizes(name: str) -> None:
-    """Serve the parts at the sizes of that name."""
+    """Serve the parts at the sizes "full" or "smoke"."""
     if name == "full" and not torch.cuda.is_available():
         sys.exit("expected a CUDA GPU, got none. Add --smoke to try the check on the CPU")
     device = torch.device("cuda", 0) if name == "full" else torch.device("cpu")
-    # Float32 means float32: where TF32 is measured, it is turned on there.
+    # Checks in float32 must not use TF32; cases that measure TF32 turn it on.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        # C++ takes a minute to compile; what is called the compiled way still runs, uncompiled.
+        # C++ takes a minute to compile, so the compiled variants run uncompiled on the CPU.
         torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore", FutureWarning)
     serve_parts(
