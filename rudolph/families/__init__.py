@@ -1,0 +1,1 @@
+"""Model families: the architectures that a run can train and evaluate."""

@@ -1,4 +1,4 @@
-"""CLIP: an image encoder and a text encoder whose embeddings of a pair agree."""
+"""CLIP: an image encoder and a text encoder that embed matching pairs close to each other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ from rudolph.models.vision.clip import CLIP, CLIPConfig
 from rudolph.training.clip import CLIPTraining
 from rudolph.training.clip_losses import CLIPLossConfig, require_bias
 
-# The folder of a trained CLIP in a run's ``checkpoints``.
+# Folder of a trained CLIP within a run's ``checkpoints``.
 FOLDER = "clip"
 
 
@@ -38,7 +38,7 @@ class CLIPModelConfig(CLIPConfig, ModelSection):
 
     @property
     def architecture(self) -> CLIPConfig:
-        """The settings that decide the shape of both encoders."""
+        """Return the settings that determine the shape of both encoders."""
         return CLIPConfig(**{each.name: getattr(self, each.name) for each in fields(CLIPConfig)})
 
 
@@ -49,9 +49,11 @@ class CLIPCapabilities(Capabilities):
         self.ranker = ranker
 
     def embed_image(self, images: Tensor) -> Tensor:
+        """Embed images ``(B, 3, H, W)`` in [0, 1] as unit vectors ``(B, E)``."""
         return self.ranker.image_features(images)
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts as unit vectors ``(B, E)``."""
         return self.ranker.text_features(texts)
 
 
@@ -66,12 +68,22 @@ class CLIPFamily:
     capabilities = CLIPCapabilities
 
     def check(self, run: RunSettings) -> None:
+        """Check that the loss and the logit bias fit together.
+
+        Raises:
+            ValueError: If they do not; the message names the setting.
+        """
         try:
             require_bias(run.model.losses, has_bias=run.model.has_logit_bias)
         except ValueError as error:
             raise ValueError(f"model.{error}") from error
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
+        """Check that no batch is split, because the loss compares all pairs of a batch.
+
+        Raises:
+            ValueError: If micro-batches are accumulated.
+        """
         if flags.num_accumulated > 1:
             whole = flags.micro_batch_size * flags.num_accumulated
             raise ValueError(
@@ -80,6 +92,7 @@ class CLIPFamily:
             )
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
+        """Yield the names of the logged curves."""
         yield from ("train/loss", "train/logit_scale", "val/loss")
         for direction in ("image_to_text", "text_to_image"):
             yield from (f"val/{direction}/recall_at_{k}" for k in RECALLS_AT)
@@ -88,10 +101,12 @@ class CLIPFamily:
         return CLIP(run.model.architecture)
 
     def build(self, run: RunSettings, parts: Parts) -> CLIP:
+        """Build a CLIP initialised from the run's seed."""
         torch.manual_seed(mixed_seed(run.seed, self.stage))
         return self.empty(run)
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        """Copy trained weights into a CLIP of the same shape."""
         assert isinstance(source, CLIP) and isinstance(target, CLIP)
         target.load_state_dict(source.state_dict())
         return []
@@ -99,6 +114,7 @@ class CLIPFamily:
     def examples(
         self, run: RunSettings, splits: Splits, name: str, parts: Parts
     ) -> TextImageExamples:
+        """Return the text-image examples of a split."""
         assert parts.tokenizer is not None
         return TextImageExamples(
             splits(name), parts.tokenizer, run.model.architecture, seed=run.seed
@@ -107,11 +123,13 @@ class CLIPFamily:
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
     ) -> CLIPTraining:
+        """Return the Lightning module that trains a CLIP."""
         return CLIPTraining(
             model, run.model.losses, run.optim, num_accumulated=flags.num_accumulated
         )
 
     def open(self, model: Any, parts: Parts) -> CLIPCapabilities:
+        """Return the capabilities of a trained CLIP."""
         assert parts.tokenizer is not None
         return CLIPCapabilities(
             ClipRanker(model, parts.tokenizer, templates=PLAIN_TEMPLATES, batch_size=256)
@@ -120,7 +138,9 @@ class CLIPFamily:
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
-        # In the format of a released CLIP, so that every command that takes one takes the run.
+        """Write a checkpoint with weights, configuration and tokenizer; return its files."""
+        # Written in the format of a released CLIP, so that every command that loads one loads this
+        # run.
         assert parts.tokenizer is not None
         family, config, tensors = to_reference(model)
         target = folder / FOLDER

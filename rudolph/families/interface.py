@@ -1,8 +1,8 @@
-"""The interface between model families and the code that trains, evaluates and stores a run.
+"""Interface between the model families and the code that trains, evaluates and stores a run.
 
 A family is one file in this package, registered in ``FAMILIES`` (``families/registry.py``).
-Generic code asks a family for its model, its examples and its training module.  Evaluators ask
-the trained model for capabilities and never for its family.
+Generic code gets its model, its examples and its training module from the family. Evaluators use
+the capabilities of a trained model and never its family.
 
 Shapes: B texts or images, I image tokens, C choices, E embedding size, H and W pixels.
 """
@@ -32,7 +32,9 @@ OnToken = Callable[[int, int], None]
 class ModelSection:
     """Fields that the ``model`` section of every family has.
 
-    ``init`` names trained weights to start from: a run, a release or a folder (null: none).
+    Attributes:
+        family: A name in ``FAMILIES``.
+        init: A run, a release or a folder with trained weights to start from; null for none.
     """
 
     family: str
@@ -40,34 +42,61 @@ class ModelSection:
 
 
 class RunSettings(Protocol):
-    """The part of a run's configuration that families read; ``config.run.RunConfig`` has it."""
+    """The part of a run's configuration that families read.
+
+    ``config.run.RunConfig`` implements it.
+    """
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Return the seed of the run."""
+        ...
+
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """Return the ``model`` section of the family."""
+        ...
+
     @property
-    def data(self) -> DataConfig: ...
+    def data(self) -> DataConfig:
+        """Return the datasets and tasks."""
+        ...
+
     @property
-    def tokenizer(self) -> TokenizerConfig: ...
+    def tokenizer(self) -> TokenizerConfig:
+        """Return the settings of the text tokenizer."""
+        ...
+
     @property
-    def vqgan(self) -> VQGANConfig: ...
+    def vqgan(self) -> VQGANConfig:
+        """Return the settings of the image tokenizer."""
+        ...
+
     @property
-    def optim(self) -> OptimConfig: ...
+    def optim(self) -> OptimConfig:
+        """Return the settings of the model's training."""
+        ...
+
     @property
-    def sequence_layout(self) -> SequenceLayout: ...
+    def sequence_layout(self) -> SequenceLayout:
+        """Return the layout of the token sequences."""
+        ...
+
     @property
-    def vocabulary(self) -> Vocabulary: ...
+    def vocabulary(self) -> Vocabulary:
+        """Return the vocabulary of the model."""
+        ...
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained or loaded before the model of a family.
+    """Components that are trained or loaded before the model of a family.
 
-    Args:
-        tokenizer: the text tokenizer; None where the family needs none.
-        vqgan: the image tokenizer; None where the family needs none.
-        image_indices: image tokens of a split, ``(N, I)`` or ``(N, S, I)`` for S code samples.
+    Attributes:
+        tokenizer: The text tokenizer; None if the family needs none.
+        vqgan: The image tokenizer; None if the family needs none.
+        image_indices: Returns the image tokens of a split, ``(N, I)`` or ``(N, S, I)`` for S code
+            samples.
     """
 
     tokenizer: Tokenizer | None = None
@@ -77,14 +106,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """Hardware flags of ``rudolph run`` that a training module needs to know.
+    """Hardware flags of ``rudolph run`` that affect a training module.
 
-    Args:
-        num_accumulated: micro-batches per optimizer step on each device.
-        micro_batch_size: examples per micro-batch on each device.
-        checkpointing: whether activations are recomputed in the backward pass.
-        block_masks: whether attention skips empty blocks of its mask (FlexAttention).
-        compile: whether layers are compiled.
+    Attributes:
+        num_accumulated: Micro-batches per optimizer step on each device.
+        micro_batch_size: Examples per micro-batch on each device.
+        checkpointing: Recompute activations in the backward pass.
+        block_masks: Skip empty blocks of the attention masks (FlexAttention).
+        compile: Compile the layers.
     """
 
     num_accumulated: int = 1
@@ -95,15 +124,15 @@ class TrainingFlags:
 
 
 class Examples(Protocol):
-    """The examples of one split; example i of ``batch`` depends on (seed, i) alone."""
+    """The examples of one split; example i of ``batch`` depends only on the seed and i."""
 
     @property
     def num_whole(self) -> int:
-        """The number of examples that ``whole`` has."""
+        """Return the number of validation examples that ``whole`` offers."""
         ...
 
     def note(self) -> str:
-        """Return one line for the log, such as how many texts are cut."""
+        """Return one line for the log, such as the number of truncated texts."""
         ...
 
     def batch(self, numbers: Sequence[int]) -> Any:
@@ -111,15 +140,15 @@ class Examples(Protocol):
         ...
 
     def whole(self, indices: Sequence[int]) -> Any:
-        """Return validation examples, unshuffled and unchanged, as one batch."""
+        """Return validation examples, unshuffled and without augmentation, as one batch."""
         ...
 
 
 class Capabilities:
-    """What evaluators may ask of a trained model; a family overrides what its model can do.
+    """Capabilities that evaluators use; a family overrides those that its model has.
 
     Raises:
-        NotImplementedError: by every method that a family does not override.
+        NotImplementedError: By every method that a family does not override.
     """
 
     def generate_image(
@@ -130,7 +159,7 @@ class Capabilities:
         seeds: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Tensor:
-        """Generate images ``(B, 3, H, W)`` in [0, 1], one per caption, each from its seed."""
+        """Generate images ``(B, 3, H, W)`` in [0, 1], one per caption, each from its own seed."""
         raise NotImplementedError
 
     def generate_text(
@@ -148,11 +177,15 @@ class Capabilities:
         """Generate one text per seed for a task of ``sequence.tasks``.
 
         Args:
-            images: ``(B, 3, H, W)`` in [0, 1] where the task has images.
-            questions: one per text where the task has questions.
-            allowed_characters: the only characters that a text may hold; None allows all.
-            missing_image: how to generate an image for a question that has none, as
-                fbc2_aij2022 does (``inference.py``); None keeps the codes of training, zeros.
+            task: A name in ``TASKS``.
+            config: How tokens are sampled.
+            seeds: One seed per text.
+            images: ``(B, 3, H, W)`` in [0, 1] if the task has images.
+            questions: One per text if the task has questions.
+            allowed_characters: The only characters that a text may contain; None allows all.
+            missing_image: How to generate an image for a question without one, as fbc2_aij2022
+                does (``inference.py``). None uses indices of zero, as in training.
+            on_token: Called with the number of generated tokens and the total.
         """
         raise NotImplementedError
 
@@ -177,11 +210,11 @@ class Capabilities:
         raise NotImplementedError
 
     def image_tokenizer(self) -> ImageTokenizer:
-        """Return the image tokenizer: ``encode``, ``decode`` and the size of its codebook."""
+        """Return the image tokenizer with ``encode``, ``decode`` and its codebook size."""
         raise NotImplementedError
 
     def token_pipeline(self) -> Pipeline:
-        """Return the masked decoder with its tokenizers, for evaluators of its own tokens."""
+        """Return the masked decoder with its tokenizers, for evaluators of its tokens."""
         raise NotImplementedError
 
     @classmethod
@@ -204,37 +237,56 @@ CAPABILITIES = (
 
 
 class Family(Protocol):
-    """One architecture: its settings, its examples, its training and what it can be asked.
-
-    ``config`` is the class of the ``model`` section.  ``needs`` are the parts that a run trains
-    or loads first, of ``PARTS``.  ``stage`` names the training in curves, digests and the cache.
-    ``is_trained`` is false where a run trains nothing beside the parts.  ``weights_file`` is the
-    name of the model's weights in a run's ``checkpoints``; None where ``save`` writes them.
-    """
+    """One architecture with its settings, examples, training and capabilities."""
 
     @property
-    def config(self) -> type[Any]: ...
+    def config(self) -> type[Any]:
+        """Return the class of the ``model`` section."""
+        ...
+
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Return the parts, from ``PARTS``, that a run trains or loads first."""
+        ...
+
     @property
-    def stage(self) -> str: ...
+    def stage(self) -> str:
+        """Return the name of the training in curves, digests and the cache."""
+        ...
+
     @property
-    def is_trained(self) -> bool: ...
+    def is_trained(self) -> bool:
+        """Return whether a run trains a model besides the parts."""
+        ...
+
     @property
-    def weights_file(self) -> str | None: ...
+    def weights_file(self) -> str | None:
+        """Return the file of the weights in ``checkpoints``; None if ``save`` writes them."""
+        ...
+
     @property
-    def capabilities(self) -> type[Capabilities]: ...
+    def capabilities(self) -> type[Capabilities]:
+        """Return the class of the capabilities."""
+        ...
 
     def check(self, run: RunSettings) -> None:
-        """Raise ``ValueError`` with the setting's name for settings that do not fit together."""
+        """Check that the settings fit together.
+
+        Raises:
+            ValueError: If they do not; the message names the setting.
+        """
         ...
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
-        """Raise ``ValueError`` with the flag or setting for a training that flags rule out."""
+        """Check that the flags suit the training.
+
+        Raises:
+            ValueError: If they do not; the message names the flag or setting.
+        """
         ...
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield the names of what the training logs, without the stage."""
+        """Yield the names of the logged curves, without the stage."""
         ...
 
     def empty(self, run: RunSettings) -> nn.Module:
@@ -242,14 +294,14 @@ class Family(Protocol):
         ...
 
     def build(self, run: RunSettings, parts: Parts) -> nn.Module:
-        """Build the model as the run's seed initialises it."""
+        """Build the model, initialised from the run's seed."""
         ...
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
-        """Copy trained weights into ``target``; return one line per tensor that was resized.
+        """Copy trained weights into ``target`` and return one line per resized tensor.
 
         Raises:
-            ValueError: when the weights do not fit.
+            ValueError: If the weights do not fit.
         """
         ...
 
@@ -260,7 +312,7 @@ class Family(Protocol):
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
     ) -> ManualStepModule:
-        """Return the Lightning module that computes the losses and steps the model."""
+        """Return the Lightning module that computes the losses and updates the model."""
         ...
 
     def open(self, model: Any, parts: Parts) -> Capabilities:
@@ -270,14 +322,16 @@ class Family(Protocol):
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
-        """Write what generation needs beside ``weights_file``; return all files.
+        """Write what generation needs besides ``weights_file`` and return all files.
 
         Args:
-            folder: a run's ``checkpoints``.
-            origin: the run's name and digest, for formats that record them.
+            folder: The ``checkpoints`` folder of a run.
+            model: The trained model.
+            parts: Its tokenizers.
+            origin: The run's name and digest, for formats that record them.
         """
         ...
 
 
-# Parts that a family may need before its own model.
+# The parts that a family may need before its own model.
 PARTS = ("tokenizer", "vqgan")

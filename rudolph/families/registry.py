@@ -1,11 +1,14 @@
-"""The model families by name.  To add one, write its file here and name it in ``FAMILIES``."""
+"""Model families by name.
+
+To add a family, write its file in this package and name it in ``FAMILIES`` and ``ModelConfig``.
+"""
 
 from rudolph.families.clip import CLIPFamily, CLIPModelConfig
 from rudolph.families.interface import Family, ModelSection
 from rudolph.families.rudolph import RudolphConfig, RudolphFamily
 from rudolph.families.vqgan import VQGANFamily, VQGANOnlyConfig
 
-# The ``model`` section of an experiment: a union tagged by ``family``.
+# Type of an experiment's ``model`` section: a union tagged by ``family``.
 ModelConfig = RudolphConfig | CLIPModelConfig | VQGANOnlyConfig
 
 FAMILIES: dict[str, Family] = {

@@ -47,7 +47,7 @@ FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
 class RudolphConfig(DecoderConfig, ModelSection):
     """The ``model`` section of family ``rudolph``.
 
-    With ``init`` the tokenizer and the VQ-GAN are those of the same source, unless
+    With ``init``, the tokenizer and the VQ-GAN come from the same source, unless
     ``tokenizer.path`` and ``vqgan.init`` name others.
     """
 
@@ -57,7 +57,7 @@ class RudolphConfig(DecoderConfig, ModelSection):
 
     @property
     def architecture(self) -> DecoderConfig:
-        """The settings that decide the decoder's shape and initialisation."""
+        """Return the settings that determine the decoder's shape and initialisation."""
         return DecoderConfig(
             **{each.name: getattr(self, each.name) for each in fields(DecoderConfig)}
         )
@@ -77,6 +77,7 @@ class RudolphCapabilities(Capabilities):
         seeds: Sequence[int],
         on_token: OnToken | None = None,
     ) -> Tensor:
+        """Generate images ``(B, 3, H, W)`` in [0, 1], one per caption, each from its own seed."""
         return self.pipeline.generate_images(
             captions, config=config, seeds=seeds, on_token=on_token
         )
@@ -93,6 +94,7 @@ class RudolphCapabilities(Capabilities):
         missing_image: TokenSamplingConfig | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
+        """Generate one text per seed; see ``Capabilities.generate_text``."""
         indices = None if images is None else self.pipeline.encode(images)
         if indices is None and questions is not None and missing_image is not None:
             indices = imagined_images(
@@ -117,15 +119,18 @@ class RudolphCapabilities(Capabilities):
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
         indices = None if images is None else self.pipeline.encode(images)
         tokens = answer_prompts(self.pipeline, task, indices=indices, questions=questions)
         scored = score_choices(self.pipeline, task, tokens, choices, on_batch=on_batch)
         return scored.log_likelihoods
 
     def image_tokenizer(self) -> ImageTokenizer:
+        """Return the image tokenizer of the pipeline."""
         return self.pipeline.image_tokenizer
 
     def token_pipeline(self) -> Pipeline:
+        """Return the masked decoder with its tokenizers."""
         return self.pipeline
 
 
@@ -140,6 +145,11 @@ class RudolphFamily:
     capabilities = RudolphCapabilities
 
     def check(self, run: RunSettings) -> None:
+        """Check that the legacy loss of the first image token can score every code as a text id.
+
+        Raises:
+            ValueError: If the codebook is larger than the text vocabulary.
+        """
         codes, texts = run.vocabulary.codebook_size, run.vocabulary.text_size
         if run.model.losses.first_image_token == "legacy" and codes > texts:
             raise ValueError(
@@ -148,16 +158,22 @@ class RudolphFamily:
             )
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
+        """Check that block masks run without dropout, and compilation without LoRA.
+
+        Raises:
+            ValueError: If they do not; the message names the setting.
+        """
         dropout, rank = run.model.attention_dropout, run.model.tuning.lora_rank
         if flags.block_masks and dropout:
             raise ValueError(
                 f"model.attention_dropout must be 0 with --block-masks, got {dropout:g}"
             )
         if flags.compile and rank is not None:
-            # Each low-rank layer is a class of its own, so each would be compiled.
+            # Each low-rank layer is a class of its own, so torch would compile each of them.
             raise ValueError(f"model.tuning.lora_rank must be null with --compile, got {rank}")
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
+        """Yield the names of the logged curves, by segment and mixture entry."""
         rows = {entry.name: _scored_segments(entry, run) for entry in run.data.mixture}
         scored = [name for name in SEGMENTS if any(name in own for own in rows.values())]
         for stage in ("train", "val"):
@@ -175,6 +191,11 @@ class RudolphFamily:
         return MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
 
     def build(self, run: RunSettings, parts: Parts) -> MaskedDecoder:
+        """Build a decoder initialised from the run's seed.
+
+        With ``image_embedding_init: codebook``, the image embeddings come from the VQ-GAN's
+        codebook.
+        """
         torch.manual_seed(mixed_seed(run.seed, self.stage))
         model = self.empty(run)
         if run.model.init_by_name:
@@ -186,10 +207,12 @@ class RudolphFamily:
         return model
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        """Copy trained weights into ``target`` and return one line per resized tensor."""
         assert isinstance(source, MaskedDecoder) and isinstance(target, MaskedDecoder)
         return adapt(source, target)
 
     def examples(self, run: RunSettings, splits: Splits, name: str, parts: Parts) -> TokenExamples:
+        """Return the token examples of the data mixture in a split."""
         return TokenExamples(
             [mixture_examples(run, entry, splits, name, parts) for entry in run.data.mixture],
             run.data,
@@ -203,6 +226,7 @@ class RudolphFamily:
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
     ) -> DecoderTraining:
+        """Return the Lightning module that trains the decoder, with tuning and flags applied."""
         apply_tuning(model, run.model.tuning)
         model.has_checkpointing = flags.checkpointing
         model.has_block_masks = flags.block_masks
@@ -216,12 +240,14 @@ class RudolphFamily:
         )
 
     def open(self, model: Any, parts: Parts) -> RudolphCapabilities:
+        """Return the capabilities of a trained decoder."""
         assert parts.tokenizer is not None and parts.vqgan is not None
         return RudolphCapabilities(Pipeline(parts.tokenizer, parts.vqgan, model))
 
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
+        """Write the VQ-GAN and the tokenizer; return their files and that of the decoder."""
         assert parts.tokenizer is not None and parts.vqgan is not None
         decoder, vqgan, tokenizer = (folder / name for name in FILES)
         save_weights(parts.vqgan, vqgan)
@@ -238,7 +264,10 @@ def _scored_segments(entry: MixtureEntry, run: RunSettings) -> list[str]:
 def mixture_examples(
     run: RunSettings, entry: MixtureEntry, splits: Splits, name: str, parts: Parts
 ) -> MixtureExamples:
-    """Return the texts and image indices of a mixture entry; BPE-dropout encodes texts again."""
+    """Return the texts and image indices of a mixture entry.
+
+    With BPE-dropout, texts are encoded again for each example.
+    """
     split, tokenizer = splits(name, entry.dataset), parts.tokenizer
     assert tokenizer is not None and parts.image_indices is not None
     task, dropout = TASKS[entry.task], run.tokenizer.bpe_dropout

@@ -1,4 +1,4 @@
-"""The VQ-GAN alone: a run that trains an image tokenizer and no model on its tokens."""
+"""The VQ-GAN alone: a run that trains an image tokenizer and no model of its tokens."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,17 +29,18 @@ class VQGANOnlyConfig(ModelSection):
 
 
 class VQGANCapabilities(Capabilities):
-    """Images to tokens and back."""
+    """Conversion of images to tokens and back."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         self.vqgan = vqgan
 
     def image_tokenizer(self) -> ImageTokenizer:
+        """Return the VQ-GAN as an image tokenizer."""
         return ImageTokenizer(self.vqgan)
 
 
 class VQGANFamily:
-    """The VQ-GAN as a ``families.interface.Family``: the run trains it as a part."""
+    """The VQ-GAN as a ``families.interface.Family``, trained as a part of the run."""
 
     config = VQGANOnlyConfig
     needs = ("vqgan",)
@@ -49,38 +50,57 @@ class VQGANFamily:
     capabilities = VQGANCapabilities
 
     def check(self, run: RunSettings) -> None:
-        """Check nothing: the settings of the part are checked with it."""
+        """Check nothing: the settings are checked with the part."""
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
         """Check nothing: every flag suits a VQ-GAN."""
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
+        """Yield nothing: the training of the part logs its own curves."""
         yield from ()
 
     def empty(self, run: RunSettings) -> VQGAN:
         return VQGAN(run.vqgan)
 
     def build(self, run: RunSettings, parts: Parts) -> VQGAN:
+        """Return the VQ-GAN that was trained as a part."""
         assert parts.vqgan is not None
         return parts.vqgan
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        """Reject trained weights: they belong in ``vqgan.init``.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError("model.init: family vqgan starts from vqgan.init")
 
     def examples(self, run: RunSettings, splits: Splits, name: str, parts: Parts) -> Any:
+        """Reject the call: the training of the part has its own examples.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("a run of family vqgan trains its part alone")
 
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
     ) -> ManualStepModule:
+        """Reject the call: the run trains only the part.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("a run of family vqgan trains its part alone")
 
     def open(self, model: Any, parts: Parts) -> VQGANCapabilities:
+        """Return the capabilities of a trained VQ-GAN."""
         return VQGANCapabilities(model)
 
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
+        """Write the weights of the VQ-GAN and return the file."""
         path = folder / "vqgan.safetensors"
         save_weights(model, path)
         return [path]
