@@ -1,4 +1,4 @@
-"""What every test shares: one thread, quiet libraries, the golden data and a finished run."""
+"""Settings and fixtures of all tests: one thread, golden data and a finished run."""
 
 import json
 import logging
@@ -17,13 +17,13 @@ from torch import Tensor
 
 PARITY = Path(__file__).parent / "parity"
 
-# The matrices of these tests are small: a second thread costs more than it computes.
+# These tests multiply small matrices: a second thread costs more than it computes.
 torch.set_num_threads(1)
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 class ParityCase:
-    """One case of the reference implementations; ``parity/README.md`` lists them."""
+    """A case of the reference implementations, from the list in ``parity/README.md``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,16 +31,16 @@ class ParityCase:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict under the reference's key names."""
+        """Return the state dict under the reference's key names."""
         return self._load("weights.safetensors")
 
     @cached_property
     def io(self) -> dict[str, Tensor]:
-        """Inputs and outputs by name."""
+        """Return inputs and outputs by name."""
         return self._load("io.safetensors")
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        # Everything that is uint8 in these files was boolean.
+        # These files store booleans as uint8, and nothing else.
         tensors = load_file(self.folder / name)
         return {
             key: value.bool() if value.dtype == torch.uint8 else value
@@ -49,19 +49,19 @@ class ParityCase:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name sets in order: processes that share the tests must name them alike."""
+    """Name sets in sorted order, so that all test processes use the same names."""
     return repr(sorted(val)) if isinstance(val, set | frozenset) else None
 
 
 @pytest.fixture(scope="session")
 def parity() -> Callable[[str], ParityCase]:
-    """``parity("rudolph_350m_like")`` has ``config``, ``weights`` and ``io``."""
+    """Return a loader: ``parity("rudolph_350m_like")`` has ``config``, ``weights`` and ``io``."""
     return lambda case: ParityCase(PARITY / case)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the smallest experiment."""
+    """Return the folder of a finished run of the smallest experiment."""
     from tiny_run import run_tiny
 
     return run_tiny(tmp_path_factory.mktemp("finished"))

@@ -1,17 +1,17 @@
-"""Random damage to files: what a crash, a full disk or a wrong copy leaves."""
+"""Random damage to files, as left by a crash, a full disk or a wrong copy."""
 
 import os
 import shutil
 from pathlib import Path
 from random import Random
 
-# How many random cases a fuzz test tries; more are asked for by hand.
+# Random cases per fuzz test, off by default; ``FUZZ_CASES`` sets the number.
 NUM_CASES = int(os.environ.get("FUZZ_CASES", "0"))
 KINDS = ("truncated", "emptied", "overwritten", "noise", "swapped", "folder", "removed", "line")
 
 
 def damage(path: Path, rng: Random, *, others: list[Path]) -> str:
-    """Damage one file in a random way; return what was done."""
+    """Damage one file in a random way and return a description."""
     kind = rng.choice(KINDS)
     content = path.read_bytes()
     if kind == "truncated":
@@ -39,18 +39,18 @@ def damage(path: Path, rng: Random, *, others: list[Path]) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write bytes to a new file of that name: files of a run and a cache may be one file."""
+    """Write bytes to a new file of that name, because a run and the cache share hard links."""
     path.unlink()
     path.write_bytes(content)
 
 
 def copy_run(run: Path, target: Path) -> Path:
-    """Copy the folder of a run to another place."""
+    """Copy the folder of a run."""
     shutil.copytree(run, target, ignore=shutil.ignore_patterns("*.lock*"))
     return target
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files below a folder that a run has written, locks left out."""
+    """Return the files that a run has written below a folder, without locks."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path for path in paths if ".lock" not in path.name]

@@ -1,9 +1,9 @@
-"""Random texts and the number of cases of fuzz tests, which ``FUZZ_CASES`` raises."""
+"""Random texts for fuzz tests, and their number of cases, which ``FUZZ_CASES`` overrides."""
 
 import os
 import random
 
-# Letters of prompts, their decomposed forms, scripts, emoji, and what breaks programs.
+# Letters of prompts, decomposed forms, other scripts, emoji, and characters that break programs.
 ALPHABETS = (
     "абвгдежзийклмнопрстуфхцчшщъыьэюяё ",
     "и\u0306е\u0308a\u030a ",
@@ -17,12 +17,12 @@ ALPHABETS = (
 
 
 def num_cases(default: int) -> int:
-    """Return how many random cases a fuzz test tries."""
+    """Return the number of random cases of a fuzz test."""
     return int(os.environ.get("FUZZ_CASES", default))
 
 
 def random_text(rng: random.Random, *, longest: int) -> str:
-    """Return a text of up to ``longest`` characters of one or several alphabets."""
+    """Return a text of at most ``longest`` characters from one or several alphabets."""
     length = rng.randint(0, longest)
     alphabets = rng.sample(ALPHABETS, rng.randint(1, 3))
     return "".join(rng.choice(rng.choice(alphabets)) for _ in range(length))

@@ -1,9 +1,9 @@
-"""A hub on this machine: the part of huggingface.co's protocol that a download speaks.
+"""A local hub with the part of huggingface.co's protocol that downloads use.
 
-A file is asked for at ``/{repo}/resolve/{revision}/{file}``.  The hub answers a small file itself,
-with git's SHA-1 of the blob as ETag, and redirects for a large one to a CDN on another port, with
-the SHA-256 as X-Linked-Etag.  A renamed repository is redirected to its new name.  Refusals carry
-X-Error-Code and X-Error-Message, and an HTML page that nobody should see.
+A client requests a file at ``/{repo}/resolve/{revision}/{file}``. The hub serves a small file
+itself, with git's SHA-1 of the blob as ETag. For a large file it redirects to a CDN on another
+port, with the SHA-256 as X-Linked-Etag. A renamed repository redirects to its new name. Refusals
+carry X-Error-Code and X-Error-Message, and an HTML page that must not reach the user.
 
     with HubServer() as hub:
         hub.add("ai/model", "weights.bin", b"...", is_large=True)
@@ -39,7 +39,7 @@ SETTINGS = {
 
 
 class Request(NamedTuple):
-    """One request as it came; ``host`` is "hub" or "cdn"."""
+    """A received request; ``host`` is "hub" or "cdn"."""
 
     host: str
     method: str
@@ -62,16 +62,16 @@ class StoredFile(NamedTuple):
 
 
 class HubServer:
-    """A hub and its CDN, each with a port of its own, while the context is open.
+    """A hub and its CDN, each on its own port, running while the context is open.
 
     Attributes:
-        valid_tokens: any token is valid when None.
-        headers: further ones of every answer about a file.
-        dropped_headers: never sent, as by a careless mirror.
-        status: answered to everything, when not None.
-        is_corrupt: the last byte of every file is wrong.
-        knows_ranges: False sends whole files whatever Range asks.
-        num_sent: bytes of files.
+        valid_tokens: The accepted tokens; None accepts any.
+        headers: Extra headers of every answer about a file.
+        dropped_headers: Headers that are never sent, as by a faulty mirror.
+        status: If not None, the status of every answer.
+        is_corrupt: Send every file with a wrong last byte.
+        knows_ranges: If False, ignore Range headers and send whole files.
+        num_sent: Bytes of files sent so far.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class HubServer:
 
     def __enter__(self) -> Self:
         for server in self.servers.values():
-            # Of 0.5 s by default: how long shutdown() may wait.
+            # The default of 0.5 s would delay every shutdown() by as much.
             loop = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
             loop.start()
         return self
@@ -106,7 +106,7 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Be away; what a client of this process keeps open ends too."""
+        """Stop both servers and close the connections that clients of this process keep open."""
         close_session()
         for server in self.servers.values():
             server.shutdown()
@@ -120,9 +120,9 @@ class HubServer:
         return f"http://127.0.0.1:{self.servers[host].server_address[1]}"
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch, *, home: Path) -> None:
-        """Make huggingface_hub in this process ask here; no token of this machine's user is sent.
+        """Redirect huggingface_hub in this process to this server, without the user's token.
 
-        It has read its environment when it was imported, so what it made of it is replaced.
+        The library read its environment at import, so its constants are patched.
         """
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
@@ -133,11 +133,11 @@ class HubServer:
         for name in SETTINGS & set(os.environ):
             monkeypatch.delenv(name)
         monkeypatch.setenv("NO_PROXY", "*")
-        # Its connections outlive a test, and remember proxies.
+        # Its connections outlive a test and remember proxies.
         close_session()
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """Of a process that asks here, with no settings of this machine's user."""
+        """Return a subprocess environment that uses this server, without the user's settings."""
         kept = {name: text for name, text in os.environ.items() if name not in SETTINGS}
         return {
             **kept,
@@ -148,7 +148,7 @@ class HubServer:
         }
 
     def add(self, repo: str, file: str, content: bytes, *, is_large: bool = False) -> None:
-        """Put a file into a repository, as a new commit."""
+        """Add a file to a repository as a new commit."""
         self.files[repo, file] = StoredFile(content, is_large)
         held = sorted(
             f"{name} {kept.hash}" for (of, name), kept in self.files.items() if of == repo
@@ -156,19 +156,19 @@ class HubServer:
         self.commits[repo] = hashlib.sha1("\n".join(held).encode()).hexdigest()
 
     def gate(self, repo: str, *, token: str) -> None:
-        """Let nobody read a repository but who sends this token."""
+        """Restrict a repository to requests with this token."""
         self.gates[repo] = token
 
     def rename(self, old: str, new: str) -> None:
-        """Redirect a repository's old name."""
+        """Redirect a repository's old name to the new one."""
         self.new_names[old] = new
 
     def cut_after(self, *num_bytes: int) -> None:
-        """Break the next connections that carry a large file, one after each number of bytes."""
+        """Cut the next connections that carry a large file, each after a number of bytes."""
         self.cuts = list(num_bytes)
 
     def content_requests(self) -> list[Request]:
-        """Requests that asked for bytes of a file, redirects left out."""
+        """Return the requests for file contents, without redirected ones."""
         return [
             request
             for request in self.requests
@@ -188,14 +188,14 @@ class HubServer:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Answers for the hub and, by ``host_name``, for the CDN."""
+    """Request handler of the hub and, depending on ``host_name``, of the CDN."""
 
     hub: HubServer
     host_name: str
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: object) -> None:
-        """The requests are in ``HubServer.requests``."""
+        """Print nothing: ``HubServer.requests`` has the requests."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -250,7 +250,7 @@ class HubHandler(BaseHTTPRequestHandler):
         return (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
 
     def is_allowed(self, repo: str) -> bool:
-        """Whether the token opens a repository; refused here if not."""
+        """Return whether the token gives access to a repository; otherwise send the refusal."""
         valid = self.hub.valid_tokens
         if self.token is not None and valid is not None and self.token not in valid:
             self.refuse(401, "", "Invalid credentials in Authorization header")
@@ -291,7 +291,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
         except (BrokenPipeError, ConnectionResetError):
-            # The client was interrupted.
+            # The client has closed the connection.
             self.close_connection = True
 
     def refuse(self, status: int, code: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Small datasets that are drawn by rule, and their Russian once more, written apart from them."""
+"""Small generated datasets, and an independent description of their Russian grammar."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -20,7 +20,7 @@ WORLDS: dict[str, tuple[Any, Any]] = {
     "arithmetic": (Arithmetic, ArithmeticConfig),
 }
 
-# Not those of the package, so that what is wrong there is not right here.
+# Independent of the package's tables, so that an error there does not repeat here.
 COLOUR_STEMS = {
     "красн": "red",
     "зелён": "green",
@@ -49,18 +49,18 @@ NUMERALS = (
 
 
 def coloured(hard: str, soft: str, stressed: str = "") -> str:
-    """All colours with an ending, as a regular expression."""
+    """Return a regular expression of all colours with an ending."""
     stems = ("красн", "зелён", "жёлт", "фиолетов", "чёрн")
     endings = [*(stem + hard for stem in stems), "син" + soft, "голуб" + (stressed or hard)]
     return f"(?:{'|'.join(endings)})"
 
 
 def masculine(ending: str) -> str:
-    """All masculine nouns with an ending, as a regular expression."""
+    """Return a regular expression of all masculine nouns with an ending."""
     return f"(?:круг|квадрат|треугольник|крест){ending}"
 
 
-# Regular expressions of phrases: "синяя звезда", "большая синяя звезда", "синие звёзды",
+# Regular expressions of phrases such as "синяя звезда", "большая синяя звезда", "синие звёзды",
 # "синих звёзд", "две синие звезды".
 MAN, WOMAN = coloured("ый", "ий", "ой"), coloured("ая", "яя")
 THOSE, OF_THOSE = coloured("ые", "ие"), coloured("ых", "их")
@@ -86,7 +86,7 @@ def world(name: str, split: str = "train", *, image_size: int = 48, **changes: A
 
 @cache
 def pairs(name: str, split: str = "train", number: int = 700) -> list[Pair]:
-    # The smallest images, where nobody looks at them: they are most of the work.
+    # Rendering dominates the time, so images are as small as their dataset allows.
     dataset = world(name, split, image_size=48 if name == "words" else 24)
     return [dataset[index] for index in range(number)]
 
@@ -96,14 +96,14 @@ def things(pair: Pair) -> list[Thing]:
 
 
 def meaning(phrase: str) -> set[str]:
-    """The colours and the shapes that a phrase, in any case and number, tells of."""
+    """Return the colours and shapes that a phrase names, in any case and number."""
     known = {**COLOUR_STEMS, **SHAPE_STEMS}
     words = [word for word in phrase.split() if not word.startswith("фигур")]
     return {next(known[stem] for stem in known if word.startswith(stem)) for word in words}
 
 
 def meant(phrase: str, objects: Iterable[Thing]) -> list[Thing]:
-    """The objects that a phrase is true of."""
+    """Return the objects that a phrase describes."""
     return [each for each in objects if meaning(phrase) <= set(each)]
 
 

@@ -1,4 +1,4 @@
-"""What judges reconstructions: the reference's sizes, and weights from a file that is named."""
+"""Discriminator and perceptual distance: the reference's sizes, and weights from a named file."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rudolph.training.adversary import (
 
 
 def lpips_weights() -> dict[str, torch.Tensor]:
-    """Random weights under torchvision's and LPIPS' names."""
+    """Return random weights under torchvision's and LPIPS' names."""
     generator = torch.Generator().manual_seed(0)
     tensors, width, at = {}, 3, 0
     for channels in VGG16:
@@ -67,7 +67,7 @@ def test_images_too_small_for_the_adversary_are_refused_with_the_file(
     small = f"data.image_size={side}", f"vqgan.resolution={side}"
     load_experiment(write(tmp_path), small)
     load_experiment(write(tmp_path), ("vqgan_losses.discriminator_start=0",))
-    # An adversary that starts after the last step is never asked.
+    # A discriminator that starts after the last step is never used.
     load_experiment(write(tmp_path), (*small, "vqgan_losses.discriminator_start=8"))
     with pytest.raises(ConfigError, match=rf"image_size: expected at least 24 .* got {side}$"):
         load_experiment(write(tmp_path), (*small, "vqgan_losses.discriminator_start=7"))

@@ -1,4 +1,4 @@
-"""Answers in words: prompts of every task, texts searched, continued and judged."""
+"""Text answers: prompts of every task; texts that are searched, continued and scored."""
 
 from dataclasses import replace
 from itertools import product
@@ -100,7 +100,7 @@ def test_answers_are_the_same_whatever_the_batch(pipeline: Pipeline) -> None:
 
 
 def likelihood_of(pipeline: Pipeline, prompt: torch.Tensor, ids: list[int]) -> float:
-    """The sum over tokens of one text, each from a full pass over all before it."""
+    """Sum the log-likelihoods of a text's tokens, each from a full pass over its prefix."""
     model, total = pipeline.decoder, 0.0
     is_legal = legal_ids(model, None)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_choices_are_judged_as_full_passes_judge_them(pipeline: Pipeline) -> Non
 def test_a_beam_as_wide_as_all_texts_finds_the_likeliest(pipeline: Pipeline) -> None:
     model = pipeline.decoder
     asked = answer_prompts(pipeline, "image_captioning", indices=codes(2))
-    # Three tokens are left, of which few are allowed: every text can be listed.
+    # Three tokens remain and few ids are allowed, so every text can be enumerated.
     given = torch.full((2, LAYOUT.length - 3 - asked.shape[1]), 7)
     tokens = torch.cat([asked, given], dim=1)
     allowed = torch.zeros(45, dtype=torch.bool)

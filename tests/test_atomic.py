@@ -1,4 +1,4 @@
-"""A file is whole or absent, and every failed read or write names it in one line."""
+"""Atomic files: a file is complete or absent, and errors name it in one line."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ LARGE = {"weight": torch.zeros(20_000)}
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes, as ``ulimit -f`` does."""
+    """Limit the size of files to a number of bytes, as ``ulimit -f`` does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -84,7 +84,7 @@ def test_a_limit_on_file_sizes_names_the_file_and_keeps_the_old_one(tmp_path: Pa
 
 
 def test_a_full_disk_is_told_with_the_file_that_was_written() -> None:
-    # Opened, never replaced: whoever renames a file to this place removes the device.
+    # The device is opened and not replaced: a rename to this path would remove it.
     with (
         pytest.raises(OSError) as caught,
         naming_file(Path("runs/x.ckpt")),

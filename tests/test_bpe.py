@@ -1,4 +1,4 @@
-"""Encoding of a word with dropout: the same ids and draws as the plain rule, in less time."""
+"""Encoding of a word with dropout: the ids and random numbers of the plain rule, but faster."""
 
 import random
 import time
@@ -18,7 +18,7 @@ MODEL = train_bpe([TEXT] * 3, 90)
 def merged_one_by_one(
     model: BPEModel, word: str, dropout: float, generator: torch.Generator
 ) -> list[int]:
-    """All pairs are looked at before each merge, which takes quadratic time (Provilkov 2020)."""
+    """Merge by scanning all pairs before each merge, in quadratic time (Provilkov 2020)."""
     tokens: list[int] = []
     for character in word:
         token = model.characters.get(ord(character), UNK)
@@ -45,7 +45,7 @@ def test_a_word_has_the_ids_and_takes_the_draws_of_the_plain_rule(dropout: float
         own, plain = (torch.Generator().manual_seed(case) for _ in range(2))
         expected = merged_one_by_one(MODEL, word, dropout, plain)
         assert MODEL.encode_word(word, dropout, own) == expected
-        # Without dropout nothing is drawn.
+        # Without dropout no random number is used.
         assert not dropout or torch.equal(own.get_state(), plain.get_state())
 
 
@@ -53,6 +53,6 @@ def test_a_word_of_20000_letters_is_encoded_with_dropout_in_seconds() -> None:
     word = WORD_START + "".join(random.Random(0).choices(WORDS, k=3000))[:20_000]
     started = time.process_time()
     ids = MODEL.encode_word(word, 0.1, torch.Generator().manual_seed(0))
-    # 0.8 s here; looking at all pairs before each merge takes minutes.
+    # It takes 0.8 s here; scanning all pairs before each merge takes minutes.
     assert time.process_time() - started < 10
     assert len(ids) < 15_000

@@ -1,4 +1,4 @@
-"""The disk cache of arrays: never stale, never half, computed by one process."""
+"""The disk cache of arrays: never stale, never partial, and computed by one process."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ PARTS = {"kind": "image_indices", "data": "d1", "vqgan": "v1"}
 
 
 class Counted:
-    """A computation that knows how often it ran."""
+    """A computation that counts its calls."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.array = array
@@ -173,7 +173,7 @@ def test_an_array_that_is_mapped_outlives_its_replacement(tmp_path: Path) -> Non
 
 
 def read_with_another(folder: Path, runs: Path, barrier: Any, results: Any) -> None:
-    """What each of two processes does: start together, and note in ``runs`` that it computes."""
+    """Read the cache in one of two processes that start together; log computations in ``runs``."""
 
     def compute() -> np.ndarray[Any, Any]:
         with runs.open("a", encoding="utf-8") as file:

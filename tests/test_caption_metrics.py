@@ -1,4 +1,4 @@
-"""Metrics of captions: worked by hand, against other programs, and by what must hold."""
+"""Caption metrics: values computed by hand, other implementations, and invariants."""
 
 import math
 
@@ -26,13 +26,13 @@ ON_THE_MAT = ["the cat is on the mat", "there is a cat on the mat"]
 
 
 def test_bleu_of_the_papers_example() -> None:
-    # Papineni 2002: of seven "the" two are found, and the brevity penalty is 1.
+    # Papineni 2002: two of seven "the" match, and the brevity penalty is 1.
     counts = bleu_counts([CATS], [ON_THE_MAT])
     assert counts.bleu().tolist() == pytest.approx([2 / 7, 0, 0, 0])
 
 
 def test_bleu_worked_by_hand() -> None:
-    # 5 and 3 words; references of 6 and 3: brevity exp(1 - 9 / 8).
+    # Hypotheses have 5 and 3 words, references 6 and 3: brevity exp(1 - 9 / 8).
     counts = bleu_counts(
         ["the cat sat on mat", "a dog runs"], [["the cat sat on the mat"], ["the dog runs"]]
     )
@@ -53,9 +53,9 @@ def test_bleu_is_nltks_where_captions_are_long_enough(corpus: list[tuple[str, st
 
 
 def test_rouge_l_worked_by_hand() -> None:
-    # Lin 2004: "police kill the gunman" shares 2 of 4 words in order with the reference.
+    # Lin 2004: "police kill the gunman" has 2 of its 4 words in the reference's order.
     assert rouge_l("police kill the gunman", ["police killed the gunman"]) == pytest.approx(0.75)
-    # Precision 2 / 2 of one reference, recall 1 / 1 of the other.
+    # Precision 2 / 2 against one reference, recall 1 / 1 against the other.
     assert rouge_l("кот ест", ["кот ест рыбу", "кот"]) == pytest.approx(1.0)
     precision, recall = 2 / 4, 2 / 3
     expected = 2.44 * precision * recall / (recall + 1.44 * precision)
@@ -64,7 +64,7 @@ def test_rouge_l_worked_by_hand() -> None:
 
 
 def test_meteor_of_nltks_example() -> None:
-    # The documentation of nltk.translate.meteor_score; no word of it needs a synonym.
+    # Example in the documentation of nltk.translate.meteor_score; no word needs a synonym.
     hypothesis = (
         "It is a guide to action which ensures that the military always obeys the commands of "
         "the party"
@@ -74,7 +74,7 @@ def test_meteor_of_nltks_example() -> None:
     )
     assert meteor(hypothesis, [reference]) == pytest.approx(0.6944, abs=5e-5)
     assert meteor("non matching hypothesis", ["this is a cat"]) == 0
-    # 12 of 18 and of 16 words, in 6 chunks.
+    # The match has 12 words, of 18 and of 16, in 6 chunks.
     f = 10 * (2 / 3) * (3 / 4) / (3 / 4 + 9 * (2 / 3))
     assert meteor(hypothesis, [reference], gamma=0) == pytest.approx(f)
     assert meteor(hypothesis, [reference]) == pytest.approx(f * (1 - 0.5 * (6 / 12) ** 3))
@@ -93,13 +93,13 @@ def test_a_caption_needs_a_reference(metric) -> None:
 
 
 def test_cider_d_worked_by_hand() -> None:
-    # Every n-gram is in one of two images: all weigh ln 2, which the cosine cancels.
+    # Every n-gram is in one of two images: all have weight ln 2, which the cosine cancels.
     found = cider_d(["a b", "c"], [["a b"], ["c d"]])
     assert found[0] == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
     assert found[1] == pytest.approx(10 * (1 / math.sqrt(2)) / 4 * math.exp(-1 / 72))
-    # Clipping: a weighs 2 against 1, min(2, 1) * 1 / (2 * sqrt 2).
+    # Clipping: a has weight 2 against 1, min(2, 1) * 1 / (2 * sqrt 2).
     assert cider_d(["a a", "c d"], [["a b"], ["c d"]])[0] == pytest.approx(10 / (8 * math.sqrt(2)))
-    # "a" is in both images and weighs nothing.
+    # "a" is in both images, so its weight is 0.
     assert cider_d(["a", "a"], [["a b"], ["a c"]]).tolist() == [0, 0]
 
 

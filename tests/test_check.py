@@ -1,4 +1,4 @@
-"""What a page says in numbers is recomputed: true ones are found, altered ones are named."""
+"""Recomputation of the numbers on result pages: true ones are found, altered ones reported."""
 
 import random
 from pathlib import Path
@@ -30,7 +30,7 @@ FACTS = KnownNumbers(
         ("5.9 points [4.7, 7.0], and 22.8 points fewer [19.6, 25.9]", []),
         ("0.059 [0.047, 0.071]", ["0.059 [0.047, 0.071]"]),
         ("0.058 [0.047, 0.070]", ["0.058 [0.047, 0.070]"]),
-        # Bounds of one estimate with the value of another.
+        # The bounds of one estimate with the value of another.
         ("0.228 [0.047, 0.070]", ["0.228 [0.047, 0.070]"]),
         ("77.1 % of `512` in 6 x 6 tokens, F1 and [12 of 13](page-14.md)", ["12", "13"]),
         ("76 to 77 %, or 0.77; 77 alone", ["76", "77"]),
@@ -42,7 +42,7 @@ def test_a_number_counts_at_the_digits_that_are_written(text: str, named: list[s
 
 
 def test_means_and_differences_are_those_of_scipy(tmp_path: Path) -> None:
-    """Groups of different seeds, one of which lacks a value."""
+    """Groups have different seeds, and one value is missing."""
     rng = np.random.default_rng(0)
     rows = [
         {"run": f"{group}-seed{seed}", "seed": seed, "seconds": 1.0, "score": rng.normal()}
@@ -66,7 +66,7 @@ def test_means_and_differences_are_those_of_scipy(tmp_path: Path) -> None:
 
 
 def test_an_altered_bound_of_an_interval_is_named() -> None:
-    """One bound of each interval of the pages, changed by 5 to 30 %."""
+    """One bound of each interval on the pages is changed by 5 to 30 %."""
     rng = random.Random(0)
     named = []
     for folder in experiment_folders(RESULTS):
@@ -75,7 +75,7 @@ def test_an_altered_bound_of_an_interval_is_named() -> None:
         for interval in INTERVAL.finditer(UNREAD.sub("", text)):
             bounds = [interval[1], interval[2]]
             if list(unverified_numbers(interval[0], facts)):
-                continue  # of another experiment
+                continue  # from another experiment
             at, change = rng.randrange(2), rng.choice([-1, 1]) * rng.uniform(0.05, 0.3)
             digits = len(bounds[at].partition(".")[2])
             bounds[at] = f"{float(bounds[at]) * (1 + change):.{digits}f}"

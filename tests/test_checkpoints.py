@@ -1,4 +1,4 @@
-"""The newest whole checkpoint is found, whatever happened to the others."""
+"""The newest complete checkpoint is found, whatever happened to the others."""
 
 import logging
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_checkpoint(path: Path, step: int, *, num_batches: int = 8, made_of: st
 
 
 def write_two(folder: Path) -> Path:
-    """Write the checkpoints of steps 3 and 6; return the last."""
+    """Write the checkpoints of steps 3 and 6 and return the last one."""
     last = folder / "last.ckpt"
     for step in (3, 6):
         write_checkpoint(folder / "last.new", step)
@@ -46,7 +46,7 @@ def test_the_last_checkpoint_is_used_and_the_one_before_it_kept(tmp_path: Path) 
     last = write_two(tmp_path)
     assert found_step(last) == 6
     assert torch.load(previous_of(last), weights_only=True)["loops"]["step"] == 3
-    # A process that is killed between the two renames leaves the previous one alone.
+    # A process killed between the two renames leaves only the previous checkpoint.
     last.unlink()
     assert found_step(last) == 3
     remove_checkpoints(last)
@@ -85,7 +85,7 @@ def test_without_a_whole_checkpoint_training_starts_from_the_beginning_and_says_
     last = write_two(tmp_path)
     last.write_bytes(b"")
     previous_of(last).write_bytes(b"PK\x03\x04")
-    # A process that does not report finds the same and touches nothing.
+    # A process that does not report reaches the same result and changes no file.
     assert find_checkpoint(last, num_batches=8, made_of="a", is_main=False) is None
     assert last.is_file()
     with caplog.at_level(logging.WARNING, "rudolph"):

@@ -1,4 +1,4 @@
-"""A verdict follows from the runs alone: known effects, no effect, and what cannot be told."""
+"""Verdicts follow from the runs alone: for known effects, no effect, and too little data."""
 
 import json
 from pathlib import Path
@@ -47,14 +47,14 @@ def test_a_verdict_is_where_the_interval_lies() -> None:
     more = [value + 0.2 + 0.01 * k for k, value in enumerate(base)]
     assert verdict(more, base) == REPRODUCED
     assert verdict(base, more) == CONTRADICTED
-    # Of a loss less is better.
+    # A lower loss is better.
     assert verdict(more, base, LOSS) == CONTRADICTED
     assert verdict(base, more, LOSS) == REPRODUCED
-    # By at least so much: surely more, surely less, neither.
+    # With a minimum effect: surely larger, surely smaller, and neither.
     assert verdict(more, base, least=0.1) == REPRODUCED
     assert verdict(more, base, least=0.5) == CONTRADICTED
     assert verdict(more, base, least=0.22) == INCONCLUSIVE
-    # Worse by no more than so much.
+    # Not worse than by a margin.
     assert verdict(base, more, least=-0.5) == REPRODUCED
     assert verdict(more[:1], base[:1]) == INCONCLUSIVE
 
@@ -101,7 +101,7 @@ def test_groups_stand_as_their_numbers_go() -> None:
 
 
 def test_where_nothing_differs_few_experiments_find_anything() -> None:
-    """A/A: of 200 experiments with three comparisons at most one in twenty calls a difference."""
+    """A/A test: of 200 experiments with 3 comparisons, at most 5 % report an effect."""
     rng = np.random.default_rng(7)
     wrong = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The verbs, each through ``main``: what they print, what they leave, how mistakes are told."""
+"""The commands through ``main``: their output, their files and their error messages."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
     assert main(["figures", "tiny"]) == 0
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
     capsys.readouterr()
-    # Outside of git every run counts as dirty, and nobody has written an answer yet.
+    # Without git every run counts as dirty, and the page has no answer yet.
     assert main(["check"]) == 1
     problems = capsys.readouterr().err.splitlines()
     expected = ("its commit does not name", "no answer is written", "2 problems")

@@ -1,4 +1,4 @@
-"""Ranking by CLIP: Pillow's pixels, a text's ends, the mean of templates, any batch; retrieval."""
+"""Ranking by CLIP: Pillow's resizing, text ends, template means, batches and retrieval."""
 
 import math
 
@@ -46,7 +46,7 @@ def ranker(tokenizer: Tokenizer, *, side: int = SIDE, **changes: object) -> Clip
     )
     clip = CLIP(config)
     with torch.no_grad():
-        # As it begins, all texts are nearly the same to it.
+        # At initialisation, CLIP embeds all texts almost alike.
         for parameter in clip.transformer.parameters():
             parameter.mul_(8)
         clip.ln_final.weight.normal_()
@@ -54,7 +54,7 @@ def ranker(tokenizer: Tokenizer, *, side: int = SIDE, **changes: object) -> Clip
 
 
 def photograph(height: int, width: int) -> Image.Image:
-    """Smooth, with an edge and noise, so that sizes, offsets and filters all count."""
+    """Return a smooth image with an edge and noise, which reveals errors of resizing."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     noise = np.random.default_rng(height + 1000 * width).uniform(-30, 30, (height, width, 3))
     waves = [np.sin(9 * x + 4 * y), np.cos(7 * y), (x > 0.45) * 2 - 1.0]
@@ -80,7 +80,7 @@ def test_pixels_are_those_of_pillow(tokenizer, size: tuple[int, int]) -> None:
     found = ranker(tokenizer).pixel_values(to_tensor(image)[None])[0]
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     assert found.shape == (3, SIDE, SIDE)
-    # Pillow rounds to whole levels after each direction.
+    # Pillow rounds to integers after each direction.
     assert (found * std + mean - expected).abs().max() < 3 / 255
     uneven = image.crop((left, top, left + side - 1, top + side - 1)).resize((SIDE, SIDE))
     assert (to_tensor(uneven) - expected).abs().max() > 3 / 255
@@ -139,7 +139,7 @@ def test_without_templates_it_is_the_model_itself(tokenizer) -> None:
 
 
 def test_it_tells_apart_colours_when_it_is_made_for_them(tokenizer) -> None:
-    """Made by hand: attention carries words to a text's end, colours to an image's class."""
+    """Hand-set weights: attention carries words to the text end, colours to the class token."""
     own, words = ranker(tokenizer, templates=PLAIN_TEMPLATES), ("красный", "зелёный", "синий")
     tokens = [tokenizer.encode(word)[0] for word in words]
     assert len(set(tokens)) == 3
@@ -194,7 +194,7 @@ def ranks_by_hand(similarities: np.ndarray, asked: list[int], answers: list[int]
 
 def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rudolph.generation.clip_ranking.QUERIES_AT_ONCE", 3)
-    # Whole numbers, so that many are equal.
+    # Integers, so that many similarities are equal.
     draw = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 9))
     answers = [*CAPTIONS, 1, 2]
@@ -207,7 +207,7 @@ def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.Monke
 def test_a_shared_caption_is_one_text_and_any_of_its_images_answers_it() -> None:
     texts = torch.eye(3)[[0, 1, 0, 2]]
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.5, 0.4]])
-    # The third image goes to the second text, the fourth too; each text finds one of its own.
+    # The third and fourth images share the second text; each text retrieves one of its images.
     recalls = retrieval_recalls(
         images, texts, torch.arange(4), torch.tensor([5, 7, 5, 8]), at=(1, 2, 3)
     )
@@ -224,7 +224,8 @@ def test_a_shared_caption_is_one_text_and_any_of_its_images_answers_it() -> None
 def test_a_shared_image_is_one_image_and_any_of_its_captions_answers_it() -> None:
     images = torch.eye(3)[[0, 0, 1, 2]]
     texts = torch.tensor([[0.0, 1, 0], [0.9, 0, 0.1], [0, 0.8, 0], [0, 0.6, 0.7]])
-    # The first image finds its second caption; the first text finds another image before its own.
+    # The first image retrieves its second caption; the first text ranks another image before its
+    # own.
     recalls = retrieval_recalls(
         images, texts, torch.tensor([4, 4, 1, 9]), torch.arange(4), at=(1, 2)
     )

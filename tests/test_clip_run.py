@@ -1,4 +1,4 @@
-"""A run that trains a CLIP: its recalls, its files, and what takes it for ranking."""
+"""A run that trains a CLIP: its recalls, its files, and the commands that rank with it."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_run_of_a_clip_is_a_source_of_one(trained: Path, finished: Path) -> No
     assert ranker.features(images).shape == (3, 16)
     with pytest.raises(ValueError, match="not a run that trained a CLIP"):
         open_clip(str(finished))
-    # It draws no images, so it is not what `generate` takes without being told.
+    # A CLIP generates no images, so `generate` must not choose it by default.
     with pytest.raises(ValueError, match="no finished run"):
         newest_run(trained.parent.parent)
 
@@ -89,7 +89,8 @@ def test_retrieval_counts_as_a_sorted_list_does(trained: Path, finished: Path) -
             row.index(texts.index(caption))
             for row, caption in zip(by_image, captions, strict=True)
         ],
-        # Other images of the same text are no mistakes: only strangers before the first count.
+        # Other images of the same text are correct too: only unrelated images before the first
+        # count.
         "text_to_image": [
             next(rank for rank, at in enumerate(row) if captions[at] == text)
             for row, text in zip(by_text, texts, strict=True)

@@ -1,4 +1,4 @@
-"""CLIP in training: losses by hand, a locked tower, shared captions, any devices."""
+"""Training of a CLIP: losses in plain loops, a locked tower, repeated captions, any devices."""
 
 import copy
 import math
@@ -65,7 +65,7 @@ def training(
 def train(
     module: CLIPTraining, examples: TextImageExamples, hardware: Hardware = CPU
 ) -> dict[str, float]:
-    """Train to the last step; what was logged."""
+    """Train to the last step and return the logged metrics."""
     micro, _ = hardware.batches(module.optim)
     streams = Streams(
         examples.batch,
@@ -90,7 +90,7 @@ CAPTIONS = [3, 1, 3, 0, 1, 3, 2]
 
 
 def softmax_by_hand(logits: list[list[float]], captions: list[int]) -> float:
-    """Of each image and of each caption: how far its own stands out among different ones."""
+    """Compute the softmax loss of each image and caption against different captions only."""
     pairs, total = range(len(captions)), 0.0
     for own in pairs:
         compared = [own] + [other for other in pairs if captions[other] != captions[own]]
@@ -101,7 +101,7 @@ def softmax_by_hand(logits: list[list[float]], captions: list[int]) -> float:
 
 
 def sigmoid_by_hand(logits: list[list[float]], captions: list[int]) -> float:
-    """Of each combination of image and caption: is it one?"""
+    """Compute the sigmoid loss of every combination of image and caption."""
     total = 0.0
     for row, image in zip(logits, captions, strict=True):
         for logit, text in zip(row, captions, strict=True):
@@ -131,7 +131,7 @@ def test_with_different_captions_the_softmax_is_clips_own() -> None:
     both = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
     found = softmax_loss(logits, torch.eye(32, dtype=torch.bool))
     torch.testing.assert_close(found, both / 2)
-    # Scattered cosines cost more than the ln 32 of equal ones.
+    # Random cosines cost more than the ln 32 of equal ones.
     assert math.log(32) < found.item() < 6
 
 
@@ -147,7 +147,7 @@ def test_pairs_that_share_a_caption_do_not_push_each_other_away(kind: str) -> No
     logits = torch.randn(7, 7, requires_grad=True)
     CLIP_LOSSES[kind](logits, matches(CAPTIONS)).backward()
     found = logits.grad[matches(CAPTIONS)]
-    # Up is against the gradient; off the diagonal the softmax leaves them alone.
+    # A negative gradient raises the logit; the softmax ignores matches off the diagonal.
     assert (found <= 0).all() and (logits.grad[~matches(CAPTIONS)] > 0).all()
     off = matches(CAPTIONS) & ~torch.eye(7, dtype=torch.bool)
     assert bool((logits.grad[off] == 0).all()) == (kind == "softmax")
@@ -217,7 +217,7 @@ def test_only_a_clip_that_asks_for_a_bias_has_one(tokenizer: Tokenizer) -> None:
 def test_the_scale_of_the_softmax_stays_in_its_bounds(
     split, tokenizer, monkeypatch, kind: str, first: float, sign: int, last: float
 ) -> None:
-    # A loss that wants larger logits, or smaller ones, whatever they are.
+    # A loss that pushes all logits up or down, whatever they are.
     monkeypatch.setitem(CLIP_LOSSES, kind, lambda logits, is_match: -sign * logits.pow(2).mean())
     optim = replace(OPTIM, num_steps=1, learning_rate=0.1)
     model, module = training(tokenizer, optim, kind=kind, initial_scale=first)
@@ -313,7 +313,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
 
 
 class Recorded(CLIPTraining):
-    """Keeps the gradients of the last step, which AdamW would scale away."""
+    """A module that stores the last step's gradients, whose scale AdamW would remove."""
 
     path: Path
 

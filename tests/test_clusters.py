@@ -1,4 +1,4 @@
-"""Pairs of one image are one piece of evidence, and memory follows what a split holds."""
+"""Clustered statistics: pairs of one image count as one cluster; memory scales with the split."""
 
 import json
 import tracemalloc
@@ -31,7 +31,7 @@ SIDE = 8
 
 
 def copied(values: np.ndarray[Any, Any], times: int) -> tuple[np.ndarray[Any, Any], Any]:
-    """Every value ``times`` times in shuffled order, and which one each is."""
+    """Return every value ``times`` times in shuffled order, with the cluster of each."""
     clusters = np.repeat(np.arange(len(values)), times)
     order = np.argsort(np.tile(np.arange(times), len(values)), kind="stable")
     return values[clusters[order]], clusters[order]
@@ -48,7 +48,7 @@ def test_copies_of_values_say_no_more_than_the_values() -> None:
     assert found == pytest.approx(expected)
     found = jackknife_interval(lambda at: sample[at].mean(), 92, clusters=clusters)
     assert found == pytest.approx(jackknife_interval(lambda at: values[at].mean(), 23))
-    # The variance of clusters is divided by one less than they are.
+    # The variance of n clusters has n - 1 degrees of freedom.
     hits = (values > 1).astype(float)
     sample, clusters = copied(hits, 4)
     found, size = mean_interval(sample, seed=0, clusters=clusters), 22
@@ -89,7 +89,8 @@ def test_shares_of_nothing_and_of_all_count_the_clusters() -> None:
     assert members is not None
     for value in (0.0, 1.0):
         assert effective_size(np.full(6, value), members) == 2
-    # Clusters that differ less than chance would make them are worth their examples, no more.
+    # The effective size never exceeds the number of examples, even if clusters vary less than
+    # chance.
     assert effective_size(np.array([0.0, 1, 1, 0, 1, 1]), members) == 6
     with pytest.raises(ValueError, match="clusters must be those of 7 examples, got 6"):
         mean_interval(np.zeros(7), seed=0, clusters=clusters)
@@ -107,7 +108,7 @@ def test_an_interval_stays_within_what_a_share_can_be() -> None:
 
 
 def captioned(folder: Path, captions: list[list[str]]) -> Split:
-    """The training split of a table with these captions of images, one image a list."""
+    """Return the training split of a table; ``captions`` has one list per image."""
     folder.mkdir()
     rows = []
     for at, texts in enumerate(captions):
@@ -128,7 +129,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def context(*, half: int | None = None) -> EvaluationContext:
-    """One without models, which only chooses pairs."""
+    """Return a context without models, which can only choose pairs."""
     return EvaluationContext(
         Capabilities(), TokenSamplingConfig(), TokenSamplingConfig(), 9, 0, eval_fold=half
     )
@@ -182,7 +183,7 @@ def test_one_long_caption_costs_its_own_letters(tmp_path: Path) -> None:
 
 
 class Drawn:
-    """Images that are made when they are asked for."""
+    """A dataset that generates its images on access."""
 
     digest = "drawn"
     number = 300

@@ -1,4 +1,4 @@
-"""Compiled steps: the same shapes at every position, the same tokens as without."""
+"""Compiled decoding steps: the same shapes at every position, the same tokens as uncompiled."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ def test_what_is_read_in_steady_shapes_is_what_the_mask_shows(mask: str, first: 
     assert most <= reads.at.shape[1] < most + KEYS_AT_ONCE
     for row, at, seen in zip(rows, reads.at, reads.mask, strict=True):
         assert sorted(at[seen].tolist()) == row.nonzero().flatten().tolist()
-        # Nothing is read that is not there yet.
+        # Keys that do not exist yet are not read.
         assert bool(row[at].all())
 
 
@@ -66,7 +66,7 @@ def test_what_no_position_or_every_position_sees_is_not_gathered() -> None:
 def test_steady_steps_are_the_plain_steps(
     samples: int, sees_left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not compiled: hidden states of every position, on every mask at once."""
+    """Static steps without compilation give the same hidden states, at every position and mask."""
     monkeypatch.setattr(decoder_module, "compiled", lambda function: function)
     plain, steady = (decoder(*MASKS, right_attends_left=sees_left) for _ in range(2))
     steady.has_compiled_layers = True
@@ -90,12 +90,12 @@ def test_compiled_steps_are_nearly_those_of_the_decoder(weights: str, samples: i
 
 
 def hidden_of(model: MaskedDecoder, left: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """What the head reads at each of some tokens, drawn one after the other."""
+    """Return the hidden states at the given tokens, decoded one after the other."""
     cache = model.new_cache(len(left), num_positions=left.shape[1])
     with torch.inference_mode():
         model.hidden(left, cache)
         cache = cache.repeat(len(tokens) // len(left), num_positions=tokens.shape[1])
-        # What is not there yet must not be read.
+        # Positions that do not exist yet must not be read.
         cache.own.fill_(torch.nan)
         return torch.cat([model.hidden(token, cache) for token in tokens.split(1, dim=1)], dim=1)
 
@@ -105,17 +105,17 @@ def hidden_of(model: MaskedDecoder, left: torch.Tensor, tokens: torch.Tensor) ->
 def test_compiled_and_plain_steps_draw_the_same_images_and_texts(
     weights: str, samples: int
 ) -> None:
-    """Guided images, and texts some of which end before others; rounding changes no draw."""
+    """Rounding changes no token, for guided images and for texts of different lengths."""
     torch._dynamo.reset()
     drawn, seeds = [], range(samples)
-    # A single row of 8 or 16 bits is multiplied with otherwise rounded numbers.
+    # A product with a single row of 8 or 16 bits rounds its numbers differently.
     is_same = samples > 1 or weights == "float32"
     config = GUIDED if samples > 1 else PLAIN if is_same else GREEDY
     for is_compiled in (False, True):
-        # Seed 277 has the widest gap between the two largest logits of 300 seeds.
+        # Seed 277 has the widest gap between the two largest logits among 300 seeds.
         model = decoder("row", seed=277)
         with torch.no_grad():
-            # A model that is sure of what it says.
+            # Large logits make the model confident.
             model.to_logits.weight.mul_(20)
         prepack(model, weights=weights, num_rows=2 * samples - 1, is_compiled=is_compiled)
         image = generate_image(

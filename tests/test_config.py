@@ -1,4 +1,4 @@
-"""Experiment files: what they expand to, and one line for each of a hundred mistakes."""
+"""Experiment files: how they expand, and one-line messages for a hundred errors."""
 
 import copy
 import json
@@ -171,7 +171,7 @@ FITTING |= {
 
 
 def mutations() -> list[tuple[str, Any]]:
-    """A hundred files, each wrong in one place, with a word that its message must hold."""
+    """Return a hundred files with one error each, and a word that the message must contain."""
     rng = random.Random(0)
     leaves = leaf_paths(to_plain(RunConfig(**FITTING)))
     leaves = [
@@ -179,7 +179,7 @@ def mutations() -> list[tuple[str, Any]]:
     ]
     found: list[tuple[str, Any]] = []
     for path, value in leaves:
-        # A list is no number, and neither is it text, a switch or null.
+        # A list is not a number, a text, a switch or null.
         wrong = {"a": 1} if isinstance(value, list) else [[]]
         found.append((path, changed({"settings": {path: wrong}})))
     for path, _ in rng.sample(leaves, 30):
@@ -206,7 +206,7 @@ def leaf_paths(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def changed(change: dict[str, Any]) -> dict[str, Any]:
-    """A good file with one change; changed settings replace the others."""
+    """Return a valid file with one change; changed settings replace all others."""
     content = copy.deepcopy(GOOD)
     content.pop("grid")
     if isinstance(change.get("settings"), dict):

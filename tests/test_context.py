@@ -1,4 +1,4 @@
-"""Which pairs are asked about: halves that share none, and as many emoji of each group."""
+"""Selection of evaluated pairs: disjoint halves, and equally many emoji per group."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SAMPLING = TokenSamplingConfig()
 
 
 class Copyist(EvaluationContext):
-    """Draws of every second caption the real image, of the others that of the next."""
+    """A context that generates the real image for every second caption, else the next image."""
 
     def generated_images(self, split: Split, indices: list[int]) -> Tensor:
         shown = [index if index % 2 else (index + 1) % len(split) for index in indices]
@@ -29,7 +29,7 @@ class Copyist(EvaluationContext):
 def context(
     kind: type[EvaluationContext], number: int, *, seed: int, half: int | None = None
 ) -> EvaluationContext:
-    """One without models: which pairs are chosen needs none."""
+    """Return a context without models, because choosing pairs needs none."""
     return kind(Capabilities(), SAMPLING, SAMPLING, number, seed, eval_fold=half)
 
 
@@ -66,7 +66,7 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
     names = {record.group for record in emoji.records}
     found = {score.metric.rpartition("_")[2]: score for score in scores}
     assert set(found) == {name.lower().split()[0] for name in names}
-    # The oracle: distances by numpy, one emoji after the other.
+    # The oracle computes distances with numpy, one emoji at a time.
     keys, gallery = emoji_images(12)
     flat = gallery.reshape(len(keys), -1).astype(np.float64)
     order = context(EvaluationContext, 1, seed=2).order(split)

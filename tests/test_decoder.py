@@ -1,4 +1,4 @@
-"""The decoder: equal to the reference, causal, and the same with a cache as without."""
+"""The decoder: equal to the reference, causal, and unchanged by the cache."""
 
 from dataclasses import replace
 
@@ -106,7 +106,7 @@ def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
     config = replace(SMALL, layer_masks=pattern, right_attends_left=right_attends_left)
     model = small_decoder(config)
     tokens = random_tokens(6)
-    # Samples of a prompt have its beginning in common.
+    # All samples of a prompt start with the same tokens.
     tokens[:, :given] = tokens[::3, :given].repeat_interleave(3, dim=0)
     with torch.no_grad():
         prompts = model.new_cache(2, num_positions=given)
@@ -172,7 +172,7 @@ def test_a_step_reads_what_its_mask_needs_and_little_more(mask: str) -> None:
     layout = SequenceLayout(left_text_length=5, image_tokens_per_dim=8, right_text_length=3)
     table = mask_table(parse_mask(mask), layout)
     for position in range(5, layout.length):
-        # What a prompt's samples share is read apart, as the sampler does.
+        # Keys of the prompt are read separately from a sample's own, as in sampling.
         row = table[position : position + 1, 5 : position + 1]
         read = select_keys(row)
         numbers = torch.arange(position - 4)[read.at]
@@ -222,7 +222,7 @@ def test_pb_relax_survives_scores_that_overflow_float16() -> None:
 @pytest.mark.parametrize("maximum", MAXIMA)
 @pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
 def test_pb_relax_is_exact_in_float32(maximum: str, scale: float) -> None:
-    """The shares are those of the plain softmax, also of scores that float16 cannot hold."""
+    """The probabilities equal those of a plain softmax, even for scores beyond float16."""
     scores = scale * torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
     scores[1, 2, 4:] = -torch.inf
     found = apply_pb_relax(scores / PB_RELAX_SCALE, maximum).softmax(-1)
@@ -230,7 +230,7 @@ def test_pb_relax_is_exact_in_float32(maximum: str, scale: float) -> None:
 
 
 def test_float16_keeps_a_row_far_below_the_greatest_score_by_its_own_maximum() -> None:
-    """By the maximum of the whole matrix its scores are thousands, eight apart in float16."""
+    """Relative to the matrix maximum, its scores are thousands, eight apart in float16."""
     scores = torch.tensor([[[9000.0, 0.0], [1.0, 3.0]]])
     small = (scores / PB_RELAX_SCALE).half()
     expected = scores.softmax(-1)
@@ -278,7 +278,7 @@ def test_embeddings_that_start_from_codes_are_as_far_apart_as_the_codes() -> Non
     torch.manual_seed(0)
     model = MaskedDecoder(DecoderConfig(1, 48, 3, token_init_std=0.7), layout, vocabulary)
     plain = {name: value.clone() for name, value in model.state_dict().items()}
-    # One dimension is a hundred times as wide as another, one has but one value.
+    # One dimension is a hundred times wider than the others, and one is constant.
     codes = torch.randn(codebook_size, 6) * torch.tensor([100, 1, 1, 1, 1, 0])
     model.init_from_codebook(codes)
     found = model.image_embedding.weight.detach()

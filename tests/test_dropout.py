@@ -1,4 +1,4 @@
-"""Dropout: the share, the scale, the gradient, the seed."""
+"""Dropout: the fraction, the scale, the gradient and the seed."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ def test_the_share_falls_and_the_mean_stays(share: float, dtype: torch.dtype) ->
     assert found.dtype == dtype and set(found.unique().tolist()) == {0.0, kept.item()}
     torch.manual_seed(0)
     expected = (F.dropout(x, share) == 0).float().mean()
-    # Both are means of 300,000 draws.
+    # Both are means over 300,000 random numbers.
     assert abs((found == 0).float().mean() - expected) < 0.005
-    # Neighbours fall independently, though one draw decides for four.
+    # Neighbours drop independently, although one random number decides for four.
     pairs = (found == 0).flatten()[:300_000].view(-1, 2).all(1).float().mean()
     assert abs(pairs - share**2) < 0.006
 

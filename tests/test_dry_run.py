@@ -1,6 +1,6 @@
-"""Random flags, settings and experiment files through ``run --dry-run``.
+"""Random flags, settings and experiment files passed to ``run --dry-run``.
 
-Each is accepted or refused in one line with exit code 2, and never ends in a traceback.
+Each is accepted, or refused in one line with exit code 2. No case ends in a traceback.
 ``FUZZ_CASES`` is the number of cases of each kind.
 """
 
@@ -48,7 +48,7 @@ WORDS = (
 
 
 def values() -> list[Any]:
-    """Return values of every kind that a file can hold."""
+    """Return values of every kind that a file can contain."""
     return [
         *(0, 1, -1, 2, 10**30, 0.5, -0.5, 1e300, True, None, "", "a", "ё\t", [], {}, [0], ["a"]),
         *(
@@ -66,7 +66,7 @@ def values() -> list[Any]:
 
 
 def near(value: Any, rng: random.Random) -> Any:
-    """Return a value of the same kind that may be as legal."""
+    """Return a similar value of the same kind, which may be valid."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -79,11 +79,11 @@ def near(value: Any, rng: random.Random) -> Any:
 
 
 def outcome(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return whether a dry run accepts or refuses; a refusal is one line."""
+    """Return whether a dry run accepts or refuses; a refusal prints one line."""
     try:
         code = main(["run", "--dry-run", *arguments])
     except SystemExit as stopped:
-        # Argparse refuses what is no number by itself, after its usage.
+        # Argparse itself refuses what is not a number, after printing its usage.
         assert stopped.code == 2, arguments
         assert "error: " in capsys.readouterr().err.splitlines()[-1]
         return "refused"
@@ -106,7 +106,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_any_flags_are_accepted_or_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Only compiling shows whether there is a compiler, and it takes seconds.
+    # Only a compilation shows whether a compiler exists, and it takes seconds.
     monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
     rng, found = random.Random(1), Counter[str]()
     for _ in range(CASES):
@@ -146,7 +146,7 @@ def test_any_settings_are_accepted_or_refused_in_one_line(
 
 
 def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the places of a tree of mappings and lists."""
+    """Return the paths of all nodes in a tree of mappings and lists."""
     found = [path] if path else []
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in inner:
@@ -156,7 +156,7 @@ def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(tree: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Return a copy with one place replaced, misspelt, taken out, wrapped or given twice."""
+    """Return a copy with one node replaced, misspelt, removed, wrapped or duplicated."""
     tree = copy.deepcopy(tree)
     *parents, key = rng.choice(nodes(tree))
     holder: Any = tree
@@ -185,7 +185,7 @@ def changed(tree: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def garbled(text: str, rng: random.Random) -> bytes:
-    """Return a text with some of its bytes changed, as a hand or a disk would."""
+    """Return a text with some bytes changed, as by a typing error or a disk error."""
     data = text.encode()
     for _ in range(rng.choice([1, 1, 2])):
         at = rng.randrange(len(data) + 1)

@@ -1,4 +1,4 @@
-"""The emoji set: its splits, its images, and the builder on a font that every machine has."""
+"""The emoji dataset: splits, images, and the builder with a font that every machine has."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -24,13 +24,13 @@ from rudolph.data.datasets.emoji import (
 )
 from rudolph.data.pairs import SPLITS
 
-# Letters need no raqm, and not every machine has the fribidi that it needs.
+# Letters do not need raqm, and some machines lack the fribidi that it requires.
 pytestmark = pytest.mark.filterwarnings("ignore:Raqm layout was requested")
 
 Sources = dict[str, Any]
 RECORDS = read_records(SHIPPED)
 SPLIT_OF = assign_splits(RECORDS)
-# Monochrome, but like a colour font it makes one image of "e" and an acute accent.
+# Monochrome, but like a colour font it merges "e" and an acute accent into one glyph.
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 EMOJI_TEST = """\
@@ -176,7 +176,7 @@ def test_the_shipped_images_are_all_different_and_none_is_blank() -> None:
     assert keys == [record.key for record in RECORDS]
     tiles = {record.tile: image.tobytes() for record, image in zip(RECORDS, images, strict=True)}
     assert len(set(tiles.values())) == len(tiles)
-    # The smallest, two small squares, still cover some of the 64 x 64 pixels.
+    # Even the smallest emoji, two small squares, covers some of the 64 x 64 pixels.
     assert ((images < 250).any(axis=3).sum(axis=(1, 2)) > 50).all()
 
 
@@ -276,7 +276,7 @@ def test_the_builder_takes_what_is_one_named_glyph_and_reports_the_rest(
         emoji_builder.MISSING: ("1f9cc",),
     }
     records = read_records(tmp_path / "built")
-    # Latin and Cyrillic A are one image, and so one tile.
+    # Latin and Cyrillic A have the same image, so they get one tile.
     assert [(record.key, record.tile) for record in records] == [
         ("41", 0),
         ("65-301", 1),

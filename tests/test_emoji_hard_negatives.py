@@ -1,4 +1,4 @@
-"""Which emoji are easily taken for another, and the classes that they fall into."""
+"""Hard negatives among emoji, and the classes of emoji."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Questions about emoji, whose answers are derived here once more."""
+"""Questions about emoji, whose answers are derived here independently."""
 
 import csv
 import re
@@ -89,13 +89,13 @@ def test_names_are_those_of_the_emoji_without_its_tones() -> None:
     questions = of_family("name")
     for question in questions:
         name = " ".join(TONE.sub("", ROWS[question.record.key]["name"]).split())
-        # An untoned couple of adults is named by what they do alone.
+        # The name of an untoned couple of adults is their activity alone.
         plain = name.removesuffix(":").removesuffix(": взрослый взрослый")
         if plain.startswith("флаг: "):
             assert (question.text, question.answer) == ("чей это флаг?", plain[len("флаг: ") :])
         else:
             assert (question.text, question.answer) == ("что на картинке?", plain)
-    # All but those that share an image with an emoji of another name.
+    # All emoji but those that share an image with an emoji of another name.
     named = {question.record.key for question in questions}
     assert len(RECORDS) - len(named) < 22
     shared = Counter(record.tile for record in RECORDS)

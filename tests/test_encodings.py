@@ -1,4 +1,4 @@
-"""Files are UTF-8 and texts survive, whatever the locale of the shell."""
+"""Files are UTF-8 and texts are preserved, whatever the locale of the shell."""
 
 import os
 import subprocess
@@ -15,12 +15,12 @@ from rudolph.sequence.texts import decode_argument
 
 ROOT = Path(rudolph.__file__).parents[1]
 PROMPT = "красный круг"
-# Python otherwise takes UTF-8 for a locale that has no letters but ASCII.
+# Without these variables Python switches an ASCII locale to UTF-8.
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
 def call(folder: Path, *arguments: str) -> None:
-    """Run the program with an ASCII locale; it must not fail."""
+    """Run the program with an ASCII locale and require success."""
     environment = (
         os.environ
         | ASCII
@@ -66,6 +66,6 @@ def test_an_argument_is_read_from_the_bytes_that_were_typed(
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
     given = PROMPT.encode().decode(encoding, "surrogateescape")
     assert decode_argument(given) == PROMPT
-    # Bytes that are no UTF-8 stay what Python made of them, and are refused later.
+    # Invalid UTF-8 bytes keep Python's surrogates and are refused later.
     broken = b"\xea\xf0\xf3\xe3".decode(encoding, "surrogateescape")
     assert decode_argument(broken) == broken

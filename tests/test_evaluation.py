@@ -1,4 +1,4 @@
-"""Numbers and their intervals: worked by hand, against brute force, and by their coverage."""
+"""Estimates and intervals: computed by hand, by brute force, and tested for coverage."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_token_f1_worked_by_hand(prediction: str, truth: str, expected: float) -
 def test_ranks_are_those_of_a_sorted_list_of_distances() -> None:
     torch.manual_seed(0)
     gallery, images = torch.rand(30, 3, 4, 4), torch.rand(9, 3, 4, 4)
-    gallery[7] = gallery[3]  # two equal images share a rank
+    gallery[7] = gallery[3]  # two equal images have the same rank
     own = torch.arange(9)
     found = nearest_ranks(images, gallery, own)
     for image, at, rank in zip(images, own.tolist(), found.tolist(), strict=True):

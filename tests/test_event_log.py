@@ -1,4 +1,4 @@
-"""A journal keeps what was written to it, through crashes and from many threads."""
+"""The event log keeps every record through crashes and with many threads."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Streams of examples: the same whatever the batches, workers and machines."""
+"""Streams of examples: identical for any batches, workers and machines."""
 
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,7 @@ def tokenizer(split: Split) -> Tokenizer:
 
 
 def examples_of(split: Split, tokenizer: Tokenizer, redraw=None, **changes) -> TokenExamples:
-    """Examples of all rows of the mixture, with random image indices."""
+    """Return the examples of all rows of the mixture, with random image indices."""
     config = replace(CONFIG, **changes)
     indices = np.random.default_rng(0).integers(7, size=(13, 4))
     sources = []
@@ -73,7 +73,7 @@ def test_a_split_holds_the_pairs_of_its_dataset_and_reads_them_back(split: Split
 def test_an_example_reads_one_of_the_drawn_sets_of_codes(
     split: Split, tokenizer: Tokenizer, examples: TokenExamples
 ) -> None:
-    """Each set is read, always the same one by an example."""
+    """Every set is used, and each example always uses the same one."""
     sets = np.arange(3)[None, :, None] + np.zeros((13, 3, 4), dtype=int)
     sources = [each._replace(indices=sets) for each in examples.sources]
     options = {"layout": LAYOUT, "vocabulary": VOCABULARY, "num_examples": 6000, "seed": 3}
@@ -126,7 +126,7 @@ def test_noise_replaces_a_share_of_the_image_tokens_that_falls_to_none(
     assert torch.equal(batch.inputs[:, 34:], batch.tokens[:, 34:])
     assert torch.equal(batch.inputs[~is_drawn], batch.tokens[~is_drawn])
     changed = (batch.inputs != batch.tokens)[is_drawn][:, image].double().mean().item()
-    # A random code is the right one for one of seven.
+    # One in seven random codes equals the original.
     assert changed == pytest.approx(share * 6 / 7, abs=0.03)
     assert torch.equal(examples.whole(range(8)).inputs, examples.whole(range(8)).tokens)
 
@@ -197,7 +197,7 @@ MIXED = {
 
 @pytest.fixture(scope="module")
 def mixed(split: Split, tokenizer: Tokenizer) -> TokenExamples:
-    """Two tasks of scenes and one of sums, which have no image."""
+    """Return two tasks of scenes and one of sums, which have no image."""
     config = replace(CONFIG, tasks=MIXED, arithmetic=ArithmeticConfig(num_train=5))
     sums = Split(config, "train", split.cache, dataset="arithmetic")
     indices = np.random.default_rng(0).integers(1, 7, size=(13, 4))

@@ -1,4 +1,4 @@
-"""Hardware flags: what each means, what is refused in one line, and in a dry run too."""
+"""Hardware flags: their meaning, and one-line refusals, also in a dry run."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ FLOAT32 = frozenset({torch.float32})
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch say that the machine has four GPUs."""
+    """Make torch report four GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
@@ -36,7 +36,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def told(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
-    """Return what ``run --dry-run`` writes to standard error, once its exit code is right."""
+    """Return what ``run --dry-run`` prints to standard error, after checking its exit code."""
     found = main(["run", *arguments, "--dry-run"])
     error = capsys.readouterr().err
     assert found == code, error
@@ -59,7 +59,7 @@ def told(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
 def test_devices_are_counted_as_lightning_counts_them(
     four_gpus: None, given: int | str, number: int, indices: tuple[int, ...]
 ) -> None:
-    # A copy with another flag keeps them.
+    # A copy with another flag keeps the devices.
     hardware = dataclasses.replace(Hardware(devices=given), num_nodes=2)
     assert (hardware.num_devices, hardware.world) == (number, 2 * number)
     assert hardware.device_indices == indices

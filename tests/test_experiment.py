@@ -1,4 +1,4 @@
-"""A whole run at the smallest size: resumed, skipped, exported, sampled from, tracked."""
+"""A whole run at the smallest size: resumed, skipped, exported, sampled from and tracked."""
 
 import json
 import signal
@@ -38,7 +38,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Every metric of a run by step, the later value where a step was done twice."""
+    """Return every metric of a run by step; a repeated step keeps the later value."""
     found: dict[str, dict[int, float]] = {}
     for _, record in read_event_log(folder / "journal.jsonl"):
         for name, value in record.get("metrics", {}).items():
@@ -89,8 +89,8 @@ def test_the_same_run_again_gives_the_same_weights_and_numbers(
 
 def test_micro_batches_and_workers_change_no_step(finished: Path, tmp_path: Path) -> None:
     again = run_tiny(tmp_path, micro_batch_size=2, num_workers=1)
-    # Segments are means over what a micro-batch scores, and the codebook follows each of them, so
-    # the numbers are not the same; but a step is a step of the whole batch.
+    # Segment losses are means per micro-batch, and the codebook follows each micro-batch. So the
+    # values differ, but the number of steps does not.
     for name in ("vqgan/val/psnr", "decoder/val/loss"):
         assert curves(again)[name].keys() == curves(finished)[name].keys() == {4, 8}
 
@@ -162,13 +162,13 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "tiny" / "runs.csv").is_file()
     found = curves(summaries[0].parent)
     assert sorted(found["decoder/val/loss"]) == [4, 8]
-    # Each process saw a part of the examples, and of the tasks; the loss is that of them all.
+    # Each process evaluates a part of the examples and tasks, but the loss covers all of them.
     for name, loss in validation_losses(summaries[0].parent).items():
         assert found[f"decoder/val/loss/{name}"][8] == pytest.approx(loss, rel=1e-4)
 
 
 def validation_losses(folder: Path) -> dict[str, float]:
-    """The losses of a finished run on its whole validation split at once."""
+    """Compute the losses of a finished run on its whole validation split in one batch."""
     pipeline, config = load_run(folder)
     splits = Splits(config.data, folder.parent.parent / ".cache")
     parts = Parts(

@@ -1,4 +1,4 @@
-"""The experiment files that come with the repository: each loads, draws and trains two steps."""
+"""The experiment files of the repository: each loads, samples and trains two steps."""
 
 import math
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_filters_of_its_runs_leave_something_to_draw(experiment: Experiment) -> 
 
 
 def batch_of(config: RunConfig) -> TokenBatch:
-    """Random tokens, as examples of every row of the mixture."""
+    """Return random tokens as examples of every row of the mixture."""
     layout, vocabulary = config.sequence_layout, config.vocabulary
     generator = torch.Generator().manual_seed(1)
     rows = range(BATCH * len(config.data.mixture))

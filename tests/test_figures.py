@@ -1,4 +1,4 @@
-"""Figures are the same bytes at each drawing and show what their numbers say."""
+"""Figures: identical bytes at each drawing, and plots that match their numbers."""
 
 import itertools
 import re
@@ -59,7 +59,7 @@ BEST_OF = pd.concat(
 )
 REGIONS = CARD.assign(setting=LOSS, low=[0.2, 2], high=[0.5, 9], least=0.1, greatest=10, log=True)
 EFFECTS = CARD.assign(metric=LOSS, than="col", p_value=0.01, at_least=0.1)
-# What each kind is drawn from and along which column, where it is not the runs.
+# Data and x-axis column of each kind of figure that is not drawn from the runs.
 FRAMES = {
     "curves": (CURVES, "step"),
     "card": (CARD, "score"),
@@ -80,7 +80,7 @@ def draw(kind: str, path: Path) -> bytes:
 
 
 def texts(path: Path) -> list[str]:
-    """What an SVG of matplotlib says: it notes each text beside its glyphs."""
+    """Return the texts in an SVG: matplotlib adds each as a comment next to its glyphs."""
     return re.findall(r"<!-- (.*?) -->", path.read_text("utf-8"))
 
 
@@ -200,7 +200,7 @@ def test_a_sample_grid_keeps_every_pixel(tmp_path: Path) -> None:
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     enlarged = np.kron(IMAGES[1], np.ones((8, 8, 1), np.uint8))
     assert (sheet[8 : 8 + 128, 144 : 144 + 128] == enlarged).all()
-    # Under the first image there is text, under the empty caption there is none.
+    # The first image has text below it, the empty caption has none.
     second_row = sheet.shape[0] // 2 + 4
     assert (sheet[140 : second_row - 4, 8:136] < 128).any()
     assert (sheet[second_row + 132 :, 8:136] == 255).all()

@@ -1,4 +1,4 @@
-"""A run that starts from weights: another run's, an MLflow run's, a folder's."""
+"""A run that starts from trained weights: another run, an MLflow run or a folder."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def parts_of(folder: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
 def test_tokenizer_and_vqgan_are_those_of_the_weights(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other data would give other ones, had they been trained."""
+    """The data differs, so training would have produced other ones."""
     settings = ("optim.ema_decay=null", "data.shapes.seed=5", "seed=5")
     folder = run_tiny(tmp_path, (f"model.init={finished}", *settings))
     (bpe, vqgan), (own_bpe, own_vqgan) = parts_of(finished), parts_of(folder)
@@ -127,7 +127,7 @@ def test_tokenizer_and_vqgan_are_those_of_the_weights(
     assert not list(tmp_path.glob("runs/.cache/vqgan-*"))
     assert not list(tmp_path.glob("runs/.cache/tokenizer-*"))
     assert "differs from" not in caplog.text
-    # All three named is the same run.
+    # Naming all three sources gives the same run.
     path = write(tmp_path)
     first, second = (
         load_experiment(path, given).runs[0].config

@@ -1,4 +1,4 @@
-"""The six tasks of Fusion Brain: told apart as far as they can be, and made into pairs."""
+"""The six tasks of Fusion Brain: how they are identified, and converted to pairs."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def said(action: Callable[[], object]) -> str:
-    """The one line of a ``ValueError``."""
+    """Return the one-line message of the ``ValueError`` that ``action`` raises."""
     with pytest.raises(ValueError) as error:
         action()
     assert "\n" not in str(error.value)
@@ -40,7 +40,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def make(folder: Path, task: str, number: int = 120) -> FusionBrainConfig:
-    """Questions of a task with different contents, and images where it has any."""
+    """Write questions of a task with different contents, and images if the task has any."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for at in range(number):
@@ -149,7 +149,7 @@ def test_the_splits_share_out_all_questions_by_content(tmp_path: Path, task: str
     parts = {split: {pair.key for pair in pairs_of(config, split)} for split in SPLITS}
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 400
     for split, share in zip(SPLITS, (0.90, 0.05, 0.05), strict=True):
-        # Four standard deviations of a binomial share.
+        # Four standard deviations of a binomial fraction.
         assert abs(len(parts[split]) / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5
     records = read_tasks(config.questions, config.answers)
     renamed = [replace(record, id=f"новый {record.id}") for record in records[::-1]]

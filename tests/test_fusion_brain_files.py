@@ -1,4 +1,4 @@
-"""The files of Fusion Brain: read, written, and broken in every way."""
+"""The files of Fusion Brain: read, written, and damaged in every way."""
 
 import json
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def write_files(folder: Path, asked: Any = ASKED, told: Any = TOLD) -> tuple[Pat
 
 
 def said(action: Callable[[], object]) -> str:
-    """The one line of a ``ValueError``."""
+    """Return the one-line message of the ``ValueError`` that ``action`` raises."""
     with pytest.raises(ValueError) as error:
         action()
     assert "\n" not in str(error.value)
@@ -94,7 +94,7 @@ def test_only_the_first_part_of_each_type_answers(tmp_path: Path) -> None:
 
 names = st.text(st.characters(codec="utf-8"), max_size=8)
 paths = names.filter(str.strip)
-# Texts are cleaned when they are read.
+# Texts are cleaned on reading.
 texts = names.map(clean_text)
 answers = st.tuples(
     st.lists(texts, max_size=3).map(tuple), st.lists(paths, max_size=3).map(tuple)

@@ -1,4 +1,4 @@
-"""The scores of Fusion Brain Challenge 2, worked by hand with and without each quirk."""
+"""The scores of Fusion Brain Challenge 2, computed by hand with and without each quirk."""
 
 import json
 from dataclasses import fields, replace
@@ -77,7 +77,7 @@ def test_the_letter_of_an_answer_gets_a_second_try() -> None:
     said = "это ответ b"
     assert one(text_qa_scores, said, ["b"]) == 1
     assert one(text_qa_scores, said, ["b"], quirks=plain) == pytest.approx(1 / 2)
-    # The second try counts even where it is worse; letters are searched before lower case.
+    # The second attempt counts even if it is worse; letters are matched before lower-casing.
     assert one(text_qa_scores, "кот c e x", ["кот"]) == 0
     assert one(text_qa_scores, "кот C E X", ["кот"]) == pytest.approx(2 / 5)
     assert one(math_qa_scores, "ответ d", ["d"]) == 1
@@ -121,7 +121,7 @@ def test_an_answer_about_a_image(answer: str, truth: str, expected: float) -> No
 
 
 def test_meteor_of_an_answer_pays_no_regard_to_order() -> None:
-    # Two of three words and two of two: 10 P R / (R + 9 P).
+    # Two of three words match two of two: 10 P R / (R + 9 P).
     expected = 10 * (2 / 3) / (1 + 9 * (2 / 3))
     for quirks in (CHALLENGE, PLAIN_RULES):
         found = one(visual_qa_scores, "стол и кот", ["кот стол"], quirks=quirks)
@@ -131,7 +131,7 @@ def test_meteor_of_an_answer_pays_no_regard_to_order() -> None:
 def test_an_answer_of_several_words_is_lemmatised_as_one() -> None:
     answer, truth = "красной собаки", ["красная собака"]
     whole = replace(PLAIN_RULES, lemmatised_as_one_word=True, english_stems=True)
-    # The last word alone becomes its lemma.
+    # Only the last word is lemmatised.
     assert one(visual_qa_scores, answer, truth, quirks=whole) == pytest.approx(1 / 2)
     by_words = replace(whole, lemmatised_as_one_word=False)
     assert one(visual_qa_scores, answer, truth, quirks=by_words) == pytest.approx(1)
@@ -165,7 +165,7 @@ def test_missing_answers_about_images_are_left_out() -> None:
 def test_a_caption_is_half_meteor_half_cosine() -> None:
     truths = {"0": ["рыжий кот ест рыбу", "кот"]}
     captions, cosines = {"0": "Рыжие коты, рыбу ест."}, {"0": 0.3}
-    # All four words are found, in three chunks.
+    # All four words match, in three chunks.
     expected = (1 - 0.5 * (3 / 4) ** 3 + 0.3) / 2
     assert captioning_scores(captions, truths, cosines) == pytest.approx([expected])
     plain = without("captions_penalised_for_order")

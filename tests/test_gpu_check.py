@@ -1,4 +1,4 @@
-"""The GPU check: runs on a bare machine, skips what is finished, survives what fails."""
+"""The GPU check: it runs on a bare machine, skips finished parts and survives failures."""
 
 import csv
 import importlib.util
@@ -28,12 +28,12 @@ from rudolph.gpu_check.timing import peak_bfloat16
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-# What pyproject.toml asks for and a lent machine lacks.
+# Dependencies in pyproject.toml that a lent machine lacks.
 MISSING = (
     "mlflow youtokentome pydantic pydantic_core scipy sklearn optuna matplotlib seaborn rich "
     "huggingface_hub httpx2 pymorphy3 nltk rapidfuzz pyarrow bitsandbytes transformers"
 )
-# Put on the path of a new interpreter, it hides packages from ``import`` and from their metadata.
+# As sitecustomize.py it hides packages and their metadata from a new interpreter.
 BARE = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -57,7 +57,7 @@ sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.m
 
 
 def call(folder: Path, *arguments: str, bare: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the command from the repository, with packages hidden where ``bare``."""
+    """Run the command from the repository; ``bare`` hides packages."""
     (folder / "site").mkdir(exist_ok=True)
     if bare:
         (folder / "site" / "sitecustomize.py").write_text(BARE)
@@ -87,7 +87,7 @@ def test_all_parts_run_on_a_bare_machine_and_finished_ones_are_skipped(tmp_path:
     assert {row["status"] for row in rows} == {OK, "needs CUDA"}
     measured = [row for row in rows if row["status"] == OK]
     assert all(math.isfinite(float(row["value"])) for row in measured)
-    # Nothing of 8-bit Adam works without CUDA; every other part protocols something.
+    # 8-bit Adam needs CUDA; every other part measures something on the CPU too.
     assert {row["part"] for row in measured} == set(PLAN) - {"adam8bit"}
     assert {row["part"] for row in rows} == set(PLAN)
     lines = first.stdout.splitlines()
@@ -117,7 +117,7 @@ def test_the_bare_machine_of_the_test_lacks_what_it_should(tmp_path: Path) -> No
     assert importlib.util.find_spec("pydantic") is not None
 
 
-# A worker whose parts go wrong in every way; it says in which order they were begun.
+# A worker whose parts fail in every way and report the order of their starts.
 BROKEN = """
 import os, sys, time
 from rudolph.gpu_check.rows import Case, Row, UnavailableError
@@ -355,7 +355,7 @@ def test_a_wrong_mask_is_an_error_far_above_the_tolerance() -> None:
 
 
 def test_the_gradient_that_is_compared_is_not_rounding() -> None:
-    """Twice the loss has twice the gradient, in float32 and nearly in bfloat16."""
+    """A second backward pass doubles the gradient; bfloat16 gives nearly the same one."""
     sizes = smoke_sizes()
     tokens = sizes.checked.tokens(4, CPU)
     models = [sizes.checked.model(CPU).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -380,7 +380,7 @@ def test_make_takes_the_environment_or_the_machines_python(
         (tmp_path / ".venv" / "bin" / "python").touch()
     arguments = ["-n", "-f", str(ROOT / "Makefile"), "gpu-check", "GPU_FLAGS=--parts golden"]
     command = ["make", *arguments, *([f"VENV={venv}"] if venv else [])]
-    # `make test` starts the tests with variables of its own, which change what make prints.
+    # `make test` sets variables of its own, which change what make prints.
     own = ("VENV", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     run = subprocess.run(

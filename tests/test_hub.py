@@ -1,4 +1,4 @@
-"""A file of the hub arrives whole, goes on where it stopped, and what fails says what to do."""
+"""Downloads from a hub: complete files, resumed transfers, and errors that name the remedy."""
 
 import errno
 import hashlib
@@ -22,11 +22,11 @@ from rudolph.checkpoints.hub import MAX_IDLE_CONNECTIONS, FetchedFile, fetch
 ROOT = Path(__file__).parent.parent
 REPO = "ai/model"
 LARGE, SMALL = "weights/pytorch_model.bin", "config.json"
-# Several chunks and a rest.
+# Several whole chunks and a partial one.
 WEIGHTS = np.random.default_rng(0).bytes(3 * hub_module.CHUNK_BYTES + 123_457)
 CONFIG = b'{"family": "decoder"}\n'
 CUT = hub_module.CHUNK_BYTES + 54_321
-# One whole chunk of what came before the cut was written.
+# One whole chunk was written before the cut.
 RESUMED = f"bytes={hub_module.CHUNK_BYTES}-"
 
 FETCH = """
@@ -43,7 +43,7 @@ except ValueError as error:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub with one repository, which this process asks."""
+    """Yield a hub with one repository, which this process uses."""
     monkeypatch.setattr(hub_module, "SECONDS_BETWEEN_CONNECTIONS", 0.0)
     with HubServer() as server:
         server.stand_in(monkeypatch, home=tmp_path / "home")
@@ -53,7 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 
 def complaint(folder: Path, *, repo: str = REPO, file: str = LARGE) -> str:
-    """The one line that a failing fetch says."""
+    """Return the one-line message of a failing fetch."""
     with pytest.raises(ValueError) as caught:
         fetch(repo, file, folder)
     text = str(caught.value)
@@ -63,7 +63,7 @@ def complaint(folder: Path, *, repo: str = REPO, file: str = LARGE) -> str:
 
 
 def fetch_in_process(hub: HubServer, folder: Path, file: str = LARGE, **settings: str) -> Any:
-    """What a fresh interpreter, all warnings errors, fetches or complains; nothing on stderr."""
+    """Fetch in a fresh interpreter that must print no warning; return its result or message."""
     command = [sys.executable, "-W", "error", "-c", FETCH, REPO, file, str(folder)]
     environment = hub.environment(folder.parent / "home", **settings)
     run = subprocess.run(
@@ -81,7 +81,7 @@ def interrupt(done: int, total: int) -> None:
     raise KeyboardInterrupt
 
 
-# A file arrives.
+# Successful downloads.
 
 
 @pytest.mark.parametrize(("file", "content"), [(LARGE, WEIGHTS), (SMALL, CONFIG)])
@@ -144,7 +144,7 @@ def test_the_record_is_read_by_sha256sum(hub, tmp_path):
     subprocess.run(command, cwd=record.parent, capture_output=True, check=True)
 
 
-# A download that is cut.
+# Interrupted downloads.
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(hub, tmp_path):
@@ -293,7 +293,7 @@ def test_the_record_of_another_repository_does_not_count(hub, tmp_path):
 
 
 class Usage(NamedTuple):
-    """As of ``shutil.disk_usage``."""
+    """The result type of ``shutil.disk_usage``."""
 
     total: int
     used: int
@@ -322,7 +322,7 @@ def test_a_folder_that_is_a_file_is_named(hub, tmp_path):
     assert complaint(tmp_path).startswith(f"cannot use {tmp_path / 'weights'}")
 
 
-# The environment, read by a fresh interpreter.
+# Environment variables, read by a fresh interpreter.
 
 
 def test_the_token_goes_to_the_mirror_and_not_to_the_cdn(hub, tmp_path):
@@ -332,7 +332,7 @@ def test_the_token_goes_to_the_mirror_and_not_to_the_cdn(hub, tmp_path):
     assert (sha256, commit) == (hashlib.sha256(WEIGHTS).hexdigest(), hub.commits[REPO])
     tokens = {(request.host, request.authorization) for request in hub.requests}
     assert tokens == {("hub", "Bearer hf_secret"), ("cdn", None)}
-    # Nothing else is asked of the hub, such as lists of agents.
+    # No other requests are sent to the hub, such as lists of agents.
     assert all("/resolve/" in request.path for request in hub.requests if request.host == "hub")
 
 

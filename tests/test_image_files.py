@@ -1,4 +1,4 @@
-"""From the bytes of any image to a square RGB one, and the report of what fell out."""
+"""Decoding of any image file to a square RGB image, and the report of rejected files."""
 
 import json
 import warnings
@@ -33,7 +33,7 @@ def test_an_rgb_image_is_not_changed() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_image_is_upright_whatever_its_exif_orientation(orientation: int) -> None:
-    # EXIF 2.32, "Orientation": on which side of the shown image row 0 and column 0 lie.
+    # EXIF 2.32, "Orientation": the sides of the shown image where row 0 and column 0 lie.
     upright = pixels(noise())
     stored = {
         1: upright,
@@ -174,7 +174,7 @@ def test_a_damaged_byte_never_raises_anything_but_a_rejection(
 
 def test_what_is_no_image_is_corrupt() -> None:
     assert rejection(b"<html>not found</html>") == "corrupt image"
-    # Pillow would open these two, the first by starting Ghostscript.
+    # Pillow would open both formats, EPS by starting Ghostscript.
     for kind in ("EPS", "TGA"):
         assert rejection(encoded(noise(), kind)) == "corrupt image"
 

@@ -1,4 +1,4 @@
-"""Grids and figures with any text: drawn, cut or told in one line, never another exception."""
+"""Image grids and figures with any text: drawn, cut or refused in one line."""
 
 import errno
 import random
@@ -38,12 +38,12 @@ NASTY = {
 
 
 def named(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Runs of one variant; Arrow's texts hold no surrogates, Python's do."""
+    """Rename the variant of all runs; Python strings can contain surrogates, Arrow's cannot."""
     return frame.assign(variant=pd.Series([name] * len(frame), frame.index, dtype=object))
 
 
 def wrapped_by_scan(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Every number of characters is tried, from all of them down."""
+    """Wrap a text by trying every line length, from the longest down."""
     for most in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, most) or [""]
         if max(font.getlength(line) for line in lines) <= width:
@@ -64,7 +64,7 @@ def test_captions_are_wrapped_at_the_most_characters_that_fit(width: int) -> Non
 def test_a_very_long_caption_is_cut_and_drawn_at_once(tmp_path: Path, text: str) -> None:
     started = time.process_time()
     sample_grid([BLACK] * 8, [text] * 8, tmp_path / "a.png", columns=4)
-    # Wrapping took minutes when every number of characters was tried for every image.
+    # Wrapping took minutes when every line length was tried for every image.
     assert time.process_time() - started < 2
     sample_grid([BLACK] * 8, [text[:500]] * 8, tmp_path / "b.png", columns=4)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

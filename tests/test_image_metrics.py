@@ -1,4 +1,4 @@
-"""Distances of sets of images: closed forms, sums over pairs, and what must hold."""
+"""Distances between sets of images: closed forms, sums over pairs, and invariants."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from rudolph.evaluation.metrics.images import frechet_distance, kernel_distance,
 
 
 def whitened(rng: np.random.Generator, number: int, size: int) -> np.ndarray:
-    """A sample whose mean is 0 and whose covariance is the identity, exactly."""
+    """Return a sample with a mean of exactly 0 and the identity as covariance."""
     centred = rng.normal(size=(number, size))
     centred -= centred.mean(0)
     orthogonal, _ = np.linalg.qr(centred)
@@ -22,7 +22,7 @@ def test_fid_of_two_normal_distributions_is_the_closed_form() -> None:
     first, second = np.array([0.5, 1.0, 2.0]), np.array([1.5, 1.0, 0.0])
     means = np.array([1.0, -1.0, 0.0]), np.array([0.0, 1.0, 3.0])
     one, other = whitened(rng, 40, 3) * first + means[0], whitened(rng, 50, 3) * second + means[1]
-    # Covariances that commute: squared distances of means and of standard deviations.
+    # Commuting covariances: squared distances between means and between standard deviations.
     expected = ((means[0] - means[1]) ** 2).sum() + ((first - second) ** 2).sum()
     assert frechet_distance(one, other) == pytest.approx(expected)
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
@@ -33,7 +33,7 @@ def test_fid_of_two_normal_distributions_is_the_closed_form() -> None:
 def test_fid_is_that_of_the_singular_values(numbers: tuple[int, int], size: int) -> None:
     rng = np.random.default_rng(1)
     one, other = (rng.normal(size=(n, size)) @ rng.normal(size=(size, size)) for n in numbers)
-    # tr sqrt(A B) is the sum of singular values of the product of the centred samples.
+    # tr sqrt(A B) is the sum of the singular values of the product of the centred samples.
     centred = [(each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (one, other)]
     overlap = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     traces = sum((each**2).sum() for each in centred)
@@ -65,7 +65,7 @@ def test_kid_is_near_0_for_equal_distributions_and_far_for_others() -> None:
     apart = kernel_distance(one, other + 1, rng=rng, num_subsets=30, subset_size=100)
     assert abs(alike.value) < 0.05 < 1 < apart.value
     assert alike.deviation > 0
-    # Over many pairs of samples the estimate is 0 to within its error.
+    # Averaged over many pairs of samples, the estimate is 0 within its error.
     values = [squared_mmd(*rng.normal(size=(2, 20, 4))) for _ in range(500)]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(500)
 

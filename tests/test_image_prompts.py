@@ -1,4 +1,4 @@
-"""Image prompts: what is given stays, what is drawn before it knows nothing of it."""
+"""Image prompts: given tokens stay, and tokens sampled before a given one do not depend on it."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ SIDE, CODES = 3, 11
 NUM_IMAGE = SIDE**2
 PLAIN = TokenSamplingConfig()
 SEEDS = [5, 6, 7, 8, 9, 10]
-# Whether the model is ruDALL-E v2, and how it is guided.
+# ruDALL-E v2 (leading BOS) or not, and the guidance scale.
 CASES = [(False, None), (True, None), (False, 2.5), (True, 0.3)]
 
 
@@ -50,7 +50,7 @@ def small_vqgan() -> VQGAN:
     quantizer = QuantizerConfig("vq", CODES, embedding_dim=4)
     vqgan = VQGAN(VQGANConfig(6, (4, 8), 1, (), 4, norm_groups=2, quantizer=quantizer)).eval()
     with torch.no_grad():
-        # As it begins, all cells are nearly the same to it.
+        # At initialisation, all cells are encoded almost alike.
         vqgan.quant_conv.weight.normal_(std=8)
         for parameter in vqgan.quantize.parameters():
             parameter.normal_()
@@ -58,7 +58,7 @@ def small_vqgan() -> VQGAN:
 
 
 def sampled(model: MaskedDecoder, known: Tensor | None, guidance: float | None = None) -> Tensor:
-    """Three samples of each of two texts."""
+    """Return three samples for each of two texts."""
     config = replace(PLAIN, guidance=guidance, guidance_kind="extrapolation")
     return generate_image(
         model, LEFT, config=config, seeds=SEEDS, unconditional=LEFT[0], known=known
@@ -66,14 +66,14 @@ def sampled(model: MaskedDecoder, known: Tensor | None, guidance: float | None =
 
 
 def prompt(given_tokens: Tensor, seed: int = 0) -> Tensor:
-    """Indices for both texts, ``(2, I)``, where ``given_tokens`` (h, w) says."""
+    """Return random indices for both texts, ``(2, I)``, where ``given_tokens`` (h, w) is true."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(CODES, (2, NUM_IMAGE), generator=generator)
     return torch.where(given_tokens.flatten(), indices, FREE)
 
 
 def regions() -> dict[str, Tensor]:
-    """Borders, rows first, a hole, what is around one, and any tokens."""
+    """Return masks of given tokens: borders, whole rows, a hole, a frame and arbitrary tokens."""
     hole = torch.zeros(SIDE, SIDE).bool()
     hole[1, 1:] = True
     return {
@@ -143,7 +143,7 @@ def test_a_variation_draws_its_share_anew_and_keeps_less_the_larger_it_is(share:
         return variation_mask(share, 40, torch.Generator().manual_seed(seed))
 
     assert stays(share).shape == (40, 40)
-    # Four standard errors of a share of 1600 tokens.
+    # Four standard errors of a fraction of 1600 tokens.
     assert abs((~stays(share)).float().mean() - share) <= 4 * (share * (1 - share) / 1600) ** 0.5
     assert (stays(share) <= stays(share / 2)).all()
     assert torch.equal(stays(share), stays(share))
@@ -244,10 +244,10 @@ def test_leading_tokens_read_with_the_prompt_equal_those_fed_one_by_one(
     monkeypatch.setattr(model, "hidden", watched)
     fast = sampled(model, known, guidance)
     free = (known[0] == FREE).nonzero().flatten()
-    # What is given between free places is read with the token before it, once.
+    # Given tokens between free positions are read once, together with the token before them.
     assert lengths == [5 + int(free[0]), *free.diff().tolist()]
     lengths.clear()
-    # Beside a prompt whose first token is free, no token is read with the texts.
+    # In one batch with a prompt that starts with a free token, no token is read with the texts.
     beside = torch.stack([known[1], torch.full((NUM_IMAGE,), FREE)])
     slow = sampled(model, beside, guidance)
     assert lengths == [5] + [1] * (NUM_IMAGE - 1)

@@ -1,4 +1,4 @@
-"""Weights on this disk: a folder that holds none, memory while they load, and eight bits."""
+"""Loading of weights: folders without a model, peak memory, and 8-bit weights."""
 
 import json
 import subprocess
@@ -90,7 +90,7 @@ def test_every_family_loads_whole_and_in_any_precision(
         assert not any(value.is_meta for value in [*model.parameters(), *model.buffers()])
         assert {value.dtype for value in model.parameters()} == {dtype or torch.half}
         for key, value in to_reference(model).state_dict.items():
-            # The wavelet's filters are constants, whatever a file says.
+            # The wavelet filters are constants, whatever the file contains.
             assert ".idwt." in key or torch.equal(value, weights[key].to(value.dtype)), key
 
 
@@ -111,7 +111,7 @@ def test_a_rounded_weight_is_off_by_half_a_step_at_most(
     assert rounded.dtype == torch.int8 and scale.shape == (rows, 1)
     off = (rounded.double() * scale.double() - weight.double()).abs()
     assert (off <= scale.double() * (0.5 + 1e-4)).all()
-    # The largest of a row uses the whole range, and is met.
+    # The largest weight of a row maps exactly to 127.
     assert torch.equal(rounded.abs().amax(1), torch.full((rows,), 127, dtype=torch.int8))
 
 
@@ -145,11 +145,11 @@ def test_int8_halves_the_layers_and_stays_close(tmp_path: Path, dtype: torch.dty
     assert size_of(small.layers) < 0.52 * size_of(half.layers)
     tokens = torch.arange(18).view(2, 9) % 9
     expected, found = whole(tokens), small(tokens).float()
-    # A row of 240 normal numbers reaches 3 sigma, so a step of 1/127 of it is off by
-    # 3 / 127 / sqrt(12) = 0.7% of them at random; two such products in a row make 1%.
+    # A row of 240 normal numbers reaches 3 sigma, so one of 127 levels has a random error of
+    # 3 / 127 / sqrt(12) = 0.7% of sigma. Two such products in succession give 1%.
     error = (found - expected).norm() / expected.norm()
     assert 0.001 < error < 0.01
-    # The same numbers as a whole decoder whose layers have rounded weights.
+    # A whole decoder with rounded weights in its layers gives the same numbers.
     for name, layer in whole.named_modules():
         if isinstance(layer, nn.Linear) and name.startswith("layers."):
             rounded, scale = to_int8(layer.weight.detach())
@@ -248,5 +248,5 @@ def test_a_checkpoint_loads_in_little_more_than_its_size(tmp_path: Path) -> None
     for name in ("pickle", "converting", "safetensors"):
         assert peaks[name][0] < 1.2, peaks
         assert peaks[name][1] < 0.1, peaks
-    # Pages of the file can be dropped at any time; what is made of them is twice as large.
+    # Pages of the mapped file can be dropped at any time; the float32 tensors are twice as large.
     assert peaks["float32"][1] < 1.2 * 2, peaks

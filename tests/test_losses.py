@@ -1,4 +1,4 @@
-"""Losses: the reference's numbers and gradients, weights that weigh, labels that are counted."""
+"""Losses: the reference's numbers and gradients, loss weights and scored labels."""
 
 from dataclasses import replace
 
@@ -192,7 +192,7 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
 
 
 def mixture() -> tuple[MaskedDecoder, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A decoder, five examples of three rows of a mixture, their rows and their weights."""
+    """Return a decoder, five examples of three mixture rows, their rows and their weights."""
     torch.manual_seed(1)
     model = MaskedDecoder(
         DecoderConfig(2, 24, 3), SequenceLayout(5, 2, 6), Vocabulary(20, 3, 5, 9)
@@ -215,7 +215,7 @@ def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> Non
     config = DecoderLossConfig(average=average)
     found = compute_losses(model, tokens, config, scored=scored_by(weights))
     loss = mixed_loss(found, config, weights=weights, sources=sources)
-    # Each example alone: for each of its segments the sum of its losses and their number.
+    # The sum and number of losses for each segment of each example, computed alone.
     alone = []
     for row in range(5):
         own = compute_losses(
@@ -316,7 +316,7 @@ def test_a_joint_softmax_is_over_all_ids_and_validation_over_those_of_the_segmen
     plain = segment_losses(model, tokens, config.plain)
     for name, value in segment_losses(model, tokens, DecoderLossConfig()).items():
         torch.testing.assert_close(plain[name], value)
-    # Text ids take part in the image's softmax, so they get a gradient from it.
+    # The image's joint softmax includes text ids, so they get a gradient from it.
     model.zero_grad()
     segment_losses(model, tokens, DecoderLossConfig(softmax="joint"))["image"].backward()
     assert model.to_logits.bias.grad[:15].abs().min() > 0
@@ -332,7 +332,7 @@ def test_learned_weights_settle_where_every_segment_counts_alike() -> None:
         learned(losses).backward()
         optimizer.step()
     variances = learned.log_variances.exp()
-    # Equation 10 is least where each variance is its loss; what is not scored stays as it was.
+    # Equation 10 is minimal when each variance equals its loss; unscored segments keep theirs.
     torch.testing.assert_close(variances, torch.tensor([2.0, 1.0, 0.5]), atol=1e-3, rtol=0)
     shares = torch.tensor(list(learned.weights.values()))
     torch.testing.assert_close(shares, (1 / variances) / (1 / variances).sum())

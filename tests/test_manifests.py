@@ -1,4 +1,4 @@
-"""Tables of your own pairs: what is kept, skipped, counted and said."""
+"""Tables of user data: which pairs are kept, skipped, counted and reported."""
 
 import hashlib
 import io
@@ -41,7 +41,7 @@ def noise(width: int = 12, height: int = 9, seed: int = 0) -> Image.Image:
 
 
 def bomb(side: int) -> bytes:
-    """A small PNG whose header claims ``side`` by ``side`` pixels."""
+    """Return a small PNG whose header claims ``side`` by ``side`` pixels."""
     data = encoded(Image.new("1", (8, 8)))
     header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
@@ -83,7 +83,7 @@ def digest_of(path: Path) -> str:
 
 
 def said(action: Callable[[], object]) -> str:
-    """The one line of a ``ValueError``."""
+    """Return the one-line message of the ``ValueError`` that ``action`` raises."""
     with pytest.raises(ValueError) as error:
         action()
     assert "\n" not in str(error.value)
@@ -122,7 +122,7 @@ def test_the_splits_share_out_images_with_all_their_captions_and_copies(tmp_path
     images = {name: {entry.sha256 for entry in part.entries} for name, part in parts.items()}
     assert sum(map(len, images.values())) == len(set.union(*images.values())) == 600
     for name, share in zip(SPLITS, (0.90, 0.05, 0.05), strict=True):
-        # Four standard deviations of a binomial share.
+        # Four standard deviations of a binomial fraction.
         assert abs(len(images[name]) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
     assert len({part.digest for part in parts.values()}) == 3
 

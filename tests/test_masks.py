@@ -1,4 +1,4 @@
-"""Every mask: causal, equal to a dense oracle, equal to the reference bit for bit."""
+"""Every mask: causal, equal to a dense oracle, and equal to the reference bit for bit."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ LAYOUTS = [
 
 
 def oracle(name: str, layout: SequenceLayout) -> torch.Tensor:
-    """The mask position by position, in the words of its docstring."""
+    """Compute a mask position by position, following its docstring."""
     side, start, end = layout.image_tokens_per_dim, layout.image_start, layout.right_text_start
     table = torch.zeros(layout.length, layout.length, dtype=torch.bool)
     kind, _, kernel = name.rstrip(")").partition("(")
@@ -88,7 +88,7 @@ def test_masks_equal_the_reference_bit_for_bit(parity, case: str) -> None:
     layout = SequenceLayout(
         left, config["image_tokens_per_dim"], config.get("r_text_seq_length", 0)
     )
-    # ruDALL-E has one kernel, 11; its v2 wraps around the borders.
+    # ruDALL-E has only kernel size 11; its v2 wraps around the borders.
     conv = "conv_torus(11)" if case == "rudalle_v2" else f"conv({config.get('kernel_size', 11)})"
     names = {"row": "row", "col": "column", "conv": conv}
     names["last_conv"] = f"conv({config.get('last_kernel_size')})"

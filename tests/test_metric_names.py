@@ -1,4 +1,4 @@
-"""Names of metrics before a run: they hold all that committed results and a finished run have."""
+"""Metric names predicted before a run cover committed results and a finished run."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
     config = load_experiment(write(finished.parent.parent.parent)).runs[0].config
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary["metrics"]) <= set(metric_names(config))
-    # Of four scenes not every family has one.
+    # With four scenes, some families have none.
     missing = set(metric_names(config)) - set(summary["metrics"])
     assert all("scene_accuracy_" in name for name in missing), missing
     logged: set[str] = set()
@@ -62,7 +62,7 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
         logged |= set(json.loads(line).get("metrics", {}))
     foretold = set(curve_names(config))
     assert logged - set(summary["metrics"]) <= foretold
-    # Training is logged every ten steps, of which this run has fewer.
+    # Training metrics are logged every ten steps, and this run has fewer.
     assert all("/train/" in name for name in foretold - logged)
     assert {"decoder/val/loss/image", "vqgan/val/psnr"} <= logged
 

@@ -1,4 +1,4 @@
-"""Metrics: worked by hand, and against their definitions by brute force."""
+"""Metrics: computed by hand, and by brute force from their definitions."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ TEXTS = st.text(alphabet="абвё АБ.-«x1", max_size=12)
 
 
 def distance_by_table(one: str, other: str) -> int:
-    """Levenshtein's distance by his recursion."""
+    """Compute Levenshtein's distance by his recursion."""
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, start=1):
         above, row[0] = row[0], i
@@ -205,7 +205,7 @@ def test_error_rates_worked_by_hand() -> None:
     found = word_edits(predictions, truths)
     assert (found.edits.tolist(), found.lengths.tolist()) == ([1, 2], [1, 3])
     assert found.rate() == 0.75
-    # A rate may exceed 1, and is not the mean of 2 / 1 and 0 / 3.
+    # A rate may exceed 1, and it is not the mean of 2 / 1 and 0 / 3.
     assert word_edits(["а б в", "г д е"], ["а", "г д е"]).rate() == 0.5
     assert word_edits(["а б в"], ["а"]).rate() == 2
 
@@ -250,7 +250,7 @@ def test_a_jackknifed_mean_has_the_interval_of_a_mean() -> None:
     found = jackknife_interval(lambda chosen: values[chosen].mean(), 13)
     half = student_quantile(12) * values.std(ddof=1) / math.sqrt(13)
     assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
-    # In three groups of three the statistic is left out of by group means.
+    # With three groups of three, the jackknife leaves out one group mean at a time.
     means = values[:9].reshape(3, 3).mean(0)
     found = jackknife_interval(lambda chosen: values[chosen].mean(), 9, groups=3)
     half = student_quantile(2) * means.std(ddof=1) / math.sqrt(3)

@@ -1,4 +1,4 @@
-"""MLflow's SQLite file is made whole or not at all, and never lost when it holds a run."""
+"""MLflow's SQLite file is created completely or not at all, and never lost if it holds a run."""
 
 import logging
 import os
@@ -25,14 +25,14 @@ OLD = time.time() - 60
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with nothing but its default experiment."""
+    """Return an MLflow database with only its default experiment."""
     path = tmp_path_factory.mktemp("whole") / "mlflow.db"
     prepare_database(path)
     return path
 
 
 def write_half(path: Path, *, experiments: int = 0) -> None:
-    """Write what MLflow leaves when it is killed while it makes its tables."""
+    """Write what MLflow leaves if it is killed while it creates its tables."""
     with closing(sqlite3.connect(path)) as connection:
         for name in ("experiments", "runs", "_alembic_tmp_model_versions"):
             connection.execute(f"CREATE TABLE {name} (name TEXT)")

@@ -1,4 +1,4 @@
-"""The loaders of a training: one stream, whatever the ranks and micro-batches."""
+"""Data loaders of a training: one stream, for any number of ranks and micro-batches."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Names of experiments and runs: one for each, legal on every file system."""
+"""Names of experiments and runs: unique and valid on every file system."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def test_points_of_a_grid_have_names_of_their_own(tmp_path: Path, values: list[s
     names = {run.name.casefold() for run in runs}
     assert len(names) == len(values), names
     assert all(len(name) <= LONGEST and "/" not in name for name in names)
-    # A value keeps its name wherever it stands in the list.
+    # A value keeps its name at any position of the list.
     grid = {"data.manifest.path": values[::-1]}
     again = load_experiment(write(tmp_path / "x.yaml", grid=grid)).runs
     assert [run.name for run in again] == [run.name for run in runs][::-1]

@@ -1,4 +1,4 @@
-"""Native number types: what a processor emulates is never chosen."""
+"""Native dtypes: a dtype that the processor emulates is never chosen."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ MODERN = {
 def use_processor(
     monkeypatch: pytest.MonkeyPatch, capability: str, level: str = "", **supported: bool
 ) -> None:
-    """Pretend to be a processor, with ``level`` as the variable of oneDNN."""
+    """Simulate a processor, with ``level`` as oneDNN's variable."""
     for name, value in (MODERN | supported).items():
         monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a fresh checkout, and are kept without outputs."""
+"""Notebooks run from top to bottom in a fresh checkout and are stored without outputs."""
 
 import json
 from pathlib import Path

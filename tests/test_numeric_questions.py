@@ -1,4 +1,4 @@
-"""How a decoder computes: its largest scores, precisions of attention, and runs that are lost."""
+"""Numerics of a decoder: its largest scores, the precision of attention, and diverged runs."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_attention_in_a_precision_is_that_of_values_rounded_to_it() -> None:
         for name in PRECISIONS
     }
     assert errors["float32"] < 1e-5 < errors["float16"] < errors["bfloat16"] < 0.1
-    # Inside of a region that would compute in bfloat16 too.
+    # Inside an autocast region, which would otherwise compute in bfloat16 too.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = [
             decoder(attention_precision=name)(tokens).float() for name in ("float32", "float16")

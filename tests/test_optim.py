@@ -1,4 +1,4 @@
-"""Optimizers against those of torch, and which of them moves which parameter."""
+"""Optimizers compared with torch's, and the parameters that each of them updates."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ def test_on_matrices_muon_is_that_of_torch(
     tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch's Muon multiplies in bfloat16; ours does in float32 where bfloat16 is emulated."""
+    """The Muon of torch multiplies in bfloat16; ours uses float32 if bfloat16 is emulated."""
     monkeypatch.setattr(optim, "has_native_bfloat16", lambda device: is_native)
     ours = nn.Parameter(randoms(*shape, seed=0))
     theirs = copy.deepcopy(ours)
@@ -70,7 +70,7 @@ def test_muon_moves_stacked_matrices_as_each_alone(
     for step in range(3):
         for at, pair in enumerate(zip(together, alone, strict=True)):
             for parameter in pair:
-                # One has no gradient at first, and stays where it is.
+                # One parameter has no gradient in the first step and must not change.
                 is_used = step or at != 2
                 gradient = randoms(*shapes[at], seed=10 * step + at)
                 parameter.grad = gradient if is_used else None
@@ -83,7 +83,7 @@ def test_the_orthogonal_matrix_has_the_directions_of_the_svd() -> None:
     matrix = randoms(7, 4, seed=3)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     values = torch.diagonal(left.T @ orthogonal(matrix).float() @ right.T)
-    # Five steps bring the singular values into this band, not to 1.
+    # Five iterations bring the singular values into this band, not to 1.
     assert values.min() > 0.6 and values.max() < 1.3
 
 

@@ -1,4 +1,4 @@
-"""Outputs of generate and caption: checked first, and kept when a disk or a stage fails."""
+"""Outputs of generate and caption: checked before the work, and kept if a disk or stage fails."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def shipped() -> LoadedModel:
 def sampled(
     shipped: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Sequence[str]]:
-    """The shipped model, opened once, whose sampling takes no time; the prompts that it had."""
+    """Replace the shipped model's sampling by an instant one; return its prompts."""
     prompts: list[Sequence[str]] = []
     real = sampling.load_requested
 
@@ -78,7 +78,7 @@ def sampled(
 
 
 def failing(*names: str) -> Callable[[Path], None]:
-    """A writer that fails for paths with any of some words in them, as on a full disk."""
+    """Return a writer that fails, as on a full disk, for paths that contain one of the names."""
 
     def write(path: Path) -> None:
         if any(name in str(path) for name in names):
@@ -89,7 +89,7 @@ def failing(*names: str) -> Callable[[Path], None]:
 
 
 def said(action: Callable[[], object]) -> str:
-    """The one line of a ``ValueError``."""
+    """Return the one-line message of the ``ValueError`` that ``action`` raises."""
     with pytest.raises(ValueError) as error:
         action()
     assert "\n" not in str(error.value)
@@ -246,7 +246,7 @@ def test_where_nothing_can_be_decoded_no_earlier_image_stands_beside_the_codes(
     with monkeypatch.context() as patch:
         patch.setattr("rudolph.reports.image_grids._sheet", fail)
         assert main(["generate", "кот", "-n", "2"]) == 2
-    # The grid would show the first call's images.
+    # A kept grid would show the first call's images.
     assert written(Path()) == ["generated.jsonl", "generated/000.png", "generated/001.png"]
     assert main(["generate", "олень", "-n", "3"]) == 0
     monkeypatch.setattr(Pipeline, "decode", fail)
@@ -427,7 +427,7 @@ GENERATE: dict[str, Sequence[str | None]] = {
 
 
 def random_arguments(rng: random.Random) -> list[str]:
-    """A call of generate or caption with a few flags, each with any value."""
+    """Return a call of generate or caption with a few flags and random values."""
     text = random_text(rng, longest=rng.choice([0, 5, 40, 2000]))
     if rng.random() < 0.6:
         words, flags = ["generate", f"--output={rng.choice(PATHS)}", "--", text], GENERATE
@@ -460,7 +460,7 @@ def test_any_arguments_are_taken_or_refused_in_one_line(
         try:
             code = main(arguments)
         except SystemExit as stop:
-            # argparse refuses with its usage.
+            # argparse itself refuses, after printing its usage.
             code = int(str(stop.code))
             assert "usage: " in capsys.readouterr().err
         assert code in counts, arguments

@@ -1,4 +1,4 @@
-"""Pages that people read first: complete, short, with links and files that exist."""
+"""The pages that readers open first: complete and short, with valid links and files."""
 
 import re
 from pathlib import Path

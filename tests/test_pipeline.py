@@ -1,4 +1,4 @@
-"""From a text to ranked, enlarged images: every stage by itself, together, and as a verb."""
+"""From a text to ranked, upscaled images: each stage alone, all together, and as a command."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ PLAIN = TokenSamplingConfig()
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of weights for each name of ``tiny_weights.KINDS``."""
+    """Write a folder of weights for each name in ``tiny_weights.KINDS``."""
     return write_all(tmp_path_factory.mktemp("weights"))
 
 
@@ -230,7 +230,7 @@ Verb = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def verb(weights: Path, tmp_path: Path, monkeypatch) -> Verb:
-    """``rudolph generate`` in an empty folder with an image; the lines of JSON that it leaves."""
+    """Return a call of ``rudolph generate`` in a new folder; it returns JSON records."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "home"))
     noise = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
@@ -359,7 +359,7 @@ def test_eight_bits_go_with_every_dtype_and_without_a_kernel_for_them(
     weights: Path, finished: Path, verb: Verb, monkeypatch, dtype: str, has_kernels: bool
 ) -> None:
     if not has_kernels:
-        # As on a GPU, and on processors that torch has no such products for.
+        # As on a GPU, and on processors without such products in torch.
         monkeypatch.setattr("rudolph.models.cpu.prepacked_linear.works", lambda layout: False)
     flags = ["--int8", "--dtype", dtype]
     for model in (str(finished), "rudolph"):

@@ -1,4 +1,4 @@
-"""Packed weights: nearly the plain product, the same model, the same draws for a sample."""
+"""Packed weights: nearly the plain product, the same model, and the same samples."""
 
 import gc
 import weakref
@@ -28,16 +28,16 @@ LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
 GREEDY = TokenSamplingConfig(top_k=1)
 needs = {name: pytest.mark.skipif(not works(name), reason=f"no {name} here") for name in LAYOUTS}
 EVERY = [pytest.param(name, marks=needs[name]) for name in LAYOUTS]
-# A plain layout multiplies single rows, and several only where tokens are given.
+# A plain layout multiplies single rows; several rows occur only with given tokens.
 SEVERAL = [pytest.param(name, marks=needs[name]) for name in LAYOUTS if "plain" not in name]
 
 
 def decoder() -> MaskedDecoder:
-    # Of 60 seeds this one has the widest gap between the two largest logits of every token.
+    # This seed has the widest gap between the two largest logits at every token among 60 seeds.
     torch.manual_seed(59)
     model = MaskedDecoder(DecoderConfig(3, 48, 3), LAYOUT, VOCABULARY).eval()
     with torch.no_grad():
-        # A model that is sure of what it says, so that rounding does not change the draw.
+        # Large logits make the model confident, so that rounding does not change a sample.
         model.to_logits.weight.mul_(20)
     return model
 
@@ -94,7 +94,7 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
 
 
 def test_the_largest_activations_and_weights_do_not_saturate() -> None:
-    """Without VNNI, fbgemm adds two products in 16 bits; the largest ones must fit."""
+    """Without VNNI, fbgemm adds two products in 16 bits, and the largest ones must fit."""
     if not works("int8"):
         pytest.skip("no int8 here")
     weight, bias = torch.full((8, 64), 3.0), torch.zeros(8)
@@ -114,7 +114,7 @@ def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
     x = torch.randn(num_rows, 64) * torch.logspace(-3, 2, num_rows)[:, None]
     x[0], x[1] = x[0].abs(), 0.0
     found, expected = layer(x), torch.cat([layer(row) for row in x.split(1)])
-    # A number half-way between two levels may fall to either.
+    # A number half-way between two levels may be rounded to either.
     is_same = torch.isclose(found, expected, rtol=1e-4, atol=1e-5).all(1)
     assert is_same.float().mean() > 0.98
     assert (found - expected).norm() <= 1e-4 * expected.norm()
@@ -126,7 +126,7 @@ def test_nothing_of_the_weights_that_were_read_stays_in_memory(
     weights: str, num_rows: int
 ) -> None:
     model = decoder()
-    # As a file is read: one piece of memory, of which every tensor is a part.
+    # As when a file is loaded: all tensors are views of one block of memory.
     parts = list(model.parameters())
     sizes = [part.numel() for part in parts]
     whole = np.concatenate([part.detach().numpy().ravel() for part in parts])

@@ -1,4 +1,4 @@
-"""Reference checkpoints: the reference's numbers, its keys and counts, and its file again."""
+"""Reference checkpoints: the same outputs, keys and counts, and a round trip of the file."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ def test_codes_are_drawn_by_their_weights_when_a_generator_is_given(parity) -> N
     drawn = model.encode_indices(images, generator=torch.Generator().manual_seed(0))
     shares = golden.io["quant_logits"][0].softmax(0).flatten(1).t()  # (I, K)
     counts = nn.functional.one_hot(drawn, shares.shape[1]).float().mean(0)
-    # Five standard errors of a share over 600 draws.
+    # Five standard errors of a fraction of 600 samples.
     assert ((counts - shares).abs() < 5 * (shares * (1 - shares) / 600).sqrt() + 2e-3).all()
 
 
@@ -114,7 +114,7 @@ def test_ruclip_reads_a_text_at_its_first_end(parity) -> None:
     ids = golden.io["input_ids"].clone()
     end = (ids == 3).int().argmax(1)
     if int(end.min()) + 1 < ids.shape[1]:
-        ids[:, -1] = 3  # the reference takes a second end for another text
+        ids[:, -1] = 3  # the reference treats a second end as another text
     assert_near(model.encode_text(ids), golden.io["text_features"])
 
 
@@ -179,7 +179,7 @@ def test_wrappings_prefixes_and_dtypes_of_released_files_load(parity, wrapping: 
 
 
 def masked_by(parity, case: str, table: Tensor) -> dict[str, Tensor]:
-    """A case's weights with half-precision masks that see what ``table`` sees too."""
+    """Return a case's weights, with half-precision masks limited to ``table``."""
     weights = dict(parity(case).weights)
     for key in weights:
         if key.endswith("_mask"):
@@ -254,7 +254,7 @@ COUNTS = st.integers(1, 3)
 
 @st.composite
 def decoder_configs(draw: Any) -> tuple[str, dict[str, Any]]:
-    """A family and the constructor's arguments of any small decoder."""
+    """Generate a family and the constructor arguments of a small decoder."""
     heads, left, side = draw(COUNTS), draw(st.integers(1, 7)), draw(st.integers(1, 5))
     config = {
         "num_layers": draw(st.integers(1, 11)),
@@ -276,7 +276,7 @@ def decoder_configs(draw: Any) -> tuple[str, dict[str, Any]]:
 
 
 def visible(kind: str, config: dict[str, Any], query: int, key: int) -> bool:
-    """The reference's closed forms of ``image_attention.py``, a position at a time."""
+    """Return the reference's closed form of a mask in ``image_attention.py``, for one pair."""
     left = config.get("l_text_seq_length", config.get("text_seq_length"))
     side = config["image_tokens_per_dim"]
     a, b = query - left, key - left
@@ -328,7 +328,7 @@ def test_any_decoder_has_the_references_keys_counts_and_masks(
 def parameter_formula(
     family: str, config: dict[str, Any], layers: int, hidden: int, norms: int
 ) -> int:
-    """Parameters as counted from the reference's constructor."""
+    """Return the number of parameters that follows from the reference's constructor."""
     texts = config["vocab_size"] + config.get("text_special_tokens", 0)
     total = texts + config["image_vocab_size"] + config.get("image_special_tokens", 0)
     if family == "rudolph":

@@ -1,4 +1,4 @@
-"""Releases pulled from a hub, converted, loaded in little memory, and given back."""
+"""Releases pulled from a hub, converted, loaded in little memory, and converted back."""
 
 import io
 import json
@@ -68,27 +68,27 @@ SMALL = {
 
 
 def content_of(name: str, folder: Path) -> bytes:
-    """The file of a small release as the reference's authors would upload it."""
+    """Return a small release as the file that the reference's authors would upload."""
     family, config = SMALL[name]
     if family == "tokenizer":
         return tokenizer(folder).read_bytes()
     file = io.BytesIO()
     weights = weights_like(family, config)
-    # Sber's file is a trainer's checkpoint, with the discriminator of its training.
+    # Sber's file is a training checkpoint that includes the discriminator.
     loss = {"loss.discriminator.main.0.weight": torch.ones(3)} if family == "vqgan" else {}
     torch.save({"state_dict": weights | loss} if loss else weights, file)
     return file.getvalue()
 
 
 def tokenizer(folder: Path) -> Path:
-    """A small BPE model's file."""
+    """Return the file of a small BPE model."""
     words = ["красный круг", "синий крест", "круг"]
     return Tokenizer.train(words, vocab_size=30, path=folder / "made" / "bpe.model").path
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub with small models under released names, and a home for what is pulled from it."""
+    """Yield a hub with small models under released names, and a folder for pulled files."""
     monkeypatch.setenv("RUDOLPH_WEIGHTS", str(tmp_path / "home"))
     with HubServer() as server:
         server.stand_in(monkeypatch, home=tmp_path / "user")
@@ -358,7 +358,7 @@ def test_a_run_is_converted_for_the_references_packages(
     assert torch.equal(from_reference(family, config, pickled).eval()(tokens), expected)
     assert main(["convert", "given", "again"]) == 0
     assert_same(load_file("again/weights.safetensors"), pickled)
-    # A pickle of an earlier call would hold other weights; one of the user's own stays.
+    # A pickle from an earlier call would hold other weights; the user's own pickle stays.
     assert main(["convert", str(finished), "given"]) == 0
     assert "pytorch_model.bin" not in files_in(Path("given"))
     Path("own").mkdir()

@@ -1,4 +1,4 @@
-"""Questions about images: read from every format, asked on the left, answered on the right."""
+"""Questions about images: read from every format, put on the left, answered on the right."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ COLOURS = {"red": "красный", "blue": "синий", "green": "зелёны
 
 
 def write_questions(folder: Path, number: int = 60) -> list[dict[str, str]]:
-    """Images of one colour, all different, each with a question and its answer."""
+    """Write different images of one colour, each with a question and its answer."""
     rows = []
     for at in range(number):
         name = list(COLOURS)[at % 3]
@@ -174,7 +174,7 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     assert rows[person, "что на картинке?"] + ": очень светлый тон кожи" == table[person]
     with pytest.raises(ValueError, match="no PNG is named after an emoji"):
         write_emoji_tables(tmp_path.parent)
-    # Written again as it was; captions of the user's own are not replaced.
+    # Missing files are written again; captions of the user are not replaced.
     (tmp_path / "1f600.png").unlink()
     assert write_emoji_tables(tmp_path)[0] == 3
     own = (tmp_path / "captions.csv").read_text() + "1f600.png,моя подпись\n"

@@ -1,4 +1,4 @@
-"""Ranking: the reference's formulas a token at a time, and decoders whose answer is known."""
+"""Ranking: the reference's formulas token by token, and decoders with known answers."""
 
 import math
 from statistics import fmean, median
@@ -44,7 +44,7 @@ LT_T2I, LT_I2T, RT_I2T = 2, 3, 5
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Its words are one token each."""
+    """Return a tokenizer that encodes each of its words as one token."""
     path = tmp_path_factory.mktemp("ranking") / "bpe.model"
     words = [*COLOURS, "круг", "квадрат", "это", "фото"]
     found = Tokenizer.train([" ".join(words)], vocab_size=200, path=path)
@@ -73,9 +73,9 @@ def random_pipeline(tokenizer: Tokenizer, kind: str, *, batch_size: int = 3) -> 
 
 
 def colour_pipeline(tokenizer: Tokenizer, *, right_text_length: int = RIGHT) -> Pipeline:
-    """Made by hand: it expects the colour that it has seen most, in texts and in images.
+    """Return a hand-set model that expects the most frequent colour so far, in texts and images.
 
-    Token k of an image has colour k.  One layer averages the colours of all earlier tokens.
+    Token k of an image has colour k. One layer averages the colours of all earlier tokens.
     """
     config = DecoderConfig(
         1, 4, 1, layer_masks=("causal",), last_layer_mask=None, sandwich_norm=False
@@ -97,7 +97,7 @@ def colour_pipeline(tokenizer: Tokenizer, *, right_text_length: int = RIGHT) -> 
 
 
 def plain_images() -> Tensor:
-    """An image of each colour, ``(3, I)``."""
+    """Return one single-coloured image per colour, ``(3, I)``."""
     return torch.arange(len(COLOURS))[:, None].expand(-1, NUM_IMAGE)
 
 
@@ -114,7 +114,7 @@ def segment_ids(tokenizer: Tokenizer, text: str, length: int, special: int | Non
 def sequence(
     pipeline: Pipeline, left: tuple[str, int], image: Tensor, right: tuple[str, int] | None
 ) -> Tensor:
-    """One sequence ``(1, T)`` by hand: each text with the offset of its task token."""
+    """Build one sequence ``(1, T)`` by hand; each text has the offset of its task token."""
     has_specials = pipeline.decoder.vocabulary.num_text_specials > 0
     ids = segment_ids(pipeline.tokenizer, left[0], LEFT, left[1] if has_specials else None)
     ids += image.tolist()
@@ -125,7 +125,10 @@ def sequence(
 
 
 def reference_losses(model: MaskedDecoder, tokens: Tensor, segment: str) -> list[list[float]]:
-    """Facts of the reference, 2.5: what is judged, among which classes, from the full logits."""
+    """Compute losses from the full logits, over the classes that the reference scores.
+
+    Source: "Facts of the reference", section 2.5.
+    """
     layout, vocabulary = model.layout, model.vocabulary
     image, right = layout.image_start, layout.right_text_start
     bounds = {"left_text": (0, image), "image": (image, right), "right_text": (right, None)}
@@ -153,7 +156,7 @@ def reference_perplexity(losses: list[float], kind: str) -> float:
 
 
 def reference_score(text: list[float], image: list[float], weight: float) -> list[float]:
-    """The reference's sum, which divides by zero unless the median is above the least."""
+    """Compute the reference's sum, which divides by zero unless the median exceeds the minimum."""
     scales = [median(values) - min(values) for values in (text, image)]
     return [
         weight * (of_text - min(text)) / scales[0]

@@ -1,4 +1,4 @@
-"""Regions of good settings: axes there and back, a known box found, what a box holds."""
+"""Regions of good settings: axes and their inverse, a known box, and the contents of a box."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_settings_and_places_are_there_and_back_again() -> None:
     assert all(isinstance(each["top_k"], int) and 1 <= each["top_k"] <= 256 for each in settings)
     back = unit_coordinates(SPACE, settings)
     np.testing.assert_allclose(back[:, [0, 2]], places[:, [0, 2]], atol=0.01)
-    # Small whole numbers lie far apart on a logarithmic axis; they are hit exactly.
+    # Small integers are far apart on a logarithmic axis and are recovered exactly.
     again = [settings_at(SPACE, place) for place in back.tolist()]
     assert again == settings
     assert settings_at(SPACE, [0, 0, 0]) == {"temperature": 0.1, "top_k": 1, "top_p": 0.1}
@@ -51,7 +51,7 @@ def test_the_box_of_a_known_function_is_found_exactly_enough() -> None:
         return 0.9 - outside.sum(1)
 
     region = find_region(plateau, 3, tolerance=0.02)
-    # A hundredth of slope, on each side, is within the tolerance.
+    # On each side, a hundredth of the slope is within the tolerance.
     np.testing.assert_allclose(region.low, low, atol=0.05)
     np.testing.assert_allclose(region.high, high, atol=0.05)
     grid = low_discrepancy_points(GRID, 3, seed=0)

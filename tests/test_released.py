@@ -1,4 +1,4 @@
-"""Released files: what the table says of them, what a file may not do, and what loading costs."""
+"""Released files: facts in the table, forbidden file contents, and the cost of loading."""
 
 import argparse
 import os
@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {
     "image_special_tokens": 3,
 }
 HEAD = "to_logits.1.weight"
-# Layers, hidden size, left text, image tokens a side, right text, text and image vocabulary, as
-# the reference counts them; then the tensors of its file.
+# Layers, hidden size, left text, image tokens per side, right text, text and image vocabulary, as
+# the reference counts them; then the number of tensors in its file.
 DECODERS = {
     "RUDOLPH-350M": (24, 1024, 64, 16, 64, 16832, 8576, 400),
     "RUDOLPH-350M-v1": (24, 1024, 64, 16, 64, 16448, 8192, 400),
@@ -70,7 +70,7 @@ OTHERS = {
 
 
 def counted(name: str) -> tuple[int, int]:
-    """Parameters and tensors of a release, from the reference's closed forms."""
+    """Return the parameters and tensors of a release, from the reference's closed forms."""
     if name in OTHERS:
         return OTHERS[name]
     layers, hidden, left, side, right, texts, codes, num_tensors = DECODERS[name]
@@ -81,7 +81,7 @@ def counted(name: str) -> tuple[int, int]:
 
 
 def weights_like(family: str, config: dict[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
-    """Half-precision tensors of a small model under the reference's names."""
+    """Return half-precision tensors of a small model under the reference's names."""
     generator = torch.Generator().manual_seed(seed)
     model = empty_model(family, config)
     if hasattr(model, "register_masks"):
@@ -94,7 +94,7 @@ def weights_like(family: str, config: dict[str, Any], *, seed: int = 0) -> dict[
 
 
 def complaint(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
-    """The one line of a refusal."""
+    """Return the one-line message of a refusal."""
     with pytest.raises(ValueError) as caught:
         call(*arguments, **keywords)
     text = str(caught.value)
@@ -103,7 +103,7 @@ def complaint(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str
 
 
 def convert(file: Path) -> dict[str, Tensor]:
-    """What a file's conversion beside it holds."""
+    """Convert a file and return the resulting weights."""
     folder = file.with_name("converted")
     store.convert_checkpoint(file, folder, family="rudolph", config=CONFIG)
     return load_file(folder / store.WEIGHTS_FILE)
@@ -139,7 +139,7 @@ def test_a_released_size_is_built_without_memory_and_has_the_references_counts(n
     assert num_parameters == release.num_parameters
     assert family == release.family
     assert {key: config[key] for key in release.config} == release.config
-    # Files hold half precision or single; the plain VQ-GAN's also holds its discriminator.
+    # Files are in half or single precision; the plain VQ-GAN's file also has its discriminator.
     size = 2 if name in DECODERS else 4
     assert name == "Sber-VQGAN" or release.megabytes * 1e6 == pytest.approx(
         size * num_parameters, rel=0.012
@@ -147,7 +147,7 @@ def test_a_released_size_is_built_without_memory_and_has_the_references_counts(n
 
 
 class Bomb:
-    """An object whose pickle calls a function when it is read."""
+    """An object whose pickle calls a function on loading."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -157,7 +157,7 @@ class Bomb:
 
 
 def hide(bomb: Bomb, place: str, path: Path) -> None:
-    """Write a checkpoint with a bomb in it."""
+    """Write a checkpoint that contains a bomb."""
     weights: dict[str, Any] = weights_like("rudolph", CONFIG)
     if place.startswith("bare"):
         path.write_bytes(pickle.dumps({"x": bomb, **weights}, protocol=int(place[-1])))
@@ -181,12 +181,12 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(
     bombs = [Bomb(os.system, f"touch {marker}"), Bomb(exec, f"open({str(marker)!r}, 'w').close()")]
     for bomb in bombs:
         bomb.call(*bomb.arguments)
-        assert marker.exists()  # the bomb is a real one
+        assert marker.exists()  # the bomb works
         marker.unlink()
         hide(bomb, place, path)
         words = complaint(convert, path)
         assert words.startswith(f"{path}: ") and not marker.exists()
-        # Protocols that torch.save never wrote are refused as such.
+        # Protocols that torch.save never wrote are refused for that reason.
         is_named = suffix == "bin" and place not in ("bare0", "bare4", "bare5")
         assert not is_named or f"refused, it asks to run {bomb.call.__name__}" in words.replace(
             "posix.", ""
@@ -195,7 +195,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(
 
 
 def fake_package(name: str, folder: Path, marker: Path, monkeypatch: Any) -> types.ModuleType:
-    """A package that a pickle can name; importing it anew, or calling what it has, is marked."""
+    """Write a package that a pickle can name; importing or calling it leaves a marker."""
     package = folder / name
     package.mkdir()
     mark = f"open({str(marker)!r}, 'w').close()\n"
@@ -229,7 +229,7 @@ def test_a_trainers_checkpoint_loads_without_its_packages(tmp_path: Path, monkey
     content = path.read_bytes()
     assert all(name in content for name in (b"omegaconf", b"argparse", b"numpy", b"PosixPath"))
     torch.load(path, weights_only=False)
-    assert marker.exists()  # unlike what is tested
+    assert marker.exists()  # torch.load runs the code
     marker.unlink()
     for is_imported in (True, False):
         if not is_imported:
@@ -300,7 +300,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_is_a_model(
 
 
 def spoiled(weights: dict[Any, Any], how: str) -> Any:
-    """A checkpoint's content with one thing wrong."""
+    """Return a checkpoint's content with one error."""
     head = weights[HEAD]
     changes: dict[str, Any] = {
         "short": head[:-1],

@@ -1,4 +1,4 @@
-"""One run of several tasks: what is scored is told, every question has its row on the card."""
+"""A run with several tasks: its report names what is scored, and the card has every evaluator."""
 
 import json
 import math
@@ -68,7 +68,7 @@ WORLDS = ("shapes", "shapes_questions", "words", "paragraphs", "arithmetic")
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of all tasks, the smallest there is."""
+    """Return a finished run of all tasks, at the smallest size."""
     overrides = [f"data.{name}={json.dumps(SIZES)}" for name in WORLDS]
     overrides += [
         f"data.tasks={json.dumps(TASKS)}",
@@ -117,7 +117,7 @@ def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: 
         for name in ("likelihood", "reconstruction")
         for score in EVALUATORS[name](context, split)
     }
-    # The probability of all tokens of an image, spread over its pixels.
+    # The nats of all image tokens, in bits per pixel.
     bits = scores["text_to_image/nats/test"].value * 36 / math.log(2) / 48**2
     assert scores["text_to_image/bits_per_pixel/test"].value == pytest.approx(bits)
     codes = context.codes(split, context.chosen(split)).flatten().tolist()
@@ -142,7 +142,7 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
     ranker = ClipRanker(CLIP(config_for(tokenizer)), tokenizer, templates=("{}",))
     context = replace(context, ranker=ranker)
     drawn, real = EVALUATORS["clip_score"](context, split)
-    # The oracle: the ranker's own similarities of each caption with its own image.
+    # The oracle uses the ranker's own similarity of each caption to its own image.
     indices = context.chosen(split)
     captions = [split.captions[index] for index in indices]
     for score, images in (
@@ -222,7 +222,7 @@ def test_a_packed_run_is_small_draws_and_has_its_card(
     )
     whole, rounded = (load_run(run)[0].decoder.state_dict() for run in (mixed, Path("small")))
     for key, value in whole.items():
-        # Half a step of a row's 127; what is no matrix is as it was.
+        # At most half a step of a row's 127 levels; tensors that are no matrices stay unchanged.
         step = value.abs().amax(-1, keepdim=True) / 127 if value.ndim == 2 else 0 * value
         assert ((rounded[key] - value).abs() <= 0.5001 * step).all(), key
     argv = ["generate", "круг", "-n", "2", "--model"]

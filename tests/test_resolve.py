@@ -1,4 +1,4 @@
-"""Weights from damaged folders are refused in one line that names the file and what to do."""
+"""Damaged weight folders are refused in one line that names the file and the remedy."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_any_damage_to_a_folder_of_weights_is_refused_in_one_line_or_harmless(
             open_folder(name, folder)
         except (ValueError, OSError) as error:
             line = explain_os_error(error) if isinstance(error, OSError) else str(error)
-            # A tokenizer or VQ-GAN that is gone is looked for among the released ones.
+            # A missing tokenizer or VQ-GAN is searched among the released ones.
             is_elsewhere = "is not on this disk; `rudolph pull" in line
             assert "\n" not in line and (str(folder) in line or is_elsewhere), (what, line)
         shutil.rmtree(folder)

@@ -33,7 +33,7 @@ REPORT = Report("tiny", "Tiny", "Does it hold?", "tiny.yaml", rows=("run",))
 
 @pytest.fixture
 def two_runs(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A whole run and one to damage, in ``runs/tiny``."""
+    """Return a whole run and one to damage, in ``runs/tiny``."""
     runs = tmp_path / "runs" / "tiny"
     return copy_run(finished, runs / "whole"), copy_run(finished, runs / "other")
 
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_named_and_the_run_is_unfinished(
     assert is_finished(whole) and is_finished(other)
     (other / name).unlink()
     (other / name).write_bytes(content)
-    # That a configuration has other keys is seen when it is read.
+    # A configuration with other keys is only detected on reading.
     is_seen = (name, content) != (CONFIG, b"[]\n")
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert is_finished(other) is not is_seen
@@ -108,7 +108,7 @@ def test_a_number_that_json_has_no_word_for_is_read_back(two_runs: tuple[Path, P
     content["intervals"] |= {"lost": [math.nan, math.nan], "far": [-math.inf, 1.0]}
     write_json(whole / SUMMARY, content)
     json.loads((whole / SUMMARY).read_text(), parse_constant=pytest.fail)
-    # As text: no NaN equals another.
+    # Compared as text, because NaN differs from NaN.
     assert str(read_summary(whole)) == str(content)
     assert is_finished(whole)
     exported = export_results(whole.parent.parent, whole.parent.parent / "results", report=REPORT)

@@ -1,4 +1,4 @@
-"""Many runs of many files: some at a time, and one that fails stops no other."""
+"""Many runs of many files: several at once, and a failed run stops no other."""
 
 import json
 import multiprocessing
@@ -60,7 +60,7 @@ def test_a_folder_is_its_experiments_without_bases(tmp_path: Path) -> None:
 
 
 def require_shared_images(folder: Path) -> None:
-    """All runs have one image of the masks, and one of reconstructions for each VQ-GAN."""
+    """Require one image of the masks in all runs, and one of reconstructions per VQ-GAN."""
     for name, number in (("masks", 1), ("reconstructions", 2)):
         drawn = {path.read_bytes() for path in folder.glob(f"runs/*/*/samples/{name}.png")}
         assert len(drawn) == len(list(folder.glob(f"runs/.cache/images/{name}-*"))) == number
@@ -69,7 +69,7 @@ def require_shared_images(folder: Path) -> None:
 def test_runs_at_once_are_those_of_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two files in two processes, one run of which loses its numbers: the others end as alone."""
+    """Two files run in two processes; a diverging run does not affect the others."""
     folder = tmp_path / "experiments"
     write(folder, "one", seeds=[0, 1])
     broken = {"optim": {**OPTIM, "learning_rate": 1e30, "gradient_clip": None}}
@@ -94,7 +94,7 @@ def test_runs_at_once_are_those_of_one_after_the_other(
         "two/huge-seed0": "failed",
     }
     assert (tmp_path / "results" / "one" / "runs.csv").is_file()
-    # The same settings and seed: who trains the shared parts is of no matter.
+    # Settings and seed are the same, so it does not matter which run trains the common parts.
     assert found["one/seed0"]["metrics"] == found["two/good-seed0"]["metrics"]
     require_shared_images(tmp_path)
     again = [main(["run", "experiments/one.yaml"]), main(["run", "experiments", "--dry-run"])]
@@ -121,7 +121,7 @@ def test_a_mistake_in_one_of_many_runs_stops_no_other(
         "failed: some / lost-seed0: runs/nowhere/seed0: no such folder" in capsys.readouterr().err
     )
     assert summaries(tmp_path)["some/good-seed0"]["status"] == "finished"
-    # Alone it is the user's mistake.
+    # Run alone, it is a user error.
     assert main(["run", "some.yaml", "--index", "0"]) == 2
 
 
@@ -148,7 +148,7 @@ def test_a_search_by_two_processes_finds_what_one_finds(
 
 
 def work_without_training(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
-    """Score a run by its settings; of a temperature above 2 raise what no user can do wrong."""
+    """Score a run by its settings; a temperature above 2 raises an internal error."""
 
     def work(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         temperature = run.config.sampling.image.temperature
@@ -163,7 +163,7 @@ def work_without_training(run: Run) -> Callable[[Execution], tuple[list[Score], 
 
 @pytest.fixture
 def untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory without MLflow, which takes longer than all else here."""
+    """Return a working directory without MLflow, which takes longer than the rest of the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rudolph.tracking.tracker.Tracker._send_until_closed", lambda own: None)
     monkeypatch.setattr("rudolph.tracking.tracker.send_results", lambda *given: True)
@@ -209,7 +209,7 @@ def test_an_error_in_one_run_is_named_and_the_others_are_exported(
     page = (worked / "results" / "some" / "README.md").read_text()
     assert "**Not finished:** `bad-seed0`, `bad-seed1`." in page
     assert "**Verdict" not in page and "| warm | 2 |" in page and f"| `{metric}` | warm |" in page
-    # Mended, everything is there again.
+    # After the correction, every run is present again.
     variants["bad"] = {"sampling.image.temperature": 1.5}
     ask(worked, variants=variants, seeds=[0, 1])
     assert main(["run", "some.yaml"]) == 0
@@ -269,7 +269,7 @@ def test_an_error_in_a_shared_stage_is_that_of_the_runs_that_need_it(
 def test_errors_in_trials_stop_no_search(
     worked: Path, capsys: pytest.CaptureFixture[str], low: float, high: float, left: int
 ) -> None:
-    """Eight trials, a test and the run of the file: after no good trial nothing is proposed."""
+    """Eight trials, a test and the file's run: without a good trial, nothing is proposed."""
     search = {
         "space": {"sampling.image.temperature": {"low": low, "high": high}},
         "domains": {"all": METRIC},
@@ -295,7 +295,7 @@ def test_a_mistake_of_memory_says_what_helps() -> None:
 
 def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_processes(jobs: Any, place: Any, number: int) -> Any:
-        """A pool whose second job is killed, which breaks it for all that follow."""
+        """Run jobs in a pool that breaks when its second job is killed."""
         names = [job.name for job in jobs]
         kept = names.index("killer") if "killer" in names else len(names)
         for job in jobs[:kept]:
@@ -325,7 +325,7 @@ def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_of_another_file_is_refused_before_any_work(
     worked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One name for two files: outside of the working directory there is only the file's own."""
+    """Two files have one name: outside the working directory only the file name counts."""
     here = worked / "here"
     here.mkdir()
     other = {"question": "Is it another?", "seeds": [0, 1]}
@@ -342,17 +342,17 @@ def test_a_name_of_another_file_is_refused_before_any_work(
             assert "../b/x.yaml: expected a name of its own, got 'x'" in line
             assert str(worked / "a" / "x.yaml") in line
         assert sorted(here.rglob("*")) == before
-        # Runs that were removed leave the results, which tell whose they are.
+        # With the runs removed, the results still record which file they belong to.
         (here / "runs" / "x" / "experiment.txt").unlink()
         assert main(["run", "../b/x.yaml"]) == 2
         assert "in results/x" in capsys.readouterr().err
-        # A copy that asks the same shares the runs; a file that was moved keeps its name.
+        # A copy with the same experiment reuses the runs; a moved file keeps its name.
         ask(worked / "c", "x")
         assert main(["run", "../c/x.yaml"]) == 0
         assert "finished before" in capsys.readouterr().err
         (worked / "c" / "x.yaml").rename(worked / "b" / "x.yaml")
         assert main(["run", "../b/x.yaml"]) == 0
-    # Below the working directory they have names of their own.
+    # Below the working directory, the names include the folder.
     ask(worked / "c", "x", title="Another", **other)
     assert main(["run", "a/x.yaml"]) == main(["run", "c/x.yaml"]) == 0
     assert (worked / "results" / "c" / "x" / "README.md").read_text().startswith("# Another\n")
@@ -369,7 +369,7 @@ def test_an_edited_file_has_results_of_its_own_question(worked: Path) -> None:
     assert main(["run", "some.yaml"]) == 0
     readme = worked / "results" / "some" / "README.md"
     readme.write_text(readme.read_text().replace(UNANSWERED, "Warm is better. By far."))
-    # A variant that is called otherwise is the same run: it is not told twice.
+    # A renamed variant is the same run, so it appears once.
     ask(worked, variants={"hot": warm})
     assert main(["run", "some.yaml"]) == 0
     table = pd.read_csv(worked / "results" / "some" / "runs.csv")

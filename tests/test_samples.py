@@ -1,4 +1,4 @@
-"""Images of a run: any text is drawn, and what cannot be drawn or written fails no run."""
+"""Images of a run: any text is drawn, and a failed image does not fail the run."""
 
 import errno
 import random

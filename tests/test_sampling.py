@@ -1,4 +1,4 @@
-"""Sampling: the reference's filters, honest draws, the same sample in any batch."""
+"""Sampling: the reference's filters, correct frequencies, and the same sample in any batch."""
 
 import itertools
 import math
@@ -65,7 +65,7 @@ def test_a_smaller_filter_keeps_a_subset_and_ties_keep_no_more_than_k() -> None:
 
 
 def naive_filter(logits: list[float], config: TokenSamplingConfig) -> dict[int, float]:
-    """Shares of what is left of one row, by the words of each filter, one after the other."""
+    """Apply the filters to one row in order, by definition; return the remaining probabilities."""
     kept = dict(enumerate(logits))
     for name in config.order:
         shares = {at: math.exp(value) for at, value in kept.items()}
@@ -180,7 +180,7 @@ def test_right_text_stops_and_never_holds_what_is_no_text() -> None:
 
 
 def long_winded() -> tuple[MaskedDecoder, torch.Tensor]:
-    """A decoder whose texts end at different lengths, and three prompts before a right text."""
+    """Return a decoder whose texts have different lengths, and three prompts of a right text."""
     torch.manual_seed(4)
     config = DecoderConfig(2, 24, 3, layer_masks=("row", "conv(3)"))
     model = MaskedDecoder(config, SequenceLayout(5, 3, 20), Vocabulary(20, 3, 5, 11, 2)).eval()

@@ -1,4 +1,4 @@
-"""A search: it goes on where it stopped, finds what is there, and its page tells it."""
+"""A search: it resumes, finds the known optimum, and reports it on its page."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def load(folder: Path, text: str = SEARCH) -> Experiment:
 
 
 def scores(run: Run) -> dict[str, float]:
-    """Cold is best at a temperature of 0.3, hot at 3, both with any top-p above a half."""
+    """Score a run: best at temperature 0.3 (cold) or 3 (hot), with top-p above 0.5."""
     config = run.config
     [split] = config.evaluation.splits
     temperature, top_p = config.sampling.image.temperature, config.sampling.image.top_p or 1.0

@@ -1,4 +1,4 @@
-"""The world of shapes: its sentences, its images, its splits, and the reader of its images."""
+"""The shapes dataset: its sentences, its images, its splits, and the reader of its images."""
 
 import io
 from collections.abc import Callable
@@ -291,7 +291,7 @@ def test_a_reading_is_less_sure_of_a_noisier_image_and_of_its_mistakes() -> None
     assert len(wrong) >= 10 and np.mean(wrong) < np.mean(right) - 0.2
 
 
-# --- judging -------------------------------------------------------------------------------------
+# --- scoring -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", CONFIG.families)
@@ -361,7 +361,7 @@ def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_op
     assert not check_scene(left, resized(left)).right
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Shapes told apart: negatives of a scene, classes, and what is a sentence of the world."""
+"""Shapes: hard negatives of a scene, classes, and the grammar of sentences."""
 
 import re
 from collections import Counter
@@ -71,7 +71,7 @@ def test_hard_negatives_are_the_same_each_time_and_no_more_than_there_are() -> N
         "shape": 4,
         "number": 1,
     }
-    # Each kind of change in turn: so many negatives of places do not crowd out the others.
+    # Kinds of change alternate, so that the many negatives of position do not dominate.
     first = world("shapes", families=("two",)).hard_negatives(0, 4)
     assert {each.attributes["changed"] for each in first} == set(LOOKS)
     assert len({each.key for each in first}) == 4
@@ -93,7 +93,7 @@ def test_a_class_is_the_colour_and_the_shape_of_the_only_object() -> None:
 
 
 def legal_sentence(text: str) -> bool:
-    """The grammar of the world once more, as regular expressions."""
+    """Match a sentence against an independent grammar of regular expressions."""
 
     whose, by_whom = coloured("ого", "его"), coloured("ым", "им")
     her = coloured("ой", "ей")

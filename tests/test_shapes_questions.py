@@ -1,4 +1,4 @@
-"""Questions about shapes: one right answer, found anew from the question and the objects."""
+"""Questions about shapes: one correct answer, recomputed from the question and the objects."""
 
 import re
 from collections import Counter
@@ -49,7 +49,7 @@ def the_only(objects: list[Thing]) -> Thing:
 
 
 def in_place(phrase: str, objects: list[Thing]) -> list[Thing]:
-    """The objects in a corner, in the centre, or anywhere on a side."""
+    """Return the objects in a corner, in the centre, or anywhere on a side."""
     row = "0" if "сверху" in phrase else "2" if "снизу" in phrase else None
     column = "0" if "слева" in phrase else "2" if "справа" in phrase else None
     if phrase == "в центре":
@@ -58,7 +58,7 @@ def in_place(phrase: str, objects: list[Thing]) -> list[Thing]:
 
 
 def answer_anew(question: str, objects: list[Thing]) -> str:
-    """The answer to a question about objects, worked out from its words alone."""
+    """Answer a question about objects from its words alone."""
     if match := re.fullmatch(rf"(какого цвета|какая) фигура ({'|'.join(PLACES)})\?", question):
         _, colour, shape, *_ = the_only(in_place(match[2], objects))
         return colour_word(colour) if "цвета" in match[1] else SHAPE_WORDS[shape]
@@ -146,7 +146,7 @@ def test_every_family_is_asked_and_no_answer_of_it_is_frequent() -> None:
     families = Counter(question.family for question in asked)
     assert set(families) == set(dataset.config.families) and min(families.values()) > 240
     assert max(Counter(question.answer for question in asked).values()) < 0.12 * len(asked)
-    # Of two answers each is drawn every other time.
+    # With two answers, each is chosen half of the time.
     most = {"size": 0.57, "existence": 0.57}
     for family, number in families.items():
         answers = Counter(question.answer for question in asked if question.family == family)

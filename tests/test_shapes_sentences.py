@@ -1,4 +1,4 @@
-"""All that can be said of a scene, against the judge that reads images."""
+"""All true sentences of a scene, compared with the checker that reads images."""
 
 import pytest
 
@@ -20,6 +20,6 @@ def test_a_sentence_is_true_where_the_judge_says_so_of_the_scene(grid: int) -> N
         told = world.sentences(place)
         assert scenes[place].sentence in told and len(set(told)) == len(told)
         assert all(is_sentence(each, config) for each in told)
-        # Of all sentences of other scenes just the true ones are right of this one.
+        # Exactly those sentences of other scenes that are true of this scene count as correct.
         right = {other.sentence for other in scenes if check_scene(other, reading).right}
         assert right == {other.sentence for other in scenes} & set(told)

@@ -1,4 +1,4 @@
-"""Runs given to others: what arrives is what was there, once, however often it is given."""
+"""Shared runs: the copy equals the original and arrives once, however often it is sent."""
 
 import json
 import os
@@ -21,7 +21,7 @@ EXPERIMENT = "masks/ряд"
 def write_run(
     runs: Path, name: str, *, status: str = "finished", parameters: dict[str, object] | None = None
 ) -> Path:
-    """A run that told a server which was away."""
+    """Write a run whose tracking server was unavailable."""
     folder = runs / EXPERIMENT / name
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "decoder.safetensors").write_bytes(b"weights")
@@ -83,7 +83,7 @@ def test_a_folder_that_was_moved_arrives_at_another_server_once(lab: Path) -> No
             "checkpoints/decoder.safetensors"
         ]
     assert [f.path for f in client.list_artifacts(parent, "results")] == ["results/runs.csv"]
-    # Given again, and from a copy that does not know that it was given.
+    # Send it again, also from a copy without the mark of an earlier transfer.
     for mark in given.glob("*/journal.sent"):
         mark.unlink()
     assert send_runs(given, given / "results", uri) == first
@@ -109,7 +109,7 @@ def test_a_folder_without_weights_tells_of_none(lab: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder but locks, by their path."""
+    """Return all files below a folder except locks, by path."""
     files = (path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

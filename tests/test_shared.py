@@ -1,4 +1,4 @@
-"""Weights that runs share are trained again when they are damaged, and their curves survive."""
+"""Weights common to several runs: damaged ones are trained again, and their curves survive."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ from rudolph.runs.stages.shared import are_whole, checksum_of, replay_curves, sh
 
 
 class Recorder:
-    """Stands for an execution; keeps what is logged."""
+    """A stand-in for an execution that keeps logged metrics."""
 
     def __init__(self) -> None:
         self.tracker = self

@@ -1,4 +1,4 @@
-"""The emoji model that comes with the package: small, told as it is, and of use at once."""
+"""The shipped emoji model: small, described correctly, and usable at once."""
 
 import json
 import tomllib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_it_is_packaged_and_at_most_25_megabytes() -> None:
     files = [path for path in SHIPPED_RUN.rglob("*") if path.is_file()]
-    # What a verb or a notebook draws of it belongs elsewhere.
+    # Outputs of commands and notebooks belong elsewhere.
     assert not [path for path in files if path.suffix == ".svg"]
     assert sum(path.stat().st_size for path in files) <= 25e6
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

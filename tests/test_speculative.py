@@ -1,4 +1,4 @@
-"""Several tokens a call: the tokens of one at a time, and its joint distribution, enumerated."""
+"""Several tokens per call: the same tokens as one per call, and the exact joint distribution."""
 
 import itertools
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def small_decoder(masks: Sequence[str] = ("row", "column"), **given: object) -> 
 
 
 def given_tokens() -> Tensor:
-    """Other places of each prompt are given, and some of all: at both ends and between."""
+    """Return known tokens: some at the same positions of all prompts, some at other positions."""
     known = torch.full((3, 16), FREE)
     known[:, [0, 1, 6, 7, 8, 15]] = torch.tensor([3, 0, 10, 2, 2, 5])
     known[0, 4], known[1, 9:12], known[2, 2] = 7, 1, 0
@@ -42,7 +42,7 @@ def given_tokens() -> Tensor:
 
 
 class Drawn(NamedTuple):
-    """Indices and how many calls they took."""
+    """Sampled indices with their number of calls."""
 
     tokens: Tensor
     num_calls: int
@@ -111,12 +111,12 @@ def test_a_model_that_always_says_the_same_takes_a_call_for_each_window(window: 
     found = generate_image_speculatively(
         model, LEFT, config=SAMPLINGS["greedy"], seeds=SEEDS, window=window
     )
-    # The first guesses know nothing yet.
+    # The first guesses are uninformed.
     assert found.num_calls == 1 + -(-15 // window) == len(calls)
 
 
 def tiny_decoder(num_codes: int) -> MaskedDecoder:
-    """A 2 by 2 image whose tokens depend on each other."""
+    """Return a decoder of 2 by 2 images whose tokens depend on each other."""
     torch.manual_seed(5)
     config = DecoderConfig(1, 8, 2, layer_masks=("causal",), last_layer_mask=None)
     vocabulary = Vocabulary(4, 0, 1, num_codes, 0)
@@ -127,7 +127,7 @@ def tiny_decoder(num_codes: int) -> MaskedDecoder:
 
 @torch.inference_mode()
 def conditionals(model: MaskedDecoder) -> list[Tensor]:
-    """For each place the distributions after all that may precede it, ``(V**place, V)``."""
+    """Return for each position its distributions after all prefixes, ``(V**place, V)``."""
     num_codes, found = model.vocabulary.codebook_size, []
     for place in range(4):
         before = list(itertools.product(range(num_codes), repeat=place))
@@ -138,7 +138,7 @@ def conditionals(model: MaskedDecoder) -> list[Tensor]:
 
 
 def joint_of(model: MaskedDecoder) -> Tensor:
-    """The probability of each image by the chain rule, ``(V**4,)``."""
+    """Return the probability of each image by the chain rule, ``(V**4,)``."""
     joint = torch.ones(1, dtype=torch.double)
     for shares in conditionals(model):
         joint = (joint[:, None] * shares).flatten()
@@ -146,7 +146,7 @@ def joint_of(model: MaskedDecoder) -> Tensor:
 
 
 def all_images(tokens: Tensor, num_codes: int) -> Tensor:
-    """The number of each image ``(B, 4)`` in the order of ``joint_of``."""
+    """Return the number of each image ``(B, 4)`` in the order of ``joint_of``."""
     return tokens @ num_codes ** torch.arange(3, -1, -1)
 
 
@@ -157,11 +157,12 @@ def all_images(tokens: Tensor, num_codes: int) -> Tensor:
 def test_the_joint_distribution_is_the_chain_rules(
     monkeypatch: pytest.MonkeyPatch, coupling: str, num_codes: int, window: int
 ) -> None:
-    """Exactly, by integrating over the noise.
+    """The joint distribution is exact, computed by integrating over the noise.
 
-    Between neighbouring steps of all distribution functions of a place, none of its draws depends
-    on the noise, so a run stands for the whole cell of these.  Of two codes a race has one number,
-    the share of the first's time: it wins below its probability.
+    The steps of all distribution functions at a position divide its noise into cells. Within a
+    cell the sample does not depend on the noise, so one run represents the cell. A race between
+    two codes needs one number, the first code's fraction of the total time. The first code wins
+    if this fraction is below its probability.
     """
     model = tiny_decoder(num_codes)
     middles, widths = [], []
@@ -172,7 +173,7 @@ def test_the_joint_distribution_is_the_chain_rules(
         widths.append(edges.diff())
     found, counts = torch.zeros(num_codes**4, dtype=torch.double), set()
     for cell in itertools.product(*(range(len(row)) for row in middles[:3])):
-        # The last token is no guess that others follow, so its cells go on together.
+        # No guess follows the last token, so its cells run as one batch.
         first = torch.stack([middles[place][at] for place, at in enumerate(cell)])
         uniform = torch.cat([first.expand(len(middles[3]), 3), middles[3][:, None]], dim=1)
         noise = uniform if coupling == "inversion" else torch.stack([uniform, 1 - uniform], -1)
@@ -190,7 +191,7 @@ def test_the_joint_distribution_is_the_chain_rules(
         found.index_add_(0, all_images(drawn.tokens, num_codes), volume * widths[3])
         counts.add(drawn.num_calls)
     torch.testing.assert_close(found, joint_of(model), atol=1e-6, rtol=0)
-    # Every number of calls that there can be is met.
+    # Every possible number of calls occurs.
     assert counts == set(range(1 - (-3 // window), 5))
 
 
@@ -208,7 +209,7 @@ def test_races_draw_the_joint_distribution() -> None:
         )
         found += torch.bincount(all_images(drawn.tokens, 3), minlength=81)
     expected = joint_of(model) * num_samples
-    # The mean of chi squared is 80, its standard deviation 12.6.
+    # Chi squared has mean 80 and standard deviation 12.6.
     assert ((found - expected) ** 2 / expected).sum() < 80 + 4 * 12.6
 
 

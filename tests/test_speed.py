@@ -1,4 +1,4 @@
-"""Speed as an experiment: turns, ratios, limits, one line for each failure, results that hold."""
+"""Speed experiments: turns, ratios, limits, one-line errors and reproducible results."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ NO_REFERENCE = "the reference's packages are not installed: make reference"
 
 
 def run(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """Execute an experiment's only run: its folder, its summary, what was told meanwhile."""
+    """Execute an experiment's only run; return its folder, its summary and the progress notes."""
     experiment, told = load_experiment(path), []
     root = path.parent.parent
     folders = Folders(root, root / "runs")
@@ -58,21 +58,21 @@ def run(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def children() -> set[int]:
-    """Processes that this one has started and that still run."""
+    """Return the running child processes of this process."""
     tasks = Path("/proc/self/task").glob("*/children")
     return {int(number) for path in tasks for number in path.read_text().split()}
 
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[set[int]]:
-    """Whatever a test does, the processes of its implementations are gone; gives those before."""
+    """Require that a test leaves no implementation process; yield the processes before it."""
     before = children()
     yield before
     assert children() <= before
 
 
 def limit_parts() -> list[str]:
-    """What the machine's limit protocols: bfloat16 only where the processor multiplies it."""
+    """Return the parts of the roofline, with bfloat16 only if it is native."""
     return (
         ["read", "bfloat16", "packed", "float32"] if has_native_bfloat16() else ["read", "float32"]
     )
@@ -99,7 +99,7 @@ def test_every_implementation_that_may_be_named_can_be_started() -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
-    """A run of the decoding workload: the machine's limit and one of ours."""
+    """Return a run of the decoding workload with the roofline and one of our implementations."""
     path = write_speed(tmp_path_factory.mktemp("measured"), "decode", ROOFLINE, "half")
     return run(path)
 
@@ -165,7 +165,7 @@ def test_a_implementation_in_emulated_bfloat16_is_left_out_and_said(
 
 
 def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
-    """Its implementations run with older instructions, and none of them in bfloat16."""
+    """Its implementations use older instructions, and none of them uses bfloat16."""
     case = speed_subject(tmp_path, "decode", ROOFLINE, "half", instructions="avx2")
     assert {part for _, name, part in turns_of(case) if name == ROOFLINE} == {"read", "float32"}
     weights = prepared(tmp_path, case)
@@ -234,7 +234,7 @@ def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> Non
     )
 
 
-# An implementation that says what it is asked and needs no time.
+# An implementation that logs its requests and takes no time.
 TALKER = """
 import json, sys
 name = json.loads(sys.stdin.readline())["implementation"]
@@ -250,7 +250,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Contestants are talkers, which write what they are asked into this file."""
+    """Replace implementations by processes that log their requests to the returned file."""
     log = tmp_path / "talk"
     code = TALKER.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
     monkeypatch.setattr(comparison, "command_of", lambda name: [sys.executable, "-c", code])
@@ -259,7 +259,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def quiet(done: int, total: int, note: str) -> None:
-    """No progress."""
+    """Ignore progress."""
 
 
 def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: Path) -> None:

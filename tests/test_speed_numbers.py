@@ -1,4 +1,4 @@
-"""Speed in numbers: settings, intervals of ratios, bytes and operations counted two ways."""
+"""Numbers of speed experiments: settings, intervals of ratios, bytes and operations."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_ratio_is_of_pairs_and_what_slows_both_is_no_spread() -> None:
     value, low, high = ratio_interval(10 * slow, slow)
     assert (value, low, high) == pytest.approx((10, 10, 10))
     value, low, high = ratio_interval([2.0, 8.0], [1.0, 1.0])
-    # By hand: logarithms ln 2 and 3 ln 2, standard error ln 2, t of one degree of freedom.
+    # By hand: logarithms ln 2 and 3 ln 2, standard error ln 2, t with one degree of freedom.
     width = np.exp(12.7062 * np.log(2))
     assert (value, low, high) == pytest.approx((4, 4 / width, 4 * width), rel=1e-3)
     assert ratio_interval([6.0], [2.0]) == pytest.approx((3, 3, 3))
@@ -96,7 +96,7 @@ def test_known_repetitions_give_known_numbers(tmp_path: Path) -> None:
     assert metrics["half", "tokens_per_second"].value == pytest.approx(50 / 2**0.5)
     assert metrics["half", "peak_bytes"] == (1001, 1000, 1001)
     assert metrics["half", "weights_bytes"] == (7, 7, 7)
-    # A token took 0.02 s in which 2e9 times as many bytes could be read, and so in both.
+    # In both repetitions, 2e9 bytes could be read in the time of one token.
     share = decode_bytes(asked, "half") / 0.02 / 1e11
     assert metrics["half", "roofline_fraction"] == pytest.approx((share, share, share))
     assert not [name for name in metrics if name[0] == REFERENCE and "reference" in name[1]]
@@ -133,7 +133,7 @@ def test_a_images_operations_grow_with_its_area(tmp_path: Path) -> None:
     counted = vqgan_operations(asked)
     assert counted["train"] == 3 * (counted["encode"] + counted["decode"])
     assert min(counted.values()) > 1e6
-    # The chain of blocks on the pixels of the image makes up most of it.
+    # The chain of blocks at image resolution accounts for most operations.
     body = 2 * sum(p.numel() for p in Upscaler(UpscalerConfig()).body.parameters() if p.dim() > 1)
     assert 1 < upscaler_operations(asked) / (body * 32 * 32) < 1.2
 

@@ -1,4 +1,4 @@
-"""Comparisons of pairs: held against scipy, against simulation and against numbers by hand."""
+"""Paired comparisons: checked against scipy, simulation and numbers computed by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_where_nothing_differs_at_most_one_in_twenty_is_called_so(pairs: int, ki
     rng = np.random.default_rng(pairs)
     compare: Any = paired_t if kind == "t" else lambda sample: paired_bootstrap(sample, seed=0)
     found = [compare(rng.normal(size=pairs)) for _ in range(400)]
-    # Of 400 nulls 20 are expected; 33 come once in a thousand times.
+    # 20 of 400 null comparisons are expected below 0.05; 33 occur once in a thousand times.
     assert sum(each.p_value < 0.05 for each in found) <= 33
     assert sum(not each.low <= 0 <= each.high for each in found) <= 33
 
@@ -65,14 +65,14 @@ def test_where_nothing_differs_at_most_one_in_twenty_is_called_so(pairs: int, ki
 def test_trained_runs_that_differ_in_nothing_but_their_seed_are_rarely_called_so(
     metric: str,
 ) -> None:
-    """Real runs: five seeds as one variant and five others as another, drawn 200 times."""
+    """Real runs: five seeds against five other seeds, sampled 200 times."""
     values = read_runs(RESULTS / "numerics" / "no_difference")[metric].to_numpy()
     rng = np.random.default_rng(0)
     p_values = []
     for _ in range(200):
         one, other = values[rng.permutation(len(values))[:10]].reshape(2, 5)
         p_values.append(paired_t(one - other).p_value)
-    # Of 200 nulls 10 are expected; 20 come once in four hundred times.
+    # 10 of 200 null comparisons are expected; 20 occur once in four hundred times.
     assert sum(p < 0.05 for p in p_values) <= 20
 
 
@@ -85,7 +85,7 @@ def test_bounds_and_p_of_a_comparison_say_the_same() -> None:
 
 @given(p_values=st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_refuses_what_its_steps_refuse(p_values: list[float]) -> None:
-    """The rule as published: go up from the least p, and stop at the first that is too great."""
+    """The rule as published: start at the smallest p, and stop at the first that is too large."""
     order, refused = sorted(range(len(p_values)), key=lambda at: p_values[at]), set()
     for rank, at in enumerate(order):
         if p_values[at] * (len(p_values) - rank) > 0.05:
@@ -100,7 +100,7 @@ def test_the_detectable_effect_is_detected_in_four_of_five_tries(
 ) -> None:
     rng, effect = np.random.default_rng(pairs), minimum_detectable_effect(spread, pairs)
     found = [paired_t(rng.normal(effect, spread, size=pairs)) for _ in range(2000)]
-    # Three standard errors of a share of 80 %.
+    # Three standard errors of a fraction of 80 %.
     assert sum(each.low > 0 for each in found) / 2000 == pytest.approx(POWER, abs=0.027)
 
 

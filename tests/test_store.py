@@ -1,4 +1,4 @@
-"""An export is what its runs say, the same every time, and a change by hand is found."""
+"""Exports follow from their runs and are reproducible; edits by hand are detected."""
 
 import csv
 import json
@@ -175,7 +175,7 @@ def test_a_continued_run_keeps_the_later_value_of_a_step(tmp_path: Path) -> None
     curves = read_curves(export_results(tmp_path / "runs", tmp_path / "results", report=REPORT))
     by_metric = curves.set_index(["metric", "step"])["value"]
     assert by_metric[LOSS, 999] == 7.0 and math.isnan(by_metric[LATE, 999])
-    # A sweep's training curves would be most of its tables.
+    # In a sweep, training curves would make up most of the tables.
     assert set(curves["metric"]) == {LOSS, LATE}
 
 
@@ -225,7 +225,7 @@ def test_a_redraw_needs_nothing_but_the_csv_files(
     drawn = redraw(tmp_path)
     assert [path.name for path in drawn] == [figure.file for figure in REPORT.figures]
     assert contents(folder / "figures") == contents(original / "figures")
-    # The page is made anew too, around what was written by hand.
+    # The page is regenerated too, around the text written by hand.
     answer_by_hand(folder / "README.md", "Ряд теряет 1.0 нат. Проверено дважды.")
     redraw(tmp_path, experiment=REPORT.experiment)
     page, whole = (each / "README.md" for each in (folder, original))
@@ -337,7 +337,7 @@ def test_only_the_named_runs_are_exported_and_none_is_an_error(tmp_path: Path) -
     assert list(read_runs(export_results(*places, report=report, runs=runs))["run"]) == [
         "row-layers=2-s0"
     ]
-    # Neither a run that failed, nor one that an edited file calls by another name.
+    # A failed run does not match, nor does a name with the digest of another run.
     for name in ("row-layers=2-s2", "row-layers=2-s0"):
         with pytest.raises(ValueError, match="no finished run to export"):
             export_results(*places, report=report, runs={(name, "digest-row-layers=2-s2")})

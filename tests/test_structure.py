@@ -1,4 +1,4 @@
-"""The structure: import order, owners of heavy libraries, the size of files and functions."""
+"""Structure of the repository: import order, owners of heavy libraries, and file sizes."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ LAYERS = (
     "reports",  # result folders: tables, claims, figures, pages, check
     "benchmarks",  # speed and memory against references and machine limits
     "config",  # YAML loader, run configuration, experiment file
-    "runs",  # one run and many: stages, runner, search, resolved sources
+    "runs",  # one run and many runs: stages, runner, search, resolved sources
     "gpu_check",  # `make gpu-check`
     "cli",  # commands: arguments and messages
     "__main__",
@@ -62,7 +62,7 @@ def name_in_package(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full dotted names of what a file imports, inside functions too."""
+    """Yield the full dotted names that a file imports, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,7 +75,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def packages_used(path: Path) -> set[str]:
-    """Packages of ``rudolph`` that a file imports from, its own left out."""
+    """Return the packages of ``rudolph`` that a file imports from, except its own."""
     used = {name.split(".")[1] for name in imports(path) if name.startswith("rudolph.")}
     return used & set(LAYERS) - {name_in_package(path).split("/")[0]}
 
@@ -86,21 +86,21 @@ def module_name(path: Path) -> str:
 
 
 def owner_of(used: str, modules: dict[str, Path]) -> str | None:
-    """The module of ours in which an imported name is defined, if any."""
+    """Return the module of this repository that defines an imported name, if any."""
     while used and used not in modules:
         used = used.rpartition(".")[0]
-    # Importing a package for one of its modules runs no code of ours.
+    # Importing a package to reach one of its modules runs none of our code.
     return None if used in ("", "rudolph") else used
 
 
 def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function from its first statement after the docstring."""
+    """Return the number of lines from the first statement after the docstring."""
     body = function.body[1:] if ast.get_docstring(function) else function.body
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
 def repository_files() -> list[str]:
-    """What git holds or would hold; in a copy without git, what is not hidden or a leftover."""
+    """Return tracked and untracked files; without git, all except hidden files and leftovers."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if (ROOT / ".git").exists() and listing.returncode == 0:
@@ -110,7 +110,7 @@ def repository_files() -> list[str]:
 
 
 def loaded_by(module: str) -> set[str]:
-    """Top-level modules in a fresh interpreter that has imported one of ours."""
+    """Return the top-level modules of a fresh interpreter after importing one of ours."""
     code = f"import {module}, sys; print(*(name for name in sys.modules if '.' not in name))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -118,7 +118,7 @@ def loaded_by(module: str) -> set[str]:
 
 
 def requirement(line: str) -> tuple[str, frozenset[str]]:
-    """Name as on PyPI and version bounds of one requirement."""
+    """Return the PyPI name and the version bounds of a requirement."""
     name, bounds = re.fullmatch(r"([A-Za-z0-9._-]+)\s*(.*)", line).groups()
     name = name.lower().replace("_", "-")
     return CONDA_NAMES.get(name, name), frozenset(bounds.replace(" ", "").split(",")) - {""}
@@ -190,7 +190,7 @@ def test_conda_and_pip_install_the_same_packages():
     from_pip = {requirement(line) for line in [*lines, f"python{project['requires-python']}"]}
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     from_conda = {requirement(line) for line in conda if isinstance(line, str) and line != "pip"}
-    # What conda-forge may lack it has pip install.
+    # Packages that conda-forge may lack are installed by pip.
     [by_pip] = [entry["pip"] for entry in conda if isinstance(entry, dict)]
     from_conda |= {requirement(line) for line in by_pip if line != "-e ."}
     assert from_conda == from_pip
@@ -202,7 +202,7 @@ def test_results_are_drawn_and_stored_without_torch(module):
 
 
 def test_the_help_is_printed_without_any_library_of_other_people() -> None:
-    """Else ``rudolph --help`` takes seconds."""
+    """Otherwise ``rudolph --help`` takes seconds."""
     allowed = {"rudolph", "safetensors", *sys.stdlib_module_names}
     before = loaded_by("sys")
     assert loaded_by("rudolph.cli") - before - allowed == set()

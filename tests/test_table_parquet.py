@@ -1,4 +1,4 @@
-"""Parquet tables: what their columns may hold, and images that are stored in them."""
+"""Parquet tables: allowed column types, and images stored in cells."""
 
 import random
 from pathlib import Path

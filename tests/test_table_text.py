@@ -1,4 +1,4 @@
-"""Text of table files: which encodings are read, and what is said of the others."""
+"""Text of table files: supported encodings, and messages for the others."""
 
 import gzip
 import re

@@ -1,4 +1,4 @@
-"""Tables as users have them: columns, separators, open quotes, JSON, and any damage."""
+"""Tables from users: columns, separators, open quotes, JSON, and any damage."""
 
 import json
 import os
@@ -105,13 +105,13 @@ OPEN = "quote that is never closed"
 @pytest.mark.parametrize(
     ("lines", "faults"),
     [
-        # A quote that another quote below ends within a word.
+        # A quote closed by another quote inside a word of the next line.
         (['a,"one', "b,two", 'c,"three', "d,four"], {2: OPEN, 3: "swallowed", 4: "swallowed"}),
         # Open to the end of the file.
         (["a,one", 'b,"two', "c,three"], {3: OPEN, 4: "swallowed"}),
-        # The record begins above the quote.
+        # The record starts on the line above the quote.
         (['"a', 'b","two', "c,three"], {2: "malformed row", 3: OPEN, 4: "swallowed"}),
-        # Within one line it swallows nothing.
+        # A quote closed on its own line swallows nothing.
         (['a,"one" two', "b,three"], {2: "malformed row"}),
         (['a,"one two""', "b,three"], {2: OPEN, 3: "swallowed"}),
         (['a,"two', 'lines"', 'b,"""quoted"""'], {}),
@@ -127,7 +127,7 @@ def test_an_open_quote_is_told_by_its_line(
 
 
 def open_quotes(folder: Path, number: int = 20) -> Path:
-    """A table in which every fifth row opens a quote that is never closed."""
+    """Write a table in which every fifth row opens a quote and never closes it."""
     rows = make_pairs(folder, number)
     lines = [
         f"{row['image']},{chr(34) * (index % 5 == 0)}подпись {index}"
@@ -162,7 +162,7 @@ def test_the_report_fails_on_an_open_quote_unless_it_is_accepted(
     assert code == 2 and "opened in line 2 and never closed" in err
     assert "skipped: 3 quote that is never closed (line 2, line 12, line 22)" in out
     assert reported(capsys, table, "--max-bad-share", "0.7")[0] == 0
-    # A single one at the end is below every limit, and still not what its writer meant.
+    # A single open quote at the end is below every limit, but is still an error.
     rows = "\n".join(f"images/{number}.png,a" for number in range(20))
     table.write_text(f'image,caption\n{rows}\nimages/20.png,"a\n')
     assert reported(capsys, table)[0] == 2
@@ -270,7 +270,7 @@ def test_a_file_of_another_kind_is_told_with_what_to_do(tmp_path: Path, name: st
 
 
 def damaged(data: bytes, generator: random.Random) -> bytes:
-    """Change, insert, remove, repeat or cut bytes at a few random places."""
+    """Change, insert, remove, repeat or cut bytes at a few random positions."""
     found = bytearray(data)
     for _ in range(generator.choice((1, 1, 2, 5, 20))):
         at = generator.randrange(len(found) + 1)
@@ -298,7 +298,7 @@ NAMES = ["Image", "IMAGE ", "image", "caption", " Caption", "", "a;b", 'a"b', "i
 
 
 def fuzzed(folder: Path, generator: random.Random) -> Path:
-    """A table of some format with strange names, values, images or bytes."""
+    """Write a table in a random format with unusual names, values, images or bytes."""
     suffix = generator.choice(SUFFIXES)
     image = encoded(noise(9, 9, generator.randrange(5)), generator.choice(("PNG", "GIF", "JPEG")))
     rows: list[dict[str, Any]] = []
@@ -324,7 +324,7 @@ def fuzzed(folder: Path, generator: random.Random) -> Path:
     try:
         write_table(table, rows)
     except (pyarrow.ArrowException, TypeError, UnicodeEncodeError):
-        # What cannot be written as one column of this format is written as text.
+        # Values that this format cannot store in one column are written as text.
         frame = pd.DataFrame([{name: str(value) for name, value in row.items()} for row in rows])
         write_table(table, frame.to_dict("records"))
     if kind == "bytes":
@@ -333,7 +333,7 @@ def fuzzed(folder: Path, generator: random.Random) -> Path:
 
 
 def fuzzed_questions(folder: Path, generator: random.Random) -> tuple[Path, Path]:
-    """Questions and answers in JSON, with strange values or bytes in one of the two files."""
+    """Write questions and answers in JSON, with unusual values or bytes in one file."""
     (folder / "a.png").write_bytes(encoded(noise()))
     text, image = {"type": "text", "content": "кто?"}, {"type": "image", "content": "a.png"}
     files: list[dict[str, Any]] = [{}, {}]

@@ -1,4 +1,4 @@
-"""Pairs as CLIP reads them: what a ranker reads, captions counted and numbered, any workers."""
+"""Text-image pairs for CLIP: the ranker's inputs, numbered captions, and any number of workers."""
 
 from dataclasses import replace
 from typing import Any
@@ -56,7 +56,7 @@ def test_a_caption_that_is_too_long_is_counted(opened, examples) -> None:
 
 
 class Trainer:
-    """What a stream asks of its trainer."""
+    """The attributes of a trainer that a stream reads."""
 
     world_size, global_rank = 1, 0
 

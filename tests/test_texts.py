@@ -1,4 +1,4 @@
-"""Texts are cleaned where they enter: equal-looking ones are equal, everywhere."""
+"""Texts are cleaned on input, so that texts that look equal are equal."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Fast convolutions: each equal to the plain one, at uneven sizes, in parts and in tiled_conv."""
+"""Fast convolutions: each equals the plain one at uneven sizes, whole and in strips."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ def layers(channels_in: int, channels_out: int) -> tuple[nn.GroupNorm, nn.Conv2d
 
 @pytest.fixture
 def small_strips(monkeypatch) -> Callable[[int], None]:
-    """Every map in inference in strips of so many numbers, and attention in as small parts."""
+    """Return a function that sets the strip size of feature maps and of attention at inference."""
 
     def set_strips(size: int) -> None:
         monkeypatch.setattr(tiled_conv, "LARGEST", 0)
@@ -105,7 +105,7 @@ def test_strips_are_the_plain_convolutions(
     doubled = convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     small_strips(size)
     with torch.no_grad():
-        # Variances come back from float64's inverse deviations, next to eps where they are 0.
+        # Variances are recovered as d^-2 - eps, in float64 because eps dominates where they are 0.
         torch.testing.assert_close(norm_conv(x, norm, convolution), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(upsample_conv(x, convolution), doubled)
 
@@ -166,7 +166,7 @@ def test_an_upscaler_in_half_precision_gives_nearly_the_same_images() -> None:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that is allocated at once during a call, beyond what was before it."""
+    """Return the peak of memory allocated during a call, beyond the memory before it."""
     with profile(profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
@@ -189,6 +189,6 @@ def test_strips_need_memory_for_two_maps_and_a_few_strips(small_strips) -> None:
     plain = [peak_bytes(call) for call in calls]
     small_strips(strip // 4)
     whole = [peak_bytes(call) for call in calls]
-    # Besides: the image, and the copy with a border that the encoder halves.
+    # The remainder is the image, and its padded copy that the encoder downsamples.
     assert max(whole) < 2.6 * largest + 10 * strip
     assert min(plain) > 3.5 * largest

@@ -1,4 +1,4 @@
-"""Enlarging by tiles: seams that are exact, tiles that fit, and what depends on far pixels."""
+"""Tiled upscaling: exact seams, tiles that fit, and outputs that depend on distant pixels."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from rudolph.models.upscaler import UPSCALER_SCALES, Upscaler, UpscalerConfig
 
 
 def small_upscaler(scale: int) -> Upscaler:
-    """One block, with weights so large that far pixels count and results fill [0, 1]."""
+    """Return one block with large weights: distant pixels matter, outputs fill [0, 1]."""
     torch.manual_seed(scale)
     upscaler = Upscaler(UpscalerConfig(scale, num_channels=4, num_blocks=1, growth=2)).double()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The tokenizer: every text survives, two encoders agree, a long text keeps its end mark."""
+"""The tokenizer: lossless texts, two equal encoders, and long texts that keep their end token."""
 
 import itertools
 import pickle
@@ -50,7 +50,7 @@ def test_the_own_encoder_equals_youtokentome_when_nothing_is_dropped(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     for text in [*TEXTS, *random_texts(300)]:
-        # The smallest dropout that is not 0 skips nothing in practice.
+        # The smallest dropout above 0 skips nothing in practice.
         assert tokenizer.encode(text, dropout=1e-9, generator=generator) == tokenizer.encode(text)
 
 

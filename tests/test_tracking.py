@@ -1,4 +1,4 @@
-"""What is tracked arrives exactly once, at a real server too, whenever it comes."""
+"""Tracking: every record arrives exactly once, even at a real server that starts late."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from rudolph.tracking.tracker import Sent, Tracker, git_state, send_pending, tra
 
 
 class Server:
-    """A real ``mlflow server`` on loopback that can be started late."""
+    """A real ``mlflow server`` on loopback that can start late."""
 
     def __init__(self, folder: Path, database: Path) -> None:
         with socket.socket() as probe:
@@ -69,7 +69,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Made once: MLflow takes seconds to make its tables.
+    # Created once, because MLflow takes seconds to create its tables.
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
     client_of(f"sqlite:///{path}")
     return path
@@ -84,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> It
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> str:
-    # A blank and Cyrillic in the path: somebody's checkout has them.
+    # A user's checkout may have a space and Cyrillic in its path.
     checkout = tmp_path_factory.mktemp("мой checkout")
     shutil.copyfile(empty_database, checkout / "mlflow.db")
     return tracking_uri_of(checkout)
@@ -97,7 +97,7 @@ def tracking_uri_of(checkout: Path) -> str:
 
 
 def track(folder: Path, uri: str, *, run: str = "row-s0", timeout: float = 20.0) -> bool:
-    """A whole small run: parameters, tags, metrics of 3 steps, an artifact, the end."""
+    """Track a whole small run: parameters, tags, metrics of 3 steps, an artifact and its end."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "samples" / "grid.png").write_bytes(b"image")
     tracker = Tracker(folder, uri, experiment="masks/ряд", run=run, digest="d1")
@@ -124,7 +124,7 @@ def runs_of(uri: str, experiment: str = "masks/ряд") -> list[Any]:
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id]) if found else []
-    # The parent of the others holds none of what a run tells.
+    # The parent run has no metrics of its own.
     return [run for run in runs if run.info.run_name != experiment]
 
 
@@ -173,11 +173,11 @@ def test_a_run_without_a_server_finishes_and_arrives_once_when_the_server_comes(
     assert (sent.runs, sent.rejected, sent.waiting) == (1, 0, 0)
     assert_run_is_complete(server.uri, "away")
     assert send_pending(runs, server.uri) == Sent()
-    (runs / "masks" / "away" / SENT).unlink()  # a crash before the mark was written
+    (runs / "masks" / "away" / SENT).unlink()  # simulate a crash before the mark was written
     assert send_pending(runs, server.uri).records == sent.records
     assert_run_is_complete(server.uri, "away")
 
-    # With the server there, the next run needs no later sending.
+    # With the server running, the next run is sent at once.
     assert track(runs / "masks" / "present", server.uri, run="present")
     assert_run_is_complete(server.uri, "present")
 
@@ -267,7 +267,7 @@ def test_logging_metrics_costs_less_than_a_tenth_of_a_millisecond(tmp_path: Path
     records = [record for _, record in read_event_log(tmp_path / "run" / JOURNAL)]
     logged = [record["metrics"]["loss"] for record in records if record["kind"] == "metrics"]
     assert logged == [1 / (step + 1) for step in range(500)]
-    # The fastest tenth: the machine has other work to do.
+    # Only the fastest tenth must meet the bound, because the machine may be busy.
     assert sorted(seconds)[50] < 1e-4
 
 
@@ -308,7 +308,7 @@ def test_the_git_state_is_the_commit_and_whether_the_code_differs(tmp_path: Path
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "runs.csv").write_text("run\n")
     assert git_state(tmp_path) == (commit, False)
-    # What a store and its lock leave for moments, while another run asks.
+    # A store and its lock leave these files for moments, while another run uses it.
     for end in ("", "-journal", "-wal", "-shm", ".lock", ".lock-journal"):
         (tmp_path / f"mlflow.db{end}").touch()
     assert git_state(tmp_path) == (commit, False)
@@ -331,7 +331,7 @@ def test_importing_the_module_does_not_import_mlflow_or_torch() -> None:
 
 
 class SlowStore:
-    """Takes one record each 0.2 s; nothing is wrong with it."""
+    """A healthy store that takes 0.2 s per record."""
 
     def __init__(self, uri: str, *, opening: float = 0.0, parts: int = 4) -> None:
         self.uri, self.parts = uri, parts
@@ -353,7 +353,7 @@ def test_a_slow_server_is_waited_for_while_it_makes_progress(
     tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
     tracker.finish()
     with caplog.at_level(logging.WARNING, "rudolph"):
-        # Neither opening the store nor all parts together fit into the seconds without progress.
+        # Opening takes longer than 0.4 s without progress, and so do all parts together.
         assert tracker.close(0.4)
     assert caplog.messages == []
 

@@ -1,4 +1,4 @@
-"""Parts of a training by themselves: what a checkpoint refuses, when the adversary starts."""
+"""Parts of a training: refused checkpoints, the start of the discriminator, and flags."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_gradients_of_scaled_losses_are_clipped_as_they_are() -> None:
 
 
 class Kept(VQGANTraining):
-    """Keeps the weights of each process after the last step."""
+    """A training that saves the weights of each process after the last step."""
 
     path: Path
     before: dict[str, torch.Tensor]
@@ -93,7 +93,7 @@ class Kept(VQGANTraining):
 
 
 def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) -> Kept:
-    """Train a VQ-GAN six steps, the adversary from the third on."""
+    """Train a VQ-GAN for six steps, with the discriminator from the third step."""
     torch.manual_seed(0)
     config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=QuantizerConfig("vq", 12, 4))
     optim = OptimConfig(num_steps=6, global_batch_size=4, warmup_steps=0, validate_every=6)
@@ -132,7 +132,7 @@ def test_a_discriminator_trains_on_two_devices_as_on_one(tmp_path: Path) -> None
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
         assert torch.isfinite(weight).all()
-        # Six steps of AdamW, whose length does not depend on the gradient's.
+        # Six AdamW steps bound the difference: their length ignores the gradient's norm.
         torch.testing.assert_close(weight, alone[name], atol=2e-3, rtol=0)
     for network in ("model", "discriminator"):
         assert any(
@@ -140,7 +140,7 @@ def test_a_discriminator_trains_on_two_devices_as_on_one(tmp_path: Path) -> None
             for name, weight in alone.items()
             if name.startswith(network)
         )
-    # One pair for two devices: both validate it.
+    # One pair for two devices: both devices validate it.
     assert two.found["val/psnr"] == pytest.approx(one.found["val/psnr"], abs=1e-3)
 
 
@@ -154,7 +154,7 @@ def test_progress_tells_the_share_of_time_that_data_took(monkeypatch: pytest.Mon
         progress.on_train_batch_start(trainer, None, None, batch)
         progress.on_train_batch_end(trainer, None, None, None, batch)
         if batch == 1:
-            # What a validation takes is no waiting.
+            # Validation time does not count as waiting for data.
             progress.on_validation_end(trainer, None)
     shares = [float(note.split()[1].rstrip("%")) for note in notes]
     assert shares == pytest.approx([0.0, 100 / 7, 100 / 10, 200 / 14], abs=0.05)

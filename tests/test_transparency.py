@@ -1,4 +1,4 @@
-"""Transparent ground: the image comes back over its ground, and no fringe over another."""
+"""Transparent backgrounds: the original image is restored, without fringes on other colours."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def alpha_of(image: Image.Image) -> Array:
 
 
 def drawn(draw: Callable[[ImageDraw.ImageDraw], object], ground: Colour) -> Array:
-    """What ``draw`` draws on a fine canvas of this colour, every pixel the mean of its share."""
+    """Return a drawing on a background colour, averaged down from a finer canvas."""
     image = Image.new("RGB", (SIZE * FINER, SIZE * FINER), ground)
     draw(ImageDraw.Draw(image))
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
@@ -61,7 +61,7 @@ def test_over_any_ground_it_looks_as_if_drawn_there(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def emoji() -> Array:
-    """Every sixtieth of the shipped images."""
+    """Return every sixtieth shipped image."""
     return emoji_images(64)[1][::60]
 
 
@@ -75,7 +75,7 @@ def test_over_white_an_emoji_comes_back(emoji: Array) -> None:
 
 
 def turned(image: Array, ground: Colour) -> Array:
-    """The inside of the drawing on another ground, turned: a sharp mask, so a known edge."""
+    """Return the drawing rotated on another background, with a sharp mask and so a known edge."""
     distance = 255 - image.min(-1)
     is_drawing = ~dilate(flood_fill(distance <= 8, frame_mask(distance)), 2)
     fine = np.dstack([image, 255 * is_drawing]).astype(np.uint8).repeat(4, 0).repeat(4, 1)
@@ -97,7 +97,7 @@ def test_an_emoji_has_next_to_no_fringe_over_another_ground(emoji: Array) -> Non
             error = np.abs(over(rgba, ground) - expected).mean()
             hard_cut = np.abs(np.where(is_clear, ground, on_white) - expected).mean()
             shares.append(error / max(hard_cut, 0.01))
-    # The median, for the mask lays open white insides, which cannot be told from the ground.
+    # The median, because the mask opens white interiors, which look like the background.
     assert np.median(shares) < 0.2
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: other layouts take old weights, frozen parts stay, memory is known before."""
+"""Fine-tuning: other layouts load old weights, frozen parts stay, memory is known in advance."""
 
 from dataclasses import replace
 
@@ -196,7 +196,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     for has_checkpointing in (False, True):
         model = decoder().train()
         model.has_checkpointing = has_checkpointing
-        torch.manual_seed(7)  # dropout
+        torch.manual_seed(7)  # for dropout
         losses = segment_losses(model, tokens_of(model), DecoderLossConfig())
         weighted_mean(losses, DecoderLossConfig().weights).backward()
         gradients.append([value.grad for value in model.parameters()])

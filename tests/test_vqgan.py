@@ -1,4 +1,4 @@
-"""The VQ-GAN: equal to Sber's, any size, every quantizer a round trip with a gradient."""
+"""The VQ-GAN: equal to Sber's, any size, and quantizers with round trips and gradients."""
 
 from dataclasses import replace
 
@@ -48,13 +48,13 @@ def test_the_default_size_has_sbers_parameter_count() -> None:
 def test_indices_decode_to_what_the_forward_pass_makes(kind: str, size: tuple[int, int]) -> None:
     model = small_vqgan(kind)
     images = torch.rand(3, 3, *size) * 2 - 1
-    model(images)  # the ema codebook starts from the first batch
+    model(images)  # the EMA codebook is initialised from the first batch
     model.eval()
     result = model(images)
     indices = model.encode_indices((images + 1) / 2)
     assert torch.equal(indices, result.indices.flatten(1))
     decoded = model.decode_indices(indices, height=size[0] // 4)
-    # Straight-through adds and subtracts z, and norms enlarge what that rounds away.
+    # Straight-through adds and subtracts z, and norms amplify the rounding error.
     torch.testing.assert_close(decoded, ((result.images + 1) / 2).clamp(0, 1), atol=5e-3, rtol=0)
 
 
@@ -123,7 +123,7 @@ def test_bits_are_drawn_to_be_sure_one_by_one_and_even_together() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_bits_that_are_sure_have_a_finite_gradient(scale: float) -> None:
-    """The loss is that of the entropies of shares, also of latents that are far out."""
+    """The loss is that of the entropies of probabilities, even for extreme latents."""
     quantizer = QUANTIZERS["lfq"](QuantizerConfig("lfq", 8, 3, beta=0.0, entropy_weight=1.0))
     quantizer.to_code = torch.nn.Identity()
     z = scale * torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The work of a token, counted and not timed: logits, keys, operations, memory."""
+"""The work per token, counted and not timed: logits, keys, operations and memory."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ NUM_SAMPLES = 5
 
 
 class Work(TorchDispatchMode):
-    """Counts operations, and remembers the largest memory that one of them asked for."""
+    """A counter of operations that also records their largest memory allocation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def decoder() -> MaskedDecoder:
 
 
 def drawn_with(work: Work, model: MaskedDecoder) -> list[tuple[int, int]]:
-    """Operations and largest memory of each token but the first, of an image."""
+    """Return the operations and the largest allocation of each token of an image but the first."""
     tokens: list[tuple[int, int]] = []
 
     def on_token(_: int) -> None:
@@ -60,12 +60,12 @@ def drawn_with(work: Work, model: MaskedDecoder) -> list[tuple[int, int]]:
 
 def test_a_token_costs_the_same_number_of_operations_wherever_it_stands() -> None:
     model = decoder()
-    # The first image finds out what its masks read; later ones know it.
+    # The first image computes what its masks read; later images reuse it.
     drawn_with(Work(), model)
     operations = [count for count, _ in drawn_with(Work(), model)]
     assert len(operations) == 35
     assert max(operations) - min(operations) <= 12
-    # Four layers and the draw; a step that did more for each layer would show here.
+    # Four layers and the sampling; an extra operation per layer would exceed this.
     assert max(operations) <= 4 * 60 + 100
 
 
@@ -74,7 +74,7 @@ def test_no_token_asks_for_memory_of_the_size_of_the_cache_or_the_head() -> None
     logits = NUM_SAMPLES * VOCABULARY.image_size * 4
     hidden = NUM_SAMPLES * 4 * CONFIG.hidden_size * 4
     scores = NUM_SAMPLES * CONFIG.num_heads * LAYOUT.length * 4
-    # The keys of one layer would be eight times the scores.
+    # The keys of one layer would be eight times as large as the scores.
     assert largest <= max(2 * logits, hidden, scores)
 
 
@@ -108,6 +108,6 @@ def test_keys_read_are_tens_and_those_of_the_prompt_are_read_once(
     model = MaskedDecoder(config, LAYOUT, VOCABULARY).eval()
     generate_image(model, torch.full((1, 7), 5), config=SAMPLING, seeds=range(NUM_SAMPLES))
     assert len(reads) == 2 * 35
-    # Three heads of one prompt, however many samples; its seven keys; few of a sample's own.
+    # Three heads of one prompt for all samples, its seven keys, and few keys of each sample.
     assert {(rows, shared) for rows, shared, _ in reads} == {(3, 7)}
     assert max(own for _, _, own in reads) <= most

@@ -1,4 +1,4 @@
-"""What holds of every dataset that is drawn by rule; words in images, short texts, sums."""
+"""Properties of every generated dataset; words in images, paragraphs and arithmetic."""
 
 import re
 from collections import Counter
@@ -159,7 +159,7 @@ def test_noise_stays_in_its_bounds() -> None:
     quiet, noisy = (world("words", noise=noise)[5].image for noise in (0.0, 30.0))
     difference = np.asarray(quiet, dtype=int) - np.asarray(noisy, dtype=int)
     assert 25 < np.abs(difference).max() <= 31
-    # On white only what is darker stays.
+    # On white, only darker noise remains.
     assert 5 < np.abs(difference).mean() < 16
 
 
@@ -167,7 +167,7 @@ def test_noise_stays_in_its_bounds() -> None:
 
 
 def owners(context: str) -> dict[str, str]:
-    """What each person has, by the person as after the preposition."""
+    """Return what each person has, keyed by the person as written after the preposition."""
     found = {}
     for sentence in context.rstrip(".").split(". "):
         match = re.fullmatch(r"у (\S+) (.+)|(.+) у (\S+)", sentence)
@@ -182,7 +182,7 @@ def number_of(phrase: str) -> int:
 
 
 def answer_from(context: str, question: str) -> str:
-    """The answer to a question about a text, worked out from their words alone."""
+    """Answer a question about a text from their words alone."""
     has = {name: re.sub(r"^\S+ ", "", phrase) for name, phrase in owners(context).items()}
     number = {name: number_of(phrase) for name, phrase in owners(context).items()}
     if match := re.fullmatch(r"у кого больше фигур, у (\S+) или у (\S+)\?", question):

@@ -1,4 +1,4 @@
-"""The smallest CLIP and the scenes and sentences that it learns from."""
+"""The smallest CLIP, with the scenes and sentences that it learns from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ SIDE, NUM_PAIRS = 24, 70
 
 
 def scenes(folder: Path) -> tuple[Split, Tokenizer]:
-    """A split some of whose sentences come more than once, and their tokenizer."""
+    """Return a split with some repeated sentences, and its tokenizer."""
     shapes = ShapesConfig(families=("one", "count"), num_train=NUM_PAIRS)
     split = Split(DataConfig(dataset="shapes", image_size=SIDE, shapes=shapes), "train", folder)
     return split, Tokenizer.train(split.captions, vocab_size=200, path=folder / "bpe.model")

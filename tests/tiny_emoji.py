@@ -13,7 +13,7 @@ NAMES = [field.name for field in fields(EmojiRecord)]
 
 
 def write_set(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Write the table and the atlas, its tiles 2 by 2 pixels, each of its own grey."""
+    """Write the table and the atlas, with 2 by 2 pixel tiles in different greys."""
     folder.mkdir(exist_ok=True)
     plain = dict.fromkeys(NAMES, "") | {"skin_tone": "none", "group": "Letters"}
     with (folder / "emoji.csv").open("w", encoding="utf-8", newline="") as file:

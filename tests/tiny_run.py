@@ -1,4 +1,4 @@
-"""The smallest whole run: what tests of runs, verbs and weights start from."""
+"""The smallest whole run, from which tests of runs, commands and weights start."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def quiet(stage: str, done: int, total: int, note: str) -> None:
-    """No progress."""
+    """Ignore progress."""
 
 
 def run_tiny(folder: Path, overrides: tuple[str, ...] = (), **hardware: Any) -> Path:

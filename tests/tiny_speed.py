@@ -1,4 +1,4 @@
-"""The smallest experiments on speed: what their tests start from."""
+"""The smallest speed experiments, from which their tests start."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
 
 
 def write_speed(folder: Path, workload: str, *implementations: str, **changes: Any) -> Path:
-    """A tiny experiment on speed; ``changes`` are of its speed's settings."""
+    """Write a tiny speed experiment; ``changes`` are settings of its ``speed`` section."""
     speed = {
         **TINY["speed"],
         "workload": workload,

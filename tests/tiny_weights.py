@@ -1,4 +1,4 @@
-"""Folders of small random weights of every released kind: what ``--model`` and stages open."""
+"""Folders of small random weights of every released kind, as ``--model`` and stages open them."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ CLIP = {
     "transformer_layers": 1,
 }
 UPSCALER = {"num_feat": 4, "num_block": 1, "num_grow_ch": 2}
-# Names, families and what their constructors take; sizes of vocabularies are the tokenizer's.
+# Name, family and constructor arguments; the tokenizer determines the vocabulary size.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rudolph": ("rudolph", DECODER | RUDOLPH),
     "rudalle_v2": ("rudalle", DECODER | {"text_seq_length": LEFT, "hf_version": "v2"}),
@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_weights(folder: Path, name: str, tokenizer: Tokenizer) -> None:
-    """One model with its tokenizer, a decoder with its VQ-GAN."""
+    """Write one model with its tokenizer, and a decoder also with its VQ-GAN."""
     torch.manual_seed(len(name))
     family, config = KINDS[name]
     is_decoder = family in ("rudolph", "rudalle")
@@ -78,7 +78,7 @@ def write_weights(folder: Path, name: str, tokenizer: Tokenizer) -> None:
 
 
 def write_all(home: Path) -> Path:
-    """A folder of each kind below ``home``."""
+    """Write one folder per kind below ``home``."""
     tokenizer = Tokenizer.train([WORDS], vocab_size=90, path=home / "bpe.model")
     for name in KINDS:
         write_weights(home / name, name, tokenizer)
