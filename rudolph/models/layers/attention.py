@@ -36,7 +36,8 @@ class KeyValue(NamedTuple):
     Attributes:
         key: ``(G, T', H)``.
         value: ``(G, T', H)``.
-        mask: ``(T, T')`` bool, true where a query may attend to a key; a ``BlockMask`` of
+        mask: ``(T, T')`` bool, true where a query may attend to a key; ``(B, T, T')`` with one
+            mask per sample, shared by its R / B adjacent rows; a ``BlockMask`` of
             FlexAttention; or None to attend to all keys.
     """
 
@@ -114,10 +115,17 @@ def attention(
     is_fused = query.device.type != "cpu" or (query.dtype == torch.float32 and query.shape[1] > 1)
     if is_fused and len(seen) == 1 and len(seen[0].key) == len(query):
         key, value, mask = seen[0]
-        # The kernel needs four dimensions: treat the rows as heads of a batch of one.
-        return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, dropout_p=dropout
-        )[0]
+        has_own_masks = mask is not None and mask.dim() == 3
+        # The kernel takes four dimensions: one batch of many heads, or one batch per mask.
+        shape = (len(mask) if has_own_masks else 1, -1)
+        out = F.scaled_dot_product_attention(
+            query.view(*shape, *query.shape[1:]),
+            key.view(*shape, *key.shape[1:]),
+            value.view(*shape, *value.shape[1:]),
+            attn_mask=mask[:, None] if has_own_masks else mask,
+            dropout_p=dropout,
+        )
+        return out.flatten(0, 1)
     is_relaxed = pb_relax is not None and query.dtype == torch.float16
     query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
     parts = [_scores(query, part) for part in seen]
@@ -167,7 +175,12 @@ def _scores(query: Tensor, seen: KeyValue) -> Tensor:
     if seen.mask is None:
         return _product(rows, key).view(*query.shape[:2], -1)
     bias = _bias(seen.mask, query.dtype)
-    scores = _product(rows, key, bias.repeat(rows.shape[1] // len(bias), 1))
+    copies = rows.shape[1] // bias.shape[-2]
+    if bias.dim() == 2:
+        bias = bias.repeat(copies, 1)
+    else:
+        bias = bias.repeat_interleave(len(rows) // len(bias), dim=0).repeat(1, copies, 1)
+    scores = _product(rows, key, bias)
     return scores.view(*query.shape[:2], -1)
 
 

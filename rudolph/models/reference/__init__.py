@@ -6,7 +6,9 @@ file.
 
 To add a family, write its ``ReferenceFamily`` and list it in ``FAMILIES``.
 
-Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2.
+Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2; for language
+models ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorch`` 1.26 and
+``open_flamingo`` 2.0.1.
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from rudolph.models.reference.clip import RUCLIP
 from rudolph.models.reference.decoders import RUDALLE, RUDOLPH
 from rudolph.models.reference.family import ReferenceCheckpoint, ReferenceFamily
+from rudolph.models.reference.flamingo import FLAMINGO, OPEN_FLAMINGO_BLOCK
+from rudolph.models.reference.language_model import LLAMA
 from rudolph.models.reference.upscaler import REALESRGAN
 from rudolph.models.reference.vqgan import VQGAN_FAMILY
 
@@ -49,7 +53,7 @@ def from_reference(
     Stored masks override the mask rules; a difference is a ``StoredMaskWarning``.
 
     Args:
-        family: ``rudolph``, ``rudalle``, ``vqgan``, ``ruclip`` or ``realesrgan``.
+        family: one of ``FAMILIES``.
         config: the reference constructor's arguments.
         state_dict: the reference's tensors by key, as in its file.  They may be wrapped in
             ``state_dict``, ``params`` or ``params_ema``, or have Lightning's ``model.`` prefix.
@@ -102,4 +106,7 @@ FAMILIES: dict[str, ReferenceFamily] = {
     "vqgan": VQGAN_FAMILY,
     "ruclip": RUCLIP,
     "realesrgan": REALESRGAN,
+    "llama": LLAMA,
+    "flamingo": FLAMINGO,
+    "open_flamingo_block": OPEN_FLAMINGO_BLOCK,
 }

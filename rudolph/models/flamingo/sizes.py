@@ -1,0 +1,59 @@
+"""Published sizes of Flamingo, by name.
+
+Fusion parts have the published geometry.  Language models are LLaMA blocks of the published depth
+and width, whose SwiGLU has the parameters of the published MLP; their tokenizers are not ours, so
+the number of tokens is theirs only in order of size.
+
+Source: Alayrac 2022 (arXiv:2204.14198), tables 1 and 5; open_flamingo 2.0.1, ``src/factory.py``.
+"""
+
+from rudolph.models.flamingo.flamingo import FlamingoConfig
+from rudolph.models.fusion.cross_attention import CrossAttentionConfig
+from rudolph.models.fusion.resampler import ResamplerConfig
+from rudolph.models.lm.language_model import LanguageModelConfig
+
+
+def flamingo_size(*, num_layers: int, num_heads: int, mlp_size: int, every: int) -> FlamingoConfig:
+    """Return a size of the paper: heads of 128 channels, blocks 0, every, 2 * every, ..."""
+    return FlamingoConfig(
+        language_model=LanguageModelConfig(
+            vocab_size=32_000,
+            hidden_size=128 * num_heads,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_key_value_heads=num_heads,
+            mlp_size=mlp_size,
+        ),
+        resampler=ResamplerConfig(width=1536, num_heads=16, head_size=96, num_frame_embeddings=8),
+        cross_attention=CrossAttentionConfig(num_heads=num_heads, head_size=128),
+        every=every,
+    )
+
+
+def open_flamingo_size(
+    *, num_layers: int, num_heads: int, mlp_size: int, every: int
+) -> FlamingoConfig:
+    """Return a size of OpenFlamingo: CLIP ViT-L/14 features, the last block of each ``every``."""
+    return FlamingoConfig(
+        language_model=LanguageModelConfig(
+            vocab_size=50_432,
+            hidden_size=128 * num_heads,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_key_value_heads=num_heads,
+            mlp_size=mlp_size,
+        ),
+        resampler=ResamplerConfig(),
+        cross_attention=CrossAttentionConfig(),
+        every=every,
+        offset=every - 1,
+    )
+
+
+FLAMINGO_SIZES: dict[str, FlamingoConfig] = {
+    "flamingo_3b": flamingo_size(num_layers=24, num_heads=16, mlp_size=5504, every=1),
+    "flamingo_9b": flamingo_size(num_layers=40, num_heads=32, mlp_size=11_008, every=4),
+    "flamingo_80b": flamingo_size(num_layers=80, num_heads=64, mlp_size=22_016, every=7),
+    "open_flamingo_3b": open_flamingo_size(num_layers=24, num_heads=16, mlp_size=5504, every=1),
+    "open_flamingo_9b": open_flamingo_size(num_layers=32, num_heads=32, mlp_size=11_008, every=4),
+}

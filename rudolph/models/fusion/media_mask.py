@@ -1,0 +1,134 @@
+"""Which media each text position may attend to.
+
+A *tag* is a token that stands for one media, an image or a video.  The media of a row are numbered
+from 1 in the order of its tags; number 0 is an absent media, to which nothing attends.
+
+A rule ``(last, opening, media) -> bool`` on broadcastable tensors of such numbers is true where
+a position may attend to a media: ``last`` is the number of tags up to and including the position,
+and ``opening`` the number of tags before its document began.
+
+To add a rule, write it and name it in ``MEDIA_RULES``.
+
+Source: Alayrac 2022 (arXiv:2204.14198), section 2.1.3; flamingo-pytorch, ``flamingo_pytorch.py``,
+whose leak in ``all_previous`` is absent here; Idefics, ``processing_idefics.py``, for documents.
+
+Shapes: B batch, T text positions, M media per row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MediaRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TagCounts(NamedTuple):
+    """Numbers of tags ``(B, T)`` at each text position.
+
+    ``last`` counts up to and including the position, ``opening`` before its document, and
+    ``next_opening`` before the document of the position after it.
+    """
+
+    last: Tensor
+    opening: Tensor
+    next_opening: Tensor
+
+
+def immediate(last: Tensor, opening: Tensor, media: Tensor) -> Tensor:
+    """Allow the media of the last tag.
+
+    One line per media, one column per text position; tags stand at columns 1 and 4:
+
+    >>> counts = count_tags(torch.tensor([[0, 1, 0, 0, 1, 0]]).bool())
+    >>> for media in media_mask("immediate", counts, torch.tensor([[1, 2]]))[0].T.tolist():
+    ...     print("".join("#" if attends else "." for attends in media))
+    .###..
+    ....##
+    """
+    return (media == last) & (media > opening)
+
+
+def all_previous(last: Tensor, opening: Tensor, media: Tensor) -> Tensor:
+    """Allow the media of every earlier tag of the document.
+
+    Tags stand at columns 1 and 4, and a document ends at column 5:
+
+    >>> is_tag, is_end = torch.tensor([[[0, 1, 0, 0, 1, 0, 0]], [[0, 0, 0, 0, 0, 1, 0]]]).bool()
+    >>> counts = count_tags(is_tag, is_end)
+    >>> for media in media_mask("all_previous", counts, torch.tensor([[1, 2]]))[0].T.tolist():
+    ...     print("".join("#" if attends else "." for attends in media))
+    .#####.
+    ....##.
+    """
+    return (media <= last) & (media > opening)
+
+
+def count_tags(
+    is_tag: Tensor, is_end: Tensor | None = None, before: TagCounts | None = None
+) -> TagCounts:
+    """Count the tags of each row from left to right.
+
+    Args:
+        is_tag: ``(B, T)`` bool.
+        is_end: ``(B, T)`` bool, true at the last token of a document of several packed into one
+            row: later positions attend to no media until the next tag.
+        before: counts of the positions before, when a text comes in steps.
+
+    >>> count_tags(torch.tensor([[False, True, False, True]])).last.tolist()
+    [[0, 1, 1, 2]]
+    """
+    last = is_tag.long().cumsum(1)
+    if before is not None:
+        last = last + before.last[:, -1:]
+    first_opening = (
+        torch.zeros_like(last[:, :1]) if before is None else before.next_opening[:, -1:]
+    )
+    next_opening = first_opening.expand_as(last)
+    if is_end is not None:
+        # Numbers of tags never decrease, so the latest end has the largest.
+        next_opening = torch.maximum(next_opening, (last * is_end).cummax(1).values)
+    opening = torch.cat([first_opening, next_opening[:, :-1]], dim=1)
+    return TagCounts(last, opening, next_opening)
+
+
+def number_media(is_present: Tensor) -> Tensor:
+    """Return the number of each media ``(B, M)``, 0 for absent ones.
+
+    >>> number_media(torch.tensor([[True, False, True]])).tolist()
+    [[1, 0, 2]]
+    """
+    return is_present.long().cumsum(1) * is_present
+
+
+def check_tags(counts: TagCounts, media: Tensor) -> None:
+    """Refuse texts with more tags than media.
+
+    Args:
+        media: numbers ``(B, M)``.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    num_tags, num_media = counts.last[:, -1], media.amax(1)
+    for row in (num_tags > num_media).nonzero().flatten().tolist():
+        raise ValueError(
+            f"row {row}: expected at most {int(num_media[row])} media tags, one per media, "
+            f"got {int(num_tags[row])}"
+        )
+
+
+def media_mask(rule: str, counts: TagCounts, media: Tensor) -> Tensor:
+    """Return which media each text position may attend to, ``(B, T, M)`` bool.
+
+    Args:
+        rule: a name in ``MEDIA_RULES``.
+        media: numbers ``(B, M)``.
+    """
+    return MEDIA_RULES[rule](
+        counts.last[:, :, None], counts.opening[:, :, None], media[:, None, :]
+    )
+
+
+MEDIA_RULES: dict[str, MediaRule] = {"immediate": immediate, "all_previous": all_previous}

@@ -1,0 +1,332 @@
+"""A decoder-only language model: PaLM, LLaMA, Vicuna and Mistral are settings of it.
+
+``tokens -> embed -> blocks -> norm -> logits``
+
+- A *parallel* block (PaLM) adds attention and MLP of one norm; a *sequential* block (LLaMA) has
+  a norm for each.
+- Fewer key-value heads than query heads are grouped-query attention; one is multi-query.
+
+The names of the modules are Hugging Face's LLaMA names without the leading ``model.``.
+
+Source: PaLM (arXiv:2204.02311), section 2; LLaMA (arXiv:2302.13971), section 2.2; RoFormer
+(arXiv:2104.09864), section 3.4.2, in the form that rotates halves; Ainslie 2023
+(arXiv:2305.13245) for grouped queries; Shazeer 2020 (arXiv:2002.05202) for SwiGLU.
+
+Shapes: B batch, T new positions, S all positions so far, D hidden size, N query heads, G
+key-value heads, H head size, L layers, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.models.layers.multi_head import multi_head_attention, split_heads
+from rudolph.models.lm.greedy import at_last_token, decode_greedily
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Sizes and the choices in which PaLM and LLaMA differ.
+
+    ``norm`` is RMSNorm (``rms``) or a LayerNorm with a gain and no bias (``layer``).  ``mlp_size``
+    is the width of SwiGLU's inner layer.  PaLM is ``block="parallel"``, ``norm="layer"``,
+    ``num_key_value_heads=1`` and ``tied_embeddings=True``.
+    """
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_key_value_heads: int = 32
+    head_size: int = 128
+    mlp_size: int = 11_008
+    block: Literal["sequential", "parallel"] = "sequential"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}), got {self.num_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_size must be even for rotations, got {self.head_size}")
+        if self.block not in ("sequential", "parallel"):
+            raise ValueError(f"block must be sequential or parallel, got {self.block!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+
+
+class LanguageModelCache:
+    """Keys and values of the positions so far, in memory that is allocated once; for inference.
+
+    Args:
+        memory: ``(L, 2, B, G, S, H)`` with room for S positions.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.start = self.length = 0
+        # (B, length) bool, false at padding; None while no step had any.
+        self.is_token: Tensor | None = None
+
+    def extend(self, num_positions: int, attention_mask: Tensor | None) -> Tensor | None:
+        """Add new positions ``(B, T)`` and return which positions so far are tokens."""
+        capacity = self.memory.shape[4]
+        self.start, self.length = self.length, self.length + num_positions
+        if self.length > capacity:
+            raise ValueError(f"the cache holds {capacity} positions, got {self.length}")
+        if attention_mask is not None or self.is_token is not None:
+            full = self.memory.new_ones(self.memory.shape[2], self.length, dtype=torch.bool)
+            if self.is_token is not None:
+                full[:, : self.start] = self.is_token
+            if attention_mask is not None:
+                full[:, self.start :] = attention_mask
+            self.is_token = full
+        return self.is_token
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``(B, G, T, H)`` of the new positions; return those of all, ``(B, G, S, H)``."""
+        self.memory[layer, 0, :, :, self.start : self.length] = key
+        self.memory[layer, 1, :, :, self.start : self.length] = value
+        keys, values = self.memory[layer, :, :, :, : self.length]
+        return keys, values
+
+
+class SequenceContext(NamedTuple):
+    """What every block of one forward pass shares.
+
+    ``cos`` and ``sin`` are ``(1 or B, 1, T, H / 2)``; ``mask`` is ``(T, S)``, ``(B, T, S)`` or
+    None where every new position may attend to all.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    cache: LanguageModelCache | None
+
+
+def causal_mask(
+    start: int, end: int, is_token: Tensor | None, device: torch.device | None = None
+) -> Tensor:
+    """Return what positions from ``start`` to ``end`` attend to: ``(T, S)``, or ``(B, T, S)``.
+
+    Padding attends to itself, since a softmax over no key is undefined.
+
+    Args:
+        is_token: ``(B, S)`` bool, false at padding; None for no padding.
+
+    >>> mask = causal_mask(0, 4, torch.tensor([[False, True, True, True]]))
+    >>> for row in mask[0].tolist():
+    ...     print("".join("#" if attends else "." for attends in row))
+    #...
+    .#..
+    .##.
+    .###
+    """
+    key = torch.arange(end, device=device)
+    query = key[start:, None]
+    if is_token is None:
+        return key <= query
+    return (key <= query) & is_token[:, None] | (key == query)
+
+
+def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines ``(..., T, H / 2)`` of positions ``(..., T)``, in float32."""
+    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * (1.0 / theta ** (channels / head_size))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i against channel i + H / 2 of ``(B, N, T, H)`` by the position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention of layer number ``layer``, with rotary positions and grouped keys."""
+
+    def __init__(self, config: LanguageModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_key_value_heads = config.num_heads, config.num_key_value_heads
+        key_size = config.num_key_value_heads * config.head_size
+        query_size = config.num_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """Map ``(B, T, D)`` to ``(B, T, D)``."""
+        query = split_heads(self.q_proj(x), self.num_heads)  # (B, N, T, H)
+        key = split_heads(self.k_proj(x), self.num_key_value_heads)  # (B, G, T, H)
+        value = split_heads(self.v_proj(x), self.num_key_value_heads)
+        query, key = (rotate(part, context.cos, context.sin) for part in (query, key))
+        if context.cache is not None:
+            key, value = context.cache.append(self.layer, key, value)
+        return self.o_proj(multi_head_attention(query, key, value, context.mask))
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases."""
+
+    def __init__(self, size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner_size, bias=False)
+        self.up_proj = nn.Linear(size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageModelBlock(nn.Module):
+    """Attention and MLP, one after the other or in parallel from one norm."""
+
+    def __init__(self, config: LanguageModelConfig, layer: int) -> None:
+        super().__init__()
+        self.is_parallel = config.block == "parallel"
+        self.input_layernorm = new_norm(config)
+        self.self_attn = CausalSelfAttention(config, layer)
+        if not self.is_parallel:
+            self.post_attention_layernorm = new_norm(config)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """Map ``(B, T, D)`` to ``(B, T, D)``."""
+        y = self.input_layernorm(x)
+        if self.is_parallel:
+            return x + self.self_attn(y, context) + self.mlp(y)
+        x = x + self.self_attn(y, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """``model(tokens) -> logits``; embeddings ``(B, T, D)`` may take the place of tokens."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LanguageModelBlock(config, layer) for layer in range(config.num_layers)
+        )
+        self.norm = new_norm(config)
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: LanguageModelCache | None = None,
+    ) -> Tensor:
+        """Return logits ``(B, T, V)``.
+
+        Args:
+            inputs: tokens ``(B, T)``, or embeddings ``(B, T, D)`` in their place.  With a cache,
+                only the new positions.
+            attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding, which may stand on
+                either side.  Positions count tokens only.
+            cache: of ``new_cache``; the new positions are added to it.
+        """
+        return self.logits(self.hidden(inputs, attention_mask=attention_mask, cache=cache))
+
+    def hidden(
+        self,
+        inputs: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: LanguageModelCache | None = None,
+    ) -> Tensor:
+        """Return the output of the last block before the final norm, ``(B, T, D)``."""
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        context = self.context(x, attention_mask, cache)
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
+
+    def context(
+        self, x: Tensor, attention_mask: Tensor | None, cache: LanguageModelCache | None
+    ) -> SequenceContext:
+        """Return rotations and mask of new positions ``(B, T, D)``, and extend the cache."""
+        batch, length, _ = x.shape
+        if attention_mask is not None and attention_mask.shape != (batch, length):
+            raise ValueError(
+                f"attention_mask must be {(batch, length)}, got {tuple(attention_mask.shape)}"
+            )
+        is_token = None if attention_mask is None else attention_mask.bool()
+        if cache is not None:
+            is_token = cache.extend(length, is_token)
+        end = length if cache is None else cache.length
+        start = end - length
+        if is_token is None:
+            positions = torch.arange(start, end, device=x.device)[None]
+        else:
+            positions = (is_token.cumsum(1) - 1).clamp(min=0)[:, start:]
+        cos, sin = rotations(positions, self.config.head_size, self.config.rope_theta)
+        attends_to_all = length == 1 and is_token is None
+        mask = None if attends_to_all else causal_mask(start, end, is_token, x.device)
+        return SequenceContext(cos[:, None], sin[:, None], mask, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return ``(..., V)`` of the last block's output ``(..., D)``."""
+        tied = self.config.tied_embeddings
+        head = self.embed_tokens.weight if tied else self.lm_head.weight
+        return F.linear(self.norm(hidden), head)
+
+    def new_cache(self, batch_size: int, *, num_positions: int) -> LanguageModelCache:
+        """Return an empty cache with room for ``num_positions``."""
+        config = self.config
+        heads, size = config.num_key_value_heads, config.head_size
+        shape = (config.num_layers, 2, batch_size, heads, num_positions, size)
+        return LanguageModelCache(self.embed_tokens.weight.new_empty(shape))
+
+    @torch.no_grad()
+    def generate_greedily(
+        self,
+        inputs: Tensor,
+        *,
+        num_tokens: int,
+        attention_mask: Tensor | None = None,
+        end_id: int | None = None,
+    ) -> Tensor:
+        """Return the most likely continuation ``(B, S)`` of prompts; see ``decode_greedily``."""
+        cache = self.new_cache(len(inputs), num_positions=inputs.shape[1] + num_tokens)
+        hidden = self.hidden(inputs, attention_mask=attention_mask, cache=cache)
+        return decode_greedily(
+            self.logits(at_last_token(hidden, attention_mask)),
+            lambda token: self(token, cache=cache)[:, -1],
+            num_tokens=num_tokens,
+            end_id=end_id,
+        )
+
+
+def new_norm(config: LanguageModelConfig) -> nn.Module:
+    return NORMS[config.norm](config.hidden_size, config.norm_eps)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rms": lambda size, eps: nn.RMSNorm(size, eps=eps),
+    "layer": lambda size, eps: nn.LayerNorm(size, eps=eps, bias=False),
+}

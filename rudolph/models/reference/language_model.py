@@ -1,0 +1,123 @@
+"""LLaMA, Vicuna and Mistral: Hugging Face's key names, of which ours lack only ``model.``.
+
+Source: transformers, ``models/llama/modeling_llama.py`` and ``configuration_llama.py``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
+from rudolph.models.reference.family import ReferenceFamily, Renamed
+from rudolph.models.weights import load_exactly
+
+# What our block does in one way only: the argument, and the values that ask for it.
+FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "rope_scaling": (None,),
+}
+
+
+def language_model_config(config: Mapping[str, Any]) -> LanguageModelConfig:
+    """Return the sizes that a ``config.json`` of LLaMA, Vicuna or Mistral gives.
+
+    Raises:
+        ValueError: naming an argument that the block cannot follow.
+    """
+    for name, allowed in FIXED_ARGUMENTS.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"llama: {name} must be {allowed[0]}, got {config[name]!r}")
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"llama: rope_type must be default, got {rope['rope_type']!r}")
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    return LanguageModelConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden_size,
+        num_layers=config["num_hidden_layers"],
+        num_heads=num_heads,
+        num_key_value_heads=config.get("num_key_value_heads") or num_heads,
+        head_size=config.get("head_dim") or hidden_size // num_heads,
+        mlp_size=config["intermediate_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=rope["rope_theta"],
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def their_llama_name(name: str) -> str:
+    """Return Hugging Face's name of one of our tensors."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def our_llama_name(key: str) -> str:
+    """Return our name of one of Hugging Face's tensors."""
+    return key.removeprefix("model.")
+
+
+def without_tied_copy(
+    tensors: Mapping[str, Tensor], copy: str, original: str, *, family: str
+) -> Mapping[str, Tensor]:
+    """Leave out the second copy of a tensor that two layers have in common.
+
+    Raises:
+        ValueError: when the two differ.
+    """
+    if copy not in tensors or original not in tensors:
+        return tensors
+    if not torch.equal(tensors[copy], tensors[original]):
+        raise ValueError(f"{family}: {copy} must equal {original}, to which it is tied")
+    return Renamed(tensors, {key: key for key in tensors if key != copy})
+
+
+def load_language_model(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    if model.config.tied_embeddings:
+        tensors = without_tied_copy(
+            tensors, "lm_head.weight", "model.embed_tokens.weight", family="llama"
+        )
+    # Early files store what the rotations are computed from.
+    kept = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]
+    renamed = Renamed(tensors, {our_llama_name(key): key for key in kept})
+    load_exactly(model, renamed, family="llama", their_name=their_llama_name)
+
+
+def language_model_config_of(model: LanguageModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.mlp_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+
+
+def is_llama(model: object) -> bool:
+    return (
+        isinstance(model, LanguageModel)
+        and model.config.block == "sequential"
+        and model.config.norm == "rms"
+    )
+
+
+LLAMA = ReferenceFamily(
+    build=lambda config: LanguageModel(language_model_config(config)),
+    load=load_language_model,
+    holds=is_llama,
+    config_of=language_model_config_of,
+    tensors_of=lambda model: {
+        their_llama_name(name): value for name, value in model.state_dict().items()
+    },
+)
