@@ -8,7 +8,7 @@ To add a family, write its ``ReferenceFamily`` and list it in ``FAMILIES``.
 
 Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2; for language
 models ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorch`` 1.26 and
-``open_flamingo`` 2.0.1.
+``open_flamingo`` 2.0.1; ``diffusers`` 0.42.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from rudolph.models.reference.clip import RUCLIP
 from rudolph.models.reference.decoders import RUDALLE, RUDOLPH
 from rudolph.models.reference.family import ReferenceCheckpoint, ReferenceFamily
 from rudolph.models.reference.flamingo import FLAMINGO, OPEN_FLAMINGO_BLOCK
+from rudolph.models.reference.kl_autoencoder import KL_AUTOENCODER
 from rudolph.models.reference.language_model import LLAMA
 from rudolph.models.reference.upscaler import REALESRGAN
 from rudolph.models.reference.vqgan import VQGAN_FAMILY
@@ -109,4 +110,5 @@ FAMILIES: dict[str, ReferenceFamily] = {
     "llama": LLAMA,
     "flamingo": FLAMINGO,
     "open_flamingo_block": OPEN_FLAMINGO_BLOCK,
+    "kl_autoencoder": KL_AUTOENCODER,
 }
