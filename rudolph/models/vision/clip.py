@@ -14,6 +14,7 @@ E embedding dim, H and W pixels.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -91,6 +92,53 @@ class CLIPConfig:
         """Return the number of attention heads of the vision transformer."""
         return max(self.vision_width // VISION_HEAD_SIZE, 1)
 
+    @property
+    def vision(self) -> "VisionConfig":
+        """The vision transformer below the projection."""
+        return VisionConfig(
+            image_size=self.image_resolution,
+            patch_size=self.vision_patch_size,
+            width=self.vision_width,
+            num_layers=self.vision_layers,
+            num_heads=self.vision_heads,
+            mlp_width=4 * self.vision_width,
+        )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a CLIP vision transformer; the defaults are OpenAI's ViT-L/14 at 336 pixels.
+
+    ``activation`` is a name of ``ACTIVATIONS``.
+    """
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, divisor in (("image_size", "patch_size"), ("width", "num_heads")):
+            value, by = getattr(self, name), getattr(self, divisor)
+            if value % by:
+                raise ValueError(f"{name}: expected a multiple of {divisor} ({by}), got {value}")
+        if self.activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation: expected one of {names}, got {self.activation!r}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
 
 def pixel_values(
     images: Tensor,
@@ -130,18 +178,30 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 class Block(nn.Module):
     """A transformer layer: norm, attention, add; norm, MLP, add."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_width: int | None = None,
+        activation: str = "quick_gelu",
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
+        inner = mlp_width or 4 * width
         self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
-        self.ln_2 = nn.LayerNorm(width)
+        self.mlp.add_module("c_fc", nn.Linear(width, inner))
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
+        self.mlp.add_module("c_proj", nn.Linear(inner, width))
+        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return ``(B, T, D)``; ``mask`` ``(T, T)`` is true where attention is forbidden."""
@@ -153,9 +213,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A sequence of transformer layers."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int) -> None:
+    def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
+        self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``(B, T, D)``; ``mask`` ``(T, T)`` is true where attention is forbidden."""
@@ -164,28 +224,48 @@ class Transformer(nn.Module):
         return x
 
 
-class VisionTransformer(nn.Module):
-    """The vision tower: normalised images ``(P, 3, H, W)`` to features ``(P, E)``."""
+class VisionEncoder(nn.Module):
+    """Normalised images ``(P, 3, H, W)`` to hidden states of a vision transformer."""
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        width, patch = config.vision_width, config.vision_patch_size
+        width, patch = config.width, config.patch_size
+        self.vision_config = config
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        num_patches = (config.image_resolution // patch) ** 2
+        rows, columns = config.grid
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(num_patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(rows * columns + 1, width))
+        self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
+        self.transformer = Transformer(
+            Block(
+                width,
+                config.num_heads,
+                mlp_width=config.mlp_width,
+                activation=config.activation,
+                norm_eps=config.norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """The class token and the patches, what the first layer reads: ``(P, N, W)``."""
+        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, W)
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        return self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+
+
+class VisionTransformer(VisionEncoder):
+    """Normalised images ``(P, 3, H, W)`` to features ``(P, E)``."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config.vision)
+        width = config.vision_width
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return the features of preprocessed images."""
-        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, D)
-        first = self.class_embedding.expand(len(patches), 1, -1)
-        x = torch.cat([first, patches], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer(self.embed(pixel_values))
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -199,7 +279,9 @@ class CLIP(nn.Module):
         self.config = config
         width, num_layers = config.transformer_width, config.transformer_layers
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, num_layers, config.transformer_heads)
+        self.transformer = Transformer(
+            Block(width, config.transformer_heads) for _ in range(num_layers)
+        )
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)

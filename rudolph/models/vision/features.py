@@ -1,0 +1,101 @@
+"""Image features for connectors: tokens of any layers of a vision encoder.
+
+An encoder here has ``width`` (channels per token), ``grid`` (rows and columns of patches),
+``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, tokens row by row:
+
+* ``ViTFeatures``: a CLIP vision transformer, such as LLaVA's, or the tower of a trained CLIP
+* ``conv.ConvEncoder``: a convolutional network
+* ``merge.MergedEncoders``: several encoders as one
+
+Layers are numbered as Hugging Face's ``hidden_states``: 0 is the input of the first layer, L the
+output of the last, and -1 is L.  No output norm is applied to patches, as in LLaVA.
+
+Source: LLaVA, ``multimodal_encoder/clip_encoder.py``; Liu 2023 (arXiv:2304.08485).
+
+Shapes: P images, N tokens, W channels of a layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.models.vision.clip import VisionEncoder
+
+
+class PatchEncoder(Protocol):
+    """A vision encoder that a connector can read."""
+
+    width: int
+    grid: tuple[int, int]
+    num_tokens: int
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Return tokens ``(P, num_tokens, width)`` of normalised images ``(P, 3, H, W)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Which hidden states a connector reads.
+
+    Args:
+        layers: numbers of hidden states; several are concatenated by channel.
+        select: ``patch`` drops the class token, ``full`` keeps it first, and ``class`` is the
+            class token alone after the output norm: with layer -1 CLIP's pooled feature.
+    """
+
+    layers: tuple[int, ...] = (-2,)
+    select: str = "patch"
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers: expected at least one layer, got none")
+        if self.select not in SELECTIONS:
+            names = ", ".join(SELECTIONS)
+            raise ValueError(f"select: expected one of {names}, got {self.select!r}")
+
+
+class ViTFeatures(nn.Module):
+    """Hidden states of a CLIP vision transformer; unused layers are never computed.
+
+    Raises:
+        ValueError: naming a layer that the encoder lacks.
+    """
+
+    def __init__(self, encoder: VisionEncoder, config: FeatureConfig) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, config
+        self.grid = encoder.vision_config.grid
+        depth = encoder.vision_config.num_layers
+        for layer in config.layers:
+            if not -depth - 1 <= layer <= depth:
+                raise ValueError(f"layers: expected -{depth + 1} to {depth}, got {layer}")
+        self.layers = [layer % (depth + 1) for layer in config.layers]
+        self.width = encoder.vision_config.width * len(config.layers)
+        rows, columns = self.grid
+        counts = {"patch": rows * columns, "full": rows * columns + 1, "class": 1}
+        self.num_tokens = counts[config.select]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return tokens ``(P, N, width)`` of normalised images ``(P, 3, H, W)``."""
+        side = self.encoder.vision_config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"pixel_values: expected (P, 3, {side}, {side}), got {tuple(pixel_values.shape)}"
+            )
+        states = [self.encoder.embed(pixel_values)]
+        for block in self.encoder.transformer.resblocks[: max(self.layers)]:
+            states.append(block(states[-1], None))
+        select = SELECTIONS[self.config.select]
+        return torch.cat([select(self.encoder, states[layer]) for layer in self.layers], dim=-1)
+
+
+# Tokens of a hidden state (P, 1 + N, W) whose first is the class token.
+SELECTIONS: dict[str, Callable[[VisionEncoder, Tensor], Tensor]] = {
+    "patch": lambda encoder, x: x[:, 1:],
+    "full": lambda encoder, x: x,
+    "class": lambda encoder, x: encoder.ln_post(x[:, :1]),
+}

@@ -1,0 +1,90 @@
+"""Several vision encoders as one.
+
+* ``channels``: tokens of equal cells side by side; needs equal grids (Prismatic, Eagle)
+* ``tokens``: the tokens of one encoder after those of the other; any grids (I-MoF)
+* ``sum``: cell by cell; needs equal grids
+
+``tokens`` and ``sum`` first project each encoder to the width of the first.
+
+To add a merge, write its class and name it in ``MERGES``.
+
+Source: Karamcheti 2024 (arXiv:2402.07865), section 4.2; Tong 2024 (arXiv:2401.06209), section 4.
+
+Shapes: P images, N tokens, W channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def require_equal_grids(encoders: Sequence[Any], kind: str) -> None:
+    """Raise ``ValueError`` unless all encoders have the same tokens for the same cells."""
+    shapes = [(encoder.grid, encoder.num_tokens) for encoder in encoders]
+    if any(shape != shapes[0] for shape in shapes):
+        given = ", ".join(f"{rows}x{columns} ({size})" for (rows, columns), size in shapes)
+        raise ValueError(f"merge {kind}: expected equal grids (and token counts), got {given}")
+
+
+class ChannelMerge(nn.Module):
+    """``(P, N, W_1)``, ``(P, N, W_2)`` ... to ``(P, N, W_1 + W_2 + ...)``."""
+
+    def __init__(self, encoders: Sequence[Any]) -> None:
+        super().__init__()
+        require_equal_grids(encoders, "channels")
+        self.encoders = nn.ModuleList(encoders)
+        self.grid, self.num_tokens = encoders[0].grid, encoders[0].num_tokens
+        self.width: int = sum(encoder.width for encoder in encoders)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.cat([encoder(pixel_values) for encoder in self.encoders], dim=-1)
+
+
+class TokenMerge(nn.Module):
+    """``(P, N_1, W_1)``, ``(P, N_2, W_2)`` ... to ``(P, N_1 + N_2 + ..., W_1)``.
+
+    The result is one row of tokens, so ``grid`` is 1 by their number.
+    """
+
+    def __init__(self, encoders: Sequence[Any]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.width: int = encoders[0].width
+        self.project = projections(encoders, self.width)
+        self.num_tokens: int = sum(encoder.num_tokens for encoder in encoders)
+        self.grid = (1, self.num_tokens)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.cat(projected(self.encoders, self.project, pixel_values), dim=1)
+
+
+class SumMerge(nn.Module):
+    """``(P, N, W_1)``, ``(P, N, W_2)`` ... to ``(P, N, W_1)``."""
+
+    def __init__(self, encoders: Sequence[Any]) -> None:
+        super().__init__()
+        require_equal_grids(encoders, "sum")
+        self.encoders = nn.ModuleList(encoders)
+        self.width: int = encoders[0].width
+        self.project = projections(encoders, self.width)
+        self.grid, self.num_tokens = encoders[0].grid, encoders[0].num_tokens
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.stack(projected(self.encoders, self.project, pixel_values)).sum(0)
+
+
+def projections(encoders: Sequence[Any], width: int) -> nn.ModuleList:
+    """One linear layer per encoder to a common width, the identity for the first."""
+    later = (nn.Linear(encoder.width, width) for encoder in encoders[1:])
+    return nn.ModuleList([nn.Identity(), *later])
+
+
+def projected(encoders: Any, project: Any, pixel_values: Tensor) -> list[Tensor]:
+    """Tokens ``(P, N_i, W)`` of each encoder at the common width."""
+    pairs = zip(encoders, project, strict=True)
+    return [layer(encoder(pixel_values)) for encoder, layer in pairs]
+
+
+MERGES = {"channels": ChannelMerge, "tokens": TokenMerge, "sum": SumMerge}
