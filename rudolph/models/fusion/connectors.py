@@ -1,0 +1,311 @@
+"""Connectors: from the tokens of a vision encoder to vectors that a language model reads.
+
+``connector(features, mask) -> Tokens(values, mask)``, and ``connector.num_tokens`` says how many
+come out before anything runs.
+
+==============  ===============================================  =================
+``linear``      one linear layer (LLaVA)                         M = N
+``mlp``         two linear layers with GELU (LLaVA-1.5)          M = N
+``pool``        mean of ``factor x factor`` cells, then an MLP   M = N / factor^2
+``shuffle``     pixel shuffle: cells of ``factor x factor``      M = N / factor^2
+                tokens side by side as channels, then an MLP
+``abstractor``  convolutions, adaptive pooling, convolutions     M = ``num_out``
+``tome``        the most similar tokens merged, then an MLP      M = ``num_out``
+==============  ===============================================  =================
+
+A mask ``(B, N)`` is true for real tokens.  What padded tokens hold never changes an output; a
+token that comes out is real if one of those that it was made of is.
+
+To add a connector, write a class ``(ConnectorConfig)`` and name it in ``CONNECTORS``.
+
+Source: Liu 2023 (arXiv:2310.03744) for ``mlp``; nanoVLM, ``models/modality_projector.py``, for
+``shuffle``; Cha 2024 (arXiv:2312.06742) for ``abstractor``; Bolya 2023 (arXiv:2210.09461) for
+``tome``.
+
+Shapes: B images, N tokens in, M tokens out, Dv and D channels in and out, h and w the grid.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.models.vision.conv import ConvBlock
+
+
+class Tokens(NamedTuple):
+    """``values`` (B, M, D); ``mask`` (B, M) bool is true for real tokens, None if all are."""
+
+    values: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """A connector and its sizes.
+
+    Args:
+        width_in: channels of the vision encoder, Dv.
+        width_out: channels of the language model, D.
+        grid: rows and columns of the vision encoder's tokens; ``linear``, ``mlp`` and ``tome``
+            read any tokens and need their number alone, ``(1, N)``.
+        factor: side of a cell of ``pool`` and ``shuffle``.
+        num_out: tokens that ``abstractor`` (a square) and ``tome`` give.
+        width: channels inside ``abstractor``.
+        depth: convolutional blocks before and after the pooling of ``abstractor``.
+    """
+
+    kind: str
+    width_in: int
+    width_out: int
+    grid: tuple[int, int]
+    factor: int = 2
+    num_out: int = 1
+    width: int = 1024
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONNECTORS:
+            names = ", ".join(CONNECTORS)
+            raise ValueError(f"kind: expected one of {names}, got {self.kind!r}")
+        for name in ("width_in", "width_out", "factor", "num_out", "width", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        rows, columns = self.grid
+        if self.kind in ("pool", "shuffle") and (rows % self.factor or columns % self.factor):
+            raise ValueError(
+                f"factor: expected a divisor of the grid {rows}x{columns}, got {self.factor}"
+            )
+        if self.kind == "abstractor" and round(self.num_out**0.5) ** 2 != self.num_out:
+            raise ValueError(f"num_out: expected a square for abstractor, got {self.num_out}")
+        if self.kind == "tome" and self.num_out > self.num_in:
+            raise ValueError(
+                f"num_out: expected at most the {self.num_in} tokens that tome reads, "
+                f"got {self.num_out}"
+            )
+
+    @property
+    def num_in(self) -> int:
+        """Tokens of the grid, N."""
+        return self.grid[0] * self.grid[1]
+
+
+def build_connector(config: ConnectorConfig) -> nn.Module:
+    """Return the connector that a config names."""
+    return CONNECTORS[config.kind](config)
+
+
+def mlp(width_in: int, width_out: int) -> nn.Sequential:
+    """LLaVA-1.5's ``mlp2x_gelu``."""
+    return nn.Sequential(
+        nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out)
+    )
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens ``(B, N, C)`` with padding set to 0, even where it holds NaN."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+class LinearConnector(nn.Module):
+    """``(B, N, Dv) -> (B, N, D)``."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.num_tokens = config.num_in
+        self.project: nn.Module = nn.Linear(config.width_in, config.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        require_tokens(features, self.num_tokens)
+        return Tokens(self.project(features), mask)
+
+
+class MLPConnector(LinearConnector):
+    """``(B, N, Dv) -> (B, N, D)``, with one hidden layer of D channels."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__(config)
+        self.project = mlp(config.width_in, config.width_out)
+
+
+class AveragePool(nn.Module):
+    """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; a cell is the mean of its real tokens."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.grid, self.factor = config.grid, config.factor
+        self.num_tokens = config.num_in // config.factor**2
+        self.project = mlp(config.width_in, config.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        cells = to_cells(features, self.grid, self.factor)  # (B, M, factor^2, Dv)
+        if mask is None:
+            return Tokens(self.project(cells.mean(2)), None)
+        is_real = to_cells(mask[..., None], self.grid, self.factor)
+        mean = cells.masked_fill(~is_real, 0).sum(2) / is_real.sum(2).clamp(min=1)
+        return Tokens(self.project(mean), is_real.any(2).squeeze(-1))
+
+
+class PixelShuffle(nn.Module):
+    """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; padded tokens of a cell are zeros."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.grid, self.factor = config.grid, config.factor
+        self.num_tokens = config.num_in // config.factor**2
+        self.project = mlp(config.factor**2 * config.width_in, config.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        cells = to_cells(zero_padding(features, mask), self.grid, self.factor)
+        if mask is not None:
+            mask = to_cells(mask[..., None], self.grid, self.factor).any(2).squeeze(-1)
+        return Tokens(self.project(cells.flatten(2)), mask)
+
+
+def to_cells(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+    """Group tokens ``(B, h * w, C)`` into cells ``(B, h * w / factor^2, factor^2, C)``.
+
+    Both the cells and the tokens of a cell are in order of rows, then columns.
+
+    >>> to_cells(torch.arange(8)[None, :, None], (2, 4), 2).flatten(1).tolist()
+    [[0, 1, 4, 5, 2, 3, 6, 7]]
+
+    Raises:
+        ValueError: when the tokens do not fill the grid.
+    """
+    rows, columns = grid
+    require_tokens(x, rows * columns)
+    x = x.view(len(x), rows // factor, factor, columns // factor, factor, -1)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def require_tokens(x: Tensor, number: int) -> None:
+    """Raise ``ValueError`` unless ``(B, N, C)`` has so many tokens."""
+    if x.shape[1] != number:
+        raise ValueError(f"connector: expected {number} tokens per image, got {x.shape[1]}")
+
+
+class Abstractor(nn.Module):
+    """Convolutions around an adaptive pooling: ``(B, h * w, Dv) -> (B, num_out, D)``.
+
+    Unlike a resampler it keeps where things are.  Honeybee's C-Abstractor has RegNet blocks, this
+    one the ConvNeXt blocks of ``vision/conv.py``.  A learnt position is added to each token.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.grid, self.num_tokens = config.grid, config.num_out
+        self.side = round(config.num_out**0.5)
+        width = config.width
+        self.positions = nn.Parameter(0.02 * torch.randn(config.num_in, config.width_in))
+        self.project_in = nn.Linear(config.width_in, width)
+        self.before = nn.ModuleList(ConvBlock(width, 3) for _ in range(config.depth))
+        self.after = nn.Sequential(*(ConvBlock(width, 3) for _ in range(config.depth)))
+        self.project_out = nn.Sequential(
+            nn.Linear(width, config.width_out),
+            nn.SiLU(),
+            nn.Linear(config.width_out, config.width_out),
+        )
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        require_tokens(features, len(self.positions))
+        x = self.project_in(zero_padding(features + self.positions, mask))
+        rows, columns = self.grid
+        x = x.mT.reshape(len(x), -1, rows, columns)
+        real = None if mask is None else mask.view(-1, 1, rows, columns).to(x.dtype)
+        for block in self.before:
+            x = block(x if real is None else x * real)
+        pooled = F.adaptive_avg_pool2d(x if real is None else x * real, self.side)
+        if real is not None:
+            # A mean over real tokens alone; cells without any stay 0.
+            share = F.adaptive_avg_pool2d(real, self.side)
+            pooled = pooled / share.where(share > 0, 1)
+            mask = (share > 0).flatten(1)
+        values = self.project_out(self.after(pooled).flatten(2).mT)
+        return Tokens(values, mask)
+
+
+class TokenMerging(nn.Module):
+    """ToMe: merge the most similar tokens until ``num_out`` are left, then project them.
+
+    Tokens keep the order of the image.  Where an encoder applies ToMe inside its layers and
+    compares keys, this compares the features themselves.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.num_tokens = config.num_out
+        self.project = mlp(config.width_in, config.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        merged = merge_tokens(features, self.num_tokens, mask)
+        return Tokens(self.project(merged.values), None if mask is None else merged.sizes > 0)
+
+
+class Merged(NamedTuple):
+    """Groups of tokens: means, how many real tokens each holds, and the group of each token."""
+
+    values: Tensor  # (B, M, C)
+    sizes: Tensor  # (B, M)
+    groups: Tensor  # (B, N)
+
+
+def merge_tokens(x: Tensor, num_out: int, mask: Tensor | None = None) -> Merged:
+    """Merge tokens ``(B, N, C)`` into ``num_out`` means of similar ones.
+
+    Rounds of bipartite matching, each of which merges at most every second token.
+
+    Raises:
+        ValueError: when there are fewer tokens than should come out.
+    """
+    batch, length = x.shape[:2]
+    if length < num_out:
+        raise ValueError(f"tome: expected at least {num_out} tokens per image, got {length}")
+    x = zero_padding(x, mask)
+    sizes = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
+    groups = torch.arange(length, device=x.device).expand(batch, -1)
+    while x.shape[1] > num_out:
+        target = match_tokens(x, sizes, min(x.shape[1] // 2, x.shape[1] - num_out))
+        totals = x.new_zeros(batch, int(target.max()) + 1)
+        totals = totals.scatter_add(1, target, sizes)
+        sums = x.new_zeros(*totals.shape, x.shape[2])
+        sums = sums.scatter_add(1, target[..., None].expand_as(x), x * sizes[..., None])
+        x, sizes = sums / totals.clamp(min=1)[..., None], totals
+        groups = target.gather(1, groups)
+    return Merged(x, sizes, groups)
+
+
+def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
+    """Return where each token goes ``(B, N)`` so that the best ``num_merged`` pairs become one.
+
+    Tokens at even places look for the most similar one at odd places.
+
+    Source: ToMe, ``tome/merge.py``, ``bipartite_soft_matching``.
+    """
+    unit = F.normalize(x.detach(), dim=-1)
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, N / 2, N / 2)
+    # Padding has size 0: nothing joins it while another token is left, and it leaves first.
+    is_empty = sizes == 0
+    similarity = similarity.masked_fill(is_empty[:, None, 1::2], -2)
+    similarity = similarity.masked_fill(is_empty[:, ::2, None], 2)
+    best, partner = similarity.max(-1)  # (B, N / 2)
+    order = best.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
+    is_merged = torch.zeros_like(sizes, dtype=torch.bool)
+    is_merged[:, ::2] = torch.zeros_like(best, dtype=torch.bool).scatter(1, order, True)
+    place = (~is_merged).cumsum(1) - 1  # (B, N), of those that stay
+    destination = torch.zeros_like(place)
+    destination[:, ::2] = place[:, 1::2].gather(1, partner)
+    return torch.where(is_merged, destination, place)
+
+
+# A class per name, each built from a config (see ``build_connector``).
+CONNECTORS: dict[str, Any] = {
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "pool": AveragePool,
+    "shuffle": PixelShuffle,
+    "abstractor": Abstractor,
+    "tome": TokenMerging,
+}
