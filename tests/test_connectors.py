@@ -1,5 +1,7 @@
 """Connectors: one interface, counts known before, and padding that never matters."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,7 @@ def test_the_number_of_tokens_is_known_before_the_model_runs(kind: str) -> None:
     values, mask = model(torch.randn(3, NUM_IN, WIDTH_IN))
     assert values.shape == (3, model.num_tokens, WIDTH_OUT)
     assert mask is None
+    assert model.grid_out is None or math.prod(model.grid_out) == model.num_tokens
     whole = model(padded()[0], torch.ones(2, NUM_IN, dtype=torch.bool))
     assert whole.mask.shape == (2, model.num_tokens)
     assert whole.mask.all()

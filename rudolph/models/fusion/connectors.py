@@ -1,7 +1,7 @@
 """Connectors: from the tokens of a vision encoder to vectors that a language model reads.
 
-``connector(features, mask) -> Tokens(values, mask)``, and ``connector.num_tokens`` says how many
-come out before anything runs.
+``connector(features, mask) -> Tokens(values, mask)``.  ``connector.num_tokens`` says how many come
+out before anything runs, and ``connector.grid_out`` in which rows and columns, None if in none.
 
 ==============  ===============================================  =================
 ``linear``      one linear layer (LLaVA)                         M = N
@@ -114,7 +114,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.num_tokens = config.num_in
+        self.num_tokens, self.grid_out = config.num_in, config.grid
         self.project: nn.Module = nn.Linear(config.width_in, config.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -137,6 +137,7 @@ class AveragePool(nn.Module):
         super().__init__()
         self.grid, self.factor = config.grid, config.factor
         self.num_tokens = config.num_in // config.factor**2
+        self.grid_out = (config.grid[0] // config.factor, config.grid[1] // config.factor)
         self.project = mlp(config.width_in, config.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -155,6 +156,7 @@ class PixelShuffle(nn.Module):
         super().__init__()
         self.grid, self.factor = config.grid, config.factor
         self.num_tokens = config.num_in // config.factor**2
+        self.grid_out = (config.grid[0] // config.factor, config.grid[1] // config.factor)
         self.project = mlp(config.factor**2 * config.width_in, config.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -198,6 +200,7 @@ class Abstractor(nn.Module):
         super().__init__()
         self.grid, self.num_tokens = config.grid, config.num_out
         self.side = round(config.num_out**0.5)
+        self.grid_out = (self.side, self.side)
         width = config.width
         self.positions = nn.Parameter(0.02 * torch.randn(config.num_in, config.width_in))
         self.project_in = nn.Linear(config.width_in, width)
@@ -236,7 +239,7 @@ class TokenMerging(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.num_tokens = config.num_out
+        self.num_tokens, self.grid_out = config.num_out, None
         self.project = mlp(config.width_in, config.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:

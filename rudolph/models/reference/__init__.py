@@ -7,7 +7,7 @@ file.
 To add a family, write its ``ReferenceFamily`` and list it in ``FAMILIES``.
 
 Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2; for language
-models ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorch`` 1.26 and
+models and LLaVA ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorch`` 1.26 and
 ``open_flamingo`` 2.0.1; ``diffusers`` 0.42.
 """
 
@@ -23,6 +23,7 @@ from rudolph.models.reference.family import ReferenceCheckpoint, ReferenceFamily
 from rudolph.models.reference.flamingo import FLAMINGO, OPEN_FLAMINGO_BLOCK
 from rudolph.models.reference.kl_autoencoder import KL_AUTOENCODER
 from rudolph.models.reference.language_model import LLAMA
+from rudolph.models.reference.llava import LLAVA, LLAVA_NEXT
 from rudolph.models.reference.upscaler import REALESRGAN
 from rudolph.models.reference.vqgan import VQGAN_FAMILY
 
@@ -111,4 +112,6 @@ FAMILIES: dict[str, ReferenceFamily] = {
     "flamingo": FLAMINGO,
     "open_flamingo_block": OPEN_FLAMINGO_BLOCK,
     "kl_autoencoder": KL_AUTOENCODER,
+    "llava": LLAVA,
+    "llava_next": LLAVA_NEXT,
 }

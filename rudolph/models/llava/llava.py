@@ -1,0 +1,284 @@
+"""LLaVA: image vectors stand among the word embeddings of a decoder-only language model.
+
+``images -> vision -> connector -> vectors``; each vector takes the place of one image token of the
+text, and the language model reads the whole row under its causal mask.
+
+With ``canvases`` an image is a whole view and tiles (LLaVA-NeXT, see ``anyres``), else one view
+(LLaVA-1.5).  Rows may hold any number of images, also none.  An image's tokens are repeated in
+``input_ids`` as often as ``num_image_tokens`` says, so lengths are known before the model runs.
+
+Nothing is frozen here: training decides which parameters learn.
+
+Source: Liu 2023 (arXiv:2304.08485; arXiv:2310.03744); LLaVA, ``model/llava_arch.py``;
+transformers, ``models/llava`` and ``models/llava_next``.
+
+Shapes: B rows, T positions, P images, C crops per image, S pixels a side, M vectors, D channels of
+the language model, V vocabulary.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.models.fusion.connectors import ConnectorConfig, build_connector
+from rudolph.models.llava.anyres import (
+    LLAVA_CANVASES,
+    Size,
+    num_anyres_tokens,
+    pack_tiles,
+    tile_rows_and_columns,
+)
+from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
+from rudolph.models.vision.clip import VisionConfig, VisionEncoder
+from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+
+
+@dataclass(frozen=True)
+class ImageTokenConfig:
+    """How images enter the text.
+
+    Args:
+        token_id: the id that image vectors replace.
+        image_size: pixels a side of one view, S.
+        canvases: sizes (height, width) of anyres, in the order that decides ties; none for one
+            view per image.
+    """
+
+    token_id: int
+    image_size: int = 336
+    canvases: tuple[Size, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size: expected at least 1, got {self.image_size}")
+        for height, width in self.canvases:
+            sides = (height % self.image_size, width % self.image_size, min(height, width) < 1)
+            if any(sides):
+                raise ValueError(
+                    f"canvases: expected multiples of image_size ({self.image_size}), "
+                    f"got {height}x{width}"
+                )
+
+
+@dataclass(frozen=True)
+class LLaVAConfig:
+    """A LLaVA with a CLIP vision transformer; the defaults are LLaVA-1.5 7B's.
+
+    ``connector`` is a kind of ``CONNECTORS`` that keeps the number of tokens.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    connector: str = "mlp"
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    image_token_id: int = 32_000
+    canvases: tuple[Size, ...] = ()
+
+
+class LLaVA(nn.Module):
+    """``model(input_ids, attention_mask, pixel_values, image_sizes) -> logits``.
+
+    Args:
+        vision: gives tokens ``(P, N, Dv)`` of views; see ``vision/features.py``.
+        connector: gives vectors ``(P, M, D)`` of them; see ``fusion/connectors.py``.
+
+    Raises:
+        ValueError: when the connector's vectors have another width than the embeddings, or no
+            rows and columns although there are canvases.
+    """
+
+    image_newline: nn.Parameter | None
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        connector: nn.Module,
+        language_model: LanguageModel,
+        images: ImageTokenConfig,
+    ) -> None:
+        super().__init__()
+        self.images = images
+        self.vision, self.connector, self.language_model = vision, connector, language_model
+        num_tokens: Any = connector.num_tokens
+        grid: Any = connector.grid_out
+        self.num_view_tokens: int = num_tokens
+        self.grid: Size | None = grid
+        newline = None
+        if images.canvases:
+            if self.grid is None or self.grid[0] * self.grid[1] != num_tokens:
+                raise ValueError(
+                    f"connector: expected tokens in rows and columns for anyres, "
+                    f"got {num_tokens} tokens and grid {self.grid}"
+                )
+            size = language_model.config.hidden_size
+            newline = nn.Parameter(torch.randn(size) * size**-0.5)
+        self.register_parameter("image_newline", newline)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits ``(B, T, V)``; see ``embed`` for the arguments."""
+        embeddings = self.embed(input_ids, pixel_values, image_sizes)
+        return self.language_model(embeddings, attention_mask=attention_mask)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the language model reads, ``(B, T, D)``.
+
+        Args:
+            input_ids: ``(B, T)``, an image's tokens repeated ``num_image_tokens`` times.
+            pixel_values: normalised views of all images, in the order of the rows:
+                ``(P, 3, S, S)`` or, with canvases, ``(P, C, 3, S, S)``, padded to the most crops.
+            image_sizes: (height, width) of the images in pixels, ``(P, 2)``, with canvases.
+
+        Raises:
+            ValueError: when image tokens and image vectors differ in number.
+        """
+        is_image = input_ids == self.images.token_id
+        words = self.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))
+        vectors = [] if pixel_values is None else self.image_vectors(pixel_values, image_sizes)
+        given, expected = sum(map(len, vectors)), int(is_image.sum())
+        if given != expected:
+            raise ValueError(
+                f"input_ids: expected {given} image tokens for the vectors of {len(vectors)} "
+                f"images, got {expected}"
+            )
+        if not vectors:
+            return words
+        return words.masked_scatter(is_image[..., None], torch.cat(vectors).to(words.dtype))
+
+    def image_vectors(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the vectors ``(M, D)`` of each image; see ``embed`` for the arguments."""
+        if not self.images.canvases:
+            return list(self.encode_views(pixel_values))
+        if image_sizes is None:
+            raise ValueError("image_sizes: expected (P, 2) for anyres, got None")
+        sizes: list[Size] = [(height, width) for height, width in image_sizes.tolist()]
+        tiles = [self.tiles_of(size) for size in sizes]
+        counts = [1 + rows * columns for rows, columns in tiles]
+        views = self.encode_views(real_crops(pixel_values, counts))
+        newline, grid = self.image_newline, self.grid
+        assert newline is not None and grid is not None
+        parts = torch.split(views, counts)
+        return [
+            pack_tiles(part, size, tile, grid=grid, newline=newline)
+            for part, size, tile in zip(parts, sizes, tiles, strict=True)
+        ]
+
+    def encode_views(self, views: Tensor) -> Tensor:
+        """Return vectors ``(P, M, D)`` of normalised views ``(P, 3, S, S)``."""
+        return self.connector(self.vision(views)).values
+
+    def tiles_of(self, size: Size) -> tuple[int, int]:
+        """Return rows and columns of tiles of an image (height, width)."""
+        return tile_rows_and_columns(size, self.images.canvases, self.images.image_size)
+
+    def num_image_tokens(self, size: Size) -> int:
+        """Return how many vectors an image of (height, width) pixels becomes.
+
+        Raises:
+            ValueError: with canvases, for an image too long for its canvas.
+        """
+        if not self.images.canvases:
+            return self.num_view_tokens
+        assert self.grid is not None
+        return num_anyres_tokens(
+            size, self.images.canvases, tile=self.images.image_size, grid=self.grid
+        )
+
+    @torch.no_grad()
+    def generate_greedily(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        *,
+        num_tokens: int,
+        end_id: int | None = None,
+    ) -> Tensor:
+        """Return the most likely new tokens ``(B, S)``, without the prompt.
+
+        Images are encoded once; padding may stand on either side.
+        """
+        return self.language_model.generate_greedily(
+            self.embed(input_ids, pixel_values, image_sizes),
+            num_tokens=num_tokens,
+            attention_mask=attention_mask,
+            end_id=end_id,
+        )
+
+
+def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
+    """Return the crops that are no padding, ``(sum of counts, 3, S, S)``.
+
+    Raises:
+        ValueError: naming an image with fewer crops than its size needs.
+    """
+    if pixel_values.dim() != 5 or len(pixel_values) != len(counts):
+        raise ValueError(
+            f"pixel_values: expected (P, C, 3, S, S) with {len(counts)} images, "
+            f"got {tuple(pixel_values.shape)}"
+        )
+    for index, count in enumerate(counts):
+        if pixel_values.shape[1] < count:
+            raise ValueError(
+                f"pixel_values: expected {count} crops for the size of image {index}, "
+                f"got {pixel_values.shape[1]}"
+            )
+    return torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+
+
+def build_llava(config: LLaVAConfig) -> LLaVA:
+    """Return a LLaVA with new weights."""
+    vision = ViTFeatures(VisionEncoder(config.vision), config.features)
+    # The class token has no place in the grid.
+    grid = vision.grid if config.features.select == "patch" else (1, vision.num_tokens)
+    size = config.language_model.hidden_size
+    return LLaVA(
+        vision,
+        build_connector(ConnectorConfig(config.connector, vision.width, size, grid)),
+        LanguageModel(config.language_model),
+        ImageTokenConfig(config.image_token_id, config.vision.image_size, config.canvases),
+    )
+
+
+VICUNA_7B = LanguageModelConfig()
+VICUNA_13B = replace(
+    VICUNA_7B,
+    hidden_size=5120,
+    num_layers=40,
+    num_heads=40,
+    num_key_value_heads=40,
+    mlp_size=13_824,
+)
+YI_34B = LanguageModelConfig(
+    vocab_size=64_000,
+    hidden_size=7168,
+    num_layers=60,
+    num_heads=56,
+    num_key_value_heads=8,
+    mlp_size=20_480,
+    rope_theta=5_000_000.0,
+)
+LLAVA_CONFIGS: dict[str, LLaVAConfig] = {
+    "llava-1.5-7b": LLaVAConfig(),
+    "llava-1.5-13b": LLaVAConfig(language_model=VICUNA_13B),
+    "llava-next-7b": LLaVAConfig(canvases=LLAVA_CANVASES),
+    "llava-next-13b": LLaVAConfig(language_model=VICUNA_13B, canvases=LLAVA_CANVASES),
+    "llava-next-34b": LLaVAConfig(
+        language_model=YI_34B, image_token_id=64_000, canvases=LLAVA_CANVASES
+    ),
+}
