@@ -16,6 +16,7 @@ Shapes: B rows, T positions, P images, C crops per image, S pixels a side, M vec
 the language model, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +86,7 @@ class LLaVA(nn.Module):
         connector: gives vectors ``(P, M, D)`` of them; see ``fusion/connectors.py``.
 
     Raises:
-        ValueError: when the connector's vectors have another width than the embeddings, or no
-            rows and columns although there are canvases.
+        ValueError: when there are canvases, but the vectors of a view form no square grid.
     """
 
     image_newline: nn.Parameter | None
@@ -107,10 +107,11 @@ class LLaVA(nn.Module):
         self.grid: Size | None = grid
         newline = None
         if images.canvases:
-            if self.grid is None or self.grid[0] * self.grid[1] != num_tokens:
+            side = math.isqrt(num_tokens)
+            if self.grid != (side, side) or side**2 != num_tokens:
                 raise ValueError(
-                    f"connector: expected tokens in rows and columns for anyres, "
-                    f"got {num_tokens} tokens and grid {self.grid}"
+                    f"connector: expected a square grid of tokens for anyres, "
+                    f"got {num_tokens} tokens in the grid {self.grid}"
                 )
             size = language_model.config.hidden_size
             newline = nn.Parameter(torch.randn(size) * size**-0.5)
