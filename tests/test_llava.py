@@ -172,6 +172,10 @@ def test_older_names_and_llavas_own_load_the_same_model(parity, prefixes: dict) 
         ),
         ({"model.image_newline": torch.zeros(48)}, "the file has model.image_newline"),
         (
+            {"model.norm.weight": torch.zeros(48)},
+            "both model.language_model.norm.weight and model",
+        ),
+        (
             {"model.vision_tower.encoder.layers.1.self_attn.k_proj.bias": None},
             "lacks model.vision_tower.encoder.layers.1.self_attn",
         ),

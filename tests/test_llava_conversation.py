@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rudolph.models.llava.conversation import (
+    CONVERSATION_TEMPLATES,
     IGNORE,
-    TEMPLATES,
     ConversationTokenizer,
     ImagePart,
     Template,
@@ -51,10 +51,10 @@ def conversations(draw: Any) -> list[Turn]:
     return turns[:-1] if draw(st.booleans()) else turns
 
 
-@given(conversations(), st.sampled_from(sorted(TEMPLATES)))
+@given(conversations(), st.sampled_from(sorted(CONVERSATION_TEMPLATES)))
 @settings(max_examples=200, deadline=None)
 def test_labels_decode_to_the_answers(turns: list[Turn], name: str) -> None:
-    example = build_example(turns, tokenizer(), TEMPLATES[name])
+    example = build_example(turns, tokenizer(), CONVERSATION_TEMPLATES[name])
     assert len(example.ids) == len(example.labels)
     scored = [(token, label) for token, label in zip(example.ids, example.labels, strict=True)]
     assert all(label in (token, IGNORE) for token, label in scored)
@@ -62,7 +62,7 @@ def test_labels_decode_to_the_answers(turns: list[Turn], name: str) -> None:
     for turn in turns:
         if turn.is_answer:
             words = [word if word in KNOWN else "?" for word in turn.parts[0].split()]
-            expected += words + ["END"] * TEMPLATES[name].has_end_sign
+            expected += words + ["END"] * CONVERSATION_TEMPLATES[name].has_end_sign
     assert decode([label for label in example.labels if label != IGNORE]) == expected
     images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
     assert example.num_images == len(images)
@@ -71,7 +71,7 @@ def test_labels_decode_to_the_answers(turns: list[Turn], name: str) -> None:
 
 def test_a_row_is_its_segments_in_order() -> None:
     turns = [Turn(False, ("cat", ImagePart(2), "dog")), Turn(True, ("a",)), Turn(False, ("a",))]
-    template = TEMPLATES["vicuna"]
+    template = CONVERSATION_TEMPLATES["vicuna"]
     user, assistant = KNOWN["USER:"], KNOWN["ASSISTANT:"]
     system = encode(template.system)
     first = [user, KNOWN["cat"], IMAGE, IMAGE, KNOWN["dog"], assistant]
@@ -89,7 +89,7 @@ def test_a_row_is_its_segments_in_order() -> None:
 
 def test_the_first_stage_drops_the_words_of_a_question_and_keeps_its_images() -> None:
     turns = [Turn(False, ("cat", ImagePart(2), "dog")), Turn(True, ("a",))]
-    example = build_example(turns, tokenizer(), TEMPLATES["plain"])
+    example = build_example(turns, tokenizer(), CONVERSATION_TEMPLATES["plain"])
     assert example.ids == [START, IMAGE, IMAGE, KNOWN["a"]]
     assert example.labels == [IGNORE] * 3 + [KNOWN["a"]]
 
@@ -97,7 +97,7 @@ def test_the_first_stage_drops_the_words_of_a_question_and_keeps_its_images() ->
 @given(conversations(), st.integers(1, 70))
 @settings(max_examples=200, deadline=None)
 def test_a_row_that_is_too_long_loses_whole_rounds(turns: list[Turn], max_length: int) -> None:
-    template = TEMPLATES["vicuna"]
+    template = CONVERSATION_TEMPLATES["vicuna"]
     whole = [build_example(turns[:end], tokenizer(), template) for end in range(2, len(turns), 2)]
     whole.append(build_example(turns, tokenizer(), template))
     fitting = [example for example in whole if len(example.ids) <= max_length]
@@ -112,7 +112,7 @@ def test_a_row_that_is_too_long_loses_whole_rounds(turns: list[Turn], max_length
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_mask_says_what_is_padding_not_the_id(side: str) -> None:
-    template = TEMPLATES["plain"]
+    template = CONVERSATION_TEMPLATES["plain"]
     rows = [
         build_example(
             [Turn(False, (ImagePart(count),)), Turn(True, (text,))], tokenizer(), template
@@ -142,7 +142,7 @@ def test_the_mask_says_what_is_padding_not_the_id(side: str) -> None:
 )
 def test_turns_that_do_not_fit_are_named(turns: list[Turn], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build_example(turns, tokenizer(), TEMPLATES["vicuna"])
+        build_example(turns, tokenizer(), CONVERSATION_TEMPLATES["vicuna"])
 
 
 def test_a_text_cannot_smuggle_in_an_image() -> None:

@@ -129,7 +129,7 @@ class Product(nn.Module):
         return self.weight * torch.stack(list(inputs)).prod(0)
 
 
-class LowRank(nn.Module):
+class LowRankProduct(nn.Module):
     """``P (tanh(U_1 x_1) * ... * tanh(U_k x_k))``: a bilinear form of rank R, without biases."""
 
     def __init__(self, config: FusionConfig) -> None:
@@ -266,7 +266,7 @@ FUSIONS: dict[str, Any] = {
     "additive": Additive,
     "linear_sum": LinearSum,
     "product": Product,
-    "low_rank": LowRank,
+    "low_rank": LowRankProduct,
     "bilinear": Bilinear,
     "gated": Gated,
     "gmu": GMU,

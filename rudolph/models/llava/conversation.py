@@ -8,7 +8,7 @@ masks the sample when the lengths disagree.
 Each segment is tokenised once, without a space before it: the tokenizer marks where a word starts,
 as SentencePiece and YouTokenToMe do.  Text is never searched for roles, images or end signs.
 
-To add a template, name it in ``TEMPLATES``.
+To add a template, name it in ``CONVERSATION_TEMPLATES``.
 
 Source: LLaVA, ``llava/train/train.py`` and ``llava/conversation.py``.
 
@@ -164,7 +164,7 @@ def text_ids(text: str, tokenizer: ConversationTokenizer) -> list[int]:
     return ids
 
 
-class TokenBatch(NamedTuple):
+class ConversationBatch(NamedTuple):
     """``input_ids``, ``attention_mask`` (1 at tokens) and ``labels``, ``(B, T)`` int64 each."""
 
     input_ids: Tensor
@@ -174,7 +174,7 @@ class TokenBatch(NamedTuple):
 
 def pad_examples(
     examples: Sequence[Example], tokenizer: ConversationTokenizer, *, side: str
-) -> TokenBatch:
+) -> ConversationBatch:
     """Return a batch, padded at ``side``: ``right`` for training, ``left`` for generation."""
     if side not in ("left", "right"):
         raise ValueError(f"side: expected left or right, got {side!r}")
@@ -184,14 +184,14 @@ def pad_examples(
         padding = [fill] * (longest - len(values))
         return padding + values if side == "left" else values + padding
 
-    return TokenBatch(
+    return ConversationBatch(
         torch.tensor([filled(example.ids, tokenizer.pad_id) for example in examples]),
         torch.tensor([filled([1] * len(example.ids), 0) for example in examples]),
         torch.tensor([filled(example.labels, IGNORE) for example in examples]),
     )
 
 
-TEMPLATES: dict[str, Template] = {
+CONVERSATION_TEMPLATES: dict[str, Template] = {
     # LLaVA's first stage: captions without a question.
     "plain": Template(keeps_questions=False, ends_with="\n", has_end_sign=False),
     # Vicuna 1.5, LLaVA's second stage.

@@ -18,7 +18,7 @@ from rudolph.models.vqgan.kl import KLAutoencoder, KLAutoencoderConfig
 from rudolph.models.weights import load_exactly
 
 # Arguments of the reference that other values of would be another architecture.
-FIXED = {
+FIXED_KL_ARGUMENTS = {
     "in_channels": 3,
     "out_channels": 3,
     "act_fn": "silu",
@@ -26,7 +26,7 @@ FIXED = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+KL_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -48,11 +48,11 @@ def build_kl(config: Mapping[str, Any]) -> KLAutoencoder:
     Raises:
         ValueError: naming an argument whose architecture this project lacks.
     """
-    for name, value in FIXED.items():
+    for name, value in FIXED_KL_ARGUMENTS.items():
         if config.get(name, value) != value:
             raise ValueError(f"kl_autoencoder: {name}: expected {value!r}, got {config[name]!r}")
     channels = tuple(config["block_out_channels"])
-    for name, kind in BLOCKS.items():
+    for name, kind in KL_BLOCK_TYPES.items():
         given = list(config[name])
         if given != [kind] * len(channels):
             raise ValueError(
@@ -80,20 +80,23 @@ def load_kl(model: KLAutoencoder, tensors: Mapping[str, Tensor]) -> None:
     num_levels = len(model.config.channels)
     ours: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        name = our_name(key, num_levels)
+        name = our_kl_name(key, num_levels)
         is_linear = ".attn_1." in name and isinstance(value, Tensor) and value.dim() == 2
         ours[name] = value[..., None, None] if is_linear else value
     load_exactly(
-        model, ours, family="kl_autoencoder", their_name=lambda name: their_name(name, num_levels)
+        model,
+        ours,
+        family="kl_autoencoder",
+        their_name=lambda name: their_kl_name(name, num_levels),
     )
 
 
-def our_name(key: str, num_levels: int) -> str:
+def our_kl_name(key: str, num_levels: int) -> str:
     """Rename a tensor of diffusers; a name that it does not know stays.
 
-    >>> our_name("decoder.up_blocks.0.resnets.1.conv_shortcut.weight", 3)
+    >>> our_kl_name("decoder.up_blocks.0.resnets.1.conv_shortcut.weight", 3)
     'decoder.up.2.block.1.nin_shortcut.weight'
-    >>> our_name("encoder.mid_block.attentions.0.to_out.0.bias", 3)
+    >>> our_kl_name("encoder.mid_block.attentions.0.to_out.0.bias", 3)
     'encoder.mid.attn_1.proj_out.bias'
     """
     if found := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", key):
@@ -106,12 +109,12 @@ def our_name(key: str, num_levels: int) -> str:
         name = f"decoder.up.{num_levels - 1 - int(found[1])}.{found[2]}"
     else:
         name = key.replace("encoder.down_blocks.", "encoder.down.")
-    for theirs, own in RENAMED.items():
+    for theirs, own in KL_RENAMED.items():
         name = name.replace(theirs, own)
     return name
 
 
-RENAMED = {
+KL_RENAMED = {
     ".resnets.": ".block.",
     ".downsamplers.0.": ".downsample.",
     ".upsamplers.0.": ".upsample.",
@@ -120,12 +123,12 @@ RENAMED = {
 }
 
 
-def their_name(name: str, num_levels: int) -> str:
+def their_kl_name(name: str, num_levels: int) -> str:
     """Return the name that diffusers gives a tensor of this project."""
     if found := re.fullmatch(r"(\w+)\.mid\.attn_1\.(\w+)\.(\w+)", name):
         side, layer, kind = found.groups()
         return f"{side}.mid_block.attentions.0.{ATTENTION_WRITTEN.get(layer, layer)}.{kind}"
-    for theirs, own in RENAMED.items():
+    for theirs, own in KL_RENAMED.items():
         name = name.replace(own, theirs)
     if found := re.fullmatch(r"(\w+)\.mid\.block_(\d+)\.(.+)", name):
         side, index, rest = found.groups()
@@ -148,14 +151,14 @@ def config_of_kl(model: KLAutoencoder) -> dict[str, Any]:
         "norm_num_groups": config.norm_groups,
         "sample_size": config.resolution,
         "scaling_factor": config.scaling_factor,
-    } | {name: [kind] * num_levels for name, kind in BLOCKS.items()}
+    } | {name: [kind] * num_levels for name, kind in KL_BLOCK_TYPES.items()}
 
 
 def tensors_of_kl(model: KLAutoencoder) -> dict[str, Tensor]:
     """Return the tensors as diffusers stores them."""
     num_levels = len(model.config.channels)
     return {
-        their_name(name, num_levels): value[..., 0, 0]
+        their_kl_name(name, num_levels): value[..., 0, 0]
         if ".attn_1." in name and value.dim() == 4
         else value
         for name, value in model.state_dict().items()

@@ -67,8 +67,8 @@ LLAMA_DEFAULTS = {
     "num_attention_heads": 32,
     "intermediate_size": 11_008,
 }
-FIXED = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
-STRATEGIES = {"default": "patch", "full": "full"}
+FIXED_LLAVA_ARGUMENTS = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+FEATURE_STRATEGIES = {"default": "patch", "full": "full"}
 
 
 def build_reference_llava(config: Mapping[str, Any], family: str) -> LLaVA:
@@ -77,12 +77,12 @@ def build_reference_llava(config: Mapping[str, Any], family: str) -> LLaVA:
     Raises:
         ValueError: naming an argument that this project lacks.
     """
-    for name, value in FIXED.items():
+    for name, value in FIXED_LLAVA_ARGUMENTS.items():
         if config.get(name, value) != value:
             raise ValueError(f"{family}: {name}: expected {value!r}, got {config[name]!r}")
     text, strategy = config["text_config"], config["vision_feature_select_strategy"]
-    if strategy not in STRATEGIES:
-        names = ", ".join(STRATEGIES)
+    if strategy not in FEATURE_STRATEGIES:
+        names = ", ".join(FEATURE_STRATEGIES)
         raise ValueError(
             f"{family}: vision_feature_select_strategy: expected one of {names}, got {strategy!r}"
         )
@@ -95,7 +95,7 @@ def build_reference_llava(config: Mapping[str, Any], family: str) -> LLaVA:
     return build_llava(
         LLaVAConfig(
             vision=vision_config(config["vision_config"]),
-            features=FeatureConfig(layers, STRATEGIES[strategy]),
+            features=FeatureConfig(layers, FEATURE_STRATEGIES[strategy]),
             language_model=language_model_config(text),
             image_token_id=config["image_token_index"]
             if image_token_id is None
@@ -123,10 +123,15 @@ def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None
     """Give the module the tensors of a checkpoint.
 
     Raises:
-        ValueError: naming the first tensor that does not fit.
+        ValueError: naming the first tensor that does not fit, or two names of one tensor.
     """
     kept = [key for key in tensors if not key.endswith(LEFT_OUT)]
-    theirs = {our_name(key): key for key in kept}
+    theirs: dict[str, str] = {}
+    for key in kept:
+        name = our_llava_name(key)
+        if name in theirs:
+            raise ValueError(f"{family}: the file has both {theirs[name]} and {key}, one tensor")
+        theirs[name] = key
     ours = {name: tensors[key] for name, key in theirs.items()}
     vision: Any = model.vision
     for layer in range(vision.encoder.vision_config.num_layers):
@@ -137,16 +142,19 @@ def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None
                 parts = [ours.pop(name) for name in names]
                 ours[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
     load_exactly(
-        model, ours, family=family, their_name=lambda name: theirs.get(name) or their_name(name)
+        model,
+        ours,
+        family=family,
+        their_name=lambda name: theirs.get(name) or their_llava_name(name),
     )
 
 
-def our_name(key: str) -> str:
+def our_llava_name(key: str) -> str:
     """Rename a tensor of a checkpoint; a name that none of its generations has stays.
 
-    >>> our_name("vision_tower.vision_model.encoder.layers.3.self_attn.q_proj.bias")
+    >>> our_llava_name("vision_tower.vision_model.encoder.layers.3.self_attn.q_proj.bias")
     'vision.encoder.transformer.resblocks.3.attn.q_proj.bias'
-    >>> our_name("model.layers.0.mlp.up_proj.weight")
+    >>> our_llava_name("model.layers.0.mlp.up_proj.weight")
     'language_model.layers.0.mlp.up_proj.weight'
     """
     for prefix, own in PREFIXES.items():
@@ -163,12 +171,12 @@ def our_name(key: str) -> str:
     return f"vision.encoder.{rest}"
 
 
-def their_name(name: str) -> str:
+def their_llava_name(name: str) -> str:
     """Return the name that Hugging Face gives a tensor of this project.
 
-    >>> their_name("vision.encoder.transformer.resblocks.3.ln_1.bias")
+    >>> their_llava_name("vision.encoder.transformer.resblocks.3.ln_1.bias")
     'model.vision_tower.encoder.layers.3.layer_norm1.bias'
-    >>> their_name("language_model.lm_head.weight")
+    >>> their_llava_name("language_model.lm_head.weight")
     'lm_head.weight'
     """
     if name.startswith("vision.encoder."):
@@ -189,10 +197,10 @@ def tensors_of_llava(model: LLaVA) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         head, found, kind = name.partition(".attn.in_proj_")
         if not found:
-            tensors[their_name(name)] = value
+            tensors[their_llava_name(name)] = value
             continue
         for part, projection in zip(value.chunk(3), QKV, strict=True):
-            tensors[their_name(f"{head}.attn.{projection}.{kind}")] = part
+            tensors[their_llava_name(f"{head}.attn.{projection}.{kind}")] = part
     return tensors
 
 
@@ -201,7 +209,7 @@ def config_of_llava(model: LLaVA) -> dict[str, Any]:
     features: Any = model.vision
     vision: VisionConfig = features.encoder.vision_config
     layers = list(features.config.layers)
-    strategies = {ours: theirs for theirs, ours in STRATEGIES.items()}
+    strategies = {ours: theirs for theirs, ours in FEATURE_STRATEGIES.items()}
     config: dict[str, Any] = {
         "text_config": language_model_config_of(model.language_model),
         "vision_config": {
@@ -218,7 +226,7 @@ def config_of_llava(model: LLaVA) -> dict[str, Any]:
         "image_token_index": model.images.token_id,
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
         "vision_feature_select_strategy": strategies[features.config.select],
-    } | FIXED
+    } | FIXED_LLAVA_ARGUMENTS
     if model.images.canvases:
         config["image_grid_pinpoints"] = [list(canvas) for canvas in model.images.canvases]
     return config
@@ -229,7 +237,7 @@ def is_reference_llava(model: nn.Module, *, has_canvases: bool) -> bool:
     return (
         isinstance(model, LLaVA)
         and isinstance(model.vision, ViTFeatures)
-        and model.vision.config.select in STRATEGIES.values()
+        and model.vision.config.select in FEATURE_STRATEGIES.values()
         and isinstance(model.connector, MLPConnector)
         and is_llama(model.language_model)
         and bool(model.images.canvases) == has_canvases
