@@ -9,24 +9,26 @@ from torch import nn
 from rudolph.models.fusion.connectors import (
     CONNECTORS,
     ConnectorConfig,
+    ConnectorShape,
     build_connector,
     merge_tokens,
     to_cells,
 )
 
 WIDTH_IN, WIDTH_OUT, GRID = 6, 10, (4, 6)
+SHAPE = ConnectorShape(WIDTH_IN, WIDTH_OUT, GRID)
 NUM_IN = 24
 SQUARES = {"abstractor": 9, "tome": 7}
 
 
 def config_of(kind: str, **changes) -> ConnectorConfig:
     sizes = {"num_out": SQUARES.get(kind, 1), "width": 8, "depth": 1} | changes
-    return ConnectorConfig(kind, WIDTH_IN, WIDTH_OUT, GRID, **sizes)
+    return ConnectorConfig(kind, **sizes)
 
 
 def connector(kind: str, **changes) -> nn.Module:
     torch.manual_seed(0)
-    return build_connector(config_of(kind, **changes))
+    return build_connector(config_of(kind, **changes), SHAPE)
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,17 +95,17 @@ def mlp_parameters(width_in: int, width_out: int) -> int:
 
 
 PARAMETERS = {
-    "linear": lambda c: (c.width_in + 1) * c.width_out,
-    "mlp": lambda c: mlp_parameters(c.width_in, c.width_out),
-    "pool": lambda c: mlp_parameters(c.width_in, c.width_out),
-    "shuffle": lambda c: mlp_parameters(c.factor**2 * c.width_in, c.width_out),
-    "abstractor": lambda c: (
-        c.num_in * c.width_in
-        + (c.width_in + 1) * c.width
-        + 2 * c.depth * c.width * (9 + 1 + 2 + 8 * c.width + 5 + 1)
-        + mlp_parameters(c.width, c.width_out)
+    "linear": lambda config: (WIDTH_IN + 1) * WIDTH_OUT,
+    "mlp": lambda config: mlp_parameters(WIDTH_IN, WIDTH_OUT),
+    "pool": lambda config: mlp_parameters(WIDTH_IN, WIDTH_OUT),
+    "shuffle": lambda config: mlp_parameters(config.factor**2 * WIDTH_IN, WIDTH_OUT),
+    "abstractor": lambda config: (
+        NUM_IN * WIDTH_IN
+        + (WIDTH_IN + 1) * config.width
+        + 2 * config.depth * config.width * (9 + 1 + 2 + 8 * config.width + 5 + 1)
+        + mlp_parameters(config.width, WIDTH_OUT)
     ),
-    "tome": lambda c: mlp_parameters(c.width_in, c.width_out),
+    "tome": lambda config: mlp_parameters(WIDTH_IN, WIDTH_OUT),
 }
 
 
@@ -116,7 +118,7 @@ def test_parameters_are_those_of_the_formula(kind: str) -> None:
 @pytest.mark.parametrize(("width", "count"), [(4096, 20_979_712), (5120, 31_467_520)])
 def test_llavas_connectors_have_their_parameter_counts(width: int, count: int) -> None:
     with torch.device("meta"):
-        model = build_connector(ConnectorConfig("mlp", 1024, width, (24, 24)))
+        model = build_connector(ConnectorConfig(), ConnectorShape(1024, width, (24, 24)))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -195,7 +197,7 @@ def test_real_tokens_leave_only_when_no_padding_at_even_places_is_left() -> None
 )
 def test_a_config_that_cannot_work_is_named(kind: str, changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        config_of(kind, **changes)
+        connector(kind, **changes)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "tome"])

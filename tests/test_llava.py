@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rudolph.models.fusion.connectors import CONNECTORS, ConnectorConfig, build_connector
+from rudolph.models.fusion.connectors import CONNECTORS, ConnectorConfig
 from rudolph.models.llava.anyres import (
     HUGGING_FACE_CANVASES,
     LLAVA_CANVASES,
@@ -33,19 +33,19 @@ from rudolph.models.llava.preprocess import (
     prepare_images,
     resized,
 )
-from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
+from rudolph.models.lm.language_model import LanguageModelConfig
 from rudolph.models.reference import from_reference, to_reference
 from rudolph.models.vision.clip import MEAN, VisionConfig
-from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
+from rudolph.models.vision.conv import ConvEncoderConfig
+from rudolph.models.vision.encoders import VisionEncodersConfig
 from rudolph.models.vision.features import FeatureConfig
-from rudolph.models.vision.merge import MERGES
 
 CASES = {"llava": "llava", "llava_full_features": "llava", "llava_next": "llava_next"}
 IMAGE = 19
 TEXT = LanguageModelConfig(20, 8, 2, 2, 1, 4, 12)
-VISION = VisionConfig(8, 4, 6, 2, 2, 10)
+VISION = VisionConfig(8, 4, 6, 2, 2, 10)  # 2 x 2 patches
 CANVASES = ((8, 16), (16, 8), (16, 16), (24, 8), (8, 24))
-CONV = ConvEncoderConfig(8, (5,), (1,), stem_size=2, kernel_size=3)
+CONV = ConvEncoderConfig(8, (5,), (1,), stem_size=4, kernel_size=3)
 
 
 def reference(parity, case: str) -> Any:
@@ -53,11 +53,10 @@ def reference(parity, case: str) -> Any:
     return from_reference(CASES[case], golden.config, golden.weights).eval()
 
 
-def small(canvases: tuple[tuple[int, int], ...] = (), **changes: Any) -> LLaVA:
+def small(canvases: tuple[tuple[int, int], ...] = (), select: str = "patch") -> LLaVA:
     torch.manual_seed(0)
-    config = LLaVAConfig(
-        VISION, language_model=TEXT, image_token_id=IMAGE, canvases=canvases, **changes
-    )
+    vision = VisionEncodersConfig((VISION,), FeatureConfig(select=select))
+    config = LLaVAConfig(vision, ConnectorConfig(), TEXT, IMAGE, canvases)
     model = build_llava(config).eval()
     for value in model.parameters():
         nn.init.normal_(value, std=0.3)
@@ -365,34 +364,44 @@ def test_an_image_changes_nothing_before_it_and_no_other_row() -> None:
 
 @pytest.mark.parametrize("canvases", [(), CANVASES], ids=["one view", "anyres"])
 @pytest.mark.parametrize("connector", [*CONNECTORS])
-@pytest.mark.parametrize("merge", [None, "channels"])
-def test_any_encoder_and_connector_train_together(merge, connector: str, canvases: Any) -> None:
+@pytest.mark.parametrize("encoders", [(CONV,), (CONV, VISION)], ids=["conv", "conv and vit"])
+def test_any_encoder_and_connector_train_together(
+    encoders: Any, connector: str, canvases: Any
+) -> None:
     torch.manual_seed(0)
-    vision = ConvEncoder(CONV) if merge is None else MERGES[merge]([ConvEncoder(CONV)] * 2)
-    size = TEXT.hidden_size
-    config = ConnectorConfig(connector, vision.width, size, (4, 4), num_out=4, width=6, depth=1)
-    images = ImageTokenConfig(IMAGE, 8, canvases)
-    parts = (vision, build_connector(config), LanguageModel(TEXT), images)
+    config = LLaVAConfig(
+        VisionEncodersConfig(encoders),
+        ConnectorConfig(connector, num_out=4, width=6, depth=1),
+        TEXT,
+        IMAGE,
+        canvases,
+    )
     if canvases and connector == "tome":
         with pytest.raises(ValueError, match="expected a square grid of tokens for anyres"):
-            LLaVA(*parts)
+            build_llava(config)
         return
-    model = LLaVA(*parts)
-    pixels, sizes = prepare_images([torch.rand(3, 12, 20)], images)
+    model = build_llava(config)
+    pixels, sizes = prepare_images([torch.rand(3, 12, 20)], model.images)
     ids = torch.tensor([[1, *[IMAGE] * model.num_image_tokens((12, 20)), 2, 3]])
     model(ids, None, pixels, sizes).log_softmax(-1)[0, -2, 3].backward()
-    reached = {name for name, value in model.named_parameters() if value.grad is not None}
-    assert reached == dict(model.named_parameters()).keys()
+    missed = {name for name, value in model.named_parameters() if value.grad is None}
+    # Neither the last layer nor the output norm is read.
+    unread = (
+        "vision.encoders.1.encoder.ln_post",
+        "vision.encoders.1.encoder.transformer.resblocks.1",
+    )
+    assert all(name.startswith(unread) for name in missed)
+    assert bool(missed) == (len(encoders) == 2)
 
 
 def test_a_newline_starts_as_large_as_a_unit_vector() -> None:
     torch.manual_seed(0)
-    config = LLaVAConfig(
-        VISION, language_model=LanguageModelConfig(20, 4096, 1, 1, 1, 2, 1), canvases=CANVASES
-    )
+    vision = VisionEncodersConfig((VISION,))
+    text = LanguageModelConfig(20, 4096, 1, 1, 1, 2, 1)
+    config = LLaVAConfig(vision, language_model=text, canvases=CANVASES)
     newline = build_llava(config).image_newline
     assert math.isclose(float(newline.detach().norm()), 1, rel_tol=0.05)
-    assert build_llava(LLaVAConfig(VISION, language_model=TEXT)).image_newline is None
+    assert build_llava(LLaVAConfig(vision, language_model=TEXT)).image_newline is None
 
 
 @pytest.mark.parametrize(
@@ -427,7 +436,7 @@ def test_a_newline_starts_as_large_as_a_unit_vector() -> None:
         (lambda model: ImageTokenConfig(3, 8, ((8, 12),)), r"image_size \(8\), got 8x12"),
         (lambda model: ImageTokenConfig(3, 0), "image_size: expected at least 1, got 0"),
         (
-            lambda model: small(CANVASES, features=FeatureConfig((-1,), "full")),
+            lambda model: small(CANVASES, "full"),
             r"expected a square grid of tokens for anyres, got 5 tokens in the grid \(1, 5\)",
         ),
         (

@@ -6,6 +6,7 @@ from torch import nn
 
 from rudolph.models.vision.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
 from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
+from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision
 from rudolph.models.vision.features import FeatureConfig, ViTFeatures
 from rudolph.models.vision.merge import MERGES
 
@@ -118,6 +119,11 @@ def test_merges_are_concatenations_and_a_sum() -> None:
     first, second = vit((-2,)), conv()
     x, y = first(IMAGES), second(IMAGES)
     merged = {kind: merge([first, second]) for kind, merge in MERGES.items()}
+    for kind, model in merged.items():
+        built = build_vision(VisionEncodersConfig((VISION, CONV), merge=kind))
+        assert built.state_dict().keys() == model.state_dict().keys()
+        built.load_state_dict(model.state_dict())
+        torch.testing.assert_close(built(IMAGES), model(IMAGES))
     torch.testing.assert_close(merged["channels"](IMAGES), torch.cat([x, y], dim=-1))
     for kind in ("tokens", "sum"):
         projected = merged[kind].project[1](y)
@@ -137,7 +143,7 @@ def test_a_gradient_reaches_every_encoder(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["channels", "sum"])
 def test_unequal_grids_are_named(kind: str) -> None:
-    words = rf"merge {kind}: expected equal grids .* got 3x3 \(9\), 3x3 \(10\)"
+    words = f"merge {kind}: expected equal grids of tokens, got 3x3 and 1x10"
     with pytest.raises(ValueError, match=words):
         MERGES[kind]([vit((-1,)), vit((-1,), "full")])
 
@@ -153,6 +159,12 @@ def test_unequal_grids_are_named(kind: str) -> None:
         (lambda: VisionConfig(12, 5), r"image_size: expected a multiple of patch_size \(5\)"),
         (lambda: VisionConfig(activation="relu"), "activation: expected one of quick_gelu, gelu"),
         (lambda: VisionConfig(num_layers=0), "num_layers: expected at least 1, got 0"),
+        (lambda: VisionEncodersConfig(merge="mean"), "merge: expected one of channels, tokens"),
+        (lambda: VisionEncodersConfig(()), r"expected one image_size for all, got \[\]"),
+        (
+            lambda: VisionEncodersConfig((VISION, ConvEncoderConfig())),
+            r"encoders: expected one image_size for all, got \[12, 64\]",
+        ),
         (lambda: ConvEncoderConfig(30), "image_size: expected a multiple of 8"),
         (lambda: ConvEncoderConfig(depths=(1, 2)), "one entry for each of 3 widths, got 2"),
         (lambda: ConvEncoderConfig(depths=(1, 0, 2)), "expected at least 1"),

@@ -16,7 +16,8 @@ out before anything runs, and ``connector.grid_out`` in which rows and columns, 
 A mask ``(B, N)`` is true for real tokens.  What padded tokens hold never changes an output; a
 token that comes out is real if one of those that it was made of is.
 
-To add a connector, write a class ``(ConnectorConfig)`` and name it in ``CONNECTORS``.
+To add a connector, write a class ``(ConnectorConfig, ConnectorShape)`` and name it in
+``CONNECTORS``.
 
 Source: Liu 2023 (arXiv:2310.03744) for ``mlp``; nanoVLM, ``models/modality_projector.py``, for
 ``shuffle``; Cha 2024 (arXiv:2312.06742) for ``abstractor``; Bolya 2023 (arXiv:2210.09461) for
@@ -25,6 +26,7 @@ Source: Liu 2023 (arXiv:2310.03744) for ``mlp``; nanoVLM, ``models/modality_proj
 Shapes: B images, N tokens in, M tokens out, Dv and D channels in and out, h and w the grid.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,27 +44,37 @@ class Tokens(NamedTuple):
     mask: Tensor | None
 
 
+class ConnectorShape(NamedTuple):
+    """What a connector stands between.
+
+    ``width_in`` and ``width_out`` are the channels Dv of the vision encoder and D of the language
+    model; ``grid`` has the rows and columns of the encoder's tokens, (1, N) if they form a row.
+    """
+
+    width_in: int
+    width_out: int
+    grid: tuple[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that come in, N."""
+        return self.grid[0] * self.grid[1]
+
+
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """A connector and its sizes.
+    """A connector and its settings.
 
     Args:
-        width_in: channels of the vision encoder, Dv.
-        width_out: channels of the language model, D.
-        grid: rows and columns of the vision encoder's tokens; ``linear``, ``mlp`` and ``tome``
-            read any tokens and need their number alone, ``(1, N)``.
         factor: side of a cell of ``pool`` and ``shuffle``.
         num_out: tokens that ``abstractor`` (a square) and ``tome`` give.
         width: channels inside ``abstractor``.
         depth: convolutional blocks before and after the pooling of ``abstractor``.
     """
 
-    kind: str
-    width_in: int
-    width_out: int
-    grid: tuple[int, int]
+    kind: str = "mlp"
     factor: int = 2
-    num_out: int = 1
+    num_out: int = 64
     width: int = 1024
     depth: int = 3
 
@@ -70,31 +82,34 @@ class ConnectorConfig:
         if self.kind not in CONNECTORS:
             names = ", ".join(CONNECTORS)
             raise ValueError(f"kind: expected one of {names}, got {self.kind!r}")
-        for name in ("width_in", "width_out", "factor", "num_out", "width", "depth"):
+        for name in ("factor", "num_out", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        rows, columns = self.grid
-        if self.kind in ("pool", "shuffle") and (rows % self.factor or columns % self.factor):
-            raise ValueError(
-                f"factor: expected a divisor of the grid {rows}x{columns}, got {self.factor}"
-            )
-        if self.kind == "abstractor" and round(self.num_out**0.5) ** 2 != self.num_out:
+        if self.kind == "abstractor" and math.isqrt(self.num_out) ** 2 != self.num_out:
             raise ValueError(f"num_out: expected a square for abstractor, got {self.num_out}")
-        if self.kind == "tome" and self.num_out > self.num_in:
-            raise ValueError(
-                f"num_out: expected at most the {self.num_in} tokens that tome reads, "
-                f"got {self.num_out}"
-            )
-
-    @property
-    def num_in(self) -> int:
-        """Tokens of the grid, N."""
-        return self.grid[0] * self.grid[1]
 
 
-def build_connector(config: ConnectorConfig) -> nn.Module:
-    """Return the connector that a config names."""
-    return CONNECTORS[config.kind](config)
+def build_connector(config: ConnectorConfig, shape: ConnectorShape) -> nn.Module:
+    """Return the connector that a config names.
+
+    Raises:
+        ValueError: when the grid cannot give the tokens that the config asks for.
+    """
+    return CONNECTORS[config.kind](config, shape)
+
+
+def coarse_grid(config: ConnectorConfig, shape: ConnectorShape) -> tuple[int, int]:
+    """Return rows and columns of cells of ``factor x factor`` tokens.
+
+    Raises:
+        ValueError: when the factor does not divide the grid.
+    """
+    rows, columns = shape.grid
+    if rows % config.factor or columns % config.factor:
+        raise ValueError(
+            f"factor: expected a divisor of the grid {rows}x{columns}, got {config.factor}"
+        )
+    return rows // config.factor, columns // config.factor
 
 
 def mlp(width_in: int, width_out: int) -> nn.Sequential:
@@ -112,10 +127,10 @@ def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
 class LinearConnector(nn.Module):
     """``(B, N, Dv) -> (B, N, D)``."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
-        self.num_tokens, self.grid_out = config.num_in, config.grid
-        self.project: nn.Module = nn.Linear(config.width_in, config.width_out)
+        self.num_tokens, self.grid_out = shape.num_tokens, shape.grid
+        self.project: nn.Module = nn.Linear(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         require_tokens(features, self.num_tokens)
@@ -125,20 +140,20 @@ class LinearConnector(nn.Module):
 class MLPConnector(LinearConnector):
     """``(B, N, Dv) -> (B, N, D)``, with one hidden layer of D channels."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
-        super().__init__(config)
-        self.project = mlp(config.width_in, config.width_out)
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
+        super().__init__(config, shape)
+        self.project = mlp(shape.width_in, shape.width_out)
 
 
 class AveragePool(nn.Module):
     """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; a cell is the mean of its real tokens."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
-        self.grid, self.factor = config.grid, config.factor
-        self.num_tokens = config.num_in // config.factor**2
-        self.grid_out = (config.grid[0] // config.factor, config.grid[1] // config.factor)
-        self.project = mlp(config.width_in, config.width_out)
+        self.grid, self.factor = shape.grid, config.factor
+        self.grid_out = coarse_grid(config, shape)
+        self.num_tokens = math.prod(self.grid_out)
+        self.project = mlp(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         cells = to_cells(features, self.grid, self.factor)  # (B, M, factor^2, Dv)
@@ -152,12 +167,12 @@ class AveragePool(nn.Module):
 class PixelShuffle(nn.Module):
     """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; padded tokens of a cell are zeros."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
-        self.grid, self.factor = config.grid, config.factor
-        self.num_tokens = config.num_in // config.factor**2
-        self.grid_out = (config.grid[0] // config.factor, config.grid[1] // config.factor)
-        self.project = mlp(config.factor**2 * config.width_in, config.width_out)
+        self.grid, self.factor = shape.grid, config.factor
+        self.grid_out = coarse_grid(config, shape)
+        self.num_tokens = math.prod(self.grid_out)
+        self.project = mlp(config.factor**2 * shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         cells = to_cells(zero_padding(features, mask), self.grid, self.factor)
@@ -196,20 +211,20 @@ class Abstractor(nn.Module):
     one the ConvNeXt blocks of ``vision/conv.py``.  A learnt position is added to each token.
     """
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
-        self.grid, self.num_tokens = config.grid, config.num_out
-        self.side = round(config.num_out**0.5)
+        self.grid, self.num_tokens = shape.grid, config.num_out
+        self.side = math.isqrt(config.num_out)
         self.grid_out = (self.side, self.side)
         width = config.width
-        self.positions = nn.Parameter(0.02 * torch.randn(config.num_in, config.width_in))
-        self.project_in = nn.Linear(config.width_in, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(shape.num_tokens, shape.width_in))
+        self.project_in = nn.Linear(shape.width_in, width)
         self.before = nn.ModuleList(ConvBlock(width, 3) for _ in range(config.depth))
         self.after = nn.Sequential(*(ConvBlock(width, 3) for _ in range(config.depth)))
         self.project_out = nn.Sequential(
-            nn.Linear(width, config.width_out),
+            nn.Linear(width, shape.width_out),
             nn.SiLU(),
-            nn.Linear(config.width_out, config.width_out),
+            nn.Linear(shape.width_out, shape.width_out),
         )
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -237,10 +252,15 @@ class TokenMerging(nn.Module):
     compares keys, this compares the features themselves.
     """
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
+        if config.num_out > shape.num_tokens:
+            raise ValueError(
+                f"num_out: expected at most the {shape.num_tokens} tokens that tome reads, "
+                f"got {config.num_out}"
+            )
         self.num_tokens, self.grid_out = config.num_out, None
-        self.project = mlp(config.width_in, config.width_out)
+        self.project = mlp(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         merged = merge_tokens(features, self.num_tokens, mask)
@@ -303,7 +323,7 @@ def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
     return torch.where(is_merged, destination, place)
 
 
-# A class per name, each built from a config (see ``build_connector``).
+# A class per name, each built from a config and a shape (see ``build_connector``).
 CONNECTORS: dict[str, Any] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rudolph.models.fusion.connectors import ConnectorConfig, build_connector
+from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
 from rudolph.models.llava.anyres import (
     LLAVA_CANVASES,
     Size,
@@ -32,8 +32,7 @@ from rudolph.models.llava.anyres import (
     tile_rows_and_columns,
 )
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
-from rudolph.models.vision.clip import VisionConfig, VisionEncoder
-from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,13 @@ class ImageTokenConfig:
 
 @dataclass(frozen=True)
 class LLaVAConfig:
-    """A LLaVA with a CLIP vision transformer; the defaults are LLaVA-1.5 7B's.
+    """The parts of a LLaVA; the defaults are LLaVA-1.5 7B's.
 
-    ``connector`` is a kind of ``CONNECTORS`` that keeps the number of tokens.
+    ``canvases`` are sizes (height, width) of anyres, none for one view per image.
     """
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    connector: str = "mlp"
+    vision: VisionEncodersConfig = field(default_factory=VisionEncodersConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     image_token_id: int = 32_000
     canvases: tuple[Size, ...] = ()
@@ -244,13 +242,11 @@ def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
 
 def build_llava(config: LLaVAConfig) -> LLaVA:
     """Return a LLaVA with new weights."""
-    vision = ViTFeatures(VisionEncoder(config.vision), config.features)
-    # The class token has no place in the grid.
-    grid = vision.grid if config.features.select == "patch" else (1, vision.num_tokens)
-    size = config.language_model.hidden_size
+    vision: Any = build_vision(config.vision)
+    shape = ConnectorShape(vision.width, config.language_model.hidden_size, vision.grid)
     return LLaVA(
         vision,
-        build_connector(ConnectorConfig(config.connector, vision.width, size, grid)),
+        build_connector(config.connector, shape),
         LanguageModel(config.language_model),
         ImageTokenConfig(config.image_token_id, config.vision.image_size, config.canvases),
     )

@@ -23,6 +23,7 @@ from rudolph.models.reference.language_model import (
     language_model_config_of,
 )
 from rudolph.models.vision.clip import VisionConfig
+from rudolph.models.vision.encoders import VisionEncodersConfig
 from rudolph.models.vision.features import FeatureConfig, ViTFeatures
 from rudolph.models.weights import load_exactly
 
@@ -94,8 +95,10 @@ def build_reference_llava(config: Mapping[str, Any], family: str) -> LLaVA:
     image_token_id = config.get("image_token_id")
     return build_llava(
         LLaVAConfig(
-            vision=vision_config(config["vision_config"]),
-            features=FeatureConfig(layers, FEATURE_STRATEGIES[strategy]),
+            vision=VisionEncodersConfig(
+                (vision_config(config["vision_config"]),),
+                FeatureConfig(layers, FEATURE_STRATEGIES[strategy]),
+            ),
             language_model=language_model_config(text),
             image_token_id=config["image_token_index"]
             if image_token_id is None

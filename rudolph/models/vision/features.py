@@ -1,7 +1,8 @@
 """Image features for connectors: tokens of any layers of a vision encoder.
 
 An encoder here has ``width`` (channels per token), ``grid`` (rows and columns of patches),
-``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, tokens row by row:
+``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, tokens row by row.  Tokens that lie
+in no grid form one row, and ``grid`` is (1, N).  ``encoders.py`` builds them from their configs:
 
 * ``ViTFeatures``: a CLIP vision transformer, such as LLaVA's, or the tower of a trained CLIP
 * ``conv.ConvEncoder``: a convolutional network
@@ -15,26 +16,14 @@ Source: LLaVA, ``multimodal_encoder/clip_encoder.py``; Liu 2023 (arXiv:2304.0848
 Shapes: P images, N tokens, W channels of a layer.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rudolph.models.vision.clip import VisionEncoder
-
-
-class PatchEncoder(Protocol):
-    """A vision encoder that a connector can read."""
-
-    width: int
-    grid: tuple[int, int]
-    num_tokens: int
-
-    def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Return tokens ``(P, num_tokens, width)`` of normalised images ``(P, 3, H, W)``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,16 +57,17 @@ class ViTFeatures(nn.Module):
     def __init__(self, encoder: VisionEncoder, config: FeatureConfig) -> None:
         super().__init__()
         self.encoder, self.config = encoder, config
-        self.grid = encoder.vision_config.grid
         depth = encoder.vision_config.num_layers
         for layer in config.layers:
             if not -depth - 1 <= layer <= depth:
                 raise ValueError(f"layers: expected -{depth + 1} to {depth}, got {layer}")
         self.layers = [layer % (depth + 1) for layer in config.layers]
         self.width = encoder.vision_config.width * len(config.layers)
-        rows, columns = self.grid
-        counts = {"patch": rows * columns, "full": rows * columns + 1, "class": 1}
-        self.num_tokens = counts[config.select]
+        rows, columns = encoder.vision_config.grid
+        # The class token has no place in the grid.
+        grids = {"patch": (rows, columns), "full": (1, rows * columns + 1), "class": (1, 1)}
+        self.grid = grids[config.select]
+        self.num_tokens = math.prod(self.grid)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return tokens ``(P, N, width)`` of normalised images ``(P, 3, H, W)``."""

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 
 def require_equal_grids(encoders: Sequence[Any], kind: str) -> None:
-    """Raise ``ValueError`` unless all encoders have the same tokens for the same cells."""
-    shapes = [(encoder.grid, encoder.num_tokens) for encoder in encoders]
-    if any(shape != shapes[0] for shape in shapes):
-        given = ", ".join(f"{rows}x{columns} ({size})" for (rows, columns), size in shapes)
-        raise ValueError(f"merge {kind}: expected equal grids (and token counts), got {given}")
+    """Raise ``ValueError`` unless all encoders have the same grid."""
+    grids = [encoder.grid for encoder in encoders]
+    if any(grid != grids[0] for grid in grids):
+        given = " and ".join(f"{rows}x{columns}" for rows, columns in grids)
+        raise ValueError(f"merge {kind}: expected equal grids of tokens, got {given}")
 
 
 class ChannelMerge(nn.Module):

@@ -1,0 +1,55 @@
+"""Vision encoders from their configs: one, or several merged.
+
+Source: Karamcheti 2024 (arXiv:2402.07865), section 4.2, for two encoders of one image.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from rudolph.models.vision.clip import VisionConfig, VisionEncoder
+from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
+from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+from rudolph.models.vision.merge import MERGES
+
+
+@dataclass(frozen=True)
+class VisionEncodersConfig:
+    """The encoders that read each image; the default is LLaVA-1.5's.
+
+    Args:
+        encoders: transformers and convolutional encoders, all for the same image size.
+        features: the hidden states that are read of transformers.
+        merge: a name of ``MERGES``, for more than one encoder.
+    """
+
+    encoders: tuple[VisionConfig | ConvEncoderConfig, ...] = (VisionConfig(),)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    merge: str = "channels"
+
+    def __post_init__(self) -> None:
+        if self.merge not in MERGES:
+            raise ValueError(f"merge: expected one of {', '.join(MERGES)}, got {self.merge!r}")
+        sizes = [encoder.image_size for encoder in self.encoders]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"encoders: expected one image_size for all, got {sizes}")
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the images."""
+        return self.encoders[0].image_size
+
+
+def build_vision(config: VisionEncodersConfig) -> nn.Module:
+    """Return an encoder with new weights; see ``features.py`` for what it offers.
+
+    Raises:
+        ValueError: when the merge needs equal grids and they differ.
+    """
+    encoders = [
+        ConvEncoder(encoder)
+        if isinstance(encoder, ConvEncoderConfig)
+        else ViTFeatures(VisionEncoder(encoder), config.features)
+        for encoder in config.encoders
+    ]
+    return encoders[0] if len(encoders) == 1 else MERGES[config.merge](encoders)
