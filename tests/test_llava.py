@@ -409,11 +409,24 @@ def test_a_newline_starts_as_large_as_a_unit_vector() -> None:
     [
         (
             lambda model: model(torch.full((1, 9), IMAGE), None, torch.zeros(2, 3, 8, 8)),
-            "expected 8 image tokens for the vectors of 2 images, got 9",
+            "expected 8 image tokens in row 0 for the vectors of 2 images, got 9",
         ),
         (
             lambda model: model(torch.full((1, 4), IMAGE)),
-            "expected 0 image tokens for the vectors of 0 images, got 4",
+            "expected 0 image tokens in row 0 for the vectors of 0 images, got 4",
+        ),
+        (
+            # Their sum is right, but the second image would lie across two rows.
+            lambda model: model(
+                torch.tensor([[IMAGE] * 6, [1, 2, 3, 4] + [IMAGE] * 2]),
+                None,
+                torch.zeros(2, 3, 8, 8),
+            ),
+            "expected 8 image tokens in row 0 for the vectors of 2 images, got 6",
+        ),
+        (
+            lambda model: model(torch.full((1, 4), IMAGE), None, torch.zeros(2, 3, 8, 8)),
+            "expected image tokens for 2 images, got those of 1",
         ),
         (
             lambda model: ANYRES.image_vectors(torch.zeros(1, 4, 3, 8, 8)),

@@ -141,20 +141,22 @@ class LLaVA(nn.Module):
             image_sizes: (height, width) of the images in pixels, ``(P, 2)``, with canvases.
 
         Raises:
-            ValueError: when image tokens and image vectors differ in number.
+            ValueError: naming a row whose image tokens are not those of the next images.
         """
         is_image = input_ids == self.images.token_id
+        counts = [] if pixel_values is None else self.token_counts(pixel_values, image_sizes)
+        require_image_tokens(is_image.sum(1).tolist(), counts)
         words = self.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))
-        vectors = [] if pixel_values is None else self.image_vectors(pixel_values, image_sizes)
-        given, expected = sum(map(len, vectors)), int(is_image.sum())
-        if given != expected:
-            raise ValueError(
-                f"input_ids: expected {given} image tokens for the vectors of {len(vectors)} "
-                f"images, got {expected}"
-            )
-        if not vectors:
+        if pixel_values is None:
             return words
-        return words.masked_scatter(is_image[..., None], torch.cat(vectors).to(words.dtype))
+        vectors = torch.cat(self.image_vectors(pixel_values, image_sizes))
+        return words.masked_scatter(is_image[..., None], vectors.to(words.dtype))
+
+    def token_counts(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[int]:
+        """Return how many vectors each image becomes; see ``embed`` for the arguments."""
+        if not self.images.canvases:
+            return [self.num_view_tokens] * len(pixel_values)
+        return [self.num_image_tokens(size) for size in size_list(image_sizes)]
 
     def image_vectors(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None
@@ -162,9 +164,7 @@ class LLaVA(nn.Module):
         """Return the vectors ``(M, D)`` of each image; see ``embed`` for the arguments."""
         if not self.images.canvases:
             return list(self.encode_views(pixel_values))
-        if image_sizes is None:
-            raise ValueError("image_sizes: expected (P, 2) for anyres, got None")
-        sizes: list[Size] = [(height, width) for height, width in image_sizes.tolist()]
+        sizes = size_list(image_sizes)
         tiles = [self.tiles_of(size) for size in sizes]
         counts = [1 + rows * columns for rows, columns in tiles]
         views = self.encode_views(real_crops(pixel_values, counts))
@@ -217,6 +217,32 @@ class LLaVA(nn.Module):
             num_tokens=num_tokens,
             attention_mask=attention_mask,
             end_id=end_id,
+        )
+
+
+def size_list(image_sizes: Tensor | None) -> list[Size]:
+    """Return (height, width) of each image from ``(P, 2)``."""
+    if image_sizes is None:
+        raise ValueError("image_sizes: expected (P, 2) for anyres, got None")
+    return [(height, width) for height, width in image_sizes.tolist()]
+
+
+def require_image_tokens(per_row: list[int], per_image: list[int]) -> None:
+    """Raise ``ValueError`` unless the images, in order, fill the image tokens of each row."""
+    image = 0
+    for row, tokens in enumerate(per_row):
+        first, vectors = image, 0
+        while vectors < tokens and image < len(per_image):
+            vectors += per_image[image]
+            image += 1
+        if vectors != tokens:
+            raise ValueError(
+                f"input_ids: expected {vectors} image tokens in row {row} for the vectors of "
+                f"{image - first} images, got {tokens}"
+            )
+    if image < len(per_image):
+        raise ValueError(
+            f"input_ids: expected image tokens for {len(per_image)} images, got those of {image}"
         )
 
 
