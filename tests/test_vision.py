@@ -6,7 +6,7 @@ from torch import nn
 
 from rudolph.models.vision.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
 from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
-from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision
+from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision_encoders
 from rudolph.models.vision.features import FeatureConfig, ViTFeatures
 from rudolph.models.vision.merge import MERGES
 
@@ -120,7 +120,7 @@ def test_merges_are_concatenations_and_a_sum() -> None:
     x, y = first(IMAGES), second(IMAGES)
     merged = {kind: merge([first, second]) for kind, merge in MERGES.items()}
     for kind, model in merged.items():
-        built = build_vision(VisionEncodersConfig((VISION, CONV), merge=kind))
+        built = build_vision_encoders(VisionEncodersConfig((VISION, CONV), merge=kind))
         assert built.state_dict().keys() == model.state_dict().keys()
         built.load_state_dict(model.state_dict())
         torch.testing.assert_close(built(IMAGES), model(IMAGES))

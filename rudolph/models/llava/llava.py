@@ -32,7 +32,7 @@ from rudolph.models.llava.anyres import (
     tile_rows_and_columns,
 )
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
-from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision
+from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision_encoders
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
 
 def build_llava(config: LLaVAConfig) -> LLaVA:
     """Return a LLaVA with new weights."""
-    vision: Any = build_vision(config.vision)
+    vision: Any = build_vision_encoders(config.vision)
     shape = ConnectorShape(vision.width, config.language_model.hidden_size, vision.grid)
     return LLaVA(
         vision,

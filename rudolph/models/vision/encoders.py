@@ -40,7 +40,7 @@ class VisionEncodersConfig:
         return self.encoders[0].image_size
 
 
-def build_vision(config: VisionEncodersConfig) -> nn.Module:
+def build_vision_encoders(config: VisionEncodersConfig) -> nn.Module:
     """Return an encoder with new weights; see ``features.py`` for what it offers.
 
     Raises:
