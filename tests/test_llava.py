@@ -157,6 +157,22 @@ def test_older_names_and_llavas_own_load_the_same_model(parity, prefixes: dict) 
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
 
 
+def test_a_tied_head_loads_with_and_without_its_copy(parity) -> None:
+    golden = parity("llava")
+    text = golden.config["text_config"] | {"tie_word_embeddings": True}
+    config = golden.config | {"text_config": text}
+    words = golden.weights["model.language_model.embed_tokens.weight"]
+    alone = {key: value for key, value in golden.weights.items() if key != "lm_head.weight"}
+    ids = golden.io["input_ids"][2:]
+    without, with_copy = (
+        from_reference("llava", config, weights)(ids)
+        for weights in (alone, alone | {"lm_head.weight": words})
+    )
+    assert torch.equal(without, with_copy)
+    with pytest.raises(ValueError, match=r"must equal .*embed_tokens.weight, to which it is tied"):
+        from_reference("llava", config, golden.weights)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -21,6 +21,7 @@ from rudolph.models.reference.language_model import (
     is_llama,
     language_model_config,
     language_model_config_of,
+    without_tied_copy,
 )
 from rudolph.models.vision.clip import VisionConfig
 from rudolph.models.vision.encoders import VisionEncodersConfig
@@ -60,7 +61,7 @@ VISION_NAMES = {
 # Buffers of older files, computed here.
 LEFT_OUT = ("rotary_emb.inv_freq", "embeddings.position_ids")
 QKV = ("q_proj", "k_proj", "v_proj")
-# What Hugging Face fills in where a text config of model type ``llama`` is silent.
+# What Hugging Face fills in where a text config of model type ``llama`` says nothing.
 LLAMA_DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -144,9 +145,13 @@ def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None
             if all(isinstance(ours.get(name), Tensor) for name in names):
                 parts = [ours.pop(name) for name in names]
                 ours[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
+    fitting: Mapping[str, Tensor] = ours
+    if model.language_model.config.tied_embeddings:
+        head, words = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+        fitting = without_tied_copy(ours, head, words, family=family)
     load_exactly(
         model,
-        ours,
+        fitting,
         family=family,
         their_name=lambda name: theirs.get(name) or their_llava_name(name),
     )
