@@ -144,6 +144,45 @@ def test_average_pooling_is_torchs_over_a_grid_without_padding() -> None:
     torch.testing.assert_close(model(features).values, expected)
 
 
+def test_a_cell_is_the_mean_of_its_real_tokens() -> None:
+    model, (features, mask) = connector("pool"), padded()
+    model.project = nn.Identity()
+    values, kept = model(features, mask)
+    cells, are_real = (to_cells(x, GRID, 2) for x in (features, mask[..., None]))
+    for row in range(2):
+        for cell in range(6):
+            real = cells[row, cell][are_real[row, cell].squeeze(-1)]
+            assert kept[row, cell] == (len(real) > 0)
+            if len(real):
+                torch.testing.assert_close(values[row, cell], real.mean(0))
+
+
+def test_an_abstractor_reads_a_padded_grid_as_the_grid_without_its_padding() -> None:
+    whole = connector("abstractor", num_out=1, depth=2)
+    narrow = build_connector(
+        config_of("abstractor", num_out=1, depth=2), SHAPE._replace(grid=(4, 4))
+    )
+    is_kept = torch.zeros(4, 6, dtype=torch.bool)
+    is_kept[:, :4] = True
+    state = whole.state_dict()
+    narrow.load_state_dict(state | {"positions": state["positions"][is_kept.flatten()]})
+    for blocks in (whole, narrow):
+        for block in (*blocks.before, *blocks.after):
+            nn.init.ones_(block.scale)  # else a block is the identity to six digits
+    features = torch.randn(2, NUM_IN, WIDTH_IN)
+    found, kept = whole(features, is_kept.flatten().expand(2, -1))
+    assert kept.all()
+    torch.testing.assert_close(found, narrow(features[:, is_kept.flatten()]).values)
+
+
+def test_a_real_token_joins_a_real_one_however_unlike() -> None:
+    x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.1], [0.0, 0.0]]])
+    mask = torch.tensor([[True, True, True, False]])
+    merged = merge_tokens(x, 2, mask)
+    assert merged.groups.tolist() == [[0, 0, 0, 1]]
+    assert merged.sizes.tolist() == [[3, 0]]
+
+
 def test_merging_nothing_is_the_identity() -> None:
     x = torch.randn(2, 7, 3)
     merged = merge_tokens(x, 7)

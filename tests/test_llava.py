@@ -254,6 +254,11 @@ def test_hugging_face_breaks_ties_for_the_wide_canvas() -> None:
     assert sorted(LLAVA_CANVASES) == sorted(HUGGING_FACE_CANVASES)
 
 
+def test_of_canvases_that_keep_all_pixels_the_smallest_wins() -> None:
+    for canvases in (((16, 16), (8, 16)), ((8, 16), (16, 16))):
+        assert select_canvas((8, 8), canvases) == (8, 16)
+
+
 @given(st.tuples(st.integers(5, 60), st.integers(5, 60)))
 @settings(max_examples=40, deadline=None)
 @torch.no_grad()

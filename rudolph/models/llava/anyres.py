@@ -141,8 +141,11 @@ def fitted_size(size: Size, canvas: Size) -> Size:
 
     >>> fitted_size((480, 640), (672, 672))
     (504, 672)
+    >>> fitted_size((19, 38), (336, 672))
+    (336, 672)
     """
     (height, width), (most_rows, most_columns) = size, canvas
     if most_columns / width < most_rows / height:
-        return min(math.ceil(height * (most_columns / width)), most_rows), most_columns
+        return math.ceil(height * (most_columns / width)), most_columns
+    # Equal aspects may round to a column too many.
     return most_rows, min(math.ceil(width * (most_rows / height)), most_columns)
