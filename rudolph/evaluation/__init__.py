@@ -1,0 +1,1 @@
+"""Evaluation of trained models: evaluators, metrics and statistics."""

@@ -1,6 +1,6 @@
-"""Who is asked, what an answer is worth, and how a number is kept with its interval.
+"""Scores with their intervals, and the context in which evaluators compute them.
 
-Shapes: N examples.
+Shapes: N examples, I image tokens, H and W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +23,27 @@ from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 
 CHANCE_SHIFTS = 20
-# What cuts pairs in two halves; the seed of a run does not, so that its other half stays unasked.
+# The seed that cuts pairs into folds.  It is not the run's seed, so that every run leaves the
+# same fold unused.
 HALVES = 0
-# What a task without an image is answered after.
+# The image that a task without one is given, see ``EvaluationConfig``.
 MISSING_IMAGE = ("zeros", "legacy")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of one split: its value, 95 % interval, chance level and number of examples.
+    """A metric of one split: value, 95 % interval, chance level and number of examples.
 
-    ``metric`` is ``task/number``, ``measure`` says under which protocol it is one, and ``dataset``
-    whose pairs were asked about, where it is not the main one's.
+    Attributes:
+        metric: name of the metric, as in ``text_to_image/fid``.
+        split: name of the split.
+        value: the metric's value.
+        low: lower bound of the 95 % interval.
+        high: upper bound of the 95 % interval.
+        chance: the value at chance level; None if unknown.
+        num_examples: number of evaluated examples.
+        protocol: ``str`` of the ``MetricProtocol``; empty if there is none.
+        dataset: dataset of the evaluated pairs; empty for the run's main dataset.
     """
 
     metric: str
@@ -49,21 +58,30 @@ class Score:
 
     @property
     def name(self) -> str:
+        """The full name: dataset if any, metric and split, joined by ``/``."""
         place = f"{self.dataset}/" if self.dataset else ""
         return f"{place}{self.metric}/{self.split}"
 
     def of(self, dataset: str) -> "Score":
-        """The same of a dataset that is named."""
+        """Return a copy of this score that names its dataset."""
         return replace(self, dataset=dataset)
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """Who is asked: the models, how they sample, how many examples, the seed of it all.
+    """The model, the sampling settings and the choice of pairs that evaluators share.
 
-    Of pairs that are cut in two, the same way for every seed, ``eval_fold`` 0 or 1 alone is asked
-    about.  ``drawn`` holds the images that were drawn, for other questions about the same
-    captions.
+    Attributes:
+        model: capabilities of the trained model.
+        image_sampling: how image tokens are sampled.
+        text_sampling: how text tokens are sampled.
+        num_examples: number of pairs to evaluate.
+        seed: seed of the choice of pairs and of sampling.
+        ranker: CLIP that scores images; None if the evaluation names none.
+        missing_image: ``zeros`` or ``legacy``, see ``EvaluationConfig``.
+        eval_fold: evaluate only fold 0 or 1 of the pairs, the same for every seed; None for all.
+        on_token: progress callback ``(done, total)``.
+        drawn: cache of generated images, shared by evaluators of the same captions.
     """
 
     model: Capabilities
@@ -79,11 +97,15 @@ class EvaluationContext:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The masked decoder with its tokenizers."""
+        """Token pipeline of the model: the masked decoder with its tokenizers."""
         return self.model.token_pipeline()
 
     def chosen(self, split: Split) -> list[int]:
-        """Which pairs are asked about: drawn by the seed; of scenes the first different ones."""
+        """Return the indices of the pairs to evaluate, at most ``num_examples``.
+
+        These are the first pairs in the seed's order.  For ``shapes`` they are instead the first
+        pairs with distinct captions, whatever the seed.
+        """
         if not isinstance(split.dataset, Shapes):
             return self.order(split)[: self.num_examples]
         if self.eval_fold is None:
@@ -91,7 +113,7 @@ class EvaluationContext:
         return split.dataset.distinct(2 * self.num_examples)[self.eval_fold :: 2]
 
     def order(self, split: Split) -> list[int]:
-        """All pairs, or those of the half, as the seed shuffles them."""
+        """Return the indices of all pairs, or of the selected fold, shuffled by the seed."""
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
         if self.eval_fold is None:
             return order
@@ -99,11 +121,14 @@ class EvaluationContext:
         return [index for index in order if halves[index] == self.eval_fold]
 
     def seeds(self, indices: Sequence[int]) -> list[int]:
-        """One seed for each pair, whatever else is asked about."""
+        """Return one sampling seed per pair, independent of the other pairs evaluated."""
         return [mixed_seed(self.seed, index) for index in indices]
 
     def generated_images(self, split: Split, indices: list[int]) -> Tensor:
-        """One generated image for the caption of each pair."""
+        """Return one generated image per caption, ``(N, 3, H, W)`` in [0, 1].
+
+        Images are cached in ``drawn`` by split, sampling settings and indices.
+        """
         place = (split.digest, self.image_sampling, *indices)
         if place not in self.drawn:
             self.drawn[place] = self.model.generate_image(
@@ -115,7 +140,7 @@ class EvaluationContext:
         return self.drawn[place]
 
     def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
-        """Image indices ``(N, I)`` of the real images of some pairs."""
+        """Return the image indices ``(N, I)`` of the real images of some pairs."""
         return self.model.image_tokenizer().encode(split.image_batch(indices))
 
 
@@ -126,7 +151,10 @@ def images_of(pairs: Sequence[Pair]) -> Tensor:
 
 
 def eval_folds(split: Split) -> np.ndarray[Any, Any]:
-    """Return the half, 0 or 1, of every pair of a split, ``(N,)``; an image is in one alone."""
+    """Return the fold, 0 or 1, of every pair of a split, ``(N,)``.
+
+    Pairs that share an image are in the same fold.
+    """
     halves = np.empty(len(split), dtype=np.int64)
     halves[np.random.default_rng(HALVES).permutation(len(split))] = np.arange(len(split)) % 2
     clusters = split.clusters(range(len(split)))
@@ -144,7 +172,10 @@ def mean_score(
     chance: float | None = None,
     protocol: MetricProtocol | None = None,
 ) -> Score:
-    """The mean of one value for each pair of ``indices``; those of one image count together."""
+    """Score the mean of ``values``, one per pair of ``indices``, with its interval.
+
+    Pairs that share an image form one cluster.
+    """
     clusters = split.clusters(indices)
     estimate = mean_interval(values, seed=context.seed, clusters=clusters)
     return score_with_interval(metric, split, estimate, len(values), chance, protocol)
@@ -160,7 +191,10 @@ def corpus_score(
     chance: float | None = None,
     protocol: MetricProtocol | None = None,
 ) -> Score:
-    """A statistic of all pairs of ``indices``, which is no mean: it is given places in them."""
+    """Score a statistic that is not a mean over pairs, with its bootstrap interval.
+
+    ``statistic`` takes positions in ``indices``.  Pairs that share an image form one cluster.
+    """
     number, clusters = len(indices), split.clusters(indices)
     estimate = bootstrap_interval(statistic, number, seed=context.seed, clusters=clusters)
     return score_with_interval(metric, split, estimate, number, chance, protocol)
@@ -174,13 +208,17 @@ def score_with_interval(
     chance: float | None,
     protocol: MetricProtocol | None,
 ) -> Score:
-    """A number that has its interval already."""
+    """Build a score from an estimate that already has its interval."""
     told = "" if protocol is None else str(protocol)
     return Score(metric, split.name, *estimate, chance, number, told)
 
 
 def chance_level(score: Callable[[int, int], float], number: int) -> float | None:
-    """The mean ``score(i, j)`` of the answer to the prompt of j as one to that of i."""
+    """Return the mean score of answers to other prompts, or None for fewer than two examples.
+
+    ``score(i, j)`` scores the answer to prompt j as an answer to prompt i.  Each prompt is paired
+    with at most ``CHANCE_SHIFTS`` others.
+    """
     if number < 2:
         return None
     shifts = range(1, min(CHANCE_SHIFTS, number - 1) + 1)
@@ -189,5 +227,5 @@ def chance_level(score: Callable[[int, int], float], number: int) -> float | Non
 
 
 def ignore_notes(advance: Callable[[int, int, str], None], done: int, total: int) -> None:
-    """Progress of work that has nothing to say but how far it is."""
+    """Report progress with an empty note."""
     advance(done, total, "")

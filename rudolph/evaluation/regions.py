@@ -1,13 +1,13 @@
-"""Regions of settings that are as good as the best: from a few noisy scores to a box.
+"""Regions of settings that score as well as the best one, found from a few noisy scores.
 
-Scores of settings are smoothed by a Gaussian process; a setting is *good* where that is within a
-tolerance of its best.  Of the good settings the box is what a user can be told: a range for each
-setting, inside of which nearly all are good.
+A point is one combination of settings.  A Gaussian process smooths the scores of the points.  A
+point is good if its smoothed score is within a tolerance of the best one.  The region is a box:
+one range per setting, inside which nearly all points are good.
 
 Source: Rasmussen and Williams 2006, chapter 2 (Gaussian process); Friedman and Fisher 1999 (PRIM:
-peeling a box, and pasting what was peeled too much).
+peel a box, then paste back what was peeled too far).
 
-Shapes: N settings, A axes.
+Shapes: N points, A axes (one per setting).
 """
 
 import warnings
@@ -19,19 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
-# Of the settings in a box so many are good.
+# The least fraction of good points in a box.
 PURITY = 0.95
+# The fraction of the points in a box that one cut peels off.
 PEELED = 0.05
 GRID = 4096
-# A box of fewer points of the grid is no region.
+# Peeling stops at this many grid points: fewer say too little about a box.
 FEWEST = 40
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting of a space: from ``low`` to ``high``, evenly or by its logarithm (``log``).
+    """One setting of the search space, on a linear or logarithmic scale.
 
-    It is a whole number where both ends are.
+    Values are whole numbers if both bounds are integers.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        log: whether the scale is logarithmic.
     """
 
     low: float | int
@@ -39,6 +45,7 @@ class Axis:
     log: bool = False
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for bounds that are out of range."""
         if not self.low < self.high:
             raise ValueError(f"high must be above low ({self.low}), got {self.high}")
         if self.log and self.low <= 0:
@@ -46,10 +53,11 @@ class Axis:
 
     @property
     def is_whole(self) -> bool:
+        """True if both bounds are integers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def value(self, unit: float) -> float | int:
-        """The setting at a place of [0, 1], of three digits at most."""
+        """Return the value at position ``unit`` in [0, 1]: an integer or three digits."""
         if self.log:
             value = float(self.low * (self.high / self.low) ** unit)
         else:
@@ -57,7 +65,7 @@ class Axis:
         return round(value) if self.is_whole else float(f"{value:.3g}")
 
     def unit(self, value: float) -> float:
-        """The place of a setting in [0, 1]."""
+        """Return the position in [0, 1] of a value."""
         if self.log:
             return float(np.log(value / self.low) / np.log(self.high / self.low))
         return (value - self.low) / (self.high - self.low)
@@ -67,22 +75,25 @@ Space = Mapping[str, Axis]
 
 
 def settings_at(space: Space, places: Sequence[float]) -> dict[str, float | int]:
-    """The settings at a place of the unit cube."""
+    """Return the settings at a point of the unit cube, by name."""
     return {name: axis.value(at) for (name, axis), at in zip(space.items(), places, strict=True)}
 
 
 def unit_coordinates(space: Space, settings: Sequence[Mapping[str, float]]) -> Points:
-    """Where settings lie in the unit cube, ``(N, A)``."""
+    """Return the points of the unit cube at which settings lie, ``(N, A)``."""
     rows = [[axis.unit(each[name]) for name, axis in space.items()] for each in settings]
     return np.array(rows, dtype=np.float64).reshape(len(settings), len(space))
 
 
 def low_discrepancy_points(number: int, axes: int, seed: int) -> Points:
-    """Points that fill the unit cube evenly, ``(number, axes)``; the first of more are these."""
+    """Return Sobol points that fill the unit cube evenly, ``(number, axes)``.
+
+    With the same seed, a smaller ``number`` gives the first of these points.
+    """
     from scipy.stats import qmc
 
     with warnings.catch_warnings():
-        # It warns that numbers which are no powers of two are a little less even.
+        # SciPy warns that a number that is not a power of two is slightly less even.
         warnings.simplefilter("ignore")
         found: Points = qmc.Sobol(axes, rng=np.random.default_rng(seed)).random(number)
     return found
@@ -91,11 +102,15 @@ def low_discrepancy_points(number: int, axes: int, seed: int) -> Points:
 def smoothed_scores(
     places: Points, scores: NDArray[np.float64], errors: NDArray[np.float64]
 ) -> Callable[[Points], Points]:
-    """The smoothed score of any place, from noisy scores at some.
+    """Fit a Gaussian process to noisy scores and return its mean as a function of points.
 
     Args:
-        places: ``(N, A)`` in the unit cube.
-        scores: ``(N,)``, with their standard errors, ``(N,)``.
+        places: points in the unit cube, ``(N, A)``.
+        scores: score of each point, ``(N,)``.
+        errors: standard error of each score, ``(N,)``.
+
+    Returns:
+        A function from points ``(M, A)`` in the unit cube to smoothed scores ``(M,)``.
     """
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
@@ -106,7 +121,7 @@ def smoothed_scores(
     ) + WhiteKernel(0.05, (1e-3, 1.0))
     process = GaussianProcessRegressor(kernel, alpha=(errors / spread) ** 2, random_state=0)
     with warnings.catch_warnings():
-        # A length at its bound means that this setting does not matter.
+        # A length scale at its bound only means that the setting does not matter.
         warnings.simplefilter("ignore")
         process.fit(places, (scores - middle) / spread)
 
@@ -117,11 +132,15 @@ def smoothed_scores(
 
 
 class Region(NamedTuple):
-    """A box in the unit cube, ``low`` and ``high`` (A,).
+    """A box in the unit cube, and how good the points inside it are.
 
-    ``best`` is the best smoothed score, ``share`` the part of the cube that is within the
-    tolerance of it, ``volume`` the part that the box takes, and ``purity`` that of the box which
-    is within the tolerance.
+    Attributes:
+        low: lower bound on each axis, ``(A,)``.
+        high: upper bound on each axis, ``(A,)``.
+        best: best smoothed score in the cube.
+        share: fraction of the cube within the tolerance of ``best``.
+        volume: fraction of the cube that the box covers.
+        purity: fraction of the box within the tolerance of ``best``.
     """
 
     low: Points
@@ -133,7 +152,13 @@ class Region(NamedTuple):
 
 
 def find_region(smoothed: Callable[[Points], Points], axes: int, *, tolerance: float) -> Region:
-    """The box of settings that are within ``tolerance`` of the best."""
+    """Find the box of points whose smoothed score is within ``tolerance`` of the best.
+
+    Args:
+        smoothed: function from points ``(M, A)`` to scores ``(M,)``, see ``smoothed_scores``.
+        axes: number of axes A.
+        tolerance: largest loss of a good point against the best, in units of the score.
+    """
     grid = low_discrepancy_points(GRID, axes, seed=0)
     values = smoothed(grid)
     best = float(values.max())
@@ -156,7 +181,7 @@ def _inside(grid: Points, low: Points, high: Points) -> NDArray[np.bool_]:
 
 
 def _peeled(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[Points, Points]:
-    """From the whole cube, face by face, whatever peel leaves the best mean."""
+    """Peel the unit cube face by face, each time the cut that leaves the best mean score."""
     axes = grid.shape[1]
     low, high = np.zeros(axes), np.ones(axes)
     inside = np.ones(len(grid), dtype=bool)
@@ -176,7 +201,7 @@ def _peeled(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[P
 def _pasted(
     grid: Points, is_good: NDArray[np.bool_], low: Points, high: Points
 ) -> tuple[Points, Points]:
-    """Grown again in steps of a hundredth, as long as what it holds is as pure."""
+    """Grow the box in steps of 0.01 while the fraction of good points stays at ``PURITY``."""
     faces = [(side, axis) for axis in range(grid.shape[1]) for side in (0, 1)]
     is_growing = True
     while is_growing:
@@ -191,13 +216,13 @@ def _pasted(
 
 
 def points_within(region: Region, number: int) -> Points:
-    """Points spread over a region, ``(number, A)``."""
+    """Return points spread evenly over a region, ``(number, A)``, in the unit cube."""
     spread = low_discrepancy_points(number, len(region.low), seed=1)
     return np.asarray(region.low + spread * (region.high - region.low))
 
 
 def as_rows(space: Space, region: Region) -> list[dict[str, Any]]:
-    """A row for each setting: its range, the axis it is of, and what is known of the region."""
+    """Return one row per setting: its range in the region, its axis and the region's scores."""
     return [
         {
             "setting": name,

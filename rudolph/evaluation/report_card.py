@@ -1,7 +1,7 @@
-"""What a trained model is asked.
+"""The table of evaluators, their configuration, and running them on a trained model.
 
-To add a question, write a function ``(Subject, Split) -> list[Score]`` and name it in
-``EVALUATORS``.
+To add an evaluator, write a function ``(EvaluationContext, Split) -> list[Score]``.  Add it to
+``EVALUATORS`` and the capabilities that it needs to ``NEEDS``.
 """
 
 import time
@@ -47,21 +47,26 @@ from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.sequence.texts import require_text
 
-# Times what is done under a name, and gives ``advance(done, total, note)``.
+# Times a named stage and yields its progress callback ``advance(done, total, note)``.
 Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """``evaluators`` are asked on ``num_examples`` pairs of each of ``splits``.
+    """The evaluators to run, and the pairs to run them on.
 
-    A question is asked about the pairs of ``data.dataset``, or, as ``words/recognition``, about
-    those of the dataset that it names.  ``clip`` is a source of one that ranks images, too.
-    ``missing_image`` is what a task without an image is answered after: ``zeros``, as it was
-    trained, or, ``legacy``, an image that is drawn for the question first (fbc2_aij2022,
-    inference.py). With ``eval_fold`` 0 or 1 one half of the pairs is asked about: what was chosen
-    on one can be tested on the other.  ``grid_prompts`` are the texts of the sample grid,
-    ``grid_samples`` images each.
+    Attributes:
+        evaluators: names of ``EVALUATORS``; a prefix names another dataset than ``data.dataset``,
+            as in ``words/text_recognition``.
+        splits: names of the splits to evaluate.
+        num_examples: number of pairs per split.
+        clip: source of a CLIP that ranks and scores images; null for none.
+        missing_image: image given to a task without one.  ``zeros`` is that of training;
+            ``legacy`` is an image generated for the question first (fbc2_aij2022, inference.py).
+        eval_fold: evaluate only fold 0 or 1 of the pairs; null for all.  Choices made on one fold
+            can then be tested on the other.
+        grid_prompts: prompts of the sample grid.
+        grid_samples: number of images per prompt in the sample grid.
     """
 
     evaluators: tuple[str, ...] = ()
@@ -74,6 +79,7 @@ class EvaluationConfig:
     grid_samples: int = 4
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for place in self.evaluators:
             require_dataset_prefix(place, "evaluators")
             name = place.rpartition("/")[2]
@@ -96,7 +102,7 @@ class EvaluationConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-# Questions that only pairs of one dataset can answer.
+# Evaluators that need the pairs of one dataset.
 DATASET_OF_EVALUATOR = {
     "nearest_image": "emoji",
     "nearest_image_by_group": "emoji",
@@ -107,7 +113,7 @@ DATASET_OF_EVALUATOR = {
     "rerank_curve": "shapes",
     "text_continuation": "shapes",
 }
-# Members that an evaluator needs of a dataset: classes, or pairs that are easily mistaken.
+# The method of a dataset that an evaluator needs: class labels or hard negatives.
 MEMBER_OF_EVALUATOR = {
     "zero_shot_classification": "class_index",
     "text_ranking": "hard_negatives",
@@ -180,11 +186,19 @@ def evaluate_all(
     seed: int,
     stage: Stage,
 ) -> list[Score]:
-    """Run every evaluator on every split that the configuration names.
+    """Run every evaluator of the configuration on every split.
 
     Args:
+        model: capabilities of the trained model.
+        config: evaluators, splits and number of pairs.
+        splits: the data, by split and dataset.
         samplings: how image tokens and how text tokens are sampled.
-        ranker: a CLIP that scores images, for evaluators that use one.
+        ranker: CLIP that scores images, for evaluators that need one.
+        seed: seed of the choice of pairs and of sampling.
+        stage: times each evaluator and reports its progress, see ``Stage``.
+
+    Returns:
+        All scores, split by split, in the order of ``config.evaluators``.
     """
     scores: list[Score] = []
     for name in config.splits:
@@ -215,5 +229,5 @@ def evaluate_all(
 
 
 def card_rows(scores: list[Score]) -> list[dict[str, Any]]:
-    """Scores as the rows of a report card, see ``rudolph.reports.report_cards``."""
+    """Return scores as the rows of a report card, see ``rudolph.reports.report_cards``."""
     return [vars(score) | {"score": score.name, "count": score.num_examples} for score in scores]

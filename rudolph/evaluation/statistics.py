@@ -1,7 +1,7 @@
-"""Numbers with intervals.
+"""Confidence intervals and paired comparisons.
 
-Examples that share an image are one cluster: they are resampled together, since they are no
-independent evidence.
+Examples that share an image form one cluster.  They are resampled together, because they are not
+independent.
 
 Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Wilson 1927; Field and Welsh
 2007, Journal of the Royal Statistical Society B 69(3) (cluster bootstrap); Korn and Graubard 1998,
@@ -18,11 +18,11 @@ import numpy as np
 RESAMPLES = 2000
 LEVEL = 0.95
 POWER = 0.8
-NORMAL_QUANTILE = 1.959963984540054  # of (1 + LEVEL) / 2
+NORMAL_QUANTILE = 1.959963984540054  # at probability (1 + LEVEL) / 2
 
 
 class Estimate(NamedTuple):
-    """A mean and the bounds of its 95 % interval."""
+    """A value and the bounds of its 95 % confidence interval."""
 
     value: float
     low: float
@@ -35,13 +35,17 @@ def mean_interval(
     seed: int,
     clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
-    """The mean and its percentile bootstrap interval; shares of 0 and 1 take Wilson's.
+    """Return the mean with its percentile bootstrap interval; values of 0 and 1 take Wilson's.
+
+    Wilson's interval of clustered examples uses their effective size.
 
     Args:
-        clusters: ``(N,)``, equal where values belong together; None where each is its own.
+        values: one value per example, ``(N,)``.
+        seed: seed of the bootstrap.
+        clusters: ``(N,)``, equal for examples that belong together; None if all are independent.
 
     Raises:
-        ValueError: when there is no value, or one that is not finite.
+        ValueError: if there is no value, or one that is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
@@ -71,15 +75,15 @@ def mean_interval(
 def cluster_members(
     clusters: np.ndarray[Any, Any] | None, number: int
 ) -> list[np.ndarray[Any, Any]] | None:
-    """Return the places of each cluster's examples, in the order of their first ones.
+    """Return the positions of each cluster's examples; clusters are in order of first appearance.
 
-    None where every example is a cluster of its own, for which the plain formulas hold.
+    Return None if every example is a cluster of its own, for which the plain formulas hold.
 
     >>> [places.tolist() for places in cluster_members(np.array([7, 3, 7]), 3)]
     [[0, 2], [1]]
 
     Raises:
-        ValueError: when clusters are not those of ``number`` examples.
+        ValueError: if ``clusters`` does not have ``number`` entries.
     """
     if clusters is None:
         return None
@@ -94,10 +98,14 @@ def cluster_members(
 
 
 def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, Any]]) -> float:
-    """Return how many independent examples a share of clustered ones is as certain as.
+    """Return the effective sample size of a proportion over clustered examples.
 
-    It is the size over the design effect, at most the size.  Where all are 0 or all are 1, the
-    clusters count: nothing is known of the spread within them.
+    This is the sample size divided by the design effect, and at most the sample size.  It is the
+    number of clusters if all values are equal, because the spread within clusters is then unknown.
+
+    Args:
+        sample: values 0 or 1, ``(N,)``.
+        members: positions of each cluster's examples, see ``cluster_members``.
     """
     number, share = sample.size, float(sample.mean())
     if share in (0.0, 1.0) or len(members) == 1:
@@ -109,26 +117,29 @@ def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, A
 
 
 def proportion_interval(successes: float, total: float) -> Estimate:
-    """A share and Wilson's interval, which holds at 0 and at 1 too.
+    """Return a proportion with Wilson's interval, which is valid at 0 and 1 too.
 
     Args:
-        total: how many examples there are; a fraction where that is an effective size.
+        successes: number of successes; fractional for an effective size.
+        total: number of examples; fractional for an effective size.
     """
     share, square = successes / total, NORMAL_QUANTILE**2
     middle = (share + square / (2 * total)) / (1 + square / total)
     spread = share * (1 - share) / total + square / (4 * total**2)
     half = NORMAL_QUANTILE * spread**0.5 / (1 + square / total)
-    # Wilson's bound is 0 for no success, which rounding misses by an ulp.
+    # Without a success Wilson's lower bound is exactly 0, which rounding misses by an ulp.
     low = middle - half if successes else 0.0
     high = middle + half if successes < total else 1.0
     return Estimate(share, low, high)
 
 
 def mean_over_seeds(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
-    """The mean of a few values, as of seeds, and Student's interval; of one value no interval.
+    """Return the mean of a few values, such as one per seed, with Student's t interval.
+
+    For a single value both bounds equal the value.
 
     Raises:
-        ValueError: when there is no value.
+        ValueError: if there is no value.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
@@ -141,13 +152,13 @@ def mean_over_seeds(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
 
 
 def geometric_mean_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
-    """The geometric mean of a few repetitions of one measurement and Student's interval.
+    """Return the geometric mean of repeated measurements with Student's t interval.
 
-    On logarithms, since times and rates are above 0 and a rate is one over a time.  One value has
-    no spread: its bounds are itself.
+    The interval is computed on logarithms, because times and rates are positive and a rate is the
+    inverse of a time.  For a single value both bounds equal the value.
 
     Raises:
-        ValueError: when there is no value, or one that is not above 0 and finite.
+        ValueError: if there is no value, or one that is not positive and finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not (np.isfinite(sample) & (sample > 0)).all():
@@ -159,12 +170,12 @@ def ratio_interval(
     numerators: Sequence[float] | np.ndarray[Any, Any],
     denominators: Sequence[float] | np.ndarray[Any, Any],
 ) -> Estimate:
-    """``geometric_mean_interval`` of the ratios of pairs.
+    """Return ``geometric_mean_interval`` of the ratios of paired repetitions.
 
-    Repetition k of one is paired with repetition k of the other, so what slows both is no spread.
+    Repetition k of one is paired with repetition k of the other, so a slowdown of both cancels.
 
     Raises:
-        ValueError: when a value is not above 0 or they are not equally many.
+        ValueError: if a value is not positive, or the numbers of repetitions differ.
     """
     above, below = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
     if above.shape != below.shape or not (below > 0).all():
@@ -174,7 +185,11 @@ def ratio_interval(
 
 @cache
 def student_quantile(freedom: int) -> float:
-    """Return the t between whose negative and itself ``LEVEL`` of Student's distribution lies."""
+    """Return the t that bounds the central ``LEVEL`` of Student's distribution.
+
+    Args:
+        freedom: degrees of freedom.
+    """
     try:
         from scipy.stats import t
     except ModuleNotFoundError:
@@ -183,7 +198,7 @@ def student_quantile(freedom: int) -> float:
 
 
 def student_quantile_by_bisection(freedom: int) -> float:
-    """Return ``student_quantile`` where scipy is not installed, as on a machine lent for minutes.
+    """Compute ``student_quantile`` without SciPy, for machines that lack it.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, solved for the angle by bisection.
     """
@@ -196,7 +211,7 @@ def student_quantile_by_bisection(freedom: int) -> float:
 
 
 def _student_inside(angle: float, freedom: int) -> float:
-    """Return the probability of a t nearer to 0 than ``sqrt(freedom) * tan(angle)``."""
+    """Return the probability that abs(t) is below ``sqrt(freedom) * tan(angle)``."""
     sine, cosine = math.sin(angle), math.cos(angle)
     is_odd = freedom % 2
     term = cosine if is_odd else 1.0
@@ -215,20 +230,22 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
-    """A statistic of all examples and its percentile bootstrap interval.
+    """Return a statistic of all examples with its percentile bootstrap interval.
 
-    For what is no mean of examples, such as an error rate of a corpus or BLEU: each resample
-    draws ``number`` examples with repetition and computes the statistic anew.  The bounds need
-    not hold the value where the statistic is biased for small samples, as FID is.
+    Use it for a statistic that is not a mean over examples, such as a corpus error rate or BLEU.
+    Each resample takes examples with replacement and recomputes the statistic.  The interval may
+    miss the value if the statistic is biased for small samples, as FID is.
 
     Args:
-        statistic: takes the places of the examples drawn, ``(number,)``.
-        number: how many examples there are.
-        resamples: fewer than the default where a statistic takes seconds, as FID does.
-        clusters: ``(number,)``, equal where examples belong together: they are drawn together.
+        statistic: function of the positions of the resampled examples, ``(number,)``; clusters of
+            different sizes change the length.
+        number: number of examples.
+        seed: seed of the bootstrap.
+        resamples: number of resamples; lower it if the statistic takes seconds, as FID does.
+        clusters: ``(number,)``, equal for examples that are resampled together.
 
     Raises:
-        ValueError: when there is no example or resample, or a statistic that is not finite.
+        ValueError: if there is no example or resample, or the statistic is not finite.
     """
     if number < 1 or resamples < 1:
         raise ValueError("an interval needs at least one example and one resample")
@@ -243,7 +260,7 @@ def bootstrap_interval(
             [members[at] for at in rng.integers(len(members), size=len(members))]
         )
 
-    # One resample at a time: all places at once are gigabytes for a large corpus.
+    # One resample at a time: all positions at once take gigabytes for a large corpus.
     values = [float(statistic(resample())) for _ in range(resamples)]
     if not np.isfinite([value, *values]).all():
         raise ValueError("an interval needs finite values")
@@ -259,19 +276,22 @@ def jackknife_interval(
     limits: tuple[float, float] = (-math.inf, math.inf),
     clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
-    """A statistic of all examples and the interval of its grouped jackknife.
+    """Return a statistic of all examples with its grouped jackknife interval.
 
-    For what is biased where examples repeat or are few, as FID is: each value leaves one group
-    out, so all have the same bias, and their spread (Efron and Tibshirani 1993, chapter 11) times
-    Student's t gives the bounds.  Examples are grouped in turn, those of a cluster together.
+    Use it for a statistic that is biased on repeated or few examples, as FID is.  Each value
+    leaves one group out, so all values have the same bias.  Their spread times Student's t gives
+    the bounds (Efron and Tibshirani 1993, chapter 11).  Examples are assigned to groups in turn,
+    and a cluster stays in one group.
 
     Args:
-        statistic: takes the places of examples, at most ``number``.
-        limits: what the statistic cannot leave, nor its interval: a share has 0 and 1.
-        clusters: ``(number,)``, equal where examples belong together.
+        statistic: function of the positions of at most ``number`` examples.
+        number: number of examples.
+        groups: number of groups, reduced to the number of clusters if that is lower.
+        limits: range of the statistic, to which the interval is clipped: (0, 1) for a fraction.
+        clusters: ``(number,)``, equal for examples that belong together.
 
     Raises:
-        ValueError: when there are fewer examples than two, or a statistic that is not finite.
+        ValueError: if there are fewer than two clusters, or the statistic is not finite.
     """
     members = cluster_members(clusters, number)
     turns = np.arange(number)
@@ -293,7 +313,7 @@ def jackknife_interval(
 
 
 class PairedDifference(NamedTuple):
-    """A mean difference of pairs, the bounds of its 95 % interval, and p of no difference."""
+    """A mean paired difference, its 95 % interval, and the p-value of no difference."""
 
     value: float
     low: float
@@ -302,13 +322,13 @@ class PairedDifference(NamedTuple):
 
 
 def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
-    """The mean of paired differences by Student's t: for a few seeds, whose spread is unknown.
+    """Test the mean of paired differences with Student's t, for a few seeds.
 
-    Differences that are all equal have no spread: their bounds are the value and p is 0, or 1
-    where it is 0.
+    Equal differences have no spread: both bounds equal the value, and p is 0, or 1 if the value is
+    0.
 
     Raises:
-        ValueError: when there are fewer than two, or one that is not finite.
+        ValueError: if there are fewer than two differences, or one that is not finite.
     """
     from scipy.stats import t
 
@@ -353,18 +373,19 @@ def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedD
 def paired_bootstrap(
     differences: Sequence[float] | np.ndarray[Any, Any], *, seed: int
 ) -> PairedDifference:
-    """The mean of paired differences by percentile bootstrap over pairs: for tens of examples.
+    """Test the mean of paired differences by percentile bootstrap, for tens of examples.
 
-    With fewer its interval is too narrow: five resampled pairs have four fifths of the spread.
+    With few pairs the interval is too narrow: the bootstrap variance of five pairs is four fifths
+    of the unbiased one.
 
     Raises:
-        ValueError: when there are fewer than two, or one that is not finite.
+        ValueError: if there are fewer than two differences, or one that is not finite.
     """
     sample = _differences(differences)
     rng = np.random.default_rng(seed)
     means = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    # The resample that was seen counts as one, so that p is never 0.
+    # The observed sample counts as one resample, so that p is never 0.
     tails = [(float((means <= 0).sum()) + 1), (float((means >= 0).sum()) + 1)]
     p_value = min(1.0, 2 * min(tails) / (RESAMPLES + 1))
     return PairedDifference(float(sample.mean()), float(low), float(high), p_value)
@@ -378,10 +399,11 @@ def _differences(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[A
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p as it counts among all comparisons of an experiment; at most 1.
+    """Return the Holm-adjusted p-values of all comparisons of an experiment, at most 1.
 
-    Where those at most 0.05 are called differences, one or more is called so wrongly in at most
-    5 % of experiments.  Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    Rejecting at an adjusted p of at most 0.05 keeps the family-wise error rate at 5 %.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -395,7 +417,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks of two columns, NaN where one is constant."""
+    """Return Spearman's rank correlation, or NaN if either sequence is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(column) for column in (first, second)]
@@ -405,13 +427,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def minimum_detectable_effect(spread: float, pairs: int) -> float:
-    """The difference that so many pairs show with a power of 80 %, by Student's t.
+    """Return the difference that a paired t-test detects at 80 % power.
 
     Args:
-        spread: standard deviation of the differences of pairs.
+        spread: standard deviation of the paired differences.
+        pairs: number of pairs.
 
     Raises:
-        ValueError: when there are fewer pairs than two.
+        ValueError: if there are fewer than two pairs.
     """
     from scipy.optimize import brentq
     from scipy.stats import nct
@@ -423,19 +446,27 @@ def minimum_detectable_effect(spread: float, pairs: int) -> float:
     def missing_power(shift: float) -> float:
         return POWER - float(nct.sf(quantile, pairs - 1, shift))
 
-    # No shift has a power of 2.5 %, and one of twice the quantile and 10 has all of it.
+    # The bracket holds the root: power is 2.5 % at shift 0 and nearly 1 at the upper end.
     shift = float(brentq(missing_power, 0.0, 2 * quantile + 10))
     return shift * spread / math.sqrt(pairs)
 
 
 def pairs_needed(spread: float, effect: float) -> int:
-    """The fewest pairs, at least 2, that show a difference of this size with a power of 80 %."""
+    """Return the fewest pairs (at least 2) whose paired t-test detects ``effect`` at 80 % power.
+
+    Args:
+        spread: standard deviation of the paired differences.
+        effect: the difference to detect.
+
+    Raises:
+        ValueError: if ``effect`` is not positive.
+    """
     if effect <= 0:
         raise ValueError(f"an effect must be above 0, got {effect}")
     low, high = 1, 2
     while minimum_detectable_effect(spread, high) > effect:
         low, high = high, 2 * high
-    # Between what is too few and what is enough.
+    # Bisection invariant: ``low`` pairs are too few and ``high`` pairs are enough.
     while high - low > 1:
         middle = (low + high) // 2
         is_enough = minimum_detectable_effect(spread, middle) <= effect

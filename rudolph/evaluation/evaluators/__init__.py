@@ -1,0 +1,1 @@
+"""Evaluators: functions that score a trained model on a split."""

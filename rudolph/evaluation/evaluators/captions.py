@@ -1,4 +1,4 @@
-"""Questions about captions: do they hold, and are they as people would say it?
+"""Evaluators of captions: whether they are true, and how similar they are to references.
 
 Shapes: N examples.
 """
@@ -24,16 +24,16 @@ from rudolph.evaluation.metrics.captions import bleu_counts, cider_d, meteor, ro
 from rudolph.evaluation.metrics.texts import ANSWER
 from rudolph.evaluation.statistics import jackknife_interval
 
-# How often a corpus of captions is judged as those of other images.
+# The number of shifts that pair captions with other images for the chance level.
 NUM_CORPUS_SHIFTS = 5
 WORDS = "lower-case-words"
 
 
 def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
-    """Image to text: token F1 of the caption of the real image, and how many are exact.
+    """Evaluate image to text: token F1 and exact match of the captions of real images.
 
-    Of a made scene also how many are true: one of the sentences that hold for it and say all that
-    a sentence of their family says.
+    For ``shapes`` also score how many captions are true.  A true caption is a sentence that holds
+    for the scene and states all that a sentence of its family states.
     """
     asked = answer_pairs("image_captioning", context, split)
     scores = answer_scores(asked, context, split, name="image_to_text")
@@ -56,11 +56,10 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
-    """Image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all that can be said.
+    """Evaluate image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all references.
 
-    The references of a made scene are its true sentences; any other image has all captions that
-    the split gives it.
-    Beside them stands which share of the captions are different ones.
+    The references of a ``shapes`` scene are its true sentences.  Those of any other image are all
+    captions that the split gives it.  The fraction of distinct captions is scored too.
     """
     indices, said, *_ = answer_pairs("image_captioning", context, split)
     references = _references(split, indices)
@@ -97,7 +96,7 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iterator[Score]:
-    """The share of different captions; of one image alone there is none."""
+    """Yield the fraction of distinct captions; nothing if all pairs share one image."""
     clusters = split.clusters(indices)
     if len(set(clusters.tolist())) > 1:
         share = jackknife_interval(
@@ -113,14 +112,14 @@ def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iter
 
 
 def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
-    """What can be said of each image."""
+    """Return the reference captions of each image."""
     if isinstance(split.dataset, Shapes):
         return [split.dataset.sentences(index) for index in indices]
     return split.all_captions(indices)
 
 
 def _by_chance(metric: Callable[[Sequence[str]], float], said: Sequence[str]) -> float | None:
-    """The metric of captions that were said of other images."""
+    """Return the mean metric of captions of other images, or None for a single caption."""
     shifts = range(1, min(NUM_CORPUS_SHIFTS, len(said) - 1) + 1)
     values = [metric([*said[shift:], *said[:shift]]) for shift in shifts]
     return float(np.mean(values)) if values else None

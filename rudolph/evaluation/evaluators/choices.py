@@ -1,4 +1,4 @@
-"""Questions that are answered by choosing: the decoder's own likelihood decides.
+"""Evaluators that choose among given options by the model's log-likelihood.
 
 Shapes: N examples, C choices, I image tokens.
 """
@@ -21,12 +21,16 @@ from rudolph.evaluation.context import (
 )
 from rudolph.evaluation.metrics.answers import MetricProtocol, calibration_error, choice_hits
 
-# Captions or images that stand beside the right one.
+# The number of wrong captions or images next to the right one.
 NUM_HARD_NEGATIVES = 7
 
 
 def zero_shot_classification(context: EvaluationContext, split: Split) -> list[Score]:
-    """Which of the dataset's classes is the likeliest caption of an image?"""
+    """Evaluate how often an image's class is its most likely caption, and the calibration error.
+
+    Raises:
+        ValueError: if the dataset has no classes, or no pair of the split has one.
+    """
     dataset = split.dataset
     if not isinstance(dataset, HasClasses):
         raise ValueError(
@@ -66,7 +70,10 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
 
 
 def text_ranking(context: EvaluationContext, split: Split) -> list[Score]:
-    """Which of some captions that differ in one thing is the image's?"""
+    """Evaluate how often the right caption of an image is likelier than its hard negatives.
+
+    A hard negative differs in one thing from the right caption.
+    """
     indices, groups = _with_hard_negatives(context, split, "text_ranking")
     captions = [[pair.caption for pair in group] for group in groups]
     likelihoods = context.model.loglikelihood(
@@ -79,7 +86,10 @@ def text_ranking(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def image_ranking(context: EvaluationContext, split: Split) -> list[Score]:
-    """Which of some images that differ in one thing makes the caption likeliest?"""
+    """Evaluate how often the right image makes a caption likelier than hard negatives do.
+
+    A hard negative is the image of a caption that differs in one thing.
+    """
     indices, groups = _with_hard_negatives(context, split, "image_ranking")
     likelihoods = context.model.loglikelihood(
         "image_captioning",
@@ -91,9 +101,12 @@ def image_ranking(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
-    """Which of the answers that a question leaves to choose from is the likeliest?
+    """Evaluate how often the right answer is the most likely of the given choices.
 
-    Of pairs whose answer is open none is asked about.
+    Pairs without choices are skipped.
+
+    Raises:
+        ValueError: if no pair of the split has choices.
     """
     found = ((index, split.dataset[index].choices) for index in context.order(split))
     asked = list(islice((each for each in found if each[1]), context.num_examples))
@@ -127,8 +140,11 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
 def _with_hard_negatives(
     context: EvaluationContext, split: Split, question: str
 ) -> tuple[list[int], list[Sequence[Pair]]]:
-    """Pairs that are asked about, each followed by its negatives; those with fewer are left
-    out."""
+    """Return the chosen pairs that have enough hard negatives, each followed by those.
+
+    Raises:
+        ValueError: if the dataset has no hard negatives, or no pair has enough of them.
+    """
     dataset = split.dataset
     if not isinstance(dataset, HasHardNegatives):
         raise ValueError(

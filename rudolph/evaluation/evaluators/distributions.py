@@ -1,7 +1,7 @@
-"""How near drawn images are to real ones as a whole, and to their captions by a CLIP.
+"""Evaluators of generated images: FID and KID against real images, CLIPScore against captions.
 
-Features are the project's own, so that nothing must be downloaded: those of the CLIP that the
-evaluation names, else the VQ-GAN's latents, averaged over the image.
+Features need no download.  They come from the CLIP that the evaluation names, else from the
+VQ-GAN's latents, averaged over the image.
 
 Shapes: N images, D features, I image tokens, H and W pixels.
 """
@@ -29,10 +29,10 @@ Features = np.ndarray[Any, Any]
 
 
 def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to image: FID and KID between images drawn for captions and those of the captions.
+    """Evaluate text to image: FID and KID between generated images and the captions' real images.
 
-    Chance is the distance of images decoded from random codes.  Values depend on the number of
-    images and on who gives the features; both stand in the measure.
+    The chance level is the distance of images decoded from random codes.  The values depend on the
+    number of images and on the features, so both are part of the protocol.
     """
     indices, tokenizer = context.chosen(split), context.model.image_tokenizer()
     name, features_of = _features(context)
@@ -54,7 +54,7 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
             jackknife_interval(
                 partial(_of_chosen, distance, drawn, truth),
                 len(indices),
-                # KID's estimate is unbiased, so that it may be below 0.
+                # The estimate of KID is unbiased, so it may be negative.
                 limits=(0.0 if metric == "fid" else -math.inf, math.inf),
                 clusters=split.clusters(indices),
             ),
@@ -67,7 +67,11 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to image: CLIPScore of images drawn for captions, and of the real images."""
+    """Evaluate text to image: CLIPScore of generated images, and of the real images.
+
+    Raises:
+        ValueError: if the evaluation names no CLIP.
+    """
     ranker = context.ranker
     if ranker is None:
         raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
@@ -81,7 +85,7 @@ def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score
     ):
         features = ranker.image_features(images).numpy()
         values = clip_score(texts, features)
-        # The image of another caption.
+        # The chance level pairs each caption with the image of another one.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
         scores.append(
             mean_score(place, split, indices, values, context, chance=chance, protocol=protocol)
@@ -99,7 +103,7 @@ def _of_chosen(
 
 
 def _features(context: EvaluationContext) -> tuple[str, Callable[[Tensor], Features]]:
-    """Who gives features, and the function from images ``(N, 3, H, W)`` to ``(N, D)``."""
+    """Return the name of the features and the function ``(N, 3, H, W) -> (N, D)``."""
     ranker, tokenizer = context.ranker, context.model.image_tokenizer()
     if ranker is not None:
         return _clip_name(ranker), lambda images: ranker.features(images).double().numpy()

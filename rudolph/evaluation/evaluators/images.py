@@ -1,6 +1,6 @@
-"""Questions that are answered with images, and what the image tokenizer keeps of one.
+"""Evaluators of generated images, and of the image tokenizer's reconstructions.
 
-Shapes: N examples, S images of each, I image tokens, H and W pixels.
+Shapes: N examples, S images per caption, I image tokens, H and W pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,23 +33,23 @@ from rudolph.models.image_metrics import psnr, ssim
 from rudolph.models.vqgan.codes import codebook_usage
 
 NEAREST_SHARE = 0.01
-# Images of one prompt of which the likeliest is kept.
+# The number of images sampled per caption, of which the best is kept.
 NUM_CANDIDATES = 8
 CHECKER = "shapes-checker"
 
 
 def nearest_image(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to image: is the generated emoji's own image among the nearest 1 % of all emoji?"""
+    """Evaluate how often a generated emoji's true image is among its nearest 1 % of all emoji."""
     emoji = emoji_of(split, "nearest_image")
     return _nearest(context, split, emoji, {"": context.chosen(split)})
 
 
 def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Score]:
-    """The same about as many names of each group of Unicode, or all that a group has."""
+    """Evaluate ``nearest_image`` per Unicode group, on at most ``num_examples`` names of each."""
     emoji = emoji_of(split, "nearest_image_by_group")
     groups: dict[str, list[int]] = {}
     for index in context.order(split):
-        # "Animals & Nature" is animals.
+        # The first word names the group: "Animals & Nature" becomes "animals".
         own = groups.setdefault(f"_{emoji.records[index].group.split()[0].lower()}", [])
         if len(own) < context.num_examples:
             own.append(index)
@@ -59,7 +59,7 @@ def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Sco
 def _nearest(
     context: EvaluationContext, split: Split, emoji: Emoji, groups: Mapping[str, list[int]]
 ) -> list[Score]:
-    """A score for each group of indices, under the end of its name."""
+    """Return one score per group of indices; the group's key is appended to the metric name."""
     indices = [index for own in groups.values() for index in own]
     keys, gallery = emoji_images(emoji.image_size, emoji.folder)
     own = torch.tensor([keys.index(split.keys[index]) for index in indices])
@@ -85,7 +85,14 @@ def _nearest(
 
 
 def scene_accuracy(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to image: does the checker read from the image all that the sentence states?"""
+    """Evaluate text to image: how often the image shows all that its caption states.
+
+    A checker reads the objects in the image.  Scores are accuracy over all captions, accuracy per
+    family of captions, and object accuracy.
+
+    Raises:
+        ValueError: if the dataset is not ``shapes``.
+    """
     world = shapes_of(split, "scene_accuracy")
     indices = context.chosen(split)
     scenes = [world.scene(index) for index in indices]
@@ -117,7 +124,11 @@ def scene_accuracy(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
-    """The lower half of a real image is drawn anew from the caption: is the scene whole?"""
+    """Evaluate inpainting: object accuracy after the lower half is regenerated from the caption.
+
+    Raises:
+        ValueError: if the dataset is not ``shapes``.
+    """
     world = shapes_of(split, "inpainting")
     indices = context.chosen(split)
     codes = context.codes(split, indices)
@@ -134,7 +145,11 @@ def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
-    """An image is told in words, and drawn from these words: does it show the same scene?"""
+    """Evaluate variations: object accuracy of an image generated from the model's own caption.
+
+    Raises:
+        ValueError: if the dataset is not ``shapes``.
+    """
     world = shapes_of(split, "image_variation")
     indices = context.chosen(split)
     captions = context.pipeline.caption(
@@ -152,7 +167,13 @@ def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
-    """Of some images of its own, the one of which the decoder says the caption best."""
+    """Evaluate reranking: object accuracy of the sampled image that makes its caption likeliest.
+
+    The chance level is the mean object accuracy over all sampled images.
+
+    Raises:
+        ValueError: if the dataset is not ``shapes``.
+    """
     world = shapes_of(split, "self_reranking")
     indices = context.chosen(split)
     captions = [split.captions[index] for index in indices]
@@ -175,7 +196,10 @@ def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
-    """VQ-GAN: PSNR and SSIM of reconstructed images, and how their codes use the codebook."""
+    """Evaluate the VQ-GAN: PSNR and SSIM of reconstructed images, and codebook usage.
+
+    Codebook usage is omitted if all pairs share one image.
+    """
     indices = context.chosen(split)
     images = split.image_batch(indices)
     tokenizer = context.model.image_tokenizer()
@@ -194,7 +218,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     clusters = split.clusters(indices)
     if len(set(clusters.tolist())) < 2:
         return similarities
-    # Both grow with the number of codes that were counted.
+    # Both grow with the number of codes counted, so it is part of the protocol.
     protocol = MetricProtocol("codebook", sample_size=codes.numel())
     size = tokenizer.num_codes
 
@@ -219,7 +243,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def read_scenes(images: Tensor, world: Shapes) -> list[Any]:
-    """What the checker reads from images ``(N, 3, H, W)`` in [0, 1]."""
+    """Return the checker's readings of images ``(N, 3, H, W)`` in [0, 1]."""
     arrays = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     return [read_scene(array, grid=world.config.grid) for array in arrays]
 
@@ -227,7 +251,7 @@ def read_scenes(images: Tensor, world: Shapes) -> list[Any]:
 def matches_scenes(
     context: EvaluationContext, world: Shapes, indices: Sequence[int], codes: Tensor
 ) -> list[SceneVerdict]:
-    """Whether images in codes ``(N, I)`` show the scenes of pairs."""
+    """Return the verdict on each image in codes ``(N, I)`` against the scene of its pair."""
     readings = read_scenes(context.pipeline.decode(codes), world)
     scenes: list[Scene] = [world.scene(index) for index in indices]
     return [check_scene(scene, each) for scene, each in zip(scenes, readings, strict=True)]
@@ -257,14 +281,22 @@ def _objects_right(
 
 
 def emoji_of(split: Split, question: str) -> Emoji:
-    """The emoji that a split is of; ``ValueError`` for any other pairs."""
+    """Return the emoji dataset of a split.
+
+    Raises:
+        ValueError: if the split has another dataset.
+    """
     if not isinstance(split.dataset, Emoji):
         raise ValueError(f"the question {question} needs the dataset emoji")
     return split.dataset
 
 
 def shapes_of(split: Split, question: str) -> Shapes:
-    """The world of shapes that a split is of; ``ValueError`` for any other."""
+    """Return the shapes dataset of a split.
+
+    Raises:
+        ValueError: if the split has another dataset.
+    """
     if not isinstance(split.dataset, Shapes):
         raise ValueError(f"the question {question} needs the dataset shapes")
     return split.dataset

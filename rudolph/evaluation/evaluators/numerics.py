@@ -1,4 +1,4 @@
-"""Questions about how a decoder computes: did it survive its training, how large are its scores?
+"""Evaluators of a decoder's numerics: convergence of training and size of attention logits.
 
 Shapes: N examples, T tokens, H head size.
 """
@@ -20,9 +20,9 @@ CONVERGED = "decoder/converged"
 
 
 def convergence(context: EvaluationContext, split: Split) -> list[Score]:
-    """Is the decoder, after all its steps, better than one that knows nothing?
+    """Score 1 if the decoder's perplexity on images is below that of a uniform guess, else 0.
 
-    Of a run whose loss was not finite the answer is no, see ``diverged_score``.
+    A run whose loss was not finite scores 0, see ``diverged_score``.
     """
     pipeline, tokens = context.pipeline, _sequences(context, split, context.chosen(split))
     found = perplexities(
@@ -33,7 +33,7 @@ def convergence(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def diverged_score(split: str) -> Score:
-    """The answer to ``convergence`` of a run whose loss was not finite."""
+    """Return the ``convergence`` score of a run whose loss was not finite: 0."""
     return _whether(split, survived=False)
 
 
@@ -43,9 +43,9 @@ def _whether(split: str, *, survived: bool) -> Score:
 
 
 def attention_logits(context: EvaluationContext, split: Split) -> list[Score]:
-    """The largest attention score of each example, before any relaxation, in float32.
+    """Evaluate the largest attention logit per example, in float32 and before any relaxation.
 
-    And the share of examples that have one which float16 cannot hold.
+    A second score is the fraction of examples with a logit that float16 cannot represent.
     """
     largest: list[Tensor] = []
     indices, decoder = context.chosen(split), context.pipeline.decoder
@@ -62,7 +62,7 @@ def attention_logits(context: EvaluationContext, split: Split) -> list[Score]:
 
 @contextmanager
 def record_attention_logits(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
-    """While it is open each layer that runs adds its largest scores, ``(N,)``, to a list."""
+    """Append the largest absolute logits ``(N,)`` of every layer that runs inside the context."""
 
     def watch(layer: nn.Module, given: Any) -> None:
         assert isinstance(layer, Layer)
@@ -82,7 +82,7 @@ def record_attention_logits(decoder: nn.Module, largest: list[Tensor]) -> Iterat
 
 
 def _sequences(context: EvaluationContext, split: Split, indices: Sequence[int]) -> Tensor:
-    """Captions with their real images, ``(N, T)``."""
+    """Return captions followed by their real images as tokens, ``(N, T)``."""
     texts = [context.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
     left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
     return torch.cat([left, context.codes(split, indices), right], dim=1)

@@ -1,9 +1,9 @@
-"""Best of N: how much better the image is that a ranking takes first, as N grows.
+"""Best of N: quality of the image that a ranking puts first, as N grows.
 
-For each caption the most images are drawn once and ordered by each ranking.  What a ranking
-would have taken of N of them is known without drawing again: of all ways to choose N, the share
-in which candidate i comes first is C(K - 1 - i, N - 1) / C(K, N), so each point is the exact mean
-over all choices and points of one curve share their images.
+For each caption K images are sampled once and ordered by each ranking.  The best of any N of them
+then needs no further sampling.  Candidates are numbered from the best, i = 0.  Candidate i is the
+best in a fraction C(K - 1 - i, N - 1) / C(K, N) of all subsets of size N.  Each point is therefore
+the exact mean over all subsets, and the points of a curve share their images.
 
 Shapes: P captions, K candidates of each, I image tokens.
 """
@@ -28,7 +28,7 @@ CANDIDATE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def best_probabilities(num_candidates: int, number: int) -> np.ndarray[Any, Any]:
-    """How often each candidate, best first, is the best of ``number`` chosen ones, ``(K,)``.
+    """Return the probability that each candidate is the best of ``number``, best first, ``(K,)``.
 
     >>> best_probabilities(3, 2).round(3).tolist()
     [0.667, 0.333, 0.0]
@@ -38,7 +38,10 @@ def best_probabilities(num_candidates: int, number: int) -> np.ndarray[Any, Any]
 
 
 def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to image, best of N: by likelihood, by inverse prompting, by CLIP, and by the truth."""
+    """Evaluate best of N ranked by likelihood, by inverse prompting, by CLIP and by an oracle.
+
+    CLIP is omitted if the evaluation names none.
+    """
     world = shapes_of(split, "rerank_curve")
     indices, most = context.chosen(split), CANDIDATE_COUNTS[-1]
     captions = [split.captions[index] for index in indices]
@@ -68,7 +71,8 @@ def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
         for number, own in zip(CANDIDATE_COUNTS, expected, strict=True):
             place = f"rerank_{name}/best_of_{number}"
             scores.append(of_each(place, own, chance=chance))
-        # What the last doubling gave, caption by caption: where it helps no more, 0 is within.
+        # The gain of the last doubling per caption; its interval includes 0 once doubling stops
+        # helping.
         for number, (less, more) in zip(CANDIDATE_COUNTS[1:], pairwise(expected), strict=True):
             place = f"rerank_{name}/gain_at_{number}"
             scores.append(of_each(place, more - less, chance=0.0))
@@ -78,7 +82,7 @@ def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
 def _ranked(
     context: EvaluationContext, captions: list[str], codes: Tensor
 ) -> list[tuple[str, Tensor]]:
-    """What each ranking says of images ``(P * K, I)``, more for better: ``(P * K,)`` each."""
+    """Return the score ``(P * K,)`` of images ``(P * K, I)`` by each ranking; more is better."""
     pipeline, number = context.pipeline, len(codes) // len(captions)
     repeated = [caption for caption in captions for _ in range(number)]
     lefts = {text: pipeline.texts("text_to_image", text).left for text in captions}

@@ -1,4 +1,4 @@
-"""Retrieval: an image among captions, and a caption among images."""
+"""Evaluator of retrieval: captions by an image, and images by a caption."""
 
 import torch
 
@@ -13,11 +13,11 @@ from rudolph.generation.clip_ranking import RECALLS_AT, RetrievalSet
 def retrieval(context: EvaluationContext, split: Split) -> list[Score]:
     """Compute recall at 1 and at 5 in both directions among the first pairs of a split.
 
-    Pairs may share a caption or an image: each is asked for and stands in its gallery once, and
-    all that some pair puts beside it are right answers.
+    Pairs may share a caption or an image.  Each distinct caption and image is one query and one
+    gallery entry, and every match that some pair gives is a right answer.
 
     Raises:
-        ValueError: when the pairs have fewer than two different captions or images.
+        ValueError: if the pairs have fewer than two distinct captions or images.
     """
     indices = range(context.num_examples)
     captions = [split.captions[index] for index in indices]

@@ -1,4 +1,4 @@
-"""Questions that are answered in words.
+"""Evaluators of generated text (answers, recognised text, continuations) and of likelihood.
 
 Shapes: N examples.
 """
@@ -24,13 +24,17 @@ from rudolph.generation.answering import continue_texts
 from rudolph.generation.ranking import perplexities
 from rudolph.sequence.tasks import TASKS
 
-# Words of a sentence that are given when the rest of it is to be said.
+# The number of words given at the start of a sentence to continue.
 NUM_GIVEN_WORDS = 1
 ARITHMETIC_CHARACTERS = "0123456789-абвгд"
 
 
 def answer_f1(context: EvaluationContext, split: Split) -> list[Score]:
-    """Questions about images: token F1 of the answer, and how many are exact."""
+    """Evaluate question answering about images: token F1 and exact match.
+
+    Raises:
+        ValueError: if a pair has no question.
+    """
     if not all(split.questions):
         raise ValueError("the question answer_f1 needs pairs that have questions")
     asked = answer_pairs("question_answering", context, split)
@@ -38,20 +42,23 @@ def answer_f1(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def text_answers(context: EvaluationContext, split: Split) -> list[Score]:
-    """Questions about a text: token F1 of the answer, and how many are exact."""
+    """Evaluate question answering about texts: token F1 and exact match."""
     task = "text_question_answering"
     return answer_scores(answer_pairs(task, context, split), context, split, name=task)
 
 
 def math_answers(context: EvaluationContext, split: Split) -> list[Score]:
-    """Sums, with options and without: how many answers are exact; digits and letters alone."""
+    """Evaluate arithmetic with and without options: token F1 and exact match.
+
+    Answers are generated from digits, the minus sign and option letters only.
+    """
     task = "math_question_answering"
     asked = answer_pairs(task, context, split, characters=ARITHMETIC_CHARACTERS)
     return answer_scores(asked, context, split, name=task)
 
 
 def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text in an image: 1-NED, character error rate, and how many are exact."""
+    """Evaluate recognition of text in images: 1-NED, character error rate and exact match."""
     indices, answers, truths, _ = answer_pairs("text_recognition", context, split)
     near = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
     by_chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
@@ -88,7 +95,14 @@ def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
-    """Text to text: the first word of a sentence is given; is the whole one of the world's?"""
+    """Evaluate text to text: how often a caption's first word is continued to a valid sentence.
+
+    A sentence is valid if the world of ``shapes`` can produce it.  The chance level is that of the
+    words of true sentences in random order.
+
+    Raises:
+        ValueError: if the dataset is not ``shapes``.
+    """
     if not isinstance(split.dataset, Shapes):
         raise ValueError("the question continuation needs the dataset shapes")
     world, indices = split.dataset.config, context.chosen(split)
@@ -102,7 +116,7 @@ def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
         on_token=context.on_token,
     )
     values = np.array([is_sentence(text, world) for text in said], dtype=float)
-    # The words of true sentences in any order.
+    # The chance level: the words of true sentences in random order.
     rng = np.random.default_rng(context.seed)
     mixed = [" ".join(rng.permutation(truth.split())) for truth in truths]
     chance = float(np.mean([is_sentence(text, world) for text in mixed]))
@@ -112,10 +126,10 @@ def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
-    """Nats a token of the real image after its caption, and of the caption after its image.
+    """Evaluate the nats per token of an image given its caption, and of a caption given its image.
 
-    Of the image also the bits a pixel that all its tokens take: what is compared between image
-    tokenizers, whose tokens differ.
+    Images are also scored in bits per pixel, which is comparable between image tokenizers whose
+    tokens differ.
     """
     indices = context.chosen(split)
     pipeline = context.pipeline
@@ -136,7 +150,7 @@ def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
         nats = found[segment].log().double().numpy()
         scores.append(mean_score(metric, split, indices, nats, context))
         if segment == "image":
-            # A token stands for a square of so many pixels.
+            # One token covers ``factor`` x ``factor`` pixels.
             bits = nats / (math.log(2) * pipeline.vqgan.config.factor**2)
             name = "text_to_image/bits_per_pixel"
             scores.append(mean_score(name, split, indices, bits, context))
@@ -144,7 +158,14 @@ def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
 
 
 class AnsweredPairs(NamedTuple):
-    """The pairs that were asked about, what was answered, the truths, and how it was asked."""
+    """The answers generated for the evaluated pairs.
+
+    Attributes:
+        indices: indices of the pairs in the split.
+        answers: the generated answers.
+        truths: the correct answers.
+        settings: what the protocol must note about the generation, if anything.
+    """
 
     indices: list[int]
     answers: list[str]
@@ -155,7 +176,10 @@ class AnsweredPairs(NamedTuple):
 def answer_pairs(
     task: str, context: EvaluationContext, split: Split, *, characters: str | None = None
 ) -> AnsweredPairs:
-    """Asks a task of the chosen pairs."""
+    """Generate the answers of a task for the chosen pairs.
+
+    ``characters`` limits the characters that are generated; None allows all.
+    """
     indices, row = context.chosen(split), TASKS[task]
     questions = [split.questions[index] for index in indices] if row.has_question else None
     images = None if row.image == "none" else split.image_batch(indices)
@@ -178,7 +202,7 @@ def answer_pairs(
 def answer_scores(
     asked: AnsweredPairs, context: EvaluationContext, split: Split, *, name: str
 ) -> list[Score]:
-    """Token F1 of what the decoder says, and how many answers are exact."""
+    """Return the token F1 and the exact match of answers, as metrics under ``name``."""
     indices, answers, truths, settings = asked
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])

@@ -1,8 +1,8 @@
-"""Numbers of answers and of rankings, and what makes two numbers comparable.
+"""Metrics of answers and rankings, and the protocol that makes two values comparable.
 
-A function of one example gives a number whose mean over examples is the metric, so that
-``statistics.mean_interval`` holds for it.  A metric that is no such mean takes all examples at
-once; ``statistics.bootstrap_interval`` is for those.
+A function of one example returns a number whose mean over examples is the metric, so that
+``statistics.mean_interval`` applies.  A metric that is no such mean takes all examples at once and
+uses ``statistics.bootstrap_interval``.
 
 Source: Rajpurkar 2016 (token F1, exact match); Antol 2015 (VQA accuracy); Guo 2017 (calibration).
 
@@ -22,25 +22,25 @@ from torch import Tensor
 from rudolph.evaluation.metrics.texts import ANSWER, VISUAL_ANSWER, Normalization, normalize_text
 from rudolph.evaluation.statistics import Estimate, proportion_interval
 
-# An option may be told by its letter, Latin or Cyrillic.
+# An answer may name an option by its letter, Latin or Cyrillic.
 LATIN_LETTERS = "abcdefghij"
 CYRILLIC_OPTION_LETTERS = "абвгдежзик"
-# Annotators who must give an answer for it to be wholly right.
+# The number of annotators who must give an answer for full accuracy.
 AGREEING_ANNOTATORS = 3
 
 
 @dataclass(frozen=True)
 class MetricProtocol:
-    """What a number protocols and under which protocol; ``None`` is a part that does not apply.
+    """A metric and how it was measured; None marks a part that does not apply.
 
-    Values are comparable when their protocols are equal.  ``str`` is one line without commas and
-    quotes, for a column of a CSV file; ``Measure.parse`` reads it.
+    Values are comparable if their protocols are equal.  ``str`` gives one line without commas and
+    quotes, for a column of a CSV file.  ``MetricProtocol.parse`` reads it back.
 
-    Args:
-        metric: its name, with all that is in it: ``meteor-nltk``, not ``meteor``.
-        features: the network and layer whose features are compared.
-        sample_size: examples it was computed from, where its value depends on that.
-        tokenization: what makes words of a text.
+    Attributes:
+        metric: full name of the metric: ``meteor-nltk``, not ``meteor``.
+        features: network and layer that provide the features.
+        sample_size: number of examples, if the value depends on it.
+        tokenization: how a text is split into words.
         normalization: ``str`` of a ``Normalization``.
         settings: everything else.
 
@@ -56,6 +56,7 @@ class MetricProtocol:
     settings: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a part that ``parse`` could not read back."""
         for name, part in self._parts():
             if not re.fullmatch(r"[\w.:+/@-]+", str(part)):
                 raise ValueError(f"{name} must be letters, digits and . : + / @ -, got {part!r}")
@@ -63,15 +64,16 @@ class MetricProtocol:
             raise ValueError(f"sample_size must be at least 1 or null, got {self.sample_size}")
 
     def __str__(self) -> str:
+        """Return the protocol on one line."""
         _, *parts = self._parts()
         return " ".join([self.metric, *(f"{name}={part}" for name, part in parts)])
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """The measure that ``str`` made the line of.
+        """Return the protocol whose ``str`` is ``line``.
 
         Raises:
-            ValueError: when a part is unknown or not as it must be.
+            ValueError: if a part is unknown or malformed.
         """
         metric, *rest = line.split(" ")
         parts: dict[str, Any] = dict(part.partition("=")[::2] for part in rest)
@@ -91,10 +93,10 @@ class MetricProtocol:
 
 
 def require_comparable(first: MetricProtocol, second: MetricProtocol) -> None:
-    """Nothing, for equal protocols.
+    """Check that two protocols are equal.
 
     Raises:
-        ValueError: when they differ, with the parts that do.
+        ValueError: if they differ; the message names the parts that do.
     """
     pairs = [
         (field.name, getattr(first, field.name), getattr(second, field.name))
@@ -106,10 +108,10 @@ def require_comparable(first: MetricProtocol, second: MetricProtocol) -> None:
 
 
 def token_f1(prediction: str, truth: str, normalization: Normalization = ANSWER) -> float:
-    """F1 of the words of two texts, by how often each occurs; two empty texts agree.
+    """Return the F1 of the words of two texts, counted with multiplicity; 1 for two empty texts.
 
-    By default lower case, no punctuation, split at spaces: SQuAD v1.1 evaluation without
-    articles, which Russian does not have.
+    By default texts are lower-cased, stripped of punctuation and split at spaces.  This is the
+    SQuAD v1.1 evaluation without removal of articles, which Russian does not have.
     """
     predicted, expected = (
         Counter(normalize_text(text, normalization).split() or [""])
@@ -120,17 +122,17 @@ def token_f1(prediction: str, truth: str, normalization: Normalization = ANSWER)
 
 
 def exact_match(prediction: str, truth: str, normalization: Normalization = ANSWER) -> float:
-    """1 if two texts are the same after normalization, else 0."""
+    """Return 1 if two texts are equal after normalisation, else 0."""
     return float(normalize_text(prediction, normalization) == normalize_text(truth, normalization))
 
 
 def max_over_references(
     score: Callable[[str, str], float], prediction: str, truths: Sequence[str]
 ) -> float:
-    """The largest ``score(prediction, truth)`` over the truths that are allowed.
+    """Return the largest ``score(prediction, truth)`` over all accepted truths.
 
     Raises:
-        ValueError: when there is no truth.
+        ValueError: if there is no truth.
     """
     if not truths:
         raise ValueError("an answer needs at least one truth")
@@ -140,13 +142,13 @@ def max_over_references(
 def vqa_accuracy(
     prediction: str, answers: Sequence[str], normalization: Normalization = VISUAL_ANSWER
 ) -> float:
-    """Mean of min(1, agreeing / 3) over the sets that leave out one of the annotators' answers.
+    """Return VQA accuracy: mean of min(1, agreeing / 3) over sets that leave one annotator out.
 
-    With ten answers and n that agree: 0, 0.3, 0.6, 0.9 and from four on 1.  Unlike the official
-    evaluation, answers are normalized also where all annotators say the same.
+    With ten answers, n agreeing ones give 0, 0.3, 0.6, 0.9 and, from n = 4 on, 1.  Unlike the
+    official evaluation, answers are normalised even if all annotators give the same one.
 
     Raises:
-        ValueError: with fewer than two answers, which leave none; ``exact_match`` is for one.
+        ValueError: if there are fewer than two answers; use ``exact_match`` for a single one.
     """
     total = len(answers)
     if total < 2:
@@ -161,10 +163,10 @@ def vqa_accuracy(
 def chosen_option(
     prediction: str, options: Sequence[str], normalization: Normalization = ANSWER
 ) -> int | None:
-    """Which option a text names: by its words, else by a letter at its beginning.
+    """Return the index of the option that a text names, by its words or else by a leading letter.
 
-    ``None`` if it names none or more than one.  Letters are a, b, c ... and а, б, в ...; a
-    bracket, full stop, colon or nothing follows, since "в" and "и" are words too.
+    Return None if it names no option or more than one.  Letters are a, b, c ... and а, б, в ...
+    Only a bracket, full stop, colon or nothing may follow, because "в" and "и" are words too.
 
     >>> chosen_option("б) олень", ["лиса", "олень", "волк"])
     1
@@ -185,13 +187,13 @@ def chosen_option(
 def choice_hits(
     scores: np.ndarray[Any, Any], correct: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Whether the correct option has the largest score, ``(N,)``; k that tie count 1 / k.
+    """Return 1 where the correct option scores highest, else 0, ``(N,)``; a tie of k gives 1 / k.
 
-    Else a model that scores all options alike would be as good as the place of the truth.
+    Without this tie rule, a model that scores all options alike would be rewarded for their order.
 
     Args:
         scores: ``(N, C)``, such as log-likelihoods; -inf where a question has fewer options.
-        correct: ``(N,)``, the place of the correct option.
+        correct: index of the correct option, ``(N,)``.
     """
     is_best = scores == scores.max(1, keepdims=True)  # (N, C)
     mine = is_best[np.arange(len(scores)), correct]
@@ -199,10 +201,10 @@ def choice_hits(
 
 
 def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimate:
-    """The share of predictions that equal their truths, with Wilson's interval.
+    """Return the fraction of predictions that equal their truths, with Wilson's interval.
 
     Raises:
-        ValueError: when there are none, or not as many of one as of the other.
+        ValueError: if there are none, or the numbers of predictions and truths differ.
     """
     if not truths or len(predictions) != len(truths):
         raise ValueError(f"got {len(predictions)} predictions for {len(truths)} truths")
@@ -213,17 +215,18 @@ def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimat
 def calibration_error(
     confidences: np.ndarray[Any, Any], hits: np.ndarray[Any, Any], *, num_bins: int = 15
 ) -> float:
-    """Expected calibration error: mean distance of confidence from accuracy, in [0, 1].
+    """Return the expected calibration error: mean gap between confidence and accuracy, in [0, 1].
 
-    Bins are of equal width; each holds its right end, the first one 0 too.  A bin weighs as many
-    examples as it holds, and an empty one nothing.
+    Bins have equal width and include their right edge; the first one includes 0 too.  A bin is
+    weighted by its number of examples.
 
     Args:
         confidences: ``(N,)`` in [0, 1].
         hits: ``(N,)``, 1 where the answer was right, else 0.
+        num_bins: number of bins.
 
     Raises:
-        ValueError: when there is no confidence, one is outside [0, 1] or shapes differ.
+        ValueError: if there is no confidence, one is outside [0, 1], or shapes differ.
     """
     if confidences.size == 0 or confidences.shape != hits.shape:
         raise ValueError(f"got {confidences.size} confidences for {hits.size} hits")
@@ -235,12 +238,12 @@ def calibration_error(
 
 
 def nearest_ranks(images: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """The rank of each image's own among all by pixel distance, ``(B,)``; 1 is the nearest.
+    """Return the rank of each image's own gallery image by pixel distance, ``(B,)``; 1 is nearest.
 
     Args:
-        images: ``(B, 3, H, W)``, on the scale of the gallery.
+        images: ``(B, 3, H, W)``, in the value range of the gallery.
         gallery: ``(N, 3, H, W)``.
-        own: ``(B,)``, the place of each image's own in the gallery.
+        own: index of each image's own gallery image, ``(B,)``.
     """
     distances = torch.cdist(
         images.flatten(1).double(),

@@ -1,11 +1,12 @@
-"""How near a caption is to the captions that people gave, and to the image.
+"""Caption metrics: similarity to reference captions, and to the image by CLIP.
 
-A caption's references are the captions of its image by others.  Texts become words by a
-``tokenize``, which is part of the protocol: numbers with another one are not comparable.
+The references of a caption are the captions of its image by other people.  A ``tokenize`` function
+splits texts into words.  It is part of the protocol: numbers from different tokenizers are not
+comparable.
 
 Source: Papineni 2002 (BLEU), Lin 2004 (ROUGE-L), Vedantam 2015 (CIDEr-D), all as
-github.com/tylin/coco-caption computes them; Lavie and Agarwal 2007 (METEOR) as NLTK does;
-Hessel 2021 (CLIPScore).
+github.com/tylin/coco-caption computes them; Lavie and Agarwal 2007 (METEOR) as NLTK does; Hessel
+2021 (CLIPScore).
 
 Shapes: N captions, R references of one caption, D features.
 """
@@ -32,15 +33,17 @@ CLIP_SCALE = 2.5
 
 
 class Stemmer(Protocol):
-    """What METEOR asks for the stem of a word."""
+    """A word stemmer as METEOR needs it."""
 
-    def stem(self, token: str) -> str: ...
+    def stem(self, token: str) -> str:
+        """Return the stem of a word."""
+        ...
 
 
 def caption_words(text: str) -> list[str]:
-    """Lower-case words without punctuation; a hyphen within a word stays.
+    """Split a text into lower-case words without punctuation; a hyphen within a word stays.
 
-    Stands for the Penn Treebank tokenizer of coco-caption, whose rules are English.
+    It replaces the Penn Treebank tokenizer of coco-caption, whose rules are English.
 
     >>> words("Тёмно-красный олень, 2 лисы!")
     ['тёмно-красный', 'олень', '2', 'лисы']
@@ -51,12 +54,12 @@ def caption_words(text: str) -> list[str]:
 def rouge_l(
     caption: str, references: Sequence[str], *, tokenize: Tokenize = caption_words
 ) -> float:
-    """F of the longest common subsequence of words, recall weighting 1.2 squared.
+    """Return ROUGE-L: the F-score of the longest common subsequence of words, with beta 1.2.
 
-    The best precision and the best recall are taken apart, each over all references.
+    The best precision and the best recall are taken separately, each over all references.
 
     Raises:
-        ValueError: when there is no reference.
+        ValueError: if there is no reference.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -74,7 +77,7 @@ def rouge_l(
 
 @dataclass(frozen=True)
 class _Synset:
-    """Synonyms in the shape that NLTK reads a WordNet in."""
+    """Synonyms in the interface through which NLTK reads a WordNet."""
 
     names: Iterable[str]
 
@@ -91,7 +94,7 @@ class _Lemma(NamedTuple):
 
 @dataclass(frozen=True)
 class _Wordnet:
-    """A WordNet of one function, since none can be downloaded; without it no synonyms."""
+    """A WordNet built from one function, as no download is possible; None gives no synonyms."""
 
     synonyms: Callable[[str], Iterable[str]] | None
 
@@ -101,7 +104,7 @@ class _Wordnet:
 
 @cache
 def _russian_stemmer() -> Stemmer:
-    # NLTK brings scikit-learn and SciPy with it: seconds that only METEOR is worth.
+    # Imported here: NLTK loads scikit-learn and SciPy, which takes seconds that only METEOR needs.
     from nltk.stem.snowball import SnowballStemmer
 
     stemmer: Stemmer = SnowballStemmer("russian")
@@ -117,19 +120,23 @@ def meteor(
     synonyms: Callable[[str], Iterable[str]] | None = None,
     gamma: float = 0.5,
 ) -> float:
-    """METEOR in NLTK's form, of the best reference; not the METEOR 1.5 of coco-caption.
+    """Return METEOR as NLTK computes it, for the best reference; not coco-caption's METEOR 1.5.
 
-    The same words are matched first, then the same stems, then synonyms; F weighs recall nine
-    times as much as precision and loses ``gamma * (chunks / matches) ** 3``.
+    Equal words are matched first, then equal stems, then synonyms.  The F-score weights recall
+    nine times as much as precision.  The score is the F-score times
+    ``1 - gamma * (chunks / matches) ** 3``.
 
     Args:
-        stemmer: by default Snowball's for Russian.
-        synonyms: of a word that has no match yet.  NLTK asks for its stem and compares what comes
-            back with stems.
-        gamma: 0 pays no regard to the order of words.
+        caption: the caption to score.
+        references: the reference captions.
+        tokenize: splits a text into words.
+        stemmer: the stemmer; None uses Snowball's for Russian.
+        synonyms: returns the synonyms of an unmatched word; NLTK passes the stem of the word and
+            compares the results with stems.
+        gamma: weight of the penalty for word order; 0 ignores the order.
 
     Raises:
-        ValueError: when there is no reference.
+        ValueError: if there is no reference.
     """
     from nltk.translate.meteor_score import meteor_score
 
@@ -146,16 +153,16 @@ def meteor(
 
 
 class BleuCounts(NamedTuple):
-    """What BLEU is computed from, for each caption; n-grams of 1 to 4 words.
+    """Counts of n-grams of 1 to 4 words per caption, from which BLEU is computed.
 
-    ``bootstrap_interval(lambda chosen: counts.bleu(chosen)[3], N, seed=...)`` is BLEU-4's
-    interval.
+    ``bootstrap_interval(lambda chosen: counts.bleu(chosen)[3], N, seed=...)`` gives the interval
+    of BLEU-4.
 
-    Args:
-        matches: ``(N, 4)``, n-grams found in a reference, each as often as there at most.
+    Attributes:
+        matches: ``(N, 4)``, n-grams found in a reference, each at most as often as there.
         totals: ``(N, 4)``, n-grams of the caption.
         lengths: ``(N,)``, words of the caption.
-        closest: ``(N,)``, words of the reference of the nearest length, the shorter of two.
+        closest: ``(N,)``, words of the reference closest in length, the shorter one on ties.
     """
 
     matches: np.ndarray[Any, Any]
@@ -164,9 +171,9 @@ class BleuCounts(NamedTuple):
     closest: np.ndarray[Any, Any]
 
     def bleu(self, chosen: np.ndarray[Any, Any] | slice = slice(None)) -> np.ndarray[Any, Any]:
-        """BLEU-1 to BLEU-4 of the chosen captions as one corpus, ``(4,)``.
+        """Return BLEU-1 to BLEU-4 of the chosen captions as one corpus, ``(4,)``.
 
-        Not smoothed: where no n-gram matches, BLEU-n is 0, for which coco-caption has 1e-4 or
+        There is no smoothing: BLEU-n is 0 if no n-gram matches, where coco-caption gives 1e-4 or
         less.
         """
         matches, totals = self.matches[chosen].sum(0), self.totals[chosen].sum(0)
@@ -187,12 +194,13 @@ def bleu_counts(
     *,
     tokenize: Tokenize = caption_words,
 ) -> BleuCounts:
-    """The counts of a corpus; ``counts.bleu()`` is its BLEU.
+    """Count the n-grams of a corpus; ``bleu()`` of the result is its BLEU.
 
-    Own, since NLTK's ``corpus_bleu`` counts one n-gram for a caption that is too short for any.
+    This does not use NLTK's ``corpus_bleu``, which counts one n-gram for a caption that is too
+    short to have any.
 
     Raises:
-        ValueError: when a caption has no reference, or there are not as many lists as captions.
+        ValueError: if a caption has no reference, or the numbers of lists and captions differ.
     """
     _require_references(references, captions)
     rows = [
@@ -221,14 +229,14 @@ def cider_d(
     *,
     tokenize: Tokenize = caption_words,
 ) -> np.ndarray[Any, Any]:
-    """CIDEr-D of each caption, ``(N,)``, from 0 to 10; the mean is the corpus's.
+    """Return CIDEr-D of each caption, ``(N,)``, from 0 to 10; the corpus score is their mean.
 
-    An n-gram weighs as much as images lack it in all their references: the value depends on
-    the corpus, and one image alone has 0.  The interval of the mean takes these weights as
-    given.
+    An n-gram weighs more the fewer images have it in their references.  The value therefore
+    depends on the corpus, and a single image scores 0.  The interval of the mean treats the
+    weights as fixed.
 
     Raises:
-        ValueError: when a caption has no reference, or there are not as many lists as captions.
+        ValueError: if a caption has no reference, or the numbers of lists and captions differ.
     """
     _require_references(references, captions)
     counts = [[_ngrams(tokenize(other)) for other in others] for others in references]
@@ -248,7 +256,7 @@ def cider_d(
 
 @dataclass(frozen=True)
 class _WeightedNgrams:
-    """n-grams by tf-idf, the norm of each length's, and the number of 2-grams."""
+    """The tf-idf weight of each n-gram, the norm for each n, and the number of bigrams."""
 
     weights: dict[Ngram, float]
     norms: list[float]
@@ -269,7 +277,7 @@ class _WeightedNgrams:
         return cls(weights, [math.sqrt(square) for square in squares], num_bigrams)
 
     def similarity(self, reference: "_WeightedNgrams") -> float:
-        """Mean over n of the clipped cosine, times a Gaussian of the difference in length."""
+        """Return the mean clipped cosine over n, times a Gaussian of the length difference."""
         products = [0.0] * MAX_NGRAM
         for ngram, weight in self.weights.items():
             other = reference.weights.get(ngram, 0.0)
@@ -278,13 +286,13 @@ class _WeightedNgrams:
             product / (mine * other) if mine and other else 0.0
             for product, mine, other in zip(products, self.norms, reference.norms, strict=True)
         ]
-        # The length is that in 2-grams, as in coco-caption.
+        # Length is counted in bigrams, as in coco-caption.
         difference = self.num_bigrams - reference.num_bigrams
         return sum(cosines) / MAX_NGRAM * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
 
 
 def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
-    """How often each n-gram of 1 to 4 words occurs."""
+    """Count the n-grams of 1 to 4 words."""
     return Counter(
         tuple(tokens[at : at + n])
         for n in range(1, MAX_NGRAM + 1)
@@ -295,11 +303,11 @@ def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
 def clip_score(
     captions: np.ndarray[Any, Any], images: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """2.5 times the cosine of caption and image, 0 where it is negative, ``(N,)``.
+    """Return CLIPScore, ``(N,)``: 2.5 times the cosine of caption and image, at least 0.
 
     Args:
-        captions: ``(N, D)``, text features; the published ones are of "A photo depicts ...".
-        images: ``(N, D)``.
+        captions: text features, ``(N, D)``; published scores embed "A photo depicts ...".
+        images: image features, ``(N, D)``.
     """
     return CLIP_SCALE * np.clip(_cosines(captions, images), 0, None)
 
@@ -309,14 +317,14 @@ def reference_clip_score(
     images: np.ndarray[Any, Any],
     references: Sequence[np.ndarray[Any, Any]],
 ) -> np.ndarray[Any, Any]:
-    """RefCLIPScore: harmonic mean of CLIPScore and the best cosine with a reference, ``(N,)``.
+    """Return RefCLIPScore, ``(N,)``: the harmonic mean of CLIPScore and the best reference cosine.
 
-    A negative best cosine counts 0, as in the paper.
+    A negative best cosine counts as 0, as in the paper.
 
     Args:
-        captions: ``(N, D)``.
-        images: ``(N, D)``.
-        references: N of ``(R, D)``, text features; R may differ.
+        captions: text features, ``(N, D)``.
+        images: image features, ``(N, D)``.
+        references: N arrays of text features, ``(R, D)``; R may differ.
     """
     with_image = clip_score(captions, images)
     best = np.array(

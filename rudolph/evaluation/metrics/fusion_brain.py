@@ -1,15 +1,15 @@
-"""The six open scores of Fusion Brain Challenge 2 and their integral.
+"""The six open scores of Fusion Brain Challenge 2 and their integral score.
 
-Answers and truths go by the question's id; an answer is one text, a truth a list of variants of
-which the best counts; ``first_texts`` and ``variants`` take them from what
-``data.datasets.fusion_brain_files`` reads.  A score of a task is an array with one number a
-question, whose mean the challenge publishes.
+Answers and truths are mappings by question id.  An answer is one text.  A truth is a list of
+variants, of which the best match counts.  ``first_texts`` and ``variants`` build them from the
+records of ``data.datasets.fusion_brain_files``.  The scores of a task are an array with one number
+per question, whose mean the challenge publishes.
 
-The challenge's programs differ from the rule that one would write in the ways that ``Quirks``
-names; with all of them on, scores are the challenge's.  Not carried over: RuWordNet, in whose
-place a caller may pass ``synonyms``; the tagger that looks for numbers, here all that is in
-digits; the tokenizer razdel and the sentence splitter in captions; English number words in
-answers.
+The challenge's programs deviate from the plain rules in the ways that ``Quirks`` lists.  With all
+quirks on, the scores equal the challenge's.  RuWordNet is not included; a caller may pass
+``synonyms`` instead.  Numbers are the tokens in digits, because the challenge's tagger is not
+included either.  Other missing parts are the tokenizer razdel and the sentence splitter for
+captions, and English number words in answers.
 
 Source: github.com/ai-forever/fbc2_aij2022 at a08bb14, ``evaluation/`` and ``Metrics_en.md``.
 """
@@ -37,7 +37,7 @@ Answers = Mapping[str, str]
 Variants = Mapping[str, Sequence[str]]
 Synonyms = Callable[[str], Iterable[str]]
 
-# Each task's score from which a prize was given: 75 % of the score of the challenge's own model.
+# The least score per task that won a prize: 75 % of the score of the challenge's own model.
 THRESHOLDS = {
     "text_qa": 0.20,
     "math_qa": 0.25,
@@ -59,20 +59,21 @@ CAPTION_PUNCTUATION = str.maketrans("", "", ",.!?:;%)]}([")
 
 @dataclass(frozen=True)
 class Quirks:
-    """Where the challenge's programs depart from the plain rule; false takes the rule.
+    """Deviations of the challenge's programs from the plain rules; False applies the plain rule.
 
-    Args:
-        letter_fallback: an answer in words whose score is 0.5 or less gets that of its first
-            letter of a, b, c, d and e instead, even if it is lower; the rule has no second try.
-        lemmatised_as_one_word: an answer about an image is lemmatised as if it was one word; by
-            the rule word by word.
-        english_stems: stems of answers about an image are Porter's, which leave Russian as it
-            is; by the rule Snowball's for Russian.
-        missing_not_penalised: questions about images that have no answer, and captions that
-            are missing, are left out of the mean; by the rule they are 0.
-        captions_penalised_for_order: METEOR of captions loses up to a half by the order of
-            words; the challenge's text has no such term.
-        empty_never_agrees: in recognition two empty texts are 0; by the rule 1.
+    Attributes:
+        letter_fallback: an answer that scores 0.5 or less gets the score of its first letter from
+            a to e, even if that is lower.  The plain rule has no fallback.
+        lemmatised_as_one_word: an answer about an image is lemmatised as if it were one word; the
+            plain rule lemmatises word by word.
+        english_stems: answers about an image are stemmed with Porter's stemmer, which leaves
+            Russian unchanged; the plain rule uses Snowball's for Russian.
+        missing_not_penalised: image questions without an answer and missing captions are left out
+            of the mean; by the plain rule they score 0.
+        captions_penalised_for_order: METEOR of captions loses up to half for word order; the
+            challenge's description has no such term.
+        empty_never_agrees: in text recognition two empty texts score 0; by the plain rule they
+            score 1.
     """
 
     letter_fallback: bool = True
@@ -83,7 +84,7 @@ class Quirks:
     empty_never_agrees: bool = True
 
     def __str__(self) -> str:
-        """The names of those that are on, in one word, as a part of a ``Measure``."""
+        """Return the names of the active quirks in one word, as part of a ``MetricProtocol``."""
         on = [field.name for field in fields(self) if getattr(self, field.name)]
         return "+".join(on) or "none"
 
@@ -93,7 +94,7 @@ PLAIN_RULES = Quirks(**{field.name: False for field in fields(Quirks)})
 
 
 def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
-    """The text of each answer that was read, ``""`` where there is none.
+    """Return the first text of each answer by question id, ``""`` if it has none.
 
     >>> first_texts([TaskRecord("7", answer_texts=("кот", "кошка")), TaskRecord("8")])
     {'7': 'кот', '8': ''}
@@ -102,17 +103,17 @@ def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
 
 
 def variants(records: Iterable[TaskRecord]) -> dict[str, list[str]]:
-    """The variants of each truth that was read."""
+    """Return the variants of each truth by question id."""
     return {record.id: list(record.answer_texts) for record in records}
 
 
 def text_qa_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
 ) -> np.ndarray[Any, Any]:
-    """F1 of lemmas, for every truth; 0 where there is no answer.
+    """Score text questions: F1 of lemmas, one score per truth; 0 without an answer.
 
     Raises:
-        ValueError: when there is no truth, or none for an answer; so in all tasks.
+        ValueError: if there is no truth, or an answer has none; the same holds for all tasks.
     """
 
     def score(answer: str, truth: str) -> float:
@@ -124,7 +125,10 @@ def text_qa_scores(
 def math_qa_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
 ) -> np.ndarray[Any, Any]:
-    """Exact match of lemmas, a minus kept, for every truth; 0 where there is no answer."""
+    """Score math questions: exact match of lemmas, one score per truth; 0 without an answer.
+
+    Hyphens, and thus minus signs, are kept.
+    """
 
     def score(answer: str, truth: str) -> float:
         return exact_match(answer, truth, MATH_ANSWER)
@@ -149,9 +153,10 @@ def visual_qa_scores(
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
-    """METEOR without regard to order; to a number, the ratio of the smaller and the larger.
+    """Score image questions: METEOR without word order, or a ratio if the truth is a number.
 
-    For every answer, or under the plain rule for every truth.
+    The ratio is that of the smaller number to the larger.  There is one score per answer, or per
+    truth under the plain rule.  ``synonyms`` returns the synonyms of a word.
     """
 
     def score(answer: str, truth: str) -> float:
@@ -184,7 +189,7 @@ def _visual_answer(text: str, quirks: Quirks) -> str:
 
 
 def _number_ratio(tokens: Sequence[str], expected: float) -> float:
-    """The first number over the expected one or the reverse, whichever is at most 1."""
+    """Return the ratio of ``expected`` and the first number of ``tokens``, at most 1."""
     number = next((float(token) for token in tokens if token.isdecimal()), None)
     if number is None:
         return 0.0
@@ -200,12 +205,17 @@ def captioning_scores(
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Half METEOR, half the cosine of caption and image.
+    """Score captions: the mean of METEOR and the cosine of caption and image.
 
-    For every caption, or under the plain rule for every truth.
+    There is one score per caption, or per truth under the plain rule.
 
     Args:
-        cosines: by id, of ruclip-vit-large-patch14-336 in the challenge; 0 where there is none.
+        captions: caption by image id.
+        truths: reference captions by image id.
+        cosines: cosine by image id, 0 if missing; the challenge computes it with
+            ruclip-vit-large-patch14-336.
+        quirks: deviations from the plain rules.
+        synonyms: function that returns the synonyms of a word.
     """
     gamma = 0.5 if quirks.captions_penalised_for_order else 0.0
 
@@ -230,16 +240,18 @@ def _bare_caption(text: str) -> str:
 def _tokens(text: str) -> list[str]:
     from nltk import word_tokenize
 
-    # Sentences are not parted: that takes data, and the full stops are gone by now.
+    # No sentence splitting: it needs downloaded data, and the full stops are already removed.
     return list(word_tokenize(text, preserve_line=True))
 
 
 def generation_score(cosines: Sequence[float], fid: float) -> float:
-    """Half the mean cosine of image and text, half the FID: 1 at 0, 0 from 200 on.
+    """Return the image generation score: the mean of the mean cosine and the FID score.
+
+    The FID score falls linearly from 1 at FID 0 to 0 at FID 200, and stays 0 above.
 
     Args:
-        cosines: one a text, 0 where no image was made.
-        fid: of Inception's 2048 pooled features in the challenge.
+        cosines: cosine of image and text, one per text; 0 if no image was generated.
+        fid: FID; the challenge computes it from Inception's 2048 pooled features.
     """
     return float(np.mean(cosines) + (WORST_FID - min(WORST_FID, fid)) / WORST_FID) / 2
 
@@ -247,7 +259,7 @@ def generation_score(cosines: Sequence[float], fid: float) -> float:
 def recognition_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
 ) -> np.ndarray[Any, Any]:
-    """1-NED of the texts as they are, for every truth; 0 where there is no answer."""
+    """Score text recognition: 1-NED of the raw texts per truth; 0 without an answer."""
 
     def score(answer: str, truth: str) -> float:
         if quirks.empty_never_agrees and not (answer and truth):
@@ -257,7 +269,7 @@ def recognition_scores(
     return _scores(answers, truths, truths, lambda a, t: max_over_references(score, a, t))
 
 
-# The tasks whose score takes texts alone.
+# Tasks that are scored from texts alone.
 TEXT_SCORES: dict[str, Callable[[Answers, Variants, Quirks], np.ndarray[Any, Any]]] = {
     "text_qa": text_qa_scores,
     "math_qa": math_qa_scores,
@@ -267,14 +279,14 @@ TEXT_SCORES: dict[str, Callable[[Answers, Variants, Quirks], np.ndarray[Any, Any
 
 
 def integral_score(open_scores: Mapping[str, float], hidden_scores: Sequence[float] = ()) -> float:
-    """A fifteenth of each open task's score and a tenth of each hidden one's; at most 1.
+    """Return 1/15 of each open task's score plus 1/10 of each hidden task's score; at most 1.
 
     Args:
-        open_scores: by ``CHALLENGE_TASKS``, all six.
-        hidden_scores: of up to six tasks, which nobody outside the challenge knows.
+        open_scores: score of each of the six ``CHALLENGE_TASKS``.
+        hidden_scores: scores of up to six tasks that are unknown outside the challenge.
 
     Raises:
-        ValueError: when an open score is missing or unknown, or hidden ones are too many.
+        ValueError: if an open score is missing or unknown, or there are too many hidden scores.
     """
     if set(open_scores) != set(CHALLENGE_TASKS):
         raise ValueError(
@@ -291,7 +303,7 @@ def _scores(
     asked: Collection[str],
     score: Callable[[str, Sequence[str]], float],
 ) -> np.ndarray[Any, Any]:
-    """One score for each question asked; 0 where there is no answer."""
+    """Return one score per question in ``asked``; 0 without an answer."""
     unknown = sorted(answers.keys() - truths.keys())
     if unknown or not asked:
         raise ValueError(f"answers need truths, got none for {', '.join(unknown) or 'any'}")

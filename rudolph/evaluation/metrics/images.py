@@ -1,7 +1,8 @@
-"""How near the distribution of generated images is to that of real ones.
+"""Distances between the distributions of generated and real images.
 
-Any network may give the features; its name and the number of images belong to the number's
-``metrics.Measure``.  Image against image is ``models.fidelity`` (PSNR, SSIM).
+Any network may provide the features.  Its name and the number of images belong to the
+``MetricProtocol`` of the value.  Metrics of single images (PSNR, SSIM) are in
+``models.image_metrics``.
 
 Source: Heusel 2017 (FID), Binkowski 2018 (KID).
 
@@ -14,25 +15,26 @@ import numpy as np
 
 
 def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
-    """FID: the squared Frechet distance of the normal distributions fitted to two sets.
+    """Return FID: the squared Frechet distance of the normal distributions fitted to two sets.
 
-    Grows as images get fewer, in a resample too: compare only at one number of images, and
-    let it be well above D.
+    FID grows as the number of images falls, also in a resample.  Compare only values of the same
+    number of images, well above D.
 
     Args:
-        features: ``(N, D)``, float64.
-        truth: ``(M, D)``, float64.
+        features: features of the generated images, ``(N, D)``, float64.
+        truth: features of the real images, ``(M, D)``, float64.
 
     Raises:
-        ValueError: when D differs or a set has fewer than two images.
+        ValueError: if D differs or a set has fewer than two images.
     """
     _require_matching(features, truth)
     difference = features.mean(0) - truth.mean(0)
     covariances = [np.atleast_2d(np.cov(each, rowvar=False)) for each in (features, truth)]
-    # tr sqrt(A B) is that of sqrt(A) B sqrt(A), which is symmetric and has real eigenvalues.
+    # tr sqrt(A B) equals tr sqrt(sqrt(A) B sqrt(A)); that product is symmetric, so its eigenvalues
+    # are real.
     root = _square_root(covariances[0])
     eigenvalues = np.linalg.eigvalsh(root @ covariances[1] @ root)
-    # Rounding makes zeros slightly negative.
+    # Rounding makes zero eigenvalues slightly negative.
     overlap = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     traces = np.trace(covariances[0]) + np.trace(covariances[1])
     return float(difference @ difference + traces - 2 * overlap)
@@ -58,17 +60,20 @@ def kernel_distance(
     num_subsets: int = 100,
     subset_size: int = 1000,
 ) -> KernelDistance:
-    """KID: the unbiased squared MMD, over subsets drawn from both sets without repetition.
+    """Return KID: the unbiased squared MMD over random subsets of both sets.
 
-    Around 0 for equal distributions, and below it as often as above.
+    Subsets are sampled without replacement.  For equal distributions KID is as often negative as
+    positive.
 
     Args:
-        features: ``(N, D)``, float64.
-        truth: ``(M, D)``, float64.
-        subset_size: images of each set in a subset, at most as many as there are.
+        features: features of the generated images, ``(N, D)``, float64.
+        truth: features of the real images, ``(M, D)``, float64.
+        rng: generator of the subsets.
+        num_subsets: number of subsets.
+        subset_size: images of each set per subset, at most the size of the smaller set.
 
     Raises:
-        ValueError: when D differs or a set is smaller than a subset.
+        ValueError: if D differs, a set is smaller than a subset, or ``num_subsets`` is below 1.
     """
     _require_matching(features, truth)
     if not 2 <= subset_size <= min(len(features), len(truth)):
@@ -87,11 +92,14 @@ def kernel_distance(
 
 
 def squared_mmd(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
-    """The unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1) ** 3.
+    """Return the unbiased squared maximum mean discrepancy, with kernel ``(x.y / D + 1) ** 3``.
 
     Args:
-        features: ``(N, D)``, float64.
-        truth: ``(M, D)``, float64.
+        features: features of the generated images, ``(N, D)``, float64.
+        truth: features of the real images, ``(M, D)``, float64.
+
+    Raises:
+        ValueError: if D differs or a set has fewer than two images.
     """
     _require_matching(features, truth)
     within = [_mean_off_diagonal(_kernel(each, each)) for each in (features, truth)]
@@ -103,7 +111,7 @@ def _kernel(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def _mean_off_diagonal(square: np.ndarray[Any, Any]) -> float:
-    """An image with itself is left out, which makes the estimate unbiased."""
+    """Return the mean without the diagonal, which makes the estimate unbiased."""
     size = len(square)
     return float((square.sum() - np.trace(square)) / (size * (size - 1)))
 

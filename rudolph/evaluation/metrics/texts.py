@@ -1,7 +1,7 @@
-"""How texts are made comparable, and how many edits lie between them.
+"""Text normalisation before a comparison, and edit distances.
 
-A ``Normalization`` says by name what is done to both texts before they are compared; its ``str``
-is the part of a ``metrics.Measure`` that tells so.
+A ``Normalization`` lists the steps applied to both texts before they are compared.  Its ``str`` is
+part of a ``MetricProtocol``.
 
 Source: Levenshtein 1966; pymorphy3 (lemmas); Fusion Brain Challenge 2 (number words).
 
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What each setting of ``Normalization.punctuation`` removes.
+# The characters that each value of ``Normalization.punctuation`` removes.
 PUNCTUATION = {
     "kept": "",
     "ascii": string.punctuation,
     "ascii_but_hyphen": string.punctuation.replace("-", ""),
     "russian": string.punctuation + "«»—–…",
 }
-# From zero to ten, as lemmas.
+# Number words from zero to ten, as lemmas.
 NUMBER_WORDS = {
     "ноль": "0",
     "нисколько": "0",
@@ -45,16 +45,16 @@ _REMOVED = {name: str.maketrans("", "", removed) for name, removed in PUNCTUATIO
 
 @dataclass(frozen=True)
 class Normalization:
-    """What is done to a text before it is compared, in the order of the fields.
+    """Normalisation steps, applied to a text in the order of the fields.
 
-    Args:
-        nfc: Unicode's composed form, so that an accent typed apart is the same letter.
-        lower: lower case.
-        punctuation: a key of ``PUNCTUATION``, whose characters go without leaving a space.
-        lemmas: each word becomes its dictionary form, the likeliest one of pymorphy3.
-        digits: a word of ``NUMBER_WORDS`` becomes its digits.
-        fold_yo: ё becomes е.
-        squeeze: words are parted by one space, none at the ends; ``lemmas`` and ``digits`` do it
+    Attributes:
+        nfc: convert to Unicode's composed form, so that a separate accent gives the same letter.
+        lower: convert to lower case.
+        punctuation: a key of ``PUNCTUATION``; its characters are removed without leaving a space.
+        lemmas: replace each word by its dictionary form, the most likely one of pymorphy3.
+        digits: replace each word of ``NUMBER_WORDS`` by its digits.
+        fold_yo: replace ё by е.
+        squeeze: put one space between words and none at the ends; ``lemmas`` and ``digits`` do so
             too.
     """
 
@@ -67,12 +67,13 @@ class Normalization:
     squeeze: bool = False
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for an unknown ``punctuation``."""
         if self.punctuation not in PUNCTUATION:
             known = ", ".join(PUNCTUATION)
             raise ValueError(f"punctuation must be of {known}, got {self.punctuation!r}")
 
     def __str__(self) -> str:
-        """The names of what is done, in one word.
+        """Return the names of the active steps in one word.
 
         >>> str(Normalization(lower=True, punctuation="ascii", squeeze=True))
         'lower+punctuation:ascii+squeeze'
@@ -87,19 +88,19 @@ class Normalization:
         return "+".join(done) or "raw"
 
 
-# SQuAD v1.1 evaluation without articles, which Russian does not have.
+# SQuAD v1.1 evaluation without removal of articles, which Russian does not have.
 ANSWER = Normalization(lower=True, punctuation="russian", squeeze=True)
-# The official processing of VQA v2 is English; of it lower case and punctuation are kept.
+# The official VQA v2 processing is English; only its lower case and punctuation steps apply.
 VISUAL_ANSWER = Normalization(
     nfc=True, lower=True, punctuation="russian", fold_yo=True, squeeze=True
 )
-# Recognition is asked for case, punctuation and ё as they are written.
+# Text recognition must reproduce case, punctuation and ё as they are written.
 TRANSCRIPT = Normalization(nfc=True, squeeze=True)
 
 
 @cache
 def _analyzer() -> Any:
-    # The dictionaries take a second and 15 MB, which only lemmas are worth.
+    # Imported here: the dictionaries take a second and 15 MB, which only lemmas need.
     import pymorphy3
 
     return pymorphy3.MorphAnalyzer()
@@ -107,12 +108,12 @@ def _analyzer() -> Any:
 
 @lru_cache(maxsize=2**16)
 def lemma(word: str) -> str:
-    """The dictionary form of a word, the likeliest one; no part of speech is asked for."""
+    """Return the most likely dictionary form of a word, of any part of speech."""
     return str(_analyzer().parse(word)[0].normal_form) if word else ""
 
 
 def normalize_text(text: str, normalization: Normalization) -> str:
-    """The text as it is compared.
+    """Return the text after normalisation.
 
     >>> normalize("Зелёный  «Олень»!", VISUAL_ANSWER)
     'зеленый олень'
@@ -135,22 +136,23 @@ def normalize_text(text: str, normalization: Normalization) -> str:
 
 
 class EditCounts(NamedTuple):
-    """The edits of each prediction and the length of each truth, both ``(N,)``.
+    """The number of edits of each prediction and the length of each truth, both ``(N,)``.
 
-    ``bootstrap_interval(counts.rate, len(counts.edits), seed=...)`` is the rate's interval.
+    ``bootstrap_interval(counts.rate, len(counts.edits), seed=...)`` gives the interval of the
+    rate.
     """
 
     edits: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
 
     def rate(self, chosen: np.ndarray[Any, Any] | slice = slice(None)) -> float:
-        """The edits of all chosen examples over their length: may exceed 1.
+        """Return the edits of the chosen examples divided by their total length; may exceed 1.
 
-        Not the mean of the rates of examples, in which a short text would weigh as much as a
+        This is not the mean rate over examples, in which a short text would count as much as a
         long one.
 
         Raises:
-            ValueError: when the truths chosen have no length.
+            ValueError: if the chosen truths are all empty.
         """
         length = int(self.lengths[chosen].sum())
         if length == 0:
@@ -163,10 +165,10 @@ def character_edits(
     truths: Sequence[str],
     normalization: Normalization = TRANSCRIPT,
 ) -> EditCounts:
-    """Substitutions, deletions and insertions of characters; their ``rate`` is the CER.
+    """Count substitutions, deletions and insertions of characters; ``rate`` gives the CER.
 
     Raises:
-        ValueError: when there are not as many predictions as truths.
+        ValueError: if the numbers of predictions and truths differ.
     """
     return _edit_counts(predictions, truths, lambda text: normalize_text(text, normalization))
 
@@ -176,12 +178,12 @@ def word_edits(
     truths: Sequence[str],
     normalization: Normalization = TRANSCRIPT,
 ) -> EditCounts:
-    """Substitutions, deletions and insertions of words; their ``rate`` is the WER.
+    """Count substitutions, deletions and insertions of words; ``rate`` gives the WER.
 
-    Words are what spaces part.
+    Words are separated by whitespace.
 
     Raises:
-        ValueError: when there are not as many predictions as truths.
+        ValueError: if the numbers of predictions and truths differ.
     """
     return _edit_counts(
         predictions, truths, lambda text: normalize_text(text, normalization).split()
@@ -206,9 +208,9 @@ def _edit_counts(
 def edit_similarity(
     prediction: str, truth: str, normalization: Normalization = TRANSCRIPT
 ) -> float:
-    """1-NED: one less the edits of characters over the longer length; two empty texts agree.
+    """Return 1-NED: one minus character edits over the longer length; 1 for two empty texts.
 
-    Not 1 - CER, whose denominator is the length of the truth.
+    This is not 1 - CER, which divides by the length of the truth.
     """
     from rapidfuzz.distance import Levenshtein
 
