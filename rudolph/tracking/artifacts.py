@@ -1,4 +1,4 @@
-"""What a run left in MLflow, fetched back: its configuration and weights."""
+"""Fetching a run's configuration and weights back from MLflow."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ NEEDED = ("config.yaml", "checkpoints")
 
 
 def local_run(run_id: str, runs: Path) -> Path | None:
-    """The folder of an MLflow run that was executed here."""
+    """Return the folder of an MLflow run that was executed on this machine, else None."""
     for path in runs.rglob(SENT):
         try:
             marks = read_markers(path)
@@ -23,10 +23,10 @@ def local_run(run_id: str, runs: Path) -> Path | None:
 
 
 def fetch_run(run_id: str, uri: str, folder: Path) -> Path:
-    """The folder of an MLflow run with ``config.yaml`` and ``checkpoints``, fetched once.
+    """Fetch ``config.yaml`` and ``checkpoints`` of an MLflow run once; return ``folder``.
 
     Raises:
-        ValueError: when the server has no such run, or the run no weights.
+        ValueError: if the server has no such run, or the run has no weights.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -34,7 +34,7 @@ def fetch_run(run_id: str, uri: str, folder: Path) -> Path:
     if (folder / NEEDED[0]).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    # The configuration comes last, so that a folder that holds it is whole.
+    # The configuration is fetched last, so that a folder that holds it is complete.
     for name in reversed(NEEDED):
         try:
             fetched = download_artifacts(

@@ -1,7 +1,7 @@
-"""The journal of a run: what is to be tracked, one JSON line a call, in the run's own folder.
+"""The event log of a run: one JSON line per tracking call, in the run's own folder.
 
 It is written before anything is sent anywhere, so a run's curves outlive any tracking server.
-Each record has a ``kind``, a ``time`` in milliseconds and its fields:
+Each record has a ``kind``, a ``time`` in milliseconds and these fields:
 
     run       experiment, run, digest, key (of the MLflow run); always the first line
     status    status: running, finished or failed
@@ -38,7 +38,7 @@ JOURNAL = "journal.jsonl"
 SENT = "journal.sent"
 VALUE_KINDS = ("metrics", "params", "tags")
 VALUES_IN_BATCH = 1000
-# The fields of each kind of record beside ``kind`` and ``time``.
+# The fields of each kind of record besides ``kind`` and ``time``.
 FIELDS: dict[str, dict[str, type]] = {
     "run": {"experiment": str, "run": str, "digest": str, "key": str},
     "status": {"status": str},
@@ -52,7 +52,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as ``a.b.c`` -> text; what is not a string is written as JSON.
+    """Flatten nested parameters to ``a.b.c`` -> text; a value other than a string becomes JSON.
 
     >>> flatten({"decoder": {"num_layers": 2, "dropout": None}, "mask": ["row", "conv"]})
     {'model.num_layers': '2', 'decoder.dropout': 'null', 'mask': '["row", "conv"]'}
@@ -71,10 +71,10 @@ def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str
 def read_event_log(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the complete records from byte ``offset`` on, each with the offset of its end.
 
-    Metric values are floats again.  A last line that was cut off by a crash is left out.
+    Metric values are converted to floats.  A last line that a crash cut off is left out.
 
     Raises:
-        DamagedFileError: at a line that is no record.
+        DamagedFileError: at a line that is not a record.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -94,7 +94,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
     """Return the record in a line.
 
     Raises:
-        ValueError: when it is none; TypeError, when a value is of no legal type.
+        ValueError: if it is not a record.
+        TypeError: if a value has an illegal type.
     """
     record = json.loads(line)
     if not isinstance(record, dict):
@@ -120,10 +121,10 @@ def parse_record(line: bytes) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return the first record of a journal, which says whose it is.
+    """Return the first record of an event log, which identifies its run.
 
     Raises:
-        DamagedFileError: when the first line is no such record.
+        DamagedFileError: if the first line is not such a record.
     """
     _, record = next(read_event_log(path), (0, {"kind": "nothing"}))
     if record["kind"] != "run":
@@ -132,7 +133,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Records in groups of some 1000 values; what is no value (artifact, status) comes alone."""
+    """Yield records in batches of about 1000 values, each with the offset of its end.
+
+    A record without values (artifact, status) forms a batch of its own.
+    """
     group: list[dict[str, Any]] = []
     weight, end = 0, offset
     for after, record in read_event_log(path, offset):
@@ -148,14 +152,17 @@ def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, 
 
 
 class EventLog:
-    """The append-only record of one run, safe to write from several threads.
+    """The append-only event log of one run, safe to write from several threads.
 
-    Opening an existing journal continues it.  Of a damaged one the lines that can be read are
-    continued, and the file is kept beside it.  ``ValueError`` when it belongs to another
-    configuration than ``digest``.
+    Opening an existing log continues it.  For a damaged log, the readable lines are continued and
+    the damaged file is kept next to it.
 
     Attributes:
-        is_continued: whether the journal had all records of an earlier attempt.
+        path: the file of the log.
+        is_continued: whether an intact log of an earlier attempt is continued.
+
+    Raises:
+        ValueError: if the log belongs to another configuration than ``digest``.
     """
 
     def __init__(self, folder: Path, *, experiment: str, run: str, digest: str) -> None:
@@ -171,7 +178,7 @@ class EventLog:
         self.is_continued = has_header and b"".join(kept) == complete
         if complete and not self.is_continued:
             repair_event_log(self.path, kept, header=_line("run", header))
-        # Unbuffered: one record is one write, and survives the process.
+        # Unbuffered: one record is one write, which survives a crash of the process.
         with naming_file(self.path):
             self._file = self.path.open("ab", buffering=0)
             if self.is_continued:
@@ -191,32 +198,37 @@ class EventLog:
         """Write one record; it is on its way to the disk when this returns.
 
         Raises:
-            OSError: naming the journal, which then holds nothing of the record.
+            OSError: if writing fails; the log then holds nothing of the record.
         """
         line = _line(kind, fields)
         with self._lock, naming_file(self.path):
             write_all(self._file, line)
 
     def close(self) -> None:
-        """Nothing can be appended any more."""
+        """Close the file; no record can be appended afterwards."""
         self._file.close()
 
 
 class SendMarker:
-    """How far one server has one run's journal; ``journal.sent`` keeps a mark for each server.
+    """The progress of sending one run's event log to one server.
+
+    ``journal.sent`` keeps a marker per server.
 
     Args:
         folder: the run's folder.
-        server: the server's address; name and password in it are not written down.
+        server: the server's address; a user name and password in it are not stored.
     """
 
     def __init__(self, folder: Path, server: str) -> None:
         self._folder, self._server = folder, without_user(server)
 
     def read(self) -> tuple[str, int]:
-        """The id of the MLflow run and the byte up to which it is sent; ``("", 0)`` if never.
+        """Return the id of the MLflow run and the byte up to which the log is sent.
 
-        The byte is 0 where the journal is another than was sent: sending twice changes nothing.
+        If nothing was sent, return ``("", 0)``.
+
+        The byte is 0 if the log is not the one that was sent, because sending twice changes
+        nothing.
         """
         mark = self._marks().get(self._server, {"run_id": "", "offset": 0})
         return mark["run_id"], mark["offset"] if self._ends_line(mark["offset"]) else 0
@@ -227,12 +239,12 @@ class SendMarker:
             return offset > 0 and journal.read(1) == b"\n"
 
     def write(self, run_id: str, offset: int) -> None:
-        """Move the mark; a crash leaves the old one or the new one."""
+        """Store the marker; a crash leaves the old one or the new one."""
         marks = self._marks() | {self._server: {"run_id": run_id, "offset": offset}}
         write_json(self._folder / SENT, marks)
 
     def is_pending(self) -> bool:
-        """Whether the journal is longer than what was sent."""
+        """Return whether the event log is longer than the part that was sent."""
         return (self._folder / JOURNAL).stat().st_size > self.read()[1]
 
     def _marks(self) -> dict[str, Any]:
@@ -245,10 +257,10 @@ class SendMarker:
 
 
 def read_markers(path: Path) -> dict[str, Any]:
-    """Return the marks of each server in a ``journal.sent``.
+    """Return the marker of each server in a ``journal.sent``.
 
     Raises:
-        DamagedFileError: when it holds none.
+        DamagedFileError: if the file holds anything else.
     """
     marks = read_mapping(path)
     for mark in marks.values():
@@ -259,9 +271,9 @@ def read_markers(path: Path) -> dict[str, Any]:
 
 
 def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
-    """The run folders with something that ``server`` lacks; all of them for None.
+    """Return the run folders with records that ``server`` lacks, or all of them if it is None.
 
-    A run whose journal cannot be read is named and left out.
+    A run whose event log cannot be read is named in a warning and left out.
     """
     folders = []
     for path in sorted(runs_folder.rglob(JOURNAL)):
@@ -275,12 +287,12 @@ def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
 
 
 def repair_event_log(path: Path, kept: list[bytes], *, header: bytes) -> None:
-    """Write a journal anew from the lines that can be read; the damaged file is set aside."""
+    """Rewrite an event log from its readable lines; the damaged file is set aside."""
     aside = rename_damaged(path)
     if not kept or parse_record(kept[0])["kind"] != "run":
         kept = [header, *kept]
     write_atomic(path, lambda new: new.write_bytes(b"".join(kept)))
-    # Offsets of the old file mean nothing in the new one.
+    # Offsets into the old file are invalid in the new one.
     (path.parent / SENT).unlink(missing_ok=True)
     warn_once(f"{path}: damaged, renamed {aside.name}; its {len(kept)} whole records are kept")
 
@@ -307,21 +319,22 @@ def _words(error: BaseException) -> str:
 
 
 def without_user(uri: str) -> str:
-    """The URI without name and password."""
+    """Return the URI without user name and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 @contextmanager
 def exclusive(path: Path, seconds: float) -> Iterator[bool]:
-    """Hold a lock that a dying process lets go; yields whether it was got in time.
+    """Hold a lock that a dying process releases; yield whether it was acquired within ``seconds``.
 
-    SQLite is the one file lock of the standard library that works on every system.
+    The lock is that of SQLite, the only file lock of the standard library that works on every
+    system.
 
     Raises:
-        OSError: naming the lock, when the file can be neither made nor written.
+        OSError: if the lock file cannot be created, written or locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What lies there and is no lock holds nothing and is held by nobody.
+    # A file that is not a lock is held by no process, so it can be removed.
     if path.is_file() and not _is_lock(path):
         path.unlink()
     with naming_file(path), path.open("ab"):

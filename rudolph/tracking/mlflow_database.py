@@ -1,8 +1,8 @@
-"""MLflow's SQLite file: made whole, and checked before MLflow opens it.
+"""MLflow's SQLite file: created atomically, and checked before MLflow opens it.
 
-MLflow makes some 60 tables one after the other, in the file itself.  Killed meanwhile, it cannot
-open the file ever after.  Here the file is made beside its place and renamed, and one that another
-program left half-made is set aside, if it holds nothing.
+MLflow creates some 60 tables one after the other, in the file itself.  If it is killed meanwhile,
+it can never open the file again.  Here the file is created under another name and then renamed.  A
+file that another program left incomplete is set aside, if it holds nothing.
 """
 
 import os
@@ -14,27 +14,27 @@ from pathlib import Path
 
 from rudolph.files.atomic import rename_damaged, warn_once
 
-# What SQLite keeps beside a file that is in use or was when its process died.
+# Files that SQLite keeps next to a database in use, or that a killed process left.
 COMPANIONS = ("-journal", "-wal", "-shm")
-# Making the tables leaves rows only here; the experiment "Default" is the last step.
+# Creating the tables adds rows only here; the experiment "Default" is the last step.
 BOOKKEEPING = ("alembic_version", "workspaces", "sqlite_sequence")
-# Another program may be making the tables now; it changes the file more often than this.
+# Another program may be creating the tables; it changes the file more often than this.
 SECONDS_UNTIL_ABANDONED = 10.0
-# MLflow's migrations keep what they work on in a variable of the process.
+# MLflow's migrations keep their state in a global variable of the process.
 _migrating = threading.Lock()
 
 
 class SlowStoreError(ConnectionError):
-    """The store works, but it did not answer in time."""
+    """Error of a store that works but did not answer in time."""
 
 
 def prepare_database(database: Path) -> None:
-    """Make the file if it is missing or was left half-made; one that holds anything stays.
+    """Create the database if it is missing or incomplete; one that holds anything is kept.
 
-    Only one process may do so at a time.
+    Only one process may call this at a time.
 
     Raises:
-        ConnectionError: when the file is no SQLite database, with what to do.
+        ConnectionError: if the file is not an SQLite database; the message gives the remedy.
     """
     while holds_nothing(database):
         if not database.exists() or _age(database) > SECONDS_UNTIL_ABANDONED:
@@ -53,10 +53,11 @@ def prepare_database(database: Path) -> None:
 
 
 def holds_nothing(database: Path) -> bool:
-    """Return whether a database is missing or has no row beside MLflow's own bookkeeping.
+    """Return whether a database is missing or has no row outside MLflow's own bookkeeping.
 
     Raises:
-        ConnectionError: when the file is no SQLite database.
+        ConnectionError: if the file is not an SQLite database.
+        SlowStoreError: if another program uses it.
     """
     if not database.exists() or database.stat().st_size == 0:
         return True
@@ -77,9 +78,9 @@ def holds_nothing(database: Path) -> bool:
 
 
 def create_database(database: Path) -> None:
-    """Make MLflow's tables in a new file, then rename it.
+    """Create MLflow's tables in a new file, then rename it.
 
-    Raises what MLflow and SQLAlchemy raise.
+    Exceptions of MLflow and SQLAlchemy are not caught.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -102,6 +103,6 @@ def create_database(database: Path) -> None:
 
 
 def _age(database: Path) -> float:
-    """Return the seconds since SQLite wrote last."""
+    """Return the seconds since SQLite last wrote."""
     paths = [database.with_name(f"{database.name}{end}") for end in ("", *COMPANIONS)]
     return time.time() - max(path.stat().st_mtime for path in paths if path.exists())

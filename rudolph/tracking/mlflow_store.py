@@ -1,8 +1,8 @@
-"""MLflow at one address: what journals say becomes its runs.
+"""MLflow at one address, whose runs are created from event logs.
 
-Sending twice changes nothing: the MLflow run is found by its tag ``rudolph.run_key``, parameters
-and tags are set to what they are, equal metric points are stored once, artifacts replace
-themselves.  Runs of one experiment have a parent, which holds what was exported of all of them.
+Sending twice changes nothing.  The MLflow run is found by its tag ``rudolph.run_key``.  Parameters
+and tags are set to their present values, equal metric points are stored once, and artifacts
+overwrite themselves.  Runs of one experiment have a parent run, which holds its exported results.
 """
 
 import logging
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 RUN_KEY = "rudolph.run_key"
 REJECTED = "rudolph.rejected"
 PARENT = "mlflow.parentRunId"
-# The key of every experiment's parent.
+# The run key of every experiment's parent run.
 PARENT_KEY = "parent"
-# MLflow 3.17: 1000 metrics, or 100 parameters or tags, or 1 MB a request; a Cyrillic letter takes
-# 6 bytes of it.
+# Limits of MLflow 3.17 per request: 1000 metrics, 100 parameters or tags, 1 MB.  A Cyrillic letter
+# takes 6 bytes.
 BATCH_WEIGHT, METRIC_WEIGHT, TEXT_WEIGHT = 1000, 1, 10
 BATCH_CHARACTERS = 100_000
 LONGEST_VALUE = 6000
 MLFLOW_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal is the retry
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the event log is the retry
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
-# The words of a store that works but did not answer in time.
+# Error messages of a store that works but did not answer in time.
 SLOW = re.compile(r"database is locked|Read timed out|read timeout", re.IGNORECASE)
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SendProgress:
-    """What one sending did: runs and records sent, records refused, runs that still wait."""
+    """Counts of one sending: runs and records sent, records refused, runs still waiting."""
 
     runs: int = 0
     records: int = 0
@@ -65,11 +65,16 @@ class SendProgress:
     waiting: int = 0
 
     def __add__(self, other: "SendProgress") -> "SendProgress":
+        """Return the sums of the counts."""
         return SendProgress(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class MLflowStore:
-    """MLflow at one URI; when it cannot be used, for whatever reason, ``OSError``."""
+    """MLflow at one URI.
+
+    Raises:
+        OSError: if MLflow cannot be used, for any reason.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -83,9 +88,9 @@ class MLflowStore:
             from mlflow import MlflowClient
 
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            # It logs with a traceback what it then raises.
+            # MLflow logs a traceback of an error that it then raises.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            # The first client makes the tables, and MLflow does not keep two from doing so.
+            # The first client creates the tables, and MLflow does not stop two from doing so.
             lock = self._database and self._database.with_name(f"{self._database.name}.lock")
             with exclusive(lock, 60.0) if lock else nullcontext(True) as is_held:
                 if not is_held:
@@ -97,13 +102,15 @@ class MLflowStore:
     def send(
         self, folder: Path, *, again: bool = False, on_progress: Callable[[], None] | None = None
     ) -> SendProgress:
-        """Send what one run has unsent; nothing while another process sends it.
+        """Send the unsent records of one run; do nothing while another process sends them.
 
         Args:
-            on_progress: called after every part that the server has taken.
+            folder: the run's folder.
+            again: send all records again.
+            on_progress: called after every batch that the server has taken.
 
         Raises:
-            OSError: when the server cannot be used now; ``SlowStoreError`` when it is slow.
+            OSError: if the server cannot be used now; ``SlowStoreError`` if it is slow.
             DamagedFileError: at a record that cannot be read; those before it are sent.
         """
         mark = SendMarker(folder, self.uri)
@@ -126,7 +133,10 @@ class MLflowStore:
         return SendProgress(runs=1, records=sent, rejected=rejected)
 
     def _open_run(self, folder: Path, known_id: str) -> str:
-        """The id of the MLflow run of a journal, made if there is none; a deleted one is back."""
+        """Return the id of an event log's MLflow run.
+
+        A missing run is created and a deleted one restored.
+        """
         from mlflow.entities import ViewType
 
         header = read_header(folder / JOURNAL)
@@ -145,7 +155,7 @@ class MLflowStore:
         return str(run.info.run_id)
 
     def parent(self, experiment: str) -> str:
-        """The id of the run that an experiment's runs belong to, made if there is none."""
+        """Return the id of an experiment's parent run, which is created if missing."""
         if experiment not in self._parents:
             found = self._parents_of(experiment)
             if not found:
@@ -154,7 +164,7 @@ class MLflowStore:
                     self._experiment_id(experiment), tags=tags, run_name=experiment
                 )
                 self._client.set_terminated(made.info.run_id)
-                # Another process may have made one meanwhile: both keep the same.
+                # Another process may have created one meanwhile; both then keep the same one.
                 found = self._parents_of(experiment)
                 if made.info.run_id != found[0]:
                     self._client.delete_run(made.info.run_id)
@@ -169,12 +179,12 @@ class MLflowStore:
         return [str(run.info.run_id) for run in ordered]
 
     def send_results(self, experiment: str, folder: Path) -> None:
-        """What was exported of an experiment, tables and figures, as artifacts of its parent."""
+        """Store an experiment's exported results as artifacts of its parent run."""
         with _away():
             self._client.log_artifacts(self.parent(experiment), str(folder), "results")
 
     def _log(self, run_id: str, records: list[dict[str, Any]], folder: Path) -> list[str]:
-        """Send records of one batch; what MLflow refuses for good, in words."""
+        """Send the records of one batch; return a message per value that MLflow refuses."""
         record, kind, refused = records[0], records[0]["kind"], []
         if kind == "artifact":
             path = folder / record["path"]
@@ -201,7 +211,7 @@ class MLflowStore:
         if name not in self._experiment_ids:
             folder = self._database.with_name("mlartifacts") if self._database else None
             try:
-                # Not looked up first: another process may make it in between.
+                # Not looked up first: another process may create it in between.
                 self._experiment_ids[name] = self._client.create_experiment(
                     name, artifact_location=folder.as_uri() if folder else None
                 )
@@ -214,7 +224,10 @@ class MLflowStore:
         return self._experiment_ids[name]
 
     def _log_values(self, run_id: str, values: "list[Metric | Param | RunTag]") -> list[str]:
-        """Log values; MLflow takes all or none, so a refused lot is halved until one is left."""
+        """Log values and return a message per refused value.
+
+        MLflow takes all or none, so a refused batch is halved until single values are left.
+        """
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
@@ -237,12 +250,13 @@ class MLflowStore:
 
 @contextmanager
 def _away() -> Iterator[None]:
+    """Turn every failure of MLflow and its database into an ``OSError``."""
     try:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ConnectionError(f"MLflow cannot be imported: {_one_line(error)}") from error
-    # Texts of a damaged database may be no UTF-8.
+    # A damaged database may hold invalid UTF-8.
     kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, UnicodeError)
     try:
         yield
@@ -256,7 +270,7 @@ def _away() -> Iterator[None]:
 
 
 def _migration_errors() -> tuple[type[Exception], ...]:
-    """Return what MLflow's migrations raise, if this process has loaded them."""
+    """Return the exceptions of MLflow's migrations, if this process has loaded them."""
     loaded = sys.modules.get("alembic.util")
     return (loaded.CommandError,) if loaded else ()
 
@@ -286,7 +300,7 @@ def _cut(text: str) -> str:
 
 
 def _parts(values: "list[Metric | Param | RunTag]") -> "Iterator[list[Metric | Param | RunTag]]":
-    """Lots within the limits of one request."""
+    """Yield batches within the limits of one request."""
     part: list[Metric | Param | RunTag] = []
     weight = characters = 0
     for value in values:

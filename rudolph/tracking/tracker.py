@@ -1,8 +1,8 @@
-"""What a run tells MLflow, and how none of it is lost.
+"""Tracking of a run in MLflow, without losing any record.
 
-Every call is written to the run's journal first.  A background thread sends the journal to MLflow;
-a server that is away costs nothing but a warning, and ``send_pending`` sends the rest later.
-MLflow is imported in the sending thread, so a training neither waits for it nor needs it.
+Every call is written to the run's event log first.  A background thread sends the log to MLflow.
+An unavailable server costs nothing but a warning, and ``send_pending`` sends the rest later.
+MLflow is imported in the sending thread, so training neither waits for it nor needs it.
 """
 
 import logging
@@ -27,22 +27,22 @@ from rudolph.tracking.mlflow_store import MLflowStore, SendProgress
 
 SECONDS_BETWEEN_SENDS = 1.0
 LONGEST_BACK_OFF = 60.0
-# How long the end of a run waits for a server that takes what it is sent, but slowly.
+# Seconds that the end of a run waits for a server that takes records, but slowly.
 LONGEST_WAIT, LONGEST_WAIT_AFTER_ERROR = 60.0, 5.0
 
 _logger = logging.getLogger(__name__)
 
 
 def tracking_uri(checkout: Path) -> str:
-    """``MLFLOW_TRACKING_URI``, or ``mlflow.db`` in the checkout."""
+    """Return ``MLFLOW_TRACKING_URI``, or the URI of ``mlflow.db`` in the checkout."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{checkout.resolve()}/mlflow.db"
 
 
 def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple[str, bool]:
-    """The commit checked out at ``folder`` and whether the files differ from it.
+    """Return the commit checked out at ``folder``, and whether the files differ from it.
 
-    Untracked files count; ``ignored`` folders of the repository do not, because exporting one run
-    must not make the next one dirty.  Without git or a commit: ``("unknown", True)``.
+    Untracked files count.  The ``ignored`` folders of the repository do not, because exporting one
+    run must not make the next one dirty.  Without git or a commit, return ``("unknown", True)``.
     """
     everything = [":/", *(f":(top,exclude){name}" for name in ignored)]
     answers = []
@@ -57,17 +57,18 @@ def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple
 
 
 class Tracker:
-    """Tracks one run; every method returns at once, whatever the server does.
-
-    Args:
-        folder: the run's folder, ``runs/<experiment>/<run>``; an existing journal is continued,
-            and so is its MLflow run.
-        uri: the tracking server, see ``tracking_uri``.
-        experiment: MLflow experiment; run: name of the MLflow run; digest: of its configuration.
-        runs_folder: where earlier runs may have left something unsent; it is sent too, after
-            what this run has.
+    """The tracker of one run, whose logging methods return at once whatever the server does.
 
     As a context manager it finishes the run: ``failed`` after an exception, else ``finished``.
+
+    Args:
+        folder: the run's folder, ``runs/<experiment>/<run>``; an existing event log and its MLflow
+            run are continued.
+        uri: the tracking server, see ``tracking_uri``.
+        experiment: name of the MLflow experiment.
+        run: name of the MLflow run.
+        digest: digest of the run's configuration.
+        runs_folder: folder of earlier runs, whose unsent records are sent after those of this run.
     """
 
     def __init__(
@@ -85,49 +86,57 @@ class Tracker:
         self._journal.append("status", status="running")
         self.is_continued = self._journal.is_continued
         self._is_finished = self._has_warned = False
-        # Opening imports MLflow and may make its tables: work of this machine, not of a server.
+        # Opening imports MLflow and may create its tables, which is no sign of a slow server.
         self._is_opening, self._last_progress = True, time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
         self._thread.start()
 
     def log_params(self, parameters: Mapping[str, object]) -> None:
-        """Parameters of the run; nested ones are flattened to ``a.b.c``."""
+        """Log parameters of the run; nested ones are flattened to ``a.b.c``."""
         self._journal.append("params", params=flatten(parameters))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Metric values at a step; anything that ``float`` takes, infinities and NaN included."""
+        """Log metric values at a step; infinities and NaN are allowed."""
         values = {name: json_number(float(value)) for name, value in metrics.items()}
         self._journal.append("metrics", step=int(step), metrics=values)
 
     def log_tags(self, tags: Mapping[str, object]) -> None:
-        """Texts beside the run, such as its commit; a later value replaces an earlier one."""
+        """Log tags of the run, such as its commit; a later value replaces an earlier one."""
         self._journal.append("tags", tags=flatten(tags))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file to keep in MLflow under ``folder``; it is read when it is sent."""
+        """Log a file to store in MLflow under ``folder``; it is read when it is sent.
+
+        Raises:
+            ValueError: if ``path`` is not a file.
+        """
         if not path.is_file():
             raise ValueError(f"log_artifact: {path} is not a file")
         file, base = path.resolve(), self._folder.resolve()
-        # Relative, so that a runs folder that was moved can still be sent.
+        # A relative path, so that a moved runs folder can still be sent.
         name = file.relative_to(base) if file.is_relative_to(base) else file
         self._journal.append("artifact", path=name.as_posix(), folder=folder)
 
     def finish(self, status: str = "finished") -> None:
-        """The run's last word, ``finished`` or ``failed``."""
+        """Log the run's final status, ``finished`` or ``failed``.
+
+        Raises:
+            ValueError: for any other status.
+        """
         if status not in ("finished", "failed"):
             raise ValueError(f"status must be finished or failed, got {status!r}")
         self._is_finished = True
         self._journal.append("status", status=status)
 
     def close(self, timeout: float = 5.0, *, longest: float = LONGEST_WAIT) -> bool:
-        """Wait for the sending; True when all of it was sent.
+        """Wait until all records are sent; return whether they were.
 
-        Of a slow server the rest is sent in the background while the process lives.
+        If the server is slow, the rest is sent in the background while the process lives.
 
         Args:
             timeout: seconds to wait for any progress.
-            longest: seconds to wait in all, where that is more.
+            longest: seconds to wait in total, if longer than ``timeout``.
         """
         self._stopping.set()
         end = time.monotonic() + (max(timeout, longest) if timeout else 0.0)
@@ -147,9 +156,11 @@ class Tracker:
         return is_sent
 
     def __enter__(self) -> Self:
+        """Return the tracker."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Finish the run and close the tracker."""
         if not self._is_finished:
             self.finish("finished" if kind is None else "failed")
         self.close(longest=LONGEST_WAIT if kind is None else LONGEST_WAIT_AFTER_ERROR)
@@ -192,13 +203,16 @@ class Tracker:
 
 
 def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendProgress:
-    """Send what the runs in ``runs_folder`` could not send to ``uri`` yet.
+    """Send the records of the runs in ``runs_folder`` that ``uri`` lacks.
+
+    A run that another process is sending is left to it and counted as waiting.  All runs left when
+    the server becomes unavailable count as waiting too.  MLflow is imported only if there is
+    something to send.
 
     Args:
-        again: forget what was sent and send everything, for a server that lost it.
-
-    A run that another process is sending is left to it and counted as waiting, as are all that
-    are left when the server is away.  Without anything to send MLflow is not even imported.
+        runs_folder: the folder that holds the runs.
+        uri: the tracking server, see ``tracking_uri``.
+        again: send all records again, for a server that lost them.
     """
     folders = pending_folders(runs_folder, None if again else uri)
     total = SendProgress()
@@ -214,7 +228,7 @@ def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendPro
 
 
 def send_results(experiment: str, folder: Path, uri: str) -> bool:
-    """Send what was exported of an experiment to its parent run; whether the server took it."""
+    """Send an experiment's exported results to its parent run; return whether this worked."""
     try:
         MLflowStore(uri).send_results(experiment, folder)
     except OSError as error:
@@ -224,7 +238,7 @@ def send_results(experiment: str, folder: Path, uri: str) -> bool:
 
 
 def _send_one(store: MLflowStore, folder: Path, *, again: bool = False) -> SendProgress:
-    """Send what one run has unsent; a run whose journal is damaged is named and left out."""
+    """Send the unsent records of one run; a damaged event log is named in a warning."""
     try:
         return store.send(folder, again=again)
     except DamagedFileError as error:
