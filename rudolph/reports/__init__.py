@@ -1,0 +1,1 @@
+"""Results of experiments: exported tables, claims, figures, pages and their check."""

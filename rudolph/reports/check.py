@@ -1,12 +1,13 @@
-"""Numbers in text written by hand, recomputed from the CSV files of the experiments it names.
+"""Check of handwritten numbers against the CSV files of the experiments that a page names.
 
-A number with an interval, ``0.059 [0.047, 0.070]``, must be one of an experiment: a score of a
-run, the mean of a group of runs, or how much better one group is than another over pairs of seeds.
-A number alone must be a mean or a difference too, or stand in a table of the page, in a curve, in
-a profile or in the settings.  All count at the digits with which they are written.
+A number with an interval, ``0.059 [0.047, 0.070]``, must be an estimate of an experiment.  That is
+a score of a run, the mean of a group of runs, or the difference of two groups over pairs of seeds.
+A number without an interval must be a mean or a difference too, or stand in another source.  Other
+sources are the tables of the page, curves, profiles and settings.  Numbers are compared at the
+digits with which they are written.
 
-The experiments are the page's own and those that it links to or names in ``code``.  What comes
-from no file is said so, ``(not recomputed: 21 % at an earlier commit)``.
+The experiments are the page's own and those that it links to or names in ``code``.  A number that
+comes from no file is marked as such: ``(not recomputed: 21 % at an earlier commit)``.
 """
 
 import re
@@ -34,7 +35,7 @@ from rudolph.reports.timings import PROFILES
 
 RUNS, README = "runs.csv", "README.md"
 
-# What is not read: code, images, links' targets, comments, geometry (6 x 6), the unfounded.
+# Text that is not checked: code, images, link targets, comments, sizes (6 x 6), marked numbers.
 UNREAD = re.compile(
     r"`[^`]*`|!\[[^]]*\]\([^)]*\)|\]\([^)]*\)|<!--.*?-->|https?://\S+|\b\d+ x \d+\b"
     r"|\(not recomputed: [^)]*\)",
@@ -45,9 +46,9 @@ NUMBER_PATTERN = re.compile(
     r"(?<![\w.:/-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w:]|\.\d|,\d|-\w|/\d)"
 )
 INTERVAL = re.compile(rf"\[({NUMBER_PATTERN.pattern}), ({NUMBER_PATTERN.pattern})\]")
-# Between a value and its interval: its unit and a few words, but no other number.
+# A value and its interval may be separated by a unit and a few words, but by no other number.
 BETWEEN = re.compile(r"[^\d\[\].;]{0,40}")
-# Of the unit in which a text says it, how much is one of the files' unit.
+# Possible factors from the unit of the files to the unit written in a text.
 UNITS: dict[str, tuple[float, ...]] = {
     "%": (100.0, 1.0),
     "point": (100.0,),
@@ -59,14 +60,21 @@ UNITS: dict[str, tuple[float, ...]] = {
     "MB": (1e-6,),
     "GB": (1e-9,),
 }
-# The unit of a number may stand behind another one: "76 to 78 %".
+# The unit of a number may follow a later number: "76 to 78 %".
 UNIT = re.compile(
     rf"(?:(?:,| to| and| or| against| instead of) [\d.,]+){{0,2}}[ -]?({'|'.join(UNITS)})"
 )
 
 
 class WrittenNumber(NamedTuple):
-    """A number of a text: as written, its value, the unit of its last digit, possible scales."""
+    """A number in a text.
+
+    Attributes:
+        text: the number as written.
+        value: its value.
+        step: the unit of its last digit.
+        scales: possible factors from the unit of a file to the unit of the text.
+    """
 
     text: str
     value: float
@@ -74,7 +82,10 @@ class WrittenNumber(NamedTuple):
     scales: tuple[float, ...]
 
     def is_one_of(self, facts: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which of the facts ``(N,)`` it is, in size: one says 0.06 fewer, or -0.06 more."""
+        """Return which of the facts ``(N,)`` the number matches, ignoring the sign.
+
+        The sign is ignored because 0.06 fewer and -0.06 more are the same.
+        """
         near = np.zeros(len(facts), dtype=bool)
         for scale in self.scales:
             near |= np.abs(np.abs(facts) * scale - abs(self.value)) <= 0.5001 * self.step
@@ -82,27 +93,38 @@ class WrittenNumber(NamedTuple):
 
 
 class KnownNumbers(NamedTuple):
-    """What an experiment's files say: values with bounds ``(N, 3)``, and values alone ``(M,)``."""
+    """The numbers that the files of an experiment contain.
+
+    Attributes:
+        estimates: values with lower and upper bounds, ``(N, 3)``.
+        values: values without bounds, ``(M,)``.
+    """
 
     estimates: NDArray[Any]
     values: NDArray[Any]
 
     @classmethod
     def none(cls) -> "KnownNumbers":
+        """Return an empty set of numbers."""
         return cls(np.empty((0, 3)), np.empty(0))
 
     def joined(self, other: "KnownNumbers") -> "KnownNumbers":
-        """These facts and those of another experiment."""
+        """Return these numbers and those of another experiment."""
         return KnownNumbers(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
 def unverified_on_page(
     readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], KnownNumbers]
 ) -> Iterator[str]:
-    """The numbers of a page, outside its generated part, that no file founds.
+    """Yield the numbers of a page, outside its generated part, that no file contains.
 
-    Of a page that is of no experiment, such as the project's, only those with an interval count,
-    and they may be of any.
+    On a page without an experiment of its own, such as the project's README, only numbers with an
+    interval are checked, against all experiments.
+
+    Args:
+        readme: the page.
+        results_folder: folder of all exported experiments.
+        facts_of_folder: returns the known numbers of an experiment's folder.
     """
     text = readme.read_text("utf-8")
     by_hand = without_generated(text)
@@ -117,7 +139,7 @@ def unverified_on_page(
 
 
 def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
-    """The folders of the experiments that a page is of or names."""
+    """Return the folders of the experiments that a page belongs to or names."""
     found = {readme.parent}
     for name, target in NAMED.findall(text):
         place = results_folder / name if name else readme.parent / target
@@ -126,10 +148,12 @@ def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
 
 
 def unverified_numbers(text: str, facts: KnownNumbers, *, has_alone: bool = True) -> Iterator[str]:
-    """The numbers of a text that are none of the facts, as they are written.
+    """Yield the numbers of a text that match no fact, as they are written.
 
     Args:
-        has_alone: whether numbers without an interval count too.
+        text: the text to check.
+        facts: the numbers of the experiments that the text names.
+        has_alone: whether numbers without an interval are checked too.
     """
     text = UNREAD.sub(lambda found: "]" if found[0].startswith("](") else " _ ", text)
     told: set[int] = set()
@@ -161,7 +185,7 @@ def _said(text: str, start: int, end: int) -> WrittenNumber:
 def _is_estimate(
     value: WrittenNumber | None, bounds: list[WrittenNumber], estimates: NDArray[Any]
 ) -> bool:
-    """Whether value and bounds are those of one estimate, in one unit, or of its negative."""
+    """Return whether value and bounds match one estimate, or its negative, in one unit."""
     scales = (1.0, 100.0) if value is None or value.scales == (1.0,) else value.scales
     for scale in scales:
         low, high = (each._replace(scales=(scale,)) for each in bounds)
@@ -175,7 +199,7 @@ def _is_estimate(
 
 
 def known_numbers(folder: Path) -> KnownNumbers:
-    """All that the CSV files of a folder, the tables of its page and its settings say."""
+    """Return all numbers of a folder's CSV files, of its page's tables and of its settings."""
     estimates: list[list[float]] = []
     values: list[float] = []
     if (folder / CARD).is_file():
@@ -185,7 +209,7 @@ def known_numbers(folder: Path) -> KnownNumbers:
     if (folder / RUNS).is_file():
         runs = read_runs(folder)
         groups, single = list(_of_groups(runs)), list(_of_runs(runs))
-        # What one of several seeds scored is said with its interval or not at all.
+        # With several seeds, the score of one seed must be written with its interval.
         has_seeds = runs["seed"].nunique() > 1
         estimates = [*groups, *single, *estimates]
         validated = list(_of_validations(folder, runs))
@@ -203,7 +227,7 @@ def known_numbers(folder: Path) -> KnownNumbers:
 
 
 def _of_texts(folder: Path) -> Iterator[float]:
-    """Numbers of the page's generated part, of the question and of the settings of its runs."""
+    """Yield the numbers of the page's generated part, the question and the runs' settings."""
     texts = [generated_part(folder / README), (folder / "report.json").read_text("utf-8")]
     texts += [(folder / name).read_text("utf-8") for name in (BASE, LINES)]
     for text in texts:
@@ -212,7 +236,7 @@ def _of_texts(folder: Path) -> Iterator[float]:
 
 
 def _of_page(folder: Path) -> Iterator[list[float]]:
-    """Values with their intervals in the page's generated part."""
+    """Yield the values with intervals in the page's generated part."""
     page = generated_part(folder / README)
     for found in re.finditer(rf"({NUMBER_PATTERN.pattern}) {INTERVAL.pattern}", page):
         yield [_said(page, *found.span(part)).value for part in (1, 2, 3)]
@@ -224,14 +248,14 @@ def _finite(values: list[float]) -> NDArray[Any]:
 
 
 def _metrics(runs: pd.DataFrame) -> list[str]:
-    """The columns of ``runs.csv`` after the seconds that hold values, not bounds."""
+    """Return the columns of ``runs.csv`` after the seconds that hold values, not bounds."""
     names = list(runs.columns)
     after = names[names.index("seconds") + 1 :]
     return [name for name in after if not name.endswith(("_low", "_high", "_chance", "_target"))]
 
 
 def _of_runs(runs: pd.DataFrame) -> Iterator[list[float]]:
-    """Each score of a run with its bounds; without, where there are none, as equal bounds."""
+    """Yield each score of a run with its bounds; without bounds, the score serves as both."""
     for metric in _metrics(runs):
         bounds = [runs.get(f"{metric}_{end}", runs[metric]) for end in ("low", "high")]
         for row in zip(runs[metric], *bounds, strict=True):
@@ -239,21 +263,21 @@ def _of_runs(runs: pd.DataFrame) -> Iterator[list[float]]:
 
 
 def _levels(runs: pd.DataFrame) -> Iterator[float]:
-    """Levels of chance, of a run and in the mean, and targets."""
+    """Yield chance levels and targets, of single runs and as means."""
     for name in runs:
         if str(name).endswith(("_chance", "_target")):
             yield from (runs[name].mean(), *runs[name].dropna().unique())
 
 
 def _of_groups(runs: pd.DataFrame) -> Iterator[list[float]]:
-    """What groups of runs scored, and how they differ."""
+    """Yield the mean scores of groups of runs and the differences between groups."""
     groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index, dtype=str)
     for metric in _metrics(runs):
         yield from _compared(runs["seed"], groups, runs[metric])
 
 
 def _of_repetitions(folder: Path) -> Iterator[float]:
-    """Peaks of memory, and what an implementation took in the mean, in all and of a unit."""
+    """Yield peak memory, and mean seconds of each implementation, in total and per unit."""
     table = pd.read_csv(folder / REPETITIONS, keep_default_na=False)
     yield from table["peak_bytes"]
     for _, own in table.groupby(["run", "implementation", "part"]):
@@ -262,7 +286,7 @@ def _of_repetitions(folder: Path) -> Iterator[float]:
 
 
 def _of_validations(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
-    """The same of each validation; of a single run at each step of all of its curves."""
+    """Yield the same for each validation; for a single run, all points of its curves."""
     curves = read_curves(folder)
     if len(runs) == 1:
         yield from ([value] * 3 for value in curves["value"])
@@ -276,7 +300,7 @@ def _of_validations(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
 def _compared(
     seeds: "pd.Series[Any]", groups: "pd.Series[str]", values: "pd.Series[float]"
 ) -> Iterator[list[float]]:
-    """The mean of each group over its seeds, and the difference of each two, by Student's t."""
+    """Yield each group's mean over seeds and each two groups' difference, by Student's t."""
     frame = pd.DataFrame({"seed": seeds, "group": groups, "value": values})
     table = frame.pivot_table(index="seed", columns="group", values="value").to_numpy()
     one, other = np.triu_indices(table.shape[1], 1)

@@ -1,8 +1,9 @@
-"""Whether the runs of an experiment bear out what it claims: computed from ``runs.csv`` alone.
+"""Verdicts on an experiment's claim and comparisons, computed from ``runs.csv`` alone.
 
-Runs of one seed are a pair: they have seen the same data in the same order, are asked the same
-questions and, where shapes allow, began with the same weights.  So what is compared are the
-differences of pairs, by Student's t, and p counts as one of all comparisons of the experiment.
+Runs of the same seed form a pair.  They saw the same data in the same order, are evaluated on the
+same pairs and, where shapes allow, started from the same weights.  Groups are therefore compared
+by paired differences with Student's t.  The p-values are corrected by Holm for all comparisons of
+the experiment.
 """
 
 import re
@@ -22,7 +23,7 @@ from rudolph.evaluation.statistics import (
 )
 from rudolph.reports.markdown import table_row
 
-# Parts of the names of metrics that are better when they are less.
+# Name parts that mark a metric of which lower is better.
 LESS_IS_BETTER = re.compile(
     r"loss|perplexity|error|seconds|bytes|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
 )
@@ -39,11 +40,17 @@ MANY_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` is better than ``than`` in ``metric``, by at least ``at_least`` of its unit.
+    """The claim that ``better`` beats ``than`` in ``metric`` by at least ``at_least``.
 
-    Both are variants, or, in a grid, names of runs without their seed.  Less of a loss, an error
-    or a cost is better; of all else more.  A negative ``at_least`` claims that ``better`` is worse
-    by no more than that.
+    Both are variants or, in a grid, run names without the seed.  Lower is better for losses,
+    errors and costs, higher for all other metrics.  A negative ``at_least`` claims that ``better``
+    is worse by no more than that.
+
+    Attributes:
+        metric: column of ``runs.csv``.
+        better: the group that is claimed to be better.
+        than: the group that it is compared with.
+        at_least: claimed difference, in the unit of the metric.
     """
 
     metric: str
@@ -52,16 +59,27 @@ class Claim:
     at_least: float = 0.0
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` if a group is compared with itself."""
         if self.better == self.than:
             raise ValueError(f"better and than must differ, got {self.than!r} twice")
 
 
 class Effect(NamedTuple):
-    """How much better a group of runs is than another, over pairs of seeds.
+    """The margin by which one group of runs is better than another, over pairs of seeds.
 
-    ``value`` with its interval is above 0 where ``group`` is better; ``p_value`` is of its being
-    ``at_least``, corrected by Holm.  ``detectable`` is the difference that so many pairs show with
-    a power of 80 %, ``needed`` the pairs that show the one that was seen.
+    Attributes:
+        metric: column of ``runs.csv``.
+        group: the group that is compared.
+        than: the group that it is compared with.
+        at_least: difference that the p-value tests against.
+        pairs: number of seeds that both groups have.
+        value: mean difference; above 0 if ``group`` is better.
+        low: lower bound of the 95 % interval.
+        high: upper bound of the 95 % interval.
+        p_value: p-value against a difference of ``at_least``, corrected by Holm.
+        detectable: difference that this number of pairs detects at 80 % power.
+        needed: number of pairs that detects ``value`` at 80 % power; infinite above
+            ``MANY_SEEDS``.
     """
 
     metric: str
@@ -78,14 +96,17 @@ class Effect(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What is known of a claim: its difference is surely more, or surely less, or neither."""
+        """The verdict on a claim: reproduced, contradicted or inconclusive.
+
+        It depends on whether the difference is significantly above or below ``at_least``.
+        """
         if not self.p_value <= SURE:
             return INCONCLUSIVE
         return REPRODUCED if self.value > self.at_least else CONTRADICTED
 
 
 def group_of(run: str, seed: int) -> str:
-    """What a run has in common with those of other seeds: its name without the seed.
+    """Return the name of a run without its seed, which is the same for all seeds.
 
     >>> group_of("causal-top_k=8-seed3", 3), group_of("seed3", 3)
     ('causal-top_k=8', '')
@@ -94,23 +115,25 @@ def group_of(run: str, seed: int) -> str:
 
 
 def natural_order(name: str) -> str:
-    """A key that sorts names as their numbers go, ``k=2`` before ``k=10``."""
+    """Return a key that sorts names by the numbers in them, ``k=2`` before ``k=10``."""
     numbers = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)
-    # Names of equal numbers, 1_001 and 001_1, have an order too.
+    # The name breaks ties between equal numbers, such as 1_001 and 001_1.
     return f"{numbers} {name}"
 
 
 def effects(
     runs: pd.DataFrame, *, metrics: Sequence[str], against: str | None, claim: Claim | None
 ) -> list[Effect]:
-    """All comparisons of an experiment, that of its claim first.
+    """Return all comparisons of an experiment, that of its claim first.
 
     Args:
-        runs: ``runs.csv``.
-        metrics: in which every other group is compared with the group ``against``.
+        runs: the table ``runs.csv``.
+        metrics: metrics in which every other group is compared with ``against``.
+        against: the group to compare with; None compares only the claim's groups.
+        claim: the experiment's claim, if it has one.
 
     Raises:
-        ValueError: for a metric or a group that is not there.
+        ValueError: if a metric or a group does not exist.
     """
     groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), dtype=str)
     asked = [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
@@ -119,7 +142,7 @@ def effects(
             others = sorted(set(groups) - {against}, key=natural_order)
             asked += [(metric, name, against, 0.0) for name in others]
     if claim is not None:
-        # Neither is it made again the other way round.
+        # The claim's comparison is not repeated, in either direction.
         same = (claim.metric, {claim.better, claim.than})
         asked = [asked[0], *(each for each in asked[1:] if (each[0], {*each[1:3]}) != same)]
     found = [_effect(runs, groups, *each) for each in asked]
@@ -145,7 +168,7 @@ def _effect(
         pairs = -pairs
     value = float(pairs.mean()) if len(pairs) else np.nan
     if len(pairs) < 2:
-        # One pair has no spread, so nothing is known of it.
+        # A single pair has no spread and thus no interval.
         unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
         return Effect(metric, group, than, least, len(pairs), value, p_value=1.0, **unknown)
     if is_binary(values):
@@ -220,7 +243,7 @@ def effects_table(found: Sequence[Effect]) -> list[str]:
 
 
 def format_interval(found: Effect) -> str:
-    """``0.12 [0.05, 0.19]``."""
+    """Format an effect as ``0.12 [0.05, 0.19]``; a single pair has no interval."""
     if found.pairs < 2:
         return f"{found.value:.3g}"
     return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"

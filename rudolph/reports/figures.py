@@ -1,8 +1,9 @@
-"""Figures of a report: numbers in, one file out, the same bytes every time.
+"""Figures of a report, drawn from CSV files alone, with the same bytes every time.
 
-The figures of a report are drawn from CSV files alone; ``FIGURES`` names them.  Each takes
-``(frame, path, *, y, x, by)``: the metrics, the column along the axis, the column that tells the
-variants apart.  To add one, write it with these arguments and ``report_figure``, and name it in
+``FIGURES`` lists the kinds.  Each takes ``(frame, path, *, y, x, by)``: a table, the file to
+write, the metrics, the column along the axis, and the column of the variants.
+
+To add a kind, write it with these arguments, decorate it with ``report_figure`` and add it to
 ``FIGURES``.
 """
 
@@ -34,14 +35,14 @@ from rudolph.reports.style import (
     styled,
 )
 
-# Numbers of a grid whose last is so many times the first stand on a logarithmic axis.
+# The axis of a numeric column is logarithmic if its maximum is this many times its minimum.
 SPREAD = 20
 
 Draw = Callable[..., None]
 
 
 def report_figure(draw: Draw) -> Draw:
-    """Give a figure the common style and names that matplotlib draws as they stand."""
+    """Decorate a figure to use the common style and to draw names literally."""
 
     @styled
     @wraps(draw)
@@ -53,13 +54,13 @@ def report_figure(draw: Draw) -> Draw:
 
 
 def _with_drawn_texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with every text in it, and every name of a column, as it is drawn."""
+    """Return a table whose texts and column names are escaped for drawing."""
     frame = frame.rename(columns=drawable_text)
     for name in frame.select_dtypes(include=["object", "string"]).columns:
         texts = frame[name].map(
             lambda cell: drawable_text(cell) if isinstance(cell, str) else cell
         )
-        # An ordinary column keeps its type.
+        # An unchanged column keeps its dtype.
         if not texts.equals(frame[name]):
             frame = frame.assign(**{name: texts})
     return frame
@@ -67,13 +68,11 @@ def _with_drawn_texts(frame: pd.DataFrame) -> pd.DataFrame:
 
 @report_figure
 def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Metrics along training: the mean of a variant's runs, and from the least to the greatest.
+    """Draw metrics along training: the mean over a variant's runs, and the range from min to max.
 
-    Args:
-        frame: one row a point: ``run, metric, step, value`` and the column ``by``.
-        x: ``step``.
-
-    Seeds are compared where all of them have points, between which they are straight.
+    ``frame`` has one row per point, with the columns ``run, metric, step, value`` and ``by``;
+    ``x`` is ``step``.  Runs are averaged over the steps that all of them cover, with linear
+    interpolation.
     """
     _require(frame, [x, by, "run", "metric", "value"])
     figure, panels = panels_of(len(y))
@@ -96,18 +95,16 @@ def curves(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
 
 @report_figure
 def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Metrics of finished runs against a number of the grid; the spread is over the seeds.
+    """Draw metrics of finished runs against a numeric column; the band is the range over seeds.
 
-    Args:
-        frame: one row a run.
-        x: a numeric column, such as ``sampling.top_k``.
+    ``frame`` has one row per run; ``x`` is the numeric column, such as ``sampling.top_k``.
     """
     _require(frame, [x, by, *y])
     figure, panels = panels_of(len(y))
     for axes, metric in zip(panels, y, strict=True):
         for number, (name, group) in enumerate(_groups(frame, by)):
             places = [place[metric].dropna() for _, place in group.groupby(x, sort=True)]
-            # Places may have different numbers of runs; NaN counts in neither mean nor ends.
+            # Values of x may have different numbers of runs; NaN counts in neither mean nor range.
             values = np.full((max(map(len, places)), len(places)), np.nan)
             for column, place in enumerate(places):
                 values[: len(place), column] = place
@@ -123,12 +120,12 @@ def lines(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str)
 
 @report_figure
 def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """A forest plot: each run's value with its interval, variants in rows, chance level dotted.
+    """Draw a forest plot: each run's value with its interval, one row per variant.
 
-    Args:
-        frame: one row a run; the interval of ``m`` is in ``m_low`` and ``m_high``, its chance
-            level in ``m_chance`` and a value to reach in ``m_target``, where there are such.
-        x: the column whose values stand side by side in a row, such as ``seed``.
+    ``frame`` has one row per run.  The interval of metric ``m`` is in ``m_low`` and ``m_high``,
+    its chance level in ``m_chance`` and its target in ``m_target``, where they exist.  Chance
+    levels are dotted.  ``x`` is the column whose values stand side by side in a row, such as
+    ``seed``.
     """
     _require(frame, [x, by, *y])
     rows, beside = sorted(frame[by].unique()), sorted(frame[x].unique())
@@ -156,16 +153,15 @@ def intervals(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
 
 @report_figure
 def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """How much better groups of runs are than another, with intervals; right of 0 is better.
+    """Draw how much better groups of runs are than another, with intervals; right of 0 is better.
 
-    A filled marker is a difference after Holm's correction; a claim's least is a full line.
-
-    Args:
-        frame: one row a comparison, see ``claims.Effect``; ``x`` is ``metric``, ``by`` ``group``.
+    A filled marker is a significant difference after Holm's correction.  A full line is the least
+    difference that a claim states.  ``frame`` has one row per comparison, see ``claims.Effect``;
+    ``x`` is ``metric`` and ``by`` is ``group``.
     """
     _require(frame, [x, by, "than", "value", "low", "high", "p_value", "at_least"])
     rows = max(int((frame[x] == metric).sum()) for metric in y)
-    # Where all are compared with one, its name stands below the axis, else in a second line.
+    # A common reference is named below the axis, different ones in a second line of each row.
     has_one = frame["than"].nunique() == 1
     lines_of_one = 1 if has_one else 2
     figure, panels = panels_of(len(y), height=1.1 + (0.15 + 0.15 * lines_of_one) * rows)
@@ -195,10 +191,10 @@ def forest(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
 
 @report_figure
 def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Intervals of metrics of one unit on one axis, a row for each variant and metric.
+    """Draw intervals of metrics of one unit on one axis, one row per variant and metric.
 
-    The axis is called what the metrics have in common after their last ``/``; of ratios to the
-    reference 1 is dotted.
+    The axis is named after the part of the metrics behind their last ``/``.  For speedups a dotted
+    line marks 1, the reference.
     """
     _require(frame, [x, by, *y])
     records = frame.sort_values([by, x]).to_dict("records")
@@ -221,12 +217,11 @@ def ratios(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
 
 @report_figure
 def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """A report card: a row for each score that was asked for, on an axis from 0 to 1.
+    """Draw a report card: one row per requested score, on an axis from 0 to 1.
 
-    Args:
-        frame: one row a score of a run: its name in the column ``x``, and ``value``, ``low``,
-            ``high`` and, where there is one, ``chance``.
-        y: names of the scores, from the top down; ``by`` tells runs apart.
+    ``frame`` has one row per score of a run: its name in column ``x``, and ``value``, ``low``,
+    ``high`` and ``chance``, which may be missing.  ``y`` names the scores from the top down;
+    ``by`` distinguishes runs.
     """
     _require(frame, [x, by, "value", "low", "high", "chance"])
     chosen = frame[frame[x].isin(y)].assign(rank=lambda rows: rows[x].map(list(y).index))
@@ -247,11 +242,10 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) 
 
 @report_figure
 def best_of_n(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Best of N: a curve with its interval for each ranking, of the scores ``y/best_of_N/split``.
+    """Draw best of N: a curve with its interval per ranking, of the scores ``y/best_of_N/split``.
 
-    Args:
-        frame: a report card of one split, see ``card``.
-        y: names of the rankings; ``by`` tells runs apart.
+    ``frame`` is a report card of one split, see ``card``.  ``y`` names the rankings; ``by``
+    distinguishes runs.
     """
     _require(frame, [x, by, "value", "low", "high"])
     figure, [axes] = panels_of(1)
@@ -277,9 +271,9 @@ def best_of_n(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: 
 
 @report_figure
 def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Metrics over two columns of the grid: the mean over the other ones, written in the cell.
+    """Draw metrics over two columns of the grid; a cell is the mean over all other columns.
 
-    Below it stands the half width of its 95 % interval, where there are several runs.
+    Cells with several runs also show the half width of the 95 % interval.
     """
     _require(frame, [x, by, *y])
     rows = frame[by].nunique()
@@ -296,7 +290,7 @@ def heatmap(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
 
 
 def _cell_text(values: "pd.Series[float]") -> str:
-    """``0.72`` of one run, of several with ``± 0.03`` below it."""
+    """Format a cell as ``0.72``, for several runs with ``± 0.03`` below."""
     mean = f"{values.mean():.3g}"
     if len(values) < 2:
         return mean
@@ -306,13 +300,11 @@ def _cell_text(values: "pd.Series[float]") -> str:
 
 @report_figure
 def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """Two metrics against each other: the mean of each group of runs with 95 % intervals.
+    """Draw two metrics against each other: the mean of each group of runs with 95 % intervals.
 
-    A line joins the groups that no other one beats in both.
-
-    Args:
-        frame: one row a run; ``by`` tells groups apart, whose runs differ in ``x``.
-        y: the two metrics, the first along the axis.
+    A line joins the groups on the Pareto front.  ``frame`` has one row per run; ``by``
+    distinguishes groups, whose runs differ in ``x``.  ``y`` is the horizontal metric, then the
+    vertical one.
     """
     _require(frame, [x, by, *y])
     if len(y) != 2:
@@ -345,11 +337,10 @@ def pareto(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str
 
 @report_figure
 def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: str) -> None:
-    """The range of each setting that a search found, domain by domain, on the setting's axis.
+    """Draw the range of each setting that a search found, per domain, on the setting's axis.
 
-    Args:
-        frame: ``regions.csv``; the column ``x`` names settings, ``by`` domains.
-        y: the settings, a panel each.
+    ``frame`` is ``regions.csv``, whose column ``x`` names settings and whose column ``by`` names
+    domains.  ``y`` lists the settings, one panel each.
     """
     _require(frame, [x, by, "low", "high", "least", "greatest", "log"])
     domains = list(dict.fromkeys(frame[by].sort_values()))
@@ -378,7 +369,7 @@ def regions(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, by: st
 
 
 def pareto_front(places: NDArray[Any], is_less_better: Sequence[bool]) -> NDArray[Any]:
-    """Of points ``(N, 2)`` those that none is better than in both, from left to right."""
+    """Return those of the points ``(N, 2)`` that no other dominates, from left to right."""
     signed = np.where(is_less_better, places, -places)
     kept = [not ((signed <= point).all(1) & (signed < point).any(1)).any() for point in signed]
     front = places[kept]
@@ -392,7 +383,7 @@ def _require(frame: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def _groups(frame: pd.DataFrame, by: str) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """Each group and its name; runs that have none, as those of a grid alone, are one group."""
+    """Yield each group with its name; runs without a value of ``by`` form the group ``all``."""
     if frame[by].hasnans:
         frame = frame.astype({by: object}).fillna({by: "all"})
     yield from frame.groupby(by, sort=True)

@@ -1,6 +1,6 @@
-"""Images drawn from arrays: masks, grids of samples, reconstructions, use of a codebook.
+"""Images made from arrays: attention masks, sample grids, reconstructions, codebook usage.
 
-The same arrays give the same bytes.
+Equal arrays give files that are equal in every byte.
 
 Shapes: T is the length of the sequence, H and W are the sides of an image.
 """
@@ -32,15 +32,20 @@ LONGEST_CAPTION = 400  # characters
 def draw_masks_image(
     masks: Mapping[str, NDArray[np.bool_]], path: Path, *, segments: tuple[int, int, int]
 ) -> None:
-    """Attention masks side by side, with the borders between left text, image and right text.
+    """Draw attention masks side by side, with borders between left text, image and right text.
 
     Args:
-        masks: name -> ``(T, T)``, true where the query (row) sees the key (column).
-        segments: lengths of left text, image and right text; they add up to T.
+        masks: mask by name, ``(T, T)``, true where the query (row) attends to the key (column).
+        path: the file to write.
+        segments: lengths of left text, image and right text, which add up to T.
+
+    Raises:
+        ValueError: if a mask has another size.
+        DrawingError: if the figure cannot be drawn or written.
     """
     num_rows = -(-len(masks) // 4)
     num_columns = -(-len(masks) // num_rows)
-    # No narrower than the legend.
+    # At least as wide as the legend.
     size = max(2.6 * num_columns, 3.9), 2.75 * num_rows + 0.5
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
@@ -62,14 +67,17 @@ def draw_masks_image(
 def sample_grid(
     images: Sequence[ImageArray], captions: Sequence[str], path: Path, *, columns: int
 ) -> None:
-    """Images in rows with their captions below, enlarged by a whole number to keep pixels.
+    """Write images in rows with captions below, enlarged by a whole factor to keep pixels sharp.
 
     Args:
         images: ``(H, W, 3)`` uint8, all of one size.
-        captions: one per image; they are cleaned, wrapped, and cut where they are very long.
+        captions: one per image; they are cleaned, wrapped, and cut if they are very long.
+        path: the PNG file to write.
+        columns: number of images per row.
 
     Raises:
-        DrawingError: for what cannot be drawn or written.
+        ValueError: if images and captions do not match, or images differ in size.
+        DrawingError: if the grid cannot be drawn or written.
     """
     if not images or len(captions) != len(images) or len({image.shape for image in images}) > 1:
         raise ValueError(
@@ -110,10 +118,12 @@ def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: in
 def reconstructions(
     originals: Sequence[ImageArray], decoded: Sequence[ImageArray], path: Path
 ) -> None:
-    """Three rows: originals, what the tokenizer made of them, and the difference, white for none.
+    """Write three rows: originals, reconstructions, and 4 times their difference (white for none).
 
     Args:
-        originals, decoded: ``(H, W, 3)`` uint8, equally many and of one size.
+        originals: ``(H, W, 3)`` uint8.
+        decoded: the reconstruction of each original, of the same size.
+        path: the PNG file to write.
     """
     pairs = list(zip(originals, decoded, strict=True))
     errors = [np.abs(a.astype(np.int16) - b.astype(np.int16)) for a, b in pairs]
@@ -126,10 +136,16 @@ def reconstructions(
 
 @styled
 def draw_codebook_usage(counts: NDArray[np.int64], path: Path) -> None:
-    """How often each code was used, most used first, beside an even use.
+    """Draw how often each code is used, most used first, next to uniform usage.
+
+    The title reports the number of used codes and the perplexity.
 
     Args:
-        counts: ``(K,)`` uses of each of the K codes; the title gives used codes and perplexity.
+        counts: number of uses of each of the K codes, ``(K,)``.
+        path: the file to write.
+
+    Raises:
+        ValueError: if no code was used.
     """
     total = counts.sum()
     if total == 0:
@@ -184,7 +200,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     narrowest = min(
         (font.getlength(character) for character in set(text) - set("\t\n\r")), default=0
     )
-    # No line that fits has more characters, so wrapping at more of them gives the same lines.
+    # No line that fits is longer, so wrapping at more characters gives the same lines.
     most = min(len(text), int(width / narrowest) + 2) if narrowest else len(text)
     while True:
         found = textwrap.wrap(text, max(1, most)) or [""]

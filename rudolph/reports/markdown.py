@@ -1,8 +1,8 @@
-"""Markdown that the pages of ``results/`` are made of."""
+"""Markdown of the pages in ``results/``."""
 
 from collections.abc import Sequence
 
 
 def table_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; bars and line ends in the cells do no harm."""
+    """Return a row of a Markdown table; bars in cells are escaped and line breaks removed."""
     return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"

@@ -13,12 +13,14 @@ from rudolph.reports.search_tables import is_trial
 
 
 def available_report(report: Report, folder: Path) -> Report:
-    """Return a report without what only missing runs have: metrics, comparisons, regions.
+    """Return a report without the metrics, comparisons and regions that only missing runs have.
 
-    Where no run is missing the report stays, so that a metric that nothing has is an error.
+    A report without missing runs is returned unchanged, so that a metric that no run has is an
+    error.
 
     Args:
-        folder: of the exported tables.
+        report: the report of the whole experiment.
+        folder: folder of the exported tables.
     """
     if not report.missing:
         return report
@@ -43,7 +45,7 @@ def available_report(report: Report, folder: Path) -> Report:
 
 
 def _of_there(figure: Figure, report: Report, folder: Path, runs: pd.DataFrame) -> Figure | None:
-    """Return a figure of what is there, None where nothing of it is."""
+    """Return a figure restricted to the metrics that exist; None if there are none."""
     known: Iterable[str] = runs.columns
     if figure.kind == "regions":
         return None if report.search is None else figure

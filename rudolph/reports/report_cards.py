@@ -1,6 +1,6 @@
 """Report cards: every score of a run with its interval, chance level, count and protocol.
 
-``report_card.csv`` has one row a score; in ``results/`` it holds all runs of an experiment.
+``report_card.csv`` has one row per score.  In ``results/`` it holds all runs of an experiment.
 """
 
 import csv
@@ -19,7 +19,7 @@ CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "pr
 
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows with the keys of ``CARD_COLUMNS``, as one file."""
+    """Write rows with the keys of ``CARD_COLUMNS`` as one report card."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CARD_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -28,10 +28,10 @@ def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_card(path: Path) -> pd.DataFrame:
-    """Return a card, of one run or of several (then with the column ``run``).
+    """Return a report card of one run, or of several with the extra column ``run``.
 
     Raises:
-        DamagedFileError: when it is no such table.
+        DamagedFileError: if it is not such a table.
     """
     texts = dict.fromkeys(("run", "score", "split", "protocol"), "string")
     again = "rudolph report-card --again asks the run anew"
@@ -49,10 +49,13 @@ def read_card(path: Path) -> pd.DataFrame:
 
 
 def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
-    """Raise ``ValueError`` when two runs were asked about different data of one of the splits.
+    """Check that two runs were evaluated on the same data of some splits.
 
-    What a run was trained on may differ: that is what may be compared.  A run that was packed
-    does not tell its data.
+    Their training data may differ, since a comparison may be about it.  A packed run has no record
+    of its data and passes the check.
+
+    Raises:
+        ValueError: if the data of a split differ.
     """
     places = [each / "environment.json" for each in (folder, other)]
     if not all(place.is_file() for place in places):
@@ -65,7 +68,7 @@ def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
 
 
 def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
-    """The cards of all runs that have one as a single file, or none."""
+    """Write the report cards of all runs as one file; delete the file if no run has one."""
     target = folder / CARD
     target.unlink(missing_ok=True)
     found = [(name, path / CARD) for name, path in sorted(runs.items())]
@@ -76,7 +79,7 @@ def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
 
 
 def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
-    """Markdown: a row for each score that was asked for, of each run."""
+    """Return a Markdown table with one row per requested score and run."""
     has_one = card["run"].nunique() == 1
     head = [*([] if has_one else ["run"]), "score", "value", "95 % interval", "chance", "count"]
     lines = [table_row(head), table_row(["---"] * len(head))]
@@ -96,8 +99,8 @@ def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
 
 
 def draw_card(path: Path) -> Path:
-    """The card of a run as a figure beside it: all its scores between 0 and 1."""
-    # Drawing needs matplotlib; reading a card does not wait for it.
+    """Draw a run's scores between 0 and 1 next to its report card; return the figure's path."""
+    # Imported here: reading a card does not wait for matplotlib.
     from rudolph.reports.figures import card
     from rudolph.reports.style import warned_drawing
 

@@ -1,7 +1,7 @@
 """The configurations of an experiment's runs: one base in full, and one line per run.
 
 config.yaml      the resolved configuration of the first run, every default written out
-configs.jsonl    per run: its name, its digest, and what differs from ``config.yaml``
+configs.jsonl    per run: its name, its digest, and its differences from ``config.yaml``
 """
 
 import json
@@ -19,8 +19,9 @@ def write_configs(folder: Path, configs: Mapping[str, Path], digests: Mapping[st
     """Write both files from the ``config.yaml`` of each run; runs are sorted by name.
 
     Args:
-        configs: the configuration file of each run by its name.
-        digests: the digest of each run by its name.
+        folder: results folder of the experiment.
+        configs: path of the configuration file by run name.
+        digests: digest of the configuration by run name.
     """
     names = sorted(configs)
     contents = {name: read_yaml(configs[name]) for name in names}
@@ -38,7 +39,7 @@ def read_configs(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield name, digest and resolved configuration of each run of a results folder.
 
     Raises:
-        DamagedFileError: for a line that is not what ``write_configs`` wrote.
+        DamagedFileError: if a line is not as ``write_configs`` writes it.
     """
     base = read_yaml(folder / BASE)
     for number, text in enumerate((folder / LINES).read_text("utf-8").splitlines(), start=1):
@@ -54,7 +55,7 @@ def read_configs(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def difference(
     base: Mapping[str, Any], other: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """Return what ``other`` sets differently, nested, and the paths that it lacks.
+    """Return the nested settings that differ in ``other``, and the paths that it lacks.
 
     >>> difference({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}})
     ({'b': {'c': 5}}, [['b', 'd']])
@@ -76,7 +77,7 @@ def difference(
 def merged(
     base: Mapping[str, Any], changed: Mapping[str, Any], unset: list[list[str]]
 ) -> dict[str, Any]:
-    """Return the configuration that ``difference`` compared with ``base``."""
+    """Return the configuration whose ``difference`` from ``base`` is given."""
     content = dict(base)
     for key, value in changed.items():
         is_nested = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)

@@ -1,8 +1,8 @@
-"""The files of a run, read and checked: is the run finished, and is all of it whole?
+"""Reading and checking the files of a run, to decide whether the run counts as finished.
 
-A run is finished when its ``summary.json`` says so and the files that results are made from can be
-read.  A damaged file is named in one line and the run counts as unfinished, so that executing its
-experiment again makes the file anew.
+A run is finished if its ``summary.json`` has that status and the files that results are made from
+can be read.  A damaged file is named in a one-line warning and the run counts as unfinished.
+Executing its experiment again then recreates the file.
 """
 
 import csv
@@ -21,7 +21,7 @@ from rudolph.tracking.event_log import JOURNAL, STATUSES, read_event_log, read_h
 SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
 AGAIN = "run its experiment again to mend it"
 FINITE_NUMBER = (int, float)
-# As `json_number` writes them.
+# The texts that ``json_number`` writes.
 NOT_FINITE = ("nan", "inf", "-inf")
 NUMERIC_COLUMNS = ("metrics", "chance", "target", "seconds")
 
@@ -30,8 +30,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return the ``summary.json`` of a run.
 
     Raises:
-        DamagedFileError: when it is no summary.
-        OSError: when it is not there.
+        DamagedFileError: if it is not a valid summary.
+        OSError: if it cannot be read.
     """
     path = folder / SUMMARY
     texts = dict.fromkeys(("run", "variant", "digest", "commit", "status"), str)
@@ -55,7 +55,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Return a number of a JSON file, also one that JSON has no word for; None for all else."""
+    """Return a number of a JSON file, including NaN and infinities as text; None otherwise."""
     if isinstance(value, str) and value in NOT_FINITE:
         return float(value)
     return value if isinstance(value, FINITE_NUMBER) else None
@@ -65,8 +65,8 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """Return the ``environment.json`` of a run.
 
     Raises:
-        DamagedFileError: when it is none.
-        OSError: when it is not there.
+        DamagedFileError: if it is not a valid environment.
+        OSError: if it cannot be read.
     """
     path = folder / ENVIRONMENT
     content = read_mapping(path, machine=dict)
@@ -78,12 +78,13 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 
 def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | None:
-    """Return the summary of a finished run that is whole, None for any other.
+    """Return the summary of a finished run whose files are intact, else None.
 
     A damaged file is named in a warning.
 
     Args:
-        advice: what the warning says after the file and its fault.
+        folder: folder of the run.
+        advice: end of the warning, after the file and its fault.
     """
     if not (folder / SUMMARY).exists():
         return None
@@ -105,7 +106,12 @@ def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | N
 
 
 def finished_runs(runs: Path, *, advice: str = AGAIN) -> list[tuple[Path, dict[str, Any]]]:
-    """Return folder and summary of each finished, whole run right below a folder."""
+    """Return folder and summary of each finished, intact run directly below a folder.
+
+    Args:
+        runs: the folder that holds the runs.
+        advice: end of a warning about a damaged file, see ``finished_summary``.
+    """
     folders = sorted(path.parent for path in runs.glob(f"*/{SUMMARY}"))
     found = [(folder, finished_summary(folder, advice=advice)) for folder in folders]
     return [(folder, summary) for folder, summary in found if summary is not None]
@@ -114,9 +120,13 @@ def finished_runs(runs: Path, *, advice: str = AGAIN) -> list[tuple[Path, dict[s
 def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
     """Check the files that results are made from.
 
+    Args:
+        folder: folder of the run.
+        summary: content of its ``summary.json``.
+
     Raises:
-        DamagedFileError: naming the first that is damaged.
-        OSError: naming the first that is missing or cannot be read.
+        DamagedFileError: for the first damaged file.
+        OSError: for the first file that is missing or cannot be read.
     """
     read_environment(folder)
     header = read_header(folder / JOURNAL)
@@ -134,10 +144,10 @@ def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def check_config(path: Path) -> None:
-    """Check that a ``config.yaml`` is text that was not cut off; its keys are not read.
+    """Check that a ``config.yaml`` is text and not cut off; its keys are not read.
 
     Raises:
-        DamagedFileError: when it is not.
+        DamagedFileError: if it is not.
     """
     with naming_file(path):
         content = path.read_bytes()
@@ -152,10 +162,15 @@ def check_config(path: Path) -> None:
 
 
 def check_table(path: Path, columns: Collection[str], *, numbers: Collection[str]) -> None:
-    """Check the columns and numbers of a CSV file, if it is there.
+    """Check the columns and numbers of a CSV file, if it exists.
+
+    Args:
+        path: the CSV file.
+        columns: columns that it must have.
+        numbers: columns whose values must be numbers.
 
     Raises:
-        DamagedFileError: naming the line that is no row of such a table.
+        DamagedFileError: if a column is missing or a row is malformed.
     """
     if not path.exists():
         return

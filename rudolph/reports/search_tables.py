@@ -1,6 +1,6 @@
-"""What a search found: regions of settings, from ``runs.csv`` alone.
+"""The regions of settings that a search found, computed from ``runs.csv`` alone.
 
-``regions.csv`` has one row a domain and setting; page and figure are made from it.
+``regions.csv`` has one row per domain and setting; the page and the figure are made from it.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,24 @@ from rudolph.files.atomic import write_text
 from rudolph.reports.markdown import table_row
 
 REGIONS = "regions.csv"
-# The variant of a search's own runs, and of those that test the region of a domain.
+# The variant of a search's trials, and the start of the variants that test a domain's region.
 TRIAL, REGION = "trial", "region_"
 
 
 @dataclass(frozen=True)
 class Search:
-    """Settings that are searched for, domain by domain, and the regions that are then tested.
+    """A search for settings, domain by domain, and the regions that are then tested.
 
-    ``domains`` name a metric each, without its split.  The runs of ``trials`` have ``settings``
-    over the file's: half of them fill ``space`` evenly, the others are proposed for one domain
-    after the other.  A region is what is within ``tolerance`` of the best of its domain; each seed
-    tests one point of it with the settings of the file.
+    Half of the trials fill ``space`` evenly; the others are proposed for one domain after the
+    other.  A region holds the settings within ``tolerance`` of the best of its domain.  Each seed
+    tests one point of it with the settings of the experiment file.
+
+    Attributes:
+        space: axis of each setting that is searched.
+        domains: metric of each domain, without its split.
+        trials: number of trial runs.
+        tolerance: largest loss of a good setting against the best, in units of the metric.
+        settings: settings of the trials, which override those of the experiment file.
     """
 
     space: dict[str, Axis]
@@ -45,6 +51,7 @@ class Search:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if not self.space or not self.domains:
             raise ValueError("space and domains must each name at least one")
         if self.trials < 8:
@@ -53,10 +60,10 @@ class Search:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}")
 
     def score(self, domain: str, runs: pd.DataFrame) -> str:
-        """The column of a domain's score, on whatever split the runs were asked.
+        """Return the column of a domain's score, whatever split the runs were evaluated on.
 
         Raises:
-            ValueError: when there is none, or more than one.
+            ValueError: if there is none, or more than one.
         """
         start = f"{self.domains[domain]}/"
         ends = ("_low", "_high", "_chance", "_target")
@@ -69,7 +76,7 @@ class Search:
 
 
 def find_domain_region(search: Search, domain: str, trials: pd.DataFrame) -> Region:
-    """The region of a domain, from the rows of the trials in ``runs.csv``."""
+    """Return the region of a domain, from the trials of ``runs.csv``."""
     score = search.score(domain, trials)
     known = trials.dropna(subset=[score])
     points = known[list(search.space)].to_numpy(dtype=np.float64)
@@ -83,12 +90,12 @@ def find_domain_region(search: Search, domain: str, trials: pd.DataFrame) -> Reg
 
 
 def is_trial(runs: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows of ``runs.csv`` are a search's own; runs without a variant have none there."""
+    """Return which rows of ``runs.csv`` are trials of a search, by their variant."""
     return runs["variant"].fillna("").eq(TRIAL).astype(bool)
 
 
 def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
-    """``regions.csv`` from the trials among the runs."""
+    """Write ``regions.csv`` from the trials among the runs."""
     trials = runs[is_trial(runs)]
     rows: list[dict[str, Any]] = []
     for domain in search.domains:
@@ -98,16 +105,20 @@ def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
 
 
 def read_regions(folder: Path) -> pd.DataFrame:
+    """Read the ``regions.csv`` of an experiment."""
     return pd.read_csv(folder / REGIONS)
 
 
 def search_lines(
     folder: Path, search: Search, runs: pd.DataFrame, *, same_pairs: Sequence[str] | None
 ) -> list[str]:
-    """Markdown: the region of each domain, and what each group of tests reached in each.
+    """Return the Markdown of each domain's region and of what each group of tests scored.
 
     Args:
-        same_pairs: groups of tests that may share pairs with the trials; None is not known.
+        folder: exported folder of the experiment.
+        search: the search.
+        runs: the table ``runs.csv``.
+        same_pairs: groups of tests that may share pairs with the trials; None if unknown.
     """
     regions = read_regions(folder)
     settings = list(search.space)
@@ -130,7 +141,10 @@ def search_lines(
 def _tests_table(
     search: Search, runs: pd.DataFrame, same_pairs: Sequence[str] | None
 ) -> list[str]:
-    """Markdown: a row a group of tests, a column a domain, mean over seeds and 95 % interval."""
+    """Return a Markdown table with one row per group of tests and one column per domain.
+
+    Each cell is a mean over seeds with its 95 % interval.
+    """
     tests = runs[~is_trial(runs)]
     are_others = same_pairs is not None and not same_pairs
     head = ["tested on pairs that no trial had" if are_others else "tested", *search.domains]

@@ -1,10 +1,10 @@
-"""Runs given to others: a folder that can be moved, and any tracking server that takes it.
+"""Sharing of runs: as a folder that can be moved, or through a tracking server.
 
-    <folder>/<experiment>/<run>/       journal, configuration, summary, scores, samples, weights
+    <folder>/<experiment>/<run>/       event log, configuration, summary, scores, samples, weights
     <folder>/<experiment>/results/     what was exported: tables, figures, the answer
 
-Such a folder lies as ``runs/`` does, so that it is shared again as it is.  A run keeps its key,
-by which a server finds it: whatever is sent twice is there once.
+The folder has the layout of ``runs/``, so it can be shared again as it is.  A run keeps the key by
+which a server finds it, so a run that is sent twice is stored once.
 """
 
 import json
@@ -27,13 +27,19 @@ LEFT = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt"
 
 
 def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> list[Path]:
-    """Copy the finished runs of an experiment, ``runs/<experiment>``, to a folder; their places.
+    """Copy the finished runs of an experiment to a folder and return the paths of the copies.
 
-    What is there already is replaced by what is here, once all copies are whole: a failure or an
-    interruption leaves what was there.
+    Existing copies are replaced once all new copies are complete.  A failure or an interruption
+    leaves the previous ones.
+
+    Args:
+        runs: ``runs/<experiment>``.
+        results: exported results of the experiment, copied if they exist.
+        target: the folder to copy to.
+        has_weights: whether checkpoints are copied too.
 
     Raises:
-        ValueError: when no run has finished, or where the copies would meet what is copied.
+        ValueError: if no run has finished, or the target overlaps with what is copied.
     """
     advice = f"it is left out; {AGAIN}"
     finished = [folder for folder, _ in finished_runs(runs, advice=advice)]
@@ -56,7 +62,7 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
 
 
 def _place(target: Path, journal: Path) -> Path:
-    """Return the folder of an experiment below ``target``, by the journal of one of its runs."""
+    """Return the folder of an experiment below ``target``, named by one of its event logs."""
     name = read_header(journal)["experiment"]
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute():
@@ -65,13 +71,15 @@ def _place(target: Path, journal: Path) -> Path:
 
 
 def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
-    """Send the runs in a folder to a server: the id that each has there, by its folder's name.
+    """Send the runs of a folder to a server and return each run's id there, by folder name.
 
     Args:
-        results: what was exported of the experiment; a folder that is not there is nothing.
+        runs: the folder that holds the runs.
+        results: exported results of the experiment, sent if they exist.
+        uri: address of the server.
 
     Raises:
-        ValueError: when there is no run, or the server did not take all.
+        ValueError: if there is no run, or the server did not take all of them.
     """
     folders = pending_folders(runs, None)
     if not folders:
@@ -87,9 +95,9 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
 
 @contextmanager
 def _exchanged(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder whose entries take their places in ``folder`` when all are whole.
+    """Yield an empty folder whose entries replace those in ``folder`` once all are complete.
 
-    Only renames happen there; where one fails, what was there comes back.
+    The replacement consists of renames only; if one fails, the previous entries are restored.
     """
     scratch = folder.with_name(f".{folder.name}.part")
     new, before = scratch / "new", scratch / "before"
@@ -116,15 +124,15 @@ def _exchanged(folder: Path) -> Iterator[Path]:
 
 
 def _restore(before: Path, folder: Path) -> None:
-    """Put back what was moved away and has nothing in its place; a killed process may leave it."""
+    """Move back the entries of ``before`` that have no replacement in ``folder``."""
     for name in os.listdir(before) if before.is_dir() else ():
         if not os.path.lexists(folder / name):
             os.replace(before / name, folder / name)
 
 
 def _forget_weights(journal: Path) -> None:
-    """Leave out what a server would be told of files that were not copied."""
-    # A line ends with a line feed alone: texts may hold U+2028, which other splitters end at.
+    """Remove the records of weights, which are not copied, from an event log."""
+    # Only a line feed ends a line: ``splitlines`` would also split at U+2028 within texts.
     lines = journal.read_bytes().split(b"\n")
     kept = [line for line in lines[:-1] if not _is_of_weights(json.loads(line))]
     write_atomic(journal, lambda new: new.write_bytes(b"".join(line + b"\n" for line in kept)))

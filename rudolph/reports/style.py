@@ -1,6 +1,6 @@
-"""How figures look, and what all of them draw: lines with bands, intervals, legends.
+"""The style of figures, and the elements that several of them draw: lines, intervals, legends.
 
-Series differ in colour, line and marker, so that they are told apart in grey too.
+Series differ in colour, line style and marker, so that they stay distinct in greyscale.
 """
 
 import os
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rudolph.sequence.texts import clean_text, shorten
 
-# Longer names are cut: a figure grows with its names, and no renderer takes any size.
+# Longer names are cut: a figure grows with its names, and renderers limit its size.
 LONGEST_NAME = 200
 
 STYLE = {
@@ -46,18 +46,18 @@ LEVEL_STYLES: dict[str, dict[str, Any]] = {
     "chance": {"color": "0.3", "linestyle": ":", "linewidth": 1.4},
     "target": {"color": "0.3", "linestyle": "-", "linewidth": 1.4},
 }
-# A context manager of this kind is also a decorator, entered anew at each call; "default" because
-# a figure must not depend on what a notebook has set.
+# As a decorator, this context manager is entered at each call.  "default" makes figures
+# independent of what a notebook has set.
 styled = matplotlib.style.context(["default", STYLE])
 
 
 class DrawingError(ValueError):
-    """A figure that matplotlib or Pillow could not draw or write; one line with its path."""
+    """Failure to draw or write a figure; the message is one line with its path."""
 
 
 @contextmanager
 def protected_drawing(path: Path) -> Iterator[Path]:
-    """Yield where to write a figure; it takes its place at ``path`` when it is whole.
+    """Yield a temporary path for a figure, which is moved to ``path`` once the figure is complete.
 
     Raises:
         DrawingError: for what matplotlib, Pillow and the file system raise inside.
@@ -77,12 +77,12 @@ def protected_drawing(path: Path) -> Iterator[Path]:
 
 
 class DrawingWarning(UserWarning):
-    """A figure is missing from what a command leaves; all else is there."""
+    """Warning that a command's output lacks a figure; the rest is complete."""
 
 
 @contextmanager
 def warned_drawing() -> Iterator[None]:
-    """Turn a ``DrawingError`` into a warning: no run fails for a figure of it."""
+    """Turn a ``DrawingError`` into a warning, so that no run fails because of a figure."""
     try:
         yield
     except DrawingError as error:
@@ -90,7 +90,7 @@ def warned_drawing() -> Iterator[None]:
 
 
 def drawable_text(text: str) -> str:
-    r"""Return a text that matplotlib draws as it stands: cleaned, not too long, "$" no formula.
+    r"""Return a text that matplotlib draws literally: cleaned, shortened, with "$" escaped.
 
     >>> print(drawable_text("top_k $5$"))
     top_k \$5\$
@@ -99,17 +99,18 @@ def drawable_text(text: str) -> str:
 
 
 def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels side by side, ``height`` inches high."""
+    """Return a figure ``height`` inches high with ``number`` panels side by side."""
     width = 5.6 if number == 1 else 3.8 * number + 0.8
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, number, squeeze=False).ravel())
 
 
 def line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) -> None:
+    """Draw the mean of ``values`` (runs, points) over ``x``, with a band from min to max."""
     palette = seaborn.color_palette("colorblind")
     colour, marker = palette[number % len(palette)], MARKERS[number % len(MARKERS)]
     mean, num_runs = np.nanmean(values, axis=0), len(values)
-    # Markers of different series start at different points, else they hide each other.
+    # Markers of different series start at different points, so that none hides another.
     every = max(1, len(x) // 8)
     axes.plot(
         x,
@@ -130,6 +131,7 @@ def line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) ->
 def interval(
     axes: Axes, record: Mapping[Any, Any], metric: str, *, row: int, height: float
 ) -> None:
+    """Draw a value and its interval at ``height``, and its chance level and target at ``row``."""
     for kind, style in LEVEL_STYLES.items():
         level = record.get(f"{metric}_{kind}", np.nan)
         axes.plot([level, level], [row - 0.42, row + 0.42], **style)
@@ -139,19 +141,20 @@ def interval(
 
 
 def finish(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> None:
+    """Add a legend below the panels and save the figure."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, title=title)
     save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``.svg`` or ``.png`` without date, so that a second drawing is equal in every byte.
+    """Write an ``.svg`` or ``.png`` without its date, so that drawing again gives the same bytes.
 
     Raises:
-        DrawingError: for what cannot be drawn or written.
+        DrawingError: if the figure cannot be drawn or written.
     """
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with protected_drawing(path) as new, warnings.catch_warnings():
-        # Of letters that the font lacks, and of names that leave no room for the axes.
+        # Ignore warnings about letters missing in the font and names that leave no room for axes.
         warnings.filterwarnings("ignore", message="Glyph |constrained_layout not applied")
         figure.savefig(new, dpi=120, metadata=metadata)

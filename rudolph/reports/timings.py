@@ -1,11 +1,11 @@
-"""What a speed experiment leaves: every repetition, and where the time of ours went.
+"""Results of a speed experiment: every repetition, and profiles of our own implementations.
 
-    <run>/speed/repetitions.csv              one row a repetition of an implementation's part
-    <run>/speed/<implementation>.profile.csv     one row an operation
+    <run>/speed/repetitions.csv              one row per repetition of an implementation's part
+    <run>/speed/<implementation>.profile.csv     one row per operation
     results/<experiment>/repetitions.csv     of all runs, with their names
     results/<experiment>/profiles/<run>-<implementation>.csv
 
-The tables of the page are made from these and ``runs.csv`` alone.
+The tables of the page are made from these files and ``runs.csv`` alone.
 """
 
 import csv
@@ -38,9 +38,16 @@ SHARE_MEANS = (
 
 @dataclass(frozen=True)
 class Timing:
-    """One repetition: ``units`` of ``unit`` were done in ``seconds``; ``part`` empty: the whole.
+    """One repetition, in which ``units`` of ``unit`` were processed in ``seconds``.
 
-    ``peak_bytes`` is the most memory that the implementation's process held meanwhile.
+    Attributes:
+        implementation: name of the implementation.
+        part: timed part of the implementation; empty for the whole.
+        unit: what is counted, such as ``token``.
+        repetition: number of the repetition, from 0.
+        seconds: duration of the repetition.
+        units: number of units processed.
+        peak_bytes: peak memory of the implementation's process during the repetition.
     """
 
     implementation: str
@@ -53,7 +60,7 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """How metrics name the implementation and its part."""
+        """The name of the implementation and its part in metric names."""
         return implementation_name(self.implementation, self.part)
 
 
@@ -61,11 +68,12 @@ REPETITION_COLUMNS = tuple(field.name for field in fields(Timing))
 
 
 def implementation_name(implementation: str, part: str) -> str:
+    """Return ``implementation/part``, or ``implementation`` if the part is empty."""
     return f"{implementation}/{part}" if part else implementation
 
 
 def write_timings(run_folder: Path, num_repetitions: Sequence[Timing]) -> Path:
-    """The CSV of one run."""
+    """Write the repetitions of one run as CSV and return the path."""
     path = run_folder / FOLDER / FILE
     rows = [list(asdict(repetition).values()) for repetition in num_repetitions]
     return _write(path, REPETITION_COLUMNS, rows)
@@ -74,7 +82,11 @@ def write_timings(run_folder: Path, num_repetitions: Sequence[Timing]) -> Path:
 def write_profile(
     run_folder: Path, implementation: str, rows: Sequence[tuple[str, str, int, float, float]]
 ) -> Path:
-    """The operations of one implementation of a run, longest first; the smallest are left out."""
+    """Write the operations of one implementation of a run as CSV and return the path.
+
+    Rows are in the order of ``PROFILE_COLUMNS``, longest first.  Operations below 0.01 % of the
+    time are left out.
+    """
     path = run_folder / FOLDER / f"{implementation}{PROFILE_END}"
     kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
     return _write(path, PROFILE_COLUMNS, kept)
@@ -88,7 +100,7 @@ def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 
 def export_timings(run_folders: dict[str, Path], folder: Path) -> None:
-    """Gather the repetitions and profiles of runs, by name, in the folder of their experiment."""
+    """Copy the repetitions and profiles of runs, by run name, to their experiment's folder."""
     (folder / FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / PROFILES, ignore_errors=True)
     tables = []
@@ -108,21 +120,23 @@ def export_timings(run_folders: dict[str, Path], folder: Path) -> None:
 
 
 def is_speed(folder: Path) -> bool:
-    """Whether the folder of an experiment holds repetitions."""
+    """Return whether an experiment's folder holds repetitions."""
     return (folder / FILE).is_file()
 
 
 def read_timings(folder: Path) -> pd.DataFrame:
-    """``repetitions.csv`` of an experiment."""
+    """Read the ``repetitions.csv`` of an experiment."""
     texts = dict.fromkeys(("run", "implementation", "part", "unit"), str)
     return pd.read_csv(folder / FILE, dtype=texts, keep_default_na=False)
 
 
 def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Iterator[str]:
-    """Markdown lines: every implementation of every run, then where the time of ours went.
+    """Yield Markdown lines: a row per implementation and run, then profiles of our code.
 
     Args:
-        runs: ``runs.csv``; rows: its columns that tell the runs apart.
+        folder: exported folder of the experiment.
+        runs: the table ``runs.csv``.
+        rows: columns of ``runs.csv`` that distinguish the runs.
     """
     num_repetitions = read_timings(folder)
     rows = [row for row in rows if row != "run"] or ["run"]
@@ -153,9 +167,9 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
 
 
 def _machines(folder: Path) -> Iterator[str]:
-    """One line per machine that the runs were measured on: processor, threads, instructions.
+    """Yield one line per machine that the runs were measured on: processor, threads, instructions.
 
-    Runs that did not record their instructions have none.
+    Runs that did not record their instructions have no line.
     """
     path = folder / "environment.json"
     records = json.loads(path.read_text("utf-8")) if path.is_file() else []
@@ -198,7 +212,7 @@ def _profile(path: Path) -> Iterator[str]:
 
 
 def operation_text(name: str) -> str:
-    """What torch's compiler made is named by a hash.
+    """Return a readable name of an operation; torch's compiler names its graphs by a hash.
 
     >>> operation_text("## Call CompiledFxGraph fzzl6mggzxscwx ##"), operation_text("aten::mm")
     ('compiled layer or product fzzl6m', 'aten::mm')
@@ -207,7 +221,7 @@ def operation_text(name: str) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """``12.3 ms``: three digits and the unit that fits."""
+    """Format seconds with three digits and a fitting unit, as in ``12.3 ms``."""
     for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
         if seconds >= size:
             return f"{seconds / size:.3g} {name}"
@@ -215,14 +229,15 @@ def seconds_text(seconds: float) -> str:
 
 
 def mebibytes_text(size: Any) -> str:
+    """Format a size in bytes as MiB; a missing size is empty."""
     if pd.isna(size):
         return ""
-    # From 100 on in whole ones: three digits of 999.6 would be 1e+03.
+    # Whole MiB from 100 on: with three digits, 999.6 would become 1e+03.
     return f"{size / 2**20:,.0f}" if size >= 100 * 2**20 else f"{size / 2**20:.3g}"
 
 
 def rate_text(rate: float, unit: str) -> str:
-    """``1.2 GB/s`` for bytes, ``3.4 TFLOP/s`` for operations, else a plain number."""
+    """Format bytes as ``1.2 GB/s``, operations as ``3.4 TFLOP/s``, other units as a number."""
     if unit not in ("byte", "operation"):
         return f"{rate:.4g} {unit}s"
     short = {"byte": "B/s", "operation": "FLOP/s"}[unit]
