@@ -1,4 +1,4 @@
-"""The pages of ``results/``: what a report shows, and the Markdown made from its CSV files.
+"""Reports of experiments, and the pages of ``results/`` that are made from them.
 
 Every page has the sections Finding, Setup, Numbers, Limitations and Reproduce.  Text is written by
 hand; the generated parts stand between markers and come from ``report.json`` and the CSV files.
@@ -48,9 +48,13 @@ MOST_NAMED = 20
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a report, see ``figures.FIGURES`` for the kinds.
+    """One figure of a report; ``figures.FIGURES`` lists the kinds.
 
-    ``y`` metrics, one panel each; ``x`` the column along the axis; ``by`` tells variants apart.
+    Attributes:
+        kind: a key of ``figures.FIGURES``.
+        y: the metrics, one panel each.
+        x: the column along the axis.
+        by: the column that distinguishes variants.
     """
 
     kind: str
@@ -60,7 +64,7 @@ class Figure:
 
     @property
     def file(self) -> str:
-        """``curves-val-loss-image-and-2-more.svg``: kind, metrics and axis."""
+        """The file name from kind, metrics and axis: ``curves-val-loss-image-and-2-more.svg``."""
         axis = [] if self.x == "step" else [self.x]
         more = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
         return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *more, *axis])) + ".svg"
@@ -68,9 +72,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What the README of an experiment shows.
+    """The content of an experiment's README.
 
-    Args:
+    Attributes:
+        experiment: name of the experiment.
+        title: title of the page.
+        question: the question that the experiment answers.
         source: the experiment file, relative to the checkout.
         rows: columns of ``runs.csv`` whose values make the rows of the table.
         columns: its metrics; none means all of them.
@@ -103,7 +110,7 @@ def read_report(folder: Path) -> Report:
     """Return the report that an experiment's folder was exported with.
 
     Raises:
-        DamagedFileError: when ``report.json`` is no report.
+        DamagedFileError: if ``report.json`` is not a valid report.
     """
     path = folder / "report.json"
     fields = read_mapping(path, figures=list)
@@ -129,13 +136,13 @@ def _report_of(fields: dict[str, Any]) -> Report:
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
-    """``runs.csv``: one row a finished run; digests and commits are text."""
+    """Read ``runs.csv``: one row per finished run; digests and commits are text."""
     texts = dict.fromkeys(("run", "variant", "digest", "commit"), "string")
     return pd.read_csv(folder / "runs.csv", dtype=texts)
 
 
 def read_curves(folder: Path) -> pd.DataFrame:
-    """``curves.csv``, a row a point, with what ``runs.csv`` knows of the run beside it."""
+    """Read ``curves.csv``: one row per point, joined with the run's row of ``runs.csv``."""
     curves = pd.read_csv(folder / "curves.csv", dtype={"run": "string", "metric": "string"})
     runs = read_runs(folder)
     beside = runs[[name for name in runs if name not in ("metric", "step", "value")]]
@@ -143,7 +150,7 @@ def read_curves(folder: Path) -> pd.DataFrame:
 
 
 def read_effects(folder: Path) -> list[Effect]:
-    """The comparisons that an experiment's report asks for, that of its claim first."""
+    """Return the comparisons of an experiment's report, that of its claim first."""
     report, runs = read_report(folder), read_runs(folder)
     # A search's trials are no comparisons, and Holm must not count them.
     runs = runs[~is_trial(runs)]
@@ -151,7 +158,7 @@ def read_effects(folder: Path) -> list[Effect]:
 
 
 def core_minutes(folder: Path) -> float:
-    """What the runs of an experiment cost: minutes times the threads that they had."""
+    """Return the cost of an experiment: minutes times threads, summed over its runs."""
     runs = read_runs(folder).set_index("run")
     environments = read_json(folder / "environment.json")
     return sum(
@@ -229,7 +236,7 @@ def _reproduce(report: Report, runs: pd.DataFrame) -> str:
 
 
 def _missing(report: Report) -> list[str]:
-    """Name the runs that have not finished, if there are any."""
+    """Return Markdown that names the unfinished runs; empty if all runs have finished."""
     if not report.missing:
         return []
     named = ", ".join(f"`{name}`" for name in report.missing[:MOST_NAMED])
@@ -238,7 +245,7 @@ def _missing(report: Report) -> list[str]:
 
 
 def _claimed(folder: Path, report: Report) -> list[str]:
-    """The claim with its verdict, and all comparisons, of experiments that have any."""
+    """Return Markdown of the claim's verdict and all comparisons; empty if there are none."""
     found = read_effects(folder)
     if not found:
         return []
@@ -247,7 +254,11 @@ def _claimed(folder: Path, report: Report) -> list[str]:
 
 
 def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
-    """Whether groups of runs stand in one order by two metrics: Spearman's, seed by seed."""
+    """Return Markdown of the rank correlation of two metrics over groups of runs.
+
+    The correlation is Spearman's, computed per seed.  The text is empty for fewer than three
+    groups or without a correlation.
+    """
     groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index)
     first, second = (
         runs.pivot_table(index="seed", columns=groups, values=name) for name in metrics
@@ -294,7 +305,7 @@ def _table(report: Report, runs: pd.DataFrame) -> list[str]:
 
 
 def _only(runs: pd.DataFrame, column: str) -> str:
-    """The one value of a column, nothing when there are several or none."""
+    """Return the only value of a column, or an empty text if there are several or none."""
     values = set(runs[column].dropna()) if column in runs else set()
     return f"{values.pop():.4g}" if len(values) == 1 else ""
 
@@ -361,7 +372,7 @@ def _experiments_table(results_folder: Path) -> list[str]:
 
 
 def experiment_folders(results_folder: Path) -> list[Path]:
-    """The folders of the exported experiments, in the order of their names."""
+    """Return the folders of the exported experiments, sorted by name."""
     return sorted(path.parent for path in results_folder.rglob("report.json"))
 
 
@@ -426,7 +437,7 @@ def _commits(runs: pd.DataFrame) -> str:
 
 
 def format_cell_value(value: object) -> str:
-    """A value as the CSV files and tables have it: floats with six digits, no value empty."""
+    """Format a value for CSV files and tables: floats with six digits, None as empty."""
     if value is None:
         return ""
     if isinstance(value, bool | np.bool_):

@@ -1,16 +1,18 @@
-"""``results/``: what stays of an experiment, readable without a server and checked by redrawing.
+"""The results folder: the record of an experiment, readable without a server.
+
+Redrawing the figures and pages checks that they follow from the tables.
 
     results/README.md                index of all experiments
-    results/<experiment>/README.md   the answer, written by hand; tables between two markers
-      report.json                    title, question, and what table and figures to make
-      runs.csv, curves.csv           one row a finished run; thinned curves
-      report_card.csv                every score of every run, see ``cards``
-      repetitions.csv, profiles/*.csv of speed experiments, see ``repetitions``
-      config.yaml, configs.jsonl     the first run's settings in full; what differs in each run
+    results/<experiment>/README.md   the handwritten answer; tables between two markers
+      report.json                    title, question, and which table and figures to make
+      runs.csv, curves.csv           one row per finished run; thinned curves
+      report_card.csv                every score of every run, see ``report_cards``
+      repetitions.csv, profiles/*.csv of speed experiments, see ``timings``
+      config.yaml, configs.jsonl     the first run's settings in full; differences of each run
       environment.json, samples/<run>-*.png
-      figures/*.svg                  drawn from the CSV files beside them and nothing else
+      figures/*.svg                  drawn from the CSV files next to them and nothing else
 
-Every export replaces ``samples``, ``profiles`` and ``figures``: keep nothing
+Every export replaces ``samples``, ``profiles`` and ``figures``, so keep no other files there.
 """
 
 import csv
@@ -81,12 +83,19 @@ def export_results(
     report: Report,
     runs: Collection[tuple[str, str]] | None = None,
 ) -> Path:
-    """Write ``results/<experiment>`` from the finished runs; the text written by hand stays.
+    """Write ``results/<experiment>`` from the finished runs; handwritten text is kept.
 
     Args:
-        runs: name and digest of those of the experiment as it is now; None means all.
+        runs_folder: the folder of all runs, by experiment.
+        results_folder: the folder of all results, by experiment.
+        report: the report to export.
+        runs: name and digest of the runs that belong to the experiment now; None for all.
 
-    Returns the folder.  ``ValueError`` when no run has finished.
+    Returns:
+        The experiment's results folder.
+
+    Raises:
+        ValueError: if no run has finished.
     """
     finished = _finished(runs_folder / report.experiment, runs)
     if not finished:
@@ -156,7 +165,7 @@ def _write_experiment(
 
 
 def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
-    """The report and the digests of an earlier export, if they can be read."""
+    """Return the report and digests of an earlier export; None if they cannot be read."""
     try:
         return read_report(folder), set(read_runs(folder)["digest"])
     except (OSError, ValueError, KeyError):
@@ -166,7 +175,7 @@ def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
 def _keep_answer_apart(
     readme: Path, before: tuple[Report, set[str]], report: Report, digests: set[str]
 ) -> None:
-    """Give a page the present title; an answer to another question stays below a note."""
+    """Update a page's title, and move an answer to another question below a note."""
     if not readme.is_file():
         return
     old, old_digests = before
@@ -182,7 +191,7 @@ def _keep_answer_apart(
 
 
 def _write_page(folder: Path) -> None:
-    """The README of an experiment; the text written by hand stays."""
+    """Write the README of an experiment; handwritten text is kept."""
     readme = folder / "README.md"
     page = readme.read_text("utf-8") if readme.exists() else new_page(read_report(folder).title)
     write_text(readme, fill(page, experiment_parts(folder)))
@@ -191,7 +200,10 @@ def _write_page(folder: Path) -> None:
 def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]:
     """Draw the figures and write the pages of one experiment, or of all, from their CSV files.
 
-    Returns the files drawn.
+    Figures that a report no longer names are deleted, and the index is rewritten.
+
+    Returns:
+        The paths of the figures.
     """
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
     drawn = []
@@ -207,7 +219,7 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
 
 
 def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
-    """The same figures as PNG, for slides, in a folder an experiment below ``target``."""
+    """Draw the same figures as PNG, for slides, in a folder per experiment below ``target``."""
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
     places = {folder: target / folder.relative_to(results_folder) for folder in folders}
     for place, folder in itertools.product(places.values(), folders):
@@ -216,7 +228,7 @@ def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = No
 
 
 def write_index(results_folder: Path) -> Path:
-    """Write the table of ``results/README.md``; text around its markers stays."""
+    """Write the generated part of ``results/README.md``; handwritten text is kept."""
     path = results_folder / "README.md"
     by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
     write_text(path, fill(by_hand, {"index": index_page(results_folder)}))
@@ -226,11 +238,12 @@ def write_index(results_folder: Path) -> Path:
 def check_results_folder(
     results_folder: Path, *, digest: Callable[[Path, Mapping[str, Any]], str] | None = None
 ) -> list[str]:
-    """What is wrong with the results, a line each; none when all is as an export left it.
+    """Return the problems of the results, one line each; empty if all is as an export left it.
 
     Args:
-        digest: computes the digest of a configuration, to compare with ``runs.csv``; the path
-            is named in messages.
+        results_folder: the folder of all results.
+        digest: computes the digest of a configuration, to compare with ``runs.csv``; its path
+            argument is named in messages.
     """
     tables = {path.parent for path in results_folder.rglob("runs.csv")}
     folders = sorted(tables | set(experiment_folders(results_folder)))
@@ -252,7 +265,7 @@ def check_results_folder(
 def _finished(
     folder: Path, runs: Collection[tuple[str, str]] | None
 ) -> list[tuple[Path, dict[str, Any]]]:
-    """Return folder and summary of each finished run; damaged ones are named and left out."""
+    """Return folder and summary of each finished run; damaged runs are named in a warning."""
     found = finished_runs(folder, advice=f"it is left out; {AGAIN}")
     return [
         (path, summary)
@@ -276,7 +289,7 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
-    """What ``runs.csv`` has of a run, as it reads; None where the run has not finished."""
+    """Return a run's row of ``runs.csv`` as it is read; None if the run has not finished."""
     summary = finished_summary(folder)
     if summary is None:
         return None
@@ -302,7 +315,7 @@ def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _curve_rows(
     finished: Sequence[tuple[Path, Mapping[str, Any]]], report: Report
 ) -> Iterator[list[str]]:
-    """Curves of validations, and those that a figure shows."""
+    """Yield the curves of validation metrics and those that a figure shows."""
     shown = {metric for figure in report.figures if figure.kind == "curves" for metric in figure.y}
     yield ["run", "metric", "step", "value"]
     for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
@@ -318,7 +331,7 @@ def _curve_rows(
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most ``POINTS_OF_A_CURVE`` evenly chosen points, the first and the last among them."""
+    """Return at most ``POINTS_OF_A_CURVE`` even points, including the first and the last."""
     last, most = len(points) - 1, POINTS_OF_A_CURVE - 1
     if last <= most:
         return points
@@ -332,7 +345,7 @@ def _csv(rows: Iterator[list[str]]) -> str:
 
 
 def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
-    """Each environment once, with the runs that were made in it."""
+    """Return the JSON of each distinct environment, with the runs executed in it."""
     runs_of: dict[str, list[str]] = {}
     for folder, summary in finished:
         environment = read_environment(folder)
@@ -344,7 +357,7 @@ def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
 
 
 def _last_samples(folder: Path) -> list[Path]:
-    """Of images whose names differ in the number at their end, the last; all others."""
+    """Return the last image of each numbered series, and every image without a number."""
     series: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.png")):
         stem = path.stem.rstrip("0123456789")
