@@ -250,7 +250,7 @@ class Reference:
     def draw_tokens(self, is_short: bool) -> Any:
         """Sample image tokens."""
         self.draw(self.num_tokens(is_short))
-        return serving.Work(self.size * self.num_tokens(is_short))
+        return serving.WorkResult(self.size * self.num_tokens(is_short))
 
     def num_tokens(self, is_short: bool) -> int:
         """Return the number of tokens to sample per image."""
@@ -277,7 +277,7 @@ class Reference:
             images = utilities.torch_tensors_to_pil_list(self.vqgan.decode(indices))
         for number, image in enumerate(images):
             image.save(self.folder / f"reference-{number}.png")
-        return serving.Work(self.size)
+        return serving.WorkResult(self.size)
 
     def train_decoder(self, is_short: bool) -> Any:
         """Run one training step of the decoder."""
@@ -288,7 +288,7 @@ class Reference:
         model.train()
         loss, _ = model(tokens, mask, return_loss=True)
         self.step(loss)
-        return serving.Work(tokens.numel())
+        return serving.WorkResult(tokens.numel())
 
     def step(self, loss: Any) -> None:
         """Backpropagate a loss and update the weights."""
@@ -299,13 +299,13 @@ class Reference:
     def encode(self, is_short: bool) -> Any:
         """Encode images to indices."""
         self.vqgan.eval().get_codebook_indices(self.inputs["images"], disable_gumbel_softmax=True)
-        return serving.Work(self.size)
+        return serving.WorkResult(self.size)
 
     def decode(self, is_short: bool) -> Any:
         """Decode indices to images."""
         with torch.no_grad():
             self.vqgan.eval().decode(self.inputs["indices"])
-        return serving.Work(self.size)
+        return serving.WorkResult(self.size)
 
     def train_vqgan(self, is_short: bool) -> Any:
         """Run one training step of the VQ-GAN."""
@@ -316,13 +316,13 @@ class Reference:
         quantized, quantizer_loss, _ = self.vqgan.model.encode(images)
         decoded = self.vqgan.model.decode(quantized)
         self.step((decoded - images).abs().mean() + quantizer_loss)
-        return serving.Work(self.size)
+        return serving.WorkResult(self.size)
 
     def upscale(self, is_short: bool) -> Any:
         """Upscale images."""
         with torch.no_grad():
             self.upscaler(self.inputs["images"])
-        return serving.Work(self.size)
+        return serving.WorkResult(self.size)
 
     def check(self, path: Path) -> None:
         """Write the outputs of the models on the fixed inputs to ``path``."""
@@ -399,4 +399,4 @@ serving = load_by_path("serving")
 
 if __name__ == "__main__":
     packages = import_packages(Path(sys.argv[1]).resolve())
-    serving.serve(lambda asked: Reference(asked, packages))
+    serving.serve_implementation(lambda asked: Reference(asked, packages))

@@ -78,11 +78,11 @@ def tile_spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> li
 
     Starts and sizes are multiples of ``multiple`` if ``length`` and ``tile`` are.
 
-    >>> for span in spans(20, tile=10, overlap=2):
+    >>> for span in tile_spans(20, tile=10, overlap=2):
     ...     print(span)
-    Span(start=0, end=10, first=0, last=8)
-    Span(start=6, end=16, first=8, last=13)
-    Span(start=10, end=20, first=13, last=20)
+    TileSpan(start=0, end=10, first=0, last=8)
+    TileSpan(start=6, end=16, first=8, last=13)
+    TileSpan(start=10, end=20, first=13, last=20)
     """
     margins = 2 * overlap
     num_tiles = max(1, math.ceil((length - margins) / (tile - margins)))

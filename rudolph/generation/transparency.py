@@ -100,7 +100,7 @@ def flood_fill(is_open: PixelArray, seeds: PixelArray) -> PixelArray:
     """Return the part of ``is_open`` connected to ``seeds`` through four neighbours; all (H, W).
 
     >>> is_open = np.array([list(row) for row in (".#...", ".###.", ".#.#.", ".###.")]) == "."
-    >>> for row in np.where(flood(is_open, frame_mask(is_open)), "o", "#"):
+    >>> for row in np.where(flood_fill(is_open, frame_mask(is_open)), "o", "#"):
     ...     print("".join(row))
     o#ooo
     o###o

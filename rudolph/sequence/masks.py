@@ -27,7 +27,7 @@ Rule = Callable[[SequenceLayout, Tensor, Tensor], Tensor]
 def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """Attend to every earlier position and to itself.
 
-    >>> print(image(causal, SequenceLayout(1, 2, 0)))
+    >>> print(draw_mask(causal, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -42,7 +42,7 @@ def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
     The window starts at the token right above the query.
 
-    >>> print(image(row, SequenceLayout(1, 2, 0)))
+    >>> print(draw_mask(row, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -58,7 +58,7 @@ def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """Attend to the earlier image tokens of the same row and to itself.
 
-    >>> print(image(row_block, SequenceLayout(1, 2, 0)))
+    >>> print(draw_mask(row_block, SequenceLayout(1, 2, 0)))
     #....
     ##...
     ###..
@@ -74,7 +74,7 @@ def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     """Attend to the earlier image tokens of the same column and to itself.
 
-    >>> print(image(column, SequenceLayout(1, 2, 0)))
+    >>> print(draw_mask(column, SequenceLayout(1, 2, 0)))
     #....
     ##...
     #.#..
@@ -90,7 +90,7 @@ def conv(kernel: int) -> Rule:
 
     The window is clipped at the image borders.
 
-    >>> print(image(conv(3), SequenceLayout(1, 3, 0)))
+    >>> print(draw_mask(conv(3), SequenceLayout(1, 3, 0)))
     #.........
     ##........
     ###.......

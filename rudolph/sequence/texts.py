@@ -57,7 +57,7 @@ def require_text(text: str, name: str) -> None:
 def shorten(text: str, length: int) -> str:
     """Return the text, cut to ``length`` characters with an ellipsis if it is longer.
 
-    >>> shortened("красный круг", 8), shortened("круг", 8)
+    >>> shorten("красный круг", 8), shorten("круг", 8)
     ('красный…', 'круг')
     """
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"

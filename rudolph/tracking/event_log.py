@@ -54,8 +54,8 @@ LARGEST_INTEGER = 2**63 - 1
 def flatten(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Flatten nested parameters to ``a.b.c`` -> text; a value other than a string becomes JSON.
 
-    >>> flatten({"decoder": {"num_layers": 2, "dropout": None}, "mask": ["row", "conv"]})
-    {'model.num_layers': '2', 'decoder.dropout': 'null', 'mask': '["row", "conv"]'}
+    >>> flatten({"model": {"num_layers": 2, "dropout": None}, "mask": ["row", "conv"]})
+    {'model.num_layers': '2', 'model.dropout': 'null', 'mask': '["row", "conv"]'}
     """
     flat: dict[str, str] = {}
     for name, value in parameters.items():

@@ -285,7 +285,7 @@ def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) ->
 
     A position is None if no exchange of two words makes it legal.
 
-    >>> deal(["кот", "дом", "лев", "сад"], lambda at, word: (at < 2) == (word in ("дом", "сад")))
+    >>> permute_words(["кот", "дом", "лев", "сад"], lambda at, word: (at < 2) == (word in ("дом", "сад")))
     ['дом', 'сад', 'кот', 'лев']
     """
     half = len(words) // 2

@@ -44,7 +44,7 @@ class MetricProtocol:
         normalization: ``str`` of a ``Normalization``.
         settings: everything else.
 
-    >>> str(Measure("fid", features="inception-v3:pool3", sample_size=5000))
+    >>> str(MetricProtocol("fid", features="inception-v3:pool3", sample_size=5000))
     'fid features=inception-v3:pool3 sample_size=5000'
     """
 

@@ -45,7 +45,7 @@ def caption_words(text: str) -> list[str]:
 
     It replaces the Penn Treebank tokenizer of coco-caption, whose rules are English.
 
-    >>> words("Тёмно-красный олень, 2 лисы!")
+    >>> caption_words("Тёмно-красный олень, 2 лисы!")
     ['тёмно-красный', 'олень', '2', 'лисы']
     """
     return re.findall(r"\w+(?:-\w+)*", clean_text(text).lower())

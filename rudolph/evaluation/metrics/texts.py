@@ -115,7 +115,7 @@ def lemma(word: str) -> str:
 def normalize_text(text: str, normalization: Normalization) -> str:
     """Return the text after normalisation.
 
-    >>> normalize("Зелёный  «Олень»!", VISUAL_ANSWER)
+    >>> normalize_text("Зелёный  «Олень»!", VISUAL_ANSWER)
     'зеленый олень'
     """
     if normalization.nfc:

@@ -35,7 +35,7 @@ def map_chunks(x: Tensor, size: int) -> Iterator[MapChunk]:
     A chunk is one or more whole images or some rows of one image.  It has at least one row, even
     if that exceeds ``size``.
 
-    >>> [place[2] for place in parts_of(torch.empty(1, 2, 5, 3), 12)]
+    >>> [place[2] for place in map_chunks(torch.empty(1, 2, 5, 3), 12)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     per_row, height = x.shape[1] * x.shape[3], x.shape[2]

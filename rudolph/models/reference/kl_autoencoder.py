@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rudolph.models.reference.family import Family
+from rudolph.models.reference.family import ReferenceFamily
 from rudolph.models.vqgan.kl import KLAutoencoder, KLAutoencoderConfig
 from rudolph.models.weights import load_exactly
 
@@ -165,7 +165,7 @@ def tensors_of_kl(model: KLAutoencoder) -> dict[str, Tensor]:
     }
 
 
-KL_AUTOENCODER = Family(
+KL_AUTOENCODER = ReferenceFamily(
     build=build_kl,
     load=load_kl,
     holds=lambda model: isinstance(model, KLAutoencoder),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rudolph.models.fusion.connectors import MLPConnector
 from rudolph.models.llava.llava import LLaVA, LLaVAConfig, build_llava
-from rudolph.models.reference.family import Family
+from rudolph.models.reference.family import ReferenceFamily
 from rudolph.models.reference.language_model import (
     is_llama,
     language_model_config,
@@ -252,10 +252,10 @@ def is_reference_llava(model: nn.Module, *, has_canvases: bool) -> bool:
     )
 
 
-def llava_family(family: str) -> Family:
+def llava_family(family: str) -> ReferenceFamily:
     """Return the family of one view per image (``llava``) or of anyres (``llava_next``)."""
     has_canvases = family == "llava_next"
-    return Family(
+    return ReferenceFamily(
         build=lambda config: build_reference_llava(config, family),
         load=lambda model, tensors: load_llava(model, tensors, family),
         holds=lambda model: is_reference_llava(model, has_canvases=has_canvases),
