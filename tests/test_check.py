@@ -15,7 +15,7 @@ from rudolph.reports.check import (
     known_numbers,
     unverified_numbers,
 )
-from rudolph.reports.report import BEGIN, experiment_folders
+from rudolph.reports.report import experiment_folders, without_generated
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTS = KnownNumbers(
@@ -71,7 +71,7 @@ def test_an_altered_bound_of_an_interval_is_named() -> None:
     named = []
     for folder in experiment_folders(RESULTS):
         facts = known_numbers(folder.resolve())
-        text = (folder / "README.md").read_text("utf-8").partition(BEGIN)[0]
+        text = without_generated((folder / "README.md").read_text("utf-8"))
         for interval in INTERVAL.finditer(UNREAD.sub("", text)):
             bounds = [interval[1], interval[2]]
             if list(unverified_numbers(interval[0], facts)):

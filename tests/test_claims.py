@@ -149,13 +149,17 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     )
     folder = export_results(tmp_path / "runs", tmp_path / "results", report=report)
     page = folder / "README.md"
-    page.write_text(page.read_text().replace("_Not answered", "Row. _Not"))
+    page.write_text(page.read_text().replace("_Not written", "Row. _Not"))
     index = generated_part(write_index(tmp_path / "results"))
     found = read_effects(folder)[0]
     interval = f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
     assert f"**Verdict: {REPRODUCED}.**" in generated_part(page)
-    assert "6 runs, 6 minutes (5.0% beside their stages)" in generated_part(page)
-    assert f"| {REPRODUCED} | {interval} | 12 |" in index and interval in generated_part(page)
+    assert "6 runs, 6 minutes in all, 5.0% of it outside the stages" in generated_part(page)
+    assert (
+        f"| {REPRODUCED} | {interval} |" in index
+        and "| 12 |" in index
+        and interval in generated_part(page)
+    )
     assert check_results_folder(tmp_path / "results") == []
     page.write_text(page.read_text().replace(REPRODUCED, CONTRADICTED))
     assert "is not what runs.csv says" in check_results_folder(tmp_path / "results")[0]

@@ -72,7 +72,7 @@ def train(
         examples.whole,
         batch_size=micro,
         num_batches=module.optim.num_steps,
-        num_validation=examples.num_pairs,
+        num_validation=examples.num_whole,
     )
     trainer = make_trainer(hardware, logger=False, callbacks=averaging(module.optim))
     trainer.fit(module, streams)

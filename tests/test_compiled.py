@@ -67,7 +67,7 @@ def test_steady_steps_are_the_plain_steps(
     samples: int, sees_left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Static steps without compilation give the same hidden states, at every position and mask."""
-    monkeypatch.setattr(decoder_module, "compiled", lambda function: function)
+    monkeypatch.setattr(decoder_module, "compile_function", lambda function: function)
     plain, steady = (decoder(*MASKS, right_attends_left=sees_left) for _ in range(2))
     steady.has_compiled_layers = True
     generator = torch.Generator().manual_seed(7)
@@ -148,7 +148,7 @@ def test_all_layers_share_a_compilation_and_prompts_have_none(
     def counted(function: Callable[..., object]) -> object:
         return torch.compile(function, backend=backend, dynamic=False)
 
-    monkeypatch.setattr(decoder_module, "compiled", counted)
+    monkeypatch.setattr(decoder_module, "compile_function", counted)
     model = decoder("row", "column", "row", "row", leading_bos=True)
     prepack(model, weights="half", num_rows=8, is_compiled=True)
     generate_image(model, prompts(2), config=PLAIN, seeds=list(range(8)))
@@ -193,7 +193,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(function: object) -> object:
         raise RuntimeError("No working C++ compiler found\nand much more")
 
-    monkeypatch.setattr(compiled, "compiled", broken)
+    monkeypatch.setattr(compiled, "compile_function", broken)
     check_compiler.cache_clear()
     message = (
         "compiling needs a C\\+\\+ compiler that torch finds: No working C\\+\\+ compiler found$"

@@ -179,7 +179,7 @@ def test_mixed_seeds_differ_and_stay() -> None:
         {"tasks": {"text_ranking": 1.0}},
         {"tasks": {"text_to_image": -1.0}},
         {"tasks": {}},
-        {"flip": 1.5},
+        {"flip_probability": 1.5},
     ],
 )
 def test_a_wrong_data_field_is_told(fields: dict) -> None:
@@ -279,7 +279,7 @@ def test_task_tokens_become_unknown_left_and_right_by_themselves(
 def test_images_of_several_splits_are_one_stream(split: Split) -> None:
     test = Split(CONFIG, "validation", split.cache)
     both = ImageExamples(split, test, seed=5)
-    assert both.num_pairs == 18
+    assert both.num_whole == 18
     whole = both.whole(range(18)).images
     expected = torch.cat([split.image_batch(range(13)), test.image_batch(range(5))]) * 2 - 1
     assert torch.equal(whole, expected)

@@ -65,7 +65,9 @@ def test_a_half_made_database_is_set_aside_and_records_are_sent(
 ) -> None:
     database = tmp_path / "mlflow.db"
     write_half(database)
-    monkeypatch.setattr(mlflow_database, "make", lambda path: shutil.copyfile(whole, path))
+    monkeypatch.setattr(
+        mlflow_database, "create_database", lambda path: shutil.copyfile(whole, path)
+    )
     folder = tmp_path / "runs" / "e" / "r"
     with (
         caplog.at_level(logging.WARNING, "rudolph"),
@@ -150,7 +152,9 @@ def test_a_process_killed_while_it_makes_the_tables_leaves_no_database(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not database.exists() and new.exists()
-    monkeypatch.setattr(mlflow_database, "make", lambda path: shutil.copyfile(whole, path))
+    monkeypatch.setattr(
+        mlflow_database, "create_database", lambda path: shutil.copyfile(whole, path)
+    )
     prepare_database(database)
     assert not holds_nothing(database)
 
@@ -158,7 +162,9 @@ def test_a_process_killed_while_it_makes_the_tables_leaves_no_database(
 def test_any_damage_to_a_database_keeps_the_records_in_the_journal(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_database, "make", lambda path: shutil.copyfile(whole, path))
+    monkeypatch.setattr(
+        mlflow_database, "create_database", lambda path: shutil.copyfile(whole, path)
+    )
     content = whole.read_bytes()
     for case in range(NUM_CASES or 4):
         rng, folder = Random(case), tmp_path / str(case)

@@ -64,7 +64,7 @@ def sampled(
         prompts.append(questions or [""])
         return [f"ответ\x85{seed % 3}" for seed in seeds]
 
-    monkeypatch.setattr(sampling, "opened", opened)
+    monkeypatch.setattr(sampling, "load_requested", opened)
     monkeypatch.setattr(Pipeline, "generate_indices", indices)
     monkeypatch.setattr(Pipeline, "caption", caption)
     monkeypatch.setattr(Pipeline, "pack", lambda self, *_, **__: None)
@@ -271,7 +271,7 @@ def test_an_output_that_would_meet_what_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "opened", lambda given: pytest.fail("opened"))
+    monkeypatch.setattr(sampling, "load_requested", lambda given: pytest.fail("opened"))
     for folder in ("b", "weights/run"):
         Path(folder).mkdir(parents=True)
     for path in ("a.png", "b/0.png"):
@@ -379,7 +379,7 @@ def test_a_mistake_is_told_before_a_model_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "opened", lambda given: pytest.fail("opened"))
+    monkeypatch.setattr(sampling, "load_requested", lambda given: pytest.fail("opened"))
     Path("file").write_text("text", encoding="utf-8")
     assert main(["generate", *arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()

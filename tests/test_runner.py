@@ -21,7 +21,7 @@ from rudolph.cli import main
 from rudolph.config.experiment_file import Run
 from rudolph.evaluation.context import Score
 from rudolph.files.settings import ConfigError
-from rudolph.reports.report import UNANSWERED, finding_of
+from rudolph.reports.report import UNANSWERED, finding_of, section_of
 from rudolph.runs import runner
 from rudolph.runs.execution import Execution
 from rudolph.runs.runner import experiment_files
@@ -311,7 +311,7 @@ def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(runner, "SECONDS_TO_STOP", 0.2)
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), runner._ended(pool):
@@ -379,7 +379,8 @@ def test_an_edited_file_has_results_of_its_own_question(worked: Path) -> None:
     ask(worked, variants={"hot": changed}, title="New", question="Is it new?")
     assert main(["run", "some.yaml"]) == 0
     page = readme.read_text()
-    assert page.startswith(f"# New\n\n{UNANSWERED}\n\nWarm is better. By far.\n")
+    assert page.startswith("# New\n")
+    assert section_of(page, "Finding") == f"{UNANSWERED}\n\nWarm is better. By far."
     assert finding_of(readme) == "" and "**Question.** Is it new?" in page
     assert main(["export", "some.yaml"]) == 0
     assert readme.read_text() == page

@@ -24,7 +24,7 @@ question: Is the middle found?
 settings:
   data.dataset: shapes
   vqgan.resolution: 32
-  evaluation: {questions: [scene_accuracy], splits: [test]}
+  evaluation: {evaluators: [scene_accuracy], splits: [test]}
 search:
   space:
     sampling.image.temperature: {low: 0.1, high: 10.0, log: true}
@@ -146,7 +146,7 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
     belonging = {(run.name, run.config.digest) for run in runs}
     folder = export_results(folders.runs, tmp_path / "results", report=report, runs=belonging)
     page = folder / "README.md"
-    page.write_text(page.read_text().replace("_Not answered", "Found. _Not"))
+    page.write_text(page.read_text().replace("_Not written", "Found. _Not"))
     write_index(tmp_path / "results")
     assert check_results_folder(tmp_path / "results") == []
     regions = read_regions(folder).set_index(["domain", "setting"])

@@ -32,7 +32,7 @@ from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS
 from rudolph.benchmarks.worker import IMPLEMENTATIONS
 from rudolph.config.experiment_file import load_experiment
 from rudolph.models.layers.native_types import has_native_bfloat16
-from rudolph.reports.report import Report, experiment_page
+from rudolph.reports.report import Report, experiment_parts, fill
 from rudolph.reports.store import check_results_folder, export_results
 from rudolph.runs.benchmark_run import compare_outputs, measurable
 from rudolph.runs.execution import Folders, Hardware, run_folder
@@ -142,11 +142,13 @@ def test_results_of_speed_are_exported_and_redrawn(
     assert "| seed0 | half |" in page and "Where the time of `seed0-half` goes" in page
     assert (exported / "profiles" / "seed0-half.csv").is_file()
     problems = check_results_folder(results)
-    assert [line for line in problems if "no answer" not in line and "commit" not in line] == []
+    assert [
+        line for line in problems if "is not written" not in line and "commit" not in line
+    ] == []
     table = exported / "repetitions.csv"
     table.write_text(table.read_text().replace(",half,,token,0,", ",half,,token,0,9"))
     assert any("generated part" in line for line in check_results_folder(results))
-    assert experiment_page(exported) != page
+    assert fill(page, experiment_parts(exported)) != page
 
 
 @pytest.mark.parametrize("is_native", [True, False])
@@ -166,13 +168,13 @@ def test_a_implementation_in_emulated_bfloat16_is_left_out_and_said(
 
 def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
     """Its implementations use older instructions, and none of them uses bfloat16."""
-    case = speed_subject(tmp_path, "decode", ROOFLINE, "half", instructions="avx2")
+    case = speed_subject(tmp_path, "decode", ROOFLINE, "half", instruction_set="avx2")
     assert {part for _, name, part in turns_of(case) if name == ROOFLINE} == {"read", "float32"}
     weights = prepared(tmp_path, case)
     with comparison.started_process("half", case, weights) as (worker, _):
         variables = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
     assert b"ATEN_CPU_CAPABILITY=avx2" in variables and b"ONEDNN_MAX_CPU_ISA=AVX2" in variables
-    with pytest.raises(ValueError, match="instructions must be one of avx2 or null, got 'sse'"):
+    with pytest.raises(ValueError, match="instruction_set must be one of avx2 or null, got 'sse'"):
         speed_subject(tmp_path, "decode", "half", instructions="sse")
 
 

@@ -15,16 +15,19 @@ from PIL import Image
 
 from rudolph.config.run import read_run
 from rudolph.reports.report import (
-    BEGIN,
-    END,
+    UNANSWERED,
     Figure,
     Report,
+    fill,
     finding_of,
+    marked,
     read_curves,
     read_report,
     read_runs,
-    replace_generated,
+    with_finding,
+    without_generated,
 )
+from rudolph.reports.run_configs import LINES, read_configs
 from rudolph.reports.store import (
     POINTS_OF_A_CURVE,
     check_results_folder,
@@ -104,9 +107,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def answer_by_hand(readme: Path, text: str) -> None:
-    head, mark, rest = readme.read_text("utf-8").partition(BEGIN)
-    title = head.splitlines()[0]
-    readme.write_text(f"{title}\n\n{text}\n\n{mark}{rest}", "utf-8")
+    page = with_finding(readme.read_text("utf-8"), text)
+    readme.write_text(page.replace(UNANSWERED, "One layer, made-up numbers."), "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_a_second_export_is_equal_in_every_byte_and_keeps_the_answer(
     write_index(again)
     assert contents(again) == contents(results)
     page = (again / REPORT.experiment / "README.md").read_text("utf-8")
-    assert "Ряд теряет 1.0 нат." in page and page.count(BEGIN) == page.count(END) == 1
+    assert "Ряд теряет 1.0 нат." in page and page.count("<!-- generated: numbers -->") == 1
     assert check_results_folder(again) == []
 
 
@@ -150,7 +152,7 @@ def test_the_rows_are_the_finished_runs(exported: tuple[Path, Path]) -> None:
     row = runs.loc["row-layers=2-s1"]
     assert row["seconds"] == 90 and row["accuracy_low"] == pytest.approx(0.56)
     assert row[LOSS] == pytest.approx(loss_at("row", 1, 999), rel=1e-5)
-    assert {path.stem for path in (folder / "configs").iterdir()} == set(runs.index)
+    assert [name for name, _, _ in read_configs(folder)] == list(runs.index)
 
 
 def test_curves_are_thinned_to_their_own_points_with_both_ends(
@@ -273,7 +275,8 @@ def forge(folder: Path, what: str) -> None:
     elif what == "dirty":
         edit_cell(folder / "runs.csv", "dirty", "true")
     elif what == "config":
-        next((folder / "configs").iterdir()).unlink()
+        lines = (folder / LINES).read_text("utf-8").splitlines(keepends=True)
+        (folder / LINES).write_text("".join(lines[1:]), "utf-8")
     elif what == "file":
         (folder / "environment.json").unlink()
     elif what == "report":
@@ -282,8 +285,10 @@ def forge(folder: Path, what: str) -> None:
         answer_by_hand(folder / "README.md", "Ряд теряет 1.3 нат. Проверено дважды.")
     elif what == "answer":
         readme = folder / "README.md"
-        text = readme.read_text("utf-8")
-        readme.write_text("# Title\n\n" + text[text.index(BEGIN) :], "utf-8")
+        readme.write_text(with_finding(readme.read_text("utf-8"), UNANSWERED), "utf-8")
+    elif what == "section":
+        readme = folder / "README.md"
+        readme.write_text(readme.read_text("utf-8").replace("## Setup", "## Method"), "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -292,11 +297,12 @@ def forge(folder: Path, what: str) -> None:
         ("figure", "curves-val-loss-image.svg: is not what the CSV files draw"),
         ("value", "generated part is not what runs.csv says"),
         ("dirty", "was made with code that its commit does not name"),
-        ("config", "is missing in configs"),
+        ("config", "is missing in configs.jsonl"),
         ("file", "environment.json missing"),
         ("report", "report.json missing"),
         ("number", "README.md: 1.3: no file that it names says so"),
-        ("answer", "no answer is written"),
+        ("answer", "Finding is not written"),
+        ("section", "expected the sections Finding, Setup"),
     ],
 )
 def test_a_change_by_hand_is_found(
@@ -364,23 +370,25 @@ def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_replacing_the_generated_part_keeps_the_text_around_it() -> None:
-    page = replace_generated("# T\n\nAnswer.\n", "one")
+    page = fill("# T\n\nAnswer.\n", {"numbers": "one"})
     page += "\nAfter.\n"
-    again = replace_generated(page, "two")
-    assert again == f"# T\n\nAnswer.\n\n{BEGIN}\ntwo\n{END}\n\nAfter.\n"
-    assert replace_generated(again, "two") == again
+    again = fill(page, {"numbers": "two"})
+    assert again == f"# T\n\nAnswer.\n\n{marked('numbers', 'two')}\n\nAfter.\n"
+    assert fill(again, {"numbers": "two"}) == again
+    assert without_generated(again).split() == ["#", "T", "Answer.", "After."]
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("# T\n\nIt loses 0.3 nats.  Twice.", "It loses 0.3 nats."),
-        ("# T\n\nНет\nответа", "Нет ответа"),
+        ("# T\n\n## Finding\n\nIt loses 0.3 nats.  Twice.", "It loses 0.3 nats."),
+        ("# T\n\n## Finding\n\nНет\nответа\n\n## Setup", "Нет ответа"),
+        ("# T\n\n## Finding\n\n## Setup\n\nText.", ""),
         ("# T\n", ""),
     ],
 )
 def test_the_answer_is_the_first_sentence(tmp_path: Path, text: str, sentence: str) -> None:
-    (tmp_path / "README.md").write_text(f"{text}\n\n{BEGIN}\nx\n{END}\n", "utf-8")
+    (tmp_path / "README.md").write_text(f"{text}\n", "utf-8")
     assert finding_of(tmp_path / "README.md") == sentence
 
 

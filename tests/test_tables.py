@@ -161,12 +161,12 @@ def test_the_report_fails_on_an_open_quote_unless_it_is_accepted(
     code, out, err = reported(capsys, table)
     assert code == 2 and "opened in line 2 and never closed" in err
     assert "skipped: 3 quote that is never closed (line 2, line 12, line 22)" in out
-    assert reported(capsys, table, "--max-bad-share", "0.7")[0] == 0
+    assert reported(capsys, table, "--max-bad-fraction", "0.7")[0] == 0
     # A single open quote at the end is below every limit, but is still an error.
     rows = "\n".join(f"images/{number}.png,a" for number in range(20))
     table.write_text(f'image,caption\n{rows}\nimages/20.png,"a\n')
     assert reported(capsys, table)[0] == 2
-    assert reported(capsys, table, "--max-bad-share", "0.5")[0] == 0
+    assert reported(capsys, table, "--max-bad-fraction", "0.5")[0] == 0
 
 
 @pytest.mark.parametrize(("number_bad", "code"), [(10, 0), (11, 2)])
@@ -178,8 +178,8 @@ def test_the_report_fails_on_more_than_half_bad_rows(
     found, out, err = reported(capsys, table)
     assert found == code and f"{number_bad} skipped" in out
     assert ("legal is at most max_bad_fraction = 50.0%" in err) == (code == 2)
-    assert reported(capsys, table, "--max-bad-share", "0.6")[0] == 0
-    assert reported(capsys, table, "--max-bad-share", "0.1")[0] == 2
+    assert reported(capsys, table, "--max-bad-fraction", "0.6")[0] == 0
+    assert reported(capsys, table, "--max-bad-fraction", "0.1")[0] == 2
 
 
 def test_the_report_counts_the_splits_and_needs_no_pair_in_any(

@@ -79,7 +79,7 @@ def test_an_enlarged_convolution_is_that_of_the_doubled_map_with_its_gradient(
 def test_a_group_norm_with_channels_last_has_torchs_gradient(
     batch: int, height: int, width: int, part: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(group_norm, "PART", part)
+    monkeypatch.setattr(group_norm, "CHUNK_SIZE", part)
     norm, _ = layers(6, 6)
     x = maps(batch, 6, height, width).requires_grad_()
     weights = maps(batch, 6, height, width, seed=1)

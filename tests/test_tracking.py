@@ -349,7 +349,7 @@ class SlowStore:
 def test_a_slow_server_is_waited_for_while_it_makes_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "Store", partial(SlowStore, opening=0.6))
+    monkeypatch.setattr(tracking, "MLflowStore", partial(SlowStore, opening=0.6))
     tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
     tracker.finish()
     with caplog.at_level(logging.WARNING, "rudolph"):
@@ -361,7 +361,7 @@ def test_a_slow_server_is_waited_for_while_it_makes_progress(
 def test_a_server_that_is_too_slow_is_called_slow_and_gets_the_rest_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "Store", partial(SlowStore, parts=3))
+    monkeypatch.setattr(tracking, "MLflowStore", partial(SlowStore, parts=3))
     uri = "http://anna:secret@slow"
     tracker = Tracker(tmp_path / "run", uri, experiment="e", run="r", digest="d")
     tracker.finish()
@@ -380,7 +380,7 @@ def test_an_error_after_a_slow_answer_is_told_once_with_its_reason(
         def send(self, folder: Path, **rest: Any) -> Sent:
             raise SlowStoreError("Read timed out")
 
-    monkeypatch.setattr(tracking, "Store", Refusing)
+    monkeypatch.setattr(tracking, "MLflowStore", Refusing)
     with caplog.at_level(logging.WARNING, "rudolph"):
         tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
         assert not tracker.close(5.0)

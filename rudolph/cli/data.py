@@ -29,7 +29,7 @@ def add_data(verbs: Any) -> None:
         manifest.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}s")
     manifest.add_argument("--answers", metavar="FILE", help="answers to the questions of a .json")
     manifest.add_argument(
-        "--max-bad-share",
+        "--max-bad-fraction",
         type=float,
         metavar="FRACTION",
         help="accept open quotes, and this fraction of bad rows (default: 0.5, no open quotes)",

@@ -194,10 +194,12 @@ def _scale(folder: Path, report: Report) -> str:
     """Return the scale of the runs and the processors or GPUs that they ran on."""
     machines = [each["machine"] for each in read_json(folder / "environment.json")]
     names = {
-        each["gpus"][0] if each.get("gpus") else f"{each['processor']}, threads: {each['threads']}"
+        each["gpus"][0]
+        if each.get("gpus")
+        else f"{each.get('processor', 'unknown processor')}, threads: {each['threads']}"
         for each in machines
     }
-    return f"Scale: {report.scale}; {' or '.join(sorted(names))}."
+    return f"Scale: {'; '.join(filter(None, (report.scale, ' or '.join(sorted(names)))))}."
 
 
 def _setup(report: Report) -> str:

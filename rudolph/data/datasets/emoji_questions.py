@@ -285,7 +285,8 @@ def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) ->
 
     A position is None if no exchange of two words makes it legal.
 
-    >>> permute_words(["кот", "дом", "лев", "сад"], lambda at, word: (at < 2) == (word in ("дом", "сад")))
+    >>> words = ["кот", "дом", "лев", "сад"]
+    >>> permute_words(words, lambda at, word: (at < 2) == (word in ("дом", "сад")))
     ['дом', 'сад', 'кот', 'лев']
     """
     half = len(words) // 2
