@@ -54,7 +54,8 @@ def test_means_and_differences_are_those_of_scipy(tmp_path: Path) -> None:
     runs.to_csv(tmp_path / "runs.csv", index=False)
     (tmp_path / "curves.csv").write_text("run,metric,step,value\n")
     (tmp_path / "report.json").write_text("{}")
-    (tmp_path / "README.md").write_text("")
+    for name in ("README.md", "config.yaml", "configs.jsonl"):
+        (tmp_path / name).write_text("")
     table = {name: runs[runs["run"].str.startswith(name)].set_index("seed") for name in "abc"}
     found = known_numbers(tmp_path).estimates
     for one, other in ("ab", "ac", "bc"):

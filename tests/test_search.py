@@ -177,15 +177,15 @@ def test_the_page_tells_regions_and_tests_from_the_tables_alone(tmp_path: Path) 
             ("region_cold", "region_hot", "plain"),
         ),
         ("splits: [test]", "evaluation.eval_fold: 0", "", ("region_cold", "region_hot", "plain")),
-        ("splits: [test], half: 1", "evaluation.eval_fold: 0", "", ()),
+        ("splits: [test], eval_fold: 1", "evaluation.eval_fold: 0", "", ()),
         (
-            "splits: [test], half: 0",
+            "splits: [test], eval_fold: 0",
             "evaluation.eval_fold: 0",
             "",
             ("region_cold", "region_hot", "plain"),
         ),
         (
-            "splits: [test], half: 1",
+            "splits: [test], eval_fold: 1",
             "evaluation.eval_fold: 0",
             ", evaluation.eval_fold: 0",
             ("plain",),
