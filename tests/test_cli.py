@@ -76,11 +76,11 @@ def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
     assert main(["figures", "tiny"]) == 0
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
     capsys.readouterr()
-    # Without git every run counts as dirty, and the page has no answer yet.
+    # Without git every run counts as dirty, and nobody has written the page yet.
     assert main(["check"]) == 1
     problems = capsys.readouterr().err.splitlines()
-    expected = ("its commit does not name", "no answer is written", "2 problems")
-    assert len(problems) == 3 and all(
+    expected = ("its commit does not name", "Finding is not", "Limitations is not", "3 problems")
+    assert len(problems) == 4 and all(
         words in line for words, line in zip(expected, problems, strict=True)
     ), problems
 
