@@ -12,14 +12,15 @@ from tiny_run import TINY, write
 from rudolph.config.experiment_file import load_experiment
 from rudolph.config.metric_names import (
     COST,
-    EVALUATOR_METRICS,
     all_names,
     curve_names,
     metric_names,
 )
+from rudolph.config.metrics import EVALUATOR_METRICS
 from rudolph.config.names import experiment_name
-from rudolph.evaluation.report_card import EVALUATORS
+from rudolph.evaluation.report_card import EVALUATORS, NEEDS
 from rudolph.files.settings import ConfigError
+from rudolph.reports.claims import LESS_IS_BETTER
 from rudolph.reports.store import FIXED
 from rudolph.runs.search import search_rounds
 
@@ -147,3 +148,11 @@ def test_a_domain_of_a_search_is_one_metric_on_one_split(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=r"search\.domains\.scenes: ") as error:
             load_experiment(write(tmp_path, **searched(metric, splits)))
         assert words in str(error.value)
+
+
+def test_the_direction_of_a_metric_is_that_of_claims_about_it() -> None:
+    metrics = [metric for own in EVALUATOR_METRICS.values() for metric in own]
+    assert len(metrics) > 40
+    for metric in metrics:
+        assert bool(LESS_IS_BETTER.search(metric.name)) == metric.is_lower_better, metric.name
+    assert set(NEEDS) == set(EVALUATORS) == set(EVALUATOR_METRICS)

@@ -6,7 +6,9 @@ To add an implementation, name it in ``WORKLOADS`` and map it to a class in
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from rudolph.files.constraints import Bounds, Count, check
 from rudolph.models.layers.native_types import has_native_bfloat16
 
 # Only these are our own code; the others are third-party packages and the machine's limits.
@@ -90,14 +92,14 @@ class SpeedConfig:
         ValueError: If a setting is out of range or does not fit the workload.
     """
 
-    workload: str | None = None
+    workload: Literal["decode", "train", "vqgan", "upscaler", "pipeline", "memory"] | None = None
     implementations: tuple[str, ...] = ()
-    batch_size: int = 1
-    num_tokens: int | None = None
-    num_repetitions: int = 5
-    roofline_bytes: int = 2**29
-    roofline_side: int = 4096
-    instruction_set: str | None = None
+    batch_size: Count = 1
+    num_tokens: Count | None = None
+    num_repetitions: Count = 5
+    roofline_bytes: Annotated[int, Bounds(ge=8)] = 2**29
+    roofline_side: Count = 4096
+    instruction_set: Literal["avx2"] | None = None
 
     @property
     def has_bfloat16(self) -> bool:
@@ -112,22 +114,8 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.instruction_set is not None and self.instruction_set not in INSTRUCTIONS:
-            names = ", ".join(INSTRUCTIONS)
-            raise ValueError(
-                f"instruction_set must be one of {names} or null, got {self.instruction_set!r}"
-            )
-        if self.workload is not None and self.workload not in WORKLOADS:
-            names = ", ".join(WORKLOADS)
-            raise ValueError(f"workload must be one of {names}, got {self.workload!r}")
+        check(self)
         self._check_implementations()
-        for name in ("batch_size", "num_repetitions", "roofline_side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.roofline_bytes < 8:
-            raise ValueError(f"roofline_bytes must be at least 8, got {self.roofline_bytes}")
-        if self.num_tokens is not None and self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1 or null, got {self.num_tokens}")
         if self.num_tokens is not None and self.workload not in (None, "decode", "memory"):
             raise ValueError(f"num_tokens must be null for {self.workload}, got {self.num_tokens}")
 

@@ -8,6 +8,7 @@ from typing import Any
 from rudolph.runs.console import print_line, stage_progress
 
 RESULTS_FOLDER = Path("results")
+EXPERIMENTS_PAGE = Path("experiments/README.md")
 # Quantities of a speed experiment whose contestants stand on one axis.
 ON_ONE_AXIS = ("/speedup", "/peak_bytes")
 
@@ -211,8 +212,19 @@ def redraw_figures(given: Any) -> int:
         drawn = draw_pngs(RESULTS_FOLDER, given.png, experiment=given.experiment)
     else:
         drawn = redraw(RESULTS_FOLDER, experiment=given.experiment)
+        write_reference(EXPERIMENTS_PAGE)
     print_line("\n".join(map(str, drawn)))
     return 0
+
+
+def write_reference(page: Path) -> None:
+    """Write the tables of settings and evaluators into a page that has their markers."""
+    from rudolph.config.reference import reference_parts
+    from rudolph.files.atomic import write_text
+    from rudolph.reports.report import fill, marked
+
+    if page.is_file() and marked("settings", "").splitlines()[0] in page.read_text("utf-8"):
+        write_text(page, fill(page.read_text("utf-8"), reference_parts()))
 
 
 def check_results(given: Any) -> int:

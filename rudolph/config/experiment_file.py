@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rudolph.config.metric_names import COST, EVALUATOR_METRICS, all_names, metric_names
+from rudolph.config.metric_names import COST, all_names, metric_names
+from rudolph.config.metrics import EVALUATOR_METRICS
 from rudolph.config.names import (
     experiment_name,
     require_domains,
@@ -197,7 +198,11 @@ def _check_metrics(
 def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
     metric = name.rpartition("/")[0]
     is_asked = any(each.startswith(f"{metric}/") for each in legal)
-    asks = [question for question, own in EVALUATOR_METRICS.items() if metric in own]
+    asks = [
+        evaluator
+        for evaluator, metrics in EVALUATOR_METRICS.items()
+        if metric in (each.name for each in metrics)
+    ]
     if asks and not is_asked:
         hint = f"; {asks[0]} is not among evaluation.evaluators"
     else:

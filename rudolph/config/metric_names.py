@@ -1,72 +1,27 @@
 """Names of all metrics and curves of a run, known before it starts.
 
 ``metric_names`` are columns of ``runs.csv`` and scores of the report card; ``curve_names`` are
-what trainings log.  A name may be missing in the end, such as that of a family of scenes of which
-no example was drawn, but no run reports a name that is not here.
+what trainings log.  A run may lack a name, such as that of a scene family without examples, but it
+reports no name that is not here.
 
-A question's metrics stand in ``EVALUATOR_METRICS``, or in ``evaluator_metrics`` where they depend
-on the configuration.  To add a question, name its metrics here.
+The metrics of an evaluator stand in ``config.metrics``, or in ``evaluator_metrics`` where they
+depend on the configuration.
 """
 
 from collections.abc import Iterable, Iterator
 
 from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS, SpeedConfig
+from rudolph.config.metrics import EVALUATOR_METRICS, SCENE_ACCURACY
 from rudolph.config.run import RunConfig
-from rudolph.data.datasets.emoji import GROUPS
-from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.evaluation.evaluators.reranking import CANDIDATE_COUNTS
 from rudolph.families.registry import family_of
-from rudolph.generation.clip_ranking import RECALLS_AT
 from rudolph.reports.report import OVERHEAD
 from rudolph.reports.timings import implementation_name
 
 # Columns of ``runs.csv`` that every run has.
 COST = ("seconds", OVERHEAD)
-NEAREST, SCENE_RIGHT = "text_to_image/nearest_1_percent", "text_to_image/scene_accuracy"
-CAPTION_METRICS = ("cider-d", "rouge-l", "meteor-nltk", "bleu-4", "distinct")
 RANKINGS = ("likelihood", "inverse_prompting", "oracle")
 WITHOUT_IMAGES = ("arithmetic", "paragraphs")
-
-# Metrics of a question, whatever its pairs.
-EVALUATOR_METRICS: dict[str, tuple[str, ...]] = {
-    "nearest_image": (NEAREST,),
-    "nearest_image_by_group": tuple(f"{NEAREST}_{group.split()[0].lower()}" for group in GROUPS),
-    "scene_accuracy": (SCENE_RIGHT, "text_to_image/object_accuracy"),
-    "caption_f1": ("image_to_text/token_f1", "image_to_text/exact_match"),
-    "caption_metrics": tuple(f"image_to_text/{name}" for name in CAPTION_METRICS),
-    "fid_kid": ("text_to_image/fid", "text_to_image/kid"),
-    "clip_score": ("text_to_image/clip_score", "real_images/clip_score"),
-    "answer_f1": ("answers/token_f1", "answers/exact_match"),
-    "text_answers": ("text_question_answering/token_f1", "text_question_answering/exact_match"),
-    "math_answers": ("math_question_answering/token_f1", "math_question_answering/exact_match"),
-    "text_recognition": tuple(
-        f"text_recognition/{name}" for name in ("1-ned", "cer", "exact_match")
-    ),
-    "text_continuation": ("text_to_text/sentence_accuracy",),
-    "multiple_choice": (),
-    "zero_shot_classification": (
-        "zero_shot_classification/accuracy",
-        "zero_shot_classification/calibration_error",
-    ),
-    "text_ranking": ("text_ranking/accuracy",),
-    "image_ranking": ("image_ranking/accuracy",),
-    "inpainting": ("inpainting/object_accuracy",),
-    "image_variation": ("image_variation/object_accuracy",),
-    "self_reranking": ("self_reranking/object_accuracy",),
-    "rerank_curve": (),
-    "likelihood": ("text_to_image/nats", "text_to_image/bits_per_pixel", "image_to_text/nats"),
-    "convergence": (CONVERGED,),
-    "attention_logits": ("decoder/max_attention_logit", "decoder/attention_overflows"),
-    "reconstruction": (
-        *("vqgan/psnr", "vqgan/ssim"),
-        *("vqgan/codebook_usage", "vqgan/codebook_perplexity"),
-    ),
-    "retrieval": tuple(
-        f"{direction}/recall_at_{k}"
-        for direction in ("image_to_text", "text_to_image")
-        for k in RECALLS_AT
-    ),
-}
 
 
 def metric_names(config: RunConfig) -> list[str]:
@@ -89,9 +44,12 @@ def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[st
     Args:
         dataset: empty for that of the run.
     """
-    dataset, found = dataset or config.data.dataset, list(EVALUATOR_METRICS[question])
+    dataset, found = (
+        dataset or config.data.dataset,
+        [metric.name for metric in EVALUATOR_METRICS[question]],
+    )
     if question == "scene_accuracy":
-        found += [f"{SCENE_RIGHT}_{family}" for family in config.data.shapes.families]
+        found += [f"{SCENE_ACCURACY}_{family}" for family in config.data.shapes.families]
     elif question == "caption_f1" and dataset == "shapes":
         found.append("image_to_text/caption_accuracy")
     elif question == "multiple_choice":

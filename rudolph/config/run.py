@@ -19,6 +19,7 @@ from rudolph.families.interface import ModelSection
 from rudolph.families.registry import ModelConfig, family_of
 from rudolph.families.rudolph import RudolphConfig
 from rudolph.files import settings
+from rudolph.files.constraints import Bounds, Seed, check
 from rudolph.files.settings import (
     STRICT,
     ConfigError,
@@ -47,13 +48,11 @@ FAMILY, DEFAULT_FAMILY = "model.family", "rudolph"
 class TextLengths:
     """Lengths of both texts, in tokens, with ``BOS``, task token and ``EOS``."""
 
-    left_text_length: int = 64
-    right_text_length: int = 64
+    left_text_length: Annotated[int, Bounds(ge=4)] = 64
+    right_text_length: Annotated[int, Bounds(ge=4)] = 64
 
     def __post_init__(self) -> None:
-        for name in ("left_text_length", "right_text_length"):
-            if getattr(self, name) < 4:
-                raise ValueError(f"{name} must be at least 4, got {getattr(self, name)}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class RunConfig:
 
     __pydantic_config__ = STRICT
 
-    seed: int = 0
-    vqgan_seed: int | None = None
+    seed: Seed = 0
+    vqgan_seed: Seed | None = None
     model: Annotated[ModelConfig, TaggedBy("family")] = field(default_factory=RudolphConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -90,6 +89,7 @@ class RunConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        check(self)
         self._take_parts_of_init()
         # A VQ-GAN that is taken as it is reads images of any size that its factor divides.
         is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
@@ -107,10 +107,6 @@ class RunConfig:
             raise ValueError(
                 "evaluation.splits: a manifest has train, validation and test, got 'compositional'"
             )
-        for name in ("seed", "vqgan_seed"):
-            seed = getattr(self, name)
-            if seed is not None and not 0 <= seed < 2**32:
-                raise ValueError(f"{name}: must be 0 to 4294967295, got {seed}")
 
     def _take_parts_of_init(self) -> None:
         """Take tokenizer and VQ-GAN from ``model.init``, unless others are named.

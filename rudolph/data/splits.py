@@ -30,6 +30,7 @@ from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuesti
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.datasets.words import Words, WordsConfig
 from rudolph.data.pairs import PairDataset
+from rudolph.files.constraints import Count, Fraction, NonNegativeInt, check
 from rudolph.sequence.tasks import TASKS
 
 
@@ -66,15 +67,15 @@ class DataConfig:
     """
 
     dataset: str = "emoji"
-    image_size: int = 32
+    image_size: Count = 32
     tasks: dict[str, float] = field(
         default_factory=lambda: {"text_to_image": 1.0, "image_captioning": 1.0}
     )
-    caption_dropout: float = 0.1
-    image_token_noise: float = 0.0
-    unknown_task_probability: float = 0.0
-    flip_probability: float = 0.0
-    num_code_samples: int = 0
+    caption_dropout: Fraction = 0.1
+    image_token_noise: Fraction = 0.0
+    unknown_task_probability: Fraction = 0.0
+    flip_probability: Fraction = 0.0
+    num_code_samples: NonNegativeInt = 0
     emoji: EmojiConfig = field(default_factory=EmojiConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
@@ -87,10 +88,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
+        check(self)
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         for name, weight in self.tasks.items():
             require_dataset_prefix(name, "tasks")
             task = name.rpartition("/")[2]
@@ -105,16 +105,6 @@ class DataConfig:
                 raise ValueError(f"tasks.{name} must be at least 0, got {weight}")
         if sum(self.tasks.values()) <= 0:
             raise ValueError("tasks must give at least one task a weight above 0")
-        for name in (
-            "caption_dropout",
-            "image_token_noise",
-            "unknown_task_probability",
-            "flip_probability",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.num_code_samples < 0:
-            raise ValueError(f"num_code_samples must be at least 0, got {self.num_code_samples}")
 
     @property
     def mixture(self) -> list[MixtureEntry]:

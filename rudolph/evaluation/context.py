@@ -26,8 +26,6 @@ CHANCE_SHIFTS = 20
 # The seed that cuts pairs into folds.  It is not the run's seed, so that every run leaves the
 # same fold unused.
 HALVES = 0
-# The image that a task without one is given, see ``EvaluationConfig``.
-MISSING_IMAGE = ("zeros", "legacy")
 
 
 @dataclass(frozen=True)

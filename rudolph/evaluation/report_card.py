@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rudolph.data.pairs import SPLITS
 from rudolph.data.splits import Split, Splits, require_dataset_prefix
-from rudolph.evaluation.context import MISSING_IMAGE, EvaluationContext, Score, ignore_notes
+from rudolph.evaluation.context import EvaluationContext, Score, ignore_notes
 from rudolph.evaluation.evaluators.captions import caption_f1, caption_metrics
 from rudolph.evaluation.evaluators.choices import (
     image_ranking,
@@ -43,6 +43,7 @@ from rudolph.evaluation.evaluators.texts import (
     text_recognition,
 )
 from rudolph.families.interface import Capabilities
+from rudolph.files.constraints import Count, check
 from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.sequence.texts import require_text
@@ -71,15 +72,16 @@ class EvaluationConfig:
 
     evaluators: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train",)
-    num_examples: int = 200
+    num_examples: Count = 200
     clip: str | None = None
-    missing_image: str = "zeros"
-    eval_fold: int | None = None
+    missing_image: Literal["zeros", "legacy"] = "zeros"
+    eval_fold: Literal[0, 1] | None = None
     grid_prompts: tuple[str, ...] = ()
-    grid_samples: int = 4
+    grid_samples: Count = 4
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
+        check(self)
         for place in self.evaluators:
             require_dataset_prefix(place, "evaluators")
             name = place.rpartition("/")[2]
@@ -88,18 +90,8 @@ class EvaluationConfig:
         for name in self.splits:
             if name not in SPLITS:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
-        if self.missing_image not in MISSING_IMAGE:
-            raise ValueError(
-                f"missing_image must be one of {', '.join(MISSING_IMAGE)}, "
-                f"got {self.missing_image!r}"
-            )
-        if self.eval_fold not in (None, 0, 1):
-            raise ValueError(f"eval_fold must be 0, 1 or null, got {self.eval_fold}")
         for at, prompt in enumerate(self.grid_prompts):
             require_text(prompt, f"grid_prompts[{at}]")
-        for name in ("num_examples", "grid_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 # Evaluators that need the pairs of one dataset.

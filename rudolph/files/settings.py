@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import yaml
 
+from rudolph.files.constraints import constraint_of
+
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
 
@@ -328,12 +330,12 @@ def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
     for each in fields(kind):
         path = f"{prefix}{each.name}"
         paths[path] = None
-        for member in _sections(hints[each.name]):
+        for member in sections_of(hints[each.name]):
             paths |= dict.fromkeys(_leaf_paths(member, f"{path}."))
     return list(paths)
 
 
-def _sections(hint: Any) -> list[type]:
+def sections_of(hint: Any) -> list[type]:
     """Return the dataclasses that a field can hold: none, one, or those of a tagged union."""
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return [member for member in members if is_dataclass(member) and isinstance(member, type)]
@@ -374,6 +376,15 @@ def _line(found: Any, kind: Any, place: str) -> str:
             f"{key}.{name}: must be one of {', '.join(legal)}, got {short_repr(tag)}"
             f"{did_you_mean(tag, legal)}"
         )
+    if found["type"] == "literal_error":
+        legal = re.findall(r"'([^']*)'|(\d+)", found["ctx"]["expected"])
+        names = [word or number for word, number in legal]
+        hint = get_type_hints(kind, include_extras=True).get(parts[-1])
+        or_null = " or null" if constraint_of(hint)[2] else ""
+        return (
+            f"{key} must be one of {', '.join(names)}{or_null}, got {short_repr(found['input'])}"
+            f"{did_you_mean(str(found['input']), names)}"
+        )
     expected = found["msg"].removeprefix("Input should be ")
     return f"{key}: must be {expected}, got {short_repr(found['input'])}"
 
@@ -388,7 +399,7 @@ def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
     waiting = [part for part in location if part != "[key]"]
     while waiting:
         part = waiting.pop(0)
-        members = _sections(hint)
+        members = sections_of(hint)
         if isinstance(hint, UnionType) and len(members) > 1:
             tags = {tag: each for each in members for tag in _tags(each)}
             hint = tags.get(part, members[0])

@@ -8,12 +8,14 @@ Shapes: B batch, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from rudolph.files.constraints import Bounds, Count, NonNegative, check
+
 ORDER = ("temperature", "top_k", "top_p", "min_p")
-GUIDANCE_KINDS = ("extrapolation", "mixture")
 # Beyond these bounds, scaled logits leave the range of float32.
 LEAST_TEMPERATURE, GREATEST_GUIDANCE = 1e-6, 1e6
 
@@ -36,15 +38,16 @@ class TokenSamplingConfig:
     """
 
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    top_k: Count | None = None
+    top_p: Annotated[float, Bounds(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Bounds(gt=0, le=1)] | None = None
     filter_order: tuple[str, ...] = ORDER
-    guidance: float | None = None
-    guidance_kind: str = "extrapolation"
+    guidance: NonNegative | None = None
+    guidance_kind: Literal["extrapolation", "mixture"] = "extrapolation"
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range."""
+        check(self)
         # Not "<=", so that NaN is rejected too.
         if not self.temperature > 0:
             raise ValueError(
@@ -55,26 +58,13 @@ class TokenSamplingConfig:
                 f"temperature must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}, "
                 f"got {self.temperature:g}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or null, got {self.top_k}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1] or null, got {value}")
         if sorted(self.filter_order) != sorted(ORDER):
             raise ValueError(
                 f"filter_order must have each of {', '.join(ORDER)}, got {self.filter_order}"
             )
-        if self.guidance is not None and not self.guidance >= 0:
-            raise ValueError(f"guidance must be at least 0 or null, got {self.guidance}")
         if self.guidance is not None and self.guidance > GREATEST_GUIDANCE:
             raise ValueError(
                 f"guidance must be at most {GREATEST_GUIDANCE:g}, got {self.guidance:g}"
-            )
-        if self.guidance_kind not in GUIDANCE_KINDS:
-            raise ValueError(
-                f"guidance_kind must be one of {', '.join(GUIDANCE_KINDS)}, "
-                f"got {self.guidance_kind!r}"
             )
         if self.guidance_kind == "mixture" and (self.guidance or 0) > 1:
             raise ValueError(f"guidance must be at most 1 for a mixture, got {self.guidance}")

@@ -18,7 +18,7 @@ from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
 from rudolph.runs.trainer import fit
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import DecoderLossConfig
-from rudolph.training.optim import OptimConfig
+from rudolph.training.optim import OptimConfig, Optimizer
 
 NUM_STEPS, STOPPED_AT, CHECKPOINT_EVERY = 8, 6, 2
 DROPOUT = {"attention_dropout": 0.1, "output_dropout": 0.1}
@@ -26,13 +26,14 @@ DROPOUT = {"attention_dropout": 0.1, "output_dropout": 0.1}
 
 def resume_cases(sizes: Sizes) -> Iterator[Case]:
     """Yield one case per optimizer and training precision."""
-    for optimizer in ("adamw", "muon"):
+    optimizers: tuple[Optimizer, ...] = ("adamw", "muon")
+    for optimizer in optimizers:
         for precision in ("32-true", "bf16-mixed"):
             run = partial(compare_resumed, sizes, optimizer, precision)
             yield Case(f"{optimizer}, {precision}", run)
 
 
-def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[CheckRow]:
+def compare_resumed(sizes: Sizes, optimizer: Optimizer, precision: str) -> Iterator[CheckRow]:
     """Compare bit by bit the weights of an uninterrupted and a resumed training."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -55,7 +56,7 @@ def compare_resumed(sizes: Sizes, optimizer: str, precision: str) -> Iterator[Ch
 
 
 def train_checked(
-    sizes: Sizes, optimizer: str, precision: str, folder: Path, *, stop_at: int | None
+    sizes: Sizes, optimizer: Optimizer, precision: str, folder: Path, *, stop_at: int | None
 ) -> None:
     """Train the checked decoder, from the checkpoint in the folder if there is one.
 

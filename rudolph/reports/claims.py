@@ -25,7 +25,8 @@ from rudolph.reports.markdown import table_row
 
 # Name parts that mark a metric of which lower is better.
 LESS_IS_BETTER = re.compile(
-    r"loss|perplexity|error|seconds|bytes|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
+    r"loss|(?<!codebook_)perplexity|error|seconds|bytes|bits_per|attention_logit|overflows"
+    r"|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
 )
 SURE = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"

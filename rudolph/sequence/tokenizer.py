@@ -13,12 +13,13 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rudolph.files.atomic import write_atomic, write_text
+from rudolph.files.constraints import Bounds, check
 from rudolph.sequence.bpe import WORD, read_model, train_bpe
 from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 from rudolph.sequence.texts import clean_text, shorten
@@ -38,22 +39,19 @@ class TokenizerConfig:
         num_specials: number of task-token ids after the BPE ids; 0 disables task tokens.
     """
 
-    vocab_size: int = 16384
-    bpe_dropout: float = 0.0
+    vocab_size: Annotated[int, Bounds(ge=5)] = 16384
+    bpe_dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
     path: str | None = None
     num_specials: int = len(TASK_TOKENS)
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        if self.vocab_size < 5:
-            raise ValueError(f"vocab_size must be at least 5, got {self.vocab_size}")
+        check(self)
         if self.num_specials < len(TASK_TOKENS) and self.num_specials != 0:
             raise ValueError(
                 f"num_specials must be 0 or at least {len(TASK_TOKENS)}, the task tokens, "
                 f"got {self.num_specials}"
             )
-        if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout}")
 
 
 class Segment(NamedTuple):

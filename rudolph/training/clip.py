@@ -82,7 +82,7 @@ class CLIPTraining(ManualStepModule):
         images, texts = (self.of_all_devices(each) for each in self.features(batch))
         numbers = (self.of_all_devices(each) for each in (batch.image_numbers, batch.captions))
         loss = self.loss(images, texts, *numbers)
-        losses = {self.losses.kind: loss}
+        losses = {str(self.losses.kind): loss}
         require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
         self.move(loss, batch_index)
         if self.losses.kind == "softmax":

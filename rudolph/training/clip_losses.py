@@ -8,14 +8,15 @@ Source: Radford 2021 (arXiv:2103.00020), with open_clip for the bounds of the sc
 Shapes: B pairs per batch.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FROZEN = ("none", "image", "text")
+from rudolph.files.constraints import Positive, check
+
 LARGEST_SCALE = 100.0
 
 
@@ -68,17 +69,14 @@ class CLIPLossConfig:
         ValueError: if a setting is out of range or does not fit the loss.
     """
 
-    kind: str = "softmax"
-    initial_scale: float | None = None
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    initial_scale: Positive | None = None
     initial_bias: float | None = None
-    frozen: str = "none"
+    frozen: Literal["none", "image", "text"] = "none"
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range or does not fit the loss."""
-        if self.kind not in CLIP_LOSSES:
-            raise ValueError(f"kind must be one of {', '.join(CLIP_LOSSES)}, got {self.kind!r}")
-        if self.initial_scale is not None and not 0 < self.initial_scale < math.inf:
-            raise ValueError(f"initial_scale must be above 0 or null, got {self.initial_scale}")
+        check(self)
         if self.kind == "softmax" and not 1 <= (self.initial_scale or 1) <= LARGEST_SCALE:
             raise ValueError(
                 f"initial_scale must be 1 to {LARGEST_SCALE:g} for the softmax loss, "
@@ -88,8 +86,6 @@ class CLIPLossConfig:
             raise ValueError(
                 f"initial_bias must be null for the softmax loss, got {self.initial_bias}"
             )
-        if self.frozen not in FROZEN:
-            raise ValueError(f"frozen must be one of {', '.join(FROZEN)}, got {self.frozen!r}")
 
 
 def require_bias(losses: CLIPLossConfig, *, has_bias: bool) -> None:

@@ -11,21 +11,20 @@ Shapes: B batch, T tokens, M labels, K mixture entries, D hidden size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Bounds, NonNegative, NonNegativeInt, check
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.rudolph.scoring import NOT_SCORED, label_losses, segment_labels
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
 
-FIRST_IMAGE_TOKEN = ("image_vocabulary", "legacy")
-REDUCTIONS = ("batch", "task", "token")
-SOFTMAXES = ("segment", "joint")
-WEIGHTINGS = ("fixed", "learned")
+Reduction = Literal["batch", "task", "token"]
+REDUCTIONS = get_args(Reduction)
 
 
 @dataclass(frozen=True)
@@ -58,42 +57,23 @@ class DecoderLossConfig:
         ValueError: if a setting is out of range.
     """
 
-    left_text_weight: float = 1.0
-    image_weight: float = 7.0
-    right_text_weight: float = 1.0
-    first_image_token: str = "image_vocabulary"
+    left_text_weight: NonNegative = 1.0
+    image_weight: NonNegative = 7.0
+    right_text_weight: NonNegative = 1.0
+    first_image_token: Literal["image_vocabulary", "legacy"] = "image_vocabulary"
     left_padding: bool = True
-    label_smoothing: float = 0.0
-    softmax: str = "segment"
-    z_loss_weight: float = 0.0
-    weighting: str = "fixed"
-    reduction: str = "batch"
+    label_smoothing: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
+    softmax: Literal["segment", "joint"] = "segment"
+    z_loss_weight: NonNegative = 0.0
+    weighting: Literal["fixed", "learned"] = "fixed"
+    reduction: Reduction = "batch"
     task_weights: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range."""
-        for name in ("left_text_weight", "image_weight", "right_text_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check(self)
         if self.left_text_weight + self.image_weight + self.right_text_weight == 0:
             raise ValueError("image_weight must be above 0 when both text weights are 0, got 0")
-        if self.first_image_token not in FIRST_IMAGE_TOKEN:
-            raise ValueError(
-                f"first_image_token must be one of {', '.join(FIRST_IMAGE_TOKEN)}, "
-                f"got {self.first_image_token!r}"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        for name, legal in (
-            ("reduction", REDUCTIONS),
-            ("softmax", SOFTMAXES),
-            ("weighting", WEIGHTINGS),
-        ):
-            if getattr(self, name) not in legal:
-                given = getattr(self, name)
-                raise ValueError(f"{name} must be one of {', '.join(legal)}, got {given!r}")
-        if self.z_loss_weight < 0:
-            raise ValueError(f"z_loss_weight must be at least 0, got {self.z_loss_weight}")
         if self.weighting == "learned" and self.reduction != "batch":
             raise ValueError(
                 f"reduction must be batch where weights are learned, got {self.reduction!r}"
@@ -352,26 +332,19 @@ class ReconstructionLossConfig:
         ValueError: if a setting is out of range.
     """
 
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    quantizer_weight: float = 1.0
-    discriminator_start: int | None = None
-    discriminator_weight: float = 0.8
-    perceptual_weight: float = 1.0
+    l1_weight: NonNegative = 1.0
+    l2_weight: NonNegative = 0.0
+    quantizer_weight: NonNegative = 1.0
+    discriminator_start: NonNegativeInt | None = None
+    discriminator_weight: NonNegative = 0.8
+    perceptual_weight: NonNegative = 1.0
     lpips_weights: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range."""
-        names = ("l1_weight", "l2_weight", "quantizer_weight", "discriminator_weight")
-        for name in (*names, "perceptual_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check(self)
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight must be above 0 when l2_weight is 0, got 0")
-        if self.discriminator_start is not None and self.discriminator_start < 0:
-            raise ValueError(
-                f"discriminator_start must be at least 0 or null, got {self.discriminator_start}"
-            )
 
 
 def reconstruction_loss(

@@ -7,7 +7,7 @@ Muon is Jordan 2024, scaled as in Moonlight (arXiv:2502.16982).
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,24 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rudolph.files.constraints import (
+    Bounds,
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    check,
+)
 from rudolph.models.layers.native_types import has_native_bfloat16
 
-OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 # Bytes of state per parameter: two moments for AdamW, one momentum for Muon.
 ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
 # Elements per batched product in Muon; a larger matrix uses all cores by itself.
 STACK = 2**20
+
+
+Optimizer = Literal["adamw", "muon", "adamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -41,48 +52,24 @@ class OptimConfig:
         ValueError: if a setting is out of range.
     """
 
-    num_steps: int = 1000
-    global_batch_size: int = 64
-    optimizer: str = "adamw"
-    learning_rate: float = 3e-4
-    muon_learning_rate: float = 1e-2
-    warmup_steps: int = 100
-    final_learning_rate_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    gradient_clip: float | None = 1.0
-    ema_decay: float | None = None
-    validate_every: int = 500
-    checkpoint_every: int = 200
+    num_steps: NonNegativeInt = 1000
+    global_batch_size: Count = 64
+    optimizer: Optimizer = "adamw"
+    learning_rate: Positive = 3e-4
+    muon_learning_rate: Positive = 1e-2
+    warmup_steps: NonNegativeInt = 100
+    final_learning_rate_fraction: Fraction = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: NonNegative = 0.1
+    gradient_clip: Positive | None = 1.0
+    ema_decay: Annotated[float, Bounds(gt=0, lt=1)] | None = None
+    validate_every: Count = 500
+    checkpoint_every: Count = 200
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range."""
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps must be at least 0, got {self.num_steps}")
-        for name in ("global_batch_size", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-            )
-        for name in ("learning_rate", "muon_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not self.warmup_steps >= 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        for name in ("final_learning_rate_fraction", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
-            raise ValueError(
-                f"gradient_clip must be above 0 or null (off), got {self.gradient_clip}"
-            )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1) or null (off), got {self.ema_decay}")
+        check(self)
 
 
 def learning_rate_fraction(step: int, config: OptimConfig) -> float:

@@ -20,7 +20,7 @@ To add an operation, add it to ``OPERATIONS``.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from random import Random
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from rudolph.data.datasets.synthetic import (
     choose,
@@ -30,12 +30,12 @@ from rudolph.data.datasets.synthetic import (
     json_digest,
     num_examples,
     require_choices,
-    require_sizes,
     require_within,
     sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
+from rudolph.files.constraints import Bounds, Count, Fraction, check
 
 # Part of every digest; increment it when the same configuration gives other pairs.
 ARITHMETIC_VERSION = 1
@@ -77,22 +77,20 @@ class ArithmeticConfig:
 
     operations: tuple[str, ...] = ("+", "-", "×")
     max_number: int = 50
-    max_factor: int = 9
-    choice_fraction: float = 0.5
+    max_factor: Annotated[int, Bounds(ge=5, le=99)] = 9
+    choice_fraction: Fraction = 0.5
     num_choices: int = 3
-    num_train: int = 20_000
-    num_validation: int = 500
-    num_test: int = 500
+    num_train: Count = 20_000
+    num_validation: Count = 500
+    num_test: Count = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
+        check(self)
         require_choices("operations", self.operations, legal=OPERATIONS, at_least=1)
-        require_within("max_factor", self.max_factor, 5, 99)
         require_within("max_number", self.max_number, self.max_factor, 9999)
-        require_within("choice_fraction", self.choice_fraction, 0, 1)
         require_within("num_choices", self.num_choices, 2, len(LETTERS))
-        require_sizes(self)
 
     @property
     def held_out(self) -> dict[str, int]:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from random import Random
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from rudolph.data.datasets.shapes_russian import (
     ADJECTIVES,
@@ -49,12 +49,12 @@ from rudolph.data.datasets.synthetic import (
     json_digest,
     num_examples,
     require_choices,
-    require_sizes,
     require_within,
     sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
+from rudolph.files.constraints import Bounds, Count, check
 
 # Part of every digest; increment it when the same configuration gives other pairs.
 PARAGRAPHS_VERSION = 1
@@ -114,21 +114,20 @@ class ParagraphsConfig:
     )
     shapes: tuple[str, ...] = _SHAPES
     colours: tuple[str, ...] = _COLOURS
-    max_sentences: int = 4
+    max_sentences: Annotated[int, Bounds(ge=2, le=4)] = 4
     max_count: int = 5
-    num_train: int = 20_000
-    num_validation: int = 500
-    num_test: int = 500
+    num_train: Count = 20_000
+    num_validation: Count = 500
+    num_test: Count = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
+        check(self)
         require_choices("families", self.families, legal=TEXT_FAMILIES, at_least=1)
         require_choices("shapes", self.shapes, legal=_SHAPES, at_least=2)
         require_choices("colours", self.colours, legal=_COLOURS, at_least=2)
-        require_within("max_sentences", self.max_sentences, 2, 4)
         require_within("max_count", self.max_count, 2, len(NUMERALS["masculine"]))
-        require_sizes(self)
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:

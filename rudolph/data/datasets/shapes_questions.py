@@ -28,6 +28,7 @@ count and the sides of a comparison are equally frequent too.
 
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Literal
 
 from rudolph.data.datasets.shapes_question_families import (
     QUESTION_FAMILIES,
@@ -49,12 +50,12 @@ from rudolph.data.datasets.synthetic import (
     json_digest,
     num_examples,
     require_choices,
-    require_sizes,
     require_within,
     sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
+from rudolph.files.constraints import Count, check
 
 # Part of every digest; increment it when the same configuration gives other pairs.
 QUESTIONS_VERSION = 1
@@ -77,7 +78,7 @@ class ShapesQuestionsConfig:
         seed: Seed of the pairs; it does not change the split of a pair.
     """
 
-    grid: int = 3
+    grid: Literal[2, 3] = 3
     families: tuple[str, ...] = (
         "colour",
         "shape",
@@ -91,21 +92,19 @@ class ShapesQuestionsConfig:
     colours: tuple[str, ...] = tuple(PALETTE)
     max_objects: int = 5
     jitter: float = 0.04
-    num_train: int = 20_000
-    num_validation: int = 500
-    num_test: int = 500
+    num_train: Count = 20_000
+    num_validation: Count = 500
+    num_test: Count = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
-        if self.grid not in (2, 3):
-            raise ValueError(f"grid must be 2 or 3, got {self.grid}")
+        check(self)
         require_choices("families", self.families, legal=QUESTION_FAMILIES, at_least=1)
         require_choices("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
         require_choices("colours", self.colours, legal=PALETTE, at_least=2)
         require_within("max_objects", self.max_objects, 3, 4 if self.grid == 2 else 5)
         require_within("jitter", self.jitter, 0, LARGEST_JITTER)
-        require_sizes(self)
 
     @property
     def held_out(self) -> frozenset[ObjectAttributes]:

@@ -9,6 +9,7 @@ scenes to ``shapes_hard_negatives``.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
 from rudolph.data.datasets.shapes_rendering import PALETTE, SIGNED_DISTANCES, SIZES, SceneObject
 from rudolph.data.datasets.shapes_russian import (
@@ -23,10 +24,10 @@ from rudolph.data.datasets.synthetic import (
     choose_distinct,
     choose_number,
     require_choices,
-    require_sizes,
     require_within,
     split_by_hash,
 )
+from rudolph.files.constraints import Count, check
 
 # Direction (down, right) from the second object of a relation to the first.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -53,21 +54,20 @@ class ShapesConfig:
         seed: Seed of the scenes; it does not change the split of a sentence.
     """
 
-    grid: int = 3
+    grid: Literal[2, 3] = 3
     families: tuple[str, ...] = ("one", "two", "relation", "count")
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "cross", "star")
     colours: tuple[str, ...] = tuple(PALETTE)
     max_count: int = 5
     jitter: float = 0.04
-    num_train: int = 20_000
-    num_validation: int = 500
-    num_test: int = 500
+    num_train: Count = 20_000
+    num_validation: Count = 500
+    num_test: Count = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
-        if self.grid not in (2, 3):
-            raise ValueError(f"grid must be 2 or 3, got {self.grid}")
+        check(self)
         require_choices("families", self.families, legal=FAMILIES, at_least=1)
         require_choices("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
         require_choices("colours", self.colours, legal=PALETTE, at_least=2)
@@ -77,7 +77,6 @@ class ShapesConfig:
                 f"max_count must be 1 to {most} when grid is {self.grid}, got {self.max_count}"
             )
         require_within("jitter", self.jitter, 0, LARGEST_JITTER)
-        require_sizes(self)
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:

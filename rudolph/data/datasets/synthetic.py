@@ -126,10 +126,3 @@ def require_within(field: str, value: float, least: float, most: float) -> None:
     """Raise ``ValueError`` if a number is not in ``[least, most]``."""
     if not least <= value <= most:
         raise ValueError(f"{field} must be {least} to {most}, got {value}")
-
-
-def require_sizes(config: SplitSizes) -> None:
-    """Raise ``ValueError`` if a split has no examples."""
-    for name in ("num_train", "num_validation", "num_test"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")

@@ -23,6 +23,7 @@ from rudolph.data.datasets.fusion_brain_files import parse_answer, parse_questio
 from rudolph.data.datasets.table_parquet import parquet_cells, parquet_columns
 from rudolph.data.datasets.table_text import TableWarning, read_table_text, require_table
 from rudolph.data.image_files import OPEN_QUOTE
+from rudolph.files.constraints import Fraction, check
 from rudolph.sequence.texts import clean_text
 
 NAMES_LISTED = 20
@@ -51,12 +52,11 @@ class ManifestConfig:
     caption_column: str = "caption"
     question_column: str | None = None
     answers: str | None = None
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: Fraction = 0.05
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
-        if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise ValueError(f"max_bad_fraction must be from 0 to 1, got {self.max_bad_fraction}")
+        check(self)
         if self.image_column == self.caption_column:
             raise ValueError(
                 f"image_column and caption_column must differ, both are {self.image_column!r}"

@@ -28,6 +28,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 import numpy as np
 import PIL
@@ -55,12 +56,12 @@ from rudolph.data.datasets.synthetic import (
     json_digest,
     num_examples,
     require_choices,
-    require_sizes,
     require_within,
     sample_until,
     split_by_hash,
 )
 from rudolph.data.pairs import Pair, require_split
+from rudolph.files.constraints import Bounds, Count, check
 
 # Part of every digest; increment it when the same configuration gives other pairs.
 WORDS_VERSION = 1
@@ -113,29 +114,25 @@ class WordsConfig:
     """
 
     kinds: tuple[str, ...] = ("word", "number", "syllables")
-    max_letters: int = 5
-    max_digits: int = 4
+    max_letters: Annotated[int, Bounds(ge=3, le=12)] = 5
+    max_digits: Annotated[int, Bounds(ge=1, le=12)] = 4
     fonts: tuple[str, ...] = tuple(FONTS)
     colours: tuple[str, ...] = TEXT_COLOURS
-    rotation: float = 8.0
-    noise: float = 12.0
+    rotation: Annotated[float, Bounds(ge=0, le=15)] = 8.0
+    noise: Annotated[float, Bounds(ge=0, le=64)] = 12.0
     max_objects: int = 3
-    num_train: int = 20_000
-    num_validation: int = 500
-    num_test: int = 500
+    num_train: Count = 20_000
+    num_validation: Count = 500
+    num_test: Count = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
+        check(self)
         require_choices("kinds", self.kinds, legal=KINDS, at_least=1)
         require_choices("fonts", self.fonts, legal=FONTS, at_least=2)
         require_choices("colours", self.colours, legal=TEXT_COLOURS, at_least=2)
-        require_within("max_letters", self.max_letters, 3, 12)
-        require_within("max_digits", self.max_digits, 1, 12)
-        require_within("rotation", self.rotation, 0, 15)
-        require_within("noise", self.noise, 0, 64)
         require_within("max_objects", self.max_objects, 0, _GRID)
-        require_sizes(self)
 
     @property
     def held_out(self) -> frozenset[tuple[str, str]]:

@@ -19,15 +19,15 @@ image ids.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rudolph.files.constraints import Count, Fraction, Positive, check
 from rudolph.models.layers.attention import (
-    MAXIMA,
     FullView,
     KeyValue,
     KVView,
@@ -48,8 +48,6 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# How image-token embeddings are initialised.
-IMAGE_EMBEDDING_INITS = ("random", "codebook")
 # Fraction of the variance that stays random per code, so that similar codes remain distinct.
 OWN_SHARE = 0.25
 
@@ -89,44 +87,32 @@ class DecoderConfig:
             every position.
     """
 
-    num_layers: int = 24
-    hidden_size: int = 1024
-    num_heads: int = 16
+    num_layers: Count = 24
+    hidden_size: Count = 1024
+    num_heads: Count = 16
     layer_masks: tuple[str, ...] = ("row", "column", "row", "conv(7)")
     last_layer_mask: str | None = "conv(9)"
     right_attends_left: bool = True
     sandwich_norm: bool = True
     qk_norm: bool = False
     pb_relax: bool = True
-    pb_relax_maximum: str = "row"
-    attention_precision: str | None = None
+    pb_relax_maximum: Literal["row", "matrix"] = "row"
+    attention_precision: Literal["float32", "bfloat16", "float16"] | None = None
     double_final_norm: bool = True
     leading_bos: bool = False
-    gelu: str = "tanh"
-    embedding_gradient: float = 0.1
-    attention_dropout: float = 0.1
-    output_dropout: float = 0.1
-    token_init_std: float = 1.0
-    position_init_std: float = 0.02
-    image_embedding_init: str = "random"
+    gelu: Literal["tanh", "none"] = "tanh"
+    embedding_gradient: Fraction = 0.1
+    attention_dropout: Fraction = 0.1
+    output_dropout: Fraction = 0.1
+    token_init_std: Positive = 1.0
+    position_init_std: Positive = 0.02
+    image_embedding_init: Literal["random", "codebook"] = "random"
     init_by_name: bool = False
     positional_padding: bool = True
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        if self.image_embedding_init not in IMAGE_EMBEDDING_INITS:
-            raise ValueError(
-                f"image_embedding_init must be one of {', '.join(IMAGE_EMBEDDING_INITS)}, "
-                f"got {self.image_embedding_init!r}"
-            )
-        if self.pb_relax_maximum not in MAXIMA:
-            raise ValueError(
-                f"pb_relax_maximum must be one of {', '.join(MAXIMA)}, "
-                f"got {self.pb_relax_maximum!r}"
-            )
-        for name in ("num_layers", "hidden_size", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads ({self.num_heads}), "
@@ -137,19 +123,6 @@ class DecoderConfig:
         self._check_masks("layer_masks", self.layer_masks)
         if self.last_layer_mask is not None:
             self._check_masks("last_layer_mask", (self.last_layer_mask,))
-        if self.attention_precision not in (None, *PRECISIONS):
-            raise ValueError(
-                f"attention_precision must be one of {', '.join(PRECISIONS)} or null, "
-                f"got {self.attention_precision!r}"
-            )
-        if self.gelu not in ("tanh", "none"):
-            raise ValueError(f"gelu must be tanh or none (the exact one), got {self.gelu!r}")
-        for name in ("embedding_gradient", "attention_dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("token_init_std", "position_init_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @staticmethod
     def _check_masks(field: str, masks: tuple[str, ...]) -> None:

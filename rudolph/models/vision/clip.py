@@ -15,12 +15,13 @@ E embedding dim, H and W pixels.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Count, check
 from rudolph.sequence.layout import EOS
 
 VISION_HEAD_SIZE = 64
@@ -52,25 +53,22 @@ class CLIPConfig:
         has_logit_bias: add the learned bias of the sigmoid loss, which ruCLIP lacks.
     """
 
-    embed_dim: int = 512
-    image_resolution: int = 224
-    vision_layers: int = 12
-    vision_width: int = 768
-    vision_patch_size: int = 32
-    context_length: int = 77
-    vocab_size: int = 49408
-    transformer_width: int = 512
-    transformer_heads: int = 8
-    transformer_layers: int = 12
+    embed_dim: Count = 512
+    image_resolution: Count = 224
+    vision_layers: Count = 12
+    vision_width: Count = 768
+    vision_patch_size: Count = 32
+    context_length: Count = 77
+    vocab_size: Count = 49408
+    transformer_width: Count = 512
+    transformer_heads: Count = 8
+    transformer_layers: Count = 12
     eos_id: int = EOS
     has_logit_bias: bool = False
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        for field in fields(CLIPConfig):
-            value = getattr(self, field.name)
-            if field.name not in ("eos_id", "has_logit_bias") and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        check(self)
         if self.image_resolution % self.vision_patch_size:
             raise ValueError(
                 f"image_resolution must be a multiple of vision_patch_size "

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.cpu.group_norm import group_norm, statistics_dtype
 from rudolph.models.cpu.tiled_conv import (
     STRIP,
@@ -61,11 +62,11 @@ class VQGANConfig:
 
     resolution: int = 256
     channels: tuple[int, ...] = (128, 128, 256, 512)
-    num_res_blocks: int = 2
+    num_res_blocks: Count = 2
     attention_resolutions: tuple[int, ...] = (32,)
-    z_channels: int = 256
+    z_channels: Count = 256
     dropout: float = 0.0
-    norm_groups: int = 32
+    norm_groups: Count = 32
     wavelet: bool = False
     init: str | None = None
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -74,9 +75,7 @@ class VQGANConfig:
         """Raise ``ValueError`` for a setting that is out of range."""
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be positive, got {list(self.channels)}")
-        for name in ("norm_groups", "num_res_blocks", "z_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self)
         if self.resolution < self.factor or self.resolution % self.factor:
             raise ValueError(
                 f"resolution must be a multiple of the factor {self.factor} that "

@@ -13,13 +13,14 @@ Shapes: B batch, E embedding dim, H and W the grid of latents, K number of codes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Bounds, Count, NonNegative, Positive, check
 from rudolph.models.vqgan.codes import (
     Quantized,
     channels,
@@ -48,25 +49,21 @@ class QuantizerConfig:
         entropy_weight: ``lfq``: weight of the entropy loss; ``num_codes`` must be a power of two.
     """
 
-    kind: str = "gumbel"
-    num_codes: int = 8192
-    embedding_dim: int = 256
+    kind: Literal["vq", "ema", "cosine", "gumbel", "fsq", "lfq", "simvq"] = "gumbel"
+    num_codes: Count = 8192
+    embedding_dim: Count = 256
     beta: float = 0.25
-    decay: float = 0.99
+    decay: Annotated[float, Bounds(gt=0, lt=1)] = 0.99
     dead_code_threshold: float = 0.1
-    code_dim: int = 8
+    code_dim: Count = 8
     levels: tuple[int, ...] = (8, 8, 8, 6, 5)
     kl_weight: float = 1e-8
-    temperature: float = 1.0
-    entropy_weight: float = 0.1
+    temperature: Positive = 1.0
+    entropy_weight: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        if self.kind not in QUANTIZERS:
-            raise ValueError(f"kind must be one of {', '.join(QUANTIZERS)}, got {self.kind!r}")
-        for name in ("num_codes", "embedding_dim", "code_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self)
         if self.kind == "fsq" and math.prod(self.levels) != self.num_codes:
             raise ValueError(
                 f"num_codes must be the product of levels ({math.prod(self.levels)}) for fsq, "
@@ -74,14 +71,8 @@ class QuantizerConfig:
             )
         if self.kind == "lfq" and self.num_codes & (self.num_codes - 1):
             raise ValueError(f"num_codes must be a power of two for lfq, got {self.num_codes}")
-        if self.entropy_weight < 0:
-            raise ValueError(f"entropy_weight must be at least 0, got {self.entropy_weight}")
         if min(self.levels, default=0) < 2:
             raise ValueError(f"levels must each be at least 2, got {list(self.levels)}")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"decay must be in (0, 1), got {self.decay}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
 
 class VectorQuantizer(nn.Module):
