@@ -120,29 +120,29 @@ def test_the_bare_machine_of_the_test_lacks_what_it_should(tmp_path: Path) -> No
 # A worker whose parts fail in every way and report the order of their starts.
 BROKEN = """
 import os, sys, time
-from rudolph.gpu_check.rows import Case, Row, UnavailableError
-from rudolph.gpu_check.serving import serve
+from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
+from rudolph.gpu_check.serving import serve_parts
 
 def good():
-    yield Row("value", 1.5, "s")
+    yield CheckRow("value", 1.5, "s")
 
 def bad():
-    yield Row("before", 1.0)
+    yield CheckRow("before", 1.0)
     raise RuntimeError("two\\nlines")
 
 def wrong():
-    yield Row("error", 3.0, limit=2.0)
-    yield Row("loss", float("nan"))
+    yield CheckRow("error", 3.0, limit=2.0)
+    yield CheckRow("loss", float("nan"))
 
 def lacking():
     raise UnavailableError("needs CUDA")
 
 def crash():
-    yield Row("before", 1.0)
+    yield CheckRow("before", 1.0)
     os._exit(3)
 
 def lose():
-    yield Row("before", 1.0)
+    yield CheckRow("before", 1.0)
     lost.append(1)
 
 def hang():
@@ -150,7 +150,7 @@ def hang():
 
 def slow():
     time.sleep(1.1)
-    yield Row("value", 1.0)
+    yield CheckRow("value", 1.0)
 
 lost = []
 
@@ -161,7 +161,7 @@ def release():
 def cases(*runs):
     return lambda: iter([Case(run.__name__, run) for run in runs])
 
-serve(
+serve_parts(
     lambda: {
         "raises": cases(bad, good),
         "wrong": cases(wrong),
