@@ -20,7 +20,7 @@ from rudolph.config.metrics import EVALUATOR_METRICS
 from rudolph.config.names import experiment_name
 from rudolph.evaluation.report_card import EVALUATORS, NEEDS
 from rudolph.files.settings import ConfigError
-from rudolph.reports.claims import LESS_IS_BETTER
+from rudolph.reports.claims import LESS_IS_BETTER, ONE_OUTCOME_PER_RUN
 from rudolph.reports.store import FIXED
 from rudolph.runs.search import search_rounds
 
@@ -155,4 +155,5 @@ def test_the_direction_of_a_metric_is_that_of_claims_about_it() -> None:
     assert len(metrics) > 40
     for metric in metrics:
         assert bool(LESS_IS_BETTER.search(metric.name)) == metric.is_lower_better, metric.name
+        assert bool(ONE_OUTCOME_PER_RUN.search(metric.name)) == (metric.unit == "0 or 1")
     assert set(NEEDS) == set(EVALUATORS) == set(EVALUATOR_METRICS)

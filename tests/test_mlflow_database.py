@@ -135,7 +135,8 @@ def test_a_locked_database_is_slow_and_not_damaged(
 
 
 KILLED = (
-    "import sys; from pathlib import Path; from rudolph.tracking.mlflow_database import prepare_database;"
+    "import sys; from pathlib import Path;"
+    "from rudolph.tracking.mlflow_database import prepare_database;"
     "prepare_database(Path(sys.argv[1]))"
 )
 

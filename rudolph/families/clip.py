@@ -22,8 +22,10 @@ from rudolph.families.interface import (
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, RECALLS_AT, ClipRanker
 from rudolph.models.reference import to_reference
 from rudolph.models.vision.clip import CLIP, CLIPConfig
-from rudolph.training.clip import CLIPTraining
 from rudolph.training.clip_losses import CLIPLossConfig, require_bias
+
+if TYPE_CHECKING:
+    from rudolph.training.clip import CLIPTraining
 
 # Folder of a trained CLIP within a run's ``checkpoints``.
 FOLDER = "clip"
@@ -122,8 +124,10 @@ class CLIPFamily:
 
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
-    ) -> CLIPTraining:
+    ) -> "CLIPTraining":
         """Return the Lightning module that trains a CLIP."""
+        from rudolph.training.clip import CLIPTraining
+
         return CLIPTraining(
             model, run.model.losses, run.optim, num_accumulated=flags.num_accumulated
         )

@@ -10,7 +10,7 @@ Shapes: B texts or images, I image tokens, C choices, E embedding size, H and W 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer, TokenizerConfig
 from rudolph.training.optim import OptimConfig
-from rudolph.training.steps import ManualStepModule
+
+if TYPE_CHECKING:
+    # Lightning takes seconds to import, and only trainings need it.
+    from rudolph.training.steps import ManualStepModule
 
 OnToken = Callable[[int, int], None]
 
@@ -311,7 +314,7 @@ class Family(Protocol):
 
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
-    ) -> ManualStepModule:
+    ) -> "ManualStepModule":
         """Return the Lightning module that computes the losses and updates the model."""
         ...
 

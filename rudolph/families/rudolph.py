@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,11 @@ from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.weights import save_weights
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
-from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.tuning import TuningConfig, apply_tuning
+
+if TYPE_CHECKING:
+    from rudolph.training.decoder import DecoderTraining
 
 # Files of a trained decoder and its parts in a run's ``checkpoints``.
 FILES = ("decoder.safetensors", "vqgan.safetensors", "bpe.model")
@@ -225,8 +227,10 @@ class RudolphFamily:
 
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
-    ) -> DecoderTraining:
+    ) -> "DecoderTraining":
         """Return the Lightning module that trains the decoder, with tuning and flags applied."""
+        from rudolph.training.decoder import DecoderTraining
+
         apply_tuning(model, run.model.tuning)
         model.has_checkpointing = flags.checkpointing
         model.has_block_masks = flags.block_masks

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -18,7 +18,9 @@ from rudolph.families.interface import (
 from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import save_weights
-from rudolph.training.steps import ManualStepModule
+
+if TYPE_CHECKING:
+    from rudolph.training.steps import ManualStepModule
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class VQGANFamily:
 
     def training(
         self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
-    ) -> ManualStepModule:
+    ) -> "ManualStepModule":
         """Reject the call: the run trains only the part.
 
         Raises:

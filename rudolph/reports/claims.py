@@ -28,6 +28,8 @@ LESS_IS_BETTER = re.compile(
     r"loss|(?<!codebook_)perplexity|error|seconds|bytes|bits_per|attention_logit|overflows"
     r"|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
 )
+# Metrics of which a run has one outcome, 0 or 1, so that an exact test compares them.
+ONE_OUTCOME_PER_RUN = re.compile(r"(^|/)converged($|/)")
 SURE = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 INCONCLUSIVE = "inconclusive at this scale"
@@ -172,7 +174,7 @@ def _effect(
         # A single pair has no spread and thus no interval.
         unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
         return Effect(metric, group, than, least, len(pairs), value, p_value=1.0, **unknown)
-    if is_binary(values):
+    if ONE_OUTCOME_PER_RUN.search(metric):
         # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
         exact = exact_paired(pairs)
         bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
@@ -191,11 +193,6 @@ def _effect(
         minimum_detectable_effect(spread, len(pairs)),
         _needed(spread, abs(value)),
     )
-
-
-def is_binary(values: Sequence["pd.Series[float]"]) -> bool:
-    """Return whether every outcome is 0 or 1, so that an exact test compares them."""
-    return all(bool(each.isin((0.0, 1.0)).all()) for each in values)
 
 
 def _needed(spread: float, effect: float) -> float:
