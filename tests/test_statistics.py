@@ -11,6 +11,7 @@ from scipy import stats
 
 from rudolph.evaluation.statistics import (
     POWER,
+    exact_paired,
     holm,
     minimum_detectable_effect,
     paired_bootstrap,
@@ -126,3 +127,23 @@ def test_students_quantile_is_that_of_scipy() -> None:
         expected = stats.t.ppf(0.975, freedom)
         assert student_quantile(freedom) == expected
         assert student_quantile_by_bisection(freedom) == pytest.approx(expected, rel=1e-12)
+
+
+def test_outcomes_of_zero_and_one_are_compared_exactly() -> None:
+    """p is McNemar's by counting; the interval stays in [-1, 1] and covers at least 95 %."""
+    found = exact_paired([1, 1, 1, -1, 0])
+    # Of 4 pairs that differ, 3 or 1 in favour are as extreme as what was seen: all but 2.
+    assert found.value == pytest.approx(0.4) and found.p_value == pytest.approx(10 / 16)
+    assert exact_paired([0, 0, 0]).p_value == 1
+    for differences in ([1, 1, 1], [0, 1, 0, 0, 0], [-1] * 8):
+        each = exact_paired(differences)
+        assert -1 <= each.low <= each.value <= each.high <= 1
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        both = rng.random((6, 2)) < (0.9, 0.6)
+        each = exact_paired(both[:, 0].astype(float) - both[:, 1])
+        covered.append(each.low <= 0.3 <= each.high)
+    assert np.mean(covered) >= 0.95
+    with pytest.raises(ValueError, match="must be -1, 0 or 1"):
+        exact_paired([0.5, 1.0])
