@@ -1,0 +1,95 @@
+"""Model families: their registry, the tagged section, capabilities, and runs of a VQ-GAN alone."""
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from tiny_run import run_tiny
+
+from rudolph.config.run import RunConfig, resolve_run
+from rudolph.evaluation.report_card import NEEDS
+from rudolph.families.interface import CAPABILITIES, PARTS, Capabilities
+from rudolph.families.registry import FAMILIES, ModelConfig, family_of
+from rudolph.files.settings import ConfigError
+from rudolph.models.weights import read_weights
+from rudolph.runs.resolve import find_folder, open_run
+
+FILE = Path("x.yaml")
+SMALL = {"vqgan.resolution": 32, "vqgan.channels": [32, 32], "vqgan.quantizer.num_codes": 8}
+
+
+def test_each_family_has_its_section_and_needs_known_parts() -> None:
+    tags = [get_args(get_type_hints(section)["family"])[0] for section in get_args(ModelConfig)]
+    assert tags == list(FAMILIES)
+    for section, family in zip(get_args(ModelConfig), FAMILIES.values(), strict=True):
+        assert family.config is section
+        assert set(family.needs) <= set(PARTS)
+        assert family.capabilities.provided()
+    assert Capabilities.provided() == ()
+    for name in CAPABILITIES:
+        arguments = {"generate_image": ([""],), "generate_text": ("",), "embed_image": (None,)}
+        arguments |= {"loglikelihood": ("", []), "embed_text": ([],)}
+        keywords = {} if not name.startswith("generate") else {"config": None, "seeds": []}
+        with pytest.raises(NotImplementedError):
+            getattr(Capabilities(), name)(*arguments.get(name, ()), **keywords)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_builds_on_the_meta_device(name: str) -> None:
+    config = resolve_run(FILE, {"model.family": name, **SMALL})
+    with torch.device("meta"):
+        model = family_of(config.model).empty(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_an_evaluator_is_refused_where_the_family_lacks_what_it_needs() -> None:
+    refused = 0
+    for name, family in FAMILIES.items():
+        for evaluator, needs in NEEDS.items():
+            lacking = set(needs) - set(family.capabilities.provided())
+            if lacking:
+                settings = {"model.family": name, "evaluation.evaluators": [evaluator], **SMALL}
+                with pytest.raises(ConfigError, match=rf"{evaluator} needs a model with|needs d"):
+                    resolve_run(FILE, settings)
+                refused += 1
+    assert refused > 20
+
+
+def test_a_misspelt_family_and_a_setting_of_another_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.family: must be one of .*did you mean clip\?"):
+        resolve_run(FILE, {"model.family": "clib"})
+    with pytest.raises(ConfigError, match=r"model\.num_layers: unknown key; legal are family"):
+        resolve_run(FILE, {"model.family": "clip", "model.num_layers": 2})
+    with pytest.raises(ValueError, match=r"model\.family: expected rudolph, got clip"):
+        assert RunConfig(model=FAMILIES["clip"].config()).decoder
+
+
+def test_a_vqgan_alone_is_the_part_that_a_decoder_trains(finished: Path, tmp_path: Path) -> None:
+    folder = run_tiny(tmp_path, ("model.family=vqgan", "evaluation.evaluators=[reconstruction]"))
+    alone, part = (
+        read_weights(run / "checkpoints" / "vqgan.safetensors") for run in (folder, finished)
+    )
+    assert alone.keys() == part.keys()
+    assert all(torch.equal(alone[name], part[name]) for name in alone)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, finished)]
+    own = summaries[0]["metrics"]
+    assert own and own.items() <= summaries[1]["metrics"].items()
+    assert not list((folder / "checkpoints").glob("*.model"))
+    model, config = open_run(folder)
+    assert model.image_tokenizer().num_codes == config.vqgan.quantizer.num_codes
+
+
+def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
+    runs = finished.parent.parent
+    place = {"runs": runs, "uri": ""}
+    name = finished.parent.name
+    assert find_folder(f"experiment:{name}", **place) == finished
+    run = finished.name.rpartition("-")[0]
+    assert find_folder(f"experiment:{name}:{run}", **place) == finished
+    with pytest.raises(ValueError, match=rf"no finished run in .*finished are {run}"):
+        find_folder(f"experiment:{name}:seed9", **place)
+    with pytest.raises(ValueError, match=r"`rudolph run experiments/other\.yaml` trains it"):
+        find_folder("experiment:other", **place)
