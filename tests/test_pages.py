@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from rudolph.config.experiment_file import load_experiment
+from rudolph.config.reference import reference_parts
 from rudolph.config.run import RunConfig
 from rudolph.data.splits import open_dataset
 from rudolph.evaluation.report_card import EVALUATORS
@@ -14,6 +15,7 @@ from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
 from rudolph.models.rudolph.adapt import adapt
 from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.reports.report import fill
 from rudolph.runs.resolve import open_weights
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +74,11 @@ def test_the_demo_model_starts_on_the_pairs_of_the_example(
     assert len(pairs) > 80 and pairs.report.rows == pairs.report.kept == 100
     start = open_weights("shipped", MaskedDecoder, runs=tmp_path, uri="")
     assert adapt(start, family_of(config.model).build(config, Parts())) == []
+
+
+def test_the_reference_of_settings_and_metrics_is_that_of_the_code() -> None:
+    page = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    assert fill(page, reference_parts()) == page, "run `rudolph figures`"
+    rows = [line for line in page.splitlines() if line.startswith("| `model.")]
+    assert len(rows) > 50
+    assert [row for row in rows if row.endswith("|  |")] == [], "a setting has no meaning"

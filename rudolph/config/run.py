@@ -46,7 +46,12 @@ FAMILY, DEFAULT_FAMILY = "model.family", "rudolph"
 
 @dataclass(frozen=True)
 class TextLengths:
-    """Lengths of both texts, in tokens, with ``BOS``, task token and ``EOS``."""
+    """Lengths of both texts.
+
+    Attributes:
+        left_text_length: tokens of the left text, with ``BOS``, task token and ``EOS``.
+        right_text_length: tokens of the right text, with ``BOS``, task token and ``EOS``.
+    """
 
     left_text_length: Annotated[int, Bounds(ge=4)] = 64
     right_text_length: Annotated[int, Bounds(ge=4)] = 64
@@ -67,9 +72,13 @@ class SamplingConfig:
 class RunConfig:
     """One resolved run: everything that decides its numbers, and nothing else.
 
-    ``model`` is the section of one family: ``rudolph``, ``clip`` or ``vqgan``.  ``optim`` trains
-    that model; ``vqgan_optim`` trains the VQ-GAN where the family needs one.  ``vqgan_seed`` seeds
-    the VQ-GAN alone (null: ``seed``), so that runs of several seeds can share one.
+    Attributes:
+        seed: seed of the model, the order of examples and sampling.
+        vqgan_seed: seed of the VQ-GAN alone, so that runs of several seeds can share one; null
+            for ``seed``.
+        model: section of one family: ``rudolph``, ``clip`` or ``vqgan``.
+        optim: training of that model.
+        vqgan_optim: training of the VQ-GAN, where the family needs one.
     """
 
     __pydantic_config__ = STRICT

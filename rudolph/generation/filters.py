@@ -22,16 +22,18 @@ LEAST_TEMPERATURE, GREATEST_GUIDANCE = 1e-6, 1e6
 
 @dataclass(frozen=True)
 class TokenSamplingConfig:
-    """How the next token is sampled.  ``None`` turns a filter off; 0 is an error, not "off".
+    """How the next token is sampled; null turns a filter off, and 0 is an error, not "off".
 
-    ``top_k`` keeps that many tokens; 1 is greedy decoding.  ``top_p`` keeps the most likely tokens
-    that together reach that probability.  ``min_p`` keeps tokens with at least that fraction of
-    the highest probability (Nguyen 2024, arXiv:2407.01082).  ``filter_order`` is the order of
-    these filters and the temperature.
-
-    ``guidance`` is a strength whose meaning depends on ``guidance_kind``.  For ``extrapolation``
-    it is the scale s of classifier-free guidance, ``u + s (c - u)`` on logits.  For ``mixture`` it
-    is the weight w of the unconditional distribution in ru-dolph's ``(1 - w) c + w u``.
+    Attributes:
+        temperature: divisor of the logits.
+        top_k: keep that many tokens; 1 is greedy decoding.
+        top_p: keep the most likely tokens that together reach that probability.
+        min_p: keep tokens with at least that fraction of the highest probability (Nguyen 2024,
+            arXiv:2407.01082).
+        filter_order: order of the filters and the temperature.
+        guidance: strength of guidance, whose meaning depends on ``guidance_kind``; null for off.
+        guidance_kind: ``extrapolation`` is classifier-free guidance ``u + s (c - u)`` on logits;
+            ``mixture`` is ru-dolph's ``(1 - w) c + w u`` of probabilities.
 
     Raises:
         ValueError: if a setting is out of range.

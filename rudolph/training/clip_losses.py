@@ -59,11 +59,14 @@ CLIP_LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 class CLIPLossConfig:
     """The loss of CLIP, the initial scale and bias of its logits, and the frozen tower.
 
-    ``kind: softmax`` is CLIP's loss and keeps the logit scale in [1, 100].  ``kind: sigmoid`` is
-    SigLIP's and needs a model with ``has_logit_bias``.  ``initial_scale`` and ``initial_bias``
-    apply before the first step; None keeps the model's own.  A new model has a scale of 14.3, or a
-    scale of 10 and a bias of -10 if it has a bias.  ``frozen`` freezes the whole ``image`` or
-    ``text`` tower.
+    Attributes:
+        kind: ``softmax`` is CLIP's loss and keeps the logit scale in [1, 100]; ``sigmoid`` is
+            SigLIP's and needs a model with ``has_logit_bias``.
+        initial_scale: logit scale before the first step; null keeps the model's own, 14.3 for a
+            new model or 10 with a bias.
+        initial_bias: logit bias before the first step; null keeps the model's own, -10 for a new
+            model.
+        frozen: tower that is not updated.
 
     Raises:
         ValueError: if a setting is out of range or does not fit the loss.

@@ -31,27 +31,27 @@ REDUCTIONS = get_args(Reduction)
 class DecoderLossConfig:
     """Weights of the segments' mean losses; the total is divided by the sum of the weights.
 
-    ``reduction`` selects what the means are taken over:
-
-    - ``batch``: each segment's mean over all examples that score it, weighted by the three weights
-      here (ru-dolph).
-    - ``task``: for each mixture entry, the means of its segments, weighted by the weights of its
-      task.  The entries are averaged in proportion to their examples (fbc2_aij2022).
-    - ``token``: a mean over all labels, each weighted by its task's weight of its segment.
-
-    ``task_weights`` replace the weights of left text, image and right text of a task in ``TASKS``.
-
-    ``first_image_token: legacy`` scores image token 0 as a class of the text vocabulary, as the
-    reference does.  By default it is scored among image ids.  ``left_padding`` counts the padding
-    ids of the left text as labels, as in the reference.
-
-    ``softmax: joint`` normalises over the ids of text and image together, as DALL-E does, instead
-    of over the ids of the segment.  ``z_loss_weight`` weights the z-loss (Chameleon: 1e-5).
-    ``weighting: learned`` starts from weights of 1 and learns them as the precisions of the
-    segments (Kendall 2018, arXiv:1705.07115).  It needs ``reduction: batch``.
-
     Validation uses the segment softmax and fixed weights, without z-loss and label smoothing, so
     that configurations can be compared.
+
+    Attributes:
+        left_text_weight: weight of the left text's loss with ``reduction: batch``.
+        image_weight: weight of the image's loss with ``reduction: batch``.
+        right_text_weight: weight of the right text's loss with ``reduction: batch``.
+        first_image_token: ``image_vocabulary`` scores image token 0 among image ids; ``legacy``
+            scores it as a class of the text vocabulary, as ru-dolph does.
+        left_padding: whether the padding ids of the left text are labels, as in ru-dolph.
+        label_smoothing: probability spread evenly over all ids.
+        softmax: ``segment`` normalises over the ids of the segment, ``joint`` over text and image
+            ids together, as DALL-E does.
+        z_loss_weight: weight of the z-loss (Chameleon: 1e-5).
+        weighting: ``fixed`` weights, or ``learned`` precisions of the segments, which start at 1
+            and need ``reduction: batch`` (Kendall 2018, arXiv:1705.07115).
+        reduction: ``batch`` takes each segment's mean over all examples that score it (ru-dolph);
+            ``task`` takes it per mixture entry with the weights of its task, and averages entries
+            in proportion to their examples (fbc2_aij2022); ``token`` takes one mean over all
+            labels, each weighted by its task's weight of its segment.
+        task_weights: weights of left text, image and right text by task, instead of ``TASKS``.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -324,9 +324,15 @@ def mixed_loss(
 class ReconstructionLossConfig:
     """Weights of the VQ-GAN's losses; images are in [-1, 1].
 
-    The discriminator starts at step ``discriminator_start`` (None: never).  Its weight is
-    ``discriminator_weight`` times the ratio of the gradients at the decoder's last layer.
-    ``lpips_weights`` is a file with VGG16 and LPIPS weights; None omits the perceptual loss.
+    Attributes:
+        l1_weight: weight of the mean absolute error.
+        l2_weight: weight of the mean squared error.
+        quantizer_weight: weight of the quantizer's own loss.
+        discriminator_start: first step of the discriminator; null for never.
+        discriminator_weight: factor on the adaptive weight of the adversarial loss, the ratio of
+            the gradients at the decoder's last layer.
+        perceptual_weight: weight of LPIPS, where ``lpips_weights`` is given.
+        lpips_weights: file with VGG16 and LPIPS weights; null omits the perceptual loss.
 
     Raises:
         ValueError: if a setting is out of range.

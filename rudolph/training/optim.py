@@ -37,16 +37,26 @@ Optimizer = Literal["adamw", "muon", "adamw8bit"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Settings of one training: ``num_steps`` optimizer steps of ``global_batch_size`` examples.
+    """Settings of one training.
 
-    With 0 steps nothing is trained.  ``optimizer: muon`` trains hidden matrices and convolutions
-    by Muon with ``muon_learning_rate``, and all other parameters by AdamW with ``learning_rate``.
-    ``adamw8bit`` keeps the moments in 8 bits and needs CUDA and bitsandbytes.
+    The learning rate rises linearly over the warm-up and then falls along a cosine.
 
-    The learning rate rises linearly over ``warmup_steps`` and then falls along a cosine to
-    ``final_learning_rate_fraction`` of its peak.  ``ema_decay`` is the decay of the weight average
-    that sampling uses (None: off).  A resume checkpoint is written every ``checkpoint_every``
-    steps.
+    Attributes:
+        num_steps: optimizer steps; 0 trains nothing.
+        global_batch_size: examples per step on all devices together.
+        optimizer: ``adamw``; ``muon`` for hidden matrices and convolutions with AdamW for all
+            other parameters; or ``adamw8bit`` with moments in 8 bits (CUDA and bitsandbytes).
+        learning_rate: peak learning rate of AdamW.
+        muon_learning_rate: peak learning rate of Muon.
+        warmup_steps: steps until the peak.
+        final_learning_rate_fraction: last learning rate as a fraction of the peak.
+        beta1: decay of AdamW's first moment.
+        beta2: decay of AdamW's second moment.
+        weight_decay: decoupled weight decay.
+        gradient_clip: largest norm of the gradient; null for no clipping.
+        ema_decay: decay of the weight average that sampling uses; null for off.
+        validate_every: steps between validations.
+        checkpoint_every: steps between checkpoints to resume from.
 
     Raises:
         ValueError: if a setting is out of range.

@@ -30,9 +30,14 @@ IN_LAYERS = ("attention", "mlp", "norms", "layers")
 class TuningConfig:
     """The frozen parts and the low-rank updates of a training.
 
-    A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.  ``frozen`` parts are not
-    updated.  ``lora_rank`` trains low-rank updates of the linear layers in ``lora_target_modules``
-    instead of their weights, and merges them at the end (None: off).
+    A part is written ``mlp``, or ``mlp(0-11)`` for layers 0 to 11.
+
+    Attributes:
+        frozen: parts that are not updated.
+        lora_rank: rank of the updates that are trained instead of the weights of
+            ``lora_target_modules`` and merged at the end; null for off.
+        lora_alpha: the updates are scaled by ``lora_alpha / lora_rank``.
+        lora_target_modules: parts whose linear layers get low-rank updates.
 
     Raises:
         ValueError: if a part is unknown, or the rank or alpha is out of range.
