@@ -97,8 +97,8 @@ def test_the_perceptual_distance_has_a_gradient_for_images_and_none_for_itself(
     ("change", "words"),
     [
         ("missing file", "no such file"),
-        ("missing tensor", "lacks the tensor lin2.model.1.weight"),
-        ("wrong shape", r"features.0.weight must be \[64, 3, 3, 3\], got \[64, 3, 3, 2\]"),
+        ("missing tensor", "expected a tensor lin2.model.1.weight"),
+        ("wrong shape", r"features.0.weight: expected \[64, 3, 3, 3\], got \[64, 3, 3, 2\]"),
     ],
 )
 def test_a_file_of_weights_that_does_not_fit_is_named(

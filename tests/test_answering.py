@@ -11,9 +11,9 @@ from rudolph.generation.answering import (
     answer_prompts,
     beam_answers,
     continue_texts,
-    ids_of,
-    imagined_images,
+    ids_spelling,
     sample_answers,
+    sample_question_images,
     score_choices,
 )
 from rudolph.generation.beams import search_text
@@ -53,9 +53,9 @@ def test_a_prompt_is_the_beginning_of_the_filled_example(pipeline: Pipeline, tas
     row = TASKS[task]
     asked = TEXTS[:2] if row.has_question else None
     indices = codes(2) if row.image != "none" else None
-    tokens = answer_prompts(pipeline, task, indices=indices, questions=asked, number=2)
+    tokens = answer_prompts(pipeline, task, indices=indices, questions=asked, num_prompts=2)
     for at in range(2):
-        texts = pipeline.texts(task, "круг", beside=asked[at] if asked else "")
+        texts = pipeline.texts(task, "круг", other_text=asked[at] if asked else "")
         image = torch.zeros(4, dtype=torch.long) if indices is None else indices[at]
         whole = torch.cat([texts.left, image, texts.right])
         assert torch.equal(tokens[at], whole[: tokens.shape[1]])
@@ -64,17 +64,17 @@ def test_a_prompt_is_the_beginning_of_the_filled_example(pipeline: Pipeline, tas
 
 
 def test_prompts_that_do_not_fit_their_task_are_refused(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match="images must be given"):
-        answer_prompts(pipeline, "image_captioning", number=2)
-    with pytest.raises(ValueError, match="questions must be given"):
+    with pytest.raises(ValueError, match="expected images, got none"):
+        answer_prompts(pipeline, "image_captioning", num_prompts=2)
+    with pytest.raises(ValueError, match="expected questions, got none"):
         answer_prompts(pipeline, "question_answering", indices=codes(1))
-    with pytest.raises(ValueError, match="one for each of 3 images, got 2"):
+    with pytest.raises(ValueError, match="one per image \\(3\\), got 2"):
         answer_prompts(pipeline, "question_answering", indices=codes(3), questions=["а", "б"])
 
 
 def test_a_question_without_a_image_can_be_asked_after_a_drawn_one(pipeline: Pipeline) -> None:
     task, questions, seeds = "text_question_answering", [*TEXTS, *TEXTS][:7], list(range(3, 10))
-    drawn = imagined_images(
+    drawn = sample_question_images(
         pipeline, task, questions, config=replace(PLAIN, guidance=2.0), seeds=seeds
     )
     asked = answer_prompts(pipeline, task, indices=drawn, questions=questions)
@@ -164,11 +164,11 @@ def exact(
 
 def test_one_beam_is_greedy_and_more_are_no_worse(pipeline: Pipeline) -> None:
     tokens = answer_prompts(pipeline, "image_captioning", indices=codes(6))
-    one = beam_answers(pipeline, tokens, number=1)
+    one = beam_answers(pipeline, tokens, num_texts=1)
     assert [found[0].text for found in one] == sample_answers(
         pipeline, tokens, config=GREEDY, seeds=range(6)
     )
-    many = beam_answers(pipeline, tokens, number=3, num_beams=12)
+    many = beam_answers(pipeline, tokens, num_texts=3, num_beams=12)
     for single, several in zip(one, many, strict=True):
         assert several[0].log_likelihood >= single[0].log_likelihood - 1e-5
         values = [each.log_likelihood for each in several]
@@ -189,11 +189,11 @@ def test_a_length_penalty_orders_by_likelihood_a_token(pipeline: Pipeline) -> No
 
 def test_answers_hold_nothing_but_the_characters_allowed(pipeline: Pipeline) -> None:
     tokens = answer_prompts(pipeline, "image_captioning", indices=codes(30))
-    digits = ids_of(pipeline, "0123456789")
+    digits = ids_spelling(pipeline, "0123456789")
     assert digits[EOS] and not digits[PAD] and not digits[BOS]
     texts = sample_answers(pipeline, tokens, config=PLAIN, seeds=range(30), allowed=digits)
     assert set("".join(texts)) <= set("0123456789 ") and len(set(texts)) > 3
-    found = beam_answers(pipeline, tokens[:4], number=5, allowed=digits)
+    found = beam_answers(pipeline, tokens[:4], num_texts=5, allowed=digits)
     assert {letter for row in found for each in row for letter in each.text} <= set("0123456789 ")
 
 
@@ -205,7 +205,7 @@ def test_texts_of_several_lengths_are_continued_as_alone(pipeline: Pipeline) -> 
         alone = continue_texts(pipeline, [text], config=PLAIN, seeds=[at])
         assert said[at] == alone[0]
     assert len(set(said)) == 4
-    with pytest.raises(ValueError, match="must fit into 12 tokens"):
+    with pytest.raises(ValueError, match="expected at most 12 tokens"):
         continue_texts(pipeline, ["а б в г д а б в г д а б"], config=PLAIN, seeds=[0])
 
 

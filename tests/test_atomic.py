@@ -25,7 +25,7 @@ from rudolph.files.atomic import (
     read_json,
     read_mapping,
     rename_damaged,
-    require_apart,
+    require_disjoint_paths,
     warn_once,
     write_atomic,
     write_json,
@@ -158,7 +158,7 @@ def test_an_appended_line_is_whole_or_not_there(tmp_path: Path) -> None:
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "expected a mapping, got list"),
-        (b"{}", "it lacks a"),
+        (b"{}", "a is missing"),
         (b'{"a": 1}', "a is a int"),
     ],
 )
@@ -179,9 +179,9 @@ def test_damaged_weights_are_named_in_one_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", whole[:-1], whole[:9], b"\xff" * 40):
         path.write_bytes(content)
-        with pytest.raises(DamagedFileError, match=r"x.safetensors: damaged \(not a whole"):
+        with pytest.raises(DamagedFileError, match=r"x.safetensors: damaged \(not a complete"):
             read_weights(path)
-        assert weights_error(path).startswith("not a whole safetensors file")
+        assert weights_error(path).startswith("not a complete safetensors file")
     path.unlink()
     path.mkdir()
     with pytest.raises(IsADirectoryError, match=r"x\.safetensors"):
@@ -227,10 +227,10 @@ def test_a_target_apart_from_its_source_is_told_from_one_that_meets_it(
         Path(name).symlink_to(end)
     for source in (Path("source"), Path("linked"), Path.cwd() / "source"):
         if not how:
-            require_apart(Path(target), source, "--to")
+            require_disjoint_paths(Path(target), source, "--to")
             continue
         with pytest.raises(ValueError, match=f"^--to: expected a path apart from .*, which {how}"):
-            require_apart(Path(target), source, "--to")
+            require_disjoint_paths(Path(target), source, "--to")
 
 
 def test_json_without_a_word_for_it_keeps_a_number(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from damage import NUM_CASES, damage
 from rudolph.training.checkpoints import (
     find_checkpoint,
     previous_of,
-    put_checkpoint,
     read_state,
     remove_checkpoints,
+    rotate_checkpoints,
 )
 
 
@@ -33,7 +33,7 @@ def write_two(folder: Path) -> Path:
     last = folder / "last.ckpt"
     for step in (3, 6):
         write_checkpoint(folder / "last.new", step)
-        put_checkpoint(folder / "last.new", last)
+        rotate_checkpoints(folder / "last.new", last)
     return last
 
 
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
         assert found_step(last) == 3
     [line] = caplog.messages
     assert line.startswith(f"{last}: damaged (") and "\n" not in line
-    assert line.endswith("renamed last.ckpt.damaged; the training goes on from previous.ckpt")
+    assert line.endswith("renamed last.ckpt.damaged. Training starts from previous.ckpt")
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt.damaged", "previous.ckpt"}
 
 
@@ -91,16 +91,18 @@ def test_without_a_whole_checkpoint_training_starts_from_the_beginning_and_says_
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert found_step(last) is None
     assert len(caplog.messages) == 2
-    assert all(line.endswith("starts from the beginning") for line in caplog.messages)
+    assert all(line.endswith("Training starts from the beginning") for line in caplog.messages)
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_stays(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
     write_checkpoint(last, 3, made_of="b")
-    with pytest.raises(ValueError, match="other data, tokenizer or VQ-GAN; delete it"):
+    with pytest.raises(
+        ValueError, match="other data, another tokenizer or another VQ-GAN\\. Delete it"
+    ):
         found_step(last)
     write_checkpoint(last, 3, num_batches=16)
-    with pytest.raises(ValueError, match="training of 16 batches, this one has 8"):
+    with pytest.raises(ValueError, match="training of 8 batches, got 16"):
         found_step(last)
     assert last.is_file()
 

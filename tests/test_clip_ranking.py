@@ -193,7 +193,7 @@ def ranks_by_hand(similarities: np.ndarray, asked: list[int], answers: list[int]
 
 
 def test_ranks_count_wrong_answers_that_are_as_similar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rudolph.generation.clip_ranking.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("rudolph.generation.clip_ranking.MAX_QUERIES_IN_MEMORY", 3)
     # Integers, so that many similarities are equal.
     draw = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 9))
@@ -209,7 +209,7 @@ def test_a_shared_caption_is_one_text_and_any_of_its_images_answers_it() -> None
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.5, 0.4]])
     # The third and fourth images share the second text; each text retrieves one of its images.
     recalls = retrieval_recalls(
-        images, texts, torch.arange(4), torch.tensor([5, 7, 5, 8]), at=(1, 2, 3)
+        images, texts, torch.arange(4), torch.tensor([5, 7, 5, 8]), top_ks=(1, 2, 3)
     )
     assert recalls == {
         "image_to_text/recall_at_1": 0.5,
@@ -227,7 +227,7 @@ def test_a_shared_image_is_one_image_and_any_of_its_captions_answers_it() -> Non
     # The first image retrieves its second caption; the first text ranks another image before its
     # own.
     recalls = retrieval_recalls(
-        images, texts, torch.tensor([4, 4, 1, 9]), torch.arange(4), at=(1, 2)
+        images, texts, torch.tensor([4, 4, 1, 9]), torch.arange(4), top_ks=(1, 2)
     )
     assert recalls == {
         "image_to_text/recall_at_1": 2 / 3,
@@ -240,5 +240,5 @@ def test_a_shared_image_is_one_image_and_any_of_its_captions_answers_it() -> Non
 @pytest.mark.parametrize("value", [0.5, math.nan])
 def test_features_that_are_all_alike_find_nothing(value: float) -> None:
     same = torch.full((6, 4), value)
-    recalls = retrieval_recalls(same, same, torch.arange(6), torch.arange(6), at=(1, 5, 6))
+    recalls = retrieval_recalls(same, same, torch.arange(6), torch.arange(6), top_ks=(1, 5, 6))
     assert [recalls[f"image_to_text/recall_at_{k}"] for k in (1, 5, 6)] == [0, 0, 1]

@@ -384,7 +384,9 @@ def test_what_does_not_fit_together_is_told(split, tokenizer) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             CLIPTraining(model, CLIPLossConfig(kind), OPTIM)
-    with pytest.raises(ValueError, match=r"global_batch_size must pass at once.* 3 parts of 6"):
+    with pytest.raises(
+        ValueError, match=r"global_batch_size: expected one micro-batch.* 3 parts of 6"
+    ):
         CLIPTraining(biased, CLIPLossConfig("sigmoid"), OPTIM, num_accumulated=3)
     sigmoid = CLIPLossConfig("sigmoid", initial_scale=7.0, initial_bias=-3.0)
     CLIPTraining(biased, sigmoid, OPTIM)

@@ -7,14 +7,14 @@ import torch
 
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.generate import generate_image, generate_text
-from rudolph.models.cpu.prepacked_linear import WEIGHTS, Kernel, PackedLinear, prepack
+from rudolph.models.cpu.prepacked_linear import WEIGHT_FORMATS, Kernel, PackedLinear, prepack
 from rudolph.models.layers.attention import FullView
 from rudolph.models.rudolph import compiled
 from rudolph.models.rudolph import decoder as decoder_module
 from rudolph.models.rudolph import decoder as layer_module
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.rudolph.static_decode import KEYS_AT_ONCE, static_selection
+from rudolph.models.rudolph.static_decode import NUM_KEYS_MULTIPLE, static_selection
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.masks import mask_table, parse_mask
 
@@ -46,7 +46,7 @@ def test_what_is_read_in_steady_shapes_is_what_the_mask_shows(mask: str, first: 
     assert reads is not None and reads.at is not None and reads.mask is not None
     assert reads.at.shape == reads.mask.shape and len(reads.at) == len(rows)
     most = int(rows.sum(1).max())
-    assert most <= reads.at.shape[1] < most + KEYS_AT_ONCE
+    assert most <= reads.at.shape[1] < most + NUM_KEYS_MULTIPLE
     for row, at, seen in zip(rows, reads.at, reads.mask, strict=True):
         assert sorted(at[seen].tolist()) == row.nonzero().flatten().tolist()
         # Keys that do not exist yet are not read.
@@ -76,7 +76,7 @@ def test_steady_steps_are_the_plain_steps(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize("samples", [1, 6])
 def test_compiled_steps_are_nearly_those_of_the_decoder(weights: str, samples: int) -> None:
     torch._dynamo.reset()
@@ -94,13 +94,13 @@ def hidden_of(model: MaskedDecoder, left: torch.Tensor, tokens: torch.Tensor) ->
     cache = model.new_cache(len(left), num_positions=left.shape[1])
     with torch.inference_mode():
         model.hidden(left, cache)
-        cache = cache.repeat(len(tokens) // len(left), num_positions=tokens.shape[1])
+        cache = cache.expand_samples(len(tokens) // len(left), num_positions=tokens.shape[1])
         # Positions that do not exist yet must not be read.
         cache.own.fill_(torch.nan)
         return torch.cat([model.hidden(token, cache) for token in tokens.split(1, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_compiled_and_plain_steps_draw_the_same_images_and_texts(
     weights: str, samples: int

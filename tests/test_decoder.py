@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rudolph.models.layers.attention import (
-    MAXIMA,
+    PB_RELAX_MAXIMA,
     PB_RELAX_SCALE,
     KeyValue,
     apply_pb_relax,
@@ -111,7 +111,7 @@ def test_a_repeated_cache_serves_samples_as_if_each_had_its_own_prefix(
     with torch.no_grad():
         prompts = model.new_cache(2, num_positions=given)
         model.hidden(tokens[::3, :given], prompts)
-        cache = prompts.repeat(3, num_positions=sum(steps))
+        cache = prompts.expand_samples(3, num_positions=sum(steps))
         parts, start = [], given
         for step in steps:
             parts.append(model.hidden(tokens[:, start : start + step], cache))
@@ -144,7 +144,7 @@ def test_a_position_that_is_forgotten_leaves_no_trace() -> None:
     with torch.no_grad():
         cache = model.new_cache(2, num_positions=6)
         model.hidden(tokens[:2, :6], cache)
-        cache = cache.repeat(2, num_positions=5)
+        cache = cache.expand_samples(2, num_positions=5)
         model.hidden(tokens[:, 6:11].flip(1), cache)
         cache.length = 6
         found = model.hidden(tokens[:, 6:11], cache)
@@ -159,9 +159,9 @@ def test_a_cache_goes_on_with_the_samples_that_are_kept() -> None:
     with torch.no_grad():
         cache = model.new_cache(3, num_positions=4)
         model.hidden(tokens[::2, :4], cache)
-        cache = cache.repeat(2, num_positions=3)
+        cache = cache.expand_samples(2, num_positions=3)
         model.hidden(tokens[:, 4:6], cache)
-        cache = cache.keep(torch.tensor([0, 2]), torch.tensor([[1], [0]]))
+        cache = cache.select(torch.tensor([0, 2]), torch.tensor([[1], [0]]))
         found = model.hidden(tokens[[1, 4], 6:7], cache)
         expected = model.hidden(tokens[[1, 4], :7])[:, 6:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -214,12 +214,12 @@ def test_pb_relax_survives_scores_that_overflow_float16() -> None:
     mask = torch.ones(2, 2).bool()
     plain = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
     assert not torch.isfinite(plain).all()
-    for maximum in MAXIMA:
+    for maximum in PB_RELAX_MAXIMA:
         found = attention(query, [KeyValue(key, value, mask)], pb_relax=maximum, dropout=0.0)
         assert torch.equal(found[0, 0], value[0, 0])
 
 
-@pytest.mark.parametrize("maximum", MAXIMA)
+@pytest.mark.parametrize("maximum", PB_RELAX_MAXIMA)
 @pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
 def test_pb_relax_is_exact_in_float32(maximum: str, scale: float) -> None:
     """The probabilities equal those of a plain softmax, even for scores beyond float16."""
@@ -234,7 +234,9 @@ def test_float16_keeps_a_row_far_below_the_greatest_score_by_its_own_maximum() -
     scores = torch.tensor([[[9000.0, 0.0], [1.0, 3.0]]])
     small = (scores / PB_RELAX_SCALE).half()
     expected = scores.softmax(-1)
-    by_row, by_matrix = (apply_pb_relax(small, maximum).softmax(-1).float() for maximum in MAXIMA)
+    by_row, by_matrix = (
+        apply_pb_relax(small, maximum).softmax(-1).float() for maximum in PB_RELAX_MAXIMA
+    )
     torch.testing.assert_close(by_row, expected, atol=1e-2, rtol=0)
     assert (by_matrix - expected).abs().max() > 0.1
 

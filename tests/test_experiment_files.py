@@ -15,8 +15,8 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vision.clip import CLIP
 from rudolph.sequence.tasks import TASKS
 from rudolph.training.decoder import DecoderTraining
-from rudolph.training.losses import compute_losses, mixed_loss, segment_means
-from rudolph.training.optim import clip_gradients, optimizers_of
+from rudolph.training.losses import compute_losses, reduce_losses, segment_means
+from rudolph.training.optim import build_optimizers, clip_gradients
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "base")
@@ -75,14 +75,16 @@ def train_two_steps(config: RunConfig) -> list[float]:
     torch.manual_seed(0)
     model = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
     module = DecoderTraining(model, config.decoder.losses, config.optim)
-    optimizers = optimizers_of(model, config.optim)
+    optimizers = build_optimizers(model, config.optim)
     batch, losses = batch_of(config), []
     for _ in range(2):
         found = compute_losses(
             model, batch.tokens, config.decoder.losses, scored=batch.scored, inputs=batch.inputs
         )
         loss = (
-            mixed_loss(found, config.decoder.losses, weights=batch.weights, sources=batch.sources)
+            reduce_losses(
+                found, config.decoder.losses, weights=batch.weights, sources=batch.sources
+            )
             if module.learned is None
             else module.learned(segment_means(found))
         )

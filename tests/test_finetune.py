@@ -92,11 +92,11 @@ def test_what_changed_on_the_way_is_said_in_one_line(finished: Path, tmp_path: P
         ("model.num_layers=3", "model.num_layers must be 2"),
         ("vqgan.z_channels=6", "vqgan.z_channels must be 4"),
         ("vqgan.quantizer.num_codes=13", "vqgan.quantizer.num_codes must be 12"),
-        ("model.tuning.frozen=[mlp(0-2)]", "layers are 0 to 1"),
+        ("model.tuning.frozen=[mlp(0-2)]", "expected layers 0 to 1"),
         ("model.init=nowhere/run", "nowhere/run: no such folder"),
         ("model.init=RUDOLPH-350N", "did you mean RUDOLPH-350M"),
         ("tokenizer.path=nothing.model", "nothing.model: no such tokenizer file"),
-        ("optim.optimizer=adamw8bit", "adamw8bit needs"),
+        ("optim.optimizer=adamw8bit", "adamw8bit: expected"),
     ],
 )
 def test_weights_that_do_not_fit_are_told_in_one_line(

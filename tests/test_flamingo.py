@@ -153,7 +153,7 @@ FUSED = "layers.3.0.fn.fused_attn_ff_proj.weight"
         (FUSED, torch.zeros(319, 32), rf"{FUSED} must be \(320, 32\), got \(319, 32\)"),
         (FUSED, [1, 2], rf"{FUSED} must be \(320, 32\), got list"),
         (FUSED.replace("3", "9"), torch.zeros(320, 32), "has layers.9.0.fn.fused_attn_ff_proj"),
-        ("layers.1.1.attn_gate", torch.zeros(1), "has layers.1.1.attn_gate, the model has not"),
+        ("layers.1.1.attn_gate", torch.zeros(1), "has layers.1.1.attn_gate, the model does not"),
         ("to_logits.1.weight", torch.zeros(60, 32), "to_logits.1.weight must equal token_emb"),
         ("to_logits.0.beta", torch.ones(32), "to_logits.0.beta must be 0"),
         ("img_encoder.vit.pos_embedding", None, "lacks img_encoder.vit.pos_embedding"),

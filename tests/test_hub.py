@@ -165,7 +165,7 @@ def test_an_interrupted_download_goes_on_in_the_next_call(hub, tmp_path):
 
 def test_connections_without_a_byte_end_a_call_and_the_next_goes_on(hub, tmp_path):
     hub.cut_after(CUT, *[0] * MAX_IDLE_CONNECTIONS)
-    assert "goes on where this stopped" in complaint(tmp_path)
+    assert "which resumes the download" in complaint(tmp_path)
     assert hub.cuts == []
     assert fetch(REPO, LARGE, tmp_path).path.read_bytes() == WEIGHTS
     assert hub.content_requests()[-1].range == RESUMED
@@ -192,7 +192,7 @@ def test_wrong_bytes_are_told_and_removed(hub, tmp_path, file):
     stored = hub.files[REPO, file]
     assert f"{REPO} {file}" in text
     assert stored.hash in text
-    assert f"hash {stored._replace(content=last_bit_flipped(stored.content)).hash}" in text
+    assert f"got {stored._replace(content=last_bit_flipped(stored.content)).hash}" in text
     assert leftovers(tmp_path) <= {f"{Path(file).name}.lock"}
     assert not (tmp_path / file).exists()
     hub.is_corrupt = False
@@ -206,7 +206,7 @@ def last_bit_flipped(content: bytes) -> bytes:
 def test_two_processes_do_not_write_one_file(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "SECONDS_FOR_LOCK", 0.1)
     with FileLock(tmp_path / f"{SMALL}.lock"):
-        assert "wait until it is done" in complaint(tmp_path, file=SMALL)
+        assert "wait until it has finished" in complaint(tmp_path, file=SMALL)
     assert fetch(REPO, SMALL, tmp_path).path.read_bytes() == CONFIG
 
 
@@ -243,13 +243,18 @@ def test_a_missing_file_is_named(hub, tmp_path):
 def test_a_wrong_token_is_told(hub, tmp_path, monkeypatch):
     hub.valid_tokens = {"hf_right"}
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "does not take your token" in complaint(tmp_path)
+    assert "rejected your token" in complaint(tmp_path)
     assert "hf_wrong" not in complaint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(403, "settings/tokens"), (429, "wait some minutes"), (503, "answers 503"), (404, "404")],
+    [
+        (403, "settings/tokens"),
+        (429, "wait a few minutes"),
+        (503, "responded with 503"),
+        (404, "404"),
+    ],
 )
 def test_other_refusals_say_what_to_do(hub, tmp_path, status, words):
     hub.status = status
@@ -259,7 +264,7 @@ def test_other_refusals_say_what_to_do(hub, tmp_path, status, words):
 @pytest.mark.parametrize("header", ["X-Repo-Commit", "X-Linked-Etag", "X-Linked-Size"])
 def test_an_answer_that_is_no_hubs_is_refused(hub, tmp_path, header):
     hub.dropped_headers = {header}
-    assert "is no hub: check HF_ENDPOINT" in complaint(tmp_path)
+    assert "is not a hub: check HF_ENDPOINT" in complaint(tmp_path)
 
 
 def test_a_server_that_is_away_is_named_with_the_way_to_a_mirror(hub, tmp_path):
@@ -311,7 +316,7 @@ def test_a_disk_that_fills_up_is_told_and_what_came_is_kept(hub, tmp_path):
     def fill(done: int, total: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match=r"no room .* goes on where this stopped"):
+    with pytest.raises(ValueError, match=r"no room .* which resumes the download"):
         fetch(REPO, LARGE, tmp_path, on_progress=fill)
     assert fetch(REPO, LARGE, tmp_path).path.read_bytes() == WEIGHTS
     assert hub.content_requests()[-1].range == RESUMED
@@ -338,7 +343,7 @@ def test_the_token_goes_to_the_mirror_and_not_to_the_cdn(hub, tmp_path):
 
 def test_offline_uses_what_was_checked_and_asks_nothing(hub, tmp_path):
     text = fetch_in_process(hub, tmp_path / "a", HF_HUB_OFFLINE="1")
-    assert text.startswith(f"HF_HUB_OFFLINE is set, and {tmp_path / 'a' / LARGE} is not there")
+    assert text.startswith(f"HF_HUB_OFFLINE is set, and {tmp_path / 'a' / LARGE} is not complete")
     assert hub.requests == []
     got = fetch(REPO, LARGE, tmp_path / "a")
     num_requests = len(hub.requests)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
-from rudolph.generation.generate import FREE, generate_image
+from rudolph.generation.generate import TO_SAMPLE, generate_image
 from rudolph.generation.image_prompts import (
     SIDES,
     border_mask,
@@ -69,7 +69,7 @@ def prompt(given_tokens: Tensor, seed: int = 0) -> Tensor:
     """Return random indices for both texts, ``(2, I)``, where ``given_tokens`` (h, w) is true."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(CODES, (2, NUM_IMAGE), generator=generator)
-    return torch.where(given_tokens.flatten(), indices, FREE)
+    return torch.where(given_tokens.flatten(), indices, TO_SAMPLE)
 
 
 def regions() -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def regions() -> dict[str, Tensor]:
 @given(st.integers(1, 6), st.dictionaries(st.sampled_from(SIDES), st.integers(0, 6)))
 def test_borders_are_the_references_rows_and_columns(side: int, borders: dict[str, int]) -> None:
     if max(borders.values(), default=0) > side:
-        with pytest.raises(ValueError, match=f"must be 0 to {side} tokens, got"):
+        with pytest.raises(ValueError, match=f"expected 0 to {side} tokens, got"):
             border_mask(borders, side)
         return
     up, down, left, right = (borders.get(name, 0) for name in SIDES)
@@ -107,7 +107,7 @@ def test_borders_are_the_references_rows_and_columns(side: int, borders: dict[st
 
 
 def test_an_unknown_side_is_named() -> None:
-    with pytest.raises(ValueError, match="borders must be of up, down, left, right, got 'top'"):
+    with pytest.raises(ValueError, match="borders: expected up, down, left, right, got 'top'"):
         border_mask({"top": 1}, SIDE)
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_side_is_named() -> None:
     "text", ["", "up", "up=", "up=-1", "up=1.5", "=3", "up=1,", "up=1;left=2"]
 )
 def test_borders_that_are_no_borders_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"like up=4,left=2 in tokens, got '"):
+    with pytest.raises(ValueError, match=r"in tokens like up=4,left=2, got '"):
         parse_borders(text)
 
 
@@ -133,7 +133,7 @@ def test_a_token_is_given_when_all_of_its_pixels_are() -> None:
             assert found[row, column] == all(pixels.flatten().tolist())
     assert 0 < found.sum() < 16
     for height, width in ((8, 10), (10, 8)):
-        with pytest.raises(ValueError, match=f"a multiple of 4 a side, got {height} x {width}"):
+        with pytest.raises(ValueError, match=f"multiples of 4 pixels, got {height} x {width}"):
             token_mask(torch.ones(height, width).bool(), 4)
 
 
@@ -152,7 +152,7 @@ def test_a_variation_draws_its_share_anew_and_keeps_less_the_larger_it_is(share:
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
+    with pytest.raises(ValueError, match="expected above 0 and at most 1, got"):
         variation_mask(share, 4, torch.Generator())
 
 
@@ -161,7 +161,7 @@ def test_a_image_is_read_where_it_is_given(crop_first: bool) -> None:
     vqgan, stays = small_vqgan(), border_mask({"up": 1, "left": 1}, SIDE)
     image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     found = known_indices(vqgan, image, stays, crop_first=crop_first)
-    assert torch.equal(found == FREE, ~stays.flatten())
+    assert torch.equal(found == TO_SAMPLE, ~stays.flatten())
     whole = vqgan.encode_indices(image[None])[0]
     assert len(whole.unique()) > 3
     assert crop_first or torch.equal(found[stays.flatten()], whole[stays.flatten()])
@@ -182,7 +182,7 @@ def test_a_image_is_read_in_the_precision_of_the_vqgan() -> None:
 
 
 def test_a_image_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be \(3, 6, 6\), got \(3, 6, 8\)"):
+    with pytest.raises(ValueError, match=r"expected shape \(3, 6, 6\), got \(3, 6, 8\)"):
         known_indices(small_vqgan(), torch.rand(3, 6, 8), border_mask({"up": 1}, SIDE))
 
 
@@ -197,7 +197,7 @@ def test_given_tokens_stay_and_the_rest_is_as_full_passes_draw_it(
     model, known = small_decoder(leading_bos=leading_bos), prompt(regions()[region])
     found = sampled(model, known, guidance)
     rows = known.repeat_interleave(3, dim=0)
-    assert torch.equal(found[rows != FREE], rows[rows != FREE])
+    assert torch.equal(found[rows != TO_SAMPLE], rows[rows != TO_SAMPLE])
     assert ((found >= 0) & (found < CODES)).all()
     uniform = uniform_numbers(SEEDS, NUM_IMAGE)
     texts = [LEFT.repeat_interleave(3, dim=0), LEFT[:1].expand(6, -1)]
@@ -207,7 +207,7 @@ def test_given_tokens_stay_and_the_rest_is_as_full_passes_draw_it(
         sequences = (torch.cat([text, drawn], dim=1) for text in texts)
         logits = [model.image_logits(model.hidden(each)[:, -1])[:, :CODES] for each in sequences]
         token = sample_token(next_probabilities(logits[0], config, logits[1]), uniform[:, step])
-        token = torch.where(rows[:, step] == FREE, token, rows[:, step])
+        token = torch.where(rows[:, step] == TO_SAMPLE, token, rows[:, step])
         drawn = torch.cat([drawn, token[:, None]], dim=1)
     assert torch.equal(found, drawn)
 
@@ -243,12 +243,12 @@ def test_leading_tokens_read_with_the_prompt_equal_those_fed_one_by_one(
 
     monkeypatch.setattr(model, "hidden", watched)
     fast = sampled(model, known, guidance)
-    free = (known[0] == FREE).nonzero().flatten()
+    free = (known[0] == TO_SAMPLE).nonzero().flatten()
     # Given tokens between free positions are read once, together with the token before them.
     assert lengths == [5 + int(free[0]), *free.diff().tolist()]
     lengths.clear()
     # In one batch with a prompt that starts with a free token, no token is read with the texts.
-    beside = torch.stack([known[1], torch.full((NUM_IMAGE,), FREE)])
+    beside = torch.stack([known[1], torch.full((NUM_IMAGE,), TO_SAMPLE)])
     slow = sampled(model, beside, guidance)
     assert lengths == [5] + [1] * (NUM_IMAGE - 1)
     again = sampled(model, known[1].expand(2, -1), guidance)

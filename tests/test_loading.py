@@ -24,17 +24,23 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (None, "no folder of weights, it lacks config.json"),
-        ("", "must have family and config"),
-        ("{", "must have family and config"),
-        ("[1]", "must have family and config"),
-        ('{"family": "rudolph"}', "must have family and config"),
-        ('{"family": ["rudolph"], "config": {}}', "family must be a name and config a mapping"),
-        ('{"family": "rudolph", "config": 3}', "family must be a name and config a mapping"),
+        (None, "not a folder of weights, config.json is missing"),
+        ("", "expected the keys family and config"),
+        ("{", "expected the keys family and config"),
+        ("[1]", "expected the keys family and config"),
+        ('{"family": "rudolph"}', "expected the keys family and config"),
+        (
+            '{"family": ["rudolph"], "config": {}}',
+            "expected a name as family and a mapping as config",
+        ),
+        (
+            '{"family": "rudolph", "config": 3}',
+            "expected a name as family and a mapping as config",
+        ),
         ('{"family": "gpt", "config": {}}', "family must be one of rudolph, rudalle, vqgan"),
         ('{"family": "rudolph", "config": {}}', "rudolph: the config lacks l_text_seq_length"),
-        ({"num_layers": "4"}, "config.json: no rudolph model ("),
-        ({"vocab_size": -40}, "config.json: no rudolph model (Trying"),
+        ({"num_layers": "4"}, "config.json: not a rudolph model ("),
+        ({"vocab_size": -40}, "config.json: not a rudolph model (Trying"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_heads (5), got 12"),
         ({"hidden_size": 15}, "image_col_embeddings.weight must be (3, 15), got (3, 12)"),
         ({}, "weights.safetensors: no such file"),
@@ -163,7 +169,7 @@ def test_int8_is_for_decoders(tmp_path: Path) -> None:
     weights = weights_like("realesrgan", config)
     store.write_checkpoint(tmp_path / "w", weights, family="realesrgan", config=config)
     words = complaint(store.load_weights, tmp_path / "w", int8=True)
-    assert words.endswith("w: a realesrgan model has no decoder layers for int8")
+    assert words.endswith("w: expected a decoder for int8, got a realesrgan model")
 
 
 MEMORY = """
@@ -203,11 +209,11 @@ def loads(folder):
     pickled, config = folder / "w.bin", json.loads((folder / "config.json").read_text())
     return {
         "pickle": lambda: read_all(from_reference("rudolph", config, read_tensors(pickled))),
-        "converting": lambda: store.convert(
+        "converting": lambda: store.convert_checkpoint(
             pickled, folder / "w", family="rudolph", config=config
         ),
-        "safetensors": lambda: read_all(store.load(folder / "w")),
-        "float32": lambda: read_all(store.load(folder / "w", dtype=torch.float32)),
+        "safetensors": lambda: read_all(store.load_weights(folder / "w")),
+        "float32": lambda: read_all(store.load_weights(folder / "w", dtype=torch.float32)),
     }
 
 with torch.device("meta"):

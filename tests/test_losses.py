@@ -18,9 +18,9 @@ from rudolph.training.losses import (
     adaptive_weight,
     compute_losses,
     entry_means,
-    hinge_adversary_loss,
-    mixed_loss,
+    hinge_discriminator_loss,
     reconstruction_loss,
+    reduce_losses,
     segment_losses,
     weighted_mean,
 )
@@ -117,7 +117,9 @@ def test_parts_of_the_labels_give_the_losses_and_gradients_of_all_at_once(
     for bound in (1000, at_once):
         model, tokens = tiny()
         sizes = model.vocabulary.text_size, model.vocabulary.image_size
-        monkeypatch.setattr("rudolph.models.rudolph.scoring.LOGITS_AT_ONCE", bound * min(sizes))
+        monkeypatch.setattr(
+            "rudolph.models.rudolph.scoring.MAX_LOGITS_IN_MEMORY", bound * min(sizes)
+        )
         rows: list[int] = []
         for number, head in enumerate(heads := model.to_logits.heads()):
             heads[number] = lambda hidden, head=head, rows=rows: (
@@ -180,7 +182,7 @@ def test_reconstruction_and_hinge_losses_worked_by_hand() -> None:
     config = ReconstructionLossConfig(l1_weight=2.0, l2_weight=4.0)
     assert reconstruction_loss(decoded, images, config).item() == pytest.approx(2.0)
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
-    assert hinge_adversary_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
@@ -209,12 +211,12 @@ def scored_by(weights: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: weights[:, at] > 0 for at, name in enumerate(SEGMENTS)}
 
 
-@pytest.mark.parametrize("average", REDUCTIONS)
-def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> None:
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(reduction: str) -> None:
     model, tokens, sources, weights = mixture()
-    config = DecoderLossConfig(average=average)
+    config = DecoderLossConfig(reduction=reduction)
     found = compute_losses(model, tokens, config, scored=scored_by(weights))
-    loss = mixed_loss(found, config, weights=weights, sources=sources)
+    loss = reduce_losses(found, config, weights=weights, sources=sources)
     # The sum and number of losses for each segment of each example, computed alone.
     alone = []
     for row in range(5):
@@ -222,7 +224,7 @@ def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> Non
             model, tokens[row : row + 1], config, scored=scored_by(weights[row : row + 1])
         )
         alone.append({name: (each.losses.sum(), len(each.losses)) for name, each in own.items()})
-    if average == "token":
+    if reduction == "token":
         total = sum(
             weights[row, SEGMENTS.index(name)] * each[0]
             for row in range(5)
@@ -235,13 +237,13 @@ def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(average: str) -> Non
         )
         expected = total / count
     else:
-        groups = [range(5)] if average == "batch" else [[0, 3], [2], [1, 4]]
+        groups = [range(5)] if reduction == "batch" else [[0, 3], [2], [1, 4]]
         expected = torch.tensor(0.0)
         for rows in groups:
             above, below = 0.0, 0.0
             for at, name in enumerate(SEGMENTS):
                 own = [alone[row][name] for row in rows if name in alone[row]]
-                weight = config.weights[name] if average == "batch" else weights[rows[0], at]
+                weight = config.weights[name] if reduction == "batch" else weights[rows[0], at]
                 if own:
                     above += weight * sum(part[0] for part in own) / sum(part[1] for part in own)
                     below += weight
@@ -313,7 +315,7 @@ def test_a_joint_softmax_is_over_all_ids_and_validation_over_those_of_the_segmen
     cross_entropy = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
     expected = (cross_entropy + 0.01 * logits.exp().sum(-1).log() ** 2).mean()
     torch.testing.assert_close(segment_losses(model, tokens, config)["image"], expected)
-    plain = segment_losses(model, tokens, config.plain)
+    plain = segment_losses(model, tokens, config.for_validation)
     for name, value in segment_losses(model, tokens, DecoderLossConfig()).items():
         torch.testing.assert_close(plain[name], value)
     # The image's joint softmax includes text ids, so they get a gradient from it.
@@ -341,12 +343,12 @@ def test_learned_weights_settle_where_every_segment_counts_alike() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"average": "mean"}, "average must be one of batch, task, token"),
+        ({"reduction": "mean"}, "reduction must be one of batch, task, token"),
         ({"softmax": "both"}, "softmax must be one of segment, joint, got 'both'"),
-        ({"weighting": "learned", "average": "task"}, "average must be batch where"),
+        ({"weighting": "learned", "reduction": "task"}, "reduction must be batch where"),
         ({"z_loss_weight": -1}, "z_loss_weight must be at least 0, got -1"),
-        ({"task_weights": {"vqa": (1, 1, 1)}}, "task_weights must be of"),
-        ({"task_weights": {"text_to_image": (0, 0, 0)}}, "one of them above"),
+        ({"task_weights": {"vqa": (1, 1, 1)}}, "task_weights: expected tasks of"),
+        ({"task_weights": {"text_to_image": (0, 0, 0)}}, "and one above 0"),
     ],
 )
 def test_a_wrong_way_to_weigh_tasks_is_told(fields: dict, words: str) -> None:

@@ -120,7 +120,7 @@ def test_layers_have_ru_dolphs_order_at_any_depth(depth: int) -> None:
         ("rows", "must be one of causal, row"),
         ("conv", r"conv\(7\)"),
         ("conv(4)", "odd"),
-        ("row(3)", "takes no kernel"),
+        ("row(3)", "expected no kernel size"),
         ("", "must be one of"),
         ("conv(-1)", "must be one of"),
     ],

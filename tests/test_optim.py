@@ -12,9 +12,9 @@ from rudolph.training import optim
 from rudolph.training.optim import (
     Muon,
     OptimConfig,
+    build_optimizers,
     learning_rate_fraction,
-    optimizers_of,
-    orthogonal,
+    newton_schulz,
 )
 
 
@@ -56,12 +56,12 @@ def test_muon_moves_a_kernel_as_the_matrix_of_its_rows() -> None:
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-@pytest.mark.parametrize("most", [1, 2 * 5 * 9, optim.STACK])
+@pytest.mark.parametrize("most", [1, 2 * 5 * 9, optim.MAX_STACK_ELEMENTS])
 def test_muon_moves_stacked_matrices_as_each_alone(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optim, "has_native_bfloat16", lambda device: False)
-    monkeypatch.setattr(optim, "STACK", most)
+    monkeypatch.setattr(optim, "MAX_STACK_ELEMENTS", most)
     shapes = [(5, 9), (9, 5), (5, 9), (5, 3, 3), (5, 9), (9, 5)]
     together = [nn.Parameter(randoms(*shape, seed=at)) for at, shape in enumerate(shapes)]
     alone = copy.deepcopy(together)
@@ -82,7 +82,7 @@ def test_muon_moves_stacked_matrices_as_each_alone(
 def test_the_orthogonal_matrix_has_the_directions_of_the_svd() -> None:
     matrix = randoms(7, 4, seed=3)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = torch.diagonal(left.T @ orthogonal(matrix).float() @ right.T)
+    values = torch.diagonal(left.T @ newton_schulz(matrix).float() @ right.T)
     # Five iterations bring the singular values into this band, not to 1.
     assert values.min() > 0.6 and values.max() < 1.3
 
@@ -105,7 +105,7 @@ def test_a_momentum_goes_with_the_state_of_the_optimizer() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) -> None:
     model = VQGAN(VQGANConfig(resolution=8, channels=(4, 6), attention_resolutions=(4,)))
-    optimizers = optimizers_of(model, OptimConfig(optimizer=kind, weight_decay=0.3))
+    optimizers = build_optimizers(model, OptimConfig(optimizer=kind, weight_decay=0.3))
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     moved = [parameter for _, group in groups for parameter in group["params"]]
     assert len(moved) == len(set(moved)) == len(list(model.parameters()))

@@ -166,7 +166,7 @@ def test_a_full_disk_loses_no_image(
     assert all(read_text_fields(Path(record["file"]))["prompt"] == "олень" for record in records)
 
 
-@pytest.mark.parametrize("stage", ["decode", "rank", "clip", "enlarge"])
+@pytest.mark.parametrize("stage", ["decode", "rank", "clip", "upscale"])
 def test_what_was_sampled_is_kept_when_a_later_stage_fails(
     sampled: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any, stage: str
 ) -> None:
@@ -175,7 +175,7 @@ def test_what_was_sampled_is_kept_when_a_later_stage_fails(
 
     def add_stages(pipeline: Pipeline, given: Any) -> None:
         pipeline.clip = type("Clip", (), {"similarities": fail})() if stage == "clip" else None
-        pipeline.upscaler = object() if stage == "enlarge" else None
+        pipeline.upscaler = object() if stage == "upscale" else None
 
     monkeypatch.setattr(sampling, "add_stages", add_stages)
     if stage == "rank":
@@ -340,7 +340,7 @@ def test_an_unknown_part_of_a_text_is_said_once_and_no_known_one(
     for text in ("красный кот", "a red cat"):
         assert main([*words, text, "-n", "1"]) == 0
         lines = capsys.readouterr().err.splitlines()
-        notes = [line for line in lines if "has never seen" in line]
+        notes = [line for line in lines if "unknown characters" in line]
         assert len(notes) == (text == "a red cat")
         assert all("'red'" in note for note in notes)
 
@@ -371,7 +371,10 @@ def test_captions_are_written_even_where_the_terminal_cannot_show_them(
         (["кот", "--min-p=-inf"], "min_p must be in (0, 1]"),
         (["кот", "-n", "99999999999"], "-n must be at most 10000"),
         (["кот", "--image-prompt", "/dev/zero", "--vary", "1"], "expected an image file, got a"),
-        (["кот", "--image-prompt", "file", "--vary", "nan"], "share to draw anew must be in"),
+        (
+            ["кот", "--image-prompt", "file", "--vary", "nan"],
+            "fraction to sample again: expected above 0",
+        ),
         (["кот", "--image-prompt", "file", "--vary", "1"], "file: corrupt image"),
     ],
 )

@@ -16,9 +16,9 @@ from torch import Tensor
 from rudolph.cli import main
 from rudolph.data.seeds import mixed_seed
 from rudolph.generation.filters import TokenSamplingConfig, filter_logits, next_probabilities
-from rudolph.generation.generate import FREE
+from rudolph.generation.generate import TO_SAMPLE
 from rudolph.generation.image_prompts import border_mask, known_indices
-from rudolph.generation.pipeline import Candidate, Pipeline, Request
+from rudolph.generation.pipeline import Candidate, GenerationRequest, Pipeline
 from rudolph.generation.png import read_text_fields, to_image
 from rudolph.generation.ranking import rank_images
 from rudolph.generation.tiled_upscaling import upscale_tiled
@@ -41,7 +41,7 @@ def pipeline_of(weights: Path, name: str = "rudolph", *, batch_size: int = 64) -
     return pipeline
 
 
-def generate(pipeline: Pipeline, request: Request, **filters: Any) -> list[Candidate]:
+def generate(pipeline: Pipeline, request: GenerationRequest, **filters: Any) -> list[Candidate]:
     return pipeline.generate(TEXT, request, config=replace(PLAIN, **filters))
 
 
@@ -58,7 +58,7 @@ def test_every_stage_is_optional_and_leaves_its_scores(
     weights: Path, rank: str, has_clip: bool, scale: int | None
 ) -> None:
     pipeline = pipeline_of(weights)
-    drawn = generate(pipeline, Request(6))
+    drawn = generate(pipeline, GenerationRequest(6))
     images = torch.stack([candidate.image for candidate in drawn])
     assert torch.equal(images, pipeline.decode(indices_of(drawn)))
     assert [candidate.seed for candidate in drawn] == [mixed_seed(0, at) for at in range(6)]
@@ -69,7 +69,7 @@ def test_every_stage_is_optional_and_leaves_its_scores(
     assert len({tuple(order) for order in orders.values()}) == 3
     pipeline.clip = open_clip(str(weights / "clip")) if has_clip else None
     pipeline.upscaler = open_upscaler(str(weights / f"x{scale}")) if scale else None
-    found = generate(pipeline, Request(6, keep=4, rank=rank))
+    found = generate(pipeline, GenerationRequest(6, keep=4, rank=rank))
     assert [drawn[at].seed for at in orders[rank][:4]] == [each.seed for each in found]
     for at, candidate in zip(orders[rank], found, strict=False):
         assert torch.equal(candidate.indices, drawn[at].indices)
@@ -92,8 +92,8 @@ def test_a_image_depends_on_its_seed_and_place_alone(
     weights: Path, name: str, filters: dict[str, Any]
 ) -> None:
     stays = border_mask({"up": 1, "left": 1}, SIDE).flatten()
-    for known in (None, torch.where(stays, torch.arange(NUM_IMAGE), FREE)):
-        request = Request(5, seed=3, known=known)
+    for known in (None, torch.where(stays, torch.arange(NUM_IMAGE), TO_SAMPLE)):
+        request = GenerationRequest(5, seed=3, known=known)
         expected = indices_of(generate(pipeline_of(weights, name), request, **filters))
         assert len({tuple(row) for row in expected.tolist()}) > 2
         if known is not None:
@@ -120,16 +120,16 @@ def test_no_more_than_a_batch_is_drawn_captioned_or_judged_at_once(
     pipeline.decoder.layers[0].register_forward_pre_hook(
         lambda _, given: sizes.append(len(given[0]))
     )
-    generate(pipeline, Request(8, rank="self"), guidance=guidance)
+    generate(pipeline, GenerationRequest(8, rank="self"), guidance=guidance)
     assert set(sizes) <= ({1, 2, 3} if guidance is None else {1, 2, 3, 4, 6})
     images = torch.rand(3, 3, 8, 8)
     for num_samples in (1, 2, 5):
         seeds = range(3 * num_samples)
         captions = pipeline.caption(images, config=PLAIN, seeds=seeds)
         assert captions == expected.caption(images, config=PLAIN, seeds=seeds)
-        images = pipeline.generate_images([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
+        generated = pipeline.generate_images([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
         again = expected.generate_images([TEXT, "", "синий"], config=PLAIN, seeds=seeds)
-        torch.testing.assert_close(images, again)
+        torch.testing.assert_close(generated, again)
 
 
 def test_every_stage_tells_its_progress(weights: Path) -> None:
@@ -139,11 +139,11 @@ def test_every_stage_tells_its_progress(weights: Path) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
     pipeline.generate(
         TEXT,
-        Request(5, keep=3, rank="self"),
+        GenerationRequest(5, keep=3, rank="self"),
         config=PLAIN,
         on_stage=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
     )
-    totals = {"draw": 5 * NUM_IMAGE, "decode": 5, "rank": 5, "clip": 5, "enlarge": 3}
+    totals = {"sample": 5 * NUM_IMAGE, "decode": 5, "rank": 5, "clip": 5, "upscale": 3}
     assert list(told) == list(totals)
     for stage, total in totals.items():
         steps = [done for done, _ in told[stage]]
@@ -155,24 +155,24 @@ def test_every_stage_tells_its_progress(weights: Path) -> None:
     ("fields", "words"),
     [
         ({"number": 0}, "number must be at least 1, got 0"),
-        ({"number": 4, "keep": 5}, "keep must be 1 to 4, the number, got 5"),
-        ({"keep": 0}, "keep must be 1 to 8"),
+        ({"number": 4, "keep": 5}, "keep must be 1 to the number 4, got 5"),
+        ({"keep": 0}, "keep must be 1 to the number 8"),
         ({"rank": "best"}, "rank must be one of none, self, clip, got 'best'"),
         ({"perplexity": "ppl"}, "perplexity must be one of exp_mean_ce, mean_exp_ce, got 'ppl'"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Request(**fields)
+        GenerationRequest(**fields)
 
 
 def test_a_stage_without_its_model_is_refused(weights: Path) -> None:
     pipeline = pipeline_of(weights)
-    with pytest.raises(ValueError, match="ranking by clip needs a CLIP"):
-        generate(pipeline, Request(2, rank="clip"))
-    with pytest.raises(ValueError, match="enlarging needs an upscaler"):
-        pipeline.enlarge(torch.rand(1, 3, 8, 8), on_tile=lambda done, total: None)
-    with pytest.raises(ValueError, match="image_captioning needs a decoder with a right text"):
+    with pytest.raises(ValueError, match="rank clip: expected a pipeline with a CLIP"):
+        generate(pipeline, GenerationRequest(2, rank="clip"))
+    with pytest.raises(ValueError, match="expected a pipeline with an upscaler"):
+        pipeline.upscale(torch.rand(1, 3, 8, 8), on_tile=lambda done, total: None)
+    with pytest.raises(ValueError, match="image_captioning: expected a decoder with a right text"):
         pipeline_of(weights, "rudalle_v3").caption(torch.rand(1, 3, 8, 8), config=PLAIN, seeds=[1])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         replace(pipeline, batch_size=0)
@@ -261,7 +261,7 @@ def test_the_verb_draws_from_a_run_through_every_stage(
     records = verb("-n", "5", "--keep", "2", *stages, *given, model=str(finished))
     said = capsys.readouterr().err
     # The VQ-GAN of the run has 6 x 6 tokens.
-    for line in ("draw: 180/180", "decode: 5/5", "clip: 5/5", "enlarge: 2/2", "2 images"):
+    for line in ("sample: 180/180", "decode: 5/5", "clip: 5/5", "upscale: 2/2", "2 images"):
         assert line in said
     source = open_model(str(finished), runs=finished, uri="")
     pipeline = source.pipeline
@@ -271,7 +271,7 @@ def test_the_verb_draws_from_a_run_through_every_stage(
     image = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
     stays = border_mask({"up": 2, "left": 1}, 6)
     known = known_indices(pipeline.vqgan, image, stays)
-    request = Request(5, 2, "clip", seed=7, known=known)
+    request = GenerationRequest(5, 2, "clip", seed=7, known=known)
     expected = pipeline.generate(TEXT, request, config=source.sampling.image)
     for record, candidate in zip(records, expected, strict=True):
         assert (candidate.indices[stays.flatten()] == known[stays.flatten()]).all()
@@ -360,7 +360,9 @@ def test_eight_bits_go_with_every_dtype_and_without_a_kernel_for_them(
 ) -> None:
     if not has_kernels:
         # As on a GPU, and on processors without such products in torch.
-        monkeypatch.setattr("rudolph.models.cpu.prepacked_linear.works", lambda layout: False)
+        monkeypatch.setattr(
+            "rudolph.models.cpu.prepacked_linear.layout_works", lambda layout: False
+        )
     flags = ["--int8", "--dtype", dtype]
     for model in (str(finished), "rudolph"):
         records = verb("-n", "2", "--rank", "self", "--guidance", "2", *flags, model=model)
@@ -374,7 +376,7 @@ def test_images_are_float32_whatever_the_weights_are(weights: Path) -> None:
     source = open_model(str(weights / "rudolph"), runs=weights, uri="", precision=precision)
     mixed = pipeline_of(weights).to("cpu", image_dtype=torch.bfloat16)
     for pipeline in (source.pipeline, mixed):
-        (candidate,) = generate(pipeline, Request(1))
+        (candidate,) = generate(pipeline, GenerationRequest(1))
         assert candidate.image.dtype == torch.float32
     assert mixed.vqgan.quant_conv.weight.dtype != mixed.decoder.final_norm.weight.dtype
 
@@ -390,18 +392,21 @@ PROMPT = ["--image-prompt", "image.png"]
         (["--vary", "0.5"], "--vary is of an image prompt"),
         (PROMPT, "--image-prompt takes one of --borders, --mask and --vary"),
         ([*PROMPT, "--borders", "up=1", "--vary", "0.5"], "takes one of --borders, --mask and"),
-        ([*PROMPT, "--borders", "top=1"], "borders must be of up, down, left, right, got 'top'"),
-        ([*PROMPT, "--borders", "up=5"], "border up must be 0 to 4 tokens, got 5"),
-        ([*PROMPT, "--borders", "up=1,up=2"], "borders must name each side once"),
-        ([*PROMPT, "--borders", "up"], "borders must be like up=4,left=2 in tokens, got 'up'"),
-        ([*PROMPT, "--vary", "0"], "the share to draw anew must be in (0, 1], got 0.0"),
+        ([*PROMPT, "--borders", "top=1"], "borders: expected up, down, left, right, got 'top'"),
+        ([*PROMPT, "--borders", "up=5"], "border up: expected 0 to 4 tokens, got 5"),
+        ([*PROMPT, "--borders", "up=1,up=2"], "borders: expected each side once"),
+        ([*PROMPT, "--borders", "up"], "expected widths in tokens like up=4,left=2, got 'up'"),
+        (
+            [*PROMPT, "--vary", "0"],
+            "fraction to sample again: expected above 0 and at most 1, got 0.0",
+        ),
         ([*PROMPT, "--mask", "nowhere.png"], "nowhere.png: no such file or directory"),
         (["--image-prompt", "nowhere.png", "--vary", "1"], "nowhere.png: no such file"),
         (["--image-prompt", "text.png", "--vary", "1"], "text.png: corrupt image"),
-        (["-n", "4", "--keep", "5"], "keep must be 1 to 4, the number, got 5"),
-        (["--rank", "clip"], "`rudolph pull ruclip-vit-base-patch32-384` gets it"),
+        (["-n", "4", "--keep", "5"], "keep must be 1 to the number 4, got 5"),
+        (["--rank", "clip"], "Run `rudolph pull ruclip-vit-base-patch32-384`"),
         (["--clip", "W/x4"], "W/x4: must be a CLIP, got a Upscaler"),
-        (["--upscale", "8"], "`rudolph pull RealESRGAN-x8` gets it"),
+        (["--upscale", "8"], "Run `rudolph pull RealESRGAN-x8`"),
         (["--upscaler", "W/clip"], "W/clip: must be a Upscaler, got a CLIP"),
         (["--upscaler", "W/x2", "--upscale", "4"], "--upscaler enlarges 2 times, not 4"),
         (["--guidance", "2", "--guidance-kind", "mixture"], "guidance must be at most 1 for a"),

@@ -17,16 +17,18 @@ from rudolph.models.cpu.prepacked_linear import (
     LAYOUTS,
     PackedLinear,
     choose_layout,
+    layout_works,
     prepack,
     prepack_in_own_dtype,
-    works,
 )
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 
 LAYOUT, VOCABULARY = SequenceLayout(5, 4, 6), Vocabulary(20, 3, 5, 11, 2)
 GREEDY = TokenSamplingConfig(top_k=1)
-needs = {name: pytest.mark.skipif(not works(name), reason=f"no {name} here") for name in LAYOUTS}
+needs = {
+    name: pytest.mark.skipif(not layout_works(name), reason=f"no {name} here") for name in LAYOUTS
+}
 EVERY = [pytest.param(name, marks=needs[name]) for name in LAYOUTS]
 # A plain layout multiplies single rows; several rows occur only with given tokens.
 SEVERAL = [pytest.param(name, marks=needs[name]) for name in LAYOUTS if "plain" not in name]
@@ -66,7 +68,7 @@ def test_a_row_does_not_depend_on_its_neighbours(layout: str) -> None:
     torch.testing.assert_close(layer(x), alone, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("weights", packed.WEIGHTS)
+@pytest.mark.parametrize("weights", packed.WEIGHT_FORMATS)
 @pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_packed_decoder_says_nearly_what_the_decoder_says(
@@ -82,7 +84,7 @@ def test_a_packed_decoder_says_nearly_what_the_decoder_says(
     assert (found - expected).norm() <= 6e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("weights", packed.WEIGHTS)
+@pytest.mark.parametrize("weights", packed.WEIGHT_FORMATS)
 def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
     model, left = decoder(), prompts(2)
     drawn = generate_image(model, left, config=GREEDY, seeds=[0, 1])
@@ -95,7 +97,7 @@ def test_a_packed_decoder_draws_what_the_decoder_draws(weights: str) -> None:
 
 def test_the_largest_activations_and_weights_do_not_saturate() -> None:
     """Without VNNI, fbgemm adds two products in 16 bits, and the largest ones must fit."""
-    if not works("int8"):
+    if not layout_works("int8"):
         pytest.skip("no int8 here")
     weight, bias = torch.full((8, 64), 3.0), torch.zeros(8)
     for x in (torch.full((1, 64), 5.0), torch.full((3, 64), 5.0)):
@@ -107,7 +109,7 @@ def test_the_largest_activations_and_weights_do_not_saturate() -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 259])
 def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
-    if not works("int8"):
+    if not layout_works("int8"):
         pytest.skip("no int8 here")
     torch.manual_seed(0)
     layer = PackedLinear(torch.randn(16, 64), torch.randn(16), "int8")
@@ -120,7 +122,7 @@ def test_many_rows_are_rounded_as_one_is(num_rows: int) -> None:
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("weights", packed.WEIGHTS)
+@pytest.mark.parametrize("weights", packed.WEIGHT_FORMATS)
 @pytest.mark.parametrize("num_rows", [1, FEW_ROWS + 1])
 def test_nothing_of_the_weights_that_were_read_stays_in_memory(
     weights: str, num_rows: int
@@ -163,7 +165,7 @@ def test_weights_are_packed_when_they_are_held_in_fewer_bits(held: str) -> None:
 def test_the_layout_follows_the_number_of_rows_and_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed, "works", lambda layout: True)
+    monkeypatch.setattr(packed, "layout_works", lambda layout: True)
     monkeypatch.setattr(packed, "has_native_bfloat16", lambda: False)
     for num_rows in (1, FEW_ROWS + 1):
         assert choose_layout("half", num_rows) == "float16"
@@ -171,9 +173,9 @@ def test_the_layout_follows_the_number_of_rows_and_falls_back(
     assert choose_layout("half", FEW_ROWS) == "float16"
     assert choose_layout("half", FEW_ROWS + 1) == "bfloat16"
     assert choose_layout("int8", 1) == "int8"
-    monkeypatch.setattr(packed, "works", lambda layout: layout == "bfloat16")
+    monkeypatch.setattr(packed, "layout_works", lambda layout: layout == "bfloat16")
     assert choose_layout("int8", 1) == choose_layout("half", 1) == "bfloat16"
-    monkeypatch.setattr(packed, "works", lambda layout: False)
+    monkeypatch.setattr(packed, "layout_works", lambda layout: False)
     model = decoder()
     before = model(prompts(1))
     prepack(model, weights="int8", num_rows=1)
@@ -191,7 +193,7 @@ def test_a_kernel_that_is_missing_or_wrong_does_not_work(monkeypatch: pytest.Mon
         kernels._replace(pack=missing),
         kernels._replace(multiply=lambda p, x: x.new_zeros(3, 48)),
     ):
-        works.cache_clear()
+        layout_works.cache_clear()
         monkeypatch.setitem(LAYOUTS, "bfloat16", broken)
-        assert not works("bfloat16")
-    works.cache_clear()
+        assert not layout_works("bfloat16")
+    layout_works.cache_clear()

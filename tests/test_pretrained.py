@@ -192,7 +192,7 @@ def test_stored_masks_that_hide_left_text_win_over_the_rules(parity, case: str) 
     golden = parity(case)
     hidden = mask_table(right_without_left(parse_mask("causal")), SequenceLayout(6, 4, 5))
     weights = masked_by(parity, case, hidden)
-    with pytest.warns(StoredMaskWarning, match="right text does not see left text"):
+    with pytest.warns(StoredMaskWarning, match="right text does not attend to left text"):
         model = from_reference("rudolph", golden.config, weights).eval()
     assert not model.config.right_attends_left
     assert_near(model(golden.io["tokens"]), golden.io["logits_right_without_left"])

@@ -15,13 +15,13 @@ from rudolph.generation.ranking import (
     BY_TEXT_WEIGHT,
     PERPLEXITIES,
     Ranking,
-    balanced_sum,
     classify_images,
     exp_mean_ce,
     mean_exp_ce,
     perplexities,
     rank_captions,
     rank_images,
+    rescaled_sum,
 )
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
@@ -268,11 +268,13 @@ def test_captions_are_ranked_by_the_references_formula(tokenizer, model: str) ->
     losses = [
         reference_losses(pipeline.decoder, tokens, segment) for segment in ("left_text", "image")
     ]
-    text, image = ([reference_perplexity(row, "exp_mean_ce") for row in rows] for rows in losses)
+    by_text, by_image = (
+        [reference_perplexity(row, "exp_mean_ce") for row in rows] for rows in losses
+    )
     found = rank_captions(pipeline, image, captions)
-    assert_near(found.text, text)
-    assert_near(found.image, image)
-    expected = reference_score(text, image, BY_IMAGE_WEIGHT)
+    assert_near(found.text, by_text)
+    assert_near(found.image, by_image)
+    expected = reference_score(by_text, by_image, BY_IMAGE_WEIGHT)
     assert_near(found.score, expected)
     assert found.order() == sorted(range(4), key=expected.__getitem__)
 
@@ -340,7 +342,7 @@ def test_balanced_is_the_references_sum_where_that_is_a_number(
 ) -> None:
     text, image = ([pair[side] for pair in pairs] for side in (0, 1))
     tensors = (torch.tensor(values, dtype=torch.float64) for values in (text, image))
-    ranking = balanced_sum(*tensors, text_weight=weight)
+    ranking = rescaled_sum(*tensors, text_weight=weight)
     if all(median(values) - min(values) > 1e-6 for values in (text, image)):
         expected = torch.tensor(reference_score(text, image, weight), dtype=torch.float64)
         torch.testing.assert_close(ranking.score, expected, rtol=1e-6, atol=1e-9)
@@ -362,14 +364,14 @@ def test_equal_and_single_candidates_have_scores(
     values: list[float], expected: list[float]
 ) -> None:
     tensor = torch.tensor(values)
-    assert balanced_sum(tensor, tensor, text_weight=0.3).score.tolist() == expected
+    assert rescaled_sum(tensor, tensor, text_weight=0.3).score.tolist() == expected
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -0.1, 1.1])
 def test_a_weight_is_a_share(weight: float) -> None:
     values = torch.tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"text_weight must be in \[0, 1\], got"):
-        balanced_sum(values, values, text_weight=weight)
+        rescaled_sum(values, values, text_weight=weight)
 
 
 def test_equal_candidates_keep_their_order() -> None:
@@ -403,7 +405,7 @@ def test_what_cannot_be_judged_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="kind must be one of exp_mean_ce, mean_exp_ce, got 'p'"):
         perplexities(pipeline.decoder, tokens, segments=("image",), kind="p")
     tokens[:, LEFT + NUM_IMAGE :] = PAD
-    with pytest.raises(ValueError, match="right_text: without a token"):
+    with pytest.raises(ValueError, match="right_text: expected at least one scored token"):
         perplexities(pipeline.decoder, tokens, segments=("right_text",))
-    with pytest.raises(ValueError, match="image_captioning needs a decoder with a right text"):
+    with pytest.raises(ValueError, match="image_captioning: expected a decoder with a right text"):
         classify_images(random_pipeline(tokenizer, "rudalle_v3"), images, COLOURS)

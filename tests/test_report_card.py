@@ -249,7 +249,7 @@ def test_what_cannot_be_packed_is_told(
     (broken / "checkpoints" / RUN_FILES[0]).write_bytes(b"cut off")
     assert main(["pack", str(broken), str(tmp_path / "packed")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"{RUN_FILES[0]}: damaged (not a whole safetensors" in line
+    assert f"{RUN_FILES[0]}: damaged (not a complete safetensors" in line
     assert not (tmp_path / "packed").exists()
 
 

@@ -59,7 +59,7 @@ def test_a_decoder_brings_the_vqgan_that_it_is_used_with(
     own = store.load_weights(home / name / "vqgan").state_dict()
     assert all(value.equal(found[key]) for key, value in own.items())
     shutil.copytree(home / name, tmp_path / name, ignore=shutil.ignore_patterns("vqgan"))
-    with pytest.raises(ValueError, match="`rudolph pull Sber-VQGAN` gets it"):
+    with pytest.raises(ValueError, match="Run `rudolph pull Sber-VQGAN`"):
         open_vqgan(str(tmp_path / name), runs=tmp_path, uri="")
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_release_says_how_to_get_it_again(
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"weights\.safetensors: .*`rudolph pull RealESRGAN-x2`"):
         open_upscaler("RealESRGAN-x2")
-    (folder / store.CONFIG).write_text("{")
+    (folder / store.WEIGHTS_CONFIG_FILE).write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: .*`rudolph pull RealESRGAN-x2`"):
         open_upscaler("RealESRGAN-x2")
 

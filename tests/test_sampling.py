@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rudolph.generation.filters import (
-    ORDER,
+    FILTER_ORDER,
     TokenSamplingConfig,
     apply_guidance,
     filter_logits,
     next_probabilities,
     sample_token,
 )
-from rudolph.generation.generate import FREE, generate_image, generate_text
+from rudolph.generation.generate import TO_SAMPLE, generate_image, generate_text
 from rudolph.generation.noise import uniform_numbers
 from rudolph.models.reference import from_reference
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
@@ -91,8 +91,8 @@ def naive_filter(logits: list[float], config: TokenSamplingConfig) -> dict[int, 
 def test_filters_in_any_order_leave_what_their_words_say() -> None:
     logits = torch.randn(5, 23, generator=torch.Generator().manual_seed(4)).double() * 2
     found = set()
-    for order in itertools.permutations(ORDER):
-        config = TokenSamplingConfig(2.5, top_k=7, top_p=0.7, min_p=0.2, order=order)
+    for order in itertools.permutations(FILTER_ORDER):
+        config = TokenSamplingConfig(2.5, top_k=7, top_p=0.7, min_p=0.2, filter_order=order)
         shares = filter_logits(logits, config).softmax(-1)
         for row, values in zip(shares.tolist(), logits.tolist(), strict=True):
             expected = naive_filter(values, config)
@@ -205,7 +205,7 @@ def test_samples_that_have_ended_leave_the_batch_and_change_no_other(num_samples
 
 def test_prompts_of_several_lengths_share_a_batch() -> None:
     model, prompt = long_winded()
-    known = torch.full((3, 19), FREE)
+    known = torch.full((3, 19), TO_SAMPLE)
     known[1, :2], known[2, :6] = torch.tensor([7, 9]), torch.tensor([4, 5, 6, 7, 8, 9])
     together = generate_text(model, prompt, config=PLAIN, seeds=[1, 2, 3], known=known)
     for at, given in enumerate(known):
@@ -213,7 +213,7 @@ def test_prompts_of_several_lengths_share_a_batch() -> None:
             model, prompt[at][None], config=PLAIN, seeds=[at + 1], known=given[None]
         )
         assert torch.equal(together[at], alone[0])
-        is_given = given != FREE
+        is_given = given != TO_SAMPLE
         assert torch.equal(together[at][is_given], given[is_given])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
-from rudolph.generation.generate import FREE, generate_image
+from rudolph.generation.generate import TO_SAMPLE, generate_image
 from rudolph.generation.noise import NOISES, SamplingNoise, exponential_race, exponential_times
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
@@ -35,7 +35,7 @@ def small_decoder(masks: Sequence[str] = ("row", "column"), **given: object) -> 
 
 def given_tokens() -> Tensor:
     """Return known tokens: some at the same positions of all prompts, some at other positions."""
-    known = torch.full((3, 16), FREE)
+    known = torch.full((3, 16), TO_SAMPLE)
     known[:, [0, 1, 6, 7, 8, 15]] = torch.tensor([3, 0, 10, 2, 2, 5])
     known[0, 4], known[1, 9:12], known[2, 2] = 7, 1, 0
     return known
@@ -177,7 +177,7 @@ def test_the_joint_distribution_is_the_chain_rules(
         first = torch.stack([middles[place][at] for place, at in enumerate(cell)])
         uniform = torch.cat([first.expand(len(middles[3]), 3), middles[3][:, None]], dim=1)
         noise = uniform if coupling == "inversion" else torch.stack([uniform, 1 - uniform], -1)
-        fixed = SamplingNoise(lambda *_, noise=noise: noise, NOISES[coupling].draw)
+        fixed = SamplingNoise(lambda *_, noise=noise: noise, NOISES[coupling].sample)
         monkeypatch.setitem(NOISES, coupling, fixed)
         drawn = generate_image_speculatively(
             model,

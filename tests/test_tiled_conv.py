@@ -43,9 +43,9 @@ def small_strips(monkeypatch) -> Callable[[int], None]:
     """Return a function that sets the strip size of feature maps and of attention at inference."""
 
     def set_strips(size: int) -> None:
-        monkeypatch.setattr(tiled_conv, "LARGEST", 0)
-        monkeypatch.setattr(tiled_conv, "STRIP", size)
-        monkeypatch.setattr(vqgan, "STRIP", size)
+        monkeypatch.setattr(tiled_conv, "MAX_UNTILED_VALUES", 0)
+        monkeypatch.setattr(tiled_conv, "MAX_STRIP_VALUES", size)
+        monkeypatch.setattr(vqgan, "MAX_STRIP_VALUES", size)
 
     return set_strips
 
@@ -140,13 +140,13 @@ def test_a_vqgan_in_strips_finds_the_same_indices_and_images(wavelet: bool, smal
 
 @pytest.mark.parametrize("is_tiled", [False, True])
 def test_a_vqgan_in_half_precision_gives_nearly_the_same_images(
-    is_in_strips: bool, small_strips
+    is_tiled: bool, small_strips
 ) -> None:
     model = small_vqgan()
     indices = torch.arange(35)[None] % 30
     expected = model.decode_indices(indices, height=7)
     assert expected.std() > 0.1
-    if is_in_strips:
+    if is_tiled:
         small_strips(150)
     found = model.bfloat16().decode_indices(indices, height=7)
     assert found.dtype == torch.float32

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from rudolph.generation.tiled_upscaling import fold_of, receptive_radius, tile_spans, upscale_tiled
+from rudolph.generation.tiled_upscaling import (
+    fold_factor,
+    receptive_radius,
+    tile_spans,
+    upscale_tiled,
+)
 from rudolph.models.upscaler import UPSCALER_SCALES, Upscaler, UpscalerConfig
 
 
@@ -36,7 +41,7 @@ def untiled(upscaler: Upscaler, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("scale", UPSCALER_SCALES)
 def test_an_output_pixel_depends_on_the_receptive_radius_and_no_further(scale: int) -> None:
     upscaler = small_upscaler(scale)
-    radius, size = receptive_radius(upscaler.config), fold_of(upscaler.config)
+    radius, size = receptive_radius(upscaler.config), fold_factor(upscaler.config)
     first = (radius // size + 2) * size
     images = random_images(1, 3, 2 * first, 2 * first + size).requires_grad_()
     block = slice(first * scale, (first + size) * scale)

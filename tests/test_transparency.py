@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from rudolph.data.datasets.emoji import emoji_images
-from rudolph.generation.transparency import FLECK, dilate, flood_fill, frame_mask, to_rgba
+from rudolph.generation.transparency import FLECK_FACTOR, dilate, flood_fill, frame_mask, to_rgba
 
 Array = np.ndarray
 Colour = tuple[int, int, int]
@@ -71,7 +71,7 @@ def test_over_white_an_emoji_comes_back(emoji: Array) -> None:
         rgba = to_rgba(image)
         error = np.abs(over(rgba, WHITE) - image).max(-1)
         assert error[alpha_of(rgba) > 0].max() <= 2
-        assert error.max() <= FLECK * 8
+        assert error.max() <= FLECK_FACTOR * 8
 
 
 def turned(image: Array, ground: Colour) -> Array:

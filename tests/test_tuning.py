@@ -12,7 +12,7 @@ from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 from rudolph.training.memory import count_activation_bytes, training_memory
-from rudolph.training.optim import OptimConfig, optimizer_bytes, optimizers_of
+from rudolph.training.optim import OptimConfig, build_optimizers, optimizer_bytes
 from rudolph.training.tuning import FREEZABLE_PARTS, TuningConfig, apply_tuning
 
 SMALL = DecoderConfig(4, 16, 2, layer_masks=("row", "column"), last_layer_mask="conv(3)")
@@ -39,7 +39,7 @@ def tokens_of(model: MaskedDecoder, batch: int = 3) -> Tensor:
 
 def train(model: MaskedDecoder, num_steps: int = 3, **optim: object) -> None:
     config = OptimConfig(num_steps=num_steps, learning_rate=0.01, warmup_steps=0, **optim)
-    optimizers = optimizers_of(model.train(), config)
+    optimizers = build_optimizers(model.train(), config)
     for _ in range(num_steps):
         losses = segment_losses(model, tokens_of(model), DecoderLossConfig())
         weighted_mean(losses, DecoderLossConfig().weights).backward()
@@ -115,9 +115,9 @@ def test_low_rank_updates_train_few_parameters_and_merge_into_the_same_model() -
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"frozen": ("attn",)}, "frozen must be of all, embeddings"),
-        ({"frozen": ("head(0-1)",)}, "a range of layers is of"),
-        ({"frozen": ("mlp(2-1)",)}, "a range of layers is of"),
+        ({"frozen": ("attn",)}, "frozen: expected one of all, embeddings"),
+        ({"frozen": ("head(0-1)",)}, "expected a range, first to last, of"),
+        ({"frozen": ("mlp(2-1)",)}, "expected a range, first to last, of"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"lora_alpha": 0.0}, "lora_alpha must be above 0"),
     ],
@@ -128,7 +128,8 @@ def test_a_wrong_part_is_named(config: dict[str, object], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frozen", "words"), [("mlp(0-4)", "layers are 0 to 3"), ("all", "nothing is left to train")]
+    ("frozen", "words"),
+    [("mlp(0-4)", "expected layers 0 to 3"), ("all", "expected a part to train")],
 )
 def test_what_does_not_fit_the_model_is_named(frozen: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -185,9 +186,24 @@ def test_longer_texts_and_larger_images_have_positions_between_the_old_ones() ->
         torch.testing.assert_close(new[1::step], (old[:-1] + old[1:]) / 2)
 
 
+@pytest.mark.parametrize("length", [3, 9])
+def test_a_leading_bos_keeps_its_position_when_the_left_text_is_resized(length: int) -> None:
+    config = replace(SMALL, leading_bos=True)
+    source = MaskedDecoder(config, replace(LAYOUT, right_text_length=0), VOCABULARY)
+    vocabulary = replace(VOCABULARY, num_left_paddings=length)
+    target = MaskedDecoder(config, SequenceLayout(length, 3, 0), vocabulary)
+    notes = adapt(source, target)
+    kind = "cut" if length == 3 else "interpolated"
+    assert notes == [f"left text 5 -> {length}: positions {kind}"]
+    old, new = source.left_position.weight, target.left_position.weight
+    torch.testing.assert_close(new[0], old[0])
+    step = 1 if length == 3 else 2
+    torch.testing.assert_close(new[1::step], old[1:][: len(new[1::step])])
+
+
 def test_weights_of_another_shape_are_refused_by_the_settings_name() -> None:
     other = MaskedDecoder(replace(SMALL, num_layers=3), LAYOUT, VOCABULARY)
-    with pytest.raises(ValueError, match=r"decoder\.num_layers must be 4, .* got 3"):
+    with pytest.raises(ValueError, match=r"model\.num_layers must be 4, .* got 3"):
         adapt(decoder(), other)
 
 
@@ -209,7 +225,7 @@ def test_the_optimizers_state_is_as_large_as_was_said(optimizer: str) -> None:
     model = decoder()
     apply_tuning(model, TuningConfig(frozen=("embeddings", "mlp")))
     config = OptimConfig(optimizer=optimizer)
-    optimizers = optimizers_of(model, config)
+    optimizers = build_optimizers(model, config)
     losses = segment_losses(model, tokens_of(model), DecoderLossConfig())
     weighted_mean(losses, DecoderLossConfig().weights).backward()
     held = 0

@@ -77,7 +77,7 @@ def test_nearest_is_the_nearest_by_plain_distances() -> None:
 
 @pytest.mark.parametrize("most", [1, 30, 2**22])
 def test_codes_found_in_parts_are_those_found_at_once(most: int, monkeypatch) -> None:
-    monkeypatch.setattr(codes, "MOST_SCORES", most)
+    monkeypatch.setattr(codes, "MAX_SCORES_IN_MEMORY", most)
     torch.manual_seed(0)
     vectors, codebook, bias = torch.randn(41, 5), torch.randn(13, 5), torch.randn(13)
     plain = (vectors[:, None] - codebook[None]).pow(2).sum(-1).argmin(1)
@@ -131,7 +131,7 @@ def test_bits_that_are_sure_have_a_finite_gradient(scale: float) -> None:
     loss = quantizer(z).loss
     loss.backward()
     assert z.grad is not None and torch.isfinite(z.grad).all()
-    shares = (quantizer.SHARPNESS * z.detach().double()).sigmoid()
+    shares = (quantizer.INVERSE_TEMPERATURE * z.detach().double()).sigmoid()
     entropy = torch.distributions.Bernoulli(shares).entropy().sum(1).mean()
     together = torch.distributions.Bernoulli(shares.mean((0, 2, 3))).entropy().sum()
     assert loss.item() == pytest.approx(float(entropy - together), abs=1e-4)

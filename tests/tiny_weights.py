@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rudolph.checkpoints import store
-from rudolph.models.reference import FAMILIES, to_reference
+from rudolph.models.reference import REFERENCE_FAMILIES, to_reference
 from rudolph.sequence.tokenizer import Tokenizer
 
 WORDS = "красный синий зелёный круг квадрат на картинке фото изображение"
@@ -66,7 +66,7 @@ def write_weights(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     is_decoder = family in ("rudolph", "rudalle")
     # The reference counts the padding ids of a decoder's left text.
     vocab_size = tokenizer.vocab_size + (LEFT if is_decoder else 0)
-    model = FAMILIES[family].build(config | {"vocab_size": vocab_size})
+    model = REFERENCE_FAMILIES[family].build(config | {"vocab_size": vocab_size})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)

@@ -23,7 +23,7 @@ from rudolph.benchmarks.decoding_workload import (
     prepared_decoder,
 )
 from rudolph.benchmarks.serving import WorkResult
-from rudolph.generation.pipeline import Pipeline, Request
+from rudolph.generation.pipeline import GenerationRequest, Pipeline
 from rudolph.generation.png import to_image
 from rudolph.sequence.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class GenerationWorkload:
         try:
             found = self.pipeline.generate(
                 CAPTION,
-                Request(number=size, seed=self.case.seed),
+                GenerationRequest(number=size, seed=self.case.seed),
                 config=self.case.sampling,
                 on_stage=on_stage,
             )

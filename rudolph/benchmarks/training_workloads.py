@@ -20,7 +20,7 @@ from rudolph.benchmarks.benchmark_case import (
 from rudolph.benchmarks.decoding_workload import module_bytes
 from rudolph.benchmarks.serving import WorkResult
 from rudolph.training.losses import reconstruction_loss, segment_losses, weighted_mean
-from rudolph.training.optim import OptimConfig, clip_gradients, optimizers_of
+from rudolph.training.optim import OptimConfig, build_optimizers, clip_gradients
 
 
 def autocast_for(kind: str) -> AbstractContextManager[object]:
@@ -33,7 +33,7 @@ class TrainingStep:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.model, self.config = model, config
-        self.optimizers = optimizers_of(model, config)
+        self.optimizers = build_optimizers(model, config)
 
     def step(self, loss: Tensor) -> None:
         """Backpropagate a loss, clip the gradients and update the weights."""

@@ -19,15 +19,15 @@ from torch import Tensor
 
 # Prefixes of the classes that trainers store in a checkpoint besides tensors.  They are read as
 # ``IgnoredObject`` or ``IgnoredMapping``, so that none of their packages is imported or run.
-TRAINERS = (
+IGNORED_PREFIXES = (
     *("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse."),
     *("pathlib.", "numpy.", "typing.Any", "collections.defaultdict"),
     *("builtins.dict", "builtins.list", "builtins.str", "builtins.int", "builtins.float"),
 )
-MAPPINGS = (".AttributeDict", ".defaultdict")
+IGNORED_MAPPING_SUFFIXES = (".AttributeDict", ".defaultdict")
 ZIP_START = b"PK\x03\x04"
 # Torch's unpickler raises these on a truncated or forged file.
-UNREADABLE_ERRORS = (
+UNREADABLE_FILE_ERRORS = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError),
     *(AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError, OSError),
 )
@@ -64,7 +64,7 @@ class SafeFile(Mapping[str, Tensor]):
             self.file: Any = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path}: no whole safetensors file ({first_sentence(error)})"
+                f"{path}: not a complete safetensors file ({first_sentence(error)})"
             ) from error
         self.names = list(self.file.keys())  # type: ignore[no-untyped-call]
 
@@ -140,7 +140,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         return SafeFile(path)
     content = _read_pickle(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: must hold tensors by name, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected tensors by name, got {type(content).__name__}")
     return content
 
 
@@ -151,31 +151,30 @@ def _read_pickle(path: Path) -> Any:
         # Its warnings address authors of checkpoints, not their readers.
         with warnings.catch_warnings(action="ignore"), _stand_ins(path if is_zip else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UNREADABLE_ERRORS as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
-            reason = f"refused, it asks to run {asked[1]}; nothing of it was run"
+    except UNREADABLE_FILE_ERRORS as error:
+        refused_global = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused_global:
+            reason = f"refused because it would run {refused_global[1]}. Nothing was run"
         elif isinstance(error, pickle.UnpicklingError):
             # Torch's own message advises loading the file anyway.
-            reason = "no checkpoint of torch.save, or a damaged one"
+            reason = "not a checkpoint of torch.save, or damaged"
         else:
-            reason = (
-                f"no whole checkpoint file ({type(error).__name__}: {first_sentence(error)[:160]})"
-            )
+            reason = f"not a complete checkpoint file ({type(error).__name__}: "
+            reason += f"{first_sentence(error)[:160]})"
         raise ValueError(f"{path}: {reason}") from error
 
 
 def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
-    """Return a context in which torch's unpickler reads names of ``TRAINERS`` as ignored objects.
+    """Return a context in which torch's unpickler ignores objects of ``IGNORED_PREFIXES``.
 
     Args:
         path: a zipped checkpoint; None for other formats, where nothing is replaced.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if path else []
     pairs: Any = [
-        (IgnoredMapping if name.endswith(MAPPINGS) else IgnoredObject, name)
+        (IgnoredMapping if name.endswith(IGNORED_MAPPING_SUFFIXES) else IgnoredObject, name)
         for name in names
-        if name.startswith(TRAINERS)
+        if name.startswith(IGNORED_PREFIXES)
     ]
     return torch.serialization.safe_globals(pairs)
 

@@ -81,18 +81,18 @@ def fetch(
     path = folder / file
     with hub_errors(repo, file, folder):
         try:
-            wanted = ask_hub(repo, file)
+            hub_file = hub_metadata(repo, file)
         except (ConnectionError, httpx2.TransportError):
-            kept = read_record(repo, path)
-            if kept is None:
+            verified = read_record(repo, path)
+            if verified is None:
                 raise
-            return kept
-        if not is_whole(path, wanted):
-            download(wanted, path, label=f"{repo} {file}", on_progress=on_progress)
-        return write_record(repo, path, wanted)
+            return verified
+        if not matches_hub(path, hub_file):
+            download(hub_file, path, label=f"{repo} {file}", on_progress=on_progress)
+        return write_record(repo, path, hub_file)
 
 
-def ask_hub(repo: str, file: str) -> HubFile:
+def hub_metadata(repo: str, file: str) -> HubFile:
     """Request the commit, size and hash of a file, without its bytes.
 
     Raises:
@@ -105,28 +105,24 @@ def ask_hub(repo: str, file: str) -> HubFile:
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-    known = get_hf_file_metadata(hf_hub_url(repo, file))
-    commit, size, found = known.commit_hash, known.size, known.etag or ""
-    if (
-        commit is None
-        or size is None
-        or not (SHA256.fullmatch(found) or GIT_SHA1.fullmatch(found))
-    ):
+    metadata = get_hf_file_metadata(hf_hub_url(repo, file))
+    commit, size, etag = metadata.commit_hash, metadata.size, metadata.etag or ""
+    if commit is None or size is None or not (SHA256.fullmatch(etag) or GIT_SHA1.fullmatch(etag)):
         raise ValueError(
-            f"{constants.ENDPOINT} answers without the commit, size or hash of {repo} {file}, so "
-            "it is no hub: check HF_ENDPOINT and the network's proxy or sign-in page"
+            f"{constants.ENDPOINT}: expected commit, size and hash of {repo} {file}, got none. "
+            "It is not a hub: check HF_ENDPOINT and the network's proxy or sign-in page"
         )
     # Fix the commit, so that all connections of a download get parts of the same file.
-    return HubFile(hf_hub_url(repo, file, revision=commit), commit, size, found)
+    return HubFile(hf_hub_url(repo, file, revision=commit), commit, size, etag)
 
 
 def download(
-    wanted: HubFile, path: Path, *, label: str, on_progress: OnBytes | None = None
+    hub_file: HubFile, path: Path, *, label: str, on_progress: OnBytes | None = None
 ) -> None:
     """Download a file and move it to ``path`` once its hash is verified.
 
     Args:
-        wanted: the file on the hub.
+        hub_file: the file on the hub.
         path: the local file.
         label: the name of the file in error messages.
         on_progress: called with the local bytes and all bytes, while bytes arrive.
@@ -140,27 +136,27 @@ def download(
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{wanted.hash[:12]}.part")
+    part = path.with_name(f"{path.name}.{hub_file.hash[:12]}.part")
     lock = path.with_name(f"{path.name}.lock")
     with WeakFileLock(lock, timeout=SECONDS_FOR_LOCK):
         # The last holder of the lock may have downloaded the file.
-        if not is_whole(path, wanted):
-            for other in path.parent.glob(f"{escape(path.name)}.*.part"):
-                if other != part:
-                    other.unlink()
-            download_to_end(wanted, part, on_progress or (lambda done, total: None))
-            found = file_hash(part, like=wanted.hash)
-            if found != wanted.hash:
+        if not matches_hub(path, hub_file):
+            for stale in path.parent.glob(f"{escape(path.name)}.*.part"):
+                if stale != part:
+                    stale.unlink()
+            download_to_end(hub_file, part, on_progress or (lambda done, total: None))
+            digest = file_hash(part, like=hub_file.hash)
+            if digest != hub_file.hash:
                 part.unlink()
                 raise ValueError(
-                    f"{label}: the bytes that arrived have the hash {found}, the hub's file has "
-                    f"{wanted.hash}; they were removed: pull again, or from another HF_ENDPOINT"
+                    f"{label}: expected the hash {hub_file.hash}, got {digest}. The downloaded "
+                    "bytes were removed: pull again, or from another HF_ENDPOINT"
                 )
             os.replace(part, path)
     lock.unlink(missing_ok=True)
 
 
-def download_to_end(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
+def download_to_end(hub_file: HubFile, part: Path, on_progress: OnBytes) -> None:
     """Download the rest of ``part``, resuming after broken connections.
 
     Raises:
@@ -170,26 +166,26 @@ def download_to_end(wanted: HubFile, part: Path, on_progress: OnBytes) -> None:
     import httpx2
 
     part.touch()
-    if part.stat().st_size > wanted.size:
+    if part.stat().st_size > hub_file.size:
         part.write_bytes(b"")
-    missing = wanted.size - part.stat().st_size
-    free = shutil.disk_usage(part.parent).free
-    if free < missing:
-        reason = f"{missing / 1e9:.2f} GB to come, {free / 1e9:.2f} GB free"
+    num_missing = hub_file.size - part.stat().st_size
+    num_free = shutil.disk_usage(part.parent).free
+    if num_free < num_missing:
+        reason = f"{num_missing / 1e9:.2f} GB to come, {num_free / 1e9:.2f} GB free"
         raise OSError(errno.ENOSPC, reason, str(part))
     num_idle = 0
-    while (done := part.stat().st_size) < wanted.size:
+    while (num_bytes := part.stat().st_size) < hub_file.size:
         try:
-            download_chunk(wanted, part, done, on_progress)
+            download_once(hub_file, part, num_bytes, on_progress)
         except httpx2.TransportError:
-            num_idle = 0 if part.stat().st_size > done else num_idle + 1
+            num_idle = 0 if part.stat().st_size > num_bytes else num_idle + 1
             if num_idle == MAX_IDLE_CONNECTIONS:
                 raise
             time.sleep(SECONDS_BETWEEN_CONNECTIONS)
 
 
-def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes) -> None:
-    """Append to ``part``, which has ``done`` bytes, over one connection.
+def download_once(hub_file: HubFile, part: Path, num_bytes: int, on_progress: OnBytes) -> None:
+    """Append to ``part``, which has ``num_bytes`` bytes, over one connection.
 
     Raises:
         TransportError: of httpx2, if the connection ends before the file does.
@@ -202,12 +198,12 @@ def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes)
     )
 
     headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
-    if done:
-        headers["Range"] = f"bytes={done}-"
+    if num_bytes:
+        headers["Range"] = f"bytes={num_bytes}-"
     # httpx2 drops the token where the hub redirects to another host.
     with get_session().stream(
         "GET",
-        wanted.url,
+        hub_file.url,
         headers=headers,
         follow_redirects=True,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
@@ -217,16 +213,16 @@ def download_chunk(wanted: HubFile, part: Path, done: int, on_progress: OnBytes)
         with part.open("ab" if response.status_code == 206 else "wb") as content:
             for chunk in response.iter_bytes(CHUNK_BYTES):
                 content.write(chunk)
-                on_progress(content.tell(), wanted.size)
-            if content.tell() < wanted.size:
+                on_progress(content.tell(), hub_file.size)
+            if content.tell() < hub_file.size:
                 raise httpx2.ReadError(f"the file ended after {content.tell()} bytes")
 
 
-def is_whole(path: Path, wanted: HubFile) -> bool:
+def matches_hub(path: Path, hub_file: HubFile) -> bool:
     """Return whether ``path`` is identical to the hub's file."""
-    if not path.is_file() or path.stat().st_size != wanted.size:
+    if not path.is_file() or path.stat().st_size != hub_file.size:
         return False
-    return file_hash(path, like=wanted.hash) == wanted.hash
+    return file_hash(path, like=hub_file.hash) == hub_file.hash
 
 
 def file_hash(path: Path, *, like: str) -> str:
@@ -238,20 +234,20 @@ def file_hash(path: Path, *, like: str) -> str:
         return hashlib.file_digest(content, lambda: hashlib.sha1(blob)).hexdigest()
 
 
-def write_record(repo: str, path: Path, wanted: HubFile) -> FetchedFile:
+def write_record(repo: str, path: Path, hub_file: HubFile) -> FetchedFile:
     """Write the SHA-256 of a verified file next to it."""
-    is_sha256 = SHA256.fullmatch(wanted.hash)
-    sha256 = wanted.hash if is_sha256 else file_hash(path, like="0" * 64)
-    record = f"# {repo}@{wanted.commit}\n{sha256}  {path.name}\n"
+    is_sha256 = SHA256.fullmatch(hub_file.hash)
+    sha256 = hub_file.hash if is_sha256 else file_hash(path, like="0" * 64)
+    record = f"# {repo}@{hub_file.commit}\n{sha256}  {path.name}\n"
     # A correct file may lie in a read-only folder, so an unchanged record is not written again.
-    if read_response_text(record_path(path)) != record:
+    if read_text_or_empty(record_path(path)) != record:
         record_path(path).write_text(record, encoding="utf-8")
-    return FetchedFile(path, sha256, wanted.commit)
+    return FetchedFile(path, sha256, hub_file.commit)
 
 
 def read_record(repo: str, path: Path) -> FetchedFile | None:
     """Return a file that an earlier call verified, or None if there is none or it has changed."""
-    record = HASH_RECORD.fullmatch(read_response_text(record_path(path)))
+    record = HASH_RECORD.fullmatch(read_text_or_empty(record_path(path)))
     if record is None or record["repo"] != repo or not path.is_file():
         return None
     if file_hash(path, like=record["sha256"]) != record["sha256"]:
@@ -264,7 +260,7 @@ def record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def read_response_text(path: Path) -> str:
+def read_text_or_empty(path: Path) -> str:
     """Return the text of a file, or "" without one."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
@@ -284,27 +280,27 @@ def explain_hub_error(error: Exception, repo: str, file: str, folder: Path) -> s
     """Describe in one line why a download failed and how to fix it."""
     from huggingface_hub import constants, errors
 
-    hub, page = constants.ENDPOINT, f"https://huggingface.co/{repo}"
+    hub, url = constants.ENDPOINT, f"https://huggingface.co/{repo}"
     sign_in = "run `hf auth login` or set HF_TOKEN, and pull again"
     match error:
         case errors.GatedRepoError():
-            return f"{repo} is gated: ask for access at {page}, then {sign_in}"
+            return f"{repo} is gated: request access at {url}, then {sign_in}"
         case errors.RepositoryNotFoundError():
             return f"{repo} is not on {hub}, or is private: check the name, or {sign_in}"
         case errors.RemoteEntryNotFoundError():
-            return f"{repo} has no file {file}: {page}/tree/main lists what it has"
+            return f"{repo} has no file {file}: {url}/tree/main lists its files"
         case errors.HfHubHTTPError():
             return explain_http_status(error.response.status_code, hub, f"{repo} {file}")
         case errors.OfflineModeIsEnabled():
             return (
-                f"HF_HUB_OFFLINE is set, and {folder / file} is not there whole: unset it and "
+                f"HF_HUB_OFFLINE is set, and {folder / file} is not complete: unset it and "
                 "pull again, or copy the file and its .sha256 from a machine that pulled it"
             )
         case TimeoutError():
-            return f"another process downloads {file} to {folder}: wait until it is done"
+            return f"another process is downloading {file} to {folder}: wait until it has finished"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             reason = f"no room for {file} in {folder} ({error.strerror})"
-            return f"{reason}: free some and pull again, which goes on where this stopped"
+            return f"{reason}: free some space and pull again, which resumes the download"
         case OSError():
             return (
                 f"cannot use {error.filename or folder}: {error.strerror or collapse_lines(error)}"
@@ -312,7 +308,7 @@ def explain_hub_error(error: Exception, repo: str, file: str, folder: Path) -> s
         case _:
             return (
                 f"no connection to {hub} ({collapse_lines(error)}): check the network, or set "
-                "HF_ENDPOINT to a mirror, and pull again, which goes on where this stopped"
+                "HF_ENDPOINT to a mirror, and pull again, which resumes the download"
             )
 
 
@@ -320,17 +316,21 @@ def explain_http_status(status: int, hub: str, label: str) -> str:
     """Describe in one line the meaning of an HTTP error status and how to fix it."""
     if status == 401:
         return (
-            f"{hub} does not take your token for {label}: run `hf auth login` or correct "
+            f"{hub} rejected your token for {label}: run `hf auth login` or correct "
             "HF_TOKEN; for a public file unset it"
         )
     if status == 403:
         return (
-            f"{hub} does not let you read {label}: give your token the right to read this "
-            "repository at https://huggingface.co/settings/tokens"
+            f"{hub} denied access to {label}: give your token read access to this repository "
+            "at https://huggingface.co/settings/tokens"
         )
     if status == 429:
-        return f"{hub} asks to slow down (429): wait some minutes and pull {label} again"
-    return f"{hub} answers {status} for {label}: pull again later, or from another HF_ENDPOINT"
+        return (
+            f"{hub} limits the rate of requests (429): wait a few minutes and pull {label} again"
+        )
+    return (
+        f"{hub} responded with {status} for {label}: pull again later, or from another HF_ENDPOINT"
+    )
 
 
 def collapse_lines(error: Exception) -> str:

@@ -23,16 +23,21 @@ from torch import Tensor, nn
 from rudolph.checkpoints.checkpoint_files import ConvertedTensors, first_sentence, read_tensors
 from rudolph.checkpoints.hub import FetchedFile, fetch
 from rudolph.checkpoints.releases import RELEASED, Release
-from rudolph.files.atomic import json_text, read_json, require_apart
+from rudolph.files.atomic import json_text, read_json, require_disjoint_paths
 from rudolph.models.cpu.int8 import use_int8
-from rudolph.models.reference import FAMILIES, empty_model, load_reference, unwrap_state_dict
+from rudolph.models.reference import (
+    REFERENCE_FAMILIES,
+    empty_model,
+    load_reference,
+    unwrap_state_dict,
+)
 from rudolph.sequence.bpe import read_model
 
 WEIGHTS_FILE = "weights.safetensors"
-CONFIG = "config.json"
+WEIGHTS_CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "bpe.model"
 
-OnBytes = Callable[[str, int, int], None]
+OnFileBytes = Callable[[str, int, int], None]
 
 
 def weights_home() -> Path:
@@ -49,8 +54,8 @@ def release_of(name: str) -> Release:
     names = {known.lower(): known for known in RELEASED}
     if name.lower() in names:
         return RELEASED[names[name.lower()]]
-    near = get_close_matches(name.lower(), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    nearest = get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {names[nearest[0]]}?" if nearest else ""
     raise ValueError(f"{name}: no released model has this name{hint} (rudolph models lists them)")
 
 
@@ -73,7 +78,11 @@ def is_pulled(name: str) -> bool:
     """Return whether a release is on this disk, converted and complete."""
     release = release_of(name)
     is_tokenizer = release.family == "tokenizer"
-    files = (TOKENIZER_FILE,) if is_tokenizer else (WEIGHTS_FILE, CONFIG, *release.companions)
+    files = (
+        (TOKENIZER_FILE,)
+        if is_tokenizer
+        else (WEIGHTS_FILE, WEIGHTS_CONFIG_FILE, *release.companions)
+    )
     return all((release_folder(name) / file).is_file() for file in files)
 
 
@@ -87,11 +96,13 @@ def locate(source: str) -> Path:
         return Path(source)
     release_of(source)
     if not is_pulled(source):
-        raise ValueError(f"{source}: is not on this disk; `rudolph pull {source}` gets it")
+        raise ValueError(f"{source}: not on this disk. Run `rudolph pull {source}`")
     return release_folder(source)
 
 
-def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
+def pull_release(
+    name: str, *, file: Path | None = None, on_bytes: OnFileBytes | None = None
+) -> Path:
     """Download a release and convert it to one safetensors file with its config.
 
     Args:
@@ -108,26 +119,29 @@ def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | Non
     """
     release, folder = release_of(name), release_folder(name)
     download = folder / "download"
-    told = on_bytes or (lambda file, done, total: None)
+    report = on_bytes or (lambda file, done, total: None)
     origin = {"repository": release.repository, "file": release.file, "licence": release.licence}
 
-    def bring(wanted: str) -> FetchedFile:
-        return fetch(release.repository, wanted, download, on_progress=partial(told, wanted))
+    def download_file(file_name: str) -> FetchedFile:
+        return fetch(
+            release.repository, file_name, download, on_progress=partial(report, file_name)
+        )
 
     if file is not None and not file.is_file():
         raise ValueError(f"{file}: no such file")
     if file is not None:
         # The download folder is deleted at the end.
-        require_apart(file, download, "--file")
+        require_disjoint_paths(file, download, "--file")
     for companion in release.companions:
-        near = None if file is None else file.with_name(companion)
-        path = near if near and near.is_file() else bring(companion).path
-        copy_whole(path, folder / companion)
+        path = None if file is None else file.with_name(companion)
+        if path is None or not path.is_file():
+            path = download_file(companion).path
+        copy_atomic(path, folder / companion)
     if file is None:
-        fetched = bring(release.file)
+        fetched = download_file(release.file)
         file, origin = fetched.path, origin | {"sha256": fetched.sha256, "commit": fetched.commit}
     if release.family == "tokenizer":
-        copy_whole(file, folder / TOKENIZER_FILE)
+        copy_atomic(file, folder / TOKENIZER_FILE)
     else:
         convert_checkpoint(
             file, folder, family=release.family, config=release.config, origin=origin
@@ -136,7 +150,7 @@ def pull_release(name: str, *, file: Path | None = None, on_bytes: OnBytes | Non
     return folder
 
 
-def copy_whole(file: Path, path: Path) -> None:
+def copy_atomic(file: Path, path: Path) -> None:
     """Copy a companion file atomically.
 
     Raises:
@@ -167,7 +181,7 @@ def convert_checkpoint(
     Args:
         file: the reference checkpoint.
         folder: the folder to write.
-        family: a name in ``FAMILIES``.
+        family: a name in ``REFERENCE_FAMILIES``.
         config: the reference constructor's arguments.
         origin: the provenance that ``config.json`` records.
 
@@ -177,14 +191,14 @@ def convert_checkpoint(
     tensors = unwrap_state_dict(read_tensors(file))
     for key, value in tensors.items():
         if not isinstance(key, str) or not key.isprintable():
-            raise ValueError(f"{file}: every tensor must have a name, got {key!r}")
+            raise ValueError(f"{file}: expected a name for every tensor, got {key!r}")
         if not isinstance(value, Tensor):
             raise ValueError(f"{file}: {key} must be a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise ValueError(f"{file}: {key} must be a dense tensor with its numbers")
+            raise ValueError(f"{file}: {key} must be a dense tensor with values")
     model = empty_model(family, config)
     load_reference(model, family, tensors)
-    kept = {key: tensors[key] for key in tensors if FAMILIES[family].keeps(key)}
+    kept = {key: tensors[key] for key in tensors if REFERENCE_FAMILIES[family].keeps(key)}
     write_checkpoint(folder, kept, family=family, config=config, origin=origin)
 
 
@@ -201,7 +215,7 @@ def write_checkpoint(
     Args:
         folder: the folder to write.
         tensors: the tensors by the reference's names.
-        family: a name in ``FAMILIES``.
+        family: a name in ``REFERENCE_FAMILIES``.
         config: the reference constructor's arguments.
         origin: the provenance that ``config.json`` records.
 
@@ -210,27 +224,30 @@ def write_checkpoint(
     """
     content = {"family": family, "config": dict(config), "origin": dict(origin or {})}
     folder.mkdir(parents=True, exist_ok=True)
-    weights, words = folder / f"{WEIGHTS_FILE}.new", folder / f"{CONFIG}.new"
+    weights_path, config_path = (
+        folder / f"{WEIGHTS_FILE}.new",
+        folder / f"{WEIGHTS_CONFIG_FILE}.new",
+    )
     try:
-        save_file(contiguous_tensors(tensors), weights)
-        words.write_text(json_text(content, indent=1) + "\n", "utf-8")
+        save_file(contiguous_tensors(tensors), weights_path)
+        config_path.write_text(json_text(content, indent=1) + "\n", "utf-8")
         # An old config must never stand next to new weights.
-        (folder / CONFIG).unlink(missing_ok=True)
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(words, folder / CONFIG)
+        (folder / WEIGHTS_CONFIG_FILE).unlink(missing_ok=True)
+        os.replace(weights_path, folder / WEIGHTS_FILE)
+        os.replace(config_path, folder / WEIGHTS_CONFIG_FILE)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{folder}: cannot write {WEIGHTS_FILE}: {first_sentence(error)}"
         ) from error
     finally:
-        weights.unlink(missing_ok=True)
-        words.unlink(missing_ok=True)
+        weights_path.unlink(missing_ok=True)
+        config_path.unlink(missing_ok=True)
 
 
 def is_exported(folder: Path) -> bool:
     """Return whether ``rudolph convert`` wrote a folder of weights."""
     try:
-        content = read_json(folder / CONFIG)
+        content = read_json(folder / WEIGHTS_CONFIG_FILE)
         return "from" in content["origin"]
     except (ValueError, KeyError, TypeError, OSError):
         return False
@@ -238,16 +255,16 @@ def is_exported(folder: Path) -> bool:
 
 def contiguous_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors without shared memory, as safetensors requires; copy if needed."""
-    found: dict[str, Tensor] = {}
+    contiguous: dict[str, Tensor] = {}
     end = 0
     for key in sorted(tensors, key=lambda key: tensors[key].data_ptr()):
         value = tensors[key]
         if value.is_contiguous() and value.data_ptr() >= end:
             end = value.data_ptr() + value.nbytes
-            found[key] = value
+            contiguous[key] = value
         else:
-            found[key] = value.clone(memory_format=torch.contiguous_format)
-    return found
+            contiguous[key] = value.clone(memory_format=torch.contiguous_format)
+    return contiguous
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -256,16 +273,16 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: if the folder has no valid config.
     """
-    path = folder / CONFIG
+    path = folder / WEIGHTS_CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: no folder of weights, it lacks {CONFIG}")
+        raise ValueError(f"{folder}: not a folder of weights, {WEIGHTS_CONFIG_FILE} is missing")
     try:
         content = read_json(path)
         family, config = content["family"], content["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: must have family and config, got none") from error
+        raise ValueError(f"{path}: expected the keys family and config") from error
     if not isinstance(family, str) or not isinstance(config, dict):
-        raise ValueError(f"{path}: family must be a name and config a mapping")
+        raise ValueError(f"{path}: expected a name as family and a mapping as config")
     return family, config
 
 
@@ -296,12 +313,14 @@ def load_weights(
         try:
             model = empty_model(family, config)
         except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
-            words = f"{folder / CONFIG}: no {family} model ({first_sentence(error)})"
-            raise ValueError(words) from error
+            message = (
+                f"{folder / WEIGHTS_CONFIG_FILE}: not a {family} model ({first_sentence(error)})"
+            )
+            raise ValueError(message) from error
     if int8:
         layers = getattr(model, "layers", None)
         if layers is None:
-            raise ValueError(f"{source}: a {family} model has no decoder layers for int8")
+            raise ValueError(f"{source}: expected a decoder for int8, got a {family} model")
         use_int8_on_meta(layers)
     with _naming_folder(folder):
         tensors = ConvertedTensors(read_tensors(folder / WEIGHTS_FILE), dtype=dtype, device=device)
@@ -316,10 +335,10 @@ def _naming_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        place = "" if str(folder) in str(error) else f"{folder}: "
+        prefix = "" if str(folder) in str(error) else f"{folder}: "
         is_pulled = folder.parent == weights_home() and is_released(folder.name)
-        advice = f"; `rudolph pull {folder.name}` gets it again" if is_pulled else ""
-        raise ValueError(f"{place}{error}{advice}") from error
+        advice = f". Run `rudolph pull {folder.name}` to download it again" if is_pulled else ""
+        raise ValueError(f"{prefix}{error}{advice}") from error
 
 
 def use_int8_on_meta(layers: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rudolph.files.atomic import json_text, require_apart, write_text
+from rudolph.files.atomic import json_text, require_disjoint_paths, write_text
 from rudolph.runs.console import print_line
 
 # Written where an output is checked: a full disk still takes an empty file.
@@ -58,7 +58,7 @@ def check_apart(path: Path, sources: Iterable[Path], *, suffix: str, has_folder:
     targets = [path, path.with_suffix(suffix), *([path.with_suffix("")] if has_folder else [])]
     for source in sources:
         for target in targets:
-            require_apart(target, source, "--output")
+            require_disjoint_paths(target, source, "--output")
 
 
 def write_or_rescue(path: Path, write: Callable[[Path], None]) -> None:

@@ -158,12 +158,12 @@ def generate_images(given: Any) -> int:
     from dataclasses import replace
 
     check_arguments(given, suffix=".jsonl", has_folder=True)
-    from rudolph.generation.pipeline import Request, StageError
+    from rudolph.generation.pipeline import GenerationRequest, StageError
 
     if given.compile and given.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {given.window}")
     images = read_image_prompt(given)
-    request = Request(
+    request = GenerationRequest(
         given.number, given.keep, given.rank, given.perplexity, given.seed, window=given.window
     )
     source = load_requested(given)
@@ -333,7 +333,7 @@ def caption_image(given: Any) -> int:
     seeds = [mixed_seed(given.seed, number) for number in range(given.number)]
     asked = None if given.question is None else [clean_text(given.question)]
     if asked is not None:
-        texts = source.pipeline.texts("question_answering", "", beside=asked[0])
+        texts = source.pipeline.texts("question_answering", "", other_text=asked[0])
         warn_unreadable(source.pipeline, "question", asked[0], texts.num_cut)
     source.pipeline.pack(given.number, sampling, is_compiled=given.compile)
     captions = source.pipeline.caption(pixels[None], config=sampling, seeds=seeds, questions=asked)

@@ -68,7 +68,7 @@ def task_texts(
             tokenizer=tokenizer,
             layout=layout,
             vocabulary=vocabulary,
-            beside=question if TASKS[task].has_question else "",
+            other_text=question if TASKS[task].has_question else "",
         )
 
     def compute() -> np.ndarray[Any, Any]:

@@ -22,9 +22,9 @@ from rudolph.families.interface import (
 )
 from rudolph.generation.answering import (
     answer_prompts,
-    ids_of,
-    imagined_images,
+    ids_spelling,
     sample_answers,
+    sample_question_images,
     score_choices,
 )
 from rudolph.generation.filters import TokenSamplingConfig
@@ -99,15 +99,15 @@ class RudolphCapabilities(Capabilities):
         """Generate one text per seed; see ``Capabilities.generate_text``."""
         indices = None if images is None else self.pipeline.encode(images)
         if indices is None and questions is not None and missing_image is not None:
-            indices = imagined_images(
+            indices = sample_question_images(
                 self.pipeline, task, questions, config=missing_image, seeds=seeds
             )
         tokens = answer_prompts(
-            self.pipeline, task, indices=indices, questions=questions, number=len(seeds)
+            self.pipeline, task, indices=indices, questions=questions, num_prompts=len(seeds)
         )
         allowed = None
         if allowed_characters is not None:
-            allowed = ids_of(self.pipeline, allowed_characters)
+            allowed = ids_spelling(self.pipeline, allowed_characters)
         return sample_answers(
             self.pipeline, tokens, config=config, seeds=seeds, allowed=allowed, on_token=on_token
         )
@@ -282,7 +282,7 @@ def mixture_examples(
             task,
             split.captions[pair],
             tokenizer=tokenizer,
-            beside=split.questions[pair] if task.has_question else "",
+            other_text=split.questions[pair] if task.has_question else "",
             dropout=dropout,
             generator=generator,
             **sizes,

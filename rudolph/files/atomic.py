@@ -38,7 +38,7 @@ TORCH_WRITE_ERROR = re.compile(
 )
 
 _logger = logging.getLogger(__name__)
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 class DamagedFileError(ValueError):
@@ -51,19 +51,19 @@ class DamagedFileError(ValueError):
 
 def explain_os_error(error: OSError) -> str:
     """Return one line that names the file, the failure and a remedy."""
-    number: int | None = error.errno
+    error_number: int | None = error.errno
     reason, name = error.strerror, error.filename
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         # ``copytree`` collects (source, target, message) for every file that failed.
-        _, name, words = error.args[0][0]
-        number = _number_in(str(words))
-        reason = os.strerror(number) if number else _plain(str(words))
-    elif number in ADVICE and error.filename2 is not None:
+        _, name, text = error.args[0][0]
+        error_number = _parse_errno(str(text))
+        reason = os.strerror(error_number) if error_number else _collapse(str(text))
+    elif error_number in ADVICE and error.filename2 is not None:
         # A copy error names its source first, but the target is the file that cannot be written.
         name = error.filename2
-    place = "a file cannot be read or written" if name is None else os.fsdecode(name)
-    advice = f". {ADVICE[number].capitalize()}" if number in ADVICE else ""
-    return f"{place}: {(reason or _plain(str(error)) or 'cannot be used').lower()}{advice}"
+    subject = "a file cannot be read or written" if name is None else os.fsdecode(name)
+    advice = f". {ADVICE[error_number].capitalize()}" if error_number in ADVICE else ""
+    return f"{subject}: {(reason or _collapse(str(error)) or 'cannot be used').lower()}{advice}"
 
 
 @contextmanager
@@ -83,18 +83,18 @@ def naming_file(path: Path, *, written: Path | None = None) -> Iterator[None]:
     except OSError as error:
         if error.filename not in (None, str(written)):
             raise
-        number = error.errno or _number_in(str(error)) or errno.EIO
-        raise OSError(number, error.strerror or _plain(str(error)), str(path)) from error
+        error_number = error.errno or _parse_errno(str(error)) or errno.EIO
+        raise OSError(error_number, error.strerror or _collapse(str(error)), str(path)) from error
     except SafetensorError as error:
-        found = _number_in(str(error))
-        if found is None:
+        parsed_number = _parse_errno(str(error))
+        if parsed_number is None:
             raise
-        raise OSError(found, os.strerror(found), str(path)) from error
+        raise OSError(parsed_number, os.strerror(parsed_number), str(path)) from error
     except RuntimeError as error:
         if not TORCH_WRITE_ERROR.search(str(error)):
             raise
-        number = _likely_number(path)
-        raise OSError(number, os.strerror(number), str(path)) from error
+        error_number = _guess_errno(path)
+        raise OSError(error_number, os.strerror(error_number), str(path)) from error
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -109,21 +109,21 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: naming ``path``, whose previous content is kept.
     """
-    place = Path(os.path.realpath(path))
-    new = place.with_name(f"{place.name}.{os.getpid()}.new")
-    with naming_file(path, written=new):
-        if place.exists() and not (place.is_file() or place.is_dir()):
-            write(place)
+    real_path = Path(os.path.realpath(path))
+    temporary = real_path.with_name(f"{real_path.name}.{os.getpid()}.new")
+    with naming_file(path, written=temporary):
+        if real_path.exists() and not (real_path.is_file() or real_path.is_dir()):
+            write(real_path)
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
+        real_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(new)
+            write(temporary)
             # Without fsync before the rename, a power failure could leave an empty file.
-            with new.open("rb") as file:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(new, place)
+            os.replace(temporary, real_path)
         finally:
-            new.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,7 +142,7 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
     >>> json_text({"loss": [1.5, float("nan")]})
     '{"loss": [1.5, "nan"]}'
     """
-    return json.dumps(_spelled(content), ensure_ascii=False, indent=indent, allow_nan=False)
+    return json.dumps(_json_safe(content), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
 def json_number(value: float) -> float | str:
@@ -153,15 +153,17 @@ def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _spelled(content: Any) -> Any:
+def _json_safe(content: Any) -> Any:
     if isinstance(content, float):
         return json_number(content)
     if isinstance(content, dict):
-        return {key: _spelled(value) for key, value in content.items()}
-    return [_spelled(value) for value in content] if isinstance(content, list | tuple) else content
+        return {key: _json_safe(value) for key, value in content.items()}
+    return (
+        [_json_safe(value) for value in content] if isinstance(content, list | tuple) else content
+    )
 
 
-def require_apart(target: Path, source: Path, name: str) -> None:
+def require_disjoint_paths(target: Path, source: Path, name: str) -> None:
     """Raise ``ValueError`` if writing a target could change the source that it is made from.
 
     This is the case if both are the same path or one contains the other.  The file system resolves
@@ -172,33 +174,33 @@ def require_apart(target: Path, source: Path, name: str) -> None:
         source: file or folder that is read.
         name: flag or key of the target, for the message.
     """
-    inner, outer = _lineage(target), _lineage(source)
-    if inner[0] == outer[0]:
-        how = "is the same"
-    elif outer[0] in inner:
-        how = "lies in it"
-    elif inner[0] in outer:
-        how = "contains it"
+    target_lineage, source_lineage = _lineage(target), _lineage(source)
+    if target_lineage[0] == source_lineage[0]:
+        relation = "is the same"
+    elif source_lineage[0] in target_lineage:
+        relation = "lies in it"
+    elif target_lineage[0] in source_lineage:
+        relation = "contains it"
     else:
         return
     raise ValueError(
-        f"{name}: expected a path apart from {source}, got {target}, which {how}. "
+        f"{name}: expected a path apart from {source}, got {target}, which {relation}. "
         "Give another path"
     )
 
 
 def _lineage(path: Path) -> list[tuple[int, int] | str]:
     """Return the (device, inode) of a path and its parents, or the name of a missing one."""
-    real = Path(os.path.realpath(path))
-    found: list[tuple[int, int] | str] = []
-    for each in (real, *real.parents):
+    real_path = Path(os.path.realpath(path))
+    identities: list[tuple[int, int] | str] = []
+    for ancestor in (real_path, *real_path.parents):
         try:
-            status = each.stat()
+            status = ancestor.stat()
         except OSError:
-            found.append(str(each))
+            identities.append(str(ancestor))
         else:
-            found.append((status.st_dev, status.st_ino))
-    return found
+            identities.append((status.st_dev, status.st_ino))
+    return identities
 
 
 def append_line(path: Path, line: str) -> None:
@@ -269,7 +271,7 @@ def read_mapping(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]
         raise DamagedFileError(path, f"expected a mapping, got {type(content).__name__}")
     for key, kind in kinds.items():
         if key not in content:
-            raise DamagedFileError(path, f"it lacks {key}")
+            raise DamagedFileError(path, f"{key} is missing")
         if not isinstance(content[key], kind):
             raise DamagedFileError(path, f"{key} is a {type(content[key]).__name__}")
     return content
@@ -280,31 +282,31 @@ def rename_damaged(path: Path) -> Path:
 
     A number is appended if that name is taken.
     """
-    aside, count = path.with_name(f"{path.name}{DAMAGED}"), 1
-    while os.path.lexists(aside):
+    renamed, count = path.with_name(f"{path.name}{DAMAGED}"), 1
+    while os.path.lexists(renamed):
         count += 1
-        aside = path.with_name(f"{path.name}{DAMAGED}-{count}")
-    os.rename(path, aside)
-    return aside
+        renamed = path.with_name(f"{path.name}{DAMAGED}-{count}")
+    os.rename(path, renamed)
+    return renamed
 
 
 def warn_once(line: str) -> None:
     """Log a warning unless this process has already logged the same line."""
-    if line not in _said:
-        _said.add(line)
+    if line not in _logged:
+        _logged.add(line)
         _logger.warning("%s", line)
 
 
-def _plain(words: str) -> str:
-    return re.sub(r"^\[Errno \d+\] ", "", " ".join(words.split()))
+def _collapse(text: str) -> str:
+    return re.sub(r"^\[Errno \d+\] ", "", " ".join(text.split()))
 
 
-def _number_in(words: str) -> int | None:
-    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", words)
-    return int(found[1] or found[2]) if found else None
+def _parse_errno(text: str) -> int | None:
+    match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)
+    return int(match[1] or match[2]) if match else None
 
 
-def _likely_number(path: Path) -> int:
+def _guess_errno(path: Path) -> int:
     """Return the probable errno of a failed torch write, which torch does not report."""
     if shutil.disk_usage(path.parent).free < 1 << 20:
         return errno.ENOSPC

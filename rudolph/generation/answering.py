@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rudolph.generation.beams import search_text
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.generation.generate import FREE, generate_image, generate_text, legal_ids
+from rudolph.generation.generate import TO_SAMPLE, generate_image, generate_text, legal_ids
 from rudolph.generation.trained_models import TrainedModels
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD
@@ -40,7 +40,7 @@ def answer_prompts(
     *,
     indices: Tensor | None = None,
     questions: Sequence[str] | None = None,
-    number: int | None = None,
+    num_prompts: int | None = None,
 ) -> Tensor:
     """Build the prompts ``(B, T)`` of a task whose answer is the right text.
 
@@ -52,31 +52,36 @@ def answer_prompts(
         indices: ``(B, I)``, the images as VQ-GAN indices; None, for tasks without images, fills
             the image with ``MISSING_IMAGE_CODE``.
         questions: one per prompt, for tasks that have a question.
-        number: the number of prompts if there are neither images nor questions; 1 by default.
+        num_prompts: the number of prompts if there are neither images nor questions; 1 by default.
 
     Raises:
         ValueError: if images or questions are missing, superfluous or unequal in number, or if the
             decoder has no right text.
     """
-    row = TASKS[task]
-    if row.image != "none" and indices is None:
-        raise ValueError(f"{task}: images must be given")
-    if row.has_question != (questions is not None):
-        raise ValueError(f"{task}: questions must be given exactly where a task has them")
-    counts = [len(each) for each in (indices, questions) if each is not None] or [number or 1]
-    size = counts[0]
-    if counts[-1] != size:
-        raise ValueError(f"questions must be one for each of {size} images, got {counts[-1]}")
-    left = _lefts(pipeline, task, list(questions or [""] * size))
+    task_row = TASKS[task]
+    if task_row.image != "none" and indices is None:
+        raise ValueError(f"{task}: expected images, got none")
+    if task_row.has_question != (questions is not None):
+        raise ValueError(
+            f"{task}: expected {'questions' if task_row.has_question else 'no questions'}, "
+            f"got {'none' if questions is None else 'some'}"
+        )
+    counts = [len(values) for values in (indices, questions) if values is not None] or [
+        num_prompts or 1
+    ]
+    batch_size = counts[0]
+    if counts[-1] != batch_size:
+        raise ValueError(f"questions: expected one per image ({batch_size}), got {counts[-1]}")
+    left = _encode_left_texts(pipeline, task, list(questions or [""] * batch_size))
     if indices is None:
         layout = pipeline.decoder.layout
-        indices = torch.full((size, layout.num_image_tokens), MISSING_IMAGE_CODE)
+        indices = torch.full((batch_size, layout.num_image_tokens), MISSING_IMAGE_CODE)
     right = pipeline.texts(task, "").right
-    begun = right[: int((right != PAD).sum()) - 1]
-    return torch.cat([left, indices.to(left), begun.expand(size, -1)], dim=1)
+    prefix = right[: int((right != PAD).sum()) - 1]
+    return torch.cat([left, indices.to(left), prefix.expand(batch_size, -1)], dim=1)
 
 
-def imagined_images(
+def sample_question_images(
     pipeline: TrainedModels,
     task: str,
     questions: Sequence[str],
@@ -95,20 +100,22 @@ def imagined_images(
         config: how image tokens are sampled; its ``guidance`` is ignored.
         seeds: one per question.
     """
-    left = _lefts(pipeline, task, questions).to(pipeline.device)
-    plain = replace(config, guidance=None)
+    left = _encode_left_texts(pipeline, task, questions).to(pipeline.device)
+    unguided = replace(config, guidance=None)
     batches = pipeline.batches(len(left), len(seeds))
     parts = [
-        generate_image(pipeline.decoder, left[rows], config=plain, seeds=seeds[own])
-        for rows, own in batches
+        generate_image(pipeline.decoder, left[rows], config=unguided, seeds=seeds[samples])
+        for rows, samples in batches
     ]
     return torch.cat(parts).cpu()
 
 
-def _lefts(pipeline: TrainedModels, task: str, questions: Sequence[str]) -> Tensor:
+def _encode_left_texts(pipeline: TrainedModels, task: str, questions: Sequence[str]) -> Tensor:
     """Encode the questions of a task as left texts ``(B, L)``."""
-    lefts = {text: pipeline.texts(task, "", beside=text).left for text in dict.fromkeys(questions)}
-    return torch.stack([lefts[text] for text in questions])
+    left_texts = {
+        text: pipeline.texts(task, "", other_text=text).left for text in dict.fromkeys(questions)
+    }
+    return torch.stack([left_texts[text] for text in questions])
 
 
 def sample_answers(
@@ -138,19 +145,21 @@ def sample_answers(
     """
     if not len(tokens) or len(seeds) % len(tokens):
         raise ValueError(
-            f"seeds must be as many for each of {len(tokens)} prompts, got {len(seeds)}"
+            f"seeds: expected a multiple of the {len(tokens)} prompts, got {len(seeds)}"
         )
     texts: list[str] = []
-    for rows, own in pipeline.batches(len(tokens), len(seeds)):
-        drawn = generate_text(
+    for rows, samples in pipeline.batches(len(tokens), len(seeds)):
+        generated = generate_text(
             pipeline.decoder,
             tokens[rows].to(pipeline.device),
             config=config,
-            seeds=seeds[own],
+            seeds=seeds[samples],
             allowed=allowed,
-            on_token=batch_progress(on_token, own, len(seeds), pipeline.decoder, tokens.shape[1]),
+            on_token=batch_progress(
+                on_token, samples, len(seeds), pipeline.decoder, tokens.shape[1]
+            ),
         )
-        texts += [pipeline.tokenizer.decode(ids) for ids in drawn.tolist()]
+        texts += [pipeline.tokenizer.decode(ids) for ids in generated.tolist()]
     return texts
 
 
@@ -158,7 +167,7 @@ def beam_answers(
     pipeline: TrainedModels,
     tokens: Tensor,
     *,
-    number: int,
+    num_texts: int,
     num_beams: int | None = None,
     length_penalty: float = 0.0,
     allowed: Tensor | None = None,
@@ -168,31 +177,31 @@ def beam_answers(
     Args:
         pipeline: the tokenizer and the decoder.
         tokens: ``(B, T)``, the prompts.
-        number: texts returned per prompt.
-        num_beams: the beam width, raised to ``number`` if smaller; None means ``number``.
+        num_texts: texts returned per prompt.
+        num_beams: the beam width, raised to ``num_texts`` if smaller; None means ``num_texts``.
         length_penalty: the exponent of the length, see ``search_text``.
         allowed: ``(V,)`` bool, true for the BPE ids that an answer may contain.
 
     Returns:
-        One list of ``number`` texts per prompt.
+        One list of ``num_texts`` texts per prompt.
     """
-    width = max(num_beams or number, number)
-    found: list[list[GeneratedText]] = []
-    for first in range(0, len(tokens), max(pipeline.batch_size // width, 1)):
-        part = tokens[first : first + max(pipeline.batch_size // width, 1)]
+    beam_width = max(num_beams or num_texts, num_texts)
+    answers: list[list[GeneratedText]] = []
+    for first in range(0, len(tokens), max(pipeline.batch_size // beam_width, 1)):
+        prompts = tokens[first : first + max(pipeline.batch_size // beam_width, 1)]
         beams = search_text(
             pipeline.decoder,
-            part.to(pipeline.device),
-            num_beams=width,
+            prompts.to(pipeline.device),
+            num_beams=beam_width,
             length_penalty=length_penalty,
             allowed=allowed,
         )
         for ids, values in zip(beams.ids.tolist(), beams.log_likelihoods.tolist(), strict=True):
-            pairs = zip(ids[:number], values[:number], strict=True)
-            found.append(
+            pairs = zip(ids[:num_texts], values[:num_texts], strict=True)
+            answers.append(
                 [GeneratedText(pipeline.tokenizer.decode(text), value) for text, value in pairs]
             )
-    return found
+    return answers
 
 
 class ChoiceLogLikelihoods(NamedTuple):
@@ -231,46 +240,57 @@ def score_choices(
     Raises:
         ValueError: if the prompts do not all have the same number of choices.
     """
-    counts = {len(each) for each in choices}
+    counts = {len(texts) for texts in choices}
     if len(counts) != 1 or len(choices) != len(tokens):
-        raise ValueError("every prompt needs its choices, and all as many")
-    names = dict.fromkeys(name for each in choices for name in each)
+        raise ValueError(
+            f"choices: expected the same number for each of {len(tokens)} prompts, "
+            f"got {len(choices)} lists of {sorted(counts)} choices"
+        )
+    names = dict.fromkeys(name for texts in choices for name in texts)
     rights = {name: pipeline.texts(task, name).right for name in names}
     start = tokens.shape[1] - pipeline.decoder.layout.right_text_start
     longest = max(int((right != PAD).sum()) for right in rights.values())
     parts: list[ChoiceLogLikelihoods] = []
-    step = max(pipeline.batch_size // counts.pop(), 1)
-    for first in range(0, len(tokens), step):
-        own = choices[first : first + step]
-        texts = torch.stack([rights[name][start:longest] for each in own for name in each])
-        found = _judged(pipeline.decoder, tokens[first : first + step], texts, pipeline.device)
-        parts.append(ChoiceLogLikelihoods(*(each.view(len(own), -1).cpu() for each in found)))
+    prompts_per_batch = max(pipeline.batch_size // counts.pop(), 1)
+    for first in range(0, len(tokens), prompts_per_batch):
+        batch_choices = choices[first : first + prompts_per_batch]
+        texts = torch.stack(
+            [
+                rights[name][start:longest]
+                for names_of_prompt in batch_choices
+                for name in names_of_prompt
+            ]
+        )
+        scores = _score_texts(
+            pipeline.decoder, tokens[first : first + prompts_per_batch], texts, pipeline.device
+        )
+        parts.append(
+            ChoiceLogLikelihoods(*(values.view(len(batch_choices), -1).cpu() for values in scores))
+        )
         if on_batch is not None:
-            on_batch(min(first + step, len(tokens)), len(tokens))
-    return ChoiceLogLikelihoods(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            on_batch(min(first + prompts_per_batch, len(tokens)), len(tokens))
+    return ChoiceLogLikelihoods(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _judged(
-    model: MaskedDecoder, answer_prompts: Tensor, texts: Tensor, device: torch.device
+def _score_texts(
+    model: MaskedDecoder, prompts: Tensor, texts: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return log-likelihoods and lengths ``(B * C,)`` of texts ``(B * C, N)`` after ``(B, T)``."""
-    answer_prompts, texts = answer_prompts.to(device), texts.to(device)
-    num_choices, length = len(texts) // len(answer_prompts), texts.shape[1]
-    cache = model.new_cache(
-        len(answer_prompts), num_positions=model.num_leading + answer_prompts.shape[1]
-    )
-    hidden = model.hidden(answer_prompts, cache)[:, -1:].repeat_interleave(num_choices, dim=0)
+    prompts, texts = prompts.to(device), texts.to(device)
+    num_choices, length = len(texts) // len(prompts), texts.shape[1]
+    cache = model.new_cache(len(prompts), num_positions=model.num_leading + prompts.shape[1])
+    hidden = model.hidden(prompts, cache)[:, -1:].repeat_interleave(num_choices, dim=0)
     if length > 1:
-        cache = cache.repeat(num_choices, num_positions=length - 1)
+        cache = cache.expand_samples(num_choices, num_positions=length - 1)
         hidden = torch.cat([hidden, model.hidden(texts[:, :-1], cache)], dim=1)
-    uses_discriminator = texts != PAD
+    is_scored = texts != PAD
     is_legal = legal_ids(model, None)
-    logits = model.text_logits(hidden[uses_discriminator])[:, : len(is_legal)].float()
+    logits = model.text_logits(hidden[is_scored])[:, : len(is_legal)].float()
     logits = logits.masked_fill(~is_legal, -torch.inf)
-    losses = F.cross_entropy(logits, texts[uses_discriminator], reduction="none").double()
-    total = torch.zeros(texts.shape, dtype=torch.float64, device=device)
-    total[uses_discriminator] = -losses
-    return total.sum(1), uses_discriminator.sum(1)
+    losses = F.cross_entropy(logits, texts[is_scored], reduction="none").double()
+    log_likelihoods = torch.zeros(texts.shape, dtype=torch.float64, device=device)
+    log_likelihoods[is_scored] = -losses
+    return log_likelihoods.sum(1), is_scored.sum(1)
 
 
 def continue_texts(
@@ -297,37 +317,39 @@ def continue_texts(
             for the left text segment.
     """
     if len(texts) != len(seeds) or not texts:
-        raise ValueError(f"seeds must be one for each of {len(texts)} texts, got {len(seeds)}")
-    begun, length = [], pipeline.decoder.layout.left_text_length
+        raise ValueError(
+            f"seeds: expected one per text ({len(texts)}, at least 1), got {len(seeds)}"
+        )
+    prefixes, length = [], pipeline.decoder.layout.left_text_length
     for text in texts:
         left, _, num_cut = pipeline.texts("text_to_text", text)
         if num_cut:
             raise ValueError(
-                f"a text to continue must fit into {length} tokens, {num_cut} too many: {text!r}"
+                f"text to continue: expected at most {length} tokens, got {num_cut} more: {text!r}"
             )
-        begun.append(left[: int((left != PAD).sum()) - 1])
+        prefixes.append(left[: int((left != PAD).sum()) - 1])
     # Start all rows after the task token, so that a row's noise does not depend on other texts.
     shared = int((pipeline.texts("text_to_text", "").left != PAD).sum()) - 1
-    known = torch.full((len(texts), length - shared), FREE)
-    for row, each in enumerate(begun):
-        known[row, : len(each) - shared] = each[shared:]
-    answer_prompts = torch.stack([each[:shared] for each in begun])
-    found: list[str] = []
-    for rows, own in pipeline.batches(len(texts), len(seeds)):
-        drawn = generate_text(
+    known = torch.full((len(texts), length - shared), TO_SAMPLE)
+    for row, prefix in enumerate(prefixes):
+        known[row, : len(prefix) - shared] = prefix[shared:]
+    prompts = torch.stack([prefix[:shared] for prefix in prefixes])
+    continued: list[str] = []
+    for rows, samples in pipeline.batches(len(texts), len(seeds)):
+        generated = generate_text(
             pipeline.decoder,
-            answer_prompts[rows].to(pipeline.device),
+            prompts[rows].to(pipeline.device),
             config=config,
-            seeds=seeds[own],
+            seeds=seeds[samples],
             known=known[rows],
-            on_token=batch_progress(on_token, own, len(seeds), pipeline.decoder, shared),
+            on_token=batch_progress(on_token, samples, len(seeds), pipeline.decoder, shared),
         )
-        whole = torch.cat([answer_prompts[rows].to(drawn), drawn], dim=1)
-        found += [pipeline.tokenizer.decode(ids) for ids in whole.tolist()]
-    return found
+        tokens = torch.cat([prompts[rows].to(generated), generated], dim=1)
+        continued += [pipeline.tokenizer.decode(ids) for ids in tokens.tolist()]
+    return continued
 
 
-def ids_of(pipeline: TrainedModels, characters: str) -> Tensor:
+def ids_spelling(pipeline: TrainedModels, characters: str) -> Tensor:
     """Return the BPE ids ``(V,)``, bool, that decode to nothing but ``characters`` and spaces.
 
     ``EOS`` is included.

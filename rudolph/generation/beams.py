@@ -60,31 +60,33 @@ def search_text(
     num_prompts, device = len(tokens), tokens.device
     cache = model.new_cache(num_prompts, num_positions=model.num_leading + tokens.shape[1])
     hidden = model.hidden(tokens, cache)[:, -1].repeat_interleave(num_beams, dim=0)
-    cache = cache.repeat(num_beams, num_positions=num_new - 1)
+    cache = cache.expand_samples(num_beams, num_positions=num_new - 1)
     ids = torch.full((num_prompts, num_beams, num_new), PAD, device=device)
     # All beams start from the same prefix, so only the first one may count.
-    likelihoods = torch.full((num_prompts, num_beams), -torch.inf, device=device)
-    likelihoods[:, 0] = 0
-    is_ended = torch.zeros_like(likelihoods, dtype=torch.bool)
-    every = torch.arange(num_prompts, device=device)
+    log_likelihoods = torch.full((num_prompts, num_beams), -torch.inf, device=device)
+    log_likelihoods[:, 0] = 0
+    is_ended = torch.zeros_like(log_likelihoods, dtype=torch.bool)
+    all_prompts = torch.arange(num_prompts, device=device)
     for step in range(num_new):
         logits = model.text_logits(hidden)[:, : len(is_legal)].float()
-        nexts = logits.masked_fill(~is_legal, -torch.inf).log_softmax(-1)
-        nexts = nexts.view(num_prompts, num_beams, -1)
+        log_probs = logits.masked_fill(~is_legal, -torch.inf).log_softmax(-1)
+        log_probs = log_probs.view(num_prompts, num_beams, -1)
         # A finished text continues with padding alone, at no cost.
-        stay = torch.full_like(nexts[0, 0], -torch.inf)
-        stay[PAD] = 0
-        nexts = torch.where(is_ended[..., None], stay, nexts)
-        best = (likelihoods[..., None] + nexts).flatten(1).topk(num_beams)
-        parents, drawn = best.indices // nexts.shape[-1], best.indices % nexts.shape[-1]
-        likelihoods = best.values
+        padding_only = torch.full_like(log_probs[0, 0], -torch.inf)
+        padding_only[PAD] = 0
+        log_probs = torch.where(is_ended[..., None], padding_only, log_probs)
+        best = (log_likelihoods[..., None] + log_probs).flatten(1).topk(num_beams)
+        parents, next_ids = best.indices // log_probs.shape[-1], best.indices % log_probs.shape[-1]
+        log_likelihoods = best.values
         ids = ids.gather(1, parents[..., None].expand_as(ids))
-        ids[:, :, step] = drawn
-        is_ended = is_ended.gather(1, parents) | (drawn == EOS) | likelihoods.isneginf()
+        ids[:, :, step] = next_ids
+        is_ended = is_ended.gather(1, parents) | (next_ids == EOS) | log_likelihoods.isneginf()
         if step + 1 == num_new or bool(is_ended.all()):
             break
-        cache = cache.keep(every, parents)
-        hidden = model.hidden(drawn.view(-1, 1), cache)[:, -1]
+        cache = cache.select(all_prompts, parents)
+        hidden = model.hidden(next_ids.view(-1, 1), cache)[:, -1]
     lengths = (ids != PAD).sum(-1).clamp(min=1)
-    order = (likelihoods / lengths**length_penalty).argsort(dim=1, descending=True, stable=True)
-    return Beams(ids.gather(1, order[..., None].expand_as(ids)), likelihoods.gather(1, order))
+    order = (log_likelihoods / lengths**length_penalty).argsort(
+        dim=1, descending=True, stable=True
+    )
+    return Beams(ids.gather(1, order[..., None].expand_as(ids)), log_likelihoods.gather(1, order))

@@ -30,7 +30,7 @@ TEMPLATES = (
 # For a CLIP that was trained on plain captions.
 PLAIN_TEMPLATES = ("{}",)
 # The number of similarity rows held in memory at once.
-QUERIES_AT_ONCE = 1024
+MAX_QUERIES_IN_MEMORY = 1024
 RECALLS_AT = (1, 5)
 
 
@@ -54,9 +54,12 @@ class ClipRanker:
 
     def __post_init__(self) -> None:
         """Check the vocabulary size and switch the CLIP to evaluation mode."""
-        known, given = self.clip.config.vocab_size, self.tokenizer.vocab_size
-        if given > known:
-            raise ValueError(f"a tokenizer of this CLIP has at most {known} ids, got {given}")
+        num_clip_ids, num_tokenizer_ids = self.clip.config.vocab_size, self.tokenizer.vocab_size
+        if num_tokenizer_ids > num_clip_ids:
+            raise ValueError(
+                f"tokenizer: expected at most {num_clip_ids} ids, as in the CLIP, "
+                f"got {num_tokenizer_ids}"
+            )
         self.clip.eval()
 
     @property
@@ -131,7 +134,7 @@ def retrieval_recalls(
     image_numbers: Tensor,
     captions: Tensor,
     *,
-    at: Sequence[int] = RECALLS_AT,
+    top_ks: Sequence[int] = RECALLS_AT,
 ) -> dict[str, float]:
     """Compute recall at k in both directions: the fraction of queries answered in the top k.
 
@@ -144,7 +147,7 @@ def retrieval_recalls(
         texts: ``(N, E)``, normalised caption features.
         image_numbers: ``(N,)`` int64, equal where images are equal.
         captions: ``(N,)`` int64, equal where captions are equal texts.
-        at: the values of k.
+        top_ks: the values of k.
 
     Returns:
         ``image_to_text/recall_at_1`` and so on, each in [0, 1].
@@ -152,9 +155,9 @@ def retrieval_recalls(
     gallery = RetrievalSet.of(image_numbers, captions)
     ranks = gallery.ranks(images[gallery.images], texts[gallery.texts])
     return {
-        f"{way}/recall_at_{k}": (rank <= k).double().mean().item()
-        for way, rank in ranks.items()
-        for k in at
+        f"{direction}/recall_at_{k}": (rank <= k).double().mean().item()
+        for direction, rank in ranks.items()
+        for k in top_ks
     }
 
 
@@ -162,24 +165,26 @@ class RetrievalSet(NamedTuple):
     """The distinct images and texts of some pairs, and which of them belong together.
 
     ``images`` (P,) and ``texts`` (B,) hold the index of the first pair with each image or text.
-    ``right`` (R, 2) holds the positions of an image and a text that form a pair.
+    ``matches`` (R, 2) holds the positions of an image and a text that form a pair.
     """
 
     images: Tensor
     texts: Tensor
-    right: Tensor
+    matches: Tensor
 
     @classmethod
     def of(cls, image_numbers: Tensor, captions: Tensor) -> "RetrievalSet":
         """Build the set from the image numbers and caption numbers of all pairs, ``(N,)`` each."""
-        sides = [
+        unique_sides = [
             np.unique(numbers.cpu().numpy(), return_index=True, return_inverse=True)[1:]
             for numbers in (image_numbers, captions)
         ]
-        (images, image_places), (texts, text_places) = sides
-        right = np.unique(np.stack([image_places, text_places], axis=1), axis=0)
-        every = (torch.from_numpy(each).to(captions.device) for each in (images, texts, right))
-        return cls(*every)
+        (images, image_indices), (texts, text_indices) = unique_sides
+        matches = np.unique(np.stack([image_indices, text_indices], axis=1), axis=0)
+        tensors = (
+            torch.from_numpy(values).to(captions.device) for values in (images, texts, matches)
+        )
+        return cls(*tensors)
 
     def ranks(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Compute ranks in both directions from normalised features.
@@ -189,12 +194,12 @@ class RetrievalSet(NamedTuple):
             texts: ``(B, E)``, features of the distinct texts.
         """
         return {
-            "image_to_text": retrieval_ranks(images, texts, self.right),
-            "text_to_image": retrieval_ranks(texts, images, self.right.flip(1)),
+            "image_to_text": retrieval_ranks(images, texts, self.matches),
+            "text_to_image": retrieval_ranks(texts, images, self.matches.flip(1)),
         }
 
 
-def retrieval_ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
+def retrieval_ranks(queries: Tensor, gallery: Tensor, matches: Tensor) -> Tensor:
     """Return the rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
 
     Other right answers of a query do not count towards the rank.
@@ -202,15 +207,17 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
     Args:
         queries: ``(Q, E)``, normalised features.
         gallery: ``(G, E)``, normalised features of the candidates.
-        right: ``(R, 2)``, the positions of a query and of one of its right answers.
+        matches: ``(R, 2)``, the positions of a query and of one of its right answers.
     """
     ranks = []
-    for first in range(0, len(queries), QUERIES_AT_ONCE):
-        similarities = queries[first : first + QUERIES_AT_ONCE] @ gallery.t()
-        own = right[(right[:, 0] >= first) & (right[:, 0] < first + QUERIES_AT_ONCE)]
-        is_right = torch.zeros_like(similarities, dtype=torch.bool)
-        is_right[own[:, 0] - first, own[:, 1]] = True
-        best = similarities.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
+    for first in range(0, len(queries), MAX_QUERIES_IN_MEMORY):
+        similarities = queries[first : first + MAX_QUERIES_IN_MEMORY] @ gallery.t()
+        block_matches = matches[
+            (matches[:, 0] >= first) & (matches[:, 0] < first + MAX_QUERIES_IN_MEMORY)
+        ]
+        is_match = torch.zeros_like(similarities, dtype=torch.bool)
+        is_match[block_matches[:, 0] - first, block_matches[:, 1]] = True
+        best = similarities.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
         # Not ">=", so that a NaN similarity never improves a rank.
-        ranks.append(1 + (~(similarities < best) & ~is_right).sum(1))
+        ranks.append(1 + (~(similarities < best) & ~is_match).sum(1))
     return torch.cat(ranks)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rudolph.files.constraints import Bounds, Count, NonNegative, check
 
-ORDER = ("temperature", "top_k", "top_p", "min_p")
+FILTER_ORDER = ("temperature", "top_k", "top_p", "min_p")
 # Beyond these bounds, scaled logits leave the range of float32.
-LEAST_TEMPERATURE, GREATEST_GUIDANCE = 1e-6, 1e6
+MIN_TEMPERATURE, MAX_GUIDANCE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TokenSamplingConfig:
     top_k: Count | None = None
     top_p: Annotated[float, Bounds(gt=0, le=1)] | None = None
     min_p: Annotated[float, Bounds(gt=0, le=1)] | None = None
-    filter_order: tuple[str, ...] = ORDER
+    filter_order: tuple[str, ...] = FILTER_ORDER
     guidance: NonNegative | None = None
     guidance_kind: Literal["extrapolation", "mixture"] = "extrapolation"
 
@@ -55,19 +55,18 @@ class TokenSamplingConfig:
             raise ValueError(
                 f"temperature must be above 0 (greedy is top_k 1), got {self.temperature}"
             )
-        if not LEAST_TEMPERATURE <= self.temperature <= 1 / LEAST_TEMPERATURE:
+        if not MIN_TEMPERATURE <= self.temperature <= 1 / MIN_TEMPERATURE:
             raise ValueError(
-                f"temperature must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}, "
+                f"temperature must be {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g}, "
                 f"got {self.temperature:g}"
             )
-        if sorted(self.filter_order) != sorted(ORDER):
+        if sorted(self.filter_order) != sorted(FILTER_ORDER):
             raise ValueError(
-                f"filter_order must have each of {', '.join(ORDER)}, got {self.filter_order}"
+                f"filter_order must have each of {', '.join(FILTER_ORDER)}, "
+                f"got {self.filter_order}"
             )
-        if self.guidance is not None and self.guidance > GREATEST_GUIDANCE:
-            raise ValueError(
-                f"guidance must be at most {GREATEST_GUIDANCE:g}, got {self.guidance:g}"
-            )
+        if self.guidance is not None and self.guidance > MAX_GUIDANCE:
+            raise ValueError(f"guidance must be at most {MAX_GUIDANCE:g}, got {self.guidance:g}")
         if self.guidance_kind == "mixture" and (self.guidance or 0) > 1:
             raise ValueError(f"guidance must be at most 1 for a mixture, got {self.guidance}")
 
@@ -80,11 +79,11 @@ def filter_logits(logits: Tensor, config: TokenSamplingConfig) -> Tensor:
         return logits / config.temperature
     # Sort once and only as far as needed, since every filter keeps a prefix of the sorted logits.
     is_k_first = config.filter_order.index("top_k") < config.filter_order.index("top_p")
-    values, kept = logits.topk(top_k if is_k_first or top_p == 1 else size)
+    values, token_ids = logits.topk(top_k if is_k_first or top_p == 1 else size)
     for name in config.filter_order:
         values = FILTERS[name](values, config)
     # Scatter, not compare with the k-th value: ties would keep more than k.
-    return torch.full_like(logits, -torch.inf).scatter_(-1, kept, values)
+    return torch.full_like(logits, -torch.inf).scatter_(-1, token_ids, values)
 
 
 def _temperature(values: Tensor, config: TokenSamplingConfig) -> Tensor:
@@ -94,23 +93,23 @@ def _temperature(values: Tensor, config: TokenSamplingConfig) -> Tensor:
 def _top_k(values: Tensor, config: TokenSamplingConfig) -> Tensor:
     if config.top_k is None or config.top_k >= values.shape[-1]:
         return values
-    places = torch.arange(values.shape[-1], device=values.device)
-    return values.masked_fill(places >= config.top_k, -torch.inf)
+    ranks = torch.arange(values.shape[-1], device=values.device)
+    return values.masked_fill(ranks >= config.top_k, -torch.inf)
 
 
 def _top_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
     if config.top_p is None or config.top_p == 1:
         return values
-    shares = values.softmax(-1)
+    probabilities = values.softmax(-1)
     # Compare the mass before each token, so that the token that crosses top_p is kept.
-    return values.masked_fill(shares.cumsum(-1) - shares > config.top_p, -torch.inf)
+    return values.masked_fill(probabilities.cumsum(-1) - probabilities > config.top_p, -torch.inf)
 
 
 def _min_p(values: Tensor, config: TokenSamplingConfig) -> Tensor:
     if config.min_p is None:
         return values
-    shares = values.softmax(-1)
-    return values.masked_fill(shares < config.min_p * shares[..., :1], -torch.inf)
+    probabilities = values.softmax(-1)
+    return values.masked_fill(probabilities < config.min_p * probabilities[..., :1], -torch.inf)
 
 
 # Each filter takes logits (B, K) in descending order and masks the ones it removes.
@@ -135,23 +134,25 @@ def next_probabilities(
     if config.guidance is None or unconditional is None:
         return filter_logits(logits.float(), config).softmax(-1)
     if config.guidance_kind == "extrapolation":
-        led = apply_guidance(logits.float(), unconditional.float(), config.guidance)
-        return filter_logits(led, config).softmax(-1)
+        guided = apply_guidance(logits.float(), unconditional.float(), config.guidance)
+        return filter_logits(guided, config).softmax(-1)
     both = torch.stack([logits, unconditional]).float()
-    shares = filter_logits(both.flatten(0, 1), config).softmax(-1).view_as(both)
-    return torch.lerp(shares[0], shares[1], config.guidance)
+    probabilities = filter_logits(both.flatten(0, 1), config).softmax(-1).view_as(both)
+    return torch.lerp(probabilities[0], probabilities[1], config.guidance)
 
 
-def sample_token(shares: Tensor, uniform: Tensor) -> Tensor:
+def sample_token(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Sample one token per row of ``(B, V)`` by inverting the CDF at ``uniform`` (B,).
 
     Each row depends on its own number alone, so a sample is the same at every batch size.
     """
-    steps = shares.cumsum(-1)
-    drawn = torch.searchsorted(steps, uniform[:, None] * steps[:, -1:], right=True)
+    cdf = probabilities.cumsum(-1)
+    sampled = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     # Rounding can push a sample past the last token of non-zero probability.
-    last = shares.shape[-1] - 1 - (shares > 0).flip(-1).int().argmax(-1, keepdim=True)
-    return torch.minimum(drawn, last).squeeze(-1)
+    last = (
+        probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1, keepdim=True)
+    )
+    return torch.minimum(sampled, last).squeeze(-1)
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

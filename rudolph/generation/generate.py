@@ -33,7 +33,7 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import EOS, PAD
 
 # Marks a position whose token is sampled.
-FREE = -1
+TO_SAMPLE = -1
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def generate_image(
         config: how image tokens are sampled.
         seeds: one per sample, B * S, with the samples of a prompt next to each other.
         unconditional: ``(l,)``, the left text that guidance extrapolates away from.
-        known: ``(B, I)``, indices that are given, and ``FREE`` at positions that are sampled.
+        known: ``(B, I)``, indices that are given, and ``TO_SAMPLE`` at positions that are sampled.
         window: tokens per call; the indices are the same for every window, up to rounding.
         coupling: a name in ``NOISES``.
         on_token: called after each call with the number of tokens done.
@@ -78,23 +78,23 @@ def generate_image(
         prompts = torch.cat([left, unconditional.expand_as(left)])
     noise = NOISES[coupling].noise(seeds, num_new, num_codes).to(left.device)
     if known is None:
-        known = torch.full((len(left), num_new), FREE)
+        known = torch.full((len(left), num_new), TO_SAMPLE)
 
-    def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
+    def resample(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
         width = hidden.shape[1]
         logits = model.image_logits(hidden)[..., :num_codes].flatten(0, 1)
-        shares = next_probabilities(
+        probabilities = next_probabilities(
             logits[: len(rows) * width], config, logits[len(rows) * width :]
         )
-        own = noise[:, start : start + width].flatten(0, 1)
-        return NOISES[coupling].draw(shares, own).view(-1, width)
+        window_noise = noise[:, start : start + width].flatten(0, 1)
+        return NOISES[coupling].sample(probabilities, window_noise).view(-1, width)
 
     return _generate(
         model,
         prompts,
         known.to(left.device),
         num_samples=len(seeds) // len(left),
-        redraw=redraw,
+        resample=resample,
         window=window,
         on_token=on_token,
     )
@@ -121,7 +121,8 @@ def generate_text(
         tokens: ``(B, T)``, the prompts.
         config: how tokens are sampled; ``guidance`` has no effect.
         seeds: one per sample, B * S, with the samples of a prompt next to each other.
-        known: ``(B, N)``, ids that are given, such as the rest of longer prompts; else ``FREE``.
+        known: ``(B, N)``, ids that are given, such as the rest of longer prompts, and
+            ``TO_SAMPLE`` elsewhere.
         allowed: ``(V,)`` bool, true for the BPE ids that may be sampled; ``EOS`` always may.
         on_token: called after each call with the number of tokens done.
 
@@ -131,26 +132,26 @@ def generate_text(
     num_new = text_end(model, tokens.shape[1]) - tokens.shape[1]
     noise = NOISES["inversion"].noise(seeds, num_new, 0).to(tokens.device)
     if known is None:
-        known = torch.full((len(tokens), num_new), FREE)
+        known = torch.full((len(tokens), num_new), TO_SAMPLE)
     is_legal = legal_ids(model, allowed)
 
-    def redraw(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
+    def resample(hidden: Tensor, rows: Tensor, start: int) -> Tensor:
         logits = model.text_logits(hidden[:, 0])[:, : len(is_legal)]
         logits = logits.masked_fill(~is_legal, -torch.inf)
-        own = noise[rows, start]
-        return NOISES["inversion"].draw(next_probabilities(logits, config), own)[:, None]
+        token_noise = noise[rows, start]
+        return NOISES["inversion"].sample(next_probabilities(logits, config), token_noise)[:, None]
 
-    drawn = _generate(
+    generated = _generate(
         model,
         tokens,
         known.to(tokens.device),
         num_samples=len(seeds) // len(tokens),
-        redraw=redraw,
+        resample=resample,
         stop=EOS,
         on_token=on_token,
     )
-    is_after_end = (drawn == EOS).cumsum(1) - (drawn == EOS).long() > 0
-    return drawn.masked_fill(is_after_end, PAD)
+    is_after_end = (generated == EOS).cumsum(1) - (generated == EOS).long() > 0
+    return generated.masked_fill(is_after_end, PAD)
 
 
 def text_end(model: MaskedDecoder, length: int) -> int:
@@ -194,7 +195,7 @@ def _generate(
     known: Tensor,
     *,
     num_samples: int,
-    redraw: Callable[[Tensor, Tensor, int], Tensor],
+    resample: Callable[[Tensor, Tensor, int], Tensor],
     window: int = 1,
     stop: int | None = None,
     on_token: Callable[[int], None] | None = None,
@@ -204,76 +205,76 @@ def _generate(
     Args:
         model: the decoder.
         prompts: ``(C * B, T)``.
-        known: ``(B, N)``, tokens that are given, and ``FREE`` at positions that are sampled.
+        known: ``(B, N)``, tokens that are given, and ``TO_SAMPLE`` at positions that are sampled.
         num_samples: S.
-        redraw: samples tokens ``(R, W)`` for R samples.  Its arguments are ``hidden`` (C * R, W,
+        resample: samples tokens ``(R, W)`` for R samples.  Its arguments are ``hidden`` (C * R, W,
             D), the numbers of the samples (R,) and the position of the first token.
         window: W.
         stop: a sample that contains this token is done.  Finished samples leave the batch once
             half of it is done.
         on_token: called after each call with the number of tokens done.
     """
-    places = (known == FREE).any(0).nonzero().flatten().tolist()
+    positions = (known == TO_SAMPLE).any(0).nonzero().flatten().tolist()
     tokens = known.repeat_interleave(num_samples, dim=0)
-    if not places:
+    if not positions:
         return tokens
-    given, last, copies = places[0], places[-1], len(prompts) // len(known)
+    num_given, last, num_copies = positions[0], positions[-1], len(prompts) // len(known)
     # Leading tokens that are given for all prompts are computed once, together with the prompt.
-    prompts = torch.cat([prompts, known[:, :given].repeat(copies, 1)], dim=1)
-    num_prefix = model.num_leading + prompts.shape[1]
+    prompts = torch.cat([prompts, known[:, :num_given].repeat(num_copies, 1)], dim=1)
+    num_prefix, side = model.num_leading + prompts.shape[1], model.layout.image_tokens_per_dim
     cache = model.new_cache(len(prompts), num_positions=num_prefix)
     hidden = model.hidden(prompts, cache)[:, -1:].repeat_interleave(num_samples, dim=0)
-    cache = cache.repeat(num_samples, num_positions=last - given)
-    is_free, tokens = tokens == FREE, tokens.clamp(min=PAD)
+    cache = cache.expand_samples(num_samples, num_positions=last - num_given)
+    is_to_sample, tokens = tokens == TO_SAMPLE, tokens.clamp(min=PAD)
     rows = torch.arange(len(tokens), device=tokens.device).view(len(known), num_samples)
-    is_going, done, end = torch.ones_like(rows, dtype=torch.bool), given, given + 1
+    is_unfinished, num_done, end = torch.ones_like(rows).bool(), num_given, num_given + 1
     while True:
-        at = rows.flatten()
-        guesses = tokens[at, done:end]
-        drawn = torch.where(is_free[at, done:end], redraw(hidden, at, done), guesses)
-        tokens[at, done:end] = drawn
-        final = done + 1
-        if end > final:
-            is_right = (drawn == guesses)[:, :-1].all(0)
-            final += int(is_right.long().cumprod(0).sum())
+        numbers = rows.flatten()
+        guesses, is_sampled = tokens[numbers, num_done:end], is_to_sample[numbers, num_done:end]
+        sampled = torch.where(is_sampled, resample(hidden, numbers, num_done), guesses)
+        tokens[numbers, num_done:end] = sampled
+        num_final = num_done + 1
+        if end > num_final:
+            is_accepted = (sampled == guesses)[:, :-1].all(0)
+            num_final += int(is_accepted.long().cumprod(0).sum())
         # Positions that are given for every sample need no sampling.
-        done = next((place for place in places if place >= final), tokens.shape[1])
+        num_done = next((index for index in positions if index >= num_final), tokens.shape[1])
         if on_token is not None:
-            on_token(done)
+            on_token(num_done)
         if stop is not None:
-            is_going &= (drawn != stop).view_as(rows)
-        if done > last or not is_going.any():
+            is_unfinished &= (sampled != stop).view_as(rows)
+        if num_done > last or not is_unfinished.any():
             return tokens
         if not model.has_compiled_layers:
             # Compiled layers would have to be compiled again for another number of samples.
-            rows, is_going, cache = _without_ended(rows, is_going, cache)
-        guessed, end = end, min(done + window, last + 1)
-        _guess(tokens, is_free, range(guessed, end - 1), model.layout.image_tokens_per_dim)
+            rows, is_unfinished, cache = _drop_finished(rows, is_unfinished, cache)
+        guess_start, end = end, min(num_done + window, last + 1)
+        _guess(tokens, is_to_sample, range(guess_start, end - 1), side)
         # Drop the cache entries from the first wrong guess on, and compute its position again.
-        cache.length = num_prefix + final - 1 - given
-        new = tokens[rows.flatten(), final - 1 : end - 1].repeat(copies, 1)
-        hidden = model.hidden(new, cache)[:, done - end :]
+        cache.length = num_prefix + num_final - 1 - num_given
+        new_tokens = tokens[rows.flatten(), num_final - 1 : end - 1].repeat(num_copies, 1)
+        hidden = model.hidden(new_tokens, cache)[:, num_done - end :]
 
 
-def _without_ended(
-    rows: Tensor, is_going: Tensor, cache: KeyValueCache
+def _drop_finished(
+    rows: Tensor, is_unfinished: Tensor, cache: KeyValueCache
 ) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Drop finished samples from ``rows`` (B, S) if this at least halves the batch.
 
     Every remaining prompt keeps as many samples as the prompt with the most unfinished ones.
     """
-    prompts = is_going.any(1).nonzero().flatten()
-    num_samples = int(is_going.sum(1).max())
+    prompts = is_unfinished.any(1).nonzero().flatten()
+    num_samples = int(is_unfinished.sum(1).max())
     if 2 * len(prompts) * num_samples > rows.numel():
-        return rows, is_going, cache
-    order = is_going[prompts].int().argsort(dim=1, descending=True, stable=True)
+        return rows, is_unfinished, cache
+    order = is_unfinished[prompts].int().argsort(dim=1, descending=True, stable=True)
     samples = order[:, :num_samples]
-    kept = [part[prompts].gather(1, samples) for part in (rows, is_going)]
-    return kept[0], kept[1], cache.keep(prompts, samples)
+    kept = [values[prompts].gather(1, samples) for values in (rows, is_unfinished)]
+    return kept[0], kept[1], cache.select(prompts, samples)
 
 
-def _guess(tokens: Tensor, is_free: Tensor, places: range, side: int) -> None:
+def _guess(tokens: Tensor, is_to_sample: Tensor, positions: range, side: int) -> None:
     """Guess the token above, or the first token in the first row, where no token is given."""
-    for place in places:
-        above = tokens[:, max(place - side, 0)]
-        tokens[:, place] = torch.where(is_free[:, place], above, tokens[:, place])
+    for position in positions:
+        above = tokens[:, max(position - side, 0)]
+        tokens[:, position] = torch.where(is_to_sample[:, position], above, tokens[:, position])

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rudolph.generation.generate import FREE
+from rudolph.generation.generate import TO_SAMPLE
 from rudolph.models.vqgan.model import VQGAN
 
 SIDES = ("up", "down", "left", "right")
@@ -39,9 +39,9 @@ def border_mask(borders: Mapping[str, int], side: int) -> Tensor:
     is_given = torch.zeros(side, side, dtype=torch.bool)
     for name, width in borders.items():
         if name not in SIDES:
-            raise ValueError(f"borders must be of {', '.join(SIDES)}, got {name!r}")
+            raise ValueError(f"borders: expected {', '.join(SIDES)}, got {name!r}")
         if not 0 <= width <= side:
-            raise ValueError(f"border {name} must be 0 to {side} tokens, got {width}")
+            raise ValueError(f"border {name}: expected 0 to {side} tokens, got {width}")
         if name in ("up", "down"):
             is_given[slice(width) if name == "up" else slice(side - width, None)] = True
         else:
@@ -56,13 +56,13 @@ def parse_borders(text: str) -> dict[str, int]:
         ValueError: if the text has another format or names a side twice.
     """
     borders = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if found is None:
-            raise ValueError(f"borders must be like up=4,left=2 in tokens, got {text!r}")
-        if found[1] in borders:
-            raise ValueError(f"borders must name each side once, got {text!r}")
-        borders[found[1]] = int(found[2])
+    for border in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", border)
+        if match is None:
+            raise ValueError(f"borders: expected widths in tokens like up=4,left=2, got {text!r}")
+        if match[1] in borders:
+            raise ValueError(f"borders: expected each side once, got {text!r}")
+        borders[match[1]] = int(match[2])
     return borders
 
 
@@ -76,7 +76,9 @@ def token_mask(mask: Tensor, side: int) -> Tensor:
     """
     height, width = mask.shape
     if height % side or width % side:
-        raise ValueError(f"the mask must be a multiple of {side} a side, got {height} x {width}")
+        raise ValueError(
+            f"mask: expected sides in multiples of {side} pixels, got {height} x {width}"
+        )
     cells = mask.view(side, height // side, side, width // side)
     return cells.all(3).all(1)
 
@@ -84,7 +86,7 @@ def token_mask(mask: Tensor, side: int) -> Tensor:
 def known_indices(
     vqgan: VQGAN, image: Tensor, is_given: Tensor, *, crop_first: bool = False
 ) -> Tensor:
-    """Encode the given part of an image as indices ``(I,)``, with ``FREE`` everywhere else.
+    """Encode the given part of an image as indices ``(I,)``, with ``TO_SAMPLE`` everywhere else.
 
     Args:
         vqgan: the VQ-GAN.
@@ -100,30 +102,32 @@ def known_indices(
     factor = vqgan.config.factor
     expected = (3, *(side * factor for side in is_given.shape))
     if image.shape != expected:
-        raise ValueError(f"the image must be {expected}, got {tuple(image.shape)}")
+        raise ValueError(f"image: expected shape {expected}, got {tuple(image.shape)}")
     if crop_first:
         pixels = is_given.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         image = torch.where(pixels.to(image.device), image, 0.5)
     indices = vqgan.encode_indices(image[None].to(vqgan.quant_conv.weight))[0]
-    return torch.where(is_given.flatten().to(indices.device), indices, FREE)
+    return torch.where(is_given.flatten().to(indices.device), indices, TO_SAMPLE)
 
 
-def variation_mask(share: float, side: int, generator: torch.Generator) -> Tensor:
+def variation_mask(fraction: float, side: int, generator: torch.Generator) -> Tensor:
     """Return the tokens of a ``(side, side)`` grid that are kept for a variation, as a bool mask.
 
     Args:
-        share: the fraction of tokens to sample again, in (0, 1].
+        fraction: the fraction of tokens to sample again, in (0, 1].
         side: the side of the grid.
         generator: the source of randomness.
 
     Raises:
-        ValueError: if ``share`` is not in (0, 1].
+        ValueError: if ``fraction`` is not in (0, 1].
     """
-    require_fraction(share)
-    return torch.rand(side, side, generator=generator) >= share
+    require_fraction(fraction)
+    return torch.rand(side, side, generator=generator) >= fraction
 
 
-def require_fraction(share: float) -> None:
+def require_fraction(fraction: float) -> None:
     """Raise ``ValueError`` unless the fraction to sample again is in (0, 1]."""
-    if not 0 < share <= 1:
-        raise ValueError(f"the share to draw anew must be in (0, 1], got {share}")
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"fraction to sample again: expected above 0 and at most 1, got {fraction}"
+        )

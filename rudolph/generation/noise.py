@@ -22,12 +22,12 @@ from rudolph.generation.filters import sample_token
 class SamplingNoise(NamedTuple):
     """A coupling: a function that generates noise and a function that samples with it.
 
-    ``noise(seeds, N, V)`` returns ``(B, N, ...)``.  ``draw(probabilities, noise)`` takes one row
+    ``noise(seeds, N, V)`` returns ``(B, N, ...)``.  ``sample(probabilities, noise)`` takes one row
     per token and returns one token per row.
     """
 
     noise: Callable[[Sequence[int], int, int], Tensor]
-    draw: Callable[[Tensor, Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor], Tensor]
 
 
 def uniform_numbers(seeds: Sequence[int], num_new: int, num_codes: int = 0) -> Tensor:
@@ -53,7 +53,7 @@ def exponential_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Ten
     return torch.stack(rows).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def exponential_race(shares: Tensor, times: Tensor) -> Tensor:
+def exponential_race(probabilities: Tensor, arrival_times: Tensor) -> Tensor:
     """Sample one token per row of ``(B, V)``: the code with the least time over probability.
 
     Let two distributions have total variation d.  Tokens sampled from them with the same times
@@ -62,10 +62,10 @@ def exponential_race(shares: Tensor, times: Tensor) -> Tensor:
     Source: Daliri et al. 2024 (arXiv:2408.07978).
 
     Args:
-        shares: ``(B, V)``, probabilities.
-        times: ``(B, V)``, exponential times above 0.
+        probabilities: ``(B, V)``, probabilities.
+        arrival_times: ``(B, V)``, exponential times above 0.
     """
-    return (shares / times).argmax(-1)
+    return (probabilities / arrival_times).argmax(-1)
 
 
 NOISES = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
-from rudolph.generation.answering import answer_prompts, batch_progress, sample_answers
+from rudolph.generation.answering import OnToken, answer_prompts, batch_progress, sample_answers
 from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.generate import generate_image
@@ -21,20 +21,19 @@ from rudolph.generation.trained_models import TrainedModels
 from rudolph.models.cpu.prepacked_linear import prepack_in_own_dtype
 from rudolph.models.upscaler import Upscaler
 
-OnToken = Callable[[int, int], None]
 OnStage = Callable[[str, int, int], None]
 RANKS = ("none", "self", "clip")
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """Settings of ``Pipeline.generate`` besides the text and the sampling config.
 
     The best ``keep`` of ``number`` images by ``rank`` are returned; None keeps all.  ``rank`` is
     ``self`` (the decoder's own perplexity), ``clip`` or ``none``.  ``known`` (I,) holds indices
-    that are given, and ``FREE`` at positions that are sampled.  With ``window`` above 1, that many
-    tokens are guessed per call.  The images then differ from those at ``window`` 1, but follow the
-    same distribution.
+    that are given, and ``TO_SAMPLE`` at positions that are sampled.  With ``window`` above 1, that
+    many tokens are guessed per call.  The images then differ from those at ``window`` 1, but
+    follow the same distribution.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -53,7 +52,7 @@ class Request:
         if self.number < 1:
             raise ValueError(f"number must be at least 1, got {self.number}")
         if self.keep is not None and not 1 <= self.keep <= self.number:
-            raise ValueError(f"keep must be 1 to {self.number}, the number, got {self.keep}")
+            raise ValueError(f"keep must be 1 to the number {self.number}, got {self.keep}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
         if self.rank not in RANKS:
@@ -132,7 +131,7 @@ class Pipeline(TrainedModels):
         Args:
             number: samples per text.
             config: the sampling config; guidance doubles the number of rows.
-            window: tokens per call, as in ``Request``.
+            window: tokens per call, as in ``GenerationRequest``.
             is_compiled: whether torch compiles the step of a layer.  Compilation takes seconds,
                 which pay off over many tokens.
 
@@ -145,7 +144,7 @@ class Pipeline(TrainedModels):
     def generate(
         self,
         text: str,
-        request: Request,
+        request: GenerationRequest,
         *,
         config: TokenSamplingConfig,
         on_stage: OnStage | None = None,
@@ -168,9 +167,9 @@ class Pipeline(TrainedModels):
             StageError: if a stage fails after sampling; it holds the results so far.
         """
         if request.rank == "clip" and self.clip is None:
-            raise ValueError("ranking by clip needs a CLIP")
-        told = on_stage or _silent
-        seeds = [mixed_seed(request.seed, number) for number in range(request.number)]
+            raise ValueError("rank clip: expected a pipeline with a CLIP, got none")
+        report = on_stage or _ignore_progress
+        seeds = [mixed_seed(request.seed, index) for index in range(request.number)]
         known = None if request.known is None else request.known[None]
         indices = self.generate_indices(
             [text],
@@ -178,71 +177,72 @@ class Pipeline(TrainedModels):
             seeds=seeds,
             known=known,
             window=request.window,
-            on_token=partial(told, "draw"),
+            on_token=partial(report, "sample"),
         )
         candidates: list[Candidate] = []
         stage = "decode"
 
-        def begin(name: str) -> Callable[[int, int], None]:
+        def start_stage(name: str) -> Callable[[int, int], None]:
             nonlocal stage
             stage = name
-            return partial(told, name)
+            return partial(report, name)
 
         try:
-            images = self.decode(indices, on_batch=begin("decode"))
-            candidates += [
-                Candidate(*each, {}) for each in zip(images, indices, seeds, strict=True)
-            ]
-            kept = self._ranked(candidates, text, request, begin)[: request.keep]
+            images = self.decode(indices, on_batch=start_stage("decode"))
+            parts = zip(images, indices, seeds, strict=True)
+            candidates += [Candidate(*part, {}) for part in parts]
+            best = self._ranked(candidates, text, request, start_stage)[: request.keep]
             if self.upscaler is None:
-                return kept
-            finished = self.enlarge(
-                torch.stack([each.image for each in kept]), on_tile=begin("enlarge")
-            )
+                return best
+            best_images = torch.stack([candidate.image for candidate in best])
+            upscaled = self.upscale(best_images, on_tile=start_stage("upscale"))
         # Torch, the file system and our own checks raise these.
         except (RuntimeError, ValueError, MemoryError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StageError(
                 f"{stage}: {reason}", indices=indices, seeds=seeds, candidates=candidates
             ) from error
-        return [replace(each, image=image) for each, image in zip(kept, finished, strict=True)]
+        pairs = zip(best, upscaled, strict=True)
+        return [replace(candidate, image=image) for candidate, image in pairs]
 
     def _ranked(
         self,
         candidates: list[Candidate],
         text: str,
-        request: Request,
-        begin: Callable[[str], Callable[[int, int], None]],
+        request: GenerationRequest,
+        start_stage: Callable[[str], Callable[[int, int], None]],
     ) -> list[Candidate]:
         """Return the candidates best first, and write the scores into each candidate."""
         order = list(range(len(candidates)))
         if request.rank == "self":
-            indices = torch.stack([each.indices for each in candidates])
+            indices = torch.stack([candidate.indices for candidate in candidates])
             ranking = rank_images(
-                self, indices, text, kind=request.perplexity, on_batch=begin("rank")
+                self, indices, text, kind=request.perplexity, on_batch=start_stage("rank")
             )
             order = ranking.order()
-            for at, candidate in enumerate(candidates):
-                candidate.scores["perplexity_text"] = ranking.text[at].item()
-                candidate.scores["perplexity_image"] = ranking.image[at].item()
-                candidate.scores["self"] = ranking.score[at].item()
+            for index, candidate in enumerate(candidates):
+                candidate.scores["perplexity_text"] = ranking.text[index].item()
+                candidate.scores["perplexity_image"] = ranking.image[index].item()
+                candidate.scores["self"] = ranking.score[index].item()
         if self.clip is not None:
-            images = torch.stack([each.image for each in candidates])
-            similar = self.clip.similarities(images, [text], on_batch=begin("clip"))[:, 0]
-            for at, candidate in enumerate(candidates):
-                candidate.scores["clip"] = similar[at].item()
+            images = torch.stack([candidate.image for candidate in candidates])
+            similarities = self.clip.similarities(images, [text], on_batch=start_stage("clip"))[
+                :, 0
+            ]
+            for index, candidate in enumerate(candidates):
+                candidate.scores["clip"] = similarities[index].item()
             if request.rank == "clip":
-                order = torch.sort(similar, descending=True, stable=True).indices.tolist()
-        return [candidates[at] for at in order]
+                order = torch.sort(similarities, descending=True, stable=True).indices.tolist()
+        return [candidates[index] for index in order]
 
-    def enlarge(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
+    def upscale(self, images: Tensor, *, on_tile: Callable[[int, int], None]) -> Tensor:
         """Upscale images ``(B, 3, H, W)`` in [0, 1] tile by tile.
 
         Raises:
             ValueError: if the pipeline has no upscaler.
         """
         if self.upscaler is None:
-            raise ValueError("enlarging needs an upscaler")
+            raise ValueError("expected a pipeline with an upscaler, got none")
         device = self.upscaler.conv_first.weight.device
         return upscale_tiled(self.upscaler, images.to(device), on_tile=on_tile).cpu()
 
@@ -284,7 +284,7 @@ class Pipeline(TrainedModels):
             captions: B texts.
             config: how image tokens are sampled.
             seeds: one per image, B * S, with the images of a caption next to each other.
-            known: ``(B, I)``, indices that are given, and ``FREE`` at positions that are sampled.
+            known: ``(B, I)``, indices that are given, and ``TO_SAMPLE`` at the other positions.
             window: tokens guessed per call; above 1, tokens are sampled by an exponential race.
             on_token: called with the numbers of tokens done and of all tokens.
 
@@ -293,24 +293,24 @@ class Pipeline(TrainedModels):
         """
         if not captions or len(seeds) % len(captions):
             raise ValueError(
-                f"seeds must be as many for each of {len(captions)} captions, got {len(seeds)}"
+                f"seeds: expected a multiple of the {len(captions)} captions, got {len(seeds)}"
             )
         left = torch.stack([self.texts("text_to_image", caption).left for caption in captions])
         empty = self.texts("text_to_image", "").left
         start = self.decoder.layout.image_start
         parts = []
-        for rows, own in self.batches(len(captions), len(seeds)):
+        for rows, samples in self.batches(len(captions), len(seeds)):
             parts.append(
                 generate_image(
                     self.decoder,
                     left[rows].to(self.device),
                     config=config,
-                    seeds=seeds[own],
+                    seeds=seeds[samples],
                     unconditional=empty.to(self.device),
                     known=None if known is None else known[rows].to(self.device),
                     window=window,
                     coupling="inversion" if window == 1 else "race",
-                    on_token=batch_progress(on_token, own, len(seeds), self.decoder, start),
+                    on_token=batch_progress(on_token, samples, len(seeds), self.decoder, start),
                 ).cpu()
             )
         return torch.cat(parts)
@@ -341,5 +341,5 @@ class Pipeline(TrainedModels):
         return sample_answers(self, tokens, config=config, seeds=seeds, on_token=on_token)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _ignore_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress."""

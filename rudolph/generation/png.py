@@ -24,14 +24,14 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def save_png(image: Image.Image, path: Path, told: Mapping[str, Any]) -> None:
-    """Write a PNG with one text field per item of ``told``; values other than text become JSON.
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a PNG with one text field per item of ``metadata``; non-text values become JSON.
 
     Raises:
         OSError: if the file cannot be written.
     """
     info = PngInfo()
-    for key, value in told.items():
+    for key, value in metadata.items():
         text = value if isinstance(value, str) else json_text(value)
         info.add_itxt(key, text)
     write_atomic(path, partial(image.save, format="PNG", pnginfo=info))
@@ -57,5 +57,5 @@ def has_text_fields(path: Path, keys: Collection[str]) -> bool:
 def read_text_fields(path: Path) -> dict[str, str]:
     """Return the text fields of a PNG that ``save_png`` wrote."""
     with Image.open(path) as image:
-        found = ((str(key), value) for key, value in image.info.items())
-        return {key: str(value) for key, value in found if isinstance(value, str)}
+        fields = ((str(key), value) for key, value in image.info.items())
+        return {key: str(value) for key, value in fields if isinstance(value, str)}

@@ -66,33 +66,35 @@ def perplexities(
     """
     if kind not in PERPLEXITIES:
         raise ValueError(f"kind must be one of {', '.join(PERPLEXITIES)}, got {kind!r}")
-    found: dict[str, list[Tensor]] = {segment: [] for segment in segments}
+    parts_by_segment: dict[str, list[Tensor]] = {segment: [] for segment in segments}
     device = model.final_norm.weight.device
     for first in range(0, len(tokens), batch_size):
-        part = tokens[first : first + batch_size].to(device)
-        hidden = model.hidden(part)
+        batch = tokens[first : first + batch_size].to(device)
+        hidden = model.hidden(batch)
         for segment in segments:
-            found[segment].append(_judged(model, part, hidden, segment, kind))
+            parts_by_segment[segment].append(
+                _segment_perplexity(model, batch, hidden, segment, kind)
+            )
         if on_batch is not None:
             on_batch(min(first + batch_size, len(tokens)), len(tokens))
-    return {segment: torch.cat(parts) for segment, parts in found.items()}
+    return {segment: torch.cat(parts) for segment, parts in parts_by_segment.items()}
 
 
-def _judged(
+def _segment_perplexity(
     model: MaskedDecoder, tokens: Tensor, hidden: Tensor, segment: str, kind: str
 ) -> Tensor:
     vocabulary = model.vocabulary
-    classes = vocabulary.first_left_padding if segment != "image" else vocabulary.codebook_size
-    start, target = segment_labels(model, tokens, has_left_padding=False)[segment]
+    num_classes = vocabulary.first_left_padding if segment != "image" else vocabulary.codebook_size
+    start, target = segment_labels(model, tokens, score_left_padding=False)[segment]
     if segment == "image" or (segment == "left_text" and model.num_leading):
         start, target = start + 1, target[:, 1:]
     is_scored = (target != NOT_SCORED).cpu()
     if not is_scored.any(1).all():
-        raise ValueError(f"{segment}: without a token to judge it has no perplexity")
+        raise ValueError(f"{segment}: expected at least one scored token per sequence, got none")
     # float64, because the exponential of a very unlikely token overflows float32.
     losses = torch.zeros(target.shape, dtype=torch.float64)
-    found = label_losses(model, hidden, segment, (start, target), num_classes=classes)
-    losses[is_scored] = found.cpu().double()
+    scored_losses = label_losses(model, hidden, segment, (start, target), num_classes=num_classes)
+    losses[is_scored] = scored_losses.cpu().double()
     return PERPLEXITIES[kind](losses, is_scored)
 
 
@@ -108,7 +110,7 @@ class Ranking(NamedTuple):
         return torch.sort(self.score, stable=True).indices.tolist()
 
 
-def balanced_sum(
+def rescaled_sum(
     text: Tensor, image: Tensor, *, text_weight: float, quantile: float = 0.5
 ) -> Ranking:
     """Add two perplexities ``(B,)`` as the reference does, each rescaled from best to median.
@@ -126,19 +128,19 @@ def balanced_sum(
     Raises:
         ValueError: if the weight or the quantile is not in [0, 1].
     """
-    for name, share in (("text_weight", text_weight), ("quantile", quantile)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {share}")
+    for name, value in (("text_weight", text_weight), ("quantile", quantile)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
     score = text_weight * _scaled(text, quantile) + (1 - text_weight) * _scaled(image, quantile)
     return Ranking(score, text, image)
 
 
 def _scaled(values: Tensor, quantile: float) -> Tensor:
-    low = values.min()
-    scale = values.quantile(quantile) - low
+    lowest = values.min()
+    scale = values.quantile(quantile) - lowest
     if scale == 0:
-        scale = values.max() - low
-    return (values - low) / scale if scale > 0 else torch.zeros_like(values)
+        scale = values.max() - lowest
+    return (values - lowest) / scale if scale > 0 else torch.zeros_like(values)
 
 
 def rank_images(
@@ -170,7 +172,7 @@ def rank_images(
     left = texts.left.expand(len(indices), -1)
     parts = [left, indices, texts.right.expand(len(indices), -1)]
     segment = "right_text" if has_right else "left_text"
-    found = perplexities(
+    perplexity_of = perplexities(
         pipeline.decoder,
         torch.cat(parts, dim=1),
         segments=(segment, "image"),
@@ -179,7 +181,7 @@ def rank_images(
         on_batch=on_batch,
     )
     weight = text_weight if has_right else 0.0
-    return balanced_sum(found[segment], found["image"], text_weight=weight)
+    return rescaled_sum(perplexity_of[segment], perplexity_of["image"], text_weight=weight)
 
 
 def rank_captions(
@@ -201,14 +203,16 @@ def rank_captions(
     """
     left = torch.stack([pipeline.texts("text_to_image", caption).left for caption in captions])
     tokens = torch.cat([left, indices.expand(len(captions), -1)], dim=1)
-    found = perplexities(
+    perplexity_of = perplexities(
         pipeline.decoder,
         tokens,
         segments=("left_text", "image"),
         kind=kind,
         batch_size=pipeline.batch_size,
     )
-    return balanced_sum(found["left_text"], found["image"], text_weight=text_weight)
+    return rescaled_sum(
+        perplexity_of["left_text"], perplexity_of["image"], text_weight=text_weight
+    )
 
 
 def classify_images(
@@ -235,21 +239,21 @@ def classify_images(
     """
     texts = [
         pipeline.texts(
-            "image_captioning", right_template.format(name), beside=left_template.format(name)
+            "image_captioning", right_template.format(name), other_text=left_template.format(name)
         )
         for name in classes
     ]
     left = torch.stack([text.left for text in texts]).repeat(len(indices), 1)
     right = torch.stack([text.right for text in texts]).repeat(len(indices), 1)
     images = indices.repeat_interleave(len(classes), dim=0)
-    found = perplexities(
+    perplexity_of = perplexities(
         pipeline.decoder,
         torch.cat([left, images, right], dim=1),
         segments=("right_text",),
         kind=kind,
         batch_size=pipeline.batch_size,
     )
-    return found["right_text"].view(len(indices), len(classes))
+    return perplexity_of["right_text"].view(len(indices), len(classes))
 
 
 PERPLEXITIES = {"exp_mean_ce": exp_mean_ce, "mean_exp_ce": mean_exp_ce}

@@ -50,7 +50,7 @@ class TileSpan(NamedTuple):
     last: int
 
 
-def fold_of(config: UpscalerConfig) -> int:
+def fold_factor(config: UpscalerConfig) -> int:
     """Return how many pixels of the image, per axis, the network folds into one position."""
     return 2 if config.scale == 2 else 1
 
@@ -66,11 +66,11 @@ def receptive_radius(config: UpscalerConfig) -> int:
     """
     # Count conv_hr and conv_last, then the convolution of each upsampling, from the output back.
     radius = 2
-    for _ in range(round(math.log2(config.scale * fold_of(config)))):
+    for _ in range(round(math.log2(config.scale * fold_factor(config)))):
         radius = math.ceil((radius + 1) / 2)
     # Add conv_first, the residual blocks and conv_body.
     radius += 1 + config.num_blocks * DENSE_BLOCKS * NUM_DENSE + 1
-    return radius * fold_of(config)
+    return radius * fold_factor(config)
 
 
 def tile_spans(length: int, *, tile: int, overlap: int, multiple: int = 1) -> list[TileSpan]:
@@ -125,27 +125,27 @@ def upscale_tiled(
         ValueError: if ``images`` are not ``(B, 3, H, W)``, the overlap is negative, the tile is
             not longer than two overlaps or is odd at scale 2, or the batch size is below 1.
     """
-    scale, multiple = upscaler.config.scale, fold_of(upscaler.config)
+    scale, multiple = upscaler.config.scale, fold_factor(upscaler.config)
     require_tiling(images, tile=tile, overlap=overlap, batch_size=batch_size, multiple=multiple)
     height, width = images.shape[2:]
-    even = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     rows, columns = (
         tile_spans(length, tile=tile, overlap=overlap, multiple=multiple)
-        for length in even.shape[2:]
+        for length in padded.shape[2:]
     )
-    tiles = [(index, y, x) for index in range(len(even)) for y in rows for x in columns]
-    larger = even.new_empty(len(even), 3, even.shape[2] * scale, even.shape[3] * scale)
+    tiles = [(index, y, x) for index in range(len(padded)) for y in rows for x in columns]
+    upscaled = padded.new_empty(len(padded), 3, padded.shape[2] * scale, padded.shape[3] * scale)
     for done in range(0, len(tiles), batch_size):
         batch = tiles[done : done + batch_size]
-        seen = [even[index, :, y.start : y.end, x.start : x.end] for index, y, x in batch]
-        outputs = upscaler(torch.stack(seen).to(upscaler.conv_first.weight)).clamp(0, 1)
-        for (index, y, x), output in zip(batch, outputs.to(larger), strict=True):
-            larger[index, :, kept_slice(y, scale), kept_slice(x, scale)] = output[
+        inputs = [padded[index, :, y.start : y.end, x.start : x.end] for index, y, x in batch]
+        outputs = upscaler(torch.stack(inputs).to(upscaler.conv_first.weight)).clamp(0, 1)
+        for (index, y, x), output in zip(batch, outputs.to(upscaled), strict=True):
+            upscaled[index, :, kept_slice(y, scale), kept_slice(x, scale)] = output[
                 :, kept_slice(y, scale, y.start), kept_slice(x, scale, x.start)
             ]
         if on_tile is not None:
             on_tile(done + len(batch), len(tiles))
-    return larger[:, :, : height * scale, : width * scale]
+    return upscaled[:, :, : height * scale, : width * scale]
 
 
 def kept_slice(span: TileSpan, scale: int, origin: int = 0) -> slice:

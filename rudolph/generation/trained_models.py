@@ -82,23 +82,23 @@ class TrainedModels:
         """The device of the decoder."""
         return self.decoder.final_norm.weight.device
 
-    def texts(self, task: str, caption: str, *, beside: str = "") -> Texts:
+    def texts(self, task: str, caption: str, *, other_text: str = "") -> Texts:
         """Fill the text segments of the layout with a caption for a task.
 
         Args:
             task: a name in ``TASKS``.
             caption: the text of the segment that holds the caption or the answer.
-            beside: the text of the other segment, such as the question.
+            other_text: the text of the other segment, such as the question.
 
         Raises:
             ValueError: if the task has a right text and the decoder does not.
         """
         if TASKS[task].right_token and not self.decoder.layout.right_text_length:
-            raise ValueError(f"{task} needs a decoder with a right text, and this one has none")
+            raise ValueError(f"{task}: expected a decoder with a right text, got one without")
         return fill_texts(
             TASKS[task],
             caption,
-            beside=beside,
+            other_text=other_text,
             tokenizer=self.tokenizer,
             layout=self.decoder.layout,
             vocabulary=self.decoder.vocabulary,

@@ -29,9 +29,9 @@ from PIL import Image
 PixelArray = np.ndarray
 
 # The lowest value of the darkest channel at which a frame pixel may be background.
-MIN_GROUND = 216
+MIN_BACKGROUND = 216
 # A fleck counts as noise up to this multiple of the tolerance.
-FLECK = 3
+FLECK_FACTOR = 3
 
 
 def to_rgba(image: Image.Image | PixelArray, *, tolerance: int = 8, edge: int = 2) -> Image.Image:
@@ -61,31 +61,33 @@ def to_rgba(image: Image.Image | PixelArray, *, tolerance: int = 8, edge: int = 
         raise ValueError(f"tolerance must be in 0 to 255, got {tolerance}")
     if edge < 1:
         raise ValueError(f"edge must be at least 1, got {edge}")
-    ground = ground_colour(pixels)
-    if ground is None:
+    background = background_colour(pixels)
+    if background is None:
         return Image.fromarray(pixels).convert("RGBA")
-    contrast = ground - pixels  # (H, W, 3), above 0 where darker than the ground
+    contrast = background - pixels  # (H, W, 3), above 0 where darker than the background
     distance = np.abs(contrast).max(-1)
-    is_ground = flood_fill(distance <= tolerance, frame_mask(distance))
+    is_background = flood_fill(distance <= tolerance, frame_mask(distance))
     # A region without a clearly different colour is noise in the background, not drawing.
-    is_ground = ~flood_fill(~is_ground, distance > FLECK * tolerance)
-    foreground = extend_outward(contrast, is_ground, edge)
-    alpha = unmixed_alpha(contrast, foreground, is_ground, ground=ground, tolerance=tolerance)
-    is_edge = grow_along_edges(distance, is_ground, edge) & dilate(~is_ground, edge)
-    alpha = np.where(is_edge, alpha, ~is_ground)
+    is_background = ~flood_fill(~is_background, distance > FLECK_FACTOR * tolerance)
+    foreground = extend_outward(contrast, is_background, edge)
+    alpha = unmixed_alpha(
+        contrast, foreground, is_background, background=background, tolerance=tolerance
+    )
+    is_edge = grow_along_edges(distance, is_background, edge) & dilate(~is_background, edge)
+    alpha = np.where(is_edge, alpha, ~is_background)
     # Round up, because a lower alpha could need a colour below black.
     alpha = np.ceil(np.round(alpha * 255, 6))
-    colour = ground - contrast * 255 / np.maximum(alpha, 1)[..., None]
+    colour = background - contrast * 255 / np.maximum(alpha, 1)[..., None]
     # Fully transparent pixels still need a colour, because naive resizing mixes it in.
-    colour = np.where(alpha[..., None] > 0, colour, ground - foreground)
+    colour = np.where(alpha[..., None] > 0, colour, background - foreground)
     rgba = np.concatenate([colour, alpha[..., None]], -1)
     return Image.fromarray(np.clip(np.round(rgba), 0, 255).astype(np.uint8))
 
 
-def ground_colour(pixels: PixelArray) -> PixelArray | None:
+def background_colour(pixels: PixelArray) -> PixelArray | None:
     """Return the median colour ``(3,)`` of near-white pixels on the frame, or None without any."""
-    frame = pixels[frame_mask(pixels[..., 0])]
-    candidates = frame[frame.min(-1) >= MIN_GROUND]
+    frame_pixels = pixels[frame_mask(pixels[..., 0])]
+    candidates = frame_pixels[frame_pixels.min(-1) >= MIN_BACKGROUND]
     return np.median(candidates, axis=0) if len(candidates) else None
 
 
@@ -141,43 +143,43 @@ def dilate(is_set: PixelArray, radius: int) -> PixelArray:
     return reduce_neighborhood(is_set, radius, np.logical_or)
 
 
-def grow_along_edges(distance: PixelArray, is_ground: PixelArray, edge: int) -> PixelArray:
+def grow_along_edges(distance: PixelArray, is_background: PixelArray, edge: int) -> PixelArray:
     """Grow the background by ``edge`` steps to eight neighbours, never to a lower contrast.
 
     The white behind a thin outline is therefore excluded, although it is as near to the background
     as the outer side of the outline.
     """
-    reached, headroom = is_ground, 256 - distance
+    reached, headroom = is_background, 256 - distance
     for _ in range(edge):
         reached = reached | (reduce_neighborhood(reached * headroom, 1, np.maximum) >= headroom)
     return reached
 
 
-def extend_outward(contrast: PixelArray, is_ground: PixelArray, edge: int) -> PixelArray:
+def extend_outward(contrast: PixelArray, is_background: PixelArray, edge: int) -> PixelArray:
     """Carry the contrast of the nearest solid pixels outward, ``(H, W, 3)``; 0 if none is near."""
     distance = np.abs(contrast).max(-1)
     is_strongest = distance >= reduce_neighborhood(distance, edge, np.maximum)
-    is_known = ~is_ground & (~dilate(is_ground, edge) | is_strongest)
-    carried = contrast * is_known[..., None]
+    is_known = ~is_background & (~dilate(is_background, edge) | is_strongest)
+    extended = contrast * is_known[..., None]
     for _ in range(2 * edge):
         # Weight by contrast, or the white inside of an outline would count as much as the outline.
-        weight = is_known * (1 + np.abs(carried).max(-1))
+        weight = is_known * (1 + np.abs(extended).max(-1))
         total = reduce_neighborhood(weight, 1, np.add)
-        mean = reduce_neighborhood(carried * weight[..., None], 1, np.add)
+        mean = reduce_neighborhood(extended * weight[..., None], 1, np.add)
         mean /= np.maximum(total, 1)[..., None]
-        is_solid = ~is_ground & (total > 0) & (distance > np.abs(mean).max(-1))
+        is_solid = ~is_background & (total > 0) & (distance > np.abs(mean).max(-1))
         nearest = np.where(is_solid[..., None], contrast, mean)
-        carried = np.where(is_known[..., None], carried, nearest)
+        extended = np.where(is_known[..., None], extended, nearest)
         is_known = total > 0
-    return carried
+    return extended
 
 
 def unmixed_alpha(
     contrast: PixelArray,
     foreground: PixelArray,
-    is_ground: PixelArray,
+    is_background: PixelArray,
     *,
-    ground: PixelArray,
+    background: PixelArray,
     tolerance: int,
 ) -> PixelArray:
     """Return how far each pixel lies from background to foreground, ``(H, W)`` in [0, 1].
@@ -186,9 +188,9 @@ def unmixed_alpha(
     pixels lighter than the background by at most ``tolerance``.
     """
     square = (foreground**2).sum(-1)
-    share = (contrast * foreground).sum(-1) / np.maximum(square, 1)
+    alpha = (contrast * foreground).sum(-1) / np.maximum(square, 1)
     # Without a solid pixel nearby, drawing stays opaque and background becomes transparent.
-    share = np.where(square > 0, share, ~is_ground)
-    darker = (contrast / ground).max(-1)
-    lighter = ((-contrast - tolerance) / np.maximum(255 - ground, 1)).max(-1)
-    return np.clip(np.maximum.reduce([share, darker, lighter]), 0, 1)
+    alpha = np.where(square > 0, alpha, ~is_background)
+    darker = (contrast / background).max(-1)
+    lighter = ((-contrast - tolerance) / np.maximum(255 - background, 1)).max(-1)
+    return np.clip(np.maximum.reduce([alpha, darker, lighter]), 0, 1)

@@ -104,7 +104,7 @@ def started_decoding(
     generator = torch.Generator().manual_seed(1)
     shape = (batch, num_steps)
     tokens = torch.randint(geometry.vocabulary.codebook_size, shape, generator=generator)
-    cache = cache.repeat(batch, num_positions=num_steps)
+    cache = cache.expand_samples(batch, num_positions=num_steps)
     return cache, torch.split(tokens.to(device), 1, dim=1)
 
 
@@ -125,19 +125,19 @@ class GraphedStep:
         self, model: MaskedDecoder, cache: KeyValueCache, run: Callable[..., Tensor]
     ) -> None:
         self.model, self.cache, self.run_layer = model, cache, run
-        looks = cache.static_views(model.mask_of_layer)
+        views = cache.static_views(model.mask_of_layer)
         weight = model.final_norm.weight
         batch = cache.own.shape[2] * cache.own.shape[4]
         self.x = weight.new_zeros(batch, 1, len(weight))
-        self.place = looks[0].place.clone()
+        self.slot = views[0].slot.clone()
         # Layers with the same mask share one copy.
         self.reads: dict[int, Any] = {
-            mask: tuple(read and StaticSelection(*map(_copy, read)) for read in look.reads)
-            for mask, look in zip(model.mask_of_layer, looks, strict=True)
+            mask: tuple(read and StaticSelection(*map(_copy, read)) for read in view.reads)
+            for mask, view in zip(model.mask_of_layer, views, strict=True)
         }
-        self.looks = [
-            StaticView(look.shared, look.own, self.place, self.reads[mask])
-            for mask, look in zip(model.mask_of_layer, looks, strict=True)
+        self.views = [
+            StaticView(view.shared, view.own, self.slot, self.reads[mask])
+            for mask, view in zip(model.mask_of_layer, views, strict=True)
         ]
         self._record()
 
@@ -154,17 +154,17 @@ class GraphedStep:
 
     def _step(self) -> Tensor:
         x = self.x
-        for layer, look in zip(self.model.layers, self.looks, strict=True):
-            x = self.run_layer(layer, x, look)
+        for layer, view in zip(self.model.layers, self.views, strict=True):
+            x = self.run_layer(layer, x, view)
         return self.model.image_logits(self.model.logits_norm(self.model.final_norm(x)))
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits after tokens ``(B, 1)``; the next call overwrites them."""
         self.x.copy_(self.model.embed(tokens, self.cache.length))
-        looks = self.cache.static_views(self.model.mask_of_layer)
-        self.place.copy_(looks[0].place)
-        for mask, look in dict(zip(self.model.mask_of_layer, looks, strict=True)).items():
-            for own, read in zip(self.reads[mask], look.reads, strict=True):
+        views = self.cache.static_views(self.model.mask_of_layer)
+        self.slot.copy_(views[0].slot)
+        for mask, view in dict(zip(self.model.mask_of_layer, views, strict=True)).items():
+            for own, read in zip(self.reads[mask], view.reads, strict=True):
                 for target, source in zip(own or (), read or (), strict=True):
                     if source is not None:
                         target.copy_(source)

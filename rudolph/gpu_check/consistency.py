@@ -16,7 +16,7 @@ from torch import Tensor
 from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Sizes
-from rudolph.models.layers.attention import MAXIMA, KeyValue, attention, block_mask
+from rudolph.models.layers.attention import PB_RELAX_MAXIMA, KeyValue, attention, block_mask
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
@@ -129,10 +129,10 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
     They cover whole sequences, cached steps and large attention scores.
     """
     for dtype in (torch.bfloat16, torch.float16):
-        for maximum in MAXIMA:
+        for maximum in PB_RELAX_MAXIMA:
             name = f"{round_digits(dtype)}, {maximum}"
             yield Case(f"model, {name}", partial(compare_precision, sizes, dtype, maximum))
-    for relaxed in (*MAXIMA, None):
+    for relaxed in (*PB_RELAX_MAXIMA, None):
         name = f"large scores, PB-relax {relaxed}"
         yield Case(name, partial(compare_large_scores, sizes, relaxed))
 
@@ -160,7 +160,7 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow
 
     Args:
         sizes: The sizes of the check.
-        maximum: The maximum that PB-relax subtracts, from ``MAXIMA``; None turns PB-relax off.
+        maximum: The maximum that PB-relax subtracts, from ``PB_RELAX_MAXIMA``; None turns it off.
     """
     torch.manual_seed(0)
     size = sizes.head_size
@@ -206,7 +206,7 @@ def stepwise_hidden(model: MaskedDecoder, tokens: Tensor) -> Tensor:
     left, rest = tokens.tensor_split((model.layout.left_text_length,), dim=1)
     cache = model.new_cache(len(left), num_positions=left.shape[1])
     hidden = [model.hidden(left, cache)]
-    cache = cache.repeat(1, num_positions=rest.shape[1])
+    cache = cache.expand_samples(1, num_positions=rest.shape[1])
     hidden += [model.hidden(token, cache) for token in torch.split(rest, 1, dim=1)]
     return torch.cat(hidden, dim=1)
 

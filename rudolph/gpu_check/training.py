@@ -17,7 +17,7 @@ from rudolph.gpu_check.sizes import Geometry, Sizes
 from rudolph.gpu_check.timing import median_seconds, peak_bfloat16, product_limit, synchronize
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
-from rudolph.training.optim import OptimConfig, optimizers_of
+from rudolph.training.optim import OptimConfig, build_optimizers
 
 # Variant -> the switches of ``MaskedDecoder`` that it turns on.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -114,7 +114,7 @@ def compare_adam8bit(sizes: Sizes) -> Iterator[CheckRow]:
     last = []
     for name in ("adamw", "adamw8bit"):
         model = sizes.checked.model(sizes.device).train()
-        [optimizer] = optimizers_of(model, OptimConfig(optimizer=name))
+        [optimizer] = build_optimizers(model, OptimConfig(optimizer=name))
         for _ in range(20):
             loss = weighted_mean(segment_losses(model, tokens, config), config.weights)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 
 
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
+def psnr(images: Tensor, target: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB, ``(B,)``, at most 100.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
-        truth: the originals, of the same shape and range.
+        target: the originals, of the same shape and range.
     """
-    mse = (images - truth).pow(2).mean((1, 2, 3))
+    mse = (images - target).pow(2).mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
 
 
-def ssim(images: Tensor, truth: Tensor) -> Tensor:
+def ssim(images: Tensor, target: Tensor) -> Tensor:
     """Return the structural similarity, ``(B,)``, at most 1.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
-        truth: the originals, of the same shape and range.
+        target: the originals, of the same shape and range.
     """
     # Imported late, because it takes five seconds.
     from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 
-    found = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
-    assert isinstance(found, torch.Tensor)
-    return found
+    values = structural_similarity_index_measure(images, target, data_range=1.0, reduction="none")
+    assert isinstance(values, torch.Tensor)
+    return values

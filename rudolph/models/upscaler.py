@@ -65,12 +65,12 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` with 0.2 times the last output added."""
-        seen = [x]
+        features = [x]
         for index in range(NUM_DENSE - 1):
             layer = self.get_submodule(f"conv{index + 1}")
-            seen.append(F.leaky_relu(layer(torch.cat(seen, dim=1)), 0.2, inplace=True))
+            features.append(F.leaky_relu(layer(torch.cat(features, dim=1)), 0.2, inplace=True))
         last = self.get_submodule(f"conv{NUM_DENSE}")
-        return torch.add(x, last(torch.cat(seen, dim=1)), alpha=0.2)
+        return torch.add(x, last(torch.cat(features, dim=1)), alpha=0.2)
 
 
 class ResidualBlock(nn.Module):
@@ -112,6 +112,6 @@ class Upscaler(nn.Module):
         x = x + self.conv_body(self.body(x))
         for name in ("conv_up1", "conv_up2", "conv_up3"):
             if hasattr(self, name):
-                larger = upsample_conv(x, getattr(self, name))
-                x = F.leaky_relu(larger, 0.2, inplace=True)
+                upsampled = upsample_conv(x, getattr(self, name))
+                x = F.leaky_relu(upsampled, 0.2, inplace=True)
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2, inplace=True))

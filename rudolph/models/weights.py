@@ -21,7 +21,7 @@ def load_exactly(
     tensors: Mapping[str, Tensor],
     *,
     family: str,
-    their_name: Callable[[str], str] = str,
+    file_name_of: Callable[[str], str] = str,
 ) -> None:
     """Assign every tensor of a module; names and shapes must match exactly.
 
@@ -31,32 +31,33 @@ def load_exactly(
         model: module to fill, possibly on the meta device.
         tensors: tensor of each name in ``model.state_dict()``.
         family: model family, for messages.
-        their_name: name in the file of each tensor of the model, for messages.
+        file_name_of: name in the file of each tensor of the model, for messages.
 
     Raises:
         ValueError: naming the first tensor that is missing, unexpected, not a tensor, or of
             another shape or kind of dtype.
     """
     # Keep only shapes and dtypes, so that replaced tensors are freed.
-    expected = {key: (own.shape, own.dtype) for key, own in model.state_dict().items()}
+    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
     for key in expected:
         if key not in tensors:
-            raise ValueError(f"{family}: the file lacks {their_name(key)}")
+            raise ValueError(f"{family}: the file lacks {file_name_of(key)}")
     for key in tensors:
         if key not in expected:
-            raise ValueError(f"{family}: the file has {their_name(key)}, the model has not")
+            raise ValueError(f"{family}: the file has {file_name_of(key)}, the model does not")
         value = tensors[key]
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ValueError(f"{family}: {their_name(key)} must be a tensor, got {kind}")
+            raise ValueError(f"{family}: {file_name_of(key)} must be a tensor, got {kind}")
         shape, dtype = expected[key]
         if value.shape != shape:
             raise ValueError(
-                f"{family}: {their_name(key)} must be {tuple(shape)}, got {tuple(value.shape)}"
+                f"{family}: {file_name_of(key)} must be {tuple(shape)}, got {tuple(value.shape)}"
             )
         if dtype != torch.bool and not value.is_floating_point():
             raise ValueError(
-                f"{family}: {their_name(key)} must hold floating-point numbers, got {value.dtype}"
+                f"{family}: {file_name_of(key)} must hold floating-point numbers, "
+                f"got {value.dtype}"
             )
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
@@ -93,7 +94,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with naming_file(path), path.open("rb"):
             return load_file(path)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(path, f"not a whole safetensors file: {_words(error)}") from error
+        raise DamagedFileError(
+            path, f"not a complete safetensors file: {_one_line(error)}"
+        ) from error
 
 
 def weights_error(path: Path, model: nn.Module | None = None) -> str:
@@ -108,7 +111,7 @@ def weights_error(path: Path, model: nn.Module | None = None) -> str:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        return f"not a whole safetensors file: {_words(error)}"
+        return f"not a complete safetensors file: {_one_line(error)}"
     if model is None:
         return ""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -127,5 +130,5 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rudolph.files.atomic import DAMAGED, DamagedFileError, require_apart, write_atomic
+from rudolph.files.atomic import DAMAGED, DamagedFileError, require_disjoint_paths, write_atomic
 from rudolph.reports.run_files import AGAIN, finished_runs
 from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, pending_folders, read_header
 from rudolph.tracking.tracker import send_pending, send_results
@@ -50,7 +50,7 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
         sources[RESULT_FILES] = results
     folder = _place(target, finished[0] / JOURNAL)
     for source in (runs, *sources.values()):
-        require_apart(folder, source, "--to")
+        require_disjoint_paths(folder, source, "--to")
     left = LEFT if has_weights else (*LEFT, WEIGHT_PATTERNS)
     with _exchanged(folder) as new:
         for name, source in sources.items():

@@ -30,7 +30,13 @@ from typing import Any
 
 import pandas as pd
 
-from rudolph.files.atomic import json_text, require_apart, warn_once, write_json, write_text
+from rudolph.files.atomic import (
+    json_text,
+    require_disjoint_paths,
+    warn_once,
+    write_json,
+    write_text,
+)
 from rudolph.reports.check import known_numbers, unverified_on_page
 from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
@@ -101,7 +107,7 @@ def export_results(
     if not finished:
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
-    require_apart(folder, runs_folder / report.experiment, "results")
+    require_disjoint_paths(folder, runs_folder / report.experiment, "results")
     # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
     with (
         exclusive(runs_folder / "export.lock", EXPORT_TIMEOUT),
@@ -223,7 +229,7 @@ def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = No
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
     places = {folder: target / folder.relative_to(results_folder) for folder in folders}
     for place, folder in itertools.product(places.values(), folders):
-        require_apart(place, folder, "--png")
+        require_disjoint_paths(place, folder, "--png")
     return [path for folder, place in places.items() for path in _draw(folder, place, ".png")]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from rudolph.config.run import RunConfig, read_run, run_yaml
 from rudolph.families.rudolph import FILES as RUN_FILES
-from rudolph.files.atomic import read_mapping, require_apart, write_json, write_text
+from rudolph.files.atomic import read_mapping, require_disjoint_paths, write_json, write_text
 from rudolph.models.cpu.int8 import pack_int8
 from rudolph.models.weights import save_tensors
 from rudolph.reports.markdown import table_row
@@ -75,7 +75,7 @@ def pack_run_folder(
 
 def _require_place(target: Path, run: Path) -> None:
     """Raise ``ValueError`` for a target that holds weights which were not packed."""
-    require_apart(target, run, "folder")
+    require_disjoint_paths(target, run, "folder")
     if (target / "config.yaml").exists() and not (target / MADE).exists():
         raise ValueError(
             f"folder: expected a new folder or one that `rudolph pack` wrote, got {target}, "

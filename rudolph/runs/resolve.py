@@ -21,7 +21,7 @@ from rudolph.families.interface import Capabilities
 from rudolph.families.rudolph import FILES as RUN_FILES
 from rudolph.families.rudolph import RudolphCapabilities
 from rudolph.families.vqgan import VQGANCapabilities
-from rudolph.files.atomic import rename_damaged, require_apart, warn_once, write_atomic
+from rudolph.files.atomic import rename_damaged, require_disjoint_paths, warn_once, write_atomic
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -233,7 +233,7 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
     Raises:
         ValueError: for a target that meets the source.
     """
-    require_apart(target, folder, "folder")
+    require_disjoint_paths(target, folder, "folder")
     if is_run(folder):
         pipeline, _ = load_run(folder)
         parts: dict[Path, nn.Module] = {

@@ -21,7 +21,8 @@ from rudolph.data.splits import Split, Splits
 from rudolph.evaluation.context import ignore_notes
 from rudolph.families.interface import Capabilities
 from rudolph.files.atomic import rename_damaged, warn_once
-from rudolph.generation.pipeline import OnToken, Pipeline
+from rudolph.generation.answering import OnToken
+from rudolph.generation.pipeline import Pipeline
 from rudolph.generation.png import is_whole_png
 from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.rudolph.decoder import MaskedDecoder

@@ -58,16 +58,18 @@ class BPEModel:
                 merge.
             generator: source of the dropout samples; None uses torch's default generator.
         """
-        merging = _Merging(self._known(word), self.merges)
-        while merging.places:
-            kept = None
+        state = _MergeState(self._known(word), self.merges)
+        while state.positions:
+            is_kept = None
             if dropout:
-                kept = (torch.rand(len(merging.places), generator=generator) >= dropout).numpy()
-            at = merging.best(kept)
-            if at is None:
+                is_kept = (
+                    torch.rand(len(state.positions), generator=generator) >= dropout
+                ).numpy()
+            position = state.best(is_kept)
+            if position is None:
                 break
-            merging.merge(at)
-        return merging.ids()
+            state.merge(position)
+        return state.ids()
 
     def _known(self, word: str) -> list[int]:
         """Return the ids of a word's characters; a run of unknown ones becomes one ``UNK``."""
@@ -115,10 +117,10 @@ class BPEModel:
         return "\n".join([*lines, f"{UNK} {PAD} {BOS} {EOS}"]) + "\n"
 
 
-class _Merging:
+class _MergeState:
     """The merge state of one word: a linked list of ids and a heap of candidate merges.
 
-    ``places`` holds, in ascending order, the position of the left id of every pair that can be
+    ``positions`` holds, in ascending order, the position of the left id of every pair that can be
     merged.  A word of n ids needs O(n log n) heap operations plus the element moves of a sorted
     list.
     """
@@ -127,68 +129,72 @@ class _Merging:
         self.tokens, self.merges = tokens, merges
         self.after = list(range(1, len(tokens) + 1))
         self.before = list(range(-1, len(tokens) - 1))
-        found = {at: merges[pair] for at, pair in enumerate(pairwise(tokens)) if pair in merges}
-        self.merge_at, self.places = found, list(found)
-        self.heap = [(merge, at) for at, merge in found.items()]
+        candidates = {
+            position: merges[pair]
+            for position, pair in enumerate(pairwise(tokens))
+            if pair in merges
+        }
+        self.merge_at, self.positions = candidates, list(candidates)
+        self.heap = [(merge, position) for position, merge in candidates.items()]
         heapq.heapify(self.heap)
 
     def best(self, is_kept: NDArray[np.bool_] | None) -> int | None:
         """Return the position of the best kept merge, the leftmost one on ties, or None.
 
         Args:
-            is_kept: whether each entry of ``places`` survived dropout; None keeps all.
+            is_kept: whether each entry of ``positions`` survived dropout; None keeps all.
         """
-        passed, best = [], None
+        skipped, best = [], None
         while self.heap:
-            merge, at = self.heap[0]
+            merge, position = self.heap[0]
             # Stale entries stay in the heap until they reach the top and are discarded here.
-            if self.merge_at.get(at) == merge:
-                if is_kept is None or is_kept[bisect_left(self.places, at)]:
-                    best = at
+            if self.merge_at.get(position) == merge:
+                if is_kept is None or is_kept[bisect_left(self.positions, position)]:
+                    best = position
                     break
-                passed.append((merge, at))
+                skipped.append((merge, position))
             heapq.heappop(self.heap)
-        for entry in passed:
+        for entry in skipped:
             heapq.heappush(self.heap, entry)
         return best
 
-    def merge(self, at: int) -> None:
-        """Merge the pair whose left id is at position ``at``."""
-        self.tokens[at] = self.merge_at[at][1]
-        right = self.after[at]
-        self._forget(right)
-        self.after[at] = self.after[right]
-        if self.after[at] < len(self.tokens):
-            self.before[self.after[at]] = at
-        for place in (self.before[at], at):
-            self._look(place)
+    def merge(self, position: int) -> None:
+        """Merge the pair whose left id is at ``position``."""
+        self.tokens[position] = self.merge_at[position][1]
+        right = self.after[position]
+        self._remove_candidate(right)
+        self.after[position] = self.after[right]
+        if self.after[position] < len(self.tokens):
+            self.before[self.after[position]] = position
+        for neighbor in (self.before[position], position):
+            self._update_candidate(neighbor)
 
     def ids(self) -> list[int]:
         """Return the current ids from left to right."""
-        found, at = [], 0
-        while at < len(self.tokens):
-            found.append(self.tokens[at])
-            at = self.after[at]
-        return found
+        ids, position = [], 0
+        while position < len(self.tokens):
+            ids.append(self.tokens[position])
+            position = self.after[position]
+        return ids
 
-    def _look(self, at: int) -> None:
+    def _update_candidate(self, position: int) -> None:
         """Update the candidate merge at a position after the ids around it have changed."""
-        if at < 0:
+        if position < 0:
             return
-        right = self.after[at]
-        pair = (self.tokens[at], self.tokens[right]) if right < len(self.tokens) else None
+        right = self.after[position]
+        pair = (self.tokens[position], self.tokens[right]) if right < len(self.tokens) else None
         merge = None if pair is None else self.merges.get(pair)
         if merge is None:
-            self._forget(at)
+            self._remove_candidate(position)
             return
-        if at not in self.merge_at:
-            insort(self.places, at)
-        self.merge_at[at] = merge
-        heapq.heappush(self.heap, (merge, at))
+        if position not in self.merge_at:
+            insort(self.positions, position)
+        self.merge_at[position] = merge
+        heapq.heappush(self.heap, (merge, position))
 
-    def _forget(self, at: int) -> None:
-        if self.merge_at.pop(at, None) is not None:
-            del self.places[bisect_left(self.places, at)]
+    def _remove_candidate(self, position: int) -> None:
+        if self.merge_at.pop(position, None) is not None:
+            del self.positions[bisect_left(self.positions, position)]
 
 
 def read_model(path: Path) -> BPEModel:
@@ -212,7 +218,10 @@ def read_model(path: Path) -> BPEModel:
     except (ValueError, IndexError, OSError) as error:
         raise ValueError(f"{path}: not a YouTokenToMe model file ({error})") from error
     if (pad, unk, bos, eos) != (PAD, UNK, BOS, EOS):
-        raise ValueError(f"{path}: special ids must be pad 0, unk 1, bos 2, eos 3")
+        raise ValueError(
+            f"{path}: expected special ids pad 0, unk 1, bos 2, eos 3, "
+            f"got {pad}, {unk}, {bos}, {eos}"
+        )
     return BPEModel(characters, merges)
 
 
@@ -231,11 +240,11 @@ def _require_consistent(
         raise ValueError(f"expected {num_characters} characters and {num_merges} merges")
     ids = {*characters.values(), *(new for _, new in merges.values())}
     if ids != set(range(NUM_SPECIALS, NUM_SPECIALS + num_characters + num_merges)):
-        raise ValueError("expected every id once")
+        raise ValueError("expected every id exactly once")
     if not all(0 <= code < 0x110000 for code in characters):
-        raise ValueError("expected code points of Unicode")
-    if not {each for pair in merges for each in pair} <= ids:
-        raise ValueError("a merge joins an id that is not there")
+        raise ValueError("expected Unicode code points")
+    if not {token for pair in merges for token in pair} <= ids:
+        raise ValueError("expected merges of existing ids")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPEModel:
@@ -247,13 +256,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPEModel:
     """
     counts = Counter(WORD_START + word for text in texts for word in WORD.findall(text))
     if not counts:
-        raise ValueError("a tokenizer cannot be trained on texts without a word")
+        raise ValueError("texts: expected at least one word to train a tokenizer, got none")
     frequency: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
             frequency[character] += count
-    ordered = sorted(frequency, key=lambda character: (-frequency[character], character))
-    characters = {ord(character): NUM_SPECIALS + at for at, character in enumerate(ordered)}
+    by_frequency = sorted(frequency, key=lambda character: (-frequency[character], character))
+    characters = {
+        ord(character): NUM_SPECIALS + rank for rank, character in enumerate(by_frequency)
+    }
     first_new = NUM_SPECIALS + len(characters)
     if first_new > vocab_size:
         raise ValueError(
@@ -261,54 +272,54 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPEModel:
             f"the texts, got {vocab_size}"
         )
     words = [[characters[ord(character)] for character in word] for word in counts]
-    merges = _merges(words, list(counts.values()), range(first_new, vocab_size))
+    merges = _learn_merges(words, list(counts.values()), range(first_new, vocab_size))
     return BPEModel(characters, merges)
 
 
-def _merges(
+def _learn_merges(
     words: list[list[int]], counts: list[int], new_ids: range
 ) -> dict[TokenPair, tuple[int, int]]:
     totals: Counter[TokenPair] = Counter()
-    places: defaultdict[TokenPair, set[int]] = defaultdict(set)
-    for at, word in enumerate(words):
+    word_indices: defaultdict[TokenPair, set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
         for pair in pairwise(word):
-            totals[pair] += counts[at]
-            places[pair].add(at)
+            totals[pair] += counts[index]
+            word_indices[pair].add(index)
     # Heap entries are never updated in place; entries with an outdated count are skipped.
     heap = [(-total, pair) for pair, total in totals.items()]
     heapq.heapify(heap)
     merges: dict[TokenPair, tuple[int, int]] = {}
-    for rank, new in enumerate(new_ids):
+    for rank, new_id in enumerate(new_ids):
         while heap and -heap[0][0] != totals[heap[0][1]]:
             heapq.heappop(heap)
         if not heap or heap[0][0] == 0:
             break
         best = heapq.heappop(heap)[1]
-        merges[best] = (rank, new)
+        merges[best] = (rank, new_id)
         changed: set[TokenPair] = set()
-        for at in sorted(places.pop(best)):
-            before, words[at] = words[at], _merged(words[at], best, new)
-            for pair in pairwise(before):
-                totals[pair] -= counts[at]
+        for index in sorted(word_indices.pop(best)):
+            old_word, words[index] = words[index], _replace_pair(words[index], best, new_id)
+            for pair in pairwise(old_word):
+                totals[pair] -= counts[index]
                 changed.add(pair)
-            for pair in pairwise(words[at]):
-                totals[pair] += counts[at]
-                places[pair].add(at)
+            for pair in pairwise(words[index]):
+                totals[pair] += counts[index]
+                word_indices[pair].add(index)
                 changed.add(pair)
         for pair in changed - {best}:
             heapq.heappush(heap, (-totals[pair], pair))
     return merges
 
 
-def _merged(word: list[int], pair: TokenPair, new: int) -> list[int]:
+def _replace_pair(word: list[int], pair: TokenPair, new_id: int) -> list[int]:
     """Return a word with every occurrence of a pair replaced, scanning from the left."""
-    out: list[int] = []
-    at = 0
-    while at < len(word):
-        if tuple(word[at : at + 2]) == pair:
-            out.append(new)
-            at += 2
+    replaced: list[int] = []
+    position = 0
+    while position < len(word):
+        if tuple(word[position : position + 2]) == pair:
+            replaced.append(new_id)
+            position += 2
         else:
-            out.append(word[at])
-            at += 1
-    return out
+            replaced.append(word[position])
+            position += 1
+    return replaced

@@ -114,8 +114,8 @@ def conv(kernel: int) -> Rule:
 
     def rule(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
         rows, columns = _offsets(layout, query, key)
-        near = (rows.abs() <= radius) & (columns.abs() <= radius)
-        return _within_image(layout, query, key, near)
+        is_near = (rows.abs() <= radius) & (columns.abs() <= radius)
+        return _within_image(layout, query, key, is_near)
 
     return rule
 
@@ -136,9 +136,9 @@ def conv_torus(kernel: int) -> Rule:
     def rule(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
         side = max(layout.image_tokens_per_dim, 1)
         rows, columns = (offset % side for offset in _offsets(layout, query, key))
-        near = torch.minimum(rows, side - rows) <= radius
-        near = near & (torch.minimum(columns, side - columns) <= radius)
-        return _within_image(layout, query, key, near)
+        is_near = torch.minimum(rows, side - rows) <= radius
+        is_near = is_near & (torch.minimum(columns, side - columns) <= radius)
+        return _within_image(layout, query, key, is_near)
 
     return rule
 
@@ -165,13 +165,13 @@ def parse_mask(text: str) -> Rule:
     match = re.fullmatch(r"(\w+)(?:\((\d+)\))?", text.strip())
     name, kernel = match.groups() if match else (text, None)
     if name not in MASKS:
-        raise ValueError(f"mask must be one of {', '.join(mask_names())}; got {text!r}")
+        raise ValueError(f"mask must be one of {', '.join(mask_names())}, got {text!r}")
     if name in KERNEL_MASKS:
         if kernel is None:
-            raise ValueError(f"mask {name} takes a kernel, as in {name}(7); got {text!r}")
+            raise ValueError(f"mask {name}: expected a kernel size, as in {name}(7), got {text!r}")
         return KERNEL_MASKS[name](int(kernel))
     if kernel is not None:
-        raise ValueError(f"mask {name} takes no kernel; got {text!r}")
+        raise ValueError(f"mask {name}: expected no kernel size, got {text!r}")
     return PLAIN_MASKS[name]
 
 
@@ -219,7 +219,9 @@ def density(rule: Rule, layout: SequenceLayout) -> float:
 def draw_mask(rule: Rule, layout: SequenceLayout) -> str:
     """Return the mask as text with one line per query; ``#`` marks an attended key."""
     table = mask_table(rule, layout)
-    return "\n".join("".join("#" if seen else "." for seen in line) for line in table.tolist())
+    return "\n".join(
+        "".join("#" if is_attended else "." for is_attended in line) for line in table.tolist()
+    )
 
 
 def _radius(kernel: int) -> int:

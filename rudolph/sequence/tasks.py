@@ -92,7 +92,7 @@ def fill_texts(
     tokenizer: Tokenizer,
     layout: SequenceLayout,
     vocabulary: Vocabulary,
-    beside: str = "",
+    other_text: str = "",
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Texts:
@@ -104,21 +104,21 @@ def fill_texts(
         tokenizer: encoder of both texts.
         layout: lengths of both texts.
         vocabulary: source of the task-token ids.
-        beside: text of the segment that does not hold the caption: the question or ``""``.
+        other_text: text of the segment that does not hold the caption: the question or ``""``.
         dropout: BPE-dropout probability.
         generator: source of the dropout samples; required if ``dropout`` is not 0.
 
     Raises:
         ValueError: if a segment is too short for its special tokens.
     """
-    left, right = (caption, beside) if task.caption_is_left else (beside, caption)
+    left, right = (caption, other_text) if task.caption_is_left else (other_text, caption)
     left_segment = tokenizer.encode_segment(
         left,
         layout.left_text_length,
         task_token=vocabulary.task_token(task.left_token),
         dropout=dropout,
         generator=generator,
-        keeps_end=task.has_question,
+        truncate_left=task.has_question,
     )
     if task.right_token is None:
         empty = torch.zeros(layout.right_text_length, dtype=torch.long)

@@ -46,11 +46,11 @@ def decode_argument(text: str) -> str:
 
 def require_text(text: str, name: str) -> None:
     """Raise ``ValueError`` if UTF-8 cannot encode a text; ``name`` is its flag or key."""
-    found = SURROGATE.search(text)
-    if found is not None:
+    match = SURROGATE.search(text)
+    if match is not None:
         raise ValueError(
             f"{name}: expected text in UTF-8, got {text[:40]!a} with half of a surrogate pair at "
-            f"character {found.start() + 1}. Type it again, or save its file as UTF-8"
+            f"character {match.start() + 1}. Type it again, or save its file as UTF-8"
         )
 
 

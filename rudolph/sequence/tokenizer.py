@@ -25,7 +25,7 @@ from rudolph.sequence.layout import BOS, EOS, PAD, TASK_TOKENS
 from rudolph.sequence.texts import clean_text, shorten
 
 # Maximum number of words listed in a note on unknown characters.
-NUM_NAMED = 5
+MAX_LISTED_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,19 @@ class Tokenizer:
         if dropout == 0:
             return self.model.encode(text) if self.fast is None else self.fast.encode([text])[0]
         if generator is None:
-            raise ValueError("BPE-dropout draws at random and needs a generator")
+            raise ValueError("generator: expected one for BPE-dropout, got none")
         return self.model.encode(text, dropout, generator)
 
     def unknown_words(self, text: str) -> dict[str, str]:
         """Return each word with characters outside the vocabulary, mapped to those characters."""
         known = self.model.characters
-        found = {
-            word: "".join(dict.fromkeys(each for each in word if ord(each) not in known))
+        unknown = {
+            word: "".join(
+                dict.fromkeys(character for character in word if ord(character) not in known)
+            )
             for word in dict.fromkeys(WORD.findall(normalize_unicode(text)))
         }
-        return {word: characters for word, characters in found.items() if characters}
+        return {word: characters for word, characters in unknown.items() if characters}
 
     def unknown_note(self, text: str, name: str) -> str:
         """Return a one-line warning about unknown characters, or "" if there are none.
@@ -165,15 +167,17 @@ class Tokenizer:
             text: text to check.
             name: flag or key of the text, which starts the line.
         """
-        found = self.unknown_words(text)
-        if not found:
+        unknown = self.unknown_words(text)
+        if not unknown:
             return ""
-        more = ", ..." if len(found) > NUM_NAMED else ""
-        words = ", ".join(repr(shorten(word, 24)) for word in list(found)[:NUM_NAMED]) + more
-        characters = repr(shorten("".join(dict.fromkeys("".join(found.values()))), 12))
+        more = ", ..." if len(unknown) > MAX_LISTED_WORDS else ""
+        words = (
+            ", ".join(repr(shorten(word, 24)) for word in list(unknown)[:MAX_LISTED_WORDS]) + more
+        )
+        characters = repr(shorten("".join(dict.fromkeys("".join(unknown.values()))), 12))
         return (
-            f"{name}: the tokenizer has never seen the characters {characters} of {words}; "
-            "they are read as unknown and may have no effect"
+            f"{name}: unknown characters {characters} in {words}. "
+            "They share one id and may have no effect"
         )
 
     def encode_segment(
@@ -184,7 +188,7 @@ class Tokenizer:
         task_token: int | None = None,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
-        keeps_end: bool = False,
+        truncate_left: bool = False,
     ) -> Segment:
         """Return ``BOS [task token] ids EOS``, padded with ``PAD`` to ``length``.
 
@@ -194,36 +198,36 @@ class Tokenizer:
             task_token: id inserted after ``BOS``, if any.
             dropout: BPE-dropout probability.
             generator: source of the dropout samples; required if ``dropout`` is not 0.
-            keeps_end: cut a long text at its beginning instead of its end.  Questions need this,
-                because they follow the passage that they refer to.
+            truncate_left: cut a long text at its beginning instead of its end.  Questions need
+                this, because they follow the passage that they refer to.
 
         Raises:
             ValueError: if ``length`` is too small for the special tokens.
         """
         ids = self.encode(text, dropout=dropout, generator=generator)
-        start = [BOS] if task_token is None else [BOS, task_token]
-        room = length - len(start) - 1
-        if room < 0:
-            raise ValueError(
-                f"a text segment needs at least {len(start) + 1} tokens, got {length}"
-            )
-        kept = ids[max(len(ids) - room, 0) :] if keeps_end else ids[:room]
-        filled = [*start, *kept, EOS]
+        prefix = [BOS] if task_token is None else [BOS, task_token]
+        max_ids = length - len(prefix) - 1
+        if max_ids < 0:
+            raise ValueError(f"length: expected at least {len(prefix) + 1} tokens, got {length}")
+        kept = ids[max(len(ids) - max_ids, 0) :] if truncate_left else ids[:max_ids]
+        segment = [*prefix, *kept, EOS]
         return Segment(
-            torch.tensor(filled + [PAD] * (length - len(filled))), max(len(ids) - room, 0)
+            torch.tensor(segment + [PAD] * (length - len(segment))), max(len(ids) - max_ids, 0)
         )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text up to the first ``EOS``, without padding and special tokens."""
-        kept: list[int] = []
+        text_ids: list[int] = []
         for token in ids:
             if token == EOS:
                 break
             if token not in (PAD, BOS) and token < self.vocab_size:
-                kept.append(token)
-        if not kept:
+                text_ids.append(token)
+        if not text_ids:
             return ""
-        return self.model.decode(kept) if self.fast is None else self.fast.decode([kept])[0]
+        return (
+            self.model.decode(text_ids) if self.fast is None else self.fast.decode([text_ids])[0]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the path as the pickled state."""

@@ -77,7 +77,9 @@ class PerceptualDistance(nn.Module):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file of perceptual weights")
+            raise ValueError(
+                f"{path}: no such file. Give a safetensors file of VGG16 and LPIPS weights"
+            )
         self.features = _vgg16()
         self.heads = nn.ModuleList(
             nn.Conv2d(size, 1, 1, bias=False) for size in (64, 128, 256, 512, 512)
@@ -104,17 +106,19 @@ class PerceptualDistance(nn.Module):
         return [*maps, F.normalize(x, dim=1, eps=1e-10)]
 
     def _load(self, tensors: dict[str, Tensor], path: str | Path) -> None:
-        own: dict[str, Tensor] = {
+        parameters: dict[str, Tensor] = {
             f"lin{index}.model.1.weight": head.get_parameter("weight")
             for index, head in enumerate(self.heads)
         }
-        own |= {f"features.{name}": value for name, value in self.features.named_parameters()}
-        for name, parameter in own.items():
+        parameters |= {
+            f"features.{name}": value for name, value in self.features.named_parameters()
+        }
+        for name, parameter in parameters.items():
             if name not in tensors:
-                raise ValueError(f"{path}: lacks the tensor {name}")
+                raise ValueError(f"{path}: expected a tensor {name}, got none")
             if tensors[name].shape != parameter.shape:
                 raise ValueError(
-                    f"{path}: {name} must be {list(parameter.shape)}, "
+                    f"{path}: {name}: expected {list(parameter.shape)}, "
                     f"got {list(tensors[name].shape)}"
                 )
             parameter.data.copy_(tensors[name])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rudolph.data.seeds import mixed_seed
 from rudolph.files.atomic import append_line, json_text, naming_file
-from rudolph.training.checkpoints import put_checkpoint, require_same_training
+from rudolph.training.checkpoints import require_same_training, rotate_checkpoints
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -84,18 +84,18 @@ class ResumeCheckpoint(pl.Callback):
     ) -> None:
         """Write a checkpoint of the batches before this one, if one is due."""
         if batch_index % self.every == 0 and batch_index > 0:
-            if not all(torch.isfinite(each).all() for each in module.parameters()):
+            if not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
                 raise NonFiniteLossError(f"batch {batch_index}: the weights are not finite")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = self.path.with_suffix(".new")
+            new_path = self.path.with_suffix(".new")
             try:
-                with naming_file(self.path, written=new):
-                    trainer.save_checkpoint(new)
+                with naming_file(self.path, written=new_path):
+                    trainer.save_checkpoint(new_path)
                     if trainer.is_global_zero:
-                        put_checkpoint(new, self.path)
+                        rotate_checkpoints(new_path, self.path)
             finally:
                 if trainer.is_global_zero:
-                    new.unlink(missing_ok=True)
+                    new_path.unlink(missing_ok=True)
 
 
 class ReportProgress(pl.Callback):
@@ -132,16 +132,20 @@ class ReportProgress(pl.Callback):
     ) -> None:
         """Report the batch and its note."""
         metrics = trainer.callback_metrics
-        shown = [name for name in ("train/loss", "train/loss/reconstruction") if name in metrics]
-        note = f"loss {metrics[shown[0]].item():.3f}" if shown else ""
+        loss_names = [
+            name for name in ("train/loss", "train/loss/reconstruction") if name in metrics
+        ]
+        note = f"loss {metrics[loss_names[0]].item():.3f}" if loss_names else ""
         if "val/psnr" in metrics:
             note += f", PSNR {metrics['val/psnr'].item():.1f} dB"
         elif "val/loss" in metrics:
             note += f", val {metrics['val/loss'].item():.3f}"
         self.ended = time.perf_counter()
         self.seconds_worked += self.ended - self.started
-        waited = self.seconds_waited / (self.seconds_waited + self.seconds_worked)
-        self.advance(batch_index + 1, self.num_batches, f"{note}, {waited:.1%} waiting for data")
+        waiting_fraction = self.seconds_waited / (self.seconds_waited + self.seconds_worked)
+        self.advance(
+            batch_index + 1, self.num_batches, f"{note}, {waiting_fraction:.1%} waiting for data"
+        )
 
 
 class MetricLogger(Logger):
@@ -187,9 +191,9 @@ class MetricLogger(Logger):
         }
         if values:
             # Lightning's step counts micro-batches, and is one too high after resuming.
-            number = self.num_steps_done()
-            self._log_metrics(values, step=number)
-            append_line(self.path, json_text([number, values]))
+            num_steps = self.num_steps_done()
+            self._log_metrics(values, step=num_steps)
+            append_line(self.path, json_text([num_steps, values]))
 
 
 def quiet_lightning() -> None:

@@ -33,7 +33,7 @@ def previous_of(last: Path) -> Path:
     return last.with_name("previous.ckpt")
 
 
-def put_checkpoint(new: Path, last: Path) -> None:
+def rotate_checkpoints(new: Path, last: Path) -> None:
     """Rename a complete checkpoint to ``last``; the one that was there becomes the previous."""
     # Sync the content before the name, so that a power cut cannot leave a name without content.
     with new.open("rb") as file:
@@ -63,45 +63,47 @@ def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool
         ValueError: if the checkpoint is that of another training; the message includes the remedy.
     """
     damaged = []
-    found = None
+    intact = None
     for path in (last, previous_of(last)):
         if not os.path.lexists(path):
             continue
-        fault, state = read_state(path)
-        if not fault:
+        error, state = read_state(path)
+        if not error:
             require_same_training(path, state, num_batches=num_batches, made_of=made_of)
-            found = path
+            intact = path
             break
-        damaged.append((path, fault))
+        damaged.append((path, error))
     if is_main:
-        goes_on = f"goes on from {found.name}" if found else "starts from the beginning"
-        for path, fault in damaged:
-            aside = rename_damaged(path)
-            warn_once(f"{path}: damaged ({fault}), renamed {aside.name}; the training {goes_on}")
-    return found
+        start = intact.name if intact else "the beginning"
+        for path, error in damaged:
+            renamed = rename_damaged(path)
+            warn_once(
+                f"{path}: damaged ({error}), renamed {renamed.name}. Training starts from {start}"
+            )
+    return intact
 
 
 def read_state(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the fault of a checkpoint, or "" if it is intact, and the state of its training."""
+    """Return a checkpoint's error, or "" if it is intact, and the state of its training."""
     try:
-        with zipfile.ZipFile(path) as content:
+        with zipfile.ZipFile(path) as archive:
             # This reads every byte once and compares checksums.
-            member = content.testzip()
+            member = archive.testzip()
         if member is not None:
             return f"wrong checksum of {member}", {}
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
-        words = " ".join(str(error).split())[:80] or type(error).__name__
-        return f"no whole checkpoint: {words}", {}
-    if not isinstance(held, Mapping):
-        return f"expected a mapping, got {type(held).__name__}", {}
+        message = " ".join(str(error).split())[:80] or type(error).__name__
+        return f"not a complete checkpoint: {message}", {}
+    if not isinstance(content, Mapping):
+        return f"expected a mapping, got {type(content).__name__}", {}
     for part in CHECKPOINT_PARTS:
-        if part not in held:
-            return f"it lacks {part}", {}
-    callbacks = held["callbacks"]
+        if part not in content:
+            return f"{part} is missing", {}
+    callbacks = content["callbacks"]
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
     if not isinstance(state, Mapping) or not {"num_batches", "made_of"} <= set(state):
-        return f"it lacks the state of {STATE}", {}
+        return f"the state of {STATE} is missing", {}
     return "", dict(state)
 
 
@@ -111,11 +113,12 @@ def require_same_training(
     """Raise ``ValueError`` if a checkpoint's training has other batches or other data."""
     if state["num_batches"] != num_batches:
         raise ValueError(
-            f"{path}: was written by a training of {state['num_batches']} batches, "
-            f"this one has {num_batches}; give the same --micro-batch-size, --devices "
-            f"and --num-nodes, or delete it to start anew"
+            f"{path}: expected a checkpoint of a training of {num_batches} batches, "
+            f"got {state['num_batches']}. Give the same --micro-batch-size, --devices and "
+            "--num-nodes, or delete it to train from the beginning"
         )
     if state["made_of"] != made_of:
         raise ValueError(
-            f"{path}: was written with other data, tokenizer or VQ-GAN; delete it to start anew"
+            f"{path}: written with other data, another tokenizer or another VQ-GAN. "
+            "Delete it to train from the beginning"
         )

@@ -24,7 +24,7 @@ from rudolph.models.vision.clip import CLIP
 from rudolph.training.callbacks import require_finite
 from rudolph.training.clip_losses import (
     CLIP_LOSSES,
-    LARGEST_SCALE,
+    MAX_LOGIT_SCALE,
     CLIPLossConfig,
     require_bias,
 )
@@ -66,7 +66,7 @@ class CLIPTraining(ManualStepModule):
         super().__init__(optim, num_accumulated=num_accumulated)
         if num_accumulated != 1:
             raise ValueError(
-                f"global_batch_size must pass at once, since all its pairs are compared: "
+                "global_batch_size: expected one micro-batch, because all its pairs are compared, "
                 f"got {num_accumulated} parts of {optim.global_batch_size}"
             )
         prepare_for(model, losses)
@@ -79,14 +79,14 @@ class CLIPTraining(ManualStepModule):
 
     def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
         """Compute the loss over all devices, step, bound the logit scale and log."""
-        images, texts = (self.of_all_devices(each) for each in self.features(batch))
-        numbers = (self.of_all_devices(each) for each in (batch.image_numbers, batch.captions))
+        images, texts = (self.gather_rows(rows) for rows in self.features(batch))
+        numbers = (self.gather_rows(rows) for rows in (batch.image_numbers, batch.captions))
         loss = self.loss(images, texts, *numbers)
         losses = {str(self.losses.kind): loss}
-        require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
-        self.move(loss, batch_index)
+        require_finite(losses, step=self.step_index(batch_index), examples=batch.examples)
+        self.backward_and_step(loss, batch_index)
         if self.losses.kind == "softmax":
-            self.model.logit_scale.data.clamp_(0, math.log(LARGEST_SCALE))
+            self.model.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))
         self.log_dict({"train/loss": loss, "train/logit_scale": self.model.logit_scale.exp()})
 
     def features(self, batch: TextImageBatch) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class CLIPTraining(ManualStepModule):
         texts = self.model.encode_text(batch.input_ids)
         return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
 
-    def of_all_devices(self, rows: Tensor) -> Tensor:
+    def gather_rows(self, rows: Tensor) -> Tensor:
         """Concatenate the rows of all devices; gradients flow to this device's own rows alone."""
         world = self.trainer.world_size
         if world == 1:
@@ -137,39 +137,37 @@ class CLIPTraining(ManualStepModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the retrieval recalls of all validation pairs."""
-        numbers, captions, images, texts = self.whole_validation()
+        numbers, captions, images, texts = self.gather_validation()
         size = self.optim.global_batch_size
         starts = range(0, max(len(captions) - size, 0) + 1, size)
         groups = [slice(first, first + size) for first in starts]
-        parts = [
-            [all_of[each] for all_of in (images, texts, numbers, captions)] for each in groups
-        ]
-        losses = [self.loss(*each) for each in parts]
+        pairs = (images, texts, numbers, captions)
+        losses = [self.loss(*(rows[group] for rows in pairs)) for group in groups]
         # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log("val/loss", torch.stack(losses).mean(), sync_dist=True)
         recalls = retrieval_recalls(images, texts, numbers, captions)
         values = {f"val/{name}": value for name, value in recalls.items()}
         self.log_dict(values, sync_dist=True)
 
-    def whole_validation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gather_validation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Collect all validation pairs over all devices, in the order of their numbers.
 
         Returns:
             The numbers of images and of captions, ``(N,)``, and the features of images and of
             captions, ``(N, E)``.
         """
-        examples, *found = (torch.cat(part) for part in zip(*self.validated, strict=True))
+        examples, *rows_of_device = (torch.cat(part) for part in zip(*self.validated, strict=True))
         reduce: Any = self.trainer.strategy.reduce
         num_pairs = int(reduce(examples.max(), reduce_op="max")) + 1
 
-        def placed(rows: Tensor) -> Tensor:
+        def sum_over_devices(rows: Tensor) -> Tensor:
             # Each device has some of the pairs; a sum over zero-filled tensors has all.
-            whole = rows.new_zeros(num_pairs, *rows.shape[1:])
-            whole[examples] = rows
-            return reduce(whole, reduce_op="sum")
+            all_rows = rows.new_zeros(num_pairs, *rows.shape[1:])
+            all_rows[examples] = rows
+            return reduce(all_rows, reduce_op="sum")
 
-        numbers, captions, images, texts = (placed(rows) for rows in found)
+        numbers, captions, images, texts = (sum_over_devices(rows) for rows in rows_of_device)
         # With fewer pairs than devices, several devices hold the same pair; divide by how many.
-        times = placed(torch.ones_like(examples))
-        features = images / times[:, None], texts / times[:, None]
-        return numbers // times, captions // times, *features
+        num_copies = sum_over_devices(torch.ones_like(examples))
+        features = images / num_copies[:, None], texts / num_copies[:, None]
+        return numbers // num_copies, captions // num_copies, *features

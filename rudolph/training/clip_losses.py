@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rudolph.files.constraints import Positive, check
 
-LARGEST_SCALE = 100.0
+MAX_LOGIT_SCALE = 100.0
 
 
 def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
         is_match: ``(B, B)`` bool, true if the pair of the column has the caption or the image of
             the row.
     """
-    own = torch.arange(len(logits), device=logits.device)
-    is_other = is_match & (own[:, None] != own)
+    targets = torch.arange(len(logits), device=logits.device)
+    is_other = is_match & (targets[:, None] != targets)
     logits = logits.masked_fill(is_other, -torch.inf)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
 
 
 def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class CLIPLossConfig:
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a setting is out of range or does not fit the loss."""
         check(self)
-        if self.kind == "softmax" and not 1 <= (self.initial_scale or 1) <= LARGEST_SCALE:
+        if self.kind == "softmax" and not 1 <= (self.initial_scale or 1) <= MAX_LOGIT_SCALE:
             raise ValueError(
-                f"initial_scale must be 1 to {LARGEST_SCALE:g} for the softmax loss, "
+                f"initial_scale must be 1 to {MAX_LOGIT_SCALE:g} for the softmax loss, "
                 f"got {self.initial_scale}"
             )
         if self.kind == "softmax" and self.initial_bias is not None:

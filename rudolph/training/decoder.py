@@ -15,7 +15,7 @@ from rudolph.training.losses import (
     LearnedWeights,
     compute_losses,
     entry_means,
-    mixed_loss,
+    reduce_losses,
     segment_means,
     weighted_mean,
 )
@@ -55,33 +55,35 @@ class DecoderTraining(ManualStepModule):
         """Return the decoder."""
         return [self.model]
 
-    def beside(self) -> list[nn.Parameter]:
+    def loss_parameters(self) -> list[nn.Parameter]:
         """Return the learned loss weights, if there are any."""
         return [] if self.learned is None else list(self.learned.parameters())
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> None:
         """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
-        found = compute_losses(
+        losses = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
-        means = segment_means(found)
-        require_finite(means, step=self.step_of(batch_index), examples=batch.examples)
+        means = segment_means(losses)
+        require_finite(means, step=self.step_index(batch_index), examples=batch.examples)
         if self.learned is not None:
             loss = self.learned(means)
             weights = self.learned.weights
             self.log_dict({f"train/weight/{name}": weight for name, weight in weights.items()})
         else:
-            loss = mixed_loss(found, self.losses, weights=batch.weights, sources=batch.sources)
-        self.move(loss, batch_index)
+            loss = reduce_losses(losses, self.losses, weights=batch.weights, sources=batch.sources)
+        self.backward_and_step(loss, batch_index)
         self.log_dict({f"train/loss/{name}": value for name, value in means.items()})
         self.log("train/loss", loss)
         self.num_seen += torch.bincount(batch.sources, minlength=len(self.sources))
         if len(self.sources) > 1:
-            by_source = entry_means(found, batch.sources, len(self.sources))
-            self.log_dict(self._of_sources("train", *by_source))
-            shares = self.num_seen / self.num_seen.sum()
-            named = zip(self.sources, shares, strict=True)
-            self.log_dict({f"train/fraction/{name}": share for name, share in named})
+            entry_losses = entry_means(losses, batch.sources, len(self.sources))
+            self.log_dict(self._entry_metrics("train", *entry_losses))
+            fractions = self.num_seen / self.num_seen.sum()
+            named_fractions = zip(self.sources, fractions, strict=True)
+            self.log_dict(
+                {f"train/fraction/{name}": fraction for name, fraction in named_fractions}
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of losses and the counts of labels."""
@@ -91,8 +93,10 @@ class DecoderTraining(ManualStepModule):
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
         """Add the losses and label counts of a validation batch."""
-        found = compute_losses(self.model, batch.tokens, self.losses.plain, scored=batch.scored)
-        means, counts = entry_means(found, batch.sources, len(self.sources))
+        losses = compute_losses(
+            self.model, batch.tokens, self.losses.for_validation, scored=batch.scored
+        )
+        means, counts = entry_means(losses, batch.sources, len(self.sources))
         self.totals += torch.stack([means * counts, counts])
 
     def on_validation_epoch_end(self) -> None:
@@ -112,10 +116,10 @@ class DecoderTraining(ManualStepModule):
         self.log("val/loss", weighted_mean(means, weights), sync_dist=True)
         if len(self.sources) > 1:
             sums, counts = totals
-            own = self._of_sources("val", sums / counts.clamp(min=1), counts)
-            self.log_dict(own, sync_dist=True)
+            entry_losses = self._entry_metrics("val", sums / counts.clamp(min=1), counts)
+            self.log_dict(entry_losses, sync_dist=True)
 
-    def _of_sources(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    def _entry_metrics(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Return the losses of each mixture entry and segment with labels, by metric name."""
         return {
             f"{stage}/loss/{source}/{segment}": means[row, column]

@@ -80,10 +80,12 @@ class DecoderLossConfig:
             )
         for task, weights in self.task_weights.items():
             if task not in TASKS:
-                raise ValueError(f"task_weights must be of {', '.join(TASKS)}, got {task!r}")
+                raise ValueError(
+                    f"task_weights: expected tasks of {', '.join(TASKS)}, got {task!r}"
+                )
             if min(weights) < 0 or max(weights) == 0:
                 raise ValueError(
-                    f"task_weights.{task} must be at least 0 and one of them above, got {weights}"
+                    f"task_weights.{task}: expected at least 0, and one above 0, got {weights}"
                 )
 
     @property
@@ -93,7 +95,7 @@ class DecoderLossConfig:
         return dict(zip(SEGMENTS, weights, strict=True))
 
     @property
-    def plain(self) -> "DecoderLossConfig":
+    def for_validation(self) -> "DecoderLossConfig":
         """The config of validation: cross-entropy over a segment's own ids and no extra terms."""
         return replace(self, softmax="segment", z_loss_weight=0.0, label_smoothing=0.0)
 
@@ -117,9 +119,9 @@ def segment_losses(
     return segment_means(compute_losses(model, tokens, config, scored=scored, inputs=inputs))
 
 
-def segment_means(found: Mapping[str, ComputedLosses]) -> dict[str, Tensor]:
+def segment_means(losses: Mapping[str, ComputedLosses]) -> dict[str, Tensor]:
     """Return the mean loss of each segment over its labels."""
-    return {name: each.losses.mean() for name, each in found.items()}
+    return {name: segment.losses.mean() for name, segment in losses.items()}
 
 
 def compute_losses(
@@ -144,9 +146,9 @@ def compute_losses(
     """
     segments = scored_labels(model, tokens, config, scored=scored)
     hidden = scored_hidden(model, tokens if inputs is None else inputs, segments)
-    found, heads = {}, model.to_logits.heads()
+    computed, heads = {}, model.to_logits.heads()
     for name, labels in segments.items():
-        losses = label_losses(
+        values = label_losses(
             model,
             hidden,
             name,
@@ -156,9 +158,9 @@ def compute_losses(
             is_joint=config.softmax == "joint",
             z_loss_weight=config.z_loss_weight,
         )
-        if len(losses):
-            found[name] = ComputedLosses(losses, (labels[1] != NOT_SCORED).nonzero()[:, 0])
-    return found
+        if len(values):
+            computed[name] = ComputedLosses(values, (labels[1] != NOT_SCORED).nonzero()[:, 0])
+    return computed
 
 
 def scored_hidden(
@@ -181,17 +183,17 @@ def scored_hidden(
     is_fixed = model.has_compiled_layers or torch.distributed.is_initialized()
     if inputs.shape[1] <= end or is_fixed:
         return model.hidden(inputs)
-    is_whole = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    has_right_text = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     if "right_text" in segments:
-        is_whole = (segments["right_text"][1] != NOT_SCORED).any(1)
-    if bool(is_whole.all()):
+        has_right_text = (segments["right_text"][1] != NOT_SCORED).any(1)
+    if bool(has_right_text.all()):
         return model.hidden(inputs)
-    short = model.hidden(inputs[~is_whole, :end])
+    short = model.hidden(inputs[~has_right_text, :end])
     parts = [F.pad(short, (0, 0, 0, inputs.shape[1] - short.shape[1]))]
-    if bool(is_whole.any()):
-        parts.append(model.hidden(inputs[is_whole]))
+    if bool(has_right_text.any()):
+        parts.append(model.hidden(inputs[has_right_text]))
     # Restore the order of the batch, since examples without a right text come first in ``parts``.
-    order = is_whole.int().argsort(stable=True).argsort()
+    order = has_right_text.int().argsort(stable=True).argsort()
     return torch.cat(parts)[order]
 
 
@@ -220,14 +222,18 @@ def scored_labels(
         model,
         tokens,
         has_legacy_first_token=config.first_image_token == "legacy",
-        has_left_padding=config.left_padding,
+        score_left_padding=config.left_padding,
     )
-    is_any = config.reduction != "batch"
-    kept = {name: each for name, each in labels.items() if is_any or config.weights[name] > 0}
-    for name, (start, target) in kept.items():
+    includes_all = config.reduction != "batch"
+    selected = {
+        name: segment
+        for name, segment in labels.items()
+        if includes_all or config.weights[name] > 0
+    }
+    for name, (start, target) in selected.items():
         if scored is not None and name in scored:
-            kept[name] = start, target.masked_fill(~scored[name][:, None], NOT_SCORED)
-    return kept
+            selected[name] = start, target.masked_fill(~scored[name][:, None], NOT_SCORED)
+    return selected
 
 
 def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -257,41 +263,41 @@ class LearnedWeights(nn.Module):
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the loss, a scalar, from the mean loss of each scored segment."""
-        at = [SEGMENTS.index(name) for name in losses]
-        variances = self.log_variances[at]
+        indices = [SEGMENTS.index(name) for name in losses]
+        variances = self.log_variances[indices]
         return ((-variances).exp() * torch.stack(list(losses.values())) + variances).sum()
 
     @property
     def weights(self) -> dict[str, float]:
         """The current relative weight of each segment; they sum to 1."""
-        shares = (-self.log_variances).softmax(0).tolist()
-        return dict(zip(SEGMENTS, shares, strict=True))
+        weights = (-self.log_variances).softmax(0).tolist()
+        return dict(zip(SEGMENTS, weights, strict=True))
 
 
 def entry_means(
-    found: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int
+    losses: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int
 ) -> tuple[Tensor, Tensor]:
     """Compute the mean loss and the number of labels of each mixture entry and segment.
 
     Args:
-        found: the losses of each segment, see ``compute_losses``.
+        losses: the losses of each segment, see ``compute_losses``.
         sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
         num_sources: K.
 
     Returns:
         Means and counts, ``(K, 3)`` each; a mean without labels is 0.
     """
-    nothing = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
-    columns = dict.fromkeys(SEGMENTS, nothing)
-    for name, each in found.items():
-        values = torch.stack([each.losses.double(), torch.ones_like(each.losses).double()])
-        columns[name] = nothing.index_add(1, sources[each.rows], values)
+    zeros = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
+    columns = dict.fromkeys(SEGMENTS, zeros)
+    for name, segment in losses.items():
+        values = torch.stack([segment.losses.double(), torch.ones_like(segment.losses).double()])
+        columns[name] = zeros.index_add(1, sources[segment.rows], values)
     totals, counts = torch.stack([columns[name] for name in SEGMENTS], dim=-1)
     return totals / counts.clamp(min=1), counts
 
 
-def mixed_loss(
-    found: Mapping[str, ComputedLosses],
+def reduce_losses(
+    losses: Mapping[str, ComputedLosses],
     config: DecoderLossConfig,
     *,
     weights: Tensor,
@@ -300,24 +306,27 @@ def mixed_loss(
     """Reduce the losses of a batch of several tasks to a scalar, by ``config.reduction``.
 
     Args:
-        found: the losses of each segment, see ``compute_losses``.
+        losses: the losses of each segment, see ``compute_losses``.
         config: the reduction and the weights of ``batch``.
         weights: ``(B, 3)``, the weights of each example's segments.
         sources: ``(B,)``, the mixture entry of each example.
     """
     if config.reduction == "batch":
-        return weighted_mean(segment_means(found), config.weights)
+        return weighted_mean(segment_means(losses), config.weights)
     if config.reduction == "token":
         parts = [
-            (each.losses, weights[each.rows, SEGMENTS.index(name)]) for name, each in found.items()
+            (segment.losses, weights[segment.rows, SEGMENTS.index(name)])
+            for name, segment in losses.items()
         ]
-        losses, own = (torch.cat(part) for part in zip(*parts, strict=True))
-        return (losses * own).sum() / own.sum()
-    means, counts = entry_means(found, sources, int(sources.max()) + 1)
-    shares = torch.bincount(sources, minlength=len(means)) / len(sources)
-    own = torch.zeros_like(means).index_copy(0, sources, weights.to(means)) * (counts > 0)
-    losses = (own * means).sum(1) / own.sum(1).clamp(min=torch.finfo(own.dtype).tiny)
-    return (shares * losses).sum().float()
+        losses_per_label, label_weights = (torch.cat(part) for part in zip(*parts, strict=True))
+        return (losses_per_label * label_weights).sum() / label_weights.sum()
+    means, counts = entry_means(losses, sources, int(sources.max()) + 1)
+    fractions = torch.bincount(sources, minlength=len(means)) / len(sources)
+    entry_weights = torch.zeros_like(means).index_copy(0, sources, weights.to(means))
+    entry_weights = entry_weights * (counts > 0)
+    least = torch.finfo(entry_weights.dtype).tiny
+    entry_losses = (entry_weights * means).sum(1) / entry_weights.sum(1).clamp(min=least)
+    return (fractions * entry_losses).sum().float()
 
 
 @dataclass(frozen=True)
@@ -361,16 +370,18 @@ def reconstruction_loss(
     return config.l1_weight * difference.abs().mean() + config.l2_weight * difference.pow(2).mean()
 
 
-def hinge_adversary_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Compute the discriminator's hinge loss, a scalar (Lim and Ye 2017)."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last_weight: Tensor) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
     """Compute the ratio of both losses' gradient norms at the last layer, at most 1e4.
 
     Source: VQ-GAN, equation 7.
     """
-    first = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)[0].norm()
-    second = torch.autograd.grad(adversary, last_weight, retain_graph=True)[0].norm()
-    return (first / (second + 1e-4)).clamp(0, 1e4).detach()
+    reconstruction_norm, adversarial_norm = (
+        torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+        for loss in (reconstruction, adversarial)
+    )
+    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp(0, 1e4).detach()

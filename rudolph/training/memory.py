@@ -14,7 +14,7 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.optim import OptimConfig, optimizer_bytes
 
-FLOAT = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def training_memory(
     optim: OptimConfig,
     *,
     micro_batch_size: int,
-    activation_bytes: int = FLOAT,
+    activation_bytes: int = FLOAT32_BYTES,
 ) -> TrainingMemory:
     """Estimate the memory of training a model that was built on the meta device.
 
@@ -52,17 +52,17 @@ def training_memory(
         activation_bytes: bytes per activation element; 2 with half-precision matrix products.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trainable = sum(parameter.numel() for parameter in trained)
-    kept = count_activation_bytes(model, losses, micro_batch_size)
-    averaged = FLOAT * sum(sizes.values()) if optim.ema_decay is not None else 0
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = sum(parameter.numel() for parameter in trained_parameters)
+    num_bytes = count_activation_bytes(model, losses, micro_batch_size)
+    ema_bytes = FLOAT32_BYTES * sum(sizes.values()) if optim.ema_decay is not None else 0
     return TrainingMemory(
         trainable=trainable,
         total=sum(sizes.values()),
-        weights=FLOAT * sum(sizes.values()) + averaged,
-        gradients=FLOAT * trainable,
+        weights=FLOAT32_BYTES * sum(sizes.values()) + ema_bytes,
+        gradients=FLOAT32_BYTES * trainable,
         optimizer=optimizer_bytes(model, optim),
-        activations=kept * activation_bytes // FLOAT,
+        activations=num_bytes * activation_bytes // FLOAT32_BYTES,
     )
 
 
@@ -70,24 +70,28 @@ def count_activation_bytes(
     model: MaskedDecoder, losses: DecoderLossConfig, batch_size: int
 ) -> int:
     """Count the bytes that a forward pass in float32 saves, each storage once, without weights."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    seen: dict[int, int] = {}
+    weight_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved_bytes: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
+        if storage._cdata not in weight_storages:
+            saved_bytes[storage._cdata] = storage.nbytes()
         return tensor
 
     tokens = torch.zeros(batch_size, model.layout.length, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         hidden = model.hidden(tokens)
     vocabulary, lengths = model.vocabulary, model.layout.segment_lengths
-    classes = (vocabulary.text_size, vocabulary.image_size, vocabulary.text_size)
+    num_classes = (vocabulary.text_size, vocabulary.image_size, vocabulary.text_size)
     logits = sum(
         length * size
-        for length, size, weight in zip(lengths, classes, losses.weights.values(), strict=True)
+        for length, size, weight in zip(lengths, num_classes, losses.weights.values(), strict=True)
         if weight > 0
     )
     # The softmax of each segment's logits is saved as well as the logits.
-    return sum(seen.values()) + hidden.untyped_storage().nbytes() + 2 * FLOAT * batch_size * logits
+    return (
+        sum(saved_bytes.values())
+        + hidden.untyped_storage().nbytes()
+        + 2 * FLOAT32_BYTES * batch_size * logits
+    )

@@ -29,7 +29,7 @@ from rudolph.models.layers.native_types import has_native_bfloat16
 # Bytes of state per parameter: two moments for AdamW, one momentum for Muon.
 ADAMW_BYTES, ADAMW8BIT_BYTES, MUON_BYTES = 8, 2, 4
 # Elements per batched product in Muon; a larger matrix uses all cores by itself.
-STACK = 2**20
+MAX_STACK_ELEMENTS = 2**20
 
 
 Optimizer = Literal["adamw", "muon", "adamw8bit"]
@@ -86,8 +86,8 @@ def learning_rate_fraction(step: int, config: OptimConfig) -> float:
     """Return the fraction of the peak learning rate at a step, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    rest = max(config.num_steps - config.warmup_steps, 1)
-    progress = min((step - config.warmup_steps) / rest, 1.0)
+    decay_steps = max(config.num_steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / decay_steps, 1.0)
     final = config.final_learning_rate_fraction
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -109,14 +109,16 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient; ``closure`` is ignored."""
         for group in self.param_groups:
-            for parameters in _stacks([each for each in group["params"] if each.grad is not None]):
-                steps = orthogonal(torch.stack([self.direction(each) for each in parameters]))
-                length = 0.2 * max(steps.shape[1:]) ** 0.5
-                for parameter, step in zip(parameters, steps, strict=True):
+            trained = [p for p in group["params"] if p.grad is not None]
+            for parameters in _stacks(trained):
+                momenta = torch.stack([self.nesterov_momentum(p) for p in parameters])
+                updates = newton_schulz(momenta)
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
+                for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(step.view_as(parameter), alpha=-group["lr"] * length)
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
-    def direction(self, parameter: Tensor) -> Tensor:
+    def nesterov_momentum(self, parameter: Tensor) -> Tensor:
         """Add the gradient to its moving average and return Nesterov's momentum, ``(O, I)``."""
         average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         assert parameter.grad is not None
@@ -125,23 +127,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield lists of parameters with one matrix shape, at most ``STACK`` elements per list.
+    """Yield lists of parameters of one matrix shape, at most ``MAX_STACK_ELEMENTS`` per list.
 
-    A parameter above ``STACK`` elements is alone in its list.  A batched product of small matrices
-    uses all cores, while one product after another does not.
+    A parameter above ``MAX_STACK_ELEMENTS`` elements is alone in its list.  A batched product of
+    small matrices uses all cores, while one product after another does not.
     """
-    waiting: dict[tuple[Any, ...], list[Tensor]] = {}
+    stacks: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         key = (parameter.flatten(1).shape, parameter.dtype, parameter.device)
-        stack = waiting.setdefault(key, [])
-        if stack and (len(stack) + 1) * parameter.numel() > STACK:
-            yield waiting.pop(key)
-            stack = waiting.setdefault(key, [])
+        stack = stacks.setdefault(key, [])
+        if stack and (len(stack) + 1) * parameter.numel() > MAX_STACK_ELEMENTS:
+            yield stacks.pop(key)
+            stack = stacks.setdefault(key, [])
         stack.append(parameter)
-    yield from waiting.values()
+    yield from stacks.values()
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def newton_schulz(matrices: Tensor) -> Tensor:
     """Approximate the nearest orthogonal matrix of each ``(..., M, N)`` by Newton-Schulz.
 
     The five iterations need no more precision than bfloat16.  They run in bfloat16 where the
@@ -188,30 +190,30 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2 and p not in embeddings]
-    kept = [p for p in trained if p.dim() < 2 or p in embeddings]
+    undecayed = [p for p in trained if p.dim() < 2 or p in embeddings]
     hidden = [p for p in matrices if p not in pixels] if config.optimizer == "muon" else []
-    moved = set(hidden)
-    return ParameterGroups(hidden, [p for p in matrices if p not in moved], kept)
+    muon_parameters = set(hidden)
+    return ParameterGroups(hidden, [p for p in matrices if p not in muon_parameters], undecayed)
 
 
-def optimizers_of(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Create the optimizers for the trained parameters of a model.
 
     Raises:
         ValueError: if ``adamw8bit`` is set and the machine lacks CUDA or bitsandbytes.
     """
-    found = parameter_groups(model, config)
+    parameters = parameter_groups(model, config)
     groups = [
-        {"params": found.decayed, "weight_decay": config.weight_decay},
-        {"params": found.kept, "weight_decay": 0.0},
+        {"params": parameters.decayed, "weight_decay": config.weight_decay},
+        {"params": parameters.kept, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = []
-    if found.muon:
+    if parameters.muon:
         weight_decay = config.weight_decay
         optimizers.append(
-            Muon(found.muon, lr=config.muon_learning_rate, weight_decay=weight_decay)
+            Muon(parameters.muon, lr=config.muon_learning_rate, weight_decay=weight_decay)
         )
     if groups and config.optimizer == "adamw8bit":
         optimizers.append(eight_bit_adamw()(groups, lr=config.learning_rate, betas=betas))
@@ -230,21 +232,25 @@ def eight_bit_adamw(kind: str = "cuda") -> Any:
         ValueError: if the device is not CUDA, CUDA is unavailable, or bitsandbytes is missing.
     """
     if kind != "cuda" or not torch.cuda.is_available():
-        raise ValueError("optimizer adamw8bit needs a CUDA GPU; adamw does the same in 32 bits")
+        raise ValueError(
+            "optimizer adamw8bit: expected a CUDA GPU, got none. Use adamw, its 32-bit version"
+        )
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError("optimizer adamw8bit needs: pip install bitsandbytes") from error
+        raise ValueError(
+            "optimizer adamw8bit: bitsandbytes is missing. Run: pip install bitsandbytes"
+        ) from error
     return AdamW8bit
 
 
 def optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
     """Compute the size of the optimizer state in bytes."""
-    found = parameter_groups(model, config)
-    by_muon = sum(parameter.numel() for parameter in found.muon)
-    rest = sum(parameter.numel() for parameter in (*found.decayed, *found.kept))
-    each = ADAMW8BIT_BYTES if config.optimizer == "adamw8bit" else ADAMW_BYTES
-    return MUON_BYTES * by_muon + each * rest
+    groups = parameter_groups(model, config)
+    num_muon = sum(parameter.numel() for parameter in groups.muon)
+    num_adamw = sum(parameter.numel() for parameter in (*groups.decayed, *groups.kept))
+    adamw_bytes = ADAMW8BIT_BYTES if config.optimizer == "adamw8bit" else ADAMW_BYTES
+    return MUON_BYTES * num_muon + adamw_bytes * num_adamw
 
 
 def clip_gradients(

@@ -79,32 +79,34 @@ def apply_tuning(model: MaskedDecoder, config: TuningConfig) -> None:
                 if isinstance(layer, nn.Linear) and not hasattr(layer, "parametrizations"):
                     add_low_rank(layer, rank=config.lora_rank, alpha=config.lora_alpha)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model.tuning.frozen: everything is frozen, nothing is left to train")
+        raise ValueError(
+            "model.tuning.frozen: expected a part to train, got a decoder that is all frozen"
+        )
 
 
 def _parameters_of(model: MaskedDecoder, field: str, part: str) -> list[str]:
     pattern, layers = _pattern_and_layers(field, part)
-    last = model.config.num_layers - 1
-    if layers is not None and layers[1] > last:
-        raise ValueError(f"model.tuning.{field}: layers are 0 to {last}, got {part!r}")
-    found = []
+    last_layer = model.config.num_layers - 1
+    if layers is not None and layers[1] > last_layer:
+        raise ValueError(f"model.tuning.{field}: expected layers 0 to {last_layer}, got {part!r}")
+    names = []
     for name, _ in model.named_parameters():
         layer = re.match(r"layers\.(\d+)\.", name)
         is_inside = layers is None or (layer and layers[0] <= int(layer[1]) <= layers[1])
         if re.fullmatch(pattern, name) and is_inside:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _pattern_and_layers(field: str, part: str) -> tuple[str, tuple[int, int] | None]:
-    found = re.fullmatch(r"(\w+)(?:\((\d+)-(\d+)\))?", part)
-    if found is None or found[1] not in FREEZABLE_PARTS:
+    match = re.fullmatch(r"(\w+)(?:\((\d+)-(\d+)\))?", part)
+    if match is None or match[1] not in FREEZABLE_PARTS:
         known = ", ".join(FREEZABLE_PARTS)
-        raise ValueError(f"{field} must be of {known}, as in mlp or mlp(0-3); got {part!r}")
-    if found[2] is None:
-        return FREEZABLE_PARTS[found[1]], None
-    if found[1] not in IN_LAYERS or int(found[2]) > int(found[3]):
+        raise ValueError(f"{field}: expected one of {known}, as in mlp or mlp(0-3), got {part!r}")
+    if match[2] is None:
+        return FREEZABLE_PARTS[match[1]], None
+    if match[1] not in IN_LAYERS or int(match[2]) > int(match[3]):
         raise ValueError(
-            f"{field}: a range of layers is of {', '.join(IN_LAYERS)}, first to last; got {part!r}"
+            f"{field}: expected a range, first to last, of {', '.join(IN_LAYERS)}, got {part!r}"
         )
-    return FREEZABLE_PARTS[found[1]], (int(found[2]), int(found[3]))
+    return FREEZABLE_PARTS[match[1]], (int(match[2]), int(match[3]))

@@ -15,7 +15,7 @@ from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
     ReconstructionLossConfig,
     adaptive_weight,
-    hinge_adversary_loss,
+    hinge_discriminator_loss,
     reconstruction_loss,
 )
 from rudolph.training.optim import OptimConfig
@@ -38,10 +38,10 @@ class VQGANTraining(ManualStepModule):
     ) -> None:
         super().__init__(optim, num_accumulated=num_accumulated)
         self.model, self.losses = model, losses
-        has_adversary = losses.discriminator_start is not None
-        self.discriminator = PatchDiscriminator() if has_adversary else None
-        path = losses.lpips_weights
-        self.perceptual = PerceptualDistance(path) if path else None
+        has_discriminator = losses.discriminator_start is not None
+        self.discriminator = PatchDiscriminator() if has_discriminator else None
+        lpips_path = losses.lpips_weights
+        self.perceptual = PerceptualDistance(lpips_path) if lpips_path else None
         # Not a buffer, because weight averaging swaps buffers before the counts are read.
         self.code_counts = torch.zeros(model.config.quantizer.num_codes)
 
@@ -56,15 +56,17 @@ class VQGANTraining(ManualStepModule):
             self.discriminator.requires_grad_(False)
         result = self.model(batch.images)
         losses = self.generator_losses(result, batch.images, batch_index)
-        require_finite(losses, step=self.step_of(batch_index), examples=batch.examples)
-        self.move(torch.stack(list(losses.values())).sum(), batch_index)
+        require_finite(losses, step=self.step_index(batch_index), examples=batch.examples)
+        self.backward_and_step(torch.stack(list(losses.values())).sum(), batch_index)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
         if self.discriminator is not None and self.uses_discriminator(batch_index):
             real, fake = batch.images, result.images.detach()
-            judged = hinge_adversary_loss(self.discriminator(real), self.discriminator(fake))
-            self.move(judged, batch_index, network=1)
-            losses["discriminator"] = judged
+            discriminator_loss = hinge_discriminator_loss(
+                self.discriminator(real), self.discriminator(fake)
+            )
+            self.backward_and_step(discriminator_loss, batch_index, network=1)
+            losses["discriminator"] = discriminator_loss
         self.log_dict({f"train/loss/{name}": value for name, value in losses.items()})
 
     def generator_losses(
@@ -84,32 +86,32 @@ class VQGANTraining(ManualStepModule):
         losses = {"reconstruction": reconstruction}
         losses["quantizer"] = self.losses.quantizer_weight * result.loss.float()
         if self.discriminator is not None and self.uses_discriminator(batch_index):
-            adversary = -self.discriminator(result.images).float().mean()
-            last = self.model.decoder.conv_out.weight
-            weight = adaptive_weight(reconstruction, adversary, last)
-            losses["adversary"] = self.losses.discriminator_weight * weight * adversary
+            adversarial = -self.discriminator(result.images).float().mean()
+            last_weight = self.model.decoder.conv_out.weight
+            weight = adaptive_weight(reconstruction, adversarial, last_weight)
+            losses["adversary"] = self.losses.discriminator_weight * weight * adversarial
         return losses
 
     def uses_discriminator(self, batch_index: int) -> bool:
         """Return whether the discriminator takes part in this micro-batch."""
         start = self.losses.discriminator_start
-        return start is not None and self.step_of(batch_index) >= start
+        return start is not None and self.step_index(batch_index) >= start
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
         """Log the metrics of a validation batch and count its codes."""
         result = self.model(batch.images)
         decoded = (result.images.float().clamp(-1, 1) + 1) / 2
-        truth, size = (batch.images + 1) / 2, len(batch.images)
+        target, size = (batch.images + 1) / 2, len(batch.images)
         values = {
-            "val/psnr": psnr(decoded, truth).mean(),
-            "val/ssim": ssim(decoded, truth).mean(),
+            "val/psnr": psnr(decoded, target).mean(),
+            "val/ssim": ssim(decoded, target).mean(),
             "val/loss/reconstruction": reconstruction_loss(
                 result.images, batch.images, self.losses
             ),
         }
         self.log_dict(values, batch_size=size, sync_dist=True)
-        found = torch.bincount(result.indices.flatten(), minlength=len(self.code_counts))
-        self.code_counts += found.cpu()
+        counts = torch.bincount(result.indices.flatten(), minlength=len(self.code_counts))
+        self.code_counts += counts.cpu()
 
     def on_validation_epoch_end(self) -> None:
         """Log codebook usage and perplexity over all devices, and reset the counts."""

@@ -27,7 +27,7 @@ from rudolph.data.datasets.emoji import (
     TABLE_NAME,
     EmojiRecord,
 )
-from rudolph.files.atomic import require_apart, write_atomic, write_text
+from rudolph.files.atomic import require_disjoint_paths, write_atomic, write_text
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = (
@@ -166,7 +166,7 @@ def build_emoji_set(
         raise ValueError(f"size must be at least 1, got {size}")
     for name in (ATLAS_NAME, TABLE_NAME):
         for source in (font, emoji_test, *annotations):
-            require_apart(target / name, source, "target")
+            require_disjoint_paths(target / name, source, "target")
     emoji_font = EmojiFont(font)
     names, keywords = read_annotations(annotations)
     entries = read_emoji_test(emoji_test)

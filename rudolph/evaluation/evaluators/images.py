@@ -27,7 +27,7 @@ from rudolph.evaluation.context import (
 )
 from rudolph.evaluation.metrics.answers import MetricProtocol, nearest_ranks
 from rudolph.evaluation.statistics import jackknife_interval
-from rudolph.generation.generate import FREE
+from rudolph.generation.generate import TO_SAMPLE
 from rudolph.generation.ranking import rank_images
 from rudolph.models.image_metrics import psnr, ssim
 from rudolph.models.vqgan.codes import codebook_usage
@@ -133,7 +133,7 @@ def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
     indices = context.chosen(split)
     codes = context.codes(split, indices)
     known = codes.clone()
-    known[:, codes.shape[1] // 2 :] = FREE
+    known[:, codes.shape[1] // 2 :] = TO_SAMPLE
     drawn = context.pipeline.generate_indices(
         [split.captions[index] for index in indices],
         config=context.image_sampling,

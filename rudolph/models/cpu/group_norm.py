@@ -35,7 +35,7 @@ def map_chunks(x: Tensor, size: int) -> Iterator[MapChunk]:
     A chunk is one or more whole images or some rows of one image.  It has at least one row, even
     if that exceeds ``size``.
 
-    >>> [place[2] for place in map_chunks(torch.empty(1, 2, 5, 3), 12)]
+    >>> [index[2] for index in map_chunks(torch.empty(1, 2, 5, 3), 12)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     per_row, height = x.shape[1] * x.shape[3], x.shape[2]
@@ -76,35 +76,35 @@ class _ChannelsLast(torch.autograd.Function):
         batch, channels, height, width = x.shape
         groups = statistics[0].shape[1]
         size = channels // groups
-        mean, inverse = (each.to(dtype).repeat_interleave(size, 1) for each in statistics)
-        total, along = _sums(gradient, x, mean)
-        along = along * inverse
+        mean, inverse = (values.to(dtype).repeat_interleave(size, 1) for values in statistics)
+        total, centered_total = _sums(gradient, x, mean)
+        centered_total = centered_total * inverse
 
         def over_group(sums: Tensor) -> Tensor:
-            every = (weight.to(dtype) * sums).view(batch, groups, size).sum(2)
-            return (every / (size * height * width)).repeat_interleave(size, 1)
+            group_sums = (weight.to(dtype) * sums).view(batch, groups, size).sum(2)
+            return (group_sums / (size * height * width)).repeat_interleave(size, 1)
 
         # The gradient of x is a * gradient + b * x + c, with a, b and c of shape (B, C).
         a = weight.to(dtype) * inverse
-        b = -inverse * inverse * over_group(along)
+        b = -inverse * inverse * over_group(centered_total)
         c = -inverse * over_group(total) - mean * b
         out = torch.empty_like(x)
-        for place in map_chunks(x, CHUNK_SIZE):
-            images = place[0]
-            part = torch.addcmul(_pixels(c[images]), x[place].to(dtype), _pixels(b[images]))
-            out[place] = part.addcmul_(gradient[place].to(dtype), _pixels(a[images]))
-        return out, along.sum(0).to(weight), total.sum(0).to(weight), None, None
+        for index in map_chunks(x, CHUNK_SIZE):
+            images = index[0]
+            part = torch.addcmul(_pixels(c[images]), x[index].to(dtype), _pixels(b[images]))
+            out[index] = part.addcmul_(gradient[index].to(dtype), _pixels(a[images]))
+        return out, centered_total.sum(0).to(weight), total.sum(0).to(weight), None, None
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pixel sums of the gradient and of it times ``x - mean``, ``(B, C)`` each."""
-    total, along = torch.zeros_like(mean), torch.zeros_like(mean)
-    for place in map_chunks(x, CHUNK_SIZE):
-        images, part = place[0], gradient[place].to(mean)
-        centered = x[place].to(mean.dtype, copy=True).sub_(_pixels(mean[images]))
+    total, centered_total = torch.zeros_like(mean), torch.zeros_like(mean)
+    for index in map_chunks(x, CHUNK_SIZE):
+        images, part = index[0], gradient[index].to(mean)
+        centered = x[index].to(mean.dtype, copy=True).sub_(_pixels(mean[images]))
         total[images] += part.sum((2, 3))
-        along[images] += centered.mul_(part).sum((2, 3))
-    return total, along
+        centered_total[images] += centered.mul_(part).sum((2, 3))
+    return total, centered_total
 
 
 def _pixels(values: Tensor) -> Tensor:

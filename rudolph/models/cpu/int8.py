@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Suffix that turns the name of a matrix into the name of its scales.
-SCALES = "#scales"
+SCALE_SUFFIX = "#scales"
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,29 +23,29 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Scales are float32, because those of small weights underflow in float16.
     """
-    wide = weight.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (wide / scale).round().to(torch.int8), scale
+    weight_float32 = weight.float()
+    scale = weight_float32.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (weight_float32 / scale).round().to(torch.int8), scale
 
 
 def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with every matrix in int8 and its scales under the suffix ``SCALES``.
+    """Return the tensors with every matrix in int8 and its scales under ``SCALE_SUFFIX``.
 
     Tensors that are not matrices are unchanged.
     """
     packed = dict(tensors)
     for name, value in tensors.items():
         if value.ndim == 2:
-            packed[name], packed[name + SCALES] = to_int8(value)
+            packed[name], packed[name + SCALE_SUFFIX] = to_int8(value)
     return packed
 
 
 def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of ``pack_int8`` with all matrices in float32; others are unchanged."""
     return {
-        name: value * tensors[name + SCALES] if name + SCALES in tensors else value
+        name: value * tensors[name + SCALE_SUFFIX] if name + SCALE_SUFFIX in tensors else value
         for name, value in tensors.items()
-        if not name.endswith(SCALES)
+        if not name.endswith(SCALE_SUFFIX)
     }
 
 

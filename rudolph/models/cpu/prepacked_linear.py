@@ -43,7 +43,7 @@ SINGLE_ROWS = 1
 PLAIN_LAYOUT = {"float32": torch.float32, "half": torch.bfloat16, "int8": torch.int8}
 RELATIVE_TOLERANCE = {"float32": 1e-5, "half": 2e-2, "int8": 5e-2}
 # The smallest quantization scale that fbgemm uses.
-LEAST_SCALE = 6.1e-5
+MIN_SCALE = 6.1e-5
 
 
 class WeightLayout(NamedTuple):
@@ -86,8 +86,8 @@ class Kernel:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product with ``x``."""
         if torch.compiler.is_compiling():
-            found: Tensor = torch.ops.rudolph.multiply(x, self.number, self.num_outputs)
-            return found
+            out: Tensor = torch.ops.rudolph.multiply(x, self.number, self.num_outputs)
+            return out
         return self.multiply(self.weight, x)
 
 
@@ -120,9 +120,9 @@ def _onednn(weight: Tensor, bias: Tensor, activation: str = "none", kind: str = 
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS + 1)
 
-    def multiply(held: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *held, activation, [], kind)
-        return found
+    def multiply(packed_weight: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, *packed_weight, activation, [], kind)
+        return out
 
     return Kernel((packed, bias), multiply, len(weight))
 
@@ -138,7 +138,7 @@ def _pack_bfloat16(weight: Tensor, bias: Tensor) -> Kernel:
 def _pack_float16(weight: Tensor, bias: Tensor) -> Kernel:
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
     multiply = torch.ops.quantized.linear_dynamic_fp16
-    return Kernel(packed, lambda held, x: multiply(x, held), len(weight))
+    return Kernel(packed, lambda packed_weight, x: multiply(x, packed_weight), len(weight))
 
 
 def _multiply_as_is(kernel: Kernel, x: Tensor) -> Tensor:
@@ -164,15 +164,15 @@ class PlainWeight(NamedTuple):
 
 
 def _pack_plain(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PlainWeight:
-    held = torch.empty(weight.shape, dtype=dtype)
+    stored = torch.empty(weight.shape, dtype=dtype)
     if dtype != torch.int8:
-        return PlainWeight(held.copy_(weight), None, bias.float())
+        return PlainWeight(stored.copy_(weight), None, bias.float())
     scale = torch.empty(len(weight))
     # Convert row by row: the allocator would not return the memory of a full copy to the system.
-    for number, row in enumerate(map(Tensor.float, weight)):
-        scale[number] = row.abs().max().clamp(min=1e-12) / 127
-        held[number] = (row / scale[number]).round()
-    return PlainWeight(held, scale, bias.float())
+    for index, row in enumerate(map(Tensor.float, weight)):
+        scale[index] = row.abs().max().clamp(min=1e-12) / 127
+        stored[index] = (row / scale[index]).round()
+    return PlainWeight(stored, scale, bias.float())
 
 
 def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
@@ -211,21 +211,21 @@ class Int8Product(NamedTuple):
 
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
-    wide = weight.float()
+    weight_float32 = weight.float()
     # The infinity norm avoids a copy of the weight, whose memory the process would keep.
-    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1)
-    scales = largest.clamp(min=1e-12).double() / 127
+    row_max = torch.linalg.vector_norm(weight_float32, ord=torch.inf, dim=1)
+    scales = row_max.clamp(min=1e-12).double() / 127
     with warnings.catch_warnings():
         # Torch plans to remove quantized tensors; then the test product fails and half is used.
         warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(wide), dtype=torch.long)
-        rounded = torch.quantize_per_channel(wide, scales, zeros, 0, torch.qint8)
+        zeros = torch.zeros(len(weight_float32), dtype=torch.long)
+        rounded = torch.quantize_per_channel(weight_float32, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(rounded, None)
         sums = (rounded.int_repr().sum(1) * scales).float()
     multiply = partial(
         torch.ops.quantized.linear_dynamic, reduce_range=max_quantization_level() < 255
     )
-    kernel = Kernel(packed, lambda held, x: multiply(x, held), len(weight))
+    kernel = Kernel(packed, lambda packed_weight, x: multiply(x, packed_weight), len(weight))
     return Int8Product(kernel, sums, bias.float())
 
 
@@ -240,10 +240,10 @@ def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
     if x.numel() == x.shape[-1]:
         return product.kernel(x) + product.bias
     levels, scale, zero = quantize_rows(x.flatten(0, -2))
-    ends = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * float(
+    extremes = F.one_hot(torch.zeros(1, dtype=torch.long), x.shape[-1]) * float(
         max_quantization_level()
     )
-    out = product.kernel(torch.cat([levels, ends]))[:-1]
+    out = product.kernel(torch.cat([levels, extremes]))[:-1]
     out = (out - zero * product.sums) * scale + product.bias
     return out.view(*x.shape[:-1], -1)
 
@@ -267,12 +267,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Source: fbgemm, ``ChooseQuantizationParams``, so that many rows are rounded like a single one.
     """
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    largest = max_quantization_level()
-    scale = (high - low) / largest
-    zero = (-low / scale.clamp(min=1e-30)).round()
-    scale = scale.clamp(min=LEAST_SCALE)
-    return ((x * scale.reciprocal()).round() + zero).clamp(0, largest), scale, zero
+    minimum, maximum = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    max_level = max_quantization_level()
+    scale = (maximum - minimum) / max_level
+    zero = (-minimum / scale.clamp(min=1e-30)).round()
+    scale = scale.clamp(min=MIN_SCALE)
+    return ((x * scale.reciprocal()).round() + zero).clamp(0, max_level), scale, zero
 
 
 LAYOUTS = {
@@ -286,36 +286,36 @@ LAYOUTS = {
     )
     for name, dtype in PLAIN_LAYOUT.items()
 }
-WEIGHTS = ("float32", "half", "int8")
+WEIGHT_FORMATS = ("float32", "half", "int8")
 
 
 @cache
-def works(layout: str) -> bool:
+def layout_works(layout: str) -> bool:
     """Return whether this machine and torch version multiply correctly in a layout."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator) for size in ((48, 64), 48, (3, 64)))
     try:
         packed = LAYOUTS[layout].pack(weight, bias)
-        found = LAYOUTS[layout].multiply(packed, x)
+        product = LAYOUTS[layout].multiply(packed, x)
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
     expected = F.linear(x, weight, bias)
-    return bool((found - expected).norm() <= LAYOUTS[layout].tolerance * expected.norm())
+    return bool((product - expected).norm() <= LAYOUTS[layout].tolerance * expected.norm())
 
 
 def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str | None:
     """Return the best working layout, or None if none works.
 
     Args:
-        weights: one of ``WEIGHTS``.
+        weights: one of ``WEIGHT_FORMATS``.
         num_rows: rows per decoding step.
         is_compiled: whether the decoding step is compiled.
 
     Raises:
-        ValueError: if ``weights`` is not one of ``WEIGHTS``.
+        ValueError: if ``weights`` is not one of ``WEIGHT_FORMATS``.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights not in WEIGHT_FORMATS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, got {weights!r}")
     if is_compiled and num_rows <= SINGLE_ROWS:
         return f"plain {weights}"
     order = ["float16", "bfloat16"] if num_rows <= FEW_ROWS else ["bfloat16", "float16"]
@@ -323,7 +323,7 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
         order.remove("bfloat16")
     if weights != "half":
         order = [weights] if weights == "float32" else [weights, *order]
-    return next((layout for layout in order if works(layout)), None)
+    return next((layout for layout in order if layout_works(layout)), None)
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -410,12 +410,12 @@ def prepack(
 
     Args:
         model: decoder to change in place.
-        weights: one of ``WEIGHTS``.
+        weights: one of ``WEIGHT_FORMATS``.
         num_rows: rows per decoding step; guidance doubles them.
         is_compiled: compile the decoding step of a layer, which takes some seconds.
 
     Raises:
-        ValueError: if ``weights`` is not one of ``WEIGHTS``, or torch cannot compile.
+        ValueError: if ``weights`` is not one of ``WEIGHT_FORMATS``, or torch cannot compile.
     """
     use_layout(model, choose_layout(weights, num_rows, is_compiled), is_compiled)
 
@@ -453,9 +453,9 @@ def _pack(model: MaskedDecoder, layout: str) -> None:
     if not layout.endswith("float32"):
         model.text_embedding.half()
         model.image_embedding.half()
-    for kept in model.parameters():
+    for parameter in model.parameters():
         # As in ``weight_and_bias``, a view would keep the whole file in memory.
-        kept.data = kept.data.clone()
+        parameter.data = parameter.data.clone()
 
 
 def prepack_in_own_dtype(

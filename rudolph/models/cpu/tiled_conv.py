@@ -14,9 +14,10 @@ then needs 2 x 2 weights, and the doubled map is never built::
     left           u v w           u a + (v + w) b
     right            u v w         (u + v) b + w c
 
-*Strips*: in inference, a map with more than ``LARGEST`` values per image is computed in strips of
-rows.  Each strip reads one extra row above and below, and a norm uses the statistics of the whole
-map, so there are no seams.  Besides the input and output maps, only a few strips are in memory.
+*Strips*: in inference, a map with more than ``MAX_UNTILED_VALUES`` values per image is computed in
+strips of rows.  Each strip reads one extra row above and below, and a norm uses the statistics of
+the whole map, so there are no seams.  Besides the input and output maps, only a few strips are in
+memory.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -30,8 +31,8 @@ from torch.nn import functional as F
 from rudolph.models.cpu.group_norm import MapChunk, group_norm, map_chunks, statistics_dtype
 
 # With Sber's VQ-GAN, images of 256 pixels stay whole and those of 512 get strips of 32 rows.
-LARGEST = 2**23
-STRIP = 2**21
+MAX_UNTILED_VALUES = 2**23
+MAX_STRIP_VALUES = 2**21
 
 
 def fast_memory_format(x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 def is_tiled(x: Tensor, *, scale: int = 1) -> bool:
     """Return whether maps ``(B, C, H, W)``, once enlarged by ``scale``, are computed in strips."""
-    return not torch.is_grad_enabled() and x[0].numel() * scale**2 > LARGEST
+    return not torch.is_grad_enabled() and x[0].numel() * scale**2 > MAX_UNTILED_VALUES
 
 
 def norm_conv(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
@@ -54,8 +55,8 @@ def norm_conv(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
     if not is_tiled(x):
         return convolution(norm_silu(x, norm))
     out = _empty(x, convolution.out_channels)
-    for place, rows in tiled_norm_conv(x, norm, convolution):
-        out[place] = rows
+    for index, rows in tiled_norm_conv(x, norm, convolution):
+        out[index] = rows
     return out
 
 
@@ -76,20 +77,22 @@ def tiled_norm_conv(
         norm.weight.to(statistics_dtype(x.dtype)),
         norm.bias.to(statistics_dtype(x.dtype)),
     )
-    for number, image in enumerate(torch.split(x, 1)):
+    for sample, image in enumerate(torch.split(x, 1)):
         mean, variance = channel_statistics(image, norm)
         above = border = torch.zeros_like(image[:, :, :1])
-        for _, _, strip in map_chunks(image, STRIP):
-            seen = image[:, :, strip.start : strip.stop + 1]
+        for _, _, strip in map_chunks(image, MAX_STRIP_VALUES):
+            input_rows = image[:, :, strip.start : strip.stop + 1]
             # With known statistics, a group norm is a batch norm in evaluation mode.
-            own = F.silu(F.batch_norm(seen, mean, variance, weight, bias, eps=norm.eps), True)
+            activated = F.silu(
+                F.batch_norm(input_rows, mean, variance, weight, bias, eps=norm.eps), True
+            )
             below = [border] if strip.stop == x.shape[2] else []
-            rows = torch.cat([above, own, *below], dim=2)
+            rows = torch.cat([above, activated, *below], dim=2)
             # Save the last row before the caller overwrites it; the copy lets the strip be freed.
-            last = strip.stop - strip.start - 1
-            above = own[:, :, last : last + 1].clone()
-            place = (slice(number, number + 1), slice(None), strip)
-            yield place, F.conv2d(rows, convolution.weight, convolution.bias, padding=(0, 1))
+            last_row = strip.stop - strip.start - 1
+            above = activated[:, :, last_row : last_row + 1].clone()
+            index = (slice(sample, sample + 1), slice(None), strip)
+            yield index, F.conv2d(rows, convolution.weight, convolution.bias, padding=(0, 1))
 
 
 def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -101,20 +104,20 @@ def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tenso
     dtype, size = statistics_dtype(image.dtype), channels // norm.num_groups
     is_cpu = image.device.type == "cpu"
     ones = torch.ones(channels, dtype=dtype, device=image.device)
-    means, variances, shares = [], [], []
-    for place in map_chunks(image, STRIP):
+    means, variances, fractions = [], [], []
+    for index in map_chunks(image, MAX_STRIP_VALUES):
         # On CPU, statistics have the dtype of the weight; on other devices, that of the map.
-        rows = fast_memory_format(image[place] if is_cpu else image[place].to(dtype))
+        rows = fast_memory_format(image[index] if is_cpu else image[index].to(dtype))
         _, mean, inverse = torch.native_group_norm(
             rows, ones, ones, 1, channels, rows.shape[2] * width, norm.num_groups, norm.eps
         )
         means.append(mean[0].double())
         variances.append(inverse[0].double() ** -2 - norm.eps)
-        shares.append(rows.shape[2] / height)
-    share = torch.tensor(shares, dtype=torch.double, device=image.device)[:, None]
-    every = torch.stack(means)  # (S, G) of S strips and G groups
-    mean = (share * every).sum(0)
-    variance = (share * (torch.stack(variances) + (every - mean) ** 2)).sum(0)
+        fractions.append(rows.shape[2] / height)
+    fraction = torch.tensor(fractions, dtype=torch.double, device=image.device)[:, None]
+    stacked_means = torch.stack(means)  # (S, G) of S strips and G groups
+    mean = (fraction * stacked_means).sum(0)
+    variance = (fraction * (torch.stack(variances) + (stacked_means - mean) ** 2)).sum(0)
     return mean.to(dtype).repeat_interleave(size), variance.to(dtype).repeat_interleave(size)
 
 
@@ -122,13 +125,13 @@ def upsample_conv(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     """Return a 3 x 3 convolution of ``x`` doubled by repetition, ``(B, C_out, 2H, 2W)``."""
     kernels = upsample_kernels(convolution.weight)
     if not is_tiled(x, scale=2):
-        return _enlarged(F.pad(x, (1, 1, 1, 1)), kernels, convolution.bias)
+        return _upsample(F.pad(x, (1, 1, 1, 1)), kernels, convolution.bias)
     out = _empty(x, convolution.out_channels, scale=2)
-    for images, _, strip in map_chunks(x, STRIP // 4):
+    for images, _, strip in map_chunks(x, MAX_STRIP_VALUES // 4):
         halo = (1, 1, int(strip.start == 0), int(strip.stop == x.shape[2]))
         rows = F.pad(x[images, :, max(strip.start - 1, 0) : strip.stop + 1], halo)
-        done = _enlarged(rows, kernels, convolution.bias)
-        out[images, :, 2 * strip.start : 2 * strip.stop] = done
+        upsampled = _upsample(rows, kernels, convolution.bias)
+        out[images, :, 2 * strip.start : 2 * strip.stop] = upsampled
     return out
 
 
@@ -147,7 +150,7 @@ def upsample_kernels(weight: Tensor) -> list[list[Tensor]]:
     return kernels
 
 
-def _enlarged(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
+def _upsample(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
     """Return pixels ``(B, O, 2H, 2W)`` of maps ``(B, I, H + 2, W + 2)`` with a border of 1."""
     height, width = x.shape[2] - 1, x.shape[3] - 1
     rows = []

@@ -23,9 +23,9 @@ from rudolph.models.layers.dropout import apply_dropout
 
 PB_RELAX_SCALE = 32.0
 # The maximum that PB-relax subtracts: of each score row or of the whole matrix.
-MAXIMA = ("row", "matrix")
+PB_RELAX_MAXIMA = ("row", "matrix")
 # Up to this many single-row products, a fused sum is faster than one call of bmm.
-FEW_PRODUCTS = 64
+MAX_SUMMED_PRODUCTS = 64
 
 
 class KeyValue(NamedTuple):
@@ -50,11 +50,11 @@ def block_mask(table: Tensor) -> Any:
     """Return FlexAttention's ``BlockMask`` of a mask ``(T, T)`` bool; it skips empty blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return table[query, key]
 
     length = len(table)
-    return create_block_mask(sees, None, None, length, length, device=str(table.device))
+    return create_block_mask(mask_mod, None, None, length, length, device=str(table.device))
 
 
 @cache
@@ -68,12 +68,12 @@ def block_kernel(device: str) -> Any:
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
 
 
-def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
+def block_attention(query: Tensor, key_value: KeyValue, *, dropout: float) -> Tensor:
     """Return attention ``(R, T, H)`` over the non-empty blocks of a ``BlockMask``.
 
     Args:
         query: ``(R, T, H)``.
-        seen: keys and values with a ``BlockMask``.
+        key_value: keys and values with a ``BlockMask``.
         dropout: must be 0, because FlexAttention has no dropout.
 
     Raises:
@@ -83,14 +83,14 @@ def block_attention(query: Tensor, seen: KeyValue, *, dropout: float) -> Tensor:
     """
     if dropout:
         raise ValueError(f"block masks need model.attention_dropout 0, got {dropout}")
-    key, value, mask = seen
+    key, value, mask = key_value
     kernel = block_kernel(query.device.type)
     out: Tensor = kernel(query[None], key[None], value[None], block_mask=mask)[0]
     return out
 
 
 def attention(
-    query: Tensor, seen: Sequence[KeyValue], *, pb_relax: str | None, dropout: float
+    query: Tensor, key_values: Sequence[KeyValue], *, pb_relax: str | None, dropout: float
 ) -> Tensor:
     """Return softmax attention ``(R, T, H)`` over the concatenation of all given keys.
 
@@ -100,21 +100,22 @@ def attention(
 
     Args:
         query: ``(R, T, H)``, not yet scaled.
-        seen: one or two parts of the keys and values; two parts are the prompt's shared keys and
-            each sample's own.
+        key_values: one or two parts of the keys and values; two parts are the prompt's shared keys
+            and each sample's own.
         pb_relax: maximum to subtract, ``row`` or ``matrix``; None disables PB-relax.
         dropout: dropout probability of the attention weights.
 
     Raises:
         ValueError: if ``dropout`` is not 0 with a ``BlockMask``.
     """
-    if len(seen) == 1 and seen[0].mask is not None and not isinstance(seen[0].mask, Tensor):
-        return block_attention(query, seen[0], dropout=dropout)
+    first, *others = key_values
+    if not others and first.mask is not None and not isinstance(first.mask, Tensor):
+        return block_attention(query, first, dropout=dropout)
     # On the CPU, the fused kernel takes three times as long as plain products in half
     # precision, and is no faster for single queries.
     is_fused = query.device.type != "cpu" or (query.dtype == torch.float32 and query.shape[1] > 1)
-    if is_fused and len(seen) == 1 and len(seen[0].key) == len(query):
-        key, value, mask = seen[0]
+    if is_fused and not others and len(first.key) == len(query):
+        key, value, mask = first
         has_own_masks = mask is not None and mask.dim() == 3
         # The kernel takes four dimensions: one batch of many heads, or one batch per mask.
         shape = (len(mask) if has_own_masks else 1, -1)
@@ -128,18 +129,18 @@ def attention(
         return out.flatten(0, 1)
     is_relaxed = pb_relax is not None and query.dtype == torch.float16
     query = query * (query.shape[-1] ** -0.5 / (PB_RELAX_SCALE if is_relaxed else 1.0))
-    parts = [_scores(query, part) for part in seen]
+    parts = [_scores(query, part) for part in key_values]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (R, T, T')
     if is_relaxed:
         scores = apply_pb_relax(scores, pb_relax)
-    shares = scores.softmax(-1)
+    weights = scores.softmax(-1)
     if dropout:
-        shares = apply_dropout(shares, dropout)
-    if len(seen) == 1:
-        return _product(_together(shares, seen[0]), seen[0].value).view_as(query)
-    first, second = seen
-    before, after = shares.tensor_split((first.key.shape[1],), dim=-1)
-    out = _product(_together(before, first), first.value).view_as(query)
+        weights = apply_dropout(weights, dropout)
+    if not others:
+        return _product(_stack_shared_rows(weights, first), first.value).view_as(query)
+    [second] = others
+    before, after = weights.tensor_split((first.key.shape[1],), dim=-1)
+    out = _product(_stack_shared_rows(before, first), first.value).view_as(query)
     # The own keys have one group per row; baddbmm adds their part without another tensor.
     return _product(after, second.value, out)
 
@@ -157,36 +158,37 @@ def apply_pb_relax(scores: Tensor, maximum: str | None) -> Tensor:
             ru-dolph; otherwise one per query.  With ``matrix``, queries whose scores lie far below
             the maximum lose precision in float16.
     """
-    over = (-2, -1) if maximum == "matrix" else -1
-    return (scores - scores.amax(over, keepdim=True)) * PB_RELAX_SCALE
+    dims = (-2, -1) if maximum == "matrix" else -1
+    return (scores - scores.amax(dims, keepdim=True)) * PB_RELAX_SCALE
 
 
-def _together(rows: Tensor, seen: KeyValue) -> Tensor:
+def _stack_shared_rows(rows: Tensor, key_value: KeyValue) -> Tensor:
     """Return rows ``(R, T, .)`` that share keys stacked as ``(G, T * R / G, .)``.
 
     The keys of a group are then read from memory once.
     """
-    return rows if len(rows) == len(seen.key) else rows.reshape(len(seen.key), -1, rows.shape[-1])
+    num_groups = len(key_value.key)
+    return rows if len(rows) == num_groups else rows.reshape(num_groups, -1, rows.shape[-1])
 
 
-def _scores(query: Tensor, seen: KeyValue) -> Tensor:
+def _scores(query: Tensor, key_value: KeyValue) -> Tensor:
     """Return attention scores ``(R, T, T')`` of scaled queries, with -inf where masked."""
-    rows, key = _together(query, seen), seen.key.mT
-    if seen.mask is None:
+    rows, key = _stack_shared_rows(query, key_value), key_value.key.mT
+    if key_value.mask is None:
         return _product(rows, key).view(*query.shape[:2], -1)
-    bias = _bias(seen.mask, query.dtype)
-    copies = rows.shape[1] // bias.shape[-2]
+    bias = _bias(key_value.mask, query.dtype)
+    num_copies = rows.shape[1] // bias.shape[-2]
     if bias.dim() == 2:
-        bias = bias.repeat(copies, 1)
+        bias = bias.repeat(num_copies, 1)
     else:
-        bias = bias.repeat_interleave(len(rows) // len(bias), dim=0).repeat(1, copies, 1)
+        bias = bias.repeat_interleave(len(rows) // len(bias), dim=0).repeat(1, num_copies, 1)
     scores = _product(rows, key, bias)
     return scores.view(*query.shape[:2], -1)
 
 
 def _product(left: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
     """Return the batched product of ``(G, T, K)`` and ``(G, K, T')``, plus ``start`` if given."""
-    if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= FEW_PRODUCTS:
+    if torch.compiler.is_compiling() and left.shape[1] == 1 and len(left) <= MAX_SUMMED_PRODUCTS:
         # The compiler fuses a sum with the operations around it, but calls bmm separately.
         product = (left.mT * right).sum(1, keepdim=True)
         return product if start is None else start + product

@@ -52,15 +52,15 @@ def select_keys(rows: Tensor) -> KeySelection | None:
     if not len(positions):
         return None
     first, last = int(positions[0]), int(positions[-1])
-    at: slice | Tensor = slice(first, last + 1, 1)
+    key_positions: slice | Tensor = slice(first, last + 1, 1)
     if len(positions) <= last - first:
         step = int(positions[1]) - first
         if bool((positions.diff() == step).all()):
-            at = slice(first, last + 1, step)
+            key_positions = slice(first, last + 1, step)
         elif last - first + 1 > GATHER_COST * len(positions):
-            at = positions
-    mask = rows[:, at]
-    return KeySelection(at, None if bool(mask.all()) else mask)
+            key_positions = positions
+    mask = rows[:, key_positions]
+    return KeySelection(key_positions, None if bool(mask.all()) else mask)
 
 
 Selections = tuple[KeySelection | None, KeySelection | None]
@@ -71,8 +71,9 @@ CacheSpan = tuple[int, int, int, torch.device]
 class KeyValueCache:
     """A preallocated cache of keys and values.
 
-    Decoding first runs the prompts through the model, with one sample each.  ``repeat`` then turns
-    their positions into shared ones, and every further run appends own positions of the samples.
+    Decoding first runs the prompts through the model, with one sample each.  ``expand_samples``
+    then turns their positions into shared ones.  Every further run appends own positions of the
+    samples.
 
     ``length`` counts the valid positions, shared ones included.  Setting it to a smaller value
     discards the positions after it.
@@ -98,7 +99,7 @@ class KeyValueCache:
         # Views with prompts, heads and samples flattened to key rows: (L, 2, G, T, H).
         self.rows = None if shared is None else shared.flatten(2, 3), own.flatten(2, 4)
 
-    def repeat(self, num_samples: int, *, num_positions: int) -> "KeyValueCache":
+    def expand_samples(self, num_samples: int, *, num_positions: int) -> "KeyValueCache":
         """Return a cache in which the current positions are shared by several samples per prompt.
 
         Args:
@@ -115,7 +116,7 @@ class KeyValueCache:
         shared = self.own[:, :, :, :, 0, : self.length]
         return KeyValueCache(self.tables, self.known_reads, own, shared)
 
-    def keep(self, prompts: Tensor, samples: Tensor) -> "KeyValueCache":
+    def select(self, prompts: Tensor, samples: Tensor) -> "KeyValueCache":
         """Return a copy with a selection of prompts and samples.
 
         Args:
@@ -125,16 +126,16 @@ class KeyValueCache:
         shared = None if self.shared is None else self.shared.index_select(2, prompts)
         own = torch.stack(
             [
-                self.own[:, :, prompt].index_select(3, numbers)
-                for prompt, numbers in zip(prompts.tolist(), samples, strict=True)
+                self.own[:, :, prompt].index_select(3, indices)
+                for prompt, indices in zip(prompts.tolist(), samples, strict=True)
             ],
             dim=2,
         )
-        kept = KeyValueCache(self.tables, self.known_reads, own, shared)
-        kept.length = self.length
-        return kept
+        selected = KeyValueCache(self.tables, self.known_reads, own, shared)
+        selected.length = self.length
+        return selected
 
-    def looks(self, end: int, mask_of_layer: Sequence[int]) -> list["CachedView"]:
+    def views(self, end: int, mask_of_layer: Sequence[int]) -> list["CachedView"]:
         """Return each layer's view of the positions from ``length`` to ``end``.
 
         Args:
@@ -142,15 +143,17 @@ class KeyValueCache:
             mask_of_layer: index into ``tables`` for each layer.
         """
         start = self.length - self.num_prefix
-        places = self.own.narrow(5, start, end - self.length).unbind()
+        new_slots = self.own.narrow(5, start, end - self.length).unbind()
         # Build the views of all layers at once: per-layer overhead would exceed the computation.
-        seen = [
-            [self._views(*pair) for pair in zip(self.rows, reads, strict=True)]
+        views_by_mask = [
+            [self._key_value_views(*pair) for pair in zip(self.rows, reads, strict=True)]
             for reads in self._reads(end)
         ]
         return [
-            CachedView(places[layer], [part[layer] for part in seen[number] if part is not None])
-            for layer, number in enumerate(mask_of_layer)
+            CachedView(
+                new_slots[layer], [part[layer] for part in views_by_mask[mask] if part is not None]
+            )
+            for layer, mask in enumerate(mask_of_layer)
         ]
 
     def static_views(self, mask_of_layer: Sequence[int]) -> list[StaticView]:
@@ -160,10 +163,14 @@ class KeyValueCache:
         """
         assert self.shared is not None
         step = self.length - self.num_prefix
-        places, reads = self._steps
-        now = [(shared and shared.step(step), own and own.step(step)) for shared, own in reads]
-        kept = zip(self.shared.unbind(), self.own.unbind(), mask_of_layer, strict=True)
-        return [StaticView(shared, own, places[step], now[mask]) for shared, own, mask in kept]
+        slots, reads = self._steps
+        step_reads = [
+            (shared and shared.step(step), own and own.step(step)) for shared, own in reads
+        ]
+        layers = zip(self.shared.unbind(), self.own.unbind(), mask_of_layer, strict=True)
+        return [
+            StaticView(shared, own, slots[step], step_reads[mask]) for shared, own, mask in layers
+        ]
 
     @cached_property
     def _steps(
@@ -182,7 +189,7 @@ class KeyValueCache:
         ]
         return torch.split(torch.arange(rows.shape[1], device=device), 1), reads
 
-    def _views(
+    def _key_value_views(
         self, rows: Tensor | None, read: KeySelection | None
     ) -> "list[KeyValue | GatheredKeys] | None":
         if rows is None or read is None:
@@ -194,21 +201,23 @@ class KeyValueCache:
 
     def _reads(self, end: int) -> list[Selections]:
         """Return, for each mask, the shared and own keys that positions up to ``end`` read."""
-        place = (self.num_prefix, self.length, end, self.own.device)
-        if place not in self.known_reads:
+        span = (self.num_prefix, self.length, end, self.own.device)
+        if span not in self.known_reads:
             rows = [table[self.length : end, :end] for table in self.tables]
             parts = (mask.tensor_split((self.num_prefix,), dim=1) for mask in rows)
-            self.known_reads[place] = [
+            self.known_reads[span] = [
                 (self._read(shared), self._read(own)) for shared, own in parts
             ]
-        return self.known_reads[place]
+        return self.known_reads[span]
 
     def _read(self, rows: Tensor) -> KeySelection | None:
         read = select_keys(rows)
         if read is None or self.own.device == rows.device:
             return read
-        at = read.at.to(self.own.device) if isinstance(read.at, Tensor) else read.at
-        return KeySelection(at, None if read.mask is None else read.mask.to(self.own.device))
+        key_positions = read.at.to(self.own.device) if isinstance(read.at, Tensor) else read.at
+        return KeySelection(
+            key_positions, None if read.mask is None else read.mask.to(self.own.device)
+        )
 
 
 class GatheredKeys(NamedTuple):
@@ -224,7 +233,7 @@ class GatheredKeys(NamedTuple):
     at: Tensor
     mask: Tensor | None
 
-    def seen(self) -> KeyValue:
+    def gather(self) -> KeyValue:
         """Gather the keys and values."""
         key, value = self.rows.index_select(2, self.at).unbind()
         return KeyValue(key, value, self.mask)
@@ -234,11 +243,11 @@ class CachedView(NamedTuple):
     """The view of new positions of one layer that follow cached positions; see ``KVView``.
 
     Attributes:
-        place: ``(2, P, N, S, T, H)``, memory for the keys and values of the new positions.
+        new_slots: ``(2, P, N, S, T, H)``, memory for the keys and values of the new positions.
         parts: the shared and the own keys to read.
     """
 
-    place: Tensor
+    new_slots: Tensor
     parts: list[KeyValue | GatheredKeys]
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
@@ -247,15 +256,17 @@ class CachedView(NamedTuple):
         Args:
             qkv: ``(B, T, 3, N, H)``.
         """
-        prompts, samples = self.place.shape[1:4:2]
+        prompts, samples = self.new_slots.shape[1:4:2]
         # (3, P, N, S, T, H)
         rows = qkv.view(prompts, samples, *qkv.shape[1:]).permute(3, 0, 4, 1, 2, 5)
-        self.place.copy_(rows[1:])
+        self.new_slots.copy_(rows[1:])
         # A gather copies, so the new keys must be stored first.
-        seen = [part.seen() if isinstance(part, GatheredKeys) else part for part in self.parts]
-        return rows[0].flatten(0, 2), seen
+        key_values = [
+            part.gather() if isinstance(part, GatheredKeys) else part for part in self.parts
+        ]
+        return rows[0].flatten(0, 2), key_values
 
     def merge(self, out: Tensor) -> Tensor:
         """Return attention rows ``(R, T, H)`` as ``(B, T, N * H)``."""
-        rows = out.view(self.place.shape[1:]).permute(0, 2, 3, 1, 4)
+        rows = out.view(self.new_slots.shape[1:]).permute(0, 2, 3, 1, 4)
         return rows.flatten(0, 1).flatten(2)

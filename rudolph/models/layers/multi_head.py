@@ -33,8 +33,8 @@ def multi_head_attention(
     batch, num_heads, length, _ = query.shape
     if length > 1 and key.shape[1] < num_heads:
         # The fused kernel takes as many keys as queries; a single query reads shared ones once.
-        copies = num_heads // key.shape[1]
-        key, value = (part.repeat_interleave(copies, dim=1) for part in (key, value))
-    seen = KeyValue(key.flatten(0, 1), value.flatten(0, 1), mask)
-    out = attention(query.flatten(0, 1), [seen], pb_relax=None, dropout=dropout)
+        num_copies = num_heads // key.shape[1]
+        key, value = (part.repeat_interleave(num_copies, dim=1) for part in (key, value))
+    key_value = KeyValue(key.flatten(0, 1), value.flatten(0, 1), mask)
+    out = attention(query.flatten(0, 1), [key_value], pb_relax=None, dropout=dropout)
     return out.view(batch, num_heads, length, -1).transpose(1, 2).flatten(2)

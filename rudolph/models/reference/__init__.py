@@ -4,7 +4,7 @@ A family defines how the reference names its tensors and constructor arguments; 
 differs.  Loading is therefore renaming, and ``to_reference(from_reference(...))`` reproduces the
 file.
 
-To add a family, write its ``ReferenceFamily`` and list it in ``FAMILIES``.
+To add a family, write its ``ReferenceFamily`` and list it in ``REFERENCE_FAMILIES``.
 
 Source: the packages ``rudolph`` 0.0.1rc10, ``rudalle`` 1.1.3 and ``ruclip`` 0.0.2; for language
 models and LLaVA ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorch`` 1.26 and
@@ -32,17 +32,17 @@ def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
     """Return a module on the meta device, built from the reference constructor's arguments.
 
     Args:
-        family: a key of ``FAMILIES``.
+        family: a key of ``REFERENCE_FAMILIES``.
         config: the reference constructor's arguments.
 
     Raises:
         ValueError: if the family is unknown or an argument is missing.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    if family not in REFERENCE_FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(REFERENCE_FAMILIES)}, got {family!r}")
     try:
         with torch.device("meta"):
-            return FAMILIES[family].build(config)
+            return REFERENCE_FAMILIES[family].build(config)
     except KeyError as error:
         raise ValueError(f"{family}: the config lacks {error.args[0]}") from error
 
@@ -55,7 +55,7 @@ def from_reference(
     Stored masks override the mask rules; a difference is a ``StoredMaskWarning``.
 
     Args:
-        family: one of ``FAMILIES``.
+        family: one of ``REFERENCE_FAMILIES``.
         config: the reference constructor's arguments.
         state_dict: the reference's tensors by key, as in its file.  They may be wrapped in
             ``state_dict``, ``params`` or ``params_ema``, or have Lightning's ``model.`` prefix.
@@ -75,7 +75,7 @@ def load_reference(model: nn.Module, family: str, tensors: Mapping[str, Tensor])
     Raises:
         ValueError: naming the first tensor that does not fit.
     """
-    FAMILIES[family].load(model, tensors)
+    REFERENCE_FAMILIES[family].load(model, tensors)
 
 
 def to_reference(model: nn.Module) -> ReferenceCheckpoint:
@@ -84,8 +84,8 @@ def to_reference(model: nn.Module) -> ReferenceCheckpoint:
     Raises:
         ValueError: naming what the reference cannot express.
     """
-    for name, family in FAMILIES.items():
-        if family.holds(model):
+    for name, family in REFERENCE_FAMILIES.items():
+        if family.matches(model):
             return ReferenceCheckpoint(name, family.config_of(model), family.tensors_of(model))
     raise ValueError(f"no reference package has a model like {type(model).__name__}")
 
@@ -102,7 +102,7 @@ def unwrap_state_dict(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 WRAPPINGS = ("params_ema", "params", "state_dict")
-FAMILIES: dict[str, ReferenceFamily] = {
+REFERENCE_FAMILIES: dict[str, ReferenceFamily] = {
     "rudolph": RUDOLPH,
     "rudalle": RUDALLE,
     "vqgan": VQGAN_FAMILY,

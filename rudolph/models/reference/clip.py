@@ -22,9 +22,9 @@ def build_clip(config: Mapping[str, Any]) -> CLIP:
     """
     optional = {"eos_id": 3, "has_logit_bias": False}
     names = [field.name for field in fields(CLIPConfig) if field.name not in optional]
-    given = {name: config[name] for name in names}
-    given |= {name: config.get(name, default) for name, default in optional.items()}
-    return CLIP(CLIPConfig(**given))
+    arguments = {name: config[name] for name in names}
+    arguments |= {name: config.get(name, default) for name, default in optional.items()}
+    return CLIP(CLIPConfig(**arguments))
 
 
 def load_clip(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
@@ -36,20 +36,20 @@ def load_clip(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
     load_exactly(model, tensors, family="ruclip")
 
 
-def config_of(model: CLIP) -> dict[str, Any]:
+def config_of_clip(model: CLIP) -> dict[str, Any]:
     """Return ruCLIP's constructor arguments of a CLIP."""
-    found = asdict(model.config)
+    arguments = asdict(model.config)
     # ruclip's constructor lacks this argument.  It stays for a CLIP with a bias, so that ruclip
     # rejects a model that it would compute wrongly.
     if not model.config.has_logit_bias:
-        del found["has_logit_bias"]
-    return found
+        del arguments["has_logit_bias"]
+    return arguments
 
 
 RUCLIP = ReferenceFamily(
     build=build_clip,
     load=load_clip,
-    holds=lambda model: isinstance(model, CLIP),
-    config_of=config_of,
+    matches=lambda model: isinstance(model, CLIP),
+    config_of=config_of_clip,
     tensors_of=lambda model: dict(model.state_dict()),
 )

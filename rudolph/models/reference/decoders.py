@@ -17,7 +17,7 @@ from rudolph.models.reference.family import (
     ReferenceFamily,
     Renamed,
     StoredMaskWarning,
-    require,
+    require_expressible,
     without_prefix,
 )
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
@@ -172,7 +172,7 @@ def load_reference_decoder(
         model,
         Renamed(tensors, names),
         family=family,
-        their_name=lambda name: their_name(name, family),
+        file_name_of=lambda name: their_name(name, family),
     )
     model.register_masks()
     stored = {key.rpartition(".")[2]: tensors[key] for key in tensors if is_mask[key]}
@@ -203,20 +203,20 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
     # Masks from rules are on the CPU, whatever the device of the weights.
     tables = {name: table.bool().cpu() for name, table in stored.items() if name in names}
     pairs = [(name, rule) for name, rule in zip(names, rules, strict=True) if name in tables]
-    differ = sorted({name for name, rule in pairs if not torch.equal(tables[name], rule)})
-    if not differ:
+    differing = sorted({name for name, rule in pairs if not torch.equal(tables[name], rule)})
+    if not differing:
         return
     hidden = mask_table(right_without_left(parse_mask("causal")), model.layout)
     if all(torch.equal(tables[name], rule & hidden) for name, rule in pairs):
         model.config = replace(model.config, right_attends_left=False)
         model.register_masks()
-        words = "in which right text does not see left text"
+        description = "in which right text does not attend to left text"
     else:
-        kept = [tables.get(name, rule) for name, rule in zip(names, rules, strict=True)]
-        model.use_masks(kept, range(len(kept)))
-        words = "which are not those of the rules"
+        layer_tables = [tables.get(name, rule) for name, rule in zip(names, rules, strict=True)]
+        model.use_masks(layer_tables, range(len(layer_tables)))
+        description = "which are not those of the rules"
     warnings.warn(
-        f"{family}: the file's own masks are used ({', '.join(differ)}), {words}",
+        f"{family}: the file's own masks are used ({', '.join(differing)}), {description}",
         StoredMaskWarning,
         stacklevel=4,
     )
@@ -242,13 +242,13 @@ def tensors_of_decoder(model: MaskedDecoder, family: str) -> dict[str, Tensor]:
     tensors = {their_name(name, family): value for name, value in model.state_dict().items()}
     layers = list(zip(reference_mask_names(model, family), model.layer_tables, strict=True))
     for name in sorted({*MASK_NAMES[family], LAST_MASK_NAME[family]}):
-        tables = [table for own, table in layers if own == name]
-        same = all(torch.equal(table, tables[0]) for table in tables)
-        require(same, family, f"different masks in the layers of {name}")
+        tables = [table for mask_name, table in layers if mask_name == name]
+        is_same = all(torch.equal(table, tables[0]) for table in tables)
+        require_expressible(is_same, family, f"different masks in the layers of {name}")
         # The reference also stores masks that a shallow model, or one that ends with a column
         # layer, does not use.
-        found = tables[0] if tables else _unused_mask(model, name, family)
-        tensors[f"transformer.{name}"] = found
+        table = tables[0] if tables else _unused_mask(model, name, family)
+        tensors[f"transformer.{name}"] = table
     return tensors
 
 
@@ -291,7 +291,7 @@ def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
         ValueError: naming a setting that ruDALL-E cannot express.
     """
     has_specials = model.vocabulary.num_text_specials + model.vocabulary.num_image_specials > 0
-    require(not has_specials, "rudalle", "special tokens")
+    require_expressible(not has_specials, "rudalle", "special tokens")
     return {
         **_shared_config(model, "rudalle"),
         "text_seq_length": model.layout.left_text_length,
@@ -302,11 +302,11 @@ def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
 
 def _shared_config(model: MaskedDecoder, family: str) -> dict[str, Any]:
     config, vocabulary = model.config, model.vocabulary
-    require(config.double_final_norm, family, "a decoder without double_final_norm")
-    require(not config.qk_norm, family, "qk_norm")
-    require(config.positional_padding, family, "one padding id for all positions")
-    require(config.gelu == "tanh", family, f"gelu {config.gelu}")
-    require(family == "rudalle" or not config.leading_bos, family, "leading_bos")
+    require_expressible(config.double_final_norm, family, "a decoder without double_final_norm")
+    require_expressible(not config.qk_norm, family, "qk_norm")
+    require_expressible(config.positional_padding, family, "one padding id for all positions")
+    require_expressible(config.gelu == "tanh", family, f"gelu {config.gelu}")
+    require_expressible(family == "rudalle" or not config.leading_bos, family, "leading_bos")
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -323,9 +323,9 @@ def _shared_config(model: MaskedDecoder, family: str) -> dict[str, Any]:
     }
 
 
-def _kernel(mask: str, otherwise: int) -> int:
-    found = re.search(r"\((\d+)\)", mask)
-    return int(found[1]) if found else otherwise
+def _kernel(mask: str, default: int) -> int:
+    match = re.search(r"\((\d+)\)", mask)
+    return int(match[1]) if match else default
 
 
 def _is_decoder(model: object, *, has_right_text: bool) -> bool:
@@ -337,14 +337,14 @@ def _is_decoder(model: object, *, has_right_text: bool) -> bool:
 RUDOLPH = ReferenceFamily(
     build=build_rudolph,
     load=lambda model, tensors: load_reference_decoder(model, tensors, "rudolph"),
-    holds=lambda model: _is_decoder(model, has_right_text=True),
+    matches=lambda model: _is_decoder(model, has_right_text=True),
     config_of=rudolph_config_of,
     tensors_of=lambda model: tensors_of_decoder(model, "rudolph"),
 )
 RUDALLE = ReferenceFamily(
     build=build_rudalle,
     load=lambda model, tensors: load_reference_decoder(model, tensors, "rudalle"),
-    holds=lambda model: _is_decoder(model, has_right_text=False),
+    matches=lambda model: _is_decoder(model, has_right_text=False),
     config_of=rudalle_config_of,
     tensors_of=lambda model: tensors_of_decoder(model, "rudalle"),
 )

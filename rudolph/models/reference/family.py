@@ -15,7 +15,7 @@ class ReferenceCheckpoint(NamedTuple):
     """A checkpoint of a reference package.
 
     Attributes:
-        family: a key of ``FAMILIES``.
+        family: a key of ``REFERENCE_FAMILIES``.
         config: the reference constructor's arguments.
         state_dict: tensors under the reference's names.
     """
@@ -32,7 +32,7 @@ class ReferenceFamily:
     Attributes:
         build: returns an empty module for constructor arguments; ``KeyError`` names a missing one.
         load: loads unwrapped tensors of a checkpoint into that module.
-        holds: returns whether a module belongs to this family.
+        matches: returns whether a module belongs to this family.
         config_of: returns a module's constructor arguments; ``ValueError`` if it has none.
         tensors_of: returns a module's tensors under the reference's names.
         keeps: returns whether a tensor of a checkpoint belongs to the model, not to its trainer.
@@ -40,7 +40,7 @@ class ReferenceFamily:
 
     build: Callable[[Mapping[str, Any]], nn.Module]
     load: Callable[[Any, Mapping[str, Tensor]], None]
-    holds: Callable[[nn.Module], bool]
+    matches: Callable[[nn.Module], bool]
     config_of: Callable[[Any], dict[str, Any]]
     tensors_of: Callable[[Any], dict[str, Tensor]]
     keeps: Callable[[str], bool] = lambda key: True
@@ -77,7 +77,7 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, T
     return Renamed(tensors, {key.removeprefix(prefix): key for key in tensors})
 
 
-def require(condition: bool, family: str, words: str) -> None:
+def require_expressible(condition: bool, family: str, words: str) -> None:
     """Raise ``ValueError`` unless ``condition`` holds.
 
     Args:

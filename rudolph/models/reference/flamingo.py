@@ -19,7 +19,7 @@ from rudolph.models.fusion.cross_attention import CrossAttentionConfig, GatedCro
 from rudolph.models.fusion.media_mask import count_tags, media_mask, number_media
 from rudolph.models.fusion.resampler import PerceiverResampler, ResamplerConfig
 from rudolph.models.lm.language_model import LanguageModelConfig
-from rudolph.models.reference.family import ReferenceFamily, require
+from rudolph.models.reference.family import ReferenceFamily, require_expressible
 from rudolph.models.reference.language_model import without_tied_copy
 from rudolph.models.vision.vit import LinearPatchEncoder, ViT, ViTConfig
 from rudolph.models.weights import load_exactly
@@ -161,7 +161,7 @@ def load_flamingo(model: Flamingo, tensors: Mapping[str, Tensor]) -> None:
             renamed[our_flamingo_name(key)] = value
         elif key.endswith("beta") and isinstance(value, Tensor) and bool(value.any()):
             raise ValueError(f"flamingo: {key} must be 0, the norms have no bias")
-    load_exactly(model, renamed, family="flamingo", their_name=their_flamingo_name)
+    load_exactly(model, renamed, family="flamingo", file_name_of=their_flamingo_name)
 
 
 def split_fused(model: Flamingo, layer: str, key: str, value: Tensor) -> dict[str, Tensor]:
@@ -225,20 +225,28 @@ def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
     if isinstance(model.vision, ViT):
         arguments["img_encoder"] = vit_config_of(model.vision)
     with torch.device("meta"):
-        again = build_flamingo(arguments)
+        rebuilt = build_flamingo(arguments)
     for name in ("language_model", "resampler", "cross_attention"):
-        ours, theirs = getattr(config, name), getattr(again.config, name)
-        require(ours == theirs, "flamingo", f"{ours}; the nearest is {theirs}")
-    require(config == again.config, "flamingo", f"place, offset or document_end_id of {config}")
-    same = {key: value.shape for key, value in again.state_dict().items()}
+        ours, theirs = getattr(config, name), getattr(rebuilt.config, name)
+        require_expressible(ours == theirs, "flamingo", f"{ours}; the nearest is {theirs}")
+    require_expressible(
+        config == rebuilt.config, "flamingo", f"place, offset or document_end_id of {config}"
+    )
+    expected_shapes = {key: value.shape for key, value in rebuilt.state_dict().items()}
     ours_shapes = {key: value.shape for key, value in model.state_dict().items()}
-    require(same == ours_shapes, "flamingo", f"the vision encoder {type(model.vision).__name__}")
+    require_expressible(
+        expected_shapes == ours_shapes,
+        "flamingo",
+        f"the vision encoder {type(model.vision).__name__}",
+    )
     return arguments
 
 
 def vit_config_of(model: ViT) -> dict[str, Any]:
     config = model.config
-    require(config.num_classes is not None, "flamingo", "a ViT without a classifier's head")
+    require_expressible(
+        config.num_classes is not None, "flamingo", "a ViT without a classifier's head"
+    )
     return {
         "image_size": config.image_size,
         "patch_size": config.patch_size,
@@ -303,14 +311,14 @@ def load_block(model: OpenFlamingoBlock, tensors: Mapping[str, Tensor]) -> None:
 FLAMINGO = ReferenceFamily(
     build=build_flamingo,
     load=load_flamingo,
-    holds=lambda model: isinstance(model, Flamingo),
+    matches=lambda model: isinstance(model, Flamingo),
     config_of=flamingo_config_of,
     tensors_of=tensors_of_flamingo,
 )
 OPEN_FLAMINGO_BLOCK = ReferenceFamily(
     build=OpenFlamingoBlock,
     load=load_block,
-    holds=lambda model: isinstance(model, OpenFlamingoBlock),
+    matches=lambda model: isinstance(model, OpenFlamingoBlock),
     config_of=lambda model: dict(model.config),
     tensors_of=lambda model: dict(model.state_dict()),
 )

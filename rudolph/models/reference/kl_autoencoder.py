@@ -53,11 +53,11 @@ def build_kl(config: Mapping[str, Any]) -> KLAutoencoder:
             raise ValueError(f"kl_autoencoder: {name}: expected {value!r}, got {config[name]!r}")
     channels = tuple(config["block_out_channels"])
     for name, kind in KL_BLOCK_TYPES.items():
-        given = list(config[name])
-        if given != [kind] * len(channels):
+        block_types = list(config[name])
+        if block_types != [kind] * len(channels):
             raise ValueError(
                 f"kl_autoencoder: {name}: expected {kind} for each of {len(channels)} levels, "
-                f"got {', '.join(given)}"
+                f"got {', '.join(block_types)}"
             )
     return KLAutoencoder(
         KLAutoencoderConfig(
@@ -87,7 +87,7 @@ def load_kl(model: KLAutoencoder, tensors: Mapping[str, Tensor]) -> None:
         model,
         ours,
         family="kl_autoencoder",
-        their_name=lambda name: their_kl_name(name, num_levels),
+        file_name_of=lambda name: their_kl_name(name, num_levels),
     )
 
 
@@ -99,18 +99,18 @@ def our_kl_name(key: str, num_levels: int) -> str:
     >>> our_kl_name("encoder.mid_block.attentions.0.to_out.0.bias", 3)
     'encoder.mid.attn_1.proj_out.bias'
     """
-    if found := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", key):
-        side, layer, kind = found.groups()
+    if match := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", key):
+        side, layer, kind = match.groups()
         return f"{side}.mid.attn_1.{ATTENTION.get(layer, layer)}.{kind}"
-    if found := re.fullmatch(r"(\w+)\.mid_block\.resnets\.(\d+)\.(.+)", key):
-        side, index, rest = found.groups()
+    if match := re.fullmatch(r"(\w+)\.mid_block\.resnets\.(\d+)\.(.+)", key):
+        side, index, rest = match.groups()
         name = f"{side}.mid.block_{int(index) + 1}.{rest}"
-    elif found := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", key):
-        name = f"decoder.up.{num_levels - 1 - int(found[1])}.{found[2]}"
+    elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", key):
+        name = f"decoder.up.{num_levels - 1 - int(match[1])}.{match[2]}"
     else:
         name = key.replace("encoder.down_blocks.", "encoder.down.")
-    for theirs, own in KL_RENAMED.items():
-        name = name.replace(theirs, own)
+    for theirs, ours in KL_RENAMED.items():
+        name = name.replace(theirs, ours)
     return name
 
 
@@ -125,16 +125,16 @@ KL_RENAMED = {
 
 def their_kl_name(name: str, num_levels: int) -> str:
     """Return the name that diffusers gives a tensor of this project."""
-    if found := re.fullmatch(r"(\w+)\.mid\.attn_1\.(\w+)\.(\w+)", name):
-        side, layer, kind = found.groups()
+    if match := re.fullmatch(r"(\w+)\.mid\.attn_1\.(\w+)\.(\w+)", name):
+        side, layer, kind = match.groups()
         return f"{side}.mid_block.attentions.0.{ATTENTION_WRITTEN.get(layer, layer)}.{kind}"
-    for theirs, own in KL_RENAMED.items():
-        name = name.replace(own, theirs)
-    if found := re.fullmatch(r"(\w+)\.mid\.block_(\d+)\.(.+)", name):
-        side, index, rest = found.groups()
+    for theirs, ours in KL_RENAMED.items():
+        name = name.replace(ours, theirs)
+    if match := re.fullmatch(r"(\w+)\.mid\.block_(\d+)\.(.+)", name):
+        side, index, rest = match.groups()
         return f"{side}.mid_block.resnets.{int(index) - 1}.{rest}"
-    if found := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):
-        return f"decoder.up_blocks.{num_levels - 1 - int(found[1])}.{found[2]}"
+    if match := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name):
+        return f"decoder.up_blocks.{num_levels - 1 - int(match[1])}.{match[2]}"
     return name.replace("encoder.down.", "encoder.down_blocks.")
 
 
@@ -168,7 +168,7 @@ def tensors_of_kl(model: KLAutoencoder) -> dict[str, Tensor]:
 KL_AUTOENCODER = ReferenceFamily(
     build=build_kl,
     load=load_kl,
-    holds=lambda model: isinstance(model, KLAutoencoder),
+    matches=lambda model: isinstance(model, KLAutoencoder),
     config_of=config_of_kl,
     tensors_of=tensors_of_kl,
 )

@@ -83,7 +83,7 @@ def load_language_model(model: LanguageModel, tensors: Mapping[str, Tensor]) -> 
     # Early files store what the rotations are computed from.
     kept = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]
     renamed = Renamed(tensors, {our_llama_name(key): key for key in kept})
-    load_exactly(model, renamed, family="llama", their_name=their_llama_name)
+    load_exactly(model, renamed, family="llama", file_name_of=their_llama_name)
 
 
 def language_model_config_of(model: LanguageModel) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def is_llama(model: object) -> bool:
 LLAMA = ReferenceFamily(
     build=lambda config: LanguageModel(language_model_config(config)),
     load=load_language_model,
-    holds=is_llama,
+    matches=is_llama,
     config_of=language_model_config_of,
     tensors_of=lambda model: {
         their_llama_name(name): value for name, value in model.state_dict().items()

@@ -145,15 +145,15 @@ def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None
             if all(isinstance(ours.get(name), Tensor) for name in names):
                 parts = [ours.pop(name) for name in names]
                 ours[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
-    fitting: Mapping[str, Tensor] = ours
+    loaded: Mapping[str, Tensor] = ours
     if model.language_model.config.tied_embeddings:
-        head, words = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
-        fitting = without_tied_copy(ours, head, words, family=family)
+        head, embeddings = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+        loaded = without_tied_copy(ours, head, embeddings, family=family)
     load_exactly(
         model,
-        fitting,
+        loaded,
         family=family,
-        their_name=lambda name: theirs.get(name) or their_llava_name(name),
+        file_name_of=lambda name: theirs.get(name) or their_llava_name(name),
     )
 
 
@@ -165,17 +165,17 @@ def our_llava_name(key: str) -> str:
     >>> our_llava_name("model.layers.0.mlp.up_proj.weight")
     'language_model.layers.0.mlp.up_proj.weight'
     """
-    for prefix, own in PREFIXES.items():
+    for prefix, ours in PREFIXES.items():
         if key.startswith(prefix):
-            name = own + key.removeprefix(prefix)
+            name = ours + key.removeprefix(prefix)
             break
     else:
         return key
     if not name.startswith("vision."):
         return name
     rest = name.removeprefix("vision.")
-    for their, own in VISION_NAMES.items():
-        rest = rest.replace(their, own)
+    for theirs, ours in VISION_NAMES.items():
+        rest = rest.replace(theirs, ours)
     return f"vision.encoder.{rest}"
 
 
@@ -189,13 +189,13 @@ def their_llava_name(name: str) -> str:
     """
     if name.startswith("vision.encoder."):
         rest = name.removeprefix("vision.encoder.")
-        for their, own in VISION_NAMES.items():
-            rest = rest.replace(own, their)
+        for theirs, ours in VISION_NAMES.items():
+            rest = rest.replace(ours, theirs)
         return f"model.vision_tower.{rest}"
     if name.startswith("language_model.lm_head."):
         return name.removeprefix("language_model.")
-    if found := re.fullmatch(r"connector\.project\.([02])\.(\w+)", name):
-        return f"model.multi_modal_projector.linear_{1 + int(found[1]) // 2}.{found[2]}"
+    if match := re.fullmatch(r"connector\.project\.([02])\.(\w+)", name):
+        return f"model.multi_modal_projector.linear_{1 + int(match[1]) // 2}.{match[2]}"
     return f"model.{name}"
 
 
@@ -203,8 +203,8 @@ def tensors_of_llava(model: LLaVA) -> dict[str, Tensor]:
     """Return the tensors as Hugging Face stores them."""
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        head, found, kind = name.partition(".attn.in_proj_")
-        if not found:
+        head, separator, kind = name.partition(".attn.in_proj_")
+        if not separator:
             tensors[their_llava_name(name)] = value
             continue
         for part, projection in zip(value.chunk(3), QKV, strict=True):
@@ -258,7 +258,7 @@ def llava_family(family: str) -> ReferenceFamily:
     return ReferenceFamily(
         build=lambda config: build_reference_llava(config, family),
         load=lambda model, tensors: load_llava(model, tensors, family),
-        holds=lambda model: is_reference_llava(model, has_canvases=has_canvases),
+        matches=lambda model: is_reference_llava(model, has_canvases=has_canvases),
         config_of=config_of_llava,
         tensors_of=tensors_of_llava,
         keeps=lambda key: not key.endswith(LEFT_OUT),

@@ -21,8 +21,8 @@ def build_upscaler(config: Mapping[str, Any]) -> Upscaler:
         KeyError: if ``scale`` is missing.
     """
     names = {"num_feat": "num_channels", "num_block": "num_blocks", "num_grow_ch": "growth"}
-    given = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    return Upscaler(UpscalerConfig(scale=config["scale"], **given))
+    arguments = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    return Upscaler(UpscalerConfig(scale=config["scale"], **arguments))
 
 
 def load_reference_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> None:
@@ -36,21 +36,21 @@ def load_reference_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> N
 
 def config_of_upscaler(model: Upscaler) -> dict[str, Any]:
     """Return Real-ESRGAN's constructor arguments of an upscaler."""
-    given = asdict(model.config)
+    fields = asdict(model.config)
     return {
         "num_in_ch": 3,
         "num_out_ch": 3,
-        "scale": given["scale"],
-        "num_feat": given["num_channels"],
-        "num_block": given["num_blocks"],
-        "num_grow_ch": given["growth"],
+        "scale": fields["scale"],
+        "num_feat": fields["num_channels"],
+        "num_block": fields["num_blocks"],
+        "num_grow_ch": fields["growth"],
     }
 
 
 REALESRGAN = ReferenceFamily(
     build=build_upscaler,
     load=load_reference_upscaler,
-    holds=lambda model: isinstance(model, Upscaler),
+    matches=lambda model: isinstance(model, Upscaler),
     config_of=config_of_upscaler,
     tensors_of=lambda model: dict(model.state_dict()),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rudolph.models.reference.family import ReferenceFamily, Renamed, require
+from rudolph.models.reference.family import ReferenceFamily, Renamed, require_expressible
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig, haar_filters
 from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.models.weights import load_exactly
@@ -27,8 +27,8 @@ def build_vqgan(config: Mapping[str, Any]) -> VQGAN:
     Raises:
         KeyError: naming a missing argument.
     """
-    given = config["model"]["params"]
-    shape = given["ddconfig"]
+    params = config["model"]["params"]
+    shape = params["ddconfig"]
     return VQGAN(
         VQGANConfig(
             resolution=shape["resolution"],
@@ -39,7 +39,7 @@ def build_vqgan(config: Mapping[str, Any]) -> VQGAN:
             dropout=shape.get("dropout", 0.0),
             wavelet=config.get("dwt", False),
             quantizer=QuantizerConfig(
-                "gumbel", given["n_embed"], given["embed_dim"], kl_weight=given["kl_weight"]
+                "gumbel", params["n_embed"], params["embed_dim"], kl_weight=params["kl_weight"]
             ),
         )
     )
@@ -58,7 +58,7 @@ def load_reference_vqgan(model: VQGAN, tensors: Mapping[str, Tensor]) -> None:
         model,
         Renamed(tensors, names),
         family="vqgan",
-        their_name=lambda name: _their_name(name, has_wavelet=has_wavelet),
+        file_name_of=lambda name: _their_name(name, has_wavelet=has_wavelet),
     )
 
 
@@ -109,11 +109,13 @@ def config_of_vqgan(model: VQGAN) -> dict[str, Any]:
         ValueError: naming a setting that the reference cannot express.
     """
     config, quantizer = model.config, model.config.quantizer
-    require(quantizer.kind == "gumbel", "vqgan", f"a {quantizer.kind} quantizer")
-    require(config.norm_groups == 32, "vqgan", f"{config.norm_groups} groups in its norms")
+    require_expressible(quantizer.kind == "gumbel", "vqgan", f"a {quantizer.kind} quantizer")
+    require_expressible(
+        config.norm_groups == 32, "vqgan", f"{config.norm_groups} groups in its norms"
+    )
     first = config.channels[0]
     is_multiple = all(size % first == 0 for size in config.channels)
-    require(is_multiple, "vqgan", f"channels that are no multiples of {first}")
+    require_expressible(is_multiple, "vqgan", f"channels that are no multiples of {first}")
     shape = {
         "double_z": False,
         "z_channels": config.z_channels,
@@ -138,7 +140,7 @@ def config_of_vqgan(model: VQGAN) -> dict[str, Any]:
 VQGAN_FAMILY = ReferenceFamily(
     build=build_vqgan,
     load=load_reference_vqgan,
-    holds=lambda model: isinstance(model, VQGAN),
+    matches=lambda model: isinstance(model, VQGAN),
     config_of=config_of_vqgan,
     tensors_of=tensors_of_vqgan,
     keeps=lambda key: not key.startswith(TRAINING_ONLY),

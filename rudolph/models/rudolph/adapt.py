@@ -39,17 +39,19 @@ def adapt(source: MaskedDecoder, target: MaskedDecoder) -> list[str]:
         ValueError: naming the first setting of ``SAME_FIELDS`` that differs.
     """
     for name in SAME_FIELDS:
-        old, new = getattr(source.config, name), getattr(target.config, name)
-        if old != new:
-            raise ValueError(f"model.{name} must be {old}, that of the weights, got {new}")
+        source_value, target_value = getattr(source.config, name), getattr(target.config, name)
+        if source_value != target_value:
+            raise ValueError(
+                f"model.{name} must be {source_value}, as in the weights, got {target_value}"
+            )
     notes: list[str] = []
-    given = source.state_dict()
+    weights = source.state_dict()
     tables = _tables(source, target, notes)
     for name, value in target.state_dict().items():
         if name in tables:
             value.copy_(tables[name])
-        elif name in given:
-            value.copy_(given[name])
+        elif name in weights:
+            value.copy_(weights[name])
     return notes
 
 
@@ -60,32 +62,37 @@ def _tables(source: MaskedDecoder, target: MaskedDecoder, notes: list[str]) -> d
     for side in ("left", "right"):
         name = f"{side}_position.weight"
         if name in old and name in new:
-            # Only a leading BOS uses the last row, so it is copied instead of interpolated.
-            rows = _resized(old[name][:-1], len(new[name]) - 1, what=f"{side} text", notes=notes)
-            tables[name] = torch.cat([rows, old[name][-1:]])
+            # The table has one row more than the text, which is copied instead of interpolated:
+            # the first row is that of a leading BOS; without one, the last row is unused.
+            start = source.num_leading if side == "left" else 0
+            before, rows, after = old[name].tensor_split((start, len(old[name]) - 1 + start))
+            rows = _resize_positions(rows, len(new[name]) - 1, segment=f"{side} text", notes=notes)
+            tables[name] = torch.cat([before, rows, after])
         elif name in new:
             notes.append(f"{side} text is new: its positions start at random")
     for axis in ("row", "column"):
         name = f"{axis}_position.weight"
-        tables[name] = _resized(old[name], len(new[name]), what=f"image {axis}s", notes=notes)
-    texts = _sizes(source.vocabulary)[:3], _sizes(target.vocabulary)[:3]
-    images = _sizes(source.vocabulary)[3:], _sizes(target.vocabulary)[3:]
+        tables[name] = _resize_positions(
+            old[name], len(new[name]), segment=f"image {axis}s", notes=notes
+        )
+    texts = _vocabulary_sizes(source.vocabulary)[:3], _vocabulary_sizes(target.vocabulary)[:3]
+    images = _vocabulary_sizes(source.vocabulary)[3:], _vocabulary_sizes(target.vocabulary)[3:]
     for name, sizes in (("text_embedding.weight", texts), ("image_embedding.weight", images)):
-        tables[name] = _rows(old[name], new[name], *sizes)
-    both = [_sizes(model.vocabulary) for model in (source, target)]
+        tables[name] = _copy_rows(old[name], new[name], *sizes)
+    sizes_of_both = [_vocabulary_sizes(model.vocabulary) for model in (source, target)]
     for name in ("to_logits.weight", "to_logits.bias"):
-        tables[name] = _rows(old[name], new[name], *both)
-    for what, was, now in zip(ID_KINDS, *both, strict=True):
-        if was != now and what != "left padding":
-            words = "new rows start at random" if now > was else "the last rows are cut"
-            notes.append(f"{what} {was} -> {now}: {words}")
+        tables[name] = _copy_rows(old[name], new[name], *sizes_of_both)
+    for id_kind, old_size, new_size in zip(ID_KINDS, *sizes_of_both, strict=True):
+        if old_size != new_size and id_kind != "left padding":
+            effect = "new rows start at random" if new_size > old_size else "the last rows are cut"
+            notes.append(f"{id_kind} {old_size} -> {new_size}: {effect}")
     return tables
 
 
 ID_KINDS = ("BPE ids", "text specials", "left padding", "codes", "image specials")
 
 
-def _sizes(vocabulary: Vocabulary) -> list[int]:
+def _vocabulary_sizes(vocabulary: Vocabulary) -> list[int]:
     """Return the number of ids of each kind in the order of the logits, as in ``ID_KINDS``."""
     return [
         vocabulary.bpe_size,
@@ -96,29 +103,31 @@ def _sizes(vocabulary: Vocabulary) -> list[int]:
     ]
 
 
-def _rows(old: Tensor, new: Tensor, was: list[int], now: list[int]) -> Tensor:
+def _copy_rows(old: Tensor, new: Tensor, old_sizes: list[int], new_sizes: list[int]) -> Tensor:
     """Return ``new`` with the rows of ``old`` copied in, separately for each kind of id.
 
     Args:
-        old: table or bias of the source, ``(sum(was), ...)``.
-        new: table or bias of the target, ``(sum(now), ...)``.
-        was: number of ids of each kind in ``old``.
-        now: number of ids of each kind in ``new``.
+        old: table or bias of the source, ``(sum(old_sizes), ...)``.
+        new: table or bias of the target, ``(sum(new_sizes), ...)``.
+        old_sizes: number of ids of each kind in ``old``.
+        new_sizes: number of ids of each kind in ``new``.
     """
     parts = []
-    for before, after in zip(torch.split(old, was), torch.split(new, now), strict=True):
-        kept = min(len(before), len(after))
-        parts.append(torch.cat([before[:kept].to(after), after[kept:]]))
+    for old_rows, new_rows in zip(
+        torch.split(old, old_sizes), torch.split(new, new_sizes), strict=True
+    ):
+        num_kept = min(len(old_rows), len(new_rows))
+        parts.append(torch.cat([old_rows[:num_kept].to(new_rows), new_rows[num_kept:]]))
     return torch.cat(parts)
 
 
-def _resized(table: Tensor, length: int, *, what: str, notes: list[str]) -> Tensor:
+def _resize_positions(table: Tensor, length: int, *, segment: str, notes: list[str]) -> Tensor:
     """Return a position table ``(L, D)`` cut or interpolated to another length."""
     if len(table) == length:
         return table
-    is_cut = what.endswith("text") and length < len(table)
+    is_cut = segment.endswith("text") and length < len(table)
     notes.append(
-        f"{what} {len(table)} -> {length}: positions {'cut' if is_cut else 'interpolated'}"
+        f"{segment} {len(table)} -> {length}: positions {'cut' if is_cut else 'interpolated'}"
     )
     if is_cut:
         return table[:length]

@@ -49,7 +49,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 # Fraction of the variance that stays random per code, so that similar codes remain distinct.
-OWN_SHARE = 0.25
+RANDOM_VARIANCE_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
@@ -182,23 +182,23 @@ class Layer(nn.Module):
         self.mlp_out = nn.Linear(4 * size, size)
         self.mlp_out_norm = nn.LayerNorm(size) if config.sandwich_norm else nn.Identity()
 
-    def forward(self, x: Tensor, look: KVView) -> Tensor:
+    def forward(self, x: Tensor, view: KVView) -> Tensor:
         """Return the layer's output ``(B, T, D)``.
 
         Args:
             x: hidden states ``(B, T, D)``.
-            look: the view that decides which keys each position attends to.
+            view: the view that decides which keys each position attends to.
         """
-        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), look))
+        x = x + self.attention_out_norm(self.attend(self.attention_norm(x), view))
         hidden = self.activation(self.mlp_in(self.mlp_norm(x)))
-        return x + self.mlp_out_norm(self.dropped(self.mlp_out(hidden)))
+        return x + self.mlp_out_norm(self.apply_output_dropout(self.mlp_out(hidden)))
 
-    def attend(self, x: Tensor, look: KVView) -> Tensor:
+    def attend(self, x: Tensor, view: KVView) -> Tensor:
         """Return the attention output ``(B, T, D)`` for normalised hidden states ``(B, T, D)``."""
-        query, seen = look.split(self.project_qkv(x))
-        out = self.to_out(look.merge(self.attend_in_precision(query, seen)))
+        query, key_values = view.split(self.project_qkv(x))
+        out = self.to_out(view.merge(self.attend_in_precision(query, key_values)))
         # The reference clamps to the float16 range in every dtype.
-        return self.dropped(out.clamp(-HALF_MAX, HALF_MAX))
+        return self.apply_output_dropout(out.clamp(-HALF_MAX, HALF_MAX))
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """Return queries, keys and values ``(B, T, 3, N, H)`` for normalised ``(B, T, D)``."""
@@ -210,26 +210,29 @@ class Layer(nn.Module):
         norms = self.query_norm(query), self.key_norm(key)
         return torch.stack([*(norm.to(qkv.dtype) for norm in norms), value], dim=2)
 
-    def attend_in_precision(self, query: Tensor, seen: Sequence[KeyValue]) -> Tensor:
+    def attend_in_precision(self, query: Tensor, key_values: Sequence[KeyValue]) -> Tensor:
         """Compute attention in ``attention_precision``, or in the current dtype if it is None."""
-        share = self.config.attention_dropout if self.training else 0.0
-        relaxed = self.config.pb_relax_maximum if self.config.pb_relax else None
+        dropout = self.config.attention_dropout if self.training else 0.0
+        pb_relax = self.config.pb_relax_maximum if self.config.pb_relax else None
         if self.config.attention_precision is None:
-            return attention(query, seen, pb_relax=relaxed, dropout=share)
+            return attention(query, key_values, pb_relax=pb_relax, dropout=dropout)
         dtype = PRECISIONS[self.config.attention_precision]
-        seen = [part._replace(key=part.key.to(dtype), value=part.value.to(dtype)) for part in seen]
+        key_values = [
+            part._replace(key=part.key.to(dtype), value=part.value.to(dtype))
+            for part in key_values
+        ]
         with torch.autocast(query.device.type, enabled=False):
-            out = attention(query.to(dtype), seen, pb_relax=relaxed, dropout=share)
+            out = attention(query.to(dtype), key_values, pb_relax=pb_relax, dropout=dropout)
         return out.to(query.dtype)
 
-    def dropped(self, x: Tensor) -> Tensor:
+    def apply_output_dropout(self, x: Tensor) -> Tensor:
         """Apply output dropout in training mode."""
         return apply_dropout(x, self.config.output_dropout) if self.training else x
 
 
-def run_layer(layer: nn.Module, x: Tensor, look: KVView) -> Tensor:
+def run_layer(layer: nn.Module, x: Tensor, view: KVView) -> Tensor:
     """Call a layer as a plain function, so that all layers share one compiled function."""
-    out: Tensor = layer(x, look)
+    out: Tensor = layer(x, view)
     return out
 
 
@@ -322,30 +325,30 @@ class MaskedDecoder(nn.Module):
         Args:
             seed_of: seed of each module name; it seeds torch's global generator.
         """
-        for name, part in self.named_modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
                 torch.manual_seed(seed_of(name))
-                if isinstance(part, nn.Linear):
-                    part.reset_parameters()
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
                 else:
-                    nn.init.normal_(part.weight, std=self._init_std(name))
+                    nn.init.normal_(module.weight, std=self._init_std(name))
 
     @torch.no_grad()
     def init_from_codebook(self, codes: Tensor) -> None:
         """Mix a random projection of VQ-GAN codes into the image embeddings.
 
-        Each code dimension is first scaled to unit variance.  A fraction ``OWN_SHARE`` of the
-        embedding variance stays independent per code.
+        Each code dimension is first scaled to unit variance.  A fraction
+        ``RANDOM_VARIANCE_FRACTION`` of the embedding variance stays independent per code.
 
         Args:
             codes: code vectors ``(K, E)`` of the quantizer.
         """
         weight = self.image_embedding.weight
-        spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
-        turn = torch.randn(codes.shape[1], weight.shape[1]) / codes.shape[1] ** 0.5  # (E, D)
-        shared = self.config.token_init_std * spread @ turn
-        weight[: len(codes)] *= OWN_SHARE**0.5
-        weight[: len(codes)] += (1 - OWN_SHARE) ** 0.5 * shared
+        normalised = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
+        projection = torch.randn(codes.shape[1], weight.shape[1]) / codes.shape[1] ** 0.5  # (E, D)
+        projected = self.config.token_init_std * normalised @ projection
+        weight[: len(codes)] *= RANDOM_VARIANCE_FRACTION**0.5
+        weight[: len(codes)] += (1 - RANDOM_VARIANCE_FRACTION) ** 0.5 * projected
 
     def new_cache(self, batch_size: int, *, num_positions: int | None = None) -> KeyValueCache:
         """Return an empty key/value cache.
@@ -396,27 +399,27 @@ class MaskedDecoder(nn.Module):
         """
         start = 0 if cache is None else cache.length
         if start == 0:
-            tokens = self._after_leading(tokens)
+            tokens = self._prepend_bos(tokens)
         end = start + tokens.shape[1]
         x = self.embed(tokens, start)
         is_compiled = self.has_compiled_layers and self.training
-        looks: Sequence[KVView]
+        views: Sequence[KVView]
         if cache is None:
             tables = self.full_masks(end)
-            looks = [FullView(tables[number], len(x)) for number in self.mask_of_layer]
+            views = [FullView(tables[mask], len(x)) for mask in self.mask_of_layer]
         elif self.has_compiled_layers and cache.shared is not None and end - start == 1:
             is_compiled = True
-            looks = cache.static_views(self.mask_of_layer)
+            views = cache.static_views(self.mask_of_layer)
         else:
-            looks = cache.looks(end, self.mask_of_layer)
+            views = cache.views(end, self.mask_of_layer)
         run: Callable[[nn.Module, Tensor, Any], Tensor] = run_layer
         if is_compiled:
             run = compile_function(run_layer)
-        for layer, look in zip(self.layers, looks, strict=True):
+        for layer, view in zip(self.layers, views, strict=True):
             if self.has_checkpointing and self.training:
-                x = checkpoint(run, layer, x, look, use_reentrant=False)
+                x = checkpoint(run, layer, x, view, use_reentrant=False)
             else:
-                x = run(layer, x, look)
+                x = run(layer, x, view)
         if cache is not None:
             cache.length = end
         return x
@@ -426,10 +429,10 @@ class MaskedDecoder(nn.Module):
         tables = self.mask_tables[:, :length, :length].unbind()
         if not self.has_block_masks:
             return tables
-        place = (length, self.mask_tables.device)
-        if place not in self.known_blocks:
-            self.known_blocks[place] = [block_mask(table) for table in tables]
-        return self.known_blocks[place]
+        key = (length, self.mask_tables.device)
+        if key not in self.known_blocks:
+            self.known_blocks[key] = [block_mask(table) for table in tables]
+        return self.known_blocks[key]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Return logits over the text vocabulary only, ``(..., Vt)``."""
@@ -456,11 +459,11 @@ class MaskedDecoder(nn.Module):
             if max(low, start) < min(high, end)
         ]
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        share = self.config.embedding_gradient
+        gradient_scale = self.config.embedding_gradient
         # Equal to x in value; only the gradient is scaled.
-        return x if share == 1 else share * x + (1 - share) * x.detach()
+        return x if gradient_scale == 1 else gradient_scale * x + (1 - gradient_scale) * x.detach()
 
-    def _after_leading(self, tokens: Tensor) -> Tensor:
+    def _prepend_bos(self, tokens: Tensor) -> Tensor:
         if not self.config.leading_bos:
             return tokens
         if tokens.shape[1] > self.layout.length:

@@ -17,7 +17,7 @@ from rudolph.sequence.layout import PAD
 
 NOT_SCORED = -1
 # Maximum number of logits in memory, 128 MiB in float32: the head is the widest layer.
-LOGITS_AT_ONCE = 2**25
+MAX_LOGITS_IN_MEMORY = 2**25
 
 
 def segment_labels(
@@ -25,7 +25,7 @@ def segment_labels(
     tokens: Tensor,
     *,
     has_legacy_first_token: bool = False,
-    has_left_padding: bool = True,
+    score_left_padding: bool = True,
 ) -> dict[str, tuple[int, Tensor]]:
     """Return, for each segment, the first predicting position and the labels ``(B, M)``.
 
@@ -36,33 +36,36 @@ def segment_labels(
         model: decoder that defines layout, vocabulary and leading positions.
         tokens: ``(B, T)``: left text, left text and image, or the whole sequence.
         has_legacy_first_token: count image token 0 as a left-text label, as in the reference.
-        has_left_padding: score the padding ids of the left text, as in the reference.
+        score_left_padding: score the padding ids of the left text, as in the reference.
 
     Raises:
         ValueError: if the tokens end inside a segment.
     """
-    layout, lead, length = model.layout, model.num_leading, tokens.shape[1]
+    layout, num_leading, length = model.layout, model.num_leading, tokens.shape[1]
     if length not in (layout.image_start, layout.right_text_start, layout.length):
         raise ValueError(
             f"tokens must end with a segment (at {layout.image_start}, {layout.right_text_start} "
             f"or {layout.length}), got {length}"
         )
     image_start, right_start = layout.image_start, layout.right_text_start
-    left = model.replace_left_padding(tokens[:, :image_start])[:, 1 - lead :]
-    if not has_left_padding:
-        left = left.masked_fill(tokens[:, 1 - lead : image_start] == PAD, NOT_SCORED)
+    left = model.replace_left_padding(tokens[:, :image_start])[:, 1 - num_leading :]
+    if not score_left_padding:
+        left = left.masked_fill(tokens[:, 1 - num_leading : image_start] == PAD, NOT_SCORED)
     has_image = length > image_start
     # With a leading BOS, the reference does not count this token as text.
-    is_legacy = has_legacy_first_token and lead == 0
+    is_legacy = has_legacy_first_token and num_leading == 0
     if has_image and is_legacy:
         left = torch.cat([left, tokens[:, image_start : image_start + 1]], dim=1)
     labels = {"left_text": (0, left)}
     if has_image:
         first = image_start + 1 if is_legacy else image_start
-        labels["image"] = (first - 1 + lead, tokens[:, first:right_start])
+        labels["image"] = (first - 1 + num_leading, tokens[:, first:right_start])
     if length > right_start:
         right = tokens[:, right_start + 1 :]
-        labels["right_text"] = (right_start + lead, right.masked_fill(right == PAD, NOT_SCORED))
+        labels["right_text"] = (
+            right_start + num_leading,
+            right.masked_fill(right == PAD, NOT_SCORED),
+        )
     return labels
 
 
@@ -93,33 +96,35 @@ def label_losses(
             section 2.3).
     """
     start, target = labels
-    keep = target != NOT_SCORED
+    is_scored = target != NOT_SCORED
     text, image = heads or model.to_logits.heads()
     head = image if segment == "image" else text
     # The head is the widest layer, so only scored positions pass through it.
-    rows, labelled = hidden[:, start : start + target.shape[1]][keep], target[keep]
+    states, targets = hidden[:, start : start + target.shape[1]][is_scored], target[is_scored]
     if is_joint:
         head = model.to_logits
-        labelled = labelled + (model.vocabulary.text_size if segment == "image" else 0)
+        targets = targets + (model.vocabulary.text_size if segment == "image" else 0)
 
-    def losses(rows: Tensor, labelled: Tensor) -> Tensor:
-        logits = head(rows).float()[:, :num_classes]
-        found = F.cross_entropy(
-            logits, labelled, reduction="none", label_smoothing=label_smoothing
+    def cross_entropies(states: Tensor, targets: Tensor) -> Tensor:
+        logits = head(states).float()[:, :num_classes]
+        values = F.cross_entropy(
+            logits, targets, reduction="none", label_smoothing=label_smoothing
         )
-        return found + z_loss_weight * logits.logsumexp(-1).square() if z_loss_weight else found
+        return values + z_loss_weight * logits.logsumexp(-1).square() if z_loss_weight else values
 
     text_size, image_size = model.vocabulary.text_size, model.vocabulary.image_size
-    own_size = image_size if segment == "image" else text_size
-    num_logits = text_size + image_size if is_joint else own_size
-    at_once = max(LOGITS_AT_ONCE // num_logits, 1)
-    if len(rows) <= at_once:
-        return losses(rows, labelled)
-    parts = zip(torch.split(rows, at_once), torch.split(labelled, at_once), strict=True)
+    segment_size = image_size if segment == "image" else text_size
+    num_logits = text_size + image_size if is_joint else segment_size
+    rows_per_part = max(MAX_LOGITS_IN_MEMORY // num_logits, 1)
+    if len(states) <= rows_per_part:
+        return cross_entropies(states, targets)
+    parts = zip(
+        torch.split(states, rows_per_part), torch.split(targets, rows_per_part), strict=True
+    )
     # Recomputing logits in the backward pass keeps only one part of them in memory.
     return torch.cat(
         [
-            checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(cross_entropies, *part, use_reentrant=False, preserve_rng_state=False)
             for part in parts
         ]
     )

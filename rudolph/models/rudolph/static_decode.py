@@ -15,7 +15,7 @@ from torch import Tensor
 from rudolph.models.layers.attention import KeyValue
 
 # K is rounded up to a multiple of this, so that masks with similar key counts share a compilation.
-KEYS_AT_ONCE = 32
+NUM_KEYS_MULTIPLE = 32
 
 
 class StaticSelection(NamedTuple):
@@ -30,12 +30,12 @@ class StaticSelection(NamedTuple):
     at: Tensor | None
     mask: Tensor | None
 
-    def step(self, number: int) -> "StaticSelection":
+    def step(self, position: int) -> "StaticSelection":
         """Return the selection of one position, with ``at`` ``(K,)`` and ``mask`` ``(1, K)``."""
-        at = None if self.at is None else self.at[number]
-        return StaticSelection(at, None if self.mask is None else self.mask[number, None])
+        at = None if self.at is None else self.at[position]
+        return StaticSelection(at, None if self.mask is None else self.mask[position, None])
 
-    def seen(self, rows: Tensor) -> KeyValue:
+    def read(self, rows: Tensor) -> KeyValue:
         """Return the keys and values that one position reads, out of ``rows`` ``(2, G, T, H)``."""
         if self.at is not None:
             rows = rows.index_select(2, self.at)
@@ -56,16 +56,16 @@ def static_selection(rows: Tensor, device: torch.device) -> StaticSelection | No
         rows: mask rows of the positions over some keys, ``(T, T')`` bool.
         device: where the returned tensors go.
     """
-    most = int(rows.sum(1).max()) if rows.numel() else 0
-    if not most:
+    max_keys = int(rows.sum(1).max()) if rows.numel() else 0
+    if not max_keys:
         return None
     if bool(rows.all()):
         return StaticSelection(None, None)
-    width = min(-(-most // KEYS_AT_ONCE) * KEYS_AT_ONCE, rows.shape[1])
-    mask, at = rows.sort(dim=1, descending=True, stable=True)
-    mask, at = mask[:, :width], at[:, :width]
-    at = torch.where(mask, at, torch.where(mask[:, :1], at[:, :1], 0))
-    return StaticSelection(at.contiguous().to(device), mask.contiguous().to(device))
+    num_keys = min(-(-max_keys // NUM_KEYS_MULTIPLE) * NUM_KEYS_MULTIPLE, rows.shape[1])
+    mask, indices = rows.sort(dim=1, descending=True, stable=True)
+    mask, indices = mask[:, :num_keys], indices[:, :num_keys]
+    indices = torch.where(mask, indices, torch.where(mask[:, :1], indices[:, :1], 0))
+    return StaticSelection(indices.contiguous().to(device), mask.contiguous().to(device))
 
 
 class StaticView(NamedTuple):
@@ -74,13 +74,13 @@ class StaticView(NamedTuple):
     Attributes:
         shared: ``(2, P, N, T', H)``, keys and values common to all samples of a prompt.
         own: ``(2, P, N, S, T, H)``, keys and values of each sample.
-        place: ``(1,)``, index in ``own`` at which the new position is stored.
+        slot: ``(1,)``, index in ``own`` at which the new position is stored.
         reads: selections from ``shared`` and from ``own``; None reads none of them.
     """
 
     shared: Tensor
     own: Tensor
-    place: Tensor
+    slot: Tensor
     reads: tuple[StaticSelection | None, StaticSelection | None]
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
@@ -92,10 +92,12 @@ class StaticView(NamedTuple):
         prompts, samples = self.own.shape[1:4:2]
         # (3, P, N, S, 1, H)
         rows = qkv.view(prompts, samples, *qkv.shape[1:]).permute(3, 0, 4, 1, 2, 5)
-        self.own.index_copy_(4, self.place, rows[1:])
-        kept = self.shared.flatten(1, 2), self.own.flatten(1, 3)
-        pairs = zip(kept, self.reads, strict=True)
-        return rows[0].flatten(0, 2), [reads.seen(part) for part, reads in pairs if reads]
+        self.own.index_copy_(4, self.slot, rows[1:])
+        stored = self.shared.flatten(1, 2), self.own.flatten(1, 3)
+        pairs = zip(stored, self.reads, strict=True)
+        return rows[0].flatten(0, 2), [
+            selection.read(part) for part, selection in pairs if selection
+        ]
 
     def merge(self, out: Tensor) -> Tensor:
         """Return attention rows ``(R, 1, H)`` as ``(B, 1, N * H)``."""

@@ -357,14 +357,14 @@ def initialize_text_tower(model: CLIP) -> None:
     As in OpenAI's code, the layers of the vision transformer keep torch's default initialisation.
     """
     width, num_layers = model.config.transformer_width, model.config.transformer_layers
-    added = width**-0.5 * (2 * num_layers) ** -0.5
-    spreads = {
+    residual_std = width**-0.5 * (2 * num_layers) ** -0.5
+    stds = {
         "attn.in_proj_weight": width**-0.5,
-        "attn.out_proj.weight": added,
+        "attn.out_proj.weight": residual_std,
         "mlp.c_fc.weight": (2 * width) ** -0.5,
-        "mlp.c_proj.weight": added,
+        "mlp.c_proj.weight": residual_std,
     }
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     for block in model.transformer.resblocks:
-        for name, std in spreads.items():
+        for name, std in stds.items():
             nn.init.normal_(block.get_parameter(name), std=std)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Maximum number of vector-code scores in memory.
-MOST_SCORES = 2**22
+MAX_SCORES_IN_MEMORY = 2**22
 
 
 class Quantized(NamedTuple):
@@ -36,10 +36,10 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     # |v|^2 is the same for every code, so it does not affect the argmin.
     squares = codebook.pow(2).sum(1)
-    found = [
+    indices = [
         (squares - 2 * part @ codebook.t()).argmin(1) for part in _parts(vectors, len(codebook))
     ]
-    return torch.cat(found)
+    return torch.cat(indices)
 
 
 def largest_logit(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def largest_logit(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: ``(K, E)``.
         bias: ``(K,)``.
     """
-    found = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
-    return torch.cat(found)
+    indices = [F.linear(part, weight, bias).argmax(1) for part in _parts(vectors, len(weight))]
+    return torch.cat(indices)
 
 
 def _parts(vectors: Tensor, num_codes: int) -> tuple[Tensor, ...]:
-    return torch.split(vectors, max(MOST_SCORES // num_codes, 1))
+    return torch.split(vectors, max(MAX_SCORES_IN_MEMORY // num_codes, 1))
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def codebook_usage(counts: Tensor) -> tuple[float, float]:
     Args:
         counts: occurrences of each code, ``(K,)``.
     """
-    share = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    probabilities = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(probabilities * probabilities.clamp(min=1e-12).log()).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 
@@ -82,8 +82,8 @@ def nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
         codebook: ``(K, E)``.
     """
     vectors = z.movedim(1, -1)  # (B, H, W, E)
-    found = nearest_codes(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
-    return found.view(vectors.shape[:-1])
+    indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]).float(), codebook.float())
+    return indices.view(vectors.shape[:-1])
 
 
 def channels(vector: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from rudolph.files.constraints import Count, check
 from rudolph.models.cpu.group_norm import group_norm, statistics_dtype
 from rudolph.models.cpu.tiled_conv import (
-    STRIP,
+    MAX_STRIP_VALUES,
     fast_memory_format,
     is_tiled,
     norm_conv,
@@ -117,8 +117,8 @@ class ResnetBlock(nn.Module):
         """Return the block's output; large maps are computed in strips outside training."""
         hidden = norm_conv(x, self.norm1, self.conv1)
         if is_tiled(hidden) and not self.training:
-            for place, rows in tiled_norm_conv(hidden, self.norm2, self.conv2):
-                hidden[place] = rows.add_(self.shortcut(x[place]))
+            for index, rows in tiled_norm_conv(hidden, self.norm2, self.conv2):
+                hidden[index] = rows.add_(self.shortcut(x[index]))
             return hidden
         return self.conv2(self.dropout(norm_silu(hidden, self.norm2))).add_(self.shortcut(x))
 
@@ -144,11 +144,11 @@ class AttentionBlock(nn.Module):
         query, key, value = (
             layer(hidden).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )  # each (B, H * W, C)
-        seen = [KeyValue(key, value)]
+        key_values = [KeyValue(key, value)]
         # Split the queries of a large map, or the scores would need more memory than the map.
         parts = [
-            attention(part, seen, pb_relax=None, dropout=0.0)
-            for part in query.split(max(STRIP // query.shape[1], 1), dim=1)
+            attention(part, key_values, pb_relax=None, dropout=0.0)
+            for part in query.split(max(MAX_STRIP_VALUES // query.shape[1], 1), dim=1)
         ]
         out = torch.cat(parts, dim=1).transpose(1, 2).view(x.shape)
         return self.proj_out(out).add_(x)
@@ -375,7 +375,7 @@ class VQGAN(nn.Module):
         if generator is None:
             return self.quantize.indices(z).flatten(1)
         if self.config.quantizer.kind != "gumbel":
-            raise ValueError(f"a {self.config.quantizer.kind} quantizer draws no codes")
+            raise ValueError(f"a {self.config.quantizer.kind} quantizer cannot sample codes")
         return self.quantize.sample(z, generator).flatten(1)
 
     @torch.no_grad()

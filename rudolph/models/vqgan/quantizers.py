@@ -122,7 +122,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     counts: Tensor
     sums: Tensor
     is_started: Tensor
-    REDUCTIONS = ("codebook", "counts", "sums")
+    FLOAT32_BUFFERS = ("codebook", "counts", "sums")
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -134,9 +134,9 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.register_buffer("is_started", torch.tensor(False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        held = {name: getattr(self, name) for name in self.REDUCTIONS}
+        buffers = {name: getattr(self, name) for name in self.FLOAT32_BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in held.items():
+        for name, before in buffers.items():
             after = getattr(self, name)
             if torch.finfo(after.dtype).bits < 32:
                 setattr(self, name, before.to(after.device))
@@ -149,18 +149,18 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         """
         vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.codebook.dtype)
         if self.training and not self.is_started:
-            every = torch.arange(self.config.num_codes, device=z.device)
-            self._replace(every, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))
+            all_codes = torch.arange(self.config.num_codes, device=z.device)
+            self._replace(all_codes, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))
             self.is_started.fill_(True)
         indices = self.indices(z)
         z_q = self.codes(indices).to(z.dtype)
         if self.training:
-            self.follow(vectors, indices.flatten())
+            self.update_codebook(vectors, indices.flatten())
         loss = self.config.beta * F.mse_loss(z, z_q)
         return Quantized(straight_through(z, z_q), indices, loss)
 
     @torch.no_grad()
-    def follow(self, vectors: Tensor, indices: Tensor) -> None:
+    def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
         """Update the running statistics and codes, and revive dead codes.
 
         Args:
@@ -255,8 +255,8 @@ class GumbelQuantizer(nn.Module):
         """Quantize latents ``(B, E, H, W)``."""
         logits = self.proj(z)
         if self.training:
-            shares = F.gumbel_softmax(logits, tau=self.config.temperature, dim=1)
-            z_q, indices = _ChosenCodes.apply(shares, self.embed.weight)  # type: ignore[no-untyped-call]
+            probabilities = F.gumbel_softmax(logits, tau=self.config.temperature, dim=1)
+            z_q, indices = _ChosenCodes.apply(probabilities, self.embed.weight)  # type: ignore[no-untyped-call]
         else:
             indices = logits.argmax(1)
             z_q = self.codes(indices)
@@ -270,14 +270,14 @@ class GumbelQuantizer(nn.Module):
         # In half precision, many of the thousands of logits would tie with the largest.
         weight, bias = self.proj.weight.flatten(1).float(), self.proj.bias
         assert bias is not None
-        found = largest_logit(vectors.flatten(0, -2).float(), weight, bias.float())
-        return found.view(vectors.shape[:-1])
+        indices = largest_logit(vectors.flatten(0, -2).float(), weight, bias.float())
+        return indices.view(vectors.shape[:-1])
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Sample codes from the softmax of their logits, ``(B, H, W)`` int64."""
-        weights = self.proj(z).float().softmax(1).movedim(1, -1)
-        drawn = torch.multinomial(weights.flatten(0, -2), 1, generator=generator)
-        return drawn.view(weights.shape[:-1])
+        probabilities = self.proj(z).float().softmax(1).movedim(1, -1)
+        sampled = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+        return sampled.view(probabilities.shape[:-1])
 
     def codes(self, indices: Tensor) -> Tensor:
         """Return the codes ``(B, E, H, W)`` of indices ``(B, H, W)``."""
@@ -292,12 +292,12 @@ class _ChosenCodes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, shares: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, probabilities: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes ``(B, E, H, W)`` and indices ``(B, H, W)``."""
-        indices = shares.argmax(1)
+        indices = probabilities.argmax(1)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(indices, codebook)
-        ctx.dtype = shares.dtype
+        ctx.dtype = probabilities.dtype
         return F.embedding(indices, codebook).movedim(-1, 1), indices
 
     @staticmethod
@@ -305,11 +305,13 @@ class _ChosenCodes(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of the probabilities and of the codebook."""
         indices, codebook = ctx.saved_tensors
-        of_codes = gradient.movedim(1, -1)  # (B, H, W, E)
-        of_shares = of_codes.to(ctx.dtype) @ codebook.to(ctx.dtype).t()
-        of_codebook = torch.zeros_like(codebook)
-        of_codebook.index_add_(0, indices.flatten(), of_codes.flatten(0, -2).to(codebook))
-        return of_shares.movedim(-1, 1), of_codebook
+        code_gradient = gradient.movedim(1, -1)  # (B, H, W, E)
+        probability_gradient = code_gradient.to(ctx.dtype) @ codebook.to(ctx.dtype).t()
+        codebook_gradient = torch.zeros_like(codebook)
+        codebook_gradient.index_add_(
+            0, indices.flatten(), code_gradient.flatten(0, -2).to(codebook)
+        )
+        return probability_gradient.movedim(-1, 1), codebook_gradient
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -376,7 +378,7 @@ class LookupFreeQuantizer(nn.Module):
     0.01; entropies per bit: BSQ (arXiv:2406.07548), section 4.1.
     """
 
-    SHARPNESS = 4 / 0.01
+    INVERSE_TEMPERATURE = 4 / 0.01
     basis: Tensor
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -392,12 +394,12 @@ class LookupFreeQuantizer(nn.Module):
         code = self.to_code(z).float()
         bits = self._bits(code)
         loss = self.config.beta * F.mse_loss(code, bits)
-        logits = self.SHARPNESS * code
+        logits = self.INVERSE_TEMPERATURE * code
         # Keep probabilities away from 0 and 1, where the logit is infinite.
-        least = torch.finfo(logits.dtype).eps
-        even = logits.sigmoid().mean((0, 2, 3)).clamp(least, 1 - least).logit()
-        unsure = _bit_entropy(logits).sum(1).mean() - _bit_entropy(even).sum()
-        loss = loss + self.config.entropy_weight * unsure
+        eps = torch.finfo(logits.dtype).eps
+        mean_logits = logits.sigmoid().mean((0, 2, 3)).clamp(eps, 1 - eps).logit()
+        entropy_loss = _bit_entropy(logits).sum(1).mean() - _bit_entropy(mean_logits).sum()
+        loss = loss + self.config.entropy_weight * entropy_loss
         out = self.from_code(straight_through(code, bits).to(self.from_code.weight.dtype))
         return Quantized(out, self._to_indices(bits), loss)
 
