@@ -10,7 +10,7 @@ from scipy import stats
 
 from rudolph.reports.check import (
     INTERVAL,
-    UNREAD,
+    UNCHECKED,
     KnownNumbers,
     known_numbers,
     unverified_numbers,
@@ -73,7 +73,7 @@ def test_an_altered_bound_of_an_interval_is_named() -> None:
     for folder in experiment_folders(RESULTS):
         facts = known_numbers(folder.resolve())
         text = without_generated((folder / "README.md").read_text("utf-8"))
-        for interval in INTERVAL.finditer(UNREAD.sub("", text)):
+        for interval in INTERVAL.finditer(UNCHECKED.sub("", text)):
             bounds = [interval[1], interval[2]]
             if list(unverified_numbers(interval[0], facts)):
                 continue  # from another experiment

@@ -162,7 +162,7 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     )
     assert check_results_folder(tmp_path / "results") == []
     page.write_text(page.read_text().replace(REPRODUCED, CONTRADICTED))
-    assert "is not what runs.csv says" in check_results_folder(tmp_path / "results")[0]
+    assert "differs from runs.csv" in check_results_folder(tmp_path / "results")[0]
 
 
 CLAIMED = """

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rudolph.config.experiment_file import load_experiment
 from rudolph.data.loader import Streams
 from rudolph.data.splits import Split
-from rudolph.data.text_image import TextImageExamples, caption_numbers
+from rudolph.data.text_image import TextImageExamples, caption_ids
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, ClipRanker, retrieval_recalls
 from rudolph.models.reference import from_reference, to_reference
 from rudolph.models.vision.clip import CLIP
@@ -241,7 +241,7 @@ def test_a_frozen_tower_stays_bit_equal_and_the_gradient_reaches_the_other(
     model, module = training(tokenizer, optim, frozen=frozen)
     examples = TextImageExamples(split, tokenizer, model.config, seed=0)
     batch = examples.batch(range(6))
-    module.loss(*module.features(batch), batch.image_numbers, batch.captions).backward()
+    module.loss(*module.features(batch), batch.image_ids, batch.captions).backward()
     for name, parameter in model.named_parameters():
         is_frozen = frozen == tower_of(name) != "none"
         assert (parameter.grad is None) == is_frozen, name
@@ -307,7 +307,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
         ranker.image_features(split.image_batch(chosen)),
         ranker.text_features(captions),
         torch.from_numpy(split.clusters(chosen)),
-        torch.from_numpy(caption_numbers(captions)),
+        torch.from_numpy(caption_ids(captions)),
     )
     assert set(recalls.values()) == {1.0}
 
@@ -348,7 +348,7 @@ def test_validation_is_of_all_pairs_whatever_the_batches(split, tokenizer) -> No
         batch = examples.whole(range(NUM_PAIRS))
         images, texts = module.features(batch)
         groups = [slice(first, first + 6) for first in range(0, 66, 6)]
-        numbers = batch.image_numbers, batch.captions
+        numbers = batch.image_ids, batch.captions
         losses = [
             module.loss(images[at], texts[at], *(each[at] for each in numbers)) for at in groups
         ]

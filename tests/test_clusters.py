@@ -92,7 +92,7 @@ def test_shares_of_nothing_and_of_all_count_the_clusters() -> None:
     # The effective size never exceeds the number of examples, even if clusters vary less than
     # chance.
     assert effective_size(np.array([0.0, 1, 1, 0, 1, 1]), members) == 6
-    with pytest.raises(ValueError, match="clusters must be those of 7 examples, got 6"):
+    with pytest.raises(ValueError, match=r"clusters: expected one per example \(7\), got 6"):
         mean_interval(np.zeros(7), seed=0, clusters=clusters)
 
 
@@ -156,7 +156,7 @@ def test_pairs_of_one_image_count_as_one_in_every_score(several: Split) -> None:
 
 def test_an_image_is_in_one_half_alone(several: Split) -> None:
     halves = [
-        {several.captions[at].split()[1] for at in context(half=half).order(several)}
+        {several.captions[at].split()[1] for at in context(half=half).shuffled_indices(several)}
         for half in (0, 1)
     ]
     assert not halves[0] & halves[1]
@@ -225,7 +225,7 @@ def test_rows_that_are_written_one_by_one_are_the_array(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, array)
     wrong = {
         "must have 8 rows, got 7": ArrayWriter((8, 2, 3), array.dtype, iter(array)),
-        r"row 0 of a cached array must be int16 \(3, 2\), got int16 \(2, 3\)": ArrayWriter(
+        r"row 0 of a cached array: expected int16 \(3, 2\), got int16 \(2, 3\)": ArrayWriter(
             (7, 3, 2), array.dtype, iter(array)
         ),
     }

@@ -45,14 +45,14 @@ def test_halves_share_no_pair_whatever_the_seed(tmp_path: Path, dataset: str, si
     for half in (0, 1):
         found: set[int] = set()
         for seed, number in ((0, 9), (1, 20), (5, 33)):
-            chosen = context(EvaluationContext, number, seed=seed, half=half).chosen(split)
+            chosen = context(EvaluationContext, number, seed=seed, half=half).eval_indices(split)
             assert len(chosen) == len(set(chosen)) == number
             found |= set(chosen)
         asked.append(found)
     assert not asked[0] & asked[1]
     if dataset == "emoji":
         halves = [
-            sorted(context(EvaluationContext, 1, seed=3, half=half).order(split))
+            sorted(context(EvaluationContext, 1, seed=3, half=half).shuffled_indices(split))
             for half in (0, 1)
         ]
         assert sorted(halves[0] + halves[1]) == list(range(len(split)))
@@ -69,7 +69,7 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
     # The oracle computes distances with numpy, one emoji at a time.
     keys, gallery = emoji_images(12)
     flat = gallery.reshape(len(keys), -1).astype(np.float64)
-    order = context(EvaluationContext, 1, seed=2).order(split)
+    order = context(EvaluationContext, 1, seed=2).shuffled_indices(split)
     for name in names:
         own = [at for at in order if emoji.records[at].group == name][:5]
         hits = []

@@ -13,7 +13,7 @@ from PIL import Image
 from rudolph.data.datasets import emoji_builder
 from rudolph.data.datasets.emoji import (
     EMOJI_COLUMNS,
-    SHIPPED,
+    SHIPPED_EMOJI,
     SKIN_TONES,
     Emoji,
     EmojiConfig,
@@ -28,7 +28,7 @@ from rudolph.data.pairs import SPLITS
 pytestmark = pytest.mark.filterwarnings("ignore:Raqm layout was requested")
 
 Sources = dict[str, Any]
-RECORDS = read_records(SHIPPED)
+RECORDS = read_records(SHIPPED_EMOJI)
 SPLIT_OF = assign_splits(RECORDS)
 # Monochrome, but like a colour font it merges "e" and an acute accent into one glyph.
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -181,11 +181,11 @@ def test_the_shipped_images_are_all_different_and_none_is_blank() -> None:
 
 
 def test_the_shipped_set_is_small_and_has_its_licences() -> None:
-    sizes = {path.name: path.stat().st_size for path in SHIPPED.iterdir()}
+    sizes = {path.name: path.stat().st_size for path in SHIPPED_EMOJI.iterdir()}
     assert sum(sizes.values()) <= 20e6
     assert set(sizes) >= {"emoji.csv", "emoji.png", "README.md"}
-    assert "SIL OPEN FONT LICENSE" in (SHIPPED / "OFL-1.1.txt").read_text("utf-8")
-    assert "Unicode, Inc." in (SHIPPED / "Unicode-DFS-2016.txt").read_text("utf-8")
+    assert "SIL OPEN FONT LICENSE" in (SHIPPED_EMOJI / "OFL-1.1.txt").read_text("utf-8")
+    assert "Unicode, Inc." in (SHIPPED_EMOJI / "Unicode-DFS-2016.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize("image_size", [7, 32, 64, 80])
@@ -194,7 +194,7 @@ def test_a_pair_has_the_tile_of_its_row_in_the_size_asked(image_size: int) -> No
     pair = dataset[5]
     tile = dataset.records[5].tile
     left, top = 64 * (tile % EMOJI_COLUMNS), 64 * (tile // EMOJI_COLUMNS)
-    with Image.open(SHIPPED / "emoji.png") as atlas:
+    with Image.open(SHIPPED_EMOJI / "emoji.png") as atlas:
         cut = atlas.crop((left, top, left + 64, top + 64))
     expected = cut.resize((image_size, image_size), Image.Resampling.LANCZOS)
     assert pair.image.mode == "RGB"
@@ -225,7 +225,8 @@ def test_the_digest_tells_every_question_apart() -> None:
     ]
     assert len(set(digests)) == len(questions)
     assert (
-        Emoji(EmojiConfig(folder=str(SHIPPED)), split="train", image_size=32).digest == digests[0]
+        Emoji(EmojiConfig(folder=str(SHIPPED_EMOJI)), split="train", image_size=32).digest
+        == digests[0]
     )
 
 
@@ -295,7 +296,7 @@ def test_built_images_have_one_scale_a_white_ground_and_nothing_clipped(
     ink = 255 - images[:, :, :, 0].astype(int)
     font = emoji_builder.EmojiFont(FONT)
     boxes = [font.measure(characters)[1] for characters in ("A", "e\u0301")]
-    left, top, right, bottom = emoji_builder.square_around(boxes)
+    left, top, right, bottom = emoji_builder.bounding_square(boxes)
     assert right - left == bottom - top
     for image, characters in zip(ink, ("A", "e\u0301"), strict=False):
         drawn = 255 - np.asarray(font.canvas(characters, "RGB"))[:, :, 0].astype(float)

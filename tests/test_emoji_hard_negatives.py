@@ -9,7 +9,7 @@ from tiny_emoji import write_set
 
 from rudolph.data.datasets.emoji import (
     GROUPS,
-    SHIPPED,
+    SHIPPED_EMOJI,
     Emoji,
     EmojiConfig,
     assign_splits,
@@ -18,7 +18,7 @@ from rudolph.data.datasets.emoji import (
 )
 from rudolph.data.pairs import SPLITS, HasClasses, HasHardNegatives, Pair
 
-RECORDS = read_records(SHIPPED)
+RECORDS = read_records(SHIPPED_EMOJI)
 RECORD_OF = {record.key: record for record in RECORDS}
 PLACE = {record.key: place for place, record in enumerate(RECORDS)}
 
@@ -92,7 +92,7 @@ def test_hard_negatives_come_from_any_split_with_their_own_images_and_always_the
         negatives = dataset.hard_negatives(index, 20)
         found |= {split_of[negative.key] for negative in negatives}
         for negative in negatives:
-            expected = emoji_image(SHIPPED, RECORD_OF[negative.key].tile, 4)
+            expected = emoji_image(SHIPPED_EMOJI, RECORD_OF[negative.key].tile, 4)
             assert negative.image is not None and negative.image.tobytes() == expected.tobytes()
         again = emoji("validation").hard_negatives(index, 20)
         assert [content(negative) for negative in again] == [

@@ -17,13 +17,13 @@ from tiny_emoji import write_set
 from rudolph.data.datasets.emoji import (
     EMOJI_COLUMNS,
     GROUPS,
-    SHIPPED,
+    SHIPPED_EMOJI,
     assign_splits,
     emoji_image,
     read_records,
 )
 from rudolph.data.datasets.emoji_questions import (
-    FAMILIES,
+    EMOJI_QUESTION_FAMILIES,
     EmojiQuestion,
     EmojiQuestions,
     EmojiQuestionsConfig,
@@ -32,12 +32,15 @@ from rudolph.data.datasets.emoji_questions import (
 )
 from rudolph.data.pairs import SPLITS
 
-RECORDS = read_records(SHIPPED)
+RECORDS = read_records(SHIPPED_EMOJI)
 RECORD_OF = {record.key: record for record in RECORDS}
 PLACE = {record.key: place for place, record in enumerate(RECORDS)}
-with (SHIPPED / "emoji.csv").open(encoding="utf-8", newline="") as file:
+with (SHIPPED_EMOJI / "emoji.csv").open(encoding="utf-8", newline="") as file:
     ROWS = {row["key"]: row for row in csv.DictReader(file)}
-QUESTIONS = {split: emoji_questions(RECORDS, split, families=tuple(FAMILIES)) for split in SPLITS}
+QUESTIONS = {
+    split: emoji_questions(RECORDS, split, families=tuple(EMOJI_QUESTION_FAMILIES))
+    for split in SPLITS
+}
 TONE = re.compile(r"(?:очень )?(?:светлый|средний|темный) тон кожи")
 TONE_OF_MODIFIER = {
     "\U0001f3fb": "очень светлый",
@@ -70,7 +73,7 @@ def test_questions_follow_the_splits_of_the_emoji_and_no_image_crosses() -> None
 
 def test_every_family_is_asked_in_every_split_and_answers_are_among_the_choices() -> None:
     for questions in QUESTIONS.values():
-        assert {question.family for question in questions} == set(FAMILIES)
+        assert {question.family for question in questions} == set(EMOJI_QUESTION_FAMILIES)
         for question in questions:
             assert not question.choices or question.answer in question.choices
             assert len(set(question.choices)) == len(question.choices)
@@ -246,7 +249,7 @@ def test_a_pair_shows_the_emoji_that_is_asked_about(split: str) -> None:
             question.answer,
             question.choices,
         )
-        shown = emoji_image(SHIPPED, question.record.tile, 8)
+        shown = emoji_image(SHIPPED_EMOJI, question.record.tile, 8)
         assert pair.image is not None and pair.image.tobytes() == shown.tobytes()
         assert pair.attributes["family"] == question.family
         assert pair.attributes["characters"] == ROWS[question.record.key]["characters"]
@@ -269,7 +272,7 @@ def test_the_digest_tells_every_set_of_questions_apart() -> None:
     digests = {digest(), digest("validation"), digest(size=9), digest(families=("name", "group"))}
     assert len(digests) == 4
     assert digest(families=("group", "name")) in digests
-    assert digest(folder=str(SHIPPED)) in digests
+    assert digest(folder=str(SHIPPED_EMOJI)) in digests
 
 
 def test_the_digest_changes_with_a_word_of_the_table_or_a_pixel(tmp_path: Path) -> None:
@@ -293,7 +296,7 @@ def test_a_wrong_setting_is_answered_in_one_line(tmp_path: Path) -> None:
         (lambda: EmojiQuestionsConfig(families=()), "at least one of name, keyword, group"),
         (lambda: EmojiQuestionsConfig(families=("name", "name")), "each once"),
         (lambda: EmojiQuestionsConfig(families=("title",)), "title"),
-        (lambda: EmojiQuestions(empty, split="train", image_size=8), "nothing to ask"),
+        (lambda: EmojiQuestions(empty, split="train", image_size=8), "no question in the split"),
         (lambda: EmojiQuestions(empty, split="dev", image_size=8), "split must be one of"),
         (lambda: EmojiQuestions(empty, split="train", image_size=0), "got 0"),
     ):

@@ -19,7 +19,7 @@ from rudolph.tracking.event_log import (
     VALUES_IN_BATCH,
     EventLog,
     SendMarker,
-    exclusive,
+    file_lock,
     flatten,
     pending_folders,
     read_batches,
@@ -75,7 +75,9 @@ def test_a_damaged_journal_keeps_its_whole_records_and_is_sent_anew(
     path.write_bytes(b"".join(lines))
     damaged = path.read_bytes()
     SendMarker(tmp_path, "http://host").write("id", len(damaged))
-    with pytest.raises(DamagedFileError, match=r"journal.jsonl: damaged \(no record at byte \d+"):
+    with pytest.raises(
+        DamagedFileError, match=r"journal.jsonl: damaged \(expected a record at byte \d+"
+    ):
         records(tmp_path)
     with caplog.at_level(logging.WARNING, "rudolph"):
         journal = open_journal(tmp_path)
@@ -117,16 +119,16 @@ def test_a_failed_write_leaves_no_half_record(tmp_path: Path) -> None:
 
 def test_a_lock_that_cannot_be_made_is_told_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "x.lock").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"x\.lock"), exclusive(tmp_path / "x.lock", 0.0):
+    with pytest.raises(IsADirectoryError, match=r"x\.lock"), file_lock(tmp_path / "x.lock", 0.0):
         pass
     (tmp_path / "y.lock").write_bytes(b"garbage" * 100)
-    with exclusive(tmp_path / "y.lock", 0.0) as is_held:
+    with file_lock(tmp_path / "y.lock", 0.0) as is_held:
         assert is_held
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     open_journal(tmp_path, "one").close()
-    with pytest.raises(ValueError, match="belongs to digest one, got two"):
+    with pytest.raises(ValueError, match="expected the event log of digest two, got one"):
         open_journal(tmp_path, "two")
 
 
@@ -182,9 +184,9 @@ def test_each_server_has_its_own_mark_without_its_password(tmp_path: Path) -> No
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     lock = tmp_path / "deep" / "lock"
-    with exclusive(lock, 0.0) as first, exclusive(lock, 0.0) as second:
+    with file_lock(lock, 0.0) as first, file_lock(lock, 0.0) as second:
         assert (first, second) == (True, False)
-    with exclusive(lock, 0.0) as third:
+    with file_lock(lock, 0.0) as third:
         assert third
 
 

@@ -38,7 +38,7 @@ def tokenizer(split: Split) -> Tokenizer:
     return Tokenizer.train(split.captions, vocab_size=150, path=split.cache / "bpe.model")
 
 
-def examples_of(split: Split, tokenizer: Tokenizer, redraw=None, **changes) -> TokenExamples:
+def examples_of(split: Split, tokenizer: Tokenizer, retokenise=None, **changes) -> TokenExamples:
     """Return the examples of all rows of the mixture, with random image indices."""
     config = replace(CONFIG, **changes)
     indices = np.random.default_rng(0).integers(7, size=(13, 4))
@@ -47,7 +47,7 @@ def examples_of(split: Split, tokenizer: Tokenizer, redraw=None, **changes) -> T
         texts = task_texts(
             split, source.task, tokenizer=tokenizer, layout=LAYOUT, vocabulary=VOCABULARY
         )
-        own = None if redraw is None else partial(redraw, source.task)
+        own = None if retokenise is None else partial(retokenise, source.task)
         sources.append(MixtureExamples(source, texts, indices, own))
     return TokenExamples(
         sources, config, layout=LAYOUT, vocabulary=VOCABULARY, num_examples=6000, seed=3
@@ -75,7 +75,7 @@ def test_an_example_reads_one_of_the_drawn_sets_of_codes(
 ) -> None:
     """Every set is used, and each example always uses the same one."""
     sets = np.arange(3)[None, :, None] + np.zeros((13, 3, 4), dtype=int)
-    sources = [each._replace(indices=sets) for each in examples.sources]
+    sources = [each._replace(indices=sets) for each in examples.entries]
     options = {"layout": LAYOUT, "vocabulary": VOCABULARY, "num_examples": 6000, "seed": 3}
     drawn = TokenExamples(sources, replace(CONFIG, image_token_noise=0.0), **options)
     image = slice(LAYOUT.image_start, LAYOUT.right_text_start)
@@ -110,7 +110,7 @@ def test_tasks_and_dropped_captions_have_their_shares(examples: TokenExamples) -
     drawn = batch.scored["image"].double().mean().item()
     assert drawn == pytest.approx(0.5, abs=0.03)
     assert torch.equal(batch.scored["image"], ~batch.scored["right_text"])
-    empty = examples.sources[0].texts.empty.left
+    empty = examples.entries[0].texts.empty.left
     is_empty = (batch.tokens[:, :30] == empty).all(1)
     share = is_empty[batch.scored["image"]].double().mean().item()
     assert share == pytest.approx(0.3, abs=0.03)
@@ -144,7 +144,7 @@ def test_validation_shows_every_pair_once_for_each_task(
 def test_bpe_dropout_draws_by_the_examples_number(
     split: Split, examples: TokenExamples, tokenizer: Tokenizer
 ) -> None:
-    def redraw(task: str, pair: int, generator: torch.Generator) -> Texts:
+    def retokenise(task: str, pair: int, generator: torch.Generator) -> Texts:
         return fill_texts(
             TASKS[task],
             split.captions[pair],
@@ -155,7 +155,7 @@ def test_bpe_dropout_draws_by_the_examples_number(
             generator=generator,
         )
 
-    noisy = examples_of(split, tokenizer, redraw)
+    noisy = examples_of(split, tokenizer, retokenise)
     first, again = noisy.batch(range(20)), noisy.batch(range(20))
     assert torch.equal(first.tokens, again.tokens)
     plain = examples.batch(range(20))

@@ -18,7 +18,7 @@ from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.resolve import load_run
-from rudolph.tracking.event_log import exclusive, read_event_log
+from rudolph.tracking.event_log import file_lock, read_event_log
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_being_executed_is_not_started_again(tmp_path: Path) -> No
     experiment = load_experiment(write(tmp_path))
     folder = run_folder(Folders(tmp_path, tmp_path / "runs"), experiment, experiment.runs[0])
     with (
-        exclusive(folder / "running.lock", 0) as is_alone,
+        file_lock(folder / "running.lock", 0) as is_alone,
         pytest.raises(ValueError, match="another process executes this run"),
     ):
         assert is_alone

@@ -200,5 +200,7 @@ def test_an_mlflow_run_is_a_source_here_and_elsewhere(finished: Path, tmp_path: 
     model = open_weights(run_id, MaskedDecoder, **places).state_dict()
     assert all(value.equal(model[name]) for name, value in decoder_of(finished).items())
     assert find_tokenizer(run_id, **places).is_file()
-    with pytest.raises(ValueError, match=rf"MLflow run {'0' * 32}: checkpoints cannot be had"):
+    with pytest.raises(
+        ValueError, match=rf"MLflow run {'0' * 32}: checkpoints cannot be downloaded"
+    ):
         find_folder("0" * 32, **places)

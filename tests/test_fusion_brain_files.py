@@ -174,11 +174,15 @@ def test_a_broken_part_is_told_with_its_file_and_id(
     ("asked", "told", "words"),
     [
         ({"0": [{"type": "text", "content": ["а", "б"]}]}, {"0": []}, "must be text, got list"),
-        ({"0": []}, {"0": []}, "ground_truth.json: id '0': an answer must hold at least one"),
+        ({"0": []}, {"0": []}, "ground_truth.json: id '0': an answer: expected at least one"),
         ({"0": []}, {"0": [{"type": "text", "content": []}]}, "at least one, got []"),
         ({"0": []}, {"0": [{"type": "text", "content": ["а", 1]}]}, "must be text, got int"),
-        ({"0": [], "1": []}, {"0": TOLD["0"]}, "ground_truth.json: id '1': no answer"),
-        ({"0": []}, {"0": TOLD["0"], "7": []}, "ground_truth.json: id '7': no such question in"),
+        (
+            {"0": [], "1": []},
+            {"0": TOLD["0"]},
+            "ground_truth.json: id '1': expected an answer for every id",
+        ),
+        ({"0": []}, {"0": TOLD["0"], "7": []}, "ground_truth.json: id '7': expected an id of"),
         ({"\ud83d": []}, {}, "an id must be text"),
         ([], {}, "input.json: must map ids to lists, got list"),
         ({}, 5, "ground_truth.json: must map ids to lists, got int"),
@@ -197,12 +201,12 @@ def test_what_is_not_of_the_format_is_told_in_one_line(
     ("data", "words"),
     [
         (b"", "expected data, got an empty file"),
-        (b"{", "not JSON"),
-        ("{'0': []}".encode("cp1251"), "not JSON"),
+        (b"{", "expected JSON in UTF-8"),
+        ("{'0': []}".encode("cp1251"), "expected JSON in UTF-8"),
         ('{"0": [{"type": "text", "content": "ёж"}]}'.encode("cp1251"), "byte 0xb8"),
-        (b'{"0": [], "1": [], "0": []}', "key '0' comes 2 times"),
-        (b'{"0": [{"type": "text", "type": "image", "content": "a"}]}', "key 'type' comes 2"),
-        (b"[" * 100_000, "not JSON"),
+        (b'{"0": [], "1": [], "0": []}', "got key '0' 2 times"),
+        (b'{"0": [{"type": "text", "type": "image", "content": "a"}]}', "got key 'type' 2"),
+        (b"[" * 100_000, "expected JSON in UTF-8"),
         (None, "no such file"),
     ],
 )
@@ -237,7 +241,9 @@ def test_a_file_with_any_bytes_changed_is_read_or_told_in_one_line(
 def test_what_cannot_be_read_again_is_not_written(tmp_path: Path) -> None:
     files = tmp_path / "a.json", tmp_path / "b.json"
     twice = [TaskRecord("5", ("а",)), TaskRecord("5", ("б",))]
-    assert "id '5': each id must be there once, got 2" in said(lambda: write_tasks(twice, *files))
+    assert "id '5': expected each id once, got it 2 times" in said(
+        lambda: write_tasks(twice, *files)
+    )
     assert "id '5': an answer must be" in said(lambda: write_tasks(twice[:1], *files))
     assert not any(path.exists() for path in files)
 

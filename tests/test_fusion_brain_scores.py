@@ -15,9 +15,9 @@ from rudolph.data.datasets.fusion_brain_files import (
 )
 from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.metrics.fusion_brain import (
-    CHALLENGE,
+    CHALLENGE_QUIRKS,
     CHALLENGE_TASKS,
-    PLAIN_RULES,
+    NO_QUIRKS,
     THRESHOLDS,
     Quirks,
     captioning_scores,
@@ -33,7 +33,7 @@ from rudolph.evaluation.metrics.fusion_brain import (
 
 
 def without(quirk: str) -> Quirks:
-    return replace(CHALLENGE, **{quirk: False})
+    return replace(CHALLENGE_QUIRKS, **{quirk: False})
 
 
 def one(score, answer: str, truths: list[str], **options) -> float:
@@ -69,7 +69,7 @@ def test_text_answers_are_compared_by_lemmas(
     answer: str, truths: list[str], expected: float
 ) -> None:
     assert one(text_qa_scores, answer, truths) == pytest.approx(expected)
-    assert one(text_qa_scores, answer, truths, quirks=PLAIN_RULES) == pytest.approx(expected)
+    assert one(text_qa_scores, answer, truths, quirks=NO_QUIRKS) == pytest.approx(expected)
 
 
 def test_the_letter_of_an_answer_gets_a_second_try() -> None:
@@ -115,7 +115,7 @@ def test_a_missing_answer_to_a_text_is_0(score) -> None:
     ],
 )
 def test_an_answer_about_a_image(answer: str, truth: str, expected: float) -> None:
-    for quirks in (CHALLENGE, PLAIN_RULES):
+    for quirks in (CHALLENGE_QUIRKS, NO_QUIRKS):
         found = one(visual_qa_scores, answer, [truth, "-"], quirks=quirks)
         assert found == pytest.approx(expected)
 
@@ -123,14 +123,14 @@ def test_an_answer_about_a_image(answer: str, truth: str, expected: float) -> No
 def test_meteor_of_an_answer_pays_no_regard_to_order() -> None:
     # Two of three words match two of two: 10 P R / (R + 9 P).
     expected = 10 * (2 / 3) / (1 + 9 * (2 / 3))
-    for quirks in (CHALLENGE, PLAIN_RULES):
+    for quirks in (CHALLENGE_QUIRKS, NO_QUIRKS):
         found = one(visual_qa_scores, "стол и кот", ["кот стол"], quirks=quirks)
         assert found == pytest.approx(expected)
 
 
 def test_an_answer_of_several_words_is_lemmatised_as_one() -> None:
     answer, truth = "красной собаки", ["красная собака"]
-    whole = replace(PLAIN_RULES, lemmatised_as_one_word=True, english_stems=True)
+    whole = replace(NO_QUIRKS, lemmatised_as_one_word=True, english_stems=True)
     # Only the last word is lemmatised.
     assert one(visual_qa_scores, answer, truth, quirks=whole) == pytest.approx(1 / 2)
     by_words = replace(whole, lemmatised_as_one_word=False)
@@ -157,7 +157,7 @@ def test_missing_answers_about_images_are_left_out() -> None:
     assert visual_qa_scores({"1": "кит"}, truths).tolist() == [1]
     assert visual_qa_scores({"1": "кит"}, truths, plain).tolist() == [0, 1]
     cosines = {"1": 0.4}
-    found = captioning_scores({"1": "кит"}, truths, cosines, PLAIN_RULES)
+    found = captioning_scores({"1": "кит"}, truths, cosines, NO_QUIRKS)
     assert found == pytest.approx([0, 0.7])
     assert len(captioning_scores({"1": "кит"}, truths, cosines)) == 1
 
@@ -198,7 +198,7 @@ def test_the_verb_scores_files_by_the_challenge_s_rules_or_plain_ones(
     own = [replace(each, answer_texts=tuple(truths[each.id])) for each in records]
     write_tasks(own, paths[0], paths[1])
     write_predictions(paths[2], texts)
-    for quirks, flags in ((CHALLENGE, []), (PLAIN_RULES, ["--plain"])):
+    for quirks, flags in ((CHALLENGE_QUIRKS, []), (NO_QUIRKS, ["--plain"])):
         assert main(["data", "fusion-brain", "math_qa", *paths, *flags]) == 0
         expected = math_qa_scores(texts, truths, quirks).mean()
         said = capsys.readouterr().out
@@ -223,5 +223,5 @@ def test_the_quirks_are_part_of_a_measure() -> None:
     protocol = MetricProtocol("visual-qa", settings=str(without("english_stems")))
     assert MetricProtocol.parse(str(protocol)) == protocol
     assert "english_stems" not in str(protocol)
-    assert str(PLAIN_RULES) == "none"
-    assert str(CHALLENGE).count("+") == len(fields(Quirks)) - 1
+    assert str(NO_QUIRKS) == "none"
+    assert str(CHALLENGE_QUIRKS).count("+") == len(fields(Quirks)) - 1

@@ -18,7 +18,7 @@ from rudolph.config.run import resolve_run, to_plain
 from rudolph.files.settings import flat_settings
 from rudolph.gpu_check import consistency, golden
 from rudolph.gpu_check.consistency import attend, gradient_of, relative_error
-from rudolph.gpu_check.parts import PARTS
+from rudolph.gpu_check.parts import CHECK_PARTS
 from rudolph.gpu_check.plan import PLAN, Part
 from rudolph.gpu_check.quickstart import quickstart_config
 from rudolph.gpu_check.rows import FAILED, OK, CheckRow
@@ -96,7 +96,7 @@ def test_all_parts_run_on_a_bare_machine_and_finished_ones_are_skipped(tmp_path:
     again = call(tmp_path, *arguments, bare=True)
     assert again.returncode == 0
     for name in PLAN:
-        assert f"{name}: skipped, finished before" in again.stdout
+        assert f"{name}: skipped, already finished" in again.stdout
     assert {path.name: path.read_bytes() for path in out.glob("*.csv")} == before
 
 
@@ -292,7 +292,7 @@ def test_without_a_gpu_the_full_check_says_so(tmp_path: Path) -> None:
 
 
 def test_every_planned_part_exists() -> None:
-    assert set(PARTS) == set(PLAN)
+    assert set(CHECK_PARTS) == set(PLAN)
 
 
 @pytest.mark.parametrize("name", ["350m", "1.3b"])

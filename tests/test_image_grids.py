@@ -17,7 +17,7 @@ from test_figures import FRAMES, LOSS, METRICS, RUNS, texts
 
 from rudolph.reports import image_grids
 from rudolph.reports.figures import FIGURES
-from rudolph.reports.image_grids import LONGEST_CAPTION, sample_grid
+from rudolph.reports.image_grids import MAX_CAPTION_CHARACTERS, sample_grid
 from rudolph.reports.style import DrawingError, drawable_text
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
@@ -68,7 +68,9 @@ def test_a_very_long_caption_is_cut_and_drawn_at_once(tmp_path: Path, text: str)
     assert time.process_time() - started < 2
     sample_grid([BLACK] * 8, [text[:500]] * 8, tmp_path / "b.png", columns=4)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    sample_grid([BLACK] * 8, [text[: LONGEST_CAPTION // 4]] * 8, tmp_path / "c.png", columns=4)
+    sample_grid(
+        [BLACK] * 8, [text[: MAX_CAPTION_CHARACTERS // 4]] * 8, tmp_path / "c.png", columns=4
+    )
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
@@ -87,7 +89,7 @@ def test_a_figure_has_any_name_of_a_variant(tmp_path: Path, name: str, suffix: s
         frame, x = FRAMES.get(kind, (RUNS, "top_k"))
         frame = named(frame, NASTY[name])
         path = tmp_path / f"{kind}{suffix}"
-        FIGURES[kind](frame, path, y=METRICS.get(kind, (LOSS,)), x=x, by="variant")
+        FIGURES[kind](frame, path, y=METRICS.get(kind, (LOSS,)), x=x, group_column="variant")
         assert path.stat().st_size > 0
         if suffix == ".svg":
             xml.dom.minidom.parse(str(path))
@@ -95,7 +97,7 @@ def test_a_figure_has_any_name_of_a_variant(tmp_path: Path, name: str, suffix: s
 
 def test_a_dollar_is_drawn_as_a_dollar(tmp_path: Path) -> None:
     frame = RUNS.assign(variant="$x$", **{"$y": RUNS[LOSS]})
-    FIGURES["lines"](frame, tmp_path / "a.svg", y=("$y",), x="top_k", by="variant")
+    FIGURES["lines"](frame, tmp_path / "a.svg", y=("$y",), x="top_k", group_column="variant")
     assert {"$y", "$x$ (4 runs)"} <= set(texts(tmp_path / "a.svg"))
 
 
@@ -103,7 +105,7 @@ def test_any_text_is_drawn_by_matplotlib(tmp_path: Path) -> None:
     rng, path = random.Random(1), tmp_path / "a.svg"
     for _ in range(num_cases(6)):
         name = random_text(rng, longest=rng.choice([3, 30, 500]))
-        FIGURES["lines"](named(RUNS, name), path, y=(LOSS,), x="top_k", by="variant")
+        FIGURES["lines"](named(RUNS, name), path, y=(LOSS,), x="top_k", group_column="variant")
         xml.dom.minidom.parse(str(path))
         assert len(drawable_text(name).replace(r"\$", "$")) <= 200
 
@@ -120,7 +122,9 @@ def test_what_cannot_be_drawn_or_written_is_one_line_and_leaves_what_was_there(
     (tmp_path / "a.png").write_bytes(b"old")
     for draw in (
         lambda: sample_grid([BLACK], ["кот"], tmp_path / "a.png", columns=1),
-        lambda: FIGURES["lines"](RUNS, tmp_path / "a.png", y=(LOSS,), x="top_k", by="variant"),
+        lambda: FIGURES["lines"](
+            RUNS, tmp_path / "a.png", y=(LOSS,), x="top_k", group_column="variant"
+        ),
     ):
         with pytest.raises(DrawingError) as error:
             draw()

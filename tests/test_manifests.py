@@ -106,7 +106,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     assert [content(manifest[i]) for i in range(len(manifest))] == [
         (key, caption, image.tobytes()) for key, caption, image in expected
     ]
-    assert manifest.report.kept == manifest.report.rows == 12
+    assert manifest.report.num_kept == manifest.report.num_rows == 12
     assert manifest.digest == train(write_table(tmp_path / "other.jsonl", rows)).digest
 
 
@@ -227,7 +227,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path) -> None:
     assert report.skipped["too small"].names == ["line 33 tiny.png"]
     assert report.skipped["row is not JSON"].names == ["line 47"]
     assert report.converted["CMYK"].names == ["line 46 print.jpg"]
-    assert (report.rows, report.kept, report.bad) == (47, 31, 16)
+    assert (report.num_rows, report.num_kept, report.num_skipped) == (47, 31, 16)
 
 
 @pytest.mark.parametrize(("number_bad", "stops"), [(1, False), (2, True)])
@@ -238,13 +238,13 @@ def test_more_than_the_stated_share_of_bad_rows_stops(
     bad = [{"image": "gone.png", "caption": f"x\n{i}"} for i in range(number_bad)]
     table = write_table(tmp_path / "pairs.csv", rows + bad)
     if not stops:
-        assert train(table).report.bad == 1
+        assert train(table).report.num_skipped == 1
         return
     message = said(lambda: train(table))
     assert message == (
-        f"{table}: 2 of 20 rows are bad (10.0%), legal is at most max_bad_fraction = 5.0%: "
+        f"{table}: 2 of 20 rows are bad (10.0%), expected at most max_bad_fraction = 5.0%: "
         "2 missing file (line 20 gone.png, line 22 gone.png). "
-        "Correct them, or raise max_bad_fraction to go on without them"
+        "Correct them, or raise max_bad_fraction to skip them"
     )
 
 
@@ -256,7 +256,7 @@ def test_a_small_image_is_enlarged_and_counted(tmp_path: Path) -> None:
 
 
 def captions(table: Path) -> list[object]:
-    return [row.fault or row.caption for row in read_rows(table, config(table))]
+    return [row.error or row.caption for row in read_rows(table, config(table))]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -302,7 +302,7 @@ def test_ragged_and_blank_lines_of_a_csv_are_told_apart(tmp_path: Path) -> None:
         'image,caption\n\na.png,one\nb.png\nc.png,too,many\nd.png,"a"b\ne.png,two\n'
     )
     rows = read_rows(tmp_path / "pairs.csv", config(tmp_path))
-    assert [(row.place, row.fault) for row in rows] == [
+    assert [(row.location, row.error) for row in rows] == [
         (f"line {line}", "malformed row" if line in (4, 5, 6) else "") for line in range(3, 8)
     ]
     assert (rows[0].caption, rows[-1].caption) == ("one", "two")
@@ -312,8 +312,8 @@ def test_a_quote_that_never_closes_counts_every_line_that_it_swallows(tmp_path: 
     lines = ["image,caption", "a.png,one", 'b.png,"two', *["c.png,three"] * 10]
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
     rows = read_rows(tmp_path / "pairs.csv", config(tmp_path))
-    assert [row.place for row in rows] == [f"line {number}" for number in range(2, 14)]
-    assert [bool(row.fault) for row in rows] == [False] + [True] * 11
+    assert [row.location for row in rows] == [f"line {number}" for number in range(2, 14)]
+    assert [bool(row.error) for row in rows] == [False] + [True] * 11
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -334,7 +334,7 @@ def test_an_unknown_column_names_those_found_and_the_nearest(tmp_path: Path, suf
         ("a.csv", 'image,"cap"tion', "the first line must name the columns"),
         ("a.csv", "image,caption\n", "the table has no rows"),
         ("a.jsonl", "", "expected data, got an empty file"),
-        ("a.jsonl", "[]", "1 of 1 rows left out (line 1)"),
+        ("a.jsonl", "[]", "1 of 1 rows skipped (line 1)"),
         ("a.parquet", "image,caption", "expected a whole Parquet file"),
     ],
 )
@@ -354,7 +354,7 @@ def test_missing_captions_of_a_parquet_table_are_empty(
     table = tmp_path / "pairs.parquet"
     columns = pyarrow.table({"image": ["a.png"] * 3, "caption": [missing] * 3})
     pyarrow.parquet.write_table(columns, table)
-    with pytest.raises(ValueError, match="got none: empty caption, 3 of 3 rows left out"):
+    with pytest.raises(ValueError, match="got none: empty caption, 3 of 3 rows skipped"):
         train(table)
 
 
@@ -364,7 +364,7 @@ def test_a_folder_must_hold_exactly_one_table(tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("not a table")
     assert find_table(str(tmp_path)) == find_table(str(table)) == table
     write_table(tmp_path / "b.jsonl", [{"image": "a", "caption": "b"}])
-    assert said(lambda: find_table(str(tmp_path))).endswith("it holds 2: a.csv, b.jsonl")
+    assert said(lambda: find_table(str(tmp_path))).endswith("got 2: a.csv, b.jsonl")
 
 
 def test_a_path_that_is_no_table_is_told_in_one_line() -> None:

@@ -75,7 +75,7 @@ def test_a_half_made_database_is_set_aside_and_records_are_sent(
     ):
         tracker.log_metrics({"loss": 1.0}, step=0)
     assert caplog.messages == [
-        f"{database}: was left half-made and holds no run; renamed mlflow.db.damaged"
+        f"{database}: was incomplete and had no runs; renamed mlflow.db.damaged"
     ]
     assert "_alembic_tmp_model_versions" in tables(tmp_path / "mlflow.db.damaged")
     assert send_pending(tmp_path / "runs", f"sqlite:///{database}").runs == 0

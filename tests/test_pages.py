@@ -71,7 +71,7 @@ def test_the_demo_model_starts_on_the_pairs_of_the_example(
     config = load_experiment(EXAMPLES / "own_pairs.yaml").runs[0].config
     assert config.tokenizer.path == config.vqgan.init == config.decoder.init == "shipped"
     pairs = open_dataset(config.data, "train")
-    assert len(pairs) > 80 and pairs.report.rows == pairs.report.kept == 100
+    assert len(pairs) > 80 and pairs.report.num_rows == pairs.report.num_kept == 100
     start = open_weights("shipped", MaskedDecoder, runs=tmp_path, uri="")
     assert adapt(start, family_of(config.model).build(config, Parts())) == []
 

@@ -100,7 +100,7 @@ def test_a_task_with_questions_needs_them(tmp_path: Path) -> None:
     config = write_table(tmp_path, write_questions(tmp_path), "csv")
     without = ManifestConfig(config.path)
     split = Split(DataConfig("manifest", 8, manifest=without), "train", tmp_path / "cache")
-    with pytest.raises(ValueError, match="question_answering needs a question of every pair"):
+    with pytest.raises(ValueError, match="question_answering needs a question for every pair"):
         task_texts(split, "question_answering", tokenizer=None, layout=None, vocabulary=None)
 
 
@@ -131,7 +131,7 @@ def test_a_question_that_cannot_be_used_is_skipped_and_named(
     Path(config.path).write_text(json.dumps(questions), encoding="utf-8")
     Path(str(config.answers)).write_text(json.dumps(answers), encoding="utf-8")
     manifest = Manifest(config, split="train", image_size=8)
-    assert manifest.report.kept == 60 and manifest.report.rows == 61
+    assert manifest.report.num_kept == 60 and manifest.report.num_rows == 61
     assert fault in manifest.report.summary() and "question bad" in manifest.report.summary()
 
 
@@ -140,7 +140,7 @@ def test_a_question_that_cannot_be_used_is_skipped_and_named(
     [
         ("{}", None, "need answers"),
         ("{}", "nothing.json", "no such file"),
-        ("{", "told.json", "not JSON"),
+        ("{", "told.json", "expected JSON in UTF-8"),
         ("[]", "told.json", "must map ids to lists"),
     ],
 )
@@ -172,7 +172,7 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     person = "1f468-1f3fb-200d-1f680.png"
     assert rows[person, "какой тон кожи?"] == "очень светлый тон кожи"
     assert rows[person, "что на картинке?"] + ": очень светлый тон кожи" == table[person]
-    with pytest.raises(ValueError, match="no PNG is named after an emoji"):
+    with pytest.raises(ValueError, match="expected PNG files named after emoji"):
         write_emoji_tables(tmp_path.parent)
     # Missing files are written again; captions of the user are not replaced.
     (tmp_path / "1f600.png").unlink()

@@ -57,7 +57,10 @@ def test_the_box_of_a_known_function_is_found_exactly_enough() -> None:
     grid = low_discrepancy_points(GRID, 3, seed=0)
     is_good = plateau(grid) >= region.best - 0.02
     inside = ((grid >= region.low) & (grid <= region.high)).all(1)
-    assert region.share == is_good.mean() and region.purity == is_good[inside].mean() >= PURITY
+    assert (
+        region.good_fraction == is_good.mean()
+        and region.purity == is_good[inside].mean() >= PURITY
+    )
     assert abs(region.volume - inside.mean()) < 0.02
 
 

@@ -120,7 +120,7 @@ def test_an_image_tokenizer_is_told_by_its_rate_and_the_use_of_its_codes(mixed: 
     # The nats of all image tokens, in bits per pixel.
     bits = scores["text_to_image/nats/test"].value * 36 / math.log(2) / 48**2
     assert scores["text_to_image/bits_per_pixel/test"].value == pytest.approx(bits)
-    codes = context.codes(split, context.chosen(split)).flatten().tolist()
+    codes = context.image_indices(split, context.eval_indices(split)).flatten().tolist()
     shares = [codes.count(code) / len(codes) for code in set(codes)]
     usage, perplexity = (scores[f"vqgan/codebook_{n}/test"] for n in ("usage", "perplexity"))
     assert usage.value == pytest.approx(len(shares) / 12)
@@ -143,7 +143,7 @@ def test_scores_of_a_clip_need_one_and_say_which(mixed: Path, tmp_path: Path) ->
     context = replace(context, ranker=ranker)
     drawn, real = EVALUATORS["clip_score"](context, split)
     # The oracle uses the ranker's own similarity of each caption to its own image.
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     captions = [split.captions[index] for index in indices]
     for score, images in (
         (drawn, context.generated_images(split, indices)),
@@ -330,7 +330,9 @@ def test_a_card_is_asked_again_and_compared_with_another(
     environment["digests"]["data.test.words"] = "asked about something else"
     (other / "environment.json").write_text(json.dumps(environment))
     assert main(["report-card", str(mixed), str(other)]) == 2
-    assert "data.test.words differs, the scores are not comparable" in capsys.readouterr().err
+    assert (
+        "got different data.test.words. The scores are not comparable" in capsys.readouterr().err
+    )
 
 
 def test_cards_of_several_runs_are_one_file_and_one_table(mixed: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_damaged_file_is_named_and_the_run_is_unfinished(
     assert len(caplog.messages) == is_seen
     for line in caplog.messages:
         assert line.startswith(f"{other / name}: ") and "\n" not in line
-        assert line.endswith("counts as unfinished, run its experiment again to mend it")
+        assert line.endswith("counts as unfinished, run its experiment again to repair it")
 
 
 def test_commands_over_many_runs_leave_the_damaged_one_out(
@@ -76,7 +76,7 @@ def test_commands_over_many_runs_leave_the_damaged_one_out(
     rows = (folder / "runs.csv").read_text().splitlines()
     assert len(rows) == 2 and summary["digest"] in rows[1]
     assert all(str(other) in line for line in caplog.messages)
-    assert any("it is left out" in line for line in caplog.messages)
+    assert any("it is skipped" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(

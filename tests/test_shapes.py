@@ -264,7 +264,7 @@ def test_the_reader_reads_any_size_and_grid(grid: int, image_size: int) -> None:
     for index in range(20):
         reading = read_scene(np.asarray(dataset[index].image), grid=grid)
         assert facts(reading) == facts(dataset.scene(index))
-        assert check_scene(dataset.scene(index), reading).right
+        assert check_scene(dataset.scene(index), reading).is_correct
 
 
 def test_an_empty_image_surely_has_no_objects() -> None:
@@ -301,16 +301,17 @@ def test_a_true_reading_is_right_and_any_lacking_or_added_object_is_not(family: 
         scene = dataset.scene(index)
         reading = perfect_reading(scene)
         assert (
-            check_scene(scene, reading).right and check_scene(scene, reading).object_accuracy == 1
+            check_scene(scene, reading).is_correct
+            and check_scene(scene, reading).object_accuracy == 1
         )
         lacking = check_scene(scene, replace(reading, objects=reading.objects[1:]))
-        assert not lacking.right
+        assert not lacking.is_correct
         assert lacking.object_accuracy == pytest.approx(1 - 1 / len(scene.objects))
         taken = {(each.row, each.column) for each in scene.objects}
         free = min(set(product(range(3), repeat=2)) - taken)
         added = replace(reading.objects[0], row=free[0], column=free[1])
         more = check_scene(scene, replace(reading, objects=(*reading.objects, added)))
-        assert not more.right and 0.5 <= more.object_accuracy < 1
+        assert not more.is_correct and 0.5 <= more.object_accuracy < 1
 
 
 @pytest.mark.parametrize("family", CONFIG.families)
@@ -323,7 +324,7 @@ def test_another_colour_or_shape_is_not_right(family: str) -> None:
         shape = "cross" if first.shape != "cross" else "circle"
         for wrong in (replace(first, colour=colour), replace(first, shape=shape)):
             judgement = check_scene(scene, Reading((wrong, *others), 1.0))
-            assert not judgement.right
+            assert not judgement.is_correct
             assert judgement.object_accuracy == pytest.approx(1 - 1 / len(scene.objects))
 
 
@@ -348,17 +349,21 @@ def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_op
 
     one, count = scene("one", None, (0, 0)), scene("count", None, (0, 0), (0, 1))
     left = scene("relation", "left", (0, 0), (0, 2))
-    assert not check_scene(one, moved(one)).right and not check_scene(one, resized(one)).right
-    assert check_scene(count, moved(count)).right and check_scene(count, resized(count)).right
-    assert not check_scene(left, moved(left)).right
+    assert not check_scene(one, moved(one)).is_correct
+    assert not check_scene(one, resized(one)).is_correct
+    assert check_scene(count, moved(count)).is_correct
+    assert check_scene(count, resized(count)).is_correct
+    assert not check_scene(left, moved(left)).is_correct
     assert check_scene(left, moved(left)).object_accuracy == 1
-    assert check_scene(left, perfect_reading(scene("relation", "left", (1, 1), (1, 2)))).right
-    assert not check_scene(left, perfect_reading(scene("relation", "left", (0, 1), (1, 2)))).right
+    assert check_scene(left, perfect_reading(scene("relation", "left", (1, 1), (1, 2)))).is_correct
+    assert not check_scene(
+        left, perfect_reading(scene("relation", "left", (0, 1), (1, 2)))
+    ).is_correct
     second_resized = replace(
         left, objects=(left.objects[0], replace(left.objects[1], size="large"))
     )
-    assert check_scene(left, perfect_reading(second_resized)).right
-    assert not check_scene(left, resized(left)).right
+    assert check_scene(left, perfect_reading(second_resized)).is_correct
+    assert not check_scene(left, resized(left)).is_correct
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -395,5 +400,5 @@ def test_a_wrong_split_size_or_index_is_named() -> None:
 def test_a_world_too_small_for_a_split_is_refused() -> None:
     few: dict[str, Any] = {"shapes": ("circle", "cross"), "colours": ("red", "blue")}
     config = ShapesConfig(families=("count",), max_count=1, **few)
-    with pytest.raises(ValueError, match="leave no sentence for validation"):
+    with pytest.raises(ValueError, match="no sentence falls into validation"):
         shapes("validation", config=config).scene(0)

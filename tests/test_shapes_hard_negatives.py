@@ -56,7 +56,8 @@ def test_the_image_of_a_hard_negative_shows_its_own_sentence_and_not_the_other()
         for pair, (_, other) in zip(found, every, strict=False):
             reading = read_scene(pair.image, grid=3)
             assert is_sentence(pair.caption, dataset.config)
-            assert check_scene(other, reading).right and not check_scene(scene, reading).right
+            assert check_scene(other, reading).is_correct
+            assert not check_scene(scene, reading).is_correct
 
 
 def test_hard_negatives_are_the_same_each_time_and_no_more_than_there_are() -> None:

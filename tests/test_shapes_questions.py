@@ -25,7 +25,7 @@ from small_worlds import (
 )
 
 from rudolph.data.datasets.shapes_checker import read_scene
-from rudolph.data.datasets.shapes_question_families import is_clear
+from rudolph.data.datasets.shapes_question_families import is_unambiguous
 from rudolph.data.datasets.shapes_questions import ShapesQuestionsConfig, split_of_question
 from rudolph.data.datasets.shapes_russian import numeral as own_numeral
 from rudolph.data.datasets.shapes_russian import plural_phrase, qualities, quality
@@ -202,8 +202,8 @@ def test_a_scene_with_what_is_held_out_is_of_no_split_when_something_else_is_ask
     config = ShapesQuestionsConfig()
     question = world("shapes_questions", "compositional", families=("colour",)).question(0)
     assert split_of_question(question, config) == "compositional"
-    assert split_of_question(replace(question, asked=frozenset()), config) is None
-    bare = replace(question, asked=frozenset(), objects=())
+    assert split_of_question(replace(question, targets=frozenset()), config) is None
+    bare = replace(question, targets=frozenset(), objects=())
     assert split_of_question(bare, config) == split_by_hash(f"{question.text} ")
 
 
@@ -211,5 +211,5 @@ def test_a_side_is_no_clear_place_when_another_object_is_on_it() -> None:
     left, corner, far = (
         SceneObject("circle", "red", "small", *cell) for cell in [(1, 0), (0, 0), (2, 2)]
     )
-    assert is_clear(left, [far], grid=3) and not is_clear(left, [corner], grid=3)
-    assert is_clear(corner, [left], grid=3) and is_clear(corner, [left], grid=2)
+    assert is_unambiguous(left, [far], grid=3) and not is_unambiguous(left, [corner], grid=3)
+    assert is_unambiguous(corner, [left], grid=3) and is_unambiguous(corner, [left], grid=2)

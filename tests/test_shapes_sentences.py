@@ -21,5 +21,5 @@ def test_a_sentence_is_true_where_the_judge_says_so_of_the_scene(grid: int) -> N
         assert scenes[place].sentence in told and len(set(told)) == len(told)
         assert all(is_sentence(each, config) for each in told)
         # Exactly those sentences of other scenes that are true of this scene count as correct.
-        right = {other.sentence for other in scenes if check_scene(other, reading).right}
+        right = {other.sentence for other in scenes if check_scene(other, reading).is_correct}
         assert right == {other.sentence for other in scenes} & set(told)

@@ -22,9 +22,9 @@ from rudolph.benchmarks.benchmark_case import (
 )
 from rudolph.benchmarks.comparison import (
     ImplementationProcess,
-    command_of,
     compare_implementations,
     compare_memory,
+    implementation_command,
     reference_folder,
     turns_of,
 )
@@ -139,7 +139,7 @@ def test_results_of_speed_are_exported_and_redrawn(
     exported = export_results(folder.parent.parent.parent, results, report=report)
     assert exported == results / "speed" / "decode"
     page = (exported / "README.md").read_text()
-    assert "| seed0 | half |" in page and "Where the time of `seed0-half` goes" in page
+    assert "| seed0 | half |" in page and "Profile of `seed0-half`" in page
     assert (exported / "profiles" / "seed0-half.csv").is_file()
     problems = check_results_folder(results)
     assert [
@@ -255,7 +255,9 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Replace implementations by processes that log their requests to the returned file."""
     log = tmp_path / "talk"
     code = TALKER.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
-    monkeypatch.setattr(comparison, "command_of", lambda name: [sys.executable, "-c", code])
+    monkeypatch.setattr(
+        comparison, "implementation_command", lambda name: [sys.executable, "-c", code]
+    )
     (tmp_path / "weights").mkdir()
     return log
 
@@ -268,7 +270,10 @@ def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: 
     asked = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", num_repetitions=3)
     checked: list[str] = []
     found = compare_implementations(
-        asked, tmp_path / "weights", told=quiet, check=lambda worker: checked.append(worker.name)
+        asked,
+        tmp_path / "weights",
+        report_progress=quiet,
+        check=lambda worker: checked.append(worker.name),
     )
     names = [
         line.split()[0]
@@ -276,25 +281,27 @@ def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: 
         if "'is_short': False" in line
     ]
     assert names == ["float32", REFERENCE, "int8"] * 3
-    assert [each.implementation for each in found.num_repetitions] == names and checked == [
-        REFERENCE
-    ]
+    assert [each.implementation for each in found.timings] == names and checked == [REFERENCE]
     assert found.versions == dict.fromkeys(("float32", REFERENCE, "int8"), "1")
 
 
 def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) -> None:
     asked = speed_subject(tmp_path, "memory", REFERENCE, "float32")
-    found = compare_memory(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
-    turns = [(each.implementation, each.part) for each in found.num_repetitions]
+    found = compare_memory(
+        asked, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
+    )
+    turns = [(each.implementation, each.part) for each in found.timings]
     assert turns == [(n, part) for n in (REFERENCE, "float32") for part in ("load", "decode")] * 2
-    assert {each.units for each in found.num_repetitions} == {1, 5}
+    assert {each.units for each in found.timings} == {1, 5}
     assert "True" not in talk.read_text(encoding="utf-8")
 
 
 def test_a_implementation_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
     asked = speed_subject(tmp_path, "decode", "float32", "half")
     with pytest.raises(ValueError, match=r"^implementation half: out of luck$"):
-        compare_implementations(asked, tmp_path / "weights", told=quiet, check=lambda worker: None)
+        compare_implementations(
+            asked, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
+        )
 
 
 def test_a_key_press_leaves_no_process(
@@ -308,7 +315,9 @@ def test_a_key_press_leaves_no_process(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare_implementations(asked, tmp_path / "weights", told=press, check=lambda worker: None)
+        compare_implementations(
+            asked, tmp_path / "weights", report_progress=press, check=lambda worker: None
+        )
 
 
 @pytest.mark.parametrize("protocol", list(WORKLOADS))
@@ -357,17 +366,17 @@ def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> 
     code = "import sys; sys.stdin.readline(); sys.exit('a trace' + chr(10) + 'out of luck')"
     worker = ImplementationProcess("half", [sys.executable, "-c", code], tmp_path / "log")
     with pytest.raises(ValueError, match=r"^implementation half: out of luck$"):
-        worker.ask({})
-        worker.ask({})
+        worker.request({})
+        worker.request({})
     worker.close()
     silent = ImplementationProcess(
         "half", [sys.executable, "-c", "input(); input()"], tmp_path / "log"
     )
     with pytest.raises(ValueError, match=r"^implementation half: no answer in 0.05 s$"):
-        silent.ask({}, timeout=0.05)
+        silent.request({}, timeout=0.05)
     silent.close()
 
 
 def test_commands_name_the_right_programs() -> None:
-    assert command_of("half")[-1] == "rudolph.benchmarks.worker"
-    assert command_of(REFERENCE)[2].endswith("reference_worker.py")
+    assert implementation_command("half")[-1] == "rudolph.benchmarks.worker"
+    assert implementation_command(REFERENCE)[2].endswith("reference_worker.py")

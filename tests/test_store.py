@@ -15,7 +15,7 @@ from PIL import Image
 
 from rudolph.config.run import run_of
 from rudolph.reports.report import (
-    MOST_IMAGES,
+    MAX_PAGE_IMAGES,
     UNANSWERED,
     Figure,
     Report,
@@ -28,9 +28,9 @@ from rudolph.reports.report import (
     with_finding,
     without_generated,
 )
-from rudolph.reports.run_configs import LINES, read_configs
+from rudolph.reports.run_configs import CONFIG_LINES, read_configs
 from rudolph.reports.store import (
-    POINTS_OF_A_CURVE,
+    POINTS_PER_CURVE,
     check_results_folder,
     draw_pngs,
     export_results,
@@ -163,7 +163,7 @@ def test_curves_are_thinned_to_their_own_points_with_both_ends(
     for run, curve in curves.groupby("run"):
         variant, seed = curve[["variant", "seed"]].iloc[0]
         steps = list(curve["step"])
-        assert (len(steps), steps[0], steps[-1]) == (POINTS_OF_A_CURVE, 0, 999), run
+        assert (len(steps), steps[0], steps[-1]) == (POINTS_PER_CURVE, 0, 999), run
         assert steps == sorted(set(steps)) and max(np.diff(steps)) <= 6
         exact = [loss_at(variant, seed, step) for step in steps]
         assert list(curve["value"]) == pytest.approx(exact, rel=1e-5)
@@ -203,7 +203,7 @@ def test_of_a_series_of_samples_the_last_is_kept(exported: tuple[Path, Path]) ->
     samples = exported[1] / REPORT.experiment / "samples"
     names = [path.name.partition("-s0-")[2] for path in samples.iterdir()]
     # The page has room for the figures and the most informative images alone.
-    assert names == ["grid-000900.png"] * (MOST_IMAGES - len(REPORT.figures))
+    assert names == ["grid-000900.png"] * (MAX_PAGE_IMAGES - len(REPORT.figures))
 
 
 def test_the_index_has_question_answer_and_cost(exported: tuple[Path, Path]) -> None:
@@ -276,8 +276,8 @@ def forge(folder: Path, what: str) -> None:
     elif what == "dirty":
         edit_cell(folder / "runs.csv", "dirty", "true")
     elif what == "config":
-        lines = (folder / LINES).read_text("utf-8").splitlines(keepends=True)
-        (folder / LINES).write_text("".join(lines[1:]), "utf-8")
+        lines = (folder / CONFIG_LINES).read_text("utf-8").splitlines(keepends=True)
+        (folder / CONFIG_LINES).write_text("".join(lines[1:]), "utf-8")
     elif what == "file":
         (folder / "environment.json").unlink()
     elif what == "report":
@@ -295,13 +295,13 @@ def forge(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "problem"),
     [
-        ("figure", "curves-val-loss-image.svg: is not what the CSV files draw"),
-        ("value", "generated part is not what runs.csv says"),
-        ("dirty", "was made with code that its commit does not name"),
+        ("figure", "curves-val-loss-image.svg: differs from the CSV files"),
+        ("value", "generated part differs from runs.csv"),
+        ("dirty", "used code that differs from its commit"),
         ("config", "is missing in configs.jsonl"),
         ("file", "environment.json missing"),
         ("report", "report.json missing"),
-        ("number", "README.md: 1.3: no file that it names says so"),
+        ("number", "README.md: 1.3: not found in any file that the page names"),
         ("answer", "Finding is not written"),
         ("section", "expected the sections Finding, Setup"),
     ],
@@ -369,7 +369,9 @@ def test_an_export_that_fails_changes_nothing(
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "row", 0)
     report = Report("masks/patterns", "T", "Q?", "x.yaml", columns=("val/los",))
-    with pytest.raises(ValueError, match=r"no column 'val/los'; there are .*val/loss/image"):
+    with pytest.raises(
+        ValueError, match=r"expected a column of .*val/loss/image.*, got 'val/los'"
+    ):
         export_results(tmp_path / "runs", tmp_path / "results", report=report)
 
 

@@ -46,7 +46,7 @@ def structs(data: list[bytes | None], path: str | None = "{}.png") -> pyarrow.Ar
 )
 def test_images_of_the_table_itself_give_pairs(tmp_path: Path, images: pyarrow.Array) -> None:
     manifest = train(write(tmp_path / "pairs.parquet", images, row_group_size=5))
-    assert manifest.report.kept == 12
+    assert manifest.report.num_kept == 12
     expected = {
         caption: center_crop(noise(10, 8, seed=number), 8).tobytes()
         for number, caption in enumerate(CAPTIONS)
@@ -74,7 +74,7 @@ def test_the_path_of_a_struct_serves_where_it_has_no_bytes(tmp_path: Path) -> No
         (tmp_path / f"{number}.png").write_bytes(BYTES[number])
     images = structs([None if number % 2 == 0 else data for number, data in enumerate(BYTES)])
     manifest = train(write(tmp_path / "pairs.parquet", images))
-    assert manifest.report.kept == 12
+    assert manifest.report.num_kept == 12
     by_caption = {manifest[i].caption: manifest[i].image for i in range(len(manifest))}
     for number, caption in enumerate(CAPTIONS):
         if caption in by_caption:
@@ -108,7 +108,7 @@ def test_a_row_that_lacks_its_question_is_left_out(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     table = config(tmp_path / "a.parquet", question_column="question")
     report = examine_table(table, image_size=8).report
-    assert report.kept == 1 and report.skipped["empty question"].names == ["row 2 a.png"]
+    assert report.num_kept == 1 and report.skipped["empty question"].names == ["row 2 a.png"]
 
 
 @pytest.mark.parametrize("numbers", [list(range(12)), [float(number) for number in range(12)]])
@@ -119,7 +119,7 @@ def test_captions_that_are_numbers_are_told_with_their_column(
     table = write(tmp_path / "pairs.parquet", ["a.png"] * 12, numbers)
     assert said(lambda: train(table)) == (
         f"{table}: expected usable rows, got none: captions are numbers in column caption, "
-        "12 of 12 rows left out (row 1 a.png, row 2 a.png, row 3 a.png, ...)"
+        "12 of 12 rows skipped (row 1 a.png, row 2 a.png, row 3 a.png, ...)"
     )
 
 

@@ -77,7 +77,7 @@ def test_another_separator_is_read_and_named(
     with pytest.warns(TableWarning, match=f"columns are separated by {separator}"):
         [row] = read_rows(tmp_path / name, config(tmp_path / name))
     assert (row.image, row.caption) == ("a.png", "ёж, кот")
-    assert row.place == ("line 3" if "sep=" in text else "line 2")
+    assert row.location == ("line 3" if "sep=" in text else "line 2")
 
 
 def test_a_separator_that_excel_states_as_usual_is_no_news(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_an_open_quote_is_told_by_its_line(
 ) -> None:
     (tmp_path / "a.csv").write_text("\n".join(["image,caption", *lines]))
     rows = read_rows(tmp_path / "a.csv", config(tmp_path / "a.csv"))
-    found = {row.place: row.fault.removesuffix(" by an open quote") for row in rows if row.fault}
+    errors = {row.location: row.error for row in rows if row.error}
+    found = {key: error.removesuffix(" by an open quote") for key, error in errors.items()}
     assert found == {f"line {line}": fault for line, fault in faults.items()}
 
 
@@ -144,7 +145,7 @@ def test_training_on_open_quotes_names_the_first(tmp_path: Path, max_bad_fractio
         f"{table}: expected closed quotes, got one that is opened in line 2 and never closed; "
         '12 of 20 rows cannot be used. Close it, or write "" for a quote inside a quoted text'
     )
-    assert train(table, max_bad_fraction=0.6).report.kept == 8
+    assert train(table, max_bad_fraction=0.6).report.num_kept == 8
 
 
 def reported(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -177,7 +178,7 @@ def test_the_report_fails_on_more_than_half_bad_rows(
     table = write_table(tmp_path / "pairs.csv", make_pairs(tmp_path, 20 - number_bad) + bad)
     found, out, err = reported(capsys, table)
     assert found == code and f"{number_bad} skipped" in out
-    assert ("legal is at most max_bad_fraction = 50.0%" in err) == (code == 2)
+    assert ("expected at most max_bad_fraction = 50.0%" in err) == (code == 2)
     assert reported(capsys, table, "--max-bad-fraction", "0.6")[0] == 0
     assert reported(capsys, table, "--max-bad-fraction", "0.1")[0] == 2
 
@@ -214,7 +215,7 @@ def test_json_rows_that_are_arrays_are_told_with_their_lines(tmp_path: Path) -> 
     table.write_text('["a.png", "x"]\n' * 4)
     assert said(lambda: train(table)) == (
         f"{table}: expected usable rows, got none: rows are arrays, not objects with "
-        "'image', 'caption', 4 of 4 rows left out (line 1, line 2, line 3, ...)"
+        "'image', 'caption', 4 of 4 rows skipped (line 1, line 2, line 3, ...)"
     )
 
 
@@ -236,7 +237,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_carriage_returns(tmp_path: P
     row = json.dumps({"image": "a.png", "caption": "ёж"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(f"\ufeff{row}\r\n\r\n  \r\n{row}\r\n", newline="")
     rows = read_rows(tmp_path / "a.jsonl", config(tmp_path / "a.jsonl"))
-    assert [(row.place, row.caption) for row in rows] == [("line 1", "ёж"), ("line 4", "ёж")]
+    assert [(row.location, row.caption) for row in rows] == [("line 1", "ёж"), ("line 4", "ёж")]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 from rudolph.tracking import tracker as tracking
 from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, read_event_log
 from rudolph.tracking.mlflow_database import SlowStoreError
-from rudolph.tracking.tracker import Sent, Tracker, git_state, send_pending, tracking_uri
+from rudolph.tracking.tracker import SendProgress, Tracker, git_state, send_pending, tracking_uri
 
 
 class Server:
@@ -172,7 +172,7 @@ def test_a_run_without_a_server_finishes_and_arrives_once_when_the_server_comes(
     sent = send_pending(runs, server.uri)
     assert (sent.runs, sent.rejected, sent.waiting) == (1, 0, 0)
     assert_run_is_complete(server.uri, "away")
-    assert send_pending(runs, server.uri) == Sent()
+    assert send_pending(runs, server.uri) == SendProgress()
     (runs / "masks" / "away" / SENT).unlink()  # simulate a crash before the mark was written
     assert send_pending(runs, server.uri).records == sent.records
     assert_run_is_complete(server.uri, "away")
@@ -215,7 +215,7 @@ def test_what_mlflow_refuses_stops_nothing_else(tmp_path: Path, database: str) -
     assert run.data.params["long"].endswith("[cut, 9000 characters]")
     assert run.data.params["layers"] == "2" and len(run.data.params) == 252
     assert set(run.data.metrics) == {"good"} | {f"m{i}" for i in range(2100)}
-    assert "refused" in run.data.tags["rudolph.rejected"]
+    assert "rejected" in run.data.tags["rudolph.rejected"]
 
 
 def test_two_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_new_run_sends_what_earlier_runs_left(tmp_path: Path, database: str) -
             time.sleep(0.05)
         tracker.log_metrics({"loss": 1.0}, step=0)
     assert_run_is_complete(database, "left")
-    assert send_pending(runs, database) == Sent()
+    assert send_pending(runs, database) == SendProgress()
 
 
 def test_logging_metrics_costs_less_than_a_tenth_of_a_millisecond(tmp_path: Path) -> None:
@@ -337,13 +337,13 @@ class SlowStore:
         self.uri, self.parts = uri, parts
         time.sleep(opening)
 
-    def send(self, folder: Path, *, again: bool = False, on_progress: Any = None) -> Sent:
+    def send(self, folder: Path, *, again: bool = False, on_progress: Any = None) -> SendProgress:
         for _ in range(self.parts):
             time.sleep(0.2)
             if on_progress is not None:
                 on_progress()
         SendMarker(folder, self.uri).write("id", (folder / JOURNAL).stat().st_size)
-        return Sent(runs=1)
+        return SendProgress(runs=1)
 
 
 def test_a_slow_server_is_waited_for_while_it_makes_progress(
@@ -377,14 +377,16 @@ def test_an_error_after_a_slow_answer_is_told_once_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refusing(SlowStore):
-        def send(self, folder: Path, **rest: Any) -> Sent:
+        def send(self, folder: Path, **rest: Any) -> SendProgress:
             raise SlowStoreError("Read timed out")
 
     monkeypatch.setattr(tracking, "MLflowStore", Refusing)
     with caplog.at_level(logging.WARNING, "rudolph"):
         tracker = Tracker(tmp_path / "run", "http://slow", experiment="e", run="r", digest="d")
         assert not tracker.close(5.0)
-    assert caplog.messages == ["http://slow is slow (Read timed out); all is kept and sent later"]
+    assert caplog.messages == [
+        "http://slow is slow (Read timed out); records are kept and sent later"
+    ]
 
 
 def test_a_full_disk_of_the_store_does_not_end_a_run(
@@ -403,7 +405,7 @@ def test_a_full_disk_of_the_store_does_not_end_a_run(
         patch.setattr(MlflowClient, "log_batch", full)
         assert not track(tmp_path / "runs" / "r", database, run="full")
     [line] = caplog.messages
-    assert "disk is full" in line and line.endswith("all is kept and sent later")
+    assert "disk is full" in line and line.endswith("records are kept and sent later")
     assert send_pending(tmp_path / "runs", database).waiting == 0
     assert_run_is_complete(database, "full")
 

@@ -26,7 +26,7 @@ from small_worlds import (
 )
 
 from rudolph.data.datasets.arithmetic import sample_options
-from rudolph.data.datasets.paragraphs import MOST_WORDS, NAMES, ParagraphsConfig
+from rudolph.data.datasets.paragraphs import MAX_WORDS, NAMES, ParagraphsConfig
 from rudolph.data.datasets.shapes_rendering import PALETTE, cell_pixels
 from rudolph.data.datasets.synthetic import split_by_hash
 from rudolph.data.datasets.words import FONTS, Inscription, WordsConfig, known_words, text_opacity
@@ -215,7 +215,7 @@ def test_an_answer_about_a_text_follows_from_the_text(split: str) -> None:
         assert pair.question == f"{context} {question}" and pair.image is None
         assert answer_from(context, question) == pair.caption, pair
         assert 2 <= len(owners(context)) <= 4 and set(owners(context)) <= set(NAMES.values())
-        assert len(pair.question.split()) <= MOST_WORDS
+        assert len(pair.question.split()) <= MAX_WORDS
 
 
 def test_a_text_is_russian() -> None:
@@ -325,5 +325,5 @@ def test_an_expression_is_in_one_split_in_either_form_and_order() -> None:
     for split, expressions in known.items():
         for operation, *numbers in expressions:
             assert (str(held_out[operation]) in numbers) == (split == "compositional")
-    with pytest.raises(ValueError, match="operations must be at least 2 for the compositional"):
+    with pytest.raises(ValueError, match="operations: expected at least 2 for the compositional"):
         world("arithmetic", "compositional", operations=("+",))

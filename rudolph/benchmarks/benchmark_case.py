@@ -67,8 +67,8 @@ class BenchmarkCase:
     @property
     def num_tokens(self) -> int:
         """Return the number of image tokens to sample per image."""
-        most = self.layout.num_image_tokens
-        return min(self.speed.num_tokens or most, most)
+        num_image_tokens = self.layout.num_image_tokens
+        return min(self.speed.num_tokens or num_image_tokens, num_image_tokens)
 
     def to_plain(self) -> dict[str, Any]:
         """Return the case as plain JSON values."""
@@ -126,9 +126,9 @@ def save_reference(model: nn.Module, path: Path) -> None:
 
     The arguments go to a JSON file next to ``path``.
     """
-    found = to_reference(model)
-    save_file({name: value.contiguous() for name, value in found.state_dict.items()}, path)
-    path.with_suffix(".json").write_text(json.dumps(found.config), "utf-8")
+    reference = to_reference(model)
+    save_file({name: value.contiguous() for name, value in reference.state_dict.items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(reference.config), "utf-8")
 
 
 def make_inputs(case: BenchmarkCase) -> dict[str, Tensor]:
@@ -143,27 +143,27 @@ def make_inputs(case: BenchmarkCase) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(mixed_seed(case.seed, "speed inputs"))
     layout, size = case.layout, case.speed.batch_size
-    last = max(case.vocabulary.bpe_size, EOS + 2)
+    num_text_ids = max(case.vocabulary.bpe_size, EOS + 2)
 
     def texts(rows: int, length: int, filled: int) -> Tensor:
-        ids = torch.randint(EOS + 1, last, (rows, length), generator=generator)
+        ids = torch.randint(EOS + 1, num_text_ids, (rows, length), generator=generator)
         ids[:, 0], ids[:, filled - 1], ids[:, filled:] = BOS, EOS, 0
         return ids
 
     num_codes, length = case.vocabulary.codebook_size, layout.left_text_length
     image = torch.randint(num_codes, (size, layout.num_image_tokens), generator=generator)
-    parts = [texts(size, length, max(length // 2, 2)), image]
+    segments = [texts(size, length, max(length // 2, 2)), image]
     if layout.right_text_length:
-        parts.append(texts(size, layout.right_text_length, layout.right_text_length))
+        segments.append(texts(size, layout.right_text_length, layout.right_text_length))
     side = case.vqgan.resolution
     return {
         "left": texts(1, length, max(length // 2, 2))[0],
-        "tokens": torch.cat(parts, dim=1),
+        "tokens": torch.cat(segments, dim=1),
         "images": torch.rand(size, 3, side, side, generator=generator),
         "indices": torch.randint(
             num_codes, (size, (side // case.vqgan.factor) ** 2), generator=generator
         ),
-        "checked": torch.cat(parts[:2], dim=1)[:1, : length + CHECKED_TOKENS],
+        "checked": torch.cat(segments[:2], dim=1)[:1, : length + CHECKED_TOKENS],
     }
 
 
@@ -174,15 +174,15 @@ def expected_outputs(models: dict[str, nn.Module], inputs: dict[str, Tensor]) ->
         ``logits`` of the decoder on ``checked``, and ``images`` of the VQ-GAN or the upscaler in
         [0, 1]. A key is missing if ``models`` lacks the model.
     """
-    said: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with torch.no_grad():
         if isinstance(decoder := models.get("decoder"), MaskedDecoder):
-            said["logits"] = decoder(inputs["checked"])
+            outputs["logits"] = decoder(inputs["checked"])
         if isinstance(vqgan := models.get("vqgan"), VQGAN):
-            said["images"] = vqgan.decode_indices(inputs["indices"][:1])
+            outputs["images"] = vqgan.decode_indices(inputs["indices"][:1])
         if isinstance(upscaler := models.get("upscaler"), Upscaler):
-            said["images"] = upscaler(inputs["images"][:1])
-    return said
+            outputs["images"] = upscaler(inputs["images"][:1])
+    return outputs
 
 
 def load_case_decoder(case: BenchmarkCase, folder: Path) -> MaskedDecoder:

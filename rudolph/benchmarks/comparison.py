@@ -20,7 +20,7 @@ import torch
 
 from rudolph.benchmarks.benchmark_case import CAPTION, BenchmarkCase
 from rudolph.benchmarks.config import (
-    INSTRUCTIONS,
+    INSTRUCTION_SET_VARIABLES,
     OURS,
     REFERENCE,
     ROOFLINE,
@@ -34,11 +34,11 @@ REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
 REFERENCE_FOLDER = Path("data/reference")
 REFERENCE_PACKAGES = ("rudolph==0.0.1rc10", "rudalle==1.1.3", "taming-transformers==0.0.1")
 # Longer than any repetition: a process without an answer by then has failed.
-SECONDS_TO_ANSWER = 3 * 3600.0
-SECONDS_TO_CLOSE = 5.0
+ANSWER_TIMEOUT = 3 * 3600.0
+CLOSE_TIMEOUT = 5.0
 
 # Progress callback, called before each repetition with done, total and a note.
-Told = Callable[[int, int, str], None]
+RepetitionCallback = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -46,14 +46,14 @@ class ComparisonResult:
     """The repetitions of a comparison and further facts about each implementation.
 
     Attributes:
-        num_repetitions: The timed repetitions of all implementations, in order.
+        timings: The timed repetitions of all implementations, in order.
         weights_bytes: Bytes of all weights, by implementation.
         cache_bytes: Bytes of the key/value cache, by implementation.
         profiles: Rows of part, operation, calls, milliseconds and fraction, by implementation.
         versions: Versions of third-party packages, by package.
     """
 
-    num_repetitions: list[Timing] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     weights_bytes: dict[str, int] = field(default_factory=dict)
     cache_bytes: dict[str, int] = field(default_factory=dict)
     profiles: dict[str, list[tuple[str, str, int, float, float]]] = field(default_factory=dict)
@@ -90,11 +90,11 @@ class ImplementationProcess:
                 env={**os.environ, **(variables or {})},
             )
 
-    def ask(self, request: Mapping[str, Any], timeout: float = SECONDS_TO_ANSWER) -> Any:
+    def request(self, content: Mapping[str, Any], timeout: float = ANSWER_TIMEOUT) -> Any:
         """Send one request and wait for its answer.
 
         Args:
-            request: The request, sent as one line of JSON.
+            content: The request, sent as one line of JSON.
             timeout: Seconds to wait for the answer.
 
         Returns:
@@ -105,20 +105,20 @@ class ImplementationProcess:
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps(content).encode() + b"\n")
         except OSError as error:
-            raise self.failure() from error
+            raise self.failure_error() from error
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             raise ValueError(f"implementation {self.name}: no answer in {timeout:g} s")
         line = self.process.stdout.readline()
         if not line.endswith(b"\n"):
-            raise self.failure()
+            raise self.failure_error()
         return json.loads(line)
 
-    def failure(self) -> ValueError:
+    def failure_error(self) -> ValueError:
         """Return the error that reports why the process ended, in one line."""
         try:
-            code: int | None = self.process.wait(SECONDS_TO_CLOSE)
+            code: int | None = self.process.wait(CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             code = None
         text = self.log.read_text("utf-8", errors="replace")
@@ -158,7 +158,7 @@ def reference_folder() -> Path:
     return Path(os.environ.get(REFERENCE_VARIABLE) or REFERENCE_FOLDER)
 
 
-def command_of(name: str) -> list[str]:
+def implementation_command(name: str) -> list[str]:
     """Return the command line that starts an implementation's process."""
     if name == REFERENCE:
         script = Path(__file__).with_name("reference_worker.py")
@@ -184,12 +184,12 @@ def started_process(
         ValueError: If the process fails to start.
     """
     # The log stays outside the folder: the folder is deleted, the log is read after a failure.
-    variables = INSTRUCTIONS.get(case.speed.instruction_set or "")
+    variables = INSTRUCTION_SET_VARIABLES.get(case.speed.instruction_set or "")
     worker = ImplementationProcess(
-        name, command_of(name), folder.parent / f"{name}.log", variables
+        name, implementation_command(name), folder.parent / f"{name}.log", variables
     )
     try:
-        ready = worker.ask(
+        ready = worker.request(
             {
                 "implementation": name,
                 "case": case.to_plain(),
@@ -208,7 +208,7 @@ def compare_implementations(
     case: BenchmarkCase,
     folder: Path,
     *,
-    told: Told,
+    report_progress: RepetitionCallback,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
     """Warm up every implementation, time them in turn, then profile ours.
@@ -216,44 +216,44 @@ def compare_implementations(
     Args:
         case: The case to run.
         folder: The folder that ``prepare_case`` filled; the process logs go next to it.
-        told: Progress callback.
+        report_progress: Progress callback.
         check: Called with the reference's process before anything is timed.
 
     Raises:
         ValueError: If an implementation fails.
     """
-    found, names = ComparisonResult(), case.speed.implementations
+    result, names = ComparisonResult(), case.speed.implementations
     turns = list(turns_of(case))
     with ExitStack() as stack:
         workers: dict[str, ImplementationProcess] = {}
         for name in names:
-            told(0, len(turns), f"{name} starts")
+            report_progress(0, len(turns), f"{name} starts")
             workers[name], ready = stack.enter_context(started_process(name, case, folder))
-            note_ready(found, name, ready)
+            note_ready(result, name, ready)
             if name == REFERENCE:
                 check(workers[name])
         for name, part in implementation_parts(case):
-            told(0, len(turns), f"{name} warms up")
-            workers[name].ask({"do": "run", "part": part, "is_short": True})
+            report_progress(0, len(turns), f"{name} warms up")
+            workers[name].request({"do": "run", "part": part, "is_short": True})
         for done, (repetition, name, part) in enumerate(turns):
-            told(done, len(turns), turn_note(case, repetition, name, part))
-            answer = workers[name].ask({"do": "run", "part": part, "is_short": False})
-            note_answer(found, case, answer, (repetition, name, part))
+            report_progress(done, len(turns), turn_note(case, repetition, name, part))
+            answer = workers[name].request({"do": "run", "part": part, "is_short": False})
+            note_answer(result, case, answer, (repetition, name, part))
         for name, part in implementation_parts(case):
             if name in OURS:
-                told(len(turns), len(turns), f"{name} is profiled")
-                answer = workers[name].ask({"do": "profile", "part": part})
+                report_progress(len(turns), len(turns), f"{name} is profiled")
+                answer = workers[name].request({"do": "profile", "part": part})
                 rows = [(part, *row) for row in answer["operations"]]
-                found.profiles.setdefault(name, []).extend(rows)
-    told(len(turns), len(turns), "")
-    return found
+                result.profiles.setdefault(name, []).extend(rows)
+    report_progress(len(turns), len(turns), "")
+    return result
 
 
 def compare_memory(
     case: BenchmarkCase,
     folder: Path,
     *,
-    told: Told,
+    report_progress: RepetitionCallback,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
     """Measure peak memory, with a fresh process per repetition.
@@ -261,22 +261,22 @@ def compare_memory(
     A peak thus covers the whole life of a process. Arguments and errors are those of
     ``compare_implementations``.
     """
-    found, names = ComparisonResult(), case.speed.implementations
+    result, names = ComparisonResult(), case.speed.implementations
     if REFERENCE in names:
         with started_process(REFERENCE, case, folder) as (worker, _):
             check(worker)
     total = case.speed.num_repetitions * len(names)
     for done in range(total):
         repetition, name = done // len(names), names[done % len(names)]
-        told(done, total, turn_note(case, repetition, name, "decode"))
+        report_progress(done, total, turn_note(case, repetition, name, "decode"))
         with started_process(name, case, folder) as (worker, ready):
-            note_ready(found, name, ready)
-            answer = worker.ask({"do": "run", "part": "decode", "is_short": False})
+            note_ready(result, name, ready)
+            answer = worker.request({"do": "run", "part": "decode", "is_short": False})
         loaded = {**ready, "units": 1, "cache_bytes": 0}
-        note_answer(found, case, loaded, (repetition, name, "load"))
-        note_answer(found, case, answer, (repetition, name, "decode"))
-    told(total, total, "")
-    return found
+        note_answer(result, case, loaded, (repetition, name, "load"))
+        note_answer(result, case, answer, (repetition, name, "decode"))
+    report_progress(total, total, "")
+    return result
 
 
 def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
@@ -306,18 +306,18 @@ def turns_of(case: BenchmarkCase) -> Iterator[tuple[int, str, str]]:
 def turn_note(case: BenchmarkCase, repetition: int, name: str, part: str) -> str:
     """Return the progress note of a turn."""
     units = units_of(case, name)
-    what = f"{name} {part}" if len(units) > 1 else name
-    return f"{what}, repetition {repetition + 1} of {case.speed.num_repetitions}"
+    name_and_part = f"{name} {part}" if len(units) > 1 else name
+    return f"{name_and_part}, repetition {repetition + 1} of {case.speed.num_repetitions}"
 
 
-def note_ready(found: ComparisonResult, name: str, ready: Mapping[str, Any]) -> None:
+def note_ready(result: ComparisonResult, name: str, ready: Mapping[str, Any]) -> None:
     """Record weight sizes and versions from a process's first answer."""
-    found.weights_bytes[name] = ready["weights_bytes"]
-    found.versions |= ready["versions"]
+    result.weights_bytes[name] = ready["weights_bytes"]
+    result.versions |= ready["versions"]
 
 
 def note_answer(
-    found: ComparisonResult,
+    result: ComparisonResult,
     case: BenchmarkCase,
     answer: Mapping[str, Any],
     turn: tuple[int, str, str],
@@ -325,7 +325,7 @@ def note_answer(
     """Record the timing and cache size of one turn: repetition, implementation and part."""
     repetition, name, part = turn
     units = units_of(case, name)
-    found.num_repetitions.append(
+    result.timings.append(
         Timing(
             implementation=name,
             part=part if len(units) > 1 else "",
@@ -337,4 +337,4 @@ def note_answer(
         )
     )
     if answer["cache_bytes"]:
-        found.cache_bytes[name] = answer["cache_bytes"]
+        result.cache_bytes[name] = answer["cache_bytes"]

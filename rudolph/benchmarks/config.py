@@ -17,13 +17,13 @@ COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHT_DTYPES)
 OURS = (*WEIGHT_DTYPES, *COMPILED, "bfloat16")
 REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "roofline", "transformers"
 # These would time an emulation on a processor without native bfloat16 products.
-WITH_BFLOAT16 = ("bfloat16",)
-LIMIT_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
+NEEDS_NATIVE_BFLOAT16 = ("bfloat16",)
+ROOFLINE_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
     "float32": "operation"
 }
-LIMIT_WITH_BFLOAT16 = ("bfloat16", "packed")
+ROOFLINE_BFLOAT16_PARTS = ("bfloat16", "packed")
 # Environment variables that make torch, oneDNN and fbgemm use older instructions.
-INSTRUCTIONS = {
+INSTRUCTION_SET_VARIABLES = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -53,8 +53,8 @@ class Workload:
         """
         if implementation != ROOFLINE:
             return self.units
-        left_out = () if has_bfloat16 else LIMIT_WITH_BFLOAT16
-        return {part: unit for part, unit in LIMIT_UNITS.items() if part not in left_out}
+        skipped = () if has_bfloat16 else ROOFLINE_BFLOAT16_PARTS
+        return {part: unit for part, unit in ROOFLINE_UNITS.items() if part not in skipped}
 
 
 WORKLOADS = {
@@ -107,10 +107,10 @@ class SpeedConfig:
         return self.instruction_set is None and has_native_bfloat16()
 
     @property
-    def measurable(self) -> tuple[str, ...]:
+    def measurable_implementations(self) -> tuple[str, ...]:
         """Return the implementations without those that would time an emulation."""
-        left_out = () if self.has_bfloat16 else WITH_BFLOAT16
-        return tuple(name for name in self.implementations if name not in left_out)
+        skipped = () if self.has_bfloat16 else NEEDS_NATIVE_BFLOAT16
+        return tuple(name for name in self.implementations if name not in skipped)
 
     def __post_init__(self) -> None:
         """Check the settings."""

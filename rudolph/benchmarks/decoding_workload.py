@@ -31,9 +31,9 @@ class StopDecodingError(Exception):
 class DecodingWorkload:
     """Sampling of whole images for one prompt, or of their first ``num_tokens`` tokens."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+    def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
         self.case = case
-        self.model = prepared_decoder(case, kind, folder)
+        self.model = prepared_decoder(case, implementation, folder)
         self.prompt = load_case_inputs(folder)["left"][None]
         self.weights_bytes = module_bytes(self.model)
         self.versions: dict[str, str] = {}
@@ -52,7 +52,7 @@ class DecodingWorkload:
 
         def on_token(done: int) -> None:
             if done == num_tokens and (is_short or self.case.speed.workload == "memory"):
-                self._cache_bytes = held_cache_bytes()
+                self._cache_bytes = live_cache_bytes()
             if done == num_tokens < self.case.layout.num_image_tokens:
                 raise StopDecodingError
 
@@ -77,36 +77,36 @@ class DecodingWorkload:
         save_file({"logits": logits.float()}, path)
 
 
-def prepared_decoder(case: BenchmarkCase, kind: str, folder: Path) -> MaskedDecoder:
+def prepared_decoder(case: BenchmarkCase, implementation: str, folder: Path) -> MaskedDecoder:
     """Load the decoder and pack its weights for decoding.
 
     Args:
         case: The case to run.
-        kind: The weight format; the prefix ``compiled_`` also compiles each layer's step.
+        implementation: The weight format.  The prefix ``compiled_`` compiles each layer's step.
         folder: The folder that ``prepare_case`` filled.
     """
-    model, weights = load_case_decoder(case, folder), kind.removeprefix("compiled_")
+    model, weights = load_case_decoder(case, folder), implementation.removeprefix("compiled_")
     prepack(
         model,
         weights=weights,
         num_rows=case.speed.batch_size,
-        is_compiled=weights != kind,
+        is_compiled=weights != implementation,
     )
     return model
 
 
-def held_cache_bytes() -> int:
+def live_cache_bytes() -> int:
     """Return the bytes of all key/value caches alive in this process."""
-    caches = [found for found in gc.get_objects() if type(found) is KeyValueCache]
+    caches = [item for item in gc.get_objects() if type(item) is KeyValueCache]
     return tensor_bytes(t for cache in caches for t in (cache.own, cache.shared) if t is not None)
 
 
 def module_bytes(model: nn.Module) -> int:
     """Return the bytes of all tensors of a module, including those that are no parameters."""
-    held = [kept for module in model.modules() for kept in iter_tensors(vars(module))]
-    packed = [kept for kept in held if isinstance(kept, torch.ScriptObject)]
-    return tensor_bytes(kept for kept in held if isinstance(kept, Tensor)) + sum(
-        packed_bytes(kept) for kept in packed
+    tensors = [tensor for module in model.modules() for tensor in iter_tensors(vars(module))]
+    packed = [tensor for tensor in tensors if isinstance(tensor, torch.ScriptObject)]
+    return tensor_bytes(tensor for tensor in tensors if isinstance(tensor, Tensor)) + sum(
+        packed_bytes(tensor) for tensor in packed
     )
 
 
@@ -119,12 +119,12 @@ def packed_bytes(packed: torch.ScriptObject) -> int:
     return weight.numel() * (1 if weight.is_quantized else 2)
 
 
-def iter_tensors(found: object) -> list[Tensor | torch.ScriptObject]:
+def iter_tensors(value: object) -> list[Tensor | torch.ScriptObject]:
     """Return the tensors and packed weights in nested mappings, lists and kernels."""
-    if isinstance(found, Tensor | torch.ScriptObject):
-        return [found]
-    if isinstance(found, dict):
-        return [kept for value in found.values() for kept in iter_tensors(value)]
-    if isinstance(found, list | tuple):
-        return [kept for value in found for kept in iter_tensors(value)]
-    return iter_tensors(found.weight) if isinstance(found, Kernel) else []
+    if isinstance(value, Tensor | torch.ScriptObject):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in iter_tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in iter_tensors(item)]
+    return iter_tensors(value.weight) if isinstance(value, Kernel) else []

@@ -50,11 +50,11 @@ def decode_bytes(case: BenchmarkCase, implementation: str) -> float:
     """
     if implementation == TRANSFORMERS and not case.speed.has_bfloat16:
         implementation = "float32"
-    of_weight, of_key = WIDTHS[implementation.removeprefix("compiled_")]
+    weight_width, key_width = WIDTHS[implementation.removeprefix("compiled_")]
     head = case.vocabulary.codebook_size * case.decoder.hidden_size
-    weights = (layer_weights(case) + head) * of_weight / case.speed.batch_size
+    weights = (layer_weights(case) + head) * weight_width / case.speed.batch_size
     keys = sum(attended_keys(case, mask) for mask in case.decoder.masks)
-    return weights + 2 * keys * case.decoder.hidden_size * of_key
+    return weights + 2 * keys * case.decoder.hidden_size * key_width
 
 
 def attended_keys(case: BenchmarkCase, mask: str) -> float:
@@ -64,9 +64,9 @@ def attended_keys(case: BenchmarkCase, mask: str) -> float:
     """
     start = case.layout.image_start
     table = mask_table(parse_mask(mask), case.layout)[start : start + case.num_tokens]
-    of_text, of_image = table[:, :start], table[:, start:]
-    seen = of_text.sum(1) / case.speed.batch_size + of_image.sum(1)
-    return float(seen.double().mean())
+    attended_text, attended_image = table[:, :start], table[:, start:]
+    num_attended = attended_text.sum(1) / case.speed.batch_size + attended_image.sum(1)
+    return float(num_attended.double().mean())
 
 
 def train_operations(case: BenchmarkCase) -> float:
@@ -110,6 +110,6 @@ def upscaler_operations(case: BenchmarkCase) -> float:
     torch's ``FlopCounterMode`` counts them.
     """
     side = case.vqgan.resolution
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         Upscaler(UpscalerConfig()).eval()(torch.empty(1, 3, side, side))
-    return float(counted.get_total_flops())
+    return float(counter.get_total_flops())

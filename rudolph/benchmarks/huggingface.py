@@ -20,7 +20,7 @@ from rudolph.benchmarks.serving import WorkResult, tensor_bytes
 class HuggingFaceDecoding:
     """``generate`` for as many tokens as ours, after a prompt as long as the left text."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+    def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
         import transformers
 
         self.case, config = case, case.decoder
@@ -46,10 +46,10 @@ class HuggingFaceDecoding:
 
     def run(self, part: str, *, is_short: bool) -> WorkResult:
         """Sample one batch; a short repetition samples at most ``WARM_UP_TOKENS`` per image."""
-        sampling, most = self.case.sampling, self.case.num_tokens
-        num_tokens = min(WARM_UP_TOKENS, most) if is_short else most
+        sampling, max_tokens = self.case.sampling, self.case.num_tokens
+        num_tokens = min(WARM_UP_TOKENS, max_tokens) if is_short else max_tokens
         with torch.inference_mode():
-            found = self.model.generate(
+            output = self.model.generate(
                 self.prompt,
                 attention_mask=torch.ones_like(self.prompt),
                 do_sample=True,
@@ -65,9 +65,11 @@ class HuggingFaceDecoding:
                 disable_compile=True,
                 return_dict_in_generate=True,
             )
-        layers = found.past_key_values.layers
-        held = [kept for layer in layers for kept in iter_tensors(vars(layer))]
-        self._cache_bytes = tensor_bytes(kept for kept in held if isinstance(kept, Tensor))
+        layers = output.past_key_values.layers
+        tensors = [tensor for layer in layers for tensor in iter_tensors(vars(layer))]
+        self._cache_bytes = tensor_bytes(
+            tensor for tensor in tensors if isinstance(tensor, Tensor)
+        )
         return WorkResult(len(self.prompt) * num_tokens)
 
     def cache_bytes(self) -> int:

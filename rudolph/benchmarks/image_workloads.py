@@ -31,10 +31,13 @@ from rudolph.sequence.tokenizer import Tokenizer
 class GenerationWorkload:
     """Generation of ``batch_size`` images for one caption, from text to PNG files."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
-        self.case, self.folder = case, folder / kind
+    def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
+        self.case, self.folder = case, folder / implementation
         self.folder.mkdir(exist_ok=True)
-        decoder, vqgan = prepared_decoder(case, kind, folder), load_case_vqgan(case, folder)
+        decoder, vqgan = (
+            prepared_decoder(case, implementation, folder),
+            load_case_vqgan(case, folder),
+        )
         size = case.speed.batch_size
         self.pipeline = Pipeline(Tokenizer(folder / "bpe.model"), vqgan, decoder, batch_size=size)
         self.weights_bytes = module_bytes(decoder) + module_bytes(vqgan)
@@ -49,7 +52,7 @@ class GenerationWorkload:
                 raise StopDecodingError
 
         try:
-            found = self.pipeline.generate(
+            candidates = self.pipeline.generate(
                 CAPTION,
                 GenerationRequest(number=size, seed=self.case.seed),
                 config=self.case.sampling,
@@ -59,8 +62,8 @@ class GenerationWorkload:
             # The stopped sampling skips the VQ-GAN, so it is warmed up separately.
             self.pipeline.decode(torch.zeros(size, self.num_image_tokens, dtype=torch.long))
             return WorkResult(size)
-        for number, candidate in enumerate(found):
-            to_image(candidate.image).save(self.folder / f"{number}.png")
+        for index, candidate in enumerate(candidates):
+            to_image(candidate.image).save(self.folder / f"{index}.png")
         return WorkResult(size)
 
     @property
@@ -84,8 +87,8 @@ class GenerationWorkload:
 class UpscalingWorkload:
     """Upscaling of a batch of images, without tiling."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
-        self.model = load_case_upscaler(folder).to(getattr(torch, kind))
+    def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
+        self.model = load_case_upscaler(folder).to(getattr(torch, implementation))
         self.images = load_case_inputs(folder)["images"]
         self.weights_bytes = module_bytes(self.model)
         self.versions: dict[str, str] = {}
@@ -98,8 +101,8 @@ class UpscalingWorkload:
 
     def upscaled(self, images: Tensor) -> Tensor:
         """Return the upscaled images, computed in the model's dtype."""
-        found: Tensor = self.model(images.to(self.model.conv_first.weight))
-        return found
+        upscaled_images: Tensor = self.model(images.to(self.model.conv_first.weight))
+        return upscaled_images
 
     def cache_bytes(self) -> int:
         """Return 0: the upscaler has no cache."""

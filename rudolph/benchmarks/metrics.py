@@ -27,7 +27,7 @@ from rudolph.reports.timings import Timing
 Groups = Mapping[tuple[str, str], Sequence[Timing]]
 
 
-def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, str], Estimate]:
+def metrics_of(case: BenchmarkCase, result: ComparisonResult) -> dict[tuple[str, str], Estimate]:
     """Return every metric of a comparison, by case and quantity.
 
     A case is the label of a timing: the implementation and, if it has several, the part. Times and
@@ -35,8 +35,8 @@ def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, 
     and the maximum as its interval.
     """
     groups: dict[tuple[str, str], list[Timing]] = {}
-    for repetition in found.num_repetitions:
-        groups.setdefault((repetition.implementation, repetition.part), []).append(repetition)
+    for timing in result.timings:
+        groups.setdefault((timing.implementation, timing.part), []).append(timing)
     metrics: dict[tuple[str, str], Estimate] = {}
     for (implementation, part), group in groups.items():
         name, unit, times = group[0].label, group[0].unit, unit_seconds(group)
@@ -44,16 +44,16 @@ def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, 
         if implementation == ROOFLINE:
             continue
         metrics[name, f"seconds_per_{unit}"] = geometric_mean_interval(times)
-        peaks = [repetition.peak_bytes for repetition in group]
+        peaks = [timing.peak_bytes for timing in group]
         metrics[name, "peak_bytes"] = Estimate(max(peaks), min(peaks), max(peaks))
         if implementation != REFERENCE and (REFERENCE, part) in groups:
-            others = unit_seconds(groups[REFERENCE, part])
-            metrics[name, "speedup"] = ratio_interval(others, times)
+            reference_times = unit_seconds(groups[REFERENCE, part])
+            metrics[name, "speedup"] = ratio_interval(reference_times, times)
         for quantity, estimate in roofline_fraction(case, groups, implementation, part).items():
             metrics[name, quantity] = estimate
     for quantity, sizes in (
-        ("weights_bytes", found.weights_bytes),
-        ("cache_bytes", found.cache_bytes),
+        ("weights_bytes", result.weights_bytes),
+        ("cache_bytes", result.cache_bytes),
     ):
         for implementation, size in sizes.items():
             if size:
@@ -63,7 +63,7 @@ def metrics_of(case: BenchmarkCase, found: ComparisonResult) -> dict[tuple[str, 
 
 def unit_seconds(group: Sequence[Timing]) -> NDArray[np.float64]:
     """Return the seconds per unit in each repetition."""
-    return np.array([each.seconds / each.units for each in group])
+    return np.array([timing.seconds / timing.units for timing in group])
 
 
 def roofline_fraction(
@@ -78,13 +78,13 @@ def roofline_fraction(
     rates = work_rates(case, groups[implementation, part], implementation, part)
     if rates is None:
         return {}
-    found = {}
+    estimates = {}
     if case.speed.workload in ("train", "vqgan", "upscaler"):
-        found["operations_per_second"] = geometric_mean_interval(rates)
-    limits = roofline_rates(groups, is_read=case.speed.workload == "decode")
-    if limits is not None:
-        found["roofline_fraction"] = ratio_interval(rates, limits)
-    return found
+        estimates["operations_per_second"] = geometric_mean_interval(rates)
+    limit_rates = roofline_rates(groups, is_read=case.speed.workload == "decode")
+    if limit_rates is not None:
+        estimates["roofline_fraction"] = ratio_interval(rates, limit_rates)
+    return estimates
 
 
 def work_rates(

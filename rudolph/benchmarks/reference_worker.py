@@ -133,11 +133,11 @@ class Namespace(dict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         """Return the value of a key, a mapping as a ``Namespace``."""
-        found = self[name]
-        return Namespace(found) if isinstance(found, dict) else found
+        value = self[name]
+        return Namespace(value) if isinstance(value, dict) else value
 
 
-class GivenTokens:
+class FixedPromptTokenizer:
     """A tokenizer that returns one fixed prompt for any text."""
 
     eos_id, bos_id, unk_id, pad_id = 3, 2, 1, 0
@@ -160,10 +160,10 @@ class Reference:
     It loads only the models whose files exist in the folder.
     """
 
-    def __init__(self, asked: Mapping[str, Any], versions: dict[str, str]) -> None:
-        self.case, self.versions = asked["case"], versions
-        self.folder, self.caption = Path(asked["folder"]), asked["caption"]
-        self.seed = asked["seed"] % 2**31
+    def __init__(self, setup: Mapping[str, Any], versions: dict[str, str]) -> None:
+        self.case, self.versions = setup["case"], versions
+        self.folder, self.caption = Path(setup["folder"]), setup["caption"]
+        self.seed = setup["seed"] % 2**31
         self.inputs = load_file(self.folder / "inputs.safetensors")
         self.size, self._cache_bytes = self.case["speed"]["batch_size"], 0
         self.decoder: Any = self.load_decoder() if self.path("decoder").is_file() else None
@@ -212,7 +212,7 @@ class Reference:
     def prepare_api(self) -> None:
         """Create the reference's own decoding loop, for the fixed prompt or the caption."""
         package = importlib.import_module("rudolph.api")
-        tokenizer: Any = GivenTokens(self.inputs["left"])
+        tokenizer: Any = FixedPromptTokenizer(self.inputs["left"])
         vocabulary, sampling = self.case["vocabulary"], self.case["sampling"]
         if self.case["speed"]["workload"] == "pipeline":
             yttm: Any = importlib.import_module("youtokentome")
@@ -236,8 +236,8 @@ class Reference:
     def watch_cache(self, model: object, inputs: object, output: Any) -> None:
         """Record the cache size after each forward pass of the decoder."""
         layers = output[1].values() if isinstance(output[1], dict) else ()
-        found = [t for layer in layers if isinstance(layer, tuple) for t in layer]
-        self._cache_bytes = sum(t.numel() * t.element_size() for t in found)
+        tensors = [t for layer in layers if isinstance(layer, tuple) for t in layer]
+        self._cache_bytes = sum(t.numel() * t.element_size() for t in tensors)
 
     def cache_bytes(self) -> int:
         """Return the bytes of the key/value cache after the last forward pass."""
@@ -247,30 +247,30 @@ class Reference:
         """Run one part of the workload."""
         return WORKS[self.case["speed"]["workload"], part](self, is_short)
 
-    def draw_tokens(self, is_short: bool) -> Any:
+    def sample_tokens(self, is_short: bool) -> Any:
         """Sample image tokens."""
-        self.draw(self.num_tokens(is_short))
+        self.sample(self.num_tokens(is_short))
         return serving.WorkResult(self.size * self.num_tokens(is_short))
 
     def num_tokens(self, is_short: bool) -> int:
         """Return the number of tokens to sample per image."""
-        whole = self.case["layout"]["image_tokens_per_dim"] ** 2
-        most = min(self.case["speed"]["num_tokens"] or whole, whole)
-        return min(SHORT, most) if is_short else most
+        num_image_tokens = self.case["layout"]["image_tokens_per_dim"] ** 2
+        max_tokens = min(self.case["speed"]["num_tokens"] or num_image_tokens, num_image_tokens)
+        return min(SHORT, max_tokens) if is_short else max_tokens
 
-    def draw(self, num_tokens: int) -> Tensor:
+    def sample(self, num_tokens: int) -> Tensor:
         """Sample ``num_tokens`` tokens for each image of a batch."""
         # The loop samples as many tokens as the API's setting for an image.
         self.api.image_seq_length = num_tokens
-        found: Tensor = self.api.generate_codebooks(
+        indices: Tensor = self.api.generate_codebooks(
             self.caption, images_num=self.size, bs=self.size, seed=self.seed
         )
-        return found
+        return indices
 
     def make_images(self, is_short: bool) -> Any:
         """Generate images from text to PNG files; a short repetition decodes indices of zero."""
         utilities = importlib.import_module("rudolph.utils")
-        indices = self.draw(self.num_tokens(is_short))
+        indices = self.sample(self.num_tokens(is_short))
         if is_short:
             indices = torch.zeros(self.size, self.num_tokens(False), dtype=torch.long)
         with torch.no_grad():
@@ -326,23 +326,23 @@ class Reference:
 
     def check(self, path: Path) -> None:
         """Write the outputs of the models on the fixed inputs to ``path``."""
-        said = {}
+        outputs = {}
         with torch.no_grad():
             if self.decoder is not None:
                 tokens, length = self.inputs["checked"], self.decoder.total_seq_length
                 mask = torch.tril(torch.ones(1, 1, length, length))
-                said["logits"] = self.decoder.eval()(tokens, mask, return_loss=False)[0]
+                outputs["logits"] = self.decoder.eval()(tokens, mask, return_loss=False)[0]
             if self.vqgan is not None:
-                said["images"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
+                outputs["images"] = self.vqgan.eval().decode(self.inputs["indices"][:1])
             if self.upscaler is not None:
-                said["images"] = self.upscaler(self.inputs["images"][:1])
-        save_file({name: value.contiguous() for name, value in said.items()}, path)
+                outputs["images"] = self.upscaler(self.inputs["images"][:1])
+        save_file({name: value.contiguous() for name, value in outputs.items()}, path)
 
 
 # Workload and part -> method.
 WORKS = {
-    ("decode", "decode"): Reference.draw_tokens,
-    ("memory", "decode"): Reference.draw_tokens,
+    ("decode", "decode"): Reference.sample_tokens,
+    ("memory", "decode"): Reference.sample_tokens,
     ("pipeline", "pipeline"): Reference.make_images,
     ("train", "train"): Reference.train_decoder,
     ("vqgan", "encode"): Reference.encode,
@@ -361,7 +361,7 @@ def load_by_path(name: str) -> Any:
     """
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     if spec is None or spec.loader is None:
-        raise ValueError(f"{name}.py is missing beside {__file__}")
+        raise ValueError(f"{name}.py: expected it next to {__file__}, got no such file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -383,20 +383,20 @@ def import_packages(folder: Path) -> dict[str, str]:
         package: Any = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")))]
         sys.modules[name] = package
-    found = importlib.import_module("rudolph").__file__
+    package_file = importlib.import_module("rudolph").__file__
     for name in MODULES:
         importlib.import_module(name)
     for name in NOT_NEEDED:
         # torch checks whether some of these are installed.
         del sys.modules[name]
-    if found is None or not Path(found).is_relative_to(folder):
-        raise ValueError(f"rudolph is {found}, not the reference in {folder}")
+    if package_file is None or not Path(package_file).is_relative_to(folder):
+        raise ValueError(f"rudolph: expected the reference in {folder}, got {package_file}")
     installed = importlib.metadata.distributions(path=[str(folder)])
-    return {each.metadata["Name"]: each.version for each in installed}
+    return {distribution.metadata["Name"]: distribution.version for distribution in installed}
 
 
 serving = load_by_path("serving")
 
 if __name__ == "__main__":
     packages = import_packages(Path(sys.argv[1]).resolve())
-    serving.serve_implementation(lambda asked: Reference(asked, packages))
+    serving.serve_implementation(lambda setup: Reference(setup, packages))

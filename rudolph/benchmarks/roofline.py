@@ -21,7 +21,7 @@ class RooflineWorkload:
     bfloat16 parts are left out on processors that emulate them.
     """
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
+    def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
         speed = case.speed
         self.side = side = speed.roofline_side
         self.read = torch.ones(speed.roofline_bytes // 8, dtype=torch.int64)

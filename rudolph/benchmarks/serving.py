@@ -67,11 +67,11 @@ def serve_implementation(make: Callable[[Mapping[str, Any]], Implementation]) ->
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # Libraries print to standard output, which must hold answers only.
     os.dup2(2, 1)
-    asked = json.loads(sys.stdin.readline())
-    torch.set_num_threads(asked["threads"])
-    torch.manual_seed(asked["seed"])
+    setup = json.loads(sys.stdin.readline())
+    torch.set_num_threads(setup["threads"])
+    torch.manual_seed(setup["seed"])
     started = time.perf_counter()
-    implementation = make(asked)
+    implementation = make(setup)
     ready = {
         "seconds": time.perf_counter() - started,
         "peak_bytes": peak_bytes(),
@@ -147,12 +147,12 @@ def restart_peak() -> None:
 
 def tensor_bytes(tensors: Any) -> int:
     """Return the bytes of tensors, counting each storage once."""
-    found = {}
+    bytes_of_storage = {}
     for tensor in tensors:
         if tensor.is_mkldnn:
             # Tensors in oneDNN's layout expose a size but no storage.
-            found[id(tensor)] = tensor.numel() * tensor.element_size()
+            bytes_of_storage[id(tensor)] = tensor.numel() * tensor.element_size()
         else:
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+            bytes_of_storage[storage.data_ptr()] = storage.nbytes()
+    return sum(bytes_of_storage.values())

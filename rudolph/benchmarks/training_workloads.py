@@ -23,9 +23,9 @@ from rudolph.training.losses import reconstruction_loss, segment_losses, weighte
 from rudolph.training.optim import OptimConfig, build_optimizers, clip_gradients
 
 
-def autocast_for(kind: str) -> AbstractContextManager[object]:
+def autocast_for(dtype_name: str) -> AbstractContextManager[object]:
     """Return the autocast context of a forward pass; bfloat16 as in Lightning's ``bf16-mixed``."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "bfloat16")
 
 
 class TrainingStep:
@@ -47,8 +47,8 @@ class TrainingStep:
 class DecoderTrainingWorkload:
     """One training step on ``(B, T)`` tokens, with a loss on every segment."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
-        self.case, self.kind = case, kind
+    def __init__(self, case: BenchmarkCase, dtype_name: str, folder: Path) -> None:
+        self.case, self.dtype_name = case, dtype_name
         self.model = load_case_decoder(case, folder)
         self.tokens = load_case_inputs(folder)["tokens"]
         self.stepping = TrainingStep(self.model, case.optim)
@@ -58,7 +58,7 @@ class DecoderTrainingWorkload:
     def run(self, part: str, *, is_short: bool) -> WorkResult:
         """Run one training step; units are tokens."""
         self.model.train()
-        with autocast_for(self.kind):
+        with autocast_for(self.dtype_name):
             losses = segment_losses(self.model, self.tokens, self.case.losses)
             loss = weighted_mean(losses, self.case.losses.weights)
         self.stepping.step(loss)
@@ -78,11 +78,11 @@ class DecoderTrainingWorkload:
 class VQGANWorkload:
     """Encoding, decoding and one training step of the VQ-GAN."""
 
-    def __init__(self, case: BenchmarkCase, kind: str, folder: Path) -> None:
-        self.case, self.kind = case, kind
+    def __init__(self, case: BenchmarkCase, dtype_name: str, folder: Path) -> None:
+        self.case, self.dtype_name = case, dtype_name
         self.model = load_case_vqgan(case, folder)
         # Inference holds the weights in the dtype that it computes in.
-        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
         self.sampled = load_case_vqgan(case, folder).to(dtype)
         inputs = load_case_inputs(folder)
         self.images, self.indices = inputs["images"], inputs["indices"]
@@ -103,10 +103,10 @@ class VQGANWorkload:
     def step(self) -> None:
         """Run one training step on reconstruction and quantizer losses."""
         images = 2 * self.images - 1
-        with autocast_for(self.kind):
-            found = self.model.train()(images)
-        loss = reconstruction_loss(found.images, images, self.case.vqgan_losses)
-        self.stepping.step(loss + self.case.vqgan_losses.quantizer_weight * found.loss.float())
+        with autocast_for(self.dtype_name):
+            output = self.model.train()(images)
+        loss = reconstruction_loss(output.images, images, self.case.vqgan_losses)
+        self.stepping.step(loss + self.case.vqgan_losses.quantizer_weight * output.loss.float())
 
     def cache_bytes(self) -> int:
         """Return 0: the VQ-GAN has no cache."""

@@ -45,11 +45,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Make]] = {
 }
 
 
-def implementation(asked: Mapping[str, Any]) -> Implementation:
+def implementation(setup: Mapping[str, Any]) -> Implementation:
     """Build the implementation that a request names."""
-    case = read_case(asked["case"])
-    make = IMPLEMENTATIONS[case.speed.workload or ""][asked["implementation"]]
-    return make(case, asked["implementation"], Path(asked["folder"]))
+    case = read_case(setup["case"])
+    make = IMPLEMENTATIONS[case.speed.workload or ""][setup["implementation"]]
+    return make(case, setup["implementation"], Path(setup["folder"]))
 
 
 if __name__ == "__main__":

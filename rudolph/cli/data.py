@@ -99,7 +99,7 @@ def score_fusion_brain(given: Any) -> int:
 
     truths = fusion_brain.variants(read_tasks(given.questions, given.truths))
     answers = fusion_brain.first_texts(read_tasks(given.questions, given.answers))
-    quirks = fusion_brain.PLAIN_RULES if given.plain else fusion_brain.CHALLENGE
+    quirks = fusion_brain.NO_QUIRKS if given.plain else fusion_brain.CHALLENGE_QUIRKS
     values = fusion_brain.TEXT_SCORES[given.task](answers, truths, quirks)
     value, low, high = mean_interval(values, seed=0)
     threshold = fusion_brain.THRESHOLDS[given.task]

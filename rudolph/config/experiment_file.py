@@ -34,7 +34,7 @@ from rudolph.files.settings import (
     validate,
 )
 from rudolph.reports.claims import Claim, group_of
-from rudolph.reports.search_tables import REGION, Search
+from rudolph.reports.search_tables import REGION_PREFIX, Search
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     given = overrides_of(overrides)
     runs, search = tuple(_expand(path, content, given)), _search(path, content)
     groups = {group_of(run.name, run.config.seed) for run in runs}
-    groups |= set() if search is None else {f"{REGION}{domain}" for domain in search.domains}
+    groups |= (
+        set() if search is None else {f"{REGION_PREFIX}{domain}" for domain in search.domains}
+    )
     _check_compared(path, claim, report, groups)
     if not given:
         # With other questions on the command line nothing of the report is made.

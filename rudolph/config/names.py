@@ -15,7 +15,7 @@ from typing import Any
 from rudolph.files.settings import ConfigError, setting_error, short_repr
 from rudolph.reports.claims import group_of
 from rudolph.reports.report import format_cell_value
-from rudolph.reports.search_tables import REGION, TRIAL
+from rudolph.reports.search_tables import REGION_PREFIX, TRIAL
 
 EXPERIMENTS = "experiments"
 # Folders inside ``results/<experiment>`` that every export replaces.
@@ -127,9 +127,9 @@ def require_variant(path: Path, variant: str, *, is_searched: bool) -> None:
     if variant in READ_AS_NOTHING:
         rule = f"names must not be {', '.join(sorted(READ_AS_NOTHING))}, empty cells of tables"
         raise setting_error(path, "variants", rule, variant)
-    is_own = variant.casefold().startswith((TRIAL, REGION))
+    is_own = variant.casefold().startswith((TRIAL, REGION_PREFIX))
     if is_searched and is_own:
-        rule = f"names must not start with {TRIAL} or {REGION} beside a search"
+        rule = f"names must not start with {TRIAL} or {REGION_PREFIX} beside a search"
         raise setting_error(path, "variants", rule, variant)
 
 

@@ -73,21 +73,19 @@ def cached_array(
     """
     for name, value in parts.items():
         if not value:
-            raise ValueError(
-                f"part {name!r} of a cached array is empty, it must be a digest or name"
-            )
+            raise ValueError(f"part {name!r} of a cached array: expected a digest or name, got ''")
     name = _name(parts)
     array_path, record_path = folder / f"{name}.npy", folder / f"{name}.json"
     # Check without the lock first, because a complete cache may be in a read-only folder.
-    if _fault(array_path, record_path, parts=parts) is None:
-        return _mapped(array_path)
+    if _cache_error(array_path, record_path, parts=parts) is None:
+        return _open_memory_mapped(array_path)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{name}.lock") as is_locked:
-        fault = _fault(array_path, record_path, parts=parts)
-        if fault is None:
-            return _mapped(array_path)
+        error_message = _cache_error(array_path, record_path, parts=parts)
+        if error_message is None:
+            return _open_memory_mapped(array_path)
         if array_path.exists() or record_path.exists():
-            log.warning("%s: %s; computing it again", array_path, fault)
+            log.warning("%s: %s; computing it again", array_path, error_message)
         array = compute()
         for path in (array_path, record_path):
             if path.is_dir():
@@ -96,7 +94,7 @@ def cached_array(
             _remove_leftovers(folder, name)
         _write(array_path, lambda file: _save(file, array))
         _write_record(record_path, array_path, parts=parts)
-        return _mapped(array_path)
+        return _open_memory_mapped(array_path)
 
 
 def _save(file: IO[bytes], array: np.ndarray[Any, Any] | ArrayWriter) -> None:
@@ -109,17 +107,17 @@ def _save(file: IO[bytes], array: np.ndarray[Any, Any] | ArrayWriter) -> None:
         "shape": array.shape,
     }
     np.lib.format.write_array_header_2_0(file, header)
-    number = 0
+    num_rows = 0
     for row in array.rows:
         if row.shape != array.shape[1:] or row.dtype != array.dtype:
             raise ValueError(
-                f"row {number} of a cached array must be {array.dtype} {array.shape[1:]}, "
+                f"row {num_rows} of a cached array: expected {array.dtype} {array.shape[1:]}, "
                 f"got {row.dtype} {row.shape}"
             )
         file.write(row.tobytes())
-        number += 1
-    if number != array.shape[0]:
-        raise ValueError(f"a cached array must have {array.shape[0]} rows, got {number}")
+        num_rows += 1
+    if num_rows != array.shape[0]:
+        raise ValueError(f"a cached array: expected {array.shape[0]} rows, got {num_rows}")
 
 
 def _name(parts: Mapping[str, str]) -> str:
@@ -133,17 +131,17 @@ def _write_record(record_path: Path, array_path: Path, *, parts: Mapping[str, st
     _write(record_path, lambda file: file.write(text.encode()))
 
 
-def _mapped(path: Path) -> np.ndarray[Any, Any]:
+def _open_memory_mapped(path: Path) -> np.ndarray[Any, Any]:
     array: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
-def _fault(array_path: Path, record_path: Path, *, parts: Mapping[str, str]) -> str | None:
+def _cache_error(array_path: Path, record_path: Path, *, parts: Mapping[str, str]) -> str | None:
     """Return why the cached files cannot be used for these parts, or None if they can."""
     try:
         record = json.loads(record_path.read_bytes())
         if not isinstance(record, dict) or record.get("parts") != dict(parts):
-            return "its record is of other parts"
+            return "its record has other parts"
         if record.get("sha256") != _sha256(array_path):
             return "its content differs from its record"
     except FileNotFoundError as error:
@@ -187,12 +185,15 @@ def _lock(file: IO[bytes], path: Path) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s: waiting for the process that computes it", path)
+            log.info("%s: waiting for another process that computes it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in NO_LOCKS_HERE:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        log.warning("%s: no file locks here; other processes may compute the same", path)
+        log.warning(
+            "%s: the file system has no file locks; other processes may compute the same array",
+            path,
+        )
         return False
     return True
 
@@ -228,8 +229,8 @@ def _sync_folder(folder: Path) -> None:
     """
     if not hasattr(os, "O_DIRECTORY"):
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

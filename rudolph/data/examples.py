@@ -30,7 +30,7 @@ from rudolph.sequence.tasks import (
 from rudolph.sequence.tokenizer import Tokenizer
 
 # Position of the task token in a text: after BOS.
-TASK_TOKEN_AT = 1
+TASK_TOKEN_POSITION = 1
 
 
 class TaskTexts(NamedTuple):
@@ -83,19 +83,20 @@ def task_texts(
         split.cache, parts={**parts, "layout": f"{layout} {vocabulary}"}, compute=compute
     )
     length = layout.left_text_length
-    left, right, cut = ids[:, :length], ids[:, length:-1], int((ids[:, -1] > 0).sum())
-    return TaskTexts(left, right, fill(""), cut)
+    left, right, num_cut = ids[:, :length], ids[:, length:-1], int((ids[:, -1] > 0).sum())
+    return TaskTexts(left, right, fill(""), num_cut)
 
 
 def _require_fitting(split: Split, task: str) -> None:
     if TASKS[task].has_question and not all(split.questions):
         raise ValueError(
-            f"data.tasks: {task} needs a question of every pair, which {split.dataset_name} has "
-            f"not (of a table data.manifest.question_column names their column)"
+            f"data.tasks: {task} needs a question for every pair, which {split.dataset_name} "
+            "lacks. "
+            f"For a table, name the column in data.manifest.question_column"
         )
     if TASKS[task].image != "none" and split.images is None:
         raise ValueError(
-            f"data.tasks: {task} needs images, and the pairs of {split.dataset_name} have none"
+            f"data.tasks: {task} needs images, which the pairs of {split.dataset_name} lack"
         )
 
 
@@ -126,7 +127,7 @@ class TokenBatch(NamedTuple):
     @property
     def scored(self) -> dict[str, Tensor]:
         """Return a ``(B,)`` bool mask per segment, true where its weight is above 0."""
-        return {name: self.weights[:, at] > 0 for at, name in enumerate(SEGMENTS)}
+        return {name: self.weights[:, index] > 0 for index, name in enumerate(SEGMENTS)}
 
 
 class ImageExamples:
@@ -158,11 +159,11 @@ class ImageExamples:
     def _images(self, indices: np.ndarray[Any, Any]) -> Tensor:
         if len(self.splits) == 1:
             return self.splits[0].image_batch(indices)
-        owners = np.searchsorted(self.ends, indices, side="right")
+        split_indices = np.searchsorted(self.ends, indices, side="right")
         starts = self.ends - [len(split) for split in self.splits]
         rows = [
-            self.splits[owner].image_batch([index - starts[owner]])
-            for owner, index in zip(owners, indices, strict=True)
+            self.splits[split_index].image_batch([index - starts[split_index]])
+            for split_index, index in zip(split_indices, indices, strict=True)
         ]
         return torch.cat(rows)
 
@@ -171,13 +172,13 @@ class MixtureExamples(NamedTuple):
     """A mixture entry with its texts and, if its pairs have images, their VQ indices.
 
     ``indices`` is ``(N, I)``, or ``(N, S, I)`` if each image has S sampled sets of codes.
-    ``redraw`` tokenises the texts of a pair again with BPE-dropout.
+    ``retokenise`` tokenises the texts of a pair again with BPE-dropout.
     """
 
     source: MixtureEntry
     texts: TaskTexts
     indices: np.ndarray[Any, Any] | None
-    redraw: Callable[[int, torch.Generator], Texts] | None = None
+    retokenise: Callable[[int, torch.Generator], Texts] | None = None
 
 
 class TokenExamples:
@@ -197,7 +198,7 @@ class TokenExamples:
 
     def __init__(
         self,
-        sources: Sequence[MixtureExamples],
+        entries: Sequence[MixtureExamples],
         config: DataConfig,
         *,
         layout: SequenceLayout,
@@ -206,27 +207,29 @@ class TokenExamples:
         seed: int,
         task_weights: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        self.sources, self.config, self.seed = list(sources), config, seed
+        self.entries, self.config, self.seed = list(entries), config, seed
         self.layout, self.vocabulary, self.num_examples = layout, vocabulary, num_examples
-        shares = np.array([each.source.weight for each in sources])
-        self.bounds = (shares / shares.sum()).cumsum()
-        weights = task_weights or {}
+        entry_weights = np.array([entry.source.weight for entry in entries])
+        self.bounds = (entry_weights / entry_weights.sum()).cumsum()
+        weights_by_task = task_weights or {}
         self.weights = torch.tensor(
             [
-                list(weights.get(each.source.task, TASKS[each.source.task].weights))
-                for each in sources
+                list(weights_by_task.get(entry.source.task, TASKS[entry.source.task].weights))
+                for entry in entries
             ]
         )
-        self.sizes = [len(each.texts.left) for each in sources]
+        self.sizes = [len(entry.texts.left) for entry in entries]
 
     @cached_property
-    def all(self) -> np.ndarray[Any, Any]:
+    def validation_entries(self) -> np.ndarray[Any, Any]:
         """Return the (pair, entry) indices of all validation examples, ``(num_whole, 2)``.
 
         They are sorted by pair; a pair index occurs once for every entry that has as many pairs.
         """
-        places = [(pair, row) for row, size in enumerate(self.sizes) for pair in range(size)]
-        return np.array(sorted(places))
+        pairs_and_rows = [
+            (pair, row) for row, size in enumerate(self.sizes) for pair in range(size)
+        ]
+        return np.array(sorted(pairs_and_rows))
 
     @property
     def num_whole(self) -> int:
@@ -235,84 +238,99 @@ class TokenExamples:
 
     def note(self) -> str:
         """Return one line with the number of cut texts, the maximum over the mixture entries."""
-        num_cut = max(each.texts.num_cut for each in self.sources)
+        num_cut = max(entry.texts.num_cut for entry in self.entries)
         sizes = {
-            each.source.dataset: size for each, size in zip(self.sources, self.sizes, strict=True)
+            entry.source.dataset: size
+            for entry, size in zip(self.entries, self.sizes, strict=True)
         }
         return f"{num_cut} of {sum(sizes.values())} texts are too long and cut"
 
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
         """Return the training batch of these example numbers, with dropout and noise."""
         size = self.layout.num_image_tokens
-        drawn = uniform_per_example(numbers, self.seed, 4 + 2 * size)
+        uniform = uniform_per_example(numbers, self.seed, 4 + 2 * size)
         # Rounding can make the last bound smaller than a sampled number, so it is not compared.
-        rows = np.searchsorted(self.bounds[:-1], drawn[:, 0], side="right")
+        rows = np.searchsorted(self.bounds[:-1], uniform[:, 0], side="right")
         pairs = self._pairs(numbers, rows)
-        is_dropped = drawn[:, 1] < self.config.caption_dropout
+        is_dropped = uniform[:, 1] < self.config.caption_dropout
         texts = [
-            self._texts(number, pair, self.sources[row], is_dropped=is_without)
-            for number, pair, row, is_without in zip(numbers, pairs, rows, is_dropped, strict=True)
+            self._texts(number, pair, self.entries[row], is_dropped=drops_caption)
+            for number, pair, row, drops_caption in zip(
+                numbers, pairs, rows, is_dropped, strict=True
+            )
         ]
-        batch = self._with_unknown(
-            self._tokens(texts, pairs, rows, numbers), drawn[:, 2 + 2 * size :]
+        batch = self._with_unknown_task_tokens(
+            self._tokens(texts, pairs, rows, numbers), uniform[:, 2 + 2 * size :]
         )
-        return batch._replace(inputs=self._noisy(batch, numbers, drawn[:, 2 : 2 + 2 * size]))
+        return batch._replace(
+            inputs=self._with_token_noise(batch, numbers, uniform[:, 2 : 2 + 2 * size])
+        )
 
     def whole(self, indices: Sequence[int]) -> TokenBatch:
-        """Return the validation examples at ``indices`` of ``all``, without dropout and noise."""
-        pairs, rows = self.all[np.asarray(indices)].T
+        """Return validation examples, without dropout and noise.
+
+        Args:
+            indices: Rows of ``validation_entries``.
+        """
+        pairs, rows = self.validation_entries[np.asarray(indices)].T
         texts = [
-            (self.sources[row].texts.left[pair], self.sources[row].texts.right[pair])
+            (self.entries[row].texts.left[pair], self.entries[row].texts.right[pair])
             for pair, row in zip(pairs, rows, strict=True)
         ]
         return self._tokens(texts, pairs, rows, indices)
 
     def _pairs(self, numbers: Sequence[int], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the pair index of each example; every epoch of an entry is a new permutation."""
-        orders = {size: shuffled_pairs(numbers, size, self.seed) for size in set(self.sizes)}
-        return np.array([orders[self.sizes[row]][at] for at, row in enumerate(rows)])
+        pair_of_example = {
+            size: shuffled_pairs(numbers, size, self.seed) for size in set(self.sizes)
+        }
+        return np.array(
+            [pair_of_example[self.sizes[row]][index] for index, row in enumerate(rows)]
+        )
 
-    def _with_unknown(self, batch: TokenBatch, drawn: np.ndarray[Any, Any]) -> TokenBatch:
+    def _with_unknown_task_tokens(
+        self, batch: TokenBatch, uniform: np.ndarray[Any, Any]
+    ) -> TokenBatch:
         """Replace random task tokens by the unknown-task token, left and right independently."""
-        share = self.config.unknown_task_probability
-        if not share or self.vocabulary.num_text_specials == 0:
+        probability = self.config.unknown_task_probability
+        if not probability or self.vocabulary.num_text_specials == 0:
             return batch
         tokens = batch.tokens.clone()
         starts = (0, self.layout.right_text_start)
         for side, (start, name) in enumerate(
             zip(starts, (UNKNOWN_LEFT, UNKNOWN_RIGHT), strict=True)
         ):
-            at, unknown = start + TASK_TOKEN_AT, self.vocabulary.task_token(name) or 0
+            position, unknown = start + TASK_TOKEN_POSITION, self.vocabulary.task_token(name) or 0
             # An absent text has no task token.
-            is_there = tokens[:, at] >= self.vocabulary.bpe_size
-            is_unknown = torch.from_numpy(drawn[:, side] < share) & is_there
-            tokens[:, at] = torch.where(is_unknown, unknown, tokens[:, at])
+            is_present = tokens[:, position] >= self.vocabulary.bpe_size
+            is_unknown = torch.from_numpy(uniform[:, side] < probability) & is_present
+            tokens[:, position] = torch.where(is_unknown, unknown, tokens[:, position])
         return batch._replace(tokens=tokens, inputs=tokens)
 
-    def _noisy(
-        self, batch: TokenBatch, numbers: Sequence[int], drawn: np.ndarray[Any, Any]
+    def _with_token_noise(
+        self, batch: TokenBatch, numbers: Sequence[int], uniform: np.ndarray[Any, Any]
     ) -> Tensor:
         """Return the inputs with random codes as noise, in tasks that generate an image."""
-        where, codes = np.split(drawn, 2, axis=1)
-        share = self.config.image_token_noise * (1 - np.asarray(numbers) / self.num_examples)
-        is_drawn = torch.tensor(
-            [TASKS[self.sources[row].source.task].image == "drawn" for row in batch.sources]
+        uniform_noise, uniform_codes = np.split(uniform, 2, axis=1)
+        probability = self.config.image_token_noise * (1 - np.asarray(numbers) / self.num_examples)
+        is_generated = torch.tensor(
+            [TASKS[self.entries[row].source.task].image == "drawn" for row in batch.sources]
         )
-        is_noise = torch.from_numpy(where < share[:, None]) & is_drawn[:, None]
-        random = torch.from_numpy((codes * self.vocabulary.codebook_size).astype(np.int64))
+        is_noise = torch.from_numpy(uniform_noise < probability[:, None]) & is_generated[:, None]
+        noise = torch.from_numpy((uniform_codes * self.vocabulary.codebook_size).astype(np.int64))
         inputs = batch.inputs.clone()
         image = slice(self.layout.image_start, self.layout.right_text_start)
-        inputs[:, image] = torch.where(is_noise, random, inputs[:, image])
+        inputs[:, image] = torch.where(is_noise, noise, inputs[:, image])
         return inputs
 
-    def _texts(self, number: int, pair: int, filled: MixtureExamples, *, is_dropped: bool) -> Any:
-        texts, task = filled.texts, TASKS[filled.source.task]
+    def _texts(self, number: int, pair: int, entry: MixtureExamples, *, is_dropped: bool) -> Any:
+        texts, task = entry.texts, TASKS[entry.source.task]
         if is_dropped and task.image == "drawn":
             return texts.empty.left.numpy(), texts.empty.right.numpy()
-        if filled.redraw is not None:
+        if entry.retokenise is not None:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
-            redrawn = filled.redraw(int(pair), generator)
-            return redrawn.left.numpy(), redrawn.right.numpy()
+            retokenised = entry.retokenise(int(pair), generator)
+            return retokenised.left.numpy(), retokenised.right.numpy()
         return texts.left[pair], texts.right[pair]
 
     def _tokens(
@@ -326,7 +344,7 @@ class TokenExamples:
         right = np.stack([text[1] for text in texts])
         image = np.stack(
             [
-                self._image(self.sources[row], pair, number)
+                self._image(self.entries[row], pair, number)
                 for pair, row, number in zip(pairs, rows, numbers, strict=True)
             ]
         )
@@ -334,10 +352,10 @@ class TokenExamples:
         sources, examples = torch.from_numpy(rows.copy()), torch.from_numpy(pairs.copy())
         return TokenBatch(tokens, tokens, self.weights[sources], sources, examples)
 
-    def _image(self, filled: MixtureExamples, pair: int, number: int) -> np.ndarray[Any, Any]:
-        if filled.indices is None or TASKS[filled.source.task].image == "none":
+    def _image(self, entry: MixtureExamples, pair: int, number: int) -> np.ndarray[Any, Any]:
+        if entry.indices is None or TASKS[entry.source.task].image == "none":
             return np.full(self.layout.num_image_tokens, MISSING_IMAGE_CODE)
-        row: np.ndarray[Any, Any] = filled.indices[pair]
+        row: np.ndarray[Any, Any] = entry.indices[pair]
         if row.ndim == 2:
             row = row[mixed_seed(self.seed, "codes", int(number)) % len(row)]
         return row

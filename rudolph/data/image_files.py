@@ -117,8 +117,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     Image.init()
     # Pillow fails on unknown format names, and older or partial builds lack some formats.
-    known = [name for name in FORMATS if name in Image.OPEN]
-    with Image.open(io.BytesIO(data), formats=known) as image:
+    supported = [name for name in FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(data), formats=supported) as image:
         if image.width * image.height > max_pixels:
             raise RejectedError("decompression bomb")
         if min(image.size) < MIN_SIDE:
@@ -206,13 +206,13 @@ class ReasonCount:
 class RowReport:
     """Counts of kept, skipped and converted rows; a kept image may have several conversions."""
 
-    kept: int = 0
+    num_kept: int = 0
     skipped: dict[str, ReasonCount] = field(default_factory=dict)
     converted: dict[str, ReasonCount] = field(default_factory=dict)
 
     def keep(self, name: str, changes: Sequence[str] = ()) -> None:
         """Count a kept row and each conversion that was applied to it."""
-        self.kept += 1
+        self.num_kept += 1
         for change in changes:
             self.converted.setdefault(change, ReasonCount()).add(_on_one_line(name))
 
@@ -221,19 +221,19 @@ class RowReport:
         self.skipped.setdefault(reason, ReasonCount()).add(_on_one_line(name))
 
     @property
-    def bad(self) -> int:
+    def num_skipped(self) -> int:
         """Return the number of skipped rows."""
         return sum(tally.count for tally in self.skipped.values())
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """Return the number of all rows."""
-        return self.kept + self.bad
+        return self.num_kept + self.num_skipped
 
     @property
     def bad_fraction(self) -> float:
         """Return the fraction of skipped rows, 0 to 1; 0 if there are no rows."""
-        return self.bad / self.rows if self.rows else 0.0
+        return self.num_skipped / self.num_rows if self.num_rows else 0.0
 
     def require_usable(self, source: str, *, max_bad_fraction: float) -> None:
         """Raise ``ValueError`` if too many rows are skipped.
@@ -246,12 +246,12 @@ class RowReport:
             ValueError: In one line, if no row is kept or more than ``max_bad_fraction`` are
                 skipped.
         """
-        if self.kept and self.bad_fraction <= max_bad_fraction:
+        if self.num_kept and self.bad_fraction <= max_bad_fraction:
             return
         self.require_closed_quotes(source)
-        if not self.kept:
+        if not self.num_kept:
             reasons = "; ".join(
-                f"{reason}, {tally.count} of {self.rows} rows left out ({_first(tally, 3)})"
+                f"{reason}, {tally.count} of {self.num_rows} rows skipped ({_first(tally, 3)})"
                 for reason, tally in _commonest(self.skipped)
             )
             raise ValueError(f"{source}: expected usable rows, got none: {reasons}")
@@ -260,9 +260,10 @@ class RowReport:
             for reason, tally in _commonest(self.skipped)
         )
         raise ValueError(
-            f"{source}: {self.bad} of {self.rows} rows are bad ({self.bad_fraction:.1%}), "
-            f"legal is at most max_bad_fraction = {max_bad_fraction:.1%}: {reasons}. "
-            "Correct them, or raise max_bad_fraction to go on without them"
+            f"{source}: {self.num_skipped} of {self.num_rows} rows are bad "
+            f"({self.bad_fraction:.1%}), "
+            f"expected at most max_bad_fraction = {max_bad_fraction:.1%}: {reasons}. "
+            "Correct them, or raise max_bad_fraction to skip them"
         )
 
     def require_closed_quotes(self, source: str) -> None:
@@ -272,14 +273,15 @@ class RowReport:
             line = " ".join(tally.names[0].split()[:2])
             raise ValueError(
                 f"{source}: expected closed quotes, got one that is opened in {line} and never "
-                f"closed; {self.bad} of {self.rows} rows cannot be used. "
+                f"closed; {self.num_skipped} of {self.num_rows} rows cannot be used. "
                 'Close it, or write "" for a quote inside a quoted text'
             )
 
     def summary(self) -> str:
         """Return a line of totals, then one line per reason, the most frequent first."""
         lines = [
-            f"{self.rows} rows: {self.kept} kept, {self.bad} skipped ({self.bad_fraction:.1%})"
+            f"{self.num_rows} rows: {self.num_kept} kept, {self.num_skipped} skipped "
+            f"({self.bad_fraction:.1%})"
         ]
         for heading, tallies in (("skipped", self.skipped), ("converted", self.converted)):
             for reason, tally in _commonest(tallies):
@@ -290,8 +292,8 @@ class RowReport:
     def as_dict(self) -> dict[str, object]:
         """Return the report for JSON: totals, and ``{reason: {count, names}}`` for both kinds."""
         return {
-            "rows": self.rows,
-            "kept": self.kept,
+            "rows": self.num_rows,
+            "kept": self.num_kept,
             "bad_fraction": self.bad_fraction,
             "skipped": _as_dict(self.skipped),
             "converted": _as_dict(self.converted),

@@ -23,16 +23,24 @@ class _StreamSampler(Sampler[Any]):
     Its length is that of the whole training, because the loop counts resumed batches as done.
     """
 
-    def __init__(self, size: int, total: int, *, rank: int, world: int, start: int) -> None:
-        self.size, self.total, self.rank, self.world, self.start = size, total, rank, world, start
+    def __init__(
+        self, batch_size: int, num_batches: int, *, rank: int, world_size: int, start: int
+    ) -> None:
+        self.batch_size, self.num_batches, self.rank, self.world_size, self.start = (
+            batch_size,
+            num_batches,
+            rank,
+            world_size,
+            start,
+        )
 
     def __len__(self) -> int:
-        return self.total
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.total):
-            first = (batch * self.world + self.rank) * self.size
-            yield list(range(first, first + self.size))
+        for batch in range(self.start, self.num_batches):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
 
 
 class Streams(pl.LightningDataModule):
@@ -70,7 +78,7 @@ class Streams(pl.LightningDataModule):
             self.batch_size,
             self.num_batches,
             rank=trainer.global_rank,
-            world=trainer.world_size,
+            world_size=trainer.world_size,
             start=start,
         )
         return self._loader(self.train, sampler)
@@ -78,11 +86,11 @@ class Streams(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this device's validation loader, with at least 64 examples per full batch."""
         size = max(self.batch_size, 64)
-        rank, world = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
         # A device without pairs would skip the validation in which the others wait for it.  It
         # evaluates all pairs instead, which leaves their relative weights unchanged.
-        mine = range(rank, self.num_validation, world) or range(self.num_validation)
-        sampler = [list(mine[first : first + size]) for first in range(0, len(mine), size)]
+        indices = range(rank, self.num_validation, world_size) or range(self.num_validation)
+        sampler = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
         return self._loader(self.validation, sampler)
 
     def _loader(self, make: Callable[[Sequence[int]], Any], sampler: Any) -> DataLoader[Any]:

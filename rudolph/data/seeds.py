@@ -21,11 +21,11 @@ def shuffled_pairs(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndar
 
     Every epoch of ``num_pairs`` examples is a permutation of the pairs.
     """
-    epochs, places = np.divmod(np.asarray(numbers), num_pairs)
-    pairs = np.empty_like(places)
+    epochs, offsets = np.divmod(np.asarray(numbers), num_pairs)
+    pairs = np.empty_like(offsets)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num_pairs)
-        pairs[epochs == epoch] = order[places[epochs == epoch]]
+        permutation = np.random.default_rng([seed, int(epoch)]).permutation(num_pairs)
+        pairs[epochs == epoch] = permutation[offsets[epochs == epoch]]
     return pairs
 
 

@@ -98,8 +98,9 @@ class DataConfig:
                 raise ValueError(f"tasks must be of {', '.join(TASKS)}, got {task!r}")
             if TASKS[task].filled_as is not None:
                 raise ValueError(
-                    f"tasks.{name} is not trained: a decoder that learned "
-                    f"{TASKS[task].filled_as} is asked"
+                    f"tasks.{name}: expected a task that is trained, got one that is only "
+                    "evaluated. "
+                    f"Train {TASKS[task].filled_as} instead"
                 )
             if weight < 0:
                 raise ValueError(f"tasks.{name} must be at least 0, got {weight}")
@@ -168,7 +169,7 @@ class Split:
         self.dataset = open_dataset(config, split, self.dataset_name)
         self.name, self.cache = split, cache
         # Texts read while decoding the images, so that no pair is loaded twice.
-        self.texts_read: list[tuple[str, str, str]] = []
+        self.cached_texts: list[tuple[str, str, str]] = []
         self.digest = self.dataset.digest
         has_images = self.dataset[0].image is not None
         self.images = self._cached("images", self._images) if has_images else None
@@ -195,7 +196,7 @@ class Split:
                 pair = self.dataset[index]
                 texts.append((pair.key, pair.caption, pair.question))
                 yield np.asarray(pair.image).transpose(2, 0, 1)
-            self.texts_read = texts
+            self.cached_texts = texts
 
         shape = (len(self.dataset), first.shape[2], *first.shape[:2])
         return ArrayWriter(shape, first.dtype, images())
@@ -203,12 +204,12 @@ class Split:
     def _texts(self) -> np.ndarray[Any, Any]:
         """Return keys, captions and questions as JSON bytes, about as large as the texts."""
         pairs = (self.dataset[index] for index in range(len(self.dataset)))
-        rows = self.texts_read or [(pair.key, pair.caption, pair.question) for pair in pairs]
-        self.texts_read = []
+        rows = self.cached_texts or [(pair.key, pair.caption, pair.question) for pair in pairs]
+        self.cached_texts = []
         return np.frombuffer(json.dumps(list(zip(*rows, strict=True))).encode(), dtype=np.uint8)
 
     @cached_property
-    def image_numbers(self) -> np.ndarray[Any, Any]:
+    def image_ids(self) -> np.ndarray[Any, Any]:
         """Return an image number for every pair, ``(N,)``, equal where images are equal.
 
         Each pair without an image has a number of its own.
@@ -225,7 +226,7 @@ class Split:
 
     def clusters(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the image numbers of the pairs at ``indices``, ``(len(indices),)``."""
-        return np.asarray(self.image_numbers[np.asarray(indices)])
+        return np.asarray(self.image_ids[np.asarray(indices)])
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
         """Return all captions in the split of each pair's image, the pair's own caption first."""
@@ -233,7 +234,10 @@ class Split:
         members: dict[int, list[str]] = {}
         for cluster, caption in zip(clusters, self.captions, strict=True):
             members.setdefault(cluster, []).append(caption)
-        return [list(dict.fromkeys([self.captions[at], *members[clusters[at]]])) for at in indices]
+        return [
+            list(dict.fromkeys([self.captions[index], *members[clusters[index]]]))
+            for index in indices
+        ]
 
     def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Return images ``(len(indices), 3, H, W)`` as float in [0, 1].
@@ -255,10 +259,10 @@ class Splits:
 
     def __call__(self, name: str, dataset: str | None = None) -> Split:
         """Return a split of a dataset, by default of the main one."""
-        place = (dataset or self.config.dataset, name)
-        if place not in self.opened:
-            self.opened[place] = Split(self.config, name, self.cache, dataset=place[0])
-        return self.opened[place]
+        key = (dataset or self.config.dataset, name)
+        if key not in self.opened:
+            self.opened[key] = Split(self.config, name, self.cache, dataset=key[0])
+        return self.opened[key]
 
     def all(self, name: str) -> list[Split]:
         """Return the split ``name`` of every dataset of the mixture, the main one first."""

@@ -23,7 +23,7 @@ from rudolph.sequence.tokenizer import Tokenizer, normalize_unicode
 class TextImageBatch(NamedTuple):
     """A batch for CLIP: ``input_ids`` ``(B, L)`` and ``pixel_values`` ``(B, 3, H, W)``.
 
-    ``captions`` ``(B,)`` and ``image_numbers`` ``(B,)`` are numbers that are equal for equal
+    ``captions`` ``(B,)`` and ``image_ids`` ``(B,)`` are numbers that are equal for equal
     captions and for equal images, across all batches.  ``examples`` ``(B,)`` are the indices of
     the pairs.
     """
@@ -31,7 +31,7 @@ class TextImageBatch(NamedTuple):
     input_ids: Tensor
     pixel_values: Tensor
     captions: Tensor
-    image_numbers: Tensor
+    image_ids: Tensor
     examples: Tensor
 
 
@@ -54,9 +54,9 @@ class TextImageExamples:
             )
         self.split, self.seed, self.num_whole = split, seed, len(split)
         self.image_resolution = config.image_resolution
-        ids = caption_ids(split, tokenizer, config.context_length)
+        ids = caption_tokens(split, tokenizer, config.context_length)
         self.input_ids, self.num_cut = ids[:, :-1], int((ids[:, -1] > 0).sum())
-        self.captions = caption_numbers(split.captions)
+        self.captions = caption_ids(split.captions)
 
     def note(self) -> str:
         """Return one line with the number of cut captions."""
@@ -74,11 +74,13 @@ class TextImageExamples:
         pixels = pixel_values(self.split.image_batch(indices), self.image_resolution)
         ids = torch.from_numpy(self.input_ids[indices].astype(np.int64))
         captions = torch.from_numpy(self.captions[indices])
-        images = torch.from_numpy(self.split.clusters(indices))
-        return TextImageBatch(ids, pixels, captions, images, torch.from_numpy(indices))
+        image_ids = torch.from_numpy(self.split.clusters(indices))
+        return TextImageBatch(ids, pixels, captions, image_ids, torch.from_numpy(indices))
 
 
-def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.ndarray[Any, Any]:
+def caption_tokens(
+    split: Split, tokenizer: Tokenizer, context_length: int
+) -> np.ndarray[Any, Any]:
     """Return ``BOS ids EOS`` of every caption, ``(N, L + 1)`` int32, cached on disk.
 
     The ids are padded to L.  The last column is the number of ids that were cut off.
@@ -95,12 +97,12 @@ def caption_ids(split: Split, tokenizer: Tokenizer, context_length: int) -> np.n
     )
 
 
-def caption_numbers(captions: Sequence[str]) -> np.ndarray[Any, Any]:
+def caption_ids(captions: Sequence[str]) -> np.ndarray[Any, Any]:
     """Return a number for each caption, ``(N,)`` int64.
 
     Numbers are equal where captions are equal after ``normalize_unicode``.
 
-    >>> caption_numbers(["Синий круг", "красный круг", " синий круг"]).tolist()
+    >>> caption_ids(["Синий круг", "красный круг", " синий круг"]).tolist()
     [1, 0, 1]
     """
     normalized = [normalize_unicode(caption) for caption in captions]

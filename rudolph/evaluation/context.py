@@ -25,7 +25,7 @@ from rudolph.generation.pipeline import Pipeline
 CHANCE_SHIFTS = 20
 # The seed that cuts pairs into folds.  It is not the run's seed, so that every run leaves the
 # same fold unused.
-HALVES = 0
+EVAL_FOLD_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Score:
     @property
     def name(self) -> str:
         """The full name: dataset if any, metric and split, joined by ``/``."""
-        place = f"{self.dataset}/" if self.dataset else ""
-        return f"{place}{self.metric}/{self.split}"
+        prefix = f"{self.dataset}/" if self.dataset else ""
+        return f"{prefix}{self.metric}/{self.split}"
 
-    def of(self, dataset: str) -> "Score":
+    def with_dataset(self, dataset: str) -> "Score":
         """Return a copy of this score that names its dataset."""
         return replace(self, dataset=dataset)
 
@@ -79,7 +79,7 @@ class EvaluationContext:
         missing_image: ``zeros`` or ``legacy``, see ``EvaluationConfig``.
         eval_fold: evaluate only fold 0 or 1 of the pairs, the same for every seed; None for all.
         on_token: progress callback ``(done, total)``.
-        drawn: cache of generated images, shared by evaluators of the same captions.
+        generated_cache: cache of generated images, shared by evaluators of the same captions.
     """
 
     model: Capabilities
@@ -91,53 +91,53 @@ class EvaluationContext:
     missing_image: str = "zeros"
     eval_fold: int | None = None
     on_token: Callable[[int, int], None] | None = None
-    drawn: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    generated_cache: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
     def pipeline(self) -> Pipeline:
         """Token pipeline of the model: the masked decoder with its tokenizers."""
         return self.model.token_pipeline()
 
-    def chosen(self, split: Split) -> list[int]:
+    def eval_indices(self, split: Split) -> list[int]:
         """Return the indices of the pairs to evaluate, at most ``num_examples``.
 
         These are the first pairs in the seed's order.  For ``shapes`` they are instead the first
         pairs with distinct captions, whatever the seed.
         """
         if not isinstance(split.dataset, Shapes):
-            return self.order(split)[: self.num_examples]
+            return self.shuffled_indices(split)[: self.num_examples]
         if self.eval_fold is None:
             return split.dataset.distinct(self.num_examples)
         return split.dataset.distinct(2 * self.num_examples)[self.eval_fold :: 2]
 
-    def order(self, split: Split) -> list[int]:
+    def shuffled_indices(self, split: Split) -> list[int]:
         """Return the indices of all pairs, or of the selected fold, shuffled by the seed."""
         order: list[int] = np.random.default_rng(self.seed).permutation(len(split)).tolist()
         if self.eval_fold is None:
             return order
-        halves = eval_folds(split)
-        return [index for index in order if halves[index] == self.eval_fold]
+        folds = eval_folds(split)
+        return [index for index in order if folds[index] == self.eval_fold]
 
-    def seeds(self, indices: Sequence[int]) -> list[int]:
+    def sampling_seeds(self, indices: Sequence[int]) -> list[int]:
         """Return one sampling seed per pair, independent of the other pairs evaluated."""
         return [mixed_seed(self.seed, index) for index in indices]
 
     def generated_images(self, split: Split, indices: list[int]) -> Tensor:
         """Return one generated image per caption, ``(N, 3, H, W)`` in [0, 1].
 
-        Images are cached in ``drawn`` by split, sampling settings and indices.
+        Images are cached in ``generated_cache`` by split, sampling settings and indices.
         """
-        place = (split.digest, self.image_sampling, *indices)
-        if place not in self.drawn:
-            self.drawn[place] = self.model.generate_image(
+        key = (split.digest, self.image_sampling, *indices)
+        if key not in self.generated_cache:
+            self.generated_cache[key] = self.model.generate_image(
                 [split.captions[index] for index in indices],
                 config=self.image_sampling,
-                seeds=self.seeds(indices),
+                seeds=self.sampling_seeds(indices),
                 on_token=self.on_token,
             )
-        return self.drawn[place]
+        return self.generated_cache[key]
 
-    def codes(self, split: Split, indices: Sequence[int]) -> Tensor:
+    def image_indices(self, split: Split, indices: Sequence[int]) -> Tensor:
         """Return the image indices ``(N, I)`` of the real images of some pairs."""
         return self.model.image_tokenizer().encode(split.image_batch(indices))
 
@@ -153,11 +153,13 @@ def eval_folds(split: Split) -> np.ndarray[Any, Any]:
 
     Pairs that share an image are in the same fold.
     """
-    halves = np.empty(len(split), dtype=np.int64)
-    halves[np.random.default_rng(HALVES).permutation(len(split))] = np.arange(len(split)) % 2
+    folds = np.empty(len(split), dtype=np.int64)
+    folds[np.random.default_rng(EVAL_FOLD_SEED).permutation(len(split))] = (
+        np.arange(len(split)) % 2
+    )
     clusters = split.clusters(range(len(split)))
-    _, first, place = np.unique(clusters, return_index=True, return_inverse=True)
-    return halves[first][place]
+    _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+    return folds[first][inverse]
 
 
 def mean_score(
@@ -207,8 +209,8 @@ def score_with_interval(
     protocol: MetricProtocol | None,
 ) -> Score:
     """Build a score from an estimate that already has its interval."""
-    told = "" if protocol is None else str(protocol)
-    return Score(metric, split.name, *estimate, chance, number, told)
+    protocol_text = "" if protocol is None else str(protocol)
+    return Score(metric, split.name, *estimate, chance, number, protocol_text)
 
 
 def chance_level(score: Callable[[int, int], float], number: int) -> float | None:

@@ -22,10 +22,10 @@ Points = NDArray[np.float64]
 # The least fraction of good points in a box.
 PURITY = 0.95
 # The fraction of the points in a box that one cut peels off.
-PEELED = 0.05
+PEEL_FRACTION = 0.05
 GRID = 4096
 # Peeling stops at this many grid points: fewer say too little about a box.
-FEWEST = 40
+MIN_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,17 @@ class Axis:
 Space = Mapping[str, Axis]
 
 
-def settings_at(space: Space, places: Sequence[float]) -> dict[str, float | int]:
+def settings_at(space: Space, coordinates: Sequence[float]) -> dict[str, float | int]:
     """Return the settings at a point of the unit cube, by name."""
-    return {name: axis.value(at) for (name, axis), at in zip(space.items(), places, strict=True)}
+    return {
+        name: axis.value(coordinate)
+        for (name, axis), coordinate in zip(space.items(), coordinates, strict=True)
+    }
 
 
 def unit_coordinates(space: Space, settings: Sequence[Mapping[str, float]]) -> Points:
     """Return the points of the unit cube at which settings lie, ``(N, A)``."""
-    rows = [[axis.unit(each[name]) for name, axis in space.items()] for each in settings]
+    rows = [[axis.unit(row[name]) for name, axis in space.items()] for row in settings]
     return np.array(rows, dtype=np.float64).reshape(len(settings), len(space))
 
 
@@ -95,17 +98,17 @@ def low_discrepancy_points(number: int, axes: int, seed: int) -> Points:
     with warnings.catch_warnings():
         # SciPy warns that a number that is not a power of two is slightly less even.
         warnings.simplefilter("ignore")
-        found: Points = qmc.Sobol(axes, rng=np.random.default_rng(seed)).random(number)
-    return found
+        points: Points = qmc.Sobol(axes, rng=np.random.default_rng(seed)).random(number)
+    return points
 
 
 def smoothed_scores(
-    places: Points, scores: NDArray[np.float64], errors: NDArray[np.float64]
+    points: Points, scores: NDArray[np.float64], errors: NDArray[np.float64]
 ) -> Callable[[Points], Points]:
     """Fit a Gaussian process to noisy scores and return its mean as a function of points.
 
     Args:
-        places: points in the unit cube, ``(N, A)``.
+        points: points in the unit cube, ``(N, A)``.
         scores: score of each point, ``(N,)``.
         errors: standard error of each score, ``(N,)``.
 
@@ -115,18 +118,18 @@ def smoothed_scores(
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-    middle, spread = scores.mean(), max(float(scores.std()), 1e-3)
+    mean, scale = scores.mean(), max(float(scores.std()), 1e-3)
     kernel = ConstantKernel(1.0, (0.05, 20.0)) * RBF(
-        np.full(places.shape[1], 0.5), (0.1, 10.0)
+        np.full(points.shape[1], 0.5), (0.1, 10.0)
     ) + WhiteKernel(0.05, (1e-3, 1.0))
-    process = GaussianProcessRegressor(kernel, alpha=(errors / spread) ** 2, random_state=0)
+    process = GaussianProcessRegressor(kernel, alpha=(errors / scale) ** 2, random_state=0)
     with warnings.catch_warnings():
         # A length scale at its bound only means that the setting does not matter.
         warnings.simplefilter("ignore")
-        process.fit(places, (scores - middle) / spread)
+        process.fit(points, (scores - mean) / scale)
 
-    def smoothed(at: Points) -> Points:
-        return np.asarray(process.predict(at) * spread + middle)
+    def smoothed(query: Points) -> Points:
+        return np.asarray(process.predict(query) * scale + mean)
 
     return smoothed
 
@@ -138,7 +141,7 @@ class Region(NamedTuple):
         low: lower bound on each axis, ``(A,)``.
         high: upper bound on each axis, ``(A,)``.
         best: best smoothed score in the cube.
-        share: fraction of the cube within the tolerance of ``best``.
+        good_fraction: fraction of the cube within the tolerance of ``best``.
         volume: fraction of the cube that the box covers.
         purity: fraction of the box within the tolerance of ``best``.
     """
@@ -146,7 +149,7 @@ class Region(NamedTuple):
     low: Points
     high: Points
     best: float
-    share: float
+    good_fraction: float
     volume: float
     purity: float
 
@@ -163,16 +166,16 @@ def find_region(smoothed: Callable[[Points], Points], axes: int, *, tolerance: f
     values = smoothed(grid)
     best = float(values.max())
     is_good = values >= best - tolerance
-    low, high = _peeled(grid, values, is_good)
-    low, high = _pasted(grid, is_good, low, high)
-    inside = _inside(grid, low, high)
+    low, high = _peel(grid, values, is_good)
+    low, high = _paste(grid, is_good, low, high)
+    is_inside = _inside(grid, low, high)
     return Region(
         low,
         high,
         best,
         float(is_good.mean()),
         float(np.prod(high - low)),
-        float(is_good[inside].mean()),
+        float(is_good[is_inside].mean()),
     )
 
 
@@ -180,25 +183,27 @@ def _inside(grid: Points, low: Points, high: Points) -> NDArray[np.bool_]:
     return np.asarray(((grid >= low) & (grid <= high)).all(1))
 
 
-def _peeled(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[Points, Points]:
+def _peel(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[Points, Points]:
     """Peel the unit cube face by face, each time the cut that leaves the best mean score."""
     axes = grid.shape[1]
     low, high = np.zeros(axes), np.ones(axes)
-    inside = np.ones(len(grid), dtype=bool)
-    while is_good[inside].mean() < PURITY and inside.sum() > FEWEST:
-        found = []
+    is_inside = np.ones(len(grid), dtype=bool)
+    while is_good[is_inside].mean() < PURITY and is_inside.sum() > MIN_POINTS:
+        candidates = []
         for axis in range(axes):
-            own = grid[inside, axis]
+            coordinates = grid[is_inside, axis]
             for is_low in (True, False):
-                cut = float(np.quantile(own, PEELED if is_low else 1 - PEELED))
-                kept = inside & (grid[:, axis] >= cut if is_low else grid[:, axis] <= cut)
-                found.append((float(values[kept].mean()), axis, is_low, cut, kept))
-        _, axis, is_low, cut, inside = max(found, key=lambda each: each[0])
+                cut = float(
+                    np.quantile(coordinates, PEEL_FRACTION if is_low else 1 - PEEL_FRACTION)
+                )
+                is_kept = is_inside & (grid[:, axis] >= cut if is_low else grid[:, axis] <= cut)
+                candidates.append((float(values[is_kept].mean()), axis, is_low, cut, is_kept))
+        _, axis, is_low, cut, is_inside = max(candidates, key=lambda candidate: candidate[0])
         (low if is_low else high)[axis] = cut
     return low, high
 
 
-def _pasted(
+def _paste(
     grid: Points, is_good: NDArray[np.bool_], low: Points, high: Points
 ) -> tuple[Points, Points]:
     """Grow the box in steps of 0.01 while the fraction of good points stays at ``PURITY``."""
@@ -217,8 +222,8 @@ def _pasted(
 
 def points_within(region: Region, number: int) -> Points:
     """Return points spread evenly over a region, ``(number, A)``, in the unit cube."""
-    spread = low_discrepancy_points(number, len(region.low), seed=1)
-    return np.asarray(region.low + spread * (region.high - region.low))
+    offsets = low_discrepancy_points(number, len(region.low), seed=1)
+    return np.asarray(region.low + offsets * (region.high - region.low))
 
 
 def as_rows(space: Space, region: Region) -> list[dict[str, Any]]:
@@ -226,15 +231,15 @@ def as_rows(space: Space, region: Region) -> list[dict[str, Any]]:
     return [
         {
             "setting": name,
-            "low": axis.value(float(region.low[at])),
-            "high": axis.value(float(region.high[at])),
+            "low": axis.value(float(region.low[index])),
+            "high": axis.value(float(region.high[index])),
             "least": axis.low,
             "greatest": axis.high,
             "log": axis.log,
             "best": round(region.best, 4),
-            "share": round(region.share, 4),
+            "share": round(region.good_fraction, 4),
             "volume": round(region.volume, 4),
             "purity": round(region.purity, 4),
         }
-        for at, (name, axis) in enumerate(space.items())
+        for index, (name, axis) in enumerate(space.items())
     ]

@@ -82,16 +82,16 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
         check(self)
-        for place in self.evaluators:
-            require_dataset_prefix(place, "evaluators")
-            name = place.rpartition("/")[2]
+        for entry in self.evaluators:
+            require_dataset_prefix(entry, "evaluators")
+            name = entry.rpartition("/")[2]
             if name not in EVALUATORS:
                 raise ValueError(f"evaluators must be of {', '.join(EVALUATORS)}, got {name!r}")
         for name in self.splits:
             if name not in SPLITS:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
-        for at, prompt in enumerate(self.grid_prompts):
-            require_text(prompt, f"grid_prompts[{at}]")
+        for index, prompt in enumerate(self.grid_prompts):
+            require_text(prompt, f"grid_prompts[{index}]")
 
 
 # Evaluators that need the pairs of one dataset.
@@ -193,12 +193,12 @@ def evaluate_all(
         All scores, split by split, in the order of ``config.evaluators``.
     """
     scores: list[Score] = []
-    for name in config.splits:
-        drawn: dict[tuple[Any, ...], Any] = {}
-        for place in config.evaluators:
-            dataset, _, question = place.rpartition("/")
-            with stage(f"{place} on {name}") as advance:
-                split = splits(name, dataset or None)
+    for split_name in config.splits:
+        generated_cache: dict[tuple[Any, ...], Any] = {}
+        for name in config.evaluators:
+            dataset, _, evaluator = name.rpartition("/")
+            with stage(f"{name} on {split_name}") as advance:
+                split = splits(split_name, dataset or None)
                 context = EvaluationContext(
                     model,
                     *samplings,
@@ -208,15 +208,17 @@ def evaluate_all(
                     missing_image=config.missing_image,
                     eval_fold=config.eval_fold,
                     on_token=partial(ignore_notes, advance),
-                    drawn=drawn,
+                    generated_cache=generated_cache,
                 )
                 started = time.monotonic()
-                found = [score.of(dataset) for score in EVALUATORS[question](context, split)]
+                new_scores = [
+                    score.with_dataset(dataset) for score in EVALUATORS[evaluator](context, split)
+                ]
                 rate = context.num_examples / (time.monotonic() - started)
-                first = found[0]
-                told = f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}]"
-                advance(1, 1, f"{told}, {rate:.3g} a second")
-            scores += found
+                first = new_scores[0]
+                summary = f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}]"
+                advance(1, 1, f"{summary}, {rate:.3g} examples/s")
+            scores += new_scores
     return scores
 
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 RESAMPLES = 2000
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 POWER = 0.8
-NORMAL_QUANTILE = 1.959963984540054  # at probability (1 + LEVEL) / 2
+NORMAL_QUANTILE = 1.959963984540054  # at probability (1 + CONFIDENCE_LEVEL) / 2
 
 
 class Estimate(NamedTuple):
@@ -53,22 +53,22 @@ def mean_interval(
     if not np.isfinite(sample).all():
         raise ValueError("an interval needs finite values")
     members = cluster_members(clusters, sample.size)
-    is_share = bool(np.isin(sample, (0.0, 1.0)).all())
-    if is_share and members is None:
+    is_proportion = bool(np.isin(sample, (0.0, 1.0)).all())
+    if is_proportion and members is None:
         return proportion_interval(int(sample.sum()), sample.size)
-    if is_share:
+    if is_proportion:
         assert members is not None
-        share, size = float(sample.mean()), effective_size(sample, members)
-        return proportion_interval(share * size, size)._replace(value=share)
+        proportion, size = float(sample.mean()), effective_size(sample, members)
+        return proportion_interval(proportion * size, size)._replace(value=proportion)
     rng = np.random.default_rng(seed)
     if members is None:
         means = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(1)
     else:
-        sums = np.array([sample[each].sum() for each in members])
-        counts = np.array([len(each) for each in members])
-        drawn = rng.integers(len(members), size=(RESAMPLES, len(members)))
-        means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        sums = np.array([sample[positions].sum() for positions in members])
+        counts = np.array([len(positions) for positions in members])
+        sampled_clusters = rng.integers(len(members), size=(RESAMPLES, len(members)))
+        means = sums[sampled_clusters].sum(1) / counts[sampled_clusters].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return Estimate(float(sample.mean()), float(low), float(high))
 
 
@@ -88,13 +88,13 @@ def cluster_members(
     if clusters is None:
         return None
     if len(clusters) != number:
-        raise ValueError(f"clusters must be those of {number} examples, got {len(clusters)}")
-    places: dict[Any, list[int]] = {}
-    for place, cluster in enumerate(clusters.tolist()):
-        places.setdefault(cluster, []).append(place)
-    if len(places) == number:
+        raise ValueError(f"clusters: expected one per example ({number}), got {len(clusters)}")
+    positions: dict[Any, list[int]] = {}
+    for position, cluster in enumerate(clusters.tolist()):
+        positions.setdefault(cluster, []).append(position)
+    if len(positions) == number:
         return None
-    return [np.array(each) for each in places.values()]
+    return [np.array(cluster_positions) for cluster_positions in positions.values()]
 
 
 def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, Any]]) -> float:
@@ -107,12 +107,12 @@ def effective_size(sample: np.ndarray[Any, Any], members: list[np.ndarray[Any, A
         sample: values 0 or 1, ``(N,)``.
         members: positions of each cluster's examples, see ``cluster_members``.
     """
-    number, share = sample.size, float(sample.mean())
-    if share in (0.0, 1.0) or len(members) == 1:
+    number, proportion = sample.size, float(sample.mean())
+    if proportion in (0.0, 1.0) or len(members) == 1:
         return float(len(members))
-    sums = np.array([(sample[each] - share).sum() for each in members])
+    sums = np.array([(sample[positions] - proportion).sum() for positions in members])
     clustered = len(members) / (len(members) - 1) * float((sums**2).sum()) / number**2
-    independent = share * (1 - share) / number
+    independent = proportion * (1 - proportion) / number
     return float(number * min(1.0, independent / clustered)) if clustered > 0 else float(number)
 
 
@@ -123,14 +123,14 @@ def proportion_interval(successes: float, total: float) -> Estimate:
         successes: number of successes; fractional for an effective size.
         total: number of examples; fractional for an effective size.
     """
-    share, square = successes / total, NORMAL_QUANTILE**2
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    spread = share * (1 - share) / total + square / (4 * total**2)
-    half = NORMAL_QUANTILE * spread**0.5 / (1 + square / total)
+    proportion, square = successes / total, NORMAL_QUANTILE**2
+    centre = (proportion + square / (2 * total)) / (1 + square / total)
+    spread = proportion * (1 - proportion) / total + square / (4 * total**2)
+    half_width = NORMAL_QUANTILE * spread**0.5 / (1 + square / total)
     # Without a success Wilson's lower bound is exactly 0, which rounding misses by an ulp.
-    low = middle - half if successes else 0.0
-    high = middle + half if successes < total else 1.0
-    return Estimate(share, low, high)
+    low = centre - half_width if successes else 0.0
+    high = centre + half_width if successes < total else 1.0
+    return Estimate(proportion, low, high)
 
 
 def mean_over_seeds(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
@@ -144,11 +144,11 @@ def mean_over_seeds(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
         raise ValueError("a mean needs at least one value")
-    mean, half = float(sample.mean()), 0.0
+    mean, half_width = float(sample.mean()), 0.0
     if sample.size > 1:
         error = float(sample.std(ddof=1)) / math.sqrt(sample.size)
-        half = student_quantile(sample.size - 1) * error
-    return Estimate(mean, mean - half, mean + half)
+        half_width = student_quantile(sample.size - 1) * error
+    return Estimate(mean, mean - half_width, mean + half_width)
 
 
 def geometric_mean_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> Estimate:
@@ -177,27 +177,27 @@ def ratio_interval(
     Raises:
         ValueError: if a value is not positive, or the numbers of repetitions differ.
     """
-    above, below = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
-    if above.shape != below.shape or not (below > 0).all():
+    numerator, denominator = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
+    if numerator.shape != denominator.shape or not (denominator > 0).all():
         raise ValueError("ratios need pairs of values above 0")
-    return geometric_mean_interval(above / below)
+    return geometric_mean_interval(numerator / denominator)
 
 
 @cache
-def student_quantile(freedom: int) -> float:
-    """Return the t that bounds the central ``LEVEL`` of Student's distribution.
+def student_quantile(degrees_of_freedom: int) -> float:
+    """Return the t that bounds the central ``CONFIDENCE_LEVEL`` of Student's distribution.
 
     Args:
-        freedom: degrees of freedom.
+        degrees_of_freedom: degrees of freedom.
     """
     try:
         from scipy.stats import t
     except ModuleNotFoundError:
-        return student_quantile_by_bisection(freedom)
-    return float(t.ppf((1 + LEVEL) / 2, freedom))
+        return student_quantile_by_bisection(degrees_of_freedom)
+    return float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom))
 
 
-def student_quantile_by_bisection(freedom: int) -> float:
+def student_quantile_by_bisection(degrees_of_freedom: int) -> float:
     """Compute ``student_quantile`` without SciPy, for machines that lack it.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, solved for the angle by bisection.
@@ -205,18 +205,18 @@ def student_quantile_by_bisection(freedom: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        is_below = _student_inside(angle, freedom) < LEVEL
+        is_below = _student_inside(angle, degrees_of_freedom) < CONFIDENCE_LEVEL
         low, high = (angle, high) if is_below else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
+    return math.sqrt(degrees_of_freedom) * math.tan(low)
 
 
-def _student_inside(angle: float, freedom: int) -> float:
+def _student_inside(angle: float, degrees_of_freedom: int) -> float:
     """Return the probability that abs(t) is below ``sqrt(freedom) * tan(angle)``."""
     sine, cosine = math.sin(angle), math.cos(angle)
-    is_odd = freedom % 2
+    is_odd = degrees_of_freedom % 2
     term = cosine if is_odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for power in range(2 + is_odd, freedom - 1, 2):
+    total = term if degrees_of_freedom > 1 else 0.0
+    for power in range(2 + is_odd, degrees_of_freedom - 1, 2):
         term *= cosine**2 * (power - 1) / power
         total += term
     return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
@@ -257,14 +257,14 @@ def bootstrap_interval(
         if members is None:
             return rng.integers(number, size=number)
         return np.concatenate(
-            [members[at] for at in rng.integers(len(members), size=len(members))]
+            [members[cluster] for cluster in rng.integers(len(members), size=len(members))]
         )
 
     # One resample at a time: all positions at once take gigabytes for a large corpus.
     values = [float(statistic(resample())) for _ in range(resamples)]
     if not np.isfinite([value, *values]).all():
         raise ValueError("an interval needs finite values")
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 
 
@@ -294,22 +294,28 @@ def jackknife_interval(
         ValueError: if there are fewer than two clusters, or the statistic is not finite.
     """
     members = cluster_members(clusters, number)
-    turns = np.arange(number)
-    for turn, each in enumerate(members or ()):
-        turns[each] = turn
+    group_of_example = np.arange(number)
+    for cluster, cluster_positions in enumerate(members or ()):
+        group_of_example[cluster_positions] = cluster
     num_clusters = number if members is None else len(members)
     groups = min(groups, num_clusters)
     if groups < 2:
         raise ValueError(f"a jackknife needs at least two examples, got {num_clusters}")
-    places = np.arange(number)
-    left_out = np.array([statistic(places[turns % groups != each]) for each in range(groups)])
-    value = float(statistic(places))
-    if not np.isfinite([value, *left_out]).all():
+    examples = np.arange(number)
+    leave_out_values = np.array(
+        [statistic(examples[group_of_example % groups != group]) for group in range(groups)]
+    )
+    value = float(statistic(examples))
+    if not np.isfinite([value, *leave_out_values]).all():
         raise ValueError("an interval needs finite values")
-    variance = (groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum())
-    half = student_quantile(groups - 1) * math.sqrt(variance)
-    least, most = limits
-    return Estimate(value, max(value - half, least), min(value + half, most))
+    variance = (
+        (groups - 1) / groups * float(((leave_out_values - leave_out_values.mean()) ** 2).sum())
+    )
+    half_width = student_quantile(groups - 1) * math.sqrt(variance)
+    lower_limit, upper_limit = limits
+    return Estimate(
+        value, max(value - half_width, lower_limit), min(value + half_width, upper_limit)
+    )
 
 
 class PairedDifference(NamedTuple):
@@ -333,11 +339,11 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDiffe
     from scipy.stats import t
 
     sample = _differences(differences)
-    found, error = mean_over_seeds(sample), float(sample.std(ddof=1)) / math.sqrt(sample.size)
-    p_value = float(found.value == 0)
+    mean, error = mean_over_seeds(sample), float(sample.std(ddof=1)) / math.sqrt(sample.size)
+    p_value = float(mean.value == 0)
     if error > 0:
-        p_value = 2 * float(t.sf(abs(found.value) / error, sample.size - 1))
-    return PairedDifference(*found, p_value)
+        p_value = 2 * float(t.sf(abs(mean.value) / error, sample.size - 1))
+    return PairedDifference(*mean, p_value)
 
 
 def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
@@ -361,12 +367,15 @@ def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedD
         raise ValueError(f"differences must be -1, 0 or 1, got {sample.tolist()}")
     gains, losses = int((sample > 0).sum()), int((sample < 0).sum())
     p_value = float(binomtest(gains, gains + losses).pvalue) if gains + losses else 1.0
-    level = 1 - (1 - LEVEL) / 2
-    gained, lost = (
+    level = 1 - (1 - CONFIDENCE_LEVEL) / 2
+    gain_interval, loss_interval = (
         binomtest(count, sample.size).proportion_ci(level, method="exact")
         for count in (gains, losses)
     )
-    low, high = float(gained.low - lost.high), float(gained.high - lost.low)
+    low, high = (
+        float(gain_interval.low - loss_interval.high),
+        float(gain_interval.high - loss_interval.low),
+    )
     return PairedDifference(float(sample.mean()), low, high, p_value)
 
 
@@ -384,7 +393,7 @@ def paired_bootstrap(
     sample = _differences(differences)
     rng = np.random.default_rng(seed)
     means = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     # The observed sample counts as one resample, so that p is never 0.
     tails = [(float((means <= 0).sum()) + 1), (float((means >= 0).sum()) + 1)]
     p_value = min(1.0, 2 * min(tails) / (RESAMPLES + 1))
@@ -409,10 +418,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     [0.03, 0.06, 0.06]
     """
     order = np.argsort(p_values, kind="stable")
-    adjusted, greatest = [0.0] * len(p_values), 0.0
-    for rank, at in enumerate(order):
-        greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[at]))
-        adjusted[at] = greatest
+    adjusted, running_max = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running_max
     return adjusted
 
 
@@ -421,7 +430,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     from scipy.stats import rankdata
 
     ranks = [rankdata(column) for column in (first, second)]
-    if any(np.ptp(own) == 0 for own in ranks):
+    if any(np.ptp(column_ranks) == 0 for column_ranks in ranks):
         return math.nan
     return float(np.corrcoef(*ranks)[0, 1])
 

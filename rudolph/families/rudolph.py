@@ -240,7 +240,7 @@ class RudolphFamily:
             run.model.losses,
             run.optim,
             num_accumulated=flags.num_accumulated,
-            sources=[each.source.name for each in examples.sources],
+            sources=[each.source.name for each in examples.entries],
         )
 
     def open(self, model: Any, parts: Parts) -> RudolphCapabilities:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rudolph.gpu_check.plan import PLAN
-from rudolph.gpu_check.runner import ENVIRONMENT, PART_NAMES, ROOT, Check, worker_command
+from rudolph.gpu_check.runner import ENVIRONMENT_FILE, PART_NAMES, ROOT, Check, worker_command
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -47,26 +47,28 @@ def main() -> int:
     Raises:
         ValueError: If an option is invalid.
     """
-    given = arguments().parse_args()
-    names = given.parts.split(",") if given.parts else list(PLAN)
+    args = arguments().parse_args()
+    names = args.parts.split(",") if args.parts else list(PLAN)
     unknown = [name for name in names if name not in PLAN]
     if unknown:
-        known = ", ".join(PLAN)
-        raise ValueError(f"--parts: expected some of {known}, got {unknown[0]!r}. Change the name")
-    if not given.minutes > 0:
+        names_of_parts = ", ".join(PLAN)
         raise ValueError(
-            f"--minutes: expected a number above 0, got {given.minutes:g}. Give more time"
+            f"--parts: expected some of {names_of_parts}, got {unknown[0]!r}. Change the name"
         )
-    sizes = "smoke" if given.smoke else "full"
-    folder = given.out or Path(os.environ.get("OUT") or "results/speed/gpu")
-    if given.smoke and given.out is None:
+    if not args.minutes > 0:
+        raise ValueError(
+            f"--minutes: expected a number above 0, got {args.minutes:g}. Give more time"
+        )
+    sizes = "smoke" if args.smoke else "full"
+    folder = args.out or Path(os.environ.get("OUT") or "results/speed/gpu")
+    if args.smoke and args.out is None:
         raise ValueError("--out: expected a folder with --smoke, got none. Name one")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {folder}. Name another")
-    if (folder / ENVIRONMENT).exists() and not (folder / PART_NAMES).exists():
+    if (folder / ENVIRONMENT_FILE).exists() and not (folder / PART_NAMES).exists():
         raise ValueError(
             f"--out: expected a new folder or one of an earlier check, got {folder} with "
-            f"{ENVIRONMENT} and no {PART_NAMES}. Name another"
+            f"{ENVIRONMENT_FILE} and no {PART_NAMES}. Name another"
         )
     # The time budgets assume a GPU; a slow CPU core needs far longer.
     plan = {name: replace(part, seconds=1800.0) for name, part in PLAN.items()}
@@ -74,10 +76,10 @@ def main() -> int:
         worker_command(sizes),
         folder,
         sizes,
-        given.minutes,
-        is_again=given.again,
-        commit=given.commit or commit_here(),
-        plan=plan if given.smoke else PLAN,
+        args.minutes,
+        is_again=args.again,
+        commit=args.commit or commit_here(),
+        plan=plan if args.smoke else PLAN,
     )
     return check.run([name for name in PLAN if name in names])
 

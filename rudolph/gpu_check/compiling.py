@@ -17,7 +17,7 @@ from rudolph.models.layers.kv_cache import KeyValueCache
 from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
 from rudolph.models.rudolph.static_decode import StaticSelection, StaticView
 
-NUM_STEPS = 6
+NUM_DECODING_STEPS = 6
 
 
 def compile_cases(sizes: Sizes) -> Iterator[Case]:
@@ -45,15 +45,15 @@ def compare_reduced_overhead(sizes: Sizes) -> Iterator[CheckRow]:
     """Compare the gradient of a model compiled as a whole and replayed as a CUDA graph."""
     torch._dynamo.reset()
     tokens = sizes.checked.tokens(4, sizes.device)
-    plain = gradient_of(sizes.checked.model(sizes.device).train(), tokens)
+    expected = gradient_of(sizes.checked.model(sizes.device).train(), tokens)
     model = sizes.checked.model(sizes.device).train()
     reduced = torch.compile(model.hidden, mode="reduce-overhead", dynamic=False)
     # The first calls warm up and record the graph; the last one replays it.
     for _ in range(1 if sizes.is_smoke else 4):
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
-        found = gradient_of(model, tokens, reduced).clone()
-    yield CheckRow("gradient", relative_error(found, plain), "relative error", 1e-4)
+        gradient = gradient_of(model, tokens, reduced).clone()
+    yield CheckRow("gradient", relative_error(gradient, expected), "relative error", 1e-4)
 
 
 @torch.inference_mode()
@@ -85,16 +85,18 @@ def compare_graph(sizes: Sizes) -> Iterator[CheckRow]:
     model = sizes.checked.model(sizes.device).eval()
     for batch in (1, 8):
         cache, steps = started_decoding(model, sizes.checked, batch)
-        plain = torch.cat([model.image_logits(model.hidden(step, cache)) for step in steps], dim=1)
+        expected = torch.cat(
+            [model.image_logits(model.hidden(step, cache)) for step in steps], dim=1
+        )
         cache, steps = started_decoding(model, sizes.checked, batch)
         graph = GraphedStep(model, cache, run_layer)
         replayed = torch.cat([graph(step).clone() for step in steps], dim=1)
-        error = relative_error(replayed, plain)
+        error = relative_error(replayed, expected)
         yield CheckRow(f"batch {batch}, logits", error, "relative error", 1e-5)
 
 
 def started_decoding(
-    model: MaskedDecoder, geometry: Geometry, batch: int, num_steps: int = NUM_STEPS
+    model: MaskedDecoder, geometry: Geometry, batch: int, num_steps: int = NUM_DECODING_STEPS
 ) -> tuple[KeyValueCache, tuple[Tensor, ...]]:
     """Return a cache that holds one text, and random image tokens ``(batch, 1)`` for each step."""
     device = model.final_norm.weight.device
@@ -164,8 +166,8 @@ class GraphedStep:
         views = self.cache.static_views(self.model.mask_of_layer)
         self.slot.copy_(views[0].slot)
         for mask, view in dict(zip(self.model.mask_of_layer, views, strict=True)).items():
-            for own, read in zip(self.reads[mask], view.reads, strict=True):
-                for target, source in zip(own or (), read or (), strict=True):
+            for copies, selection in zip(self.reads[mask], view.reads, strict=True):
+                for target, source in zip(copies or (), selection or (), strict=True):
                     if source is not None:
                         target.copy_(source)
         self.graph.replay()

@@ -26,13 +26,13 @@ CHECKED_MASKS = ("causal", "row", "row_block", "column", "conv(3)", "conv(7)", "
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference divided by the norm of the exact tensor."""
-    exact = exact.detach().double()
-    return ((found.detach().double() - exact).norm() / exact.norm()).item()
+    expected = expected.detach().double()
+    return ((output.detach().double() - expected).norm() / expected.norm()).item()
 
 
-def round_digits(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
@@ -46,7 +46,7 @@ def mask_cases(sizes: Sizes) -> Iterator[Case]:
         # The first layout runs in both precisions, the others only in that of training.
         dtypes = (torch.float32, torch.bfloat16) if number == 0 else (torch.bfloat16,)
         for dtype in dtypes:
-            name = f"{round_digits(dtype)}, T={layout.length}"
+            name = f"{dtype_name(dtype)}, T={layout.length}"
             yield Case(name, partial(compare_masks, sizes, layout, dtype))
     yield Case("model gradients", partial(compare_model_gradients, sizes))
 
@@ -63,11 +63,11 @@ def compare_masks(sizes: Sizes, layout: SequenceLayout, dtype: torch.dtype) -> I
         shape = (4, 4, layout.length, sizes.head_size)
         *inputs, direction = torch.randn(shape, device=device)
         exact = attend(inputs, table, direction)
-        found = attend([part.to(dtype) for part in inputs], block_mask(table), direction)
-        error = relative_error(found[0], exact[0])
+        outputs = attend([tensor.to(dtype) for tensor in inputs], block_mask(table), direction)
+        error = relative_error(outputs[0], exact[0])
         yield CheckRow(f"{name}, forward", error, "relative error", MAX_RELATIVE_ERROR[dtype])
         if device.type == "cuda":
-            worst = max(map(relative_error, found[1:], exact[1:]))
+            worst = max(map(relative_error, outputs[1:], exact[1:]))
             yield CheckRow(
                 f"{name}, gradient", worst, "relative error", 2 * MAX_RELATIVE_ERROR[dtype]
             )
@@ -77,7 +77,7 @@ def attend(inputs: list[Tensor], mask: object, direction: Tensor) -> list[Tensor
     """Return attention ``(R, T, H)`` and, on CUDA, its gradients for query, key and value."""
     # FlexAttention has no gradient on the CPU.
     has_gradient = direction.device.type == "cuda"
-    query, key, value = (part.detach().clone().requires_grad_(has_gradient) for part in inputs)
+    query, key, value = (tensor.detach().clone().requires_grad_(has_gradient) for tensor in inputs)
     out = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
     if not has_gradient:
         return [out]
@@ -119,8 +119,8 @@ def gradient_of(
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(hidden.shape, generator=generator).to(hidden)
     (hidden * direction).sum().backward()  # type: ignore[no-untyped-call]
-    found = [part.grad for part in model.layers.parameters() if part.grad is not None]
-    return torch.cat([part.flatten().float() for part in found])
+    gradients = [tensor.grad for tensor in model.layers.parameters() if tensor.grad is not None]
+    return torch.cat([tensor.flatten().float() for tensor in gradients])
 
 
 def precision_cases(sizes: Sizes) -> Iterator[Case]:
@@ -130,7 +130,7 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
     """
     for dtype in (torch.bfloat16, torch.float16):
         for maximum in PB_RELAX_MAXIMA:
-            name = f"{round_digits(dtype)}, {maximum}"
+            name = f"{dtype_name(dtype)}, {maximum}"
             yield Case(f"model, {name}", partial(compare_precision, sizes, dtype, maximum))
     for relaxed in (*PB_RELAX_MAXIMA, None):
         name = f"large scores, PB-relax {relaxed}"
@@ -140,17 +140,17 @@ def precision_cases(sizes: Sizes) -> Iterator[Case]:
 @torch.no_grad()
 def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterator[CheckRow]:
     """Compare a decoder's hidden states in half precision with those in float32."""
-    exact = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval()
+    model_float32 = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval()
     half = sizes.checked.model(sizes.device, pb_relax_maximum=maximum).eval().to(dtype)
     tokens = sizes.checked.tokens(2, sizes.device)
-    expected = exact.hidden(tokens)
-    for quantity, found in (
+    expected = model_float32.hidden(tokens)
+    for quantity, output in (
         ("whole sequence", half.hidden(tokens)),
         ("cached steps", stepwise_hidden(half, tokens)),
     ):
-        lost = found.numel() - found.isfinite().sum().item()
-        yield CheckRow(f"{quantity}, not finite", lost, "numbers", limit=0)
-        error = relative_error(found, expected)
+        num_not_finite = output.numel() - output.isfinite().sum().item()
+        yield CheckRow(f"{quantity}, not finite", num_not_finite, "numbers", limit=0)
+        error = relative_error(output, expected)
         yield CheckRow(quantity, error, "relative error", 2 * MAX_RELATIVE_ERROR[dtype])
 
 
@@ -169,12 +169,12 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow
     query, key = query * 400, key * 50
     exact = _in_two_parts(query, key, value, maximum)
     half = _in_two_parts(query.half(), key.half(), value.half(), maximum)
-    lost = half.numel() - half.isfinite().sum().item()
+    num_not_finite = half.numel() - half.isfinite().sum().item()
     if maximum != "row":
         note = "rows far below the maximum are lost" if maximum else "expected without PB-relax"
-        yield CheckRow("not finite", lost, "numbers", note=note)
+        yield CheckRow("not finite", num_not_finite, "numbers", note=note)
         return
-    yield CheckRow("not finite", lost, "numbers", limit=0)
+    yield CheckRow("not finite", num_not_finite, "numbers", limit=0)
     # float16 rounds scores this large to whole numbers, so this error has no limit.
     error = relative_error(half.nan_to_num(), exact)
     yield CheckRow("attention", error, "relative error", note="scores above 65504")
@@ -182,8 +182,8 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow
 
 def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, maximum: str | None) -> Tensor:
     pairs = zip(key.chunk(2, dim=1), value.chunk(2, dim=1), strict=True)
-    seen = [KeyValue(*pair) for pair in pairs]
-    return attention(query, seen, pb_relax=maximum, dropout=0.0)
+    key_values = [KeyValue(*pair) for pair in pairs]
+    return attention(query, key_values, pb_relax=maximum, dropout=0.0)
 
 
 def step_cases(sizes: Sizes) -> Iterator[Case]:
@@ -218,10 +218,10 @@ def compare_batches(sizes: Sizes) -> Iterator[CheckRow]:
     """
     model, seeds = sizes.checked.model(sizes.device).eval(), range(8)
     left = sizes.checked.tokens(1, sizes.device)[:, : model.layout.left_text_length]
-    together = generate_image(model, left, config=SAMPLING, seeds=seeds)
-    alone = [generate_image(model, left, config=SAMPLING, seeds=[seed]) for seed in seeds]
-    differing = (together != torch.cat(alone)).any(1).sum().item()
-    yield CheckRow("images of 8", differing, "differing images", limit=0)
+    batched = generate_image(model, left, config=SAMPLING, seeds=seeds)
+    single = [generate_image(model, left, config=SAMPLING, seeds=[seed]) for seed in seeds]
+    num_differing = (batched != torch.cat(single)).any(1).sum().item()
+    yield CheckRow("images of 8", num_differing, "differing images", limit=0)
     wide = generate_image(model, left, config=SAMPLING, seeds=seeds, window=4)
-    differing = (together != wide).any(1).sum().item()
-    yield CheckRow("window of 4, images of 8", differing, "differing images", limit=0)
+    num_differing = (batched != wide).any(1).sum().item()
+    yield CheckRow("window of 4, images of 8", num_differing, "differing images", limit=0)

@@ -16,10 +16,10 @@ from rudolph.benchmarks.decoding_workload import StopDecodingError
 from rudolph.benchmarks.flops import decode_bytes
 from rudolph.generation.generate import generate_image
 from rudolph.gpu_check.compiling import GraphedStep, started_decoding
-from rudolph.gpu_check.consistency import round_digits
+from rudolph.gpu_check.consistency import dtype_name
 from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import SAMPLING, Geometry, Sizes
-from rudolph.gpu_check.timing import copy_limit, synchronize
+from rudolph.gpu_check.timing import copy_rate, synchronize
 from rudolph.models.rudolph.decoder import MaskedDecoder, run_layer
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -31,22 +31,22 @@ def decoding_cases(name: str, sizes: Sizes) -> Iterator[Case]:
     The most informative cases come first, because a part may run out of time.
     """
     geometry, batches = sizes.decoders[name], sizes.decode_batches
-    ways = [(BF16, "plain", batches), (BF16, "graph", batches)]
+    variants = [(BF16, "plain", batches), (BF16, "graph", batches)]
     # Each batch size needs its own compilation, which takes seconds.
-    ways += [(BF16, "compiled", (batches[0], batches[-1])), (FP16, "plain", batches)]
-    for dtype, way, own in ways:
-        for batch in own:
-            case = f"{round_digits(dtype)}, {way}, batch {batch}"
-            yield Case(case, partial(MEASURES[way], sizes, geometry, dtype, batch, way))
+    variants += [(BF16, "compiled", (batches[0], batches[-1])), (FP16, "plain", batches)]
+    for dtype, variant, variant_batches in variants:
+        for batch in variant_batches:
+            case = f"{dtype_name(dtype)}, {variant}, batch {batch}"
+            yield Case(case, partial(MEASURES[variant], sizes, geometry, dtype, batch, variant))
 
 
 def measure_loop(
-    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
+    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, variant: str
 ) -> Iterator[CheckRow]:
     """Measure the time per token of ``generate_image``, including sampling."""
     torch._dynamo.reset()
     model = geometry.model(sizes.device).eval().to(dtype)
-    model.has_compiled_layers = way == "compiled"
+    model.has_compiled_layers = variant == "compiled"
     left = geometry.tokens(1, sizes.device)[:, : geometry.layout.left_text_length]
     times: list[float] = []
 
@@ -65,7 +65,7 @@ def measure_loop(
 
 
 def measure_graph(
-    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, way: str
+    sizes: Sizes, geometry: Geometry, dtype: torch.dtype, batch: int, variant: str
 ) -> Iterator[CheckRow]:
     """Measure decoding steps replayed as a CUDA graph, without sampling.
 
@@ -107,10 +107,10 @@ def token_rows(
     """Yield the rows of a decoding step that takes ``seconds`` for one token of each image."""
     yield CheckRow("token", 1e3 * seconds, "ms", note=note)
     yield CheckRow("tokens", batch / seconds, "tokens/s")
-    rate = decode_bytes(sizes.case(geometry, batch), round_digits(dtype)) * batch / seconds
+    rate = decode_bytes(sizes.case(geometry, batch), dtype_name(dtype)) * batch / seconds
     yield CheckRow("needed bytes", rate / 1e9, "GB/s")
     yield CheckRow(
-        "fraction of measured copy", rate / copy_limit(sizes.roofline_bytes, sizes.device)
+        "fraction of measured copy", rate / copy_rate(sizes.roofline_bytes, sizes.device)
     )
 
 

@@ -21,7 +21,7 @@ from rudolph.models.reference import from_reference
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 
 PARITY = Path(__file__).resolve().parents[2] / "tests" / "parity"
-FAMILIES = {
+GOLDEN_FAMILIES = {
     "rudolph_350m_like": "rudolph",
     "rudolph_plain_norms": "rudolph",
     "rudolph_v1_no_specials": "rudolph",
@@ -35,14 +35,14 @@ FAMILIES = {
     "realesrgan_x8": "realesrgan",
 }
 # The golden data was computed on a CPU; CUDA sums in another order, so its limit is larger.
-LIMITS = {"cpu": 1e-5, "cuda": 1e-4}
+MAX_ABSOLUTE_ERROR = {"cpu": 1e-5, "cuda": 1e-4}
 
 Io = Mapping[str, Tensor]
 
 
 def golden(sizes: Sizes) -> Iterator[Case]:
     """Yield one case per model of the golden data."""
-    for name in FAMILIES:
+    for name in GOLDEN_FAMILIES:
         yield Case(name, partial(compare_golden, name, sizes.device))
 
 
@@ -65,16 +65,16 @@ def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
         key: value.bool() if value.dtype == torch.uint8 else value
         for key, value in weights.items()
     }
-    model = from_reference(FAMILIES[name], config, weights).eval().to(device)
+    model = from_reference(GOLDEN_FAMILIES[name], config, weights).eval().to(device)
     io = {key: value.to(device) for key, value in io.items()}
-    for output, found in OUTPUTS[FAMILIES[name]](model, io):
+    for output, actual in OUTPUTS[GOLDEN_FAMILIES[name]](model, io):
         expected = io[output]
-        if found.dtype == torch.int64:
-            differing = (found != expected).sum().item()
-            yield CheckRow(output, differing, "differing tokens", limit=0)
+        if actual.dtype == torch.int64:
+            num_differing = (actual != expected).sum().item()
+            yield CheckRow(output, num_differing, "differing tokens", limit=0)
         else:
-            error = (found - expected).abs().max().item()
-            yield CheckRow(output, error, "largest error", limit=LIMITS[device.type])
+            error = (actual - expected).abs().max().item()
+            yield CheckRow(output, error, "largest error", limit=MAX_ABSOLUTE_ERROR[device.type])
 
 
 def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
@@ -92,8 +92,8 @@ def rudolph_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:
         yield "grad_qkv_0", model.layers[0].to_qkv.weight.grad
     if "greedy_image" in io:
         greedy, seeds = TokenSamplingConfig(top_k=1), range(len(tokens))
-        drawn = generate_image(model, tokens[:, :left], config=greedy, seeds=seeds)
-        yield "greedy_image", drawn
+        generated = generate_image(model, tokens[:, :left], config=greedy, seeds=seeds)
+        yield "greedy_image", generated
 
 
 def rudalle_outputs(model: Any, io: Io) -> Iterator[tuple[str, Tensor]]:

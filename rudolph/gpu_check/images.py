@@ -45,16 +45,16 @@ def use_setting(
     setting: str,
 ) -> Iterator[CheckRow]:
     """Measure with the TF32 flag and memory layout of a setting, then restore both."""
-    dtype, has_tf32, is_last = SETTINGS[setting]
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    before = torch.backends.cudnn.allow_tf32
+    dtype, has_tf32, is_channels_last = SETTINGS[setting]
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    allowed_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = has_tf32
     try:
         # The networks choose a layout by device; the check measures both layouts on one device.
         with patch.object(tiled_conv, "memory_format_of", lambda x: layout), torch.no_grad():
             yield from measure(sizes, dtype, layout)
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = allowed_tf32
 
 
 def random_images(sizes: Sizes) -> Tensor:
@@ -100,9 +100,11 @@ def measure_upscaler(
     images = random_images(sizes)[: max(sizes.image_batch // 4, 1)]
     exact = model(images)
     model = model.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
-    given = images.to(dtype)
-    yield from image_rows(sizes, "upscale", lambda: model(given), operations, len(given))
-    yield CheckRow("upscale", relative_error(model(given), exact), "relative error", LARGEST_ERROR)
+    inputs = images.to(dtype)
+    yield from image_rows(sizes, "upscale", lambda: model(inputs), operations, len(inputs))
+    yield CheckRow(
+        "upscale", relative_error(model(inputs), exact), "relative error", LARGEST_ERROR
+    )
 
 
 def image_rows(

@@ -19,7 +19,7 @@ from rudolph.gpu_check.sizes import Sizes
 from rudolph.gpu_check.timing import device_limits
 from rudolph.gpu_check.training import adam8bit_cases, training_cases
 
-PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+CHECK_PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "limits": device_limits,
     "golden": golden,
     "decoding_steps": step_cases,

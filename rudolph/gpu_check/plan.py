@@ -2,7 +2,7 @@
 
 This module imports nothing heavy, because the process that supervises the check needs no torch.
 
-To add a part, name it here and in ``parts.PARTS``.
+To add a part, name it here and in ``parts.CHECK_PARTS``.
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
 QUICKSTART_RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
-QUESTIONS = ("reconstruction", "nearest_image", "caption_f1")
+EVALUATORS_SCORED = ("reconstruction", "nearest_image", "caption_f1")
 SCORED_SPLITS = ("validation", "train", "compositional")
 
 
@@ -81,7 +81,7 @@ def quickstart_config() -> RunConfig:
             checkpoint_every=625,
         ),
         sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
-        evaluation=EvaluationConfig(QUESTIONS, SCORED_SPLITS, grid_samples=1),
+        evaluation=EvaluationConfig(EVALUATORS_SCORED, SCORED_SPLITS, grid_samples=1),
     )
 
 
@@ -187,7 +187,10 @@ class Quickstart:
         encode = partial(image_indices, self.execution, self.vqgan)
         self.parts = Parts(self.tokenizer, self.vqgan, encode)
         splits = (self.splits.with_images(name) for name in ("train", "validation"))
-        yield CheckRow("images", sum(len(encode(split)) for each in splits for split in each))
+        yield CheckRow(
+            "images",
+            sum(len(encode(split)) for splits_of_name in splits for split in splits_of_name),
+        )
 
     def train_decoder(self) -> Iterator[CheckRow]:
         """Train the decoder."""
@@ -205,7 +208,7 @@ class Quickstart:
         model = self.decoder.requires_grad_(False).to(self.execution.hardware.device)
         self.vqgan.to(self.execution.hardware.device)
         capabilities = family_of(self.config.model).open(model, self.parts)
-        on_cpu = scores_on_cpu()
+        cpu_scores = scores_on_cpu()
         scores = run_evaluators(
             self.config,
             capabilities,
@@ -214,9 +217,11 @@ class Quickstart:
             runs=self.execution.folders.runs,
         )
         for score in scores:
-            known = on_cpu.get(score.name)
+            cpu_value = cpu_scores.get(score.name)
             note = f"[{score.low:.4g}, {score.high:.4g}]"
-            yield CheckRow(score.name, score.value, note=f"{note}; CPU {known}" if known else note)
+            yield CheckRow(
+                score.name, score.value, note=f"{note}; CPU {cpu_value}" if cpu_value else note
+            )
 
 
 def scores_on_cpu() -> dict[str, str]:

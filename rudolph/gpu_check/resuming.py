@@ -20,7 +20,7 @@ from rudolph.training.decoder import DecoderTraining
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.optim import OptimConfig, Optimizer
 
-NUM_STEPS, STOPPED_AT, CHECKPOINT_EVERY = 8, 6, 2
+NUM_TRAINING_STEPS, STOPPED_AT, CHECKPOINT_EVERY = 8, 6, 2
 DROPOUT = {"attention_dropout": 0.1, "output_dropout": 0.1}
 
 
@@ -35,23 +35,25 @@ def resume_cases(sizes: Sizes) -> Iterator[Case]:
 
 def compare_resumed(sizes: Sizes, optimizer: Optimizer, precision: str) -> Iterator[CheckRow]:
     """Compare bit by bit the weights of an uninterrupted and a resumed training."""
-    before = torch.are_deterministic_algorithms_enabled()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         with TemporaryDirectory() as folder:
-            whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-            train_checked(sizes, optimizer, precision, whole, stop_at=None)
+            uninterrupted, interrupted = Path(folder) / "whole", Path(folder) / "broken"
+            train_checked(sizes, optimizer, precision, uninterrupted, stop_at=None)
             try:
-                train_checked(sizes, optimizer, precision, broken, stop_at=STOPPED_AT)
+                train_checked(sizes, optimizer, precision, interrupted, stop_at=STOPPED_AT)
             except KeyboardInterrupt:
-                train_checked(sizes, optimizer, precision, broken, stop_at=None)
-            tensors = [load_file(path / "weights.safetensors") for path in (whole, broken)]
+                train_checked(sizes, optimizer, precision, interrupted, stop_at=None)
+            tensors = [
+                load_file(path / "weights.safetensors") for path in (uninterrupted, interrupted)
+            ]
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(was_deterministic)
     differing = [
         name for name, value in tensors[0].items() if not torch.equal(value, tensors[1][name])
     ]
-    note = f"of {len(tensors[0])}; {NUM_STEPS} steps, interrupted after {STOPPED_AT}"
+    note = f"of {len(tensors[0])}; {NUM_TRAINING_STEPS} steps, interrupted after {STOPPED_AT}"
     yield CheckRow("weights", len(differing), "differing tensors", limit=0, note=note)
 
 
@@ -72,11 +74,11 @@ def train_checked(
     """
     geometry = sizes.checked
     config = OptimConfig(
-        NUM_STEPS,
+        NUM_TRAINING_STEPS,
         4,
         optimizer,
         warmup_steps=2,
-        validate_every=NUM_STEPS,
+        validate_every=NUM_TRAINING_STEPS,
         checkpoint_every=CHECKPOINT_EVERY,
     )
     accelerator = "cpu" if sizes.is_smoke else "auto"

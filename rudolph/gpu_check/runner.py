@@ -31,13 +31,13 @@ ROW_COLUMNS = ("part", "case", "quantity", "value", "unit", "limit", "status", "
 KEY_COLUMNS = ("code", "sizes", "device", "torch")
 PART_COLUMNS = ("part", "status", "seconds", "rows", "commit", *KEY_COLUMNS)
 PART_NAMES = "parts.csv"
-ENVIRONMENT = "environment.json"
+ENVIRONMENT_FILE = "environment.json"
 # Seconds that a part's last case may exceed the budget before the process is killed.
 GRACE_SECONDS = 20.0
 # Importing torch from a cold disk may take this long.
 START_SECONDS = 300.0
 # Parts are not started with less time left.
-LEAST_SECONDS = 5.0
+MIN_SECONDS = 5.0
 FINISHED = "ok"
 
 
@@ -104,13 +104,13 @@ class CheckProcess:
                 self.buffer = rest
                 yield json.loads(line)
                 continue
-            left = max(deadline - time.monotonic(), 0.0)
-            if not select.select([self.process.stdout], [], [], left)[0]:
+            remaining = max(deadline - time.monotonic(), 0.0)
+            if not select.select([self.process.stdout], [], [], remaining)[0]:
                 return
-            read_lines = self.process.stdout.read(65536)
-            if not read_lines:
+            data = self.process.stdout.read(65536)
+            if not data:
                 return
-            self.buffer += read_lines
+            self.buffer += data
 
     def close(self) -> None:
         """Kill the process and close its pipes."""
@@ -163,24 +163,24 @@ class Check:
             self._write_environment(self.worker.environment)
             try:
                 for name in names:
-                    left = 60 * self.minutes - (time.monotonic() - started)
-                    self._run_or_skip(name, left)
+                    remaining = 60 * self.minutes - (time.monotonic() - started)
+                    self._run_or_skip(name, remaining)
             finally:
                 if self.worker is not None:
                     self.worker.close()
         print(results_table(self.folder, names))
         return int(any(self._lines()[name]["status"] == "failed" for name in names))
 
-    def _run_or_skip(self, name: str, left: float) -> None:
-        before = self._lines().get(name, {})
-        is_same = all(before.get(column) == self.key[column] for column in KEY_COLUMNS)
-        if is_same and before.get("status") == FINISHED and not self.is_again:
-            print(f"{name}: skipped, finished before", flush=True)
+    def _run_or_skip(self, name: str, remaining: float) -> None:
+        previous = self._lines().get(name, {})
+        is_same = all(previous.get(column) == self.key[column] for column in KEY_COLUMNS)
+        if is_same and previous.get("status") == FINISHED and not self.is_again:
+            print(f"{name}: skipped, already finished", flush=True)
             return
         self._forget(name)
         started, num_rows, status = time.monotonic(), 0, "no time left"
-        if left >= LEAST_SECONDS:
-            status, num_rows = self._run_part(name, min(self.plan[name].seconds, left))
+        if remaining >= MIN_SECONDS:
+            status, num_rows = self._run_part(name, min(self.plan[name].seconds, remaining))
         seconds = round(time.monotonic() - started, 1)
         line = {"part": name, "status": status, "seconds": seconds, "rows": num_rows}
         append_row(
@@ -206,7 +206,7 @@ class Check:
             self.worker.close()
             code = self.worker.process.returncode
             self.worker = None
-            note = "killed after its time" if is_late else f"the process ended ({code})"
+            note = "killed after its time limit" if is_late else f"the process ended ({code})"
             note = "the device was lost" if status else note
             error = {"case": "", "quantity": "error", "status": "failed", "note": note}
             append_row(path, ROW_COLUMNS, {"part": name, **error})
@@ -220,7 +220,7 @@ class Check:
     def _write_environment(self, environment: Mapping[str, Any]) -> None:
         content = {"commit": self.commit, **self.key, **environment}
         text = json_text(content, indent=1) + "\n"
-        (self.folder / ENVIRONMENT).write_text(text, encoding="utf-8")
+        (self.folder / ENVIRONMENT_FILE).write_text(text, encoding="utf-8")
 
     def _lines(self) -> dict[str, dict[str, str]]:
         return {line["part"]: line for line in read_lines(self.folder / PART_NAMES)}

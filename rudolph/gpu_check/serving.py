@@ -31,12 +31,12 @@ class Server:
     """A server that runs the cases of parts and sends their rows.
 
     Attributes:
-        say: Sends one message.
+        send: Sends one message.
         memory_errors: Exceptions that are reported as out of memory rather than as a failure.
         release: Called after each case; a ``RuntimeError`` means that the device is lost.
     """
 
-    say: Callable[[Mapping[str, Any]], None]
+    send: Callable[[Mapping[str, Any]], None]
     memory_errors: tuple[type[Exception], ...] = (MemoryError,)
     release: Callable[[], None] = do_nothing
 
@@ -58,24 +58,24 @@ class Server:
         """Run one case, send its rows, and return their statuses."""
         statuses = []
 
-        def tell(quantity: str, value: float | None, status: str, **rest: Any) -> None:
+        def send_row(quantity: str, value: float | None, status: str, **fields: Any) -> None:
             row = {"case": case.name, "quantity": quantity, "value": value, "status": status}
-            self.say({"row": {**row, **rest}})
+            self.send({"row": {**row, **fields}})
             statuses.append(status)
 
         try:
             for row in case.run():
-                rest = {"unit": row.unit, "limit": row.limit, "note": row.note}
-                tell(row.quantity, row.value, row.status, **rest)
-        except UnavailableError as missing:
-            tell("unavailable", None, str(missing))
+                fields = {"unit": row.unit, "limit": row.limit, "note": row.note}
+                send_row(row.quantity, row.value, row.status, **fields)
+        except UnavailableError as reason:
+            send_row("unavailable", None, str(reason))
         except self.memory_errors as error:
-            tell("error", None, OUT_OF_MEMORY, note=_one_line(error))
+            send_row("error", None, OUT_OF_MEMORY, note=_one_line(error))
         except Exception as error:
             # The check exists to find errors of any kind in a case.
             print(f"--- {case.name}", file=sys.stderr)
             traceback.print_exc()
-            tell("error", None, FAILED, note=f"{type(error).__name__}: {_one_line(error)}")
+            send_row("error", None, FAILED, note=f"{type(error).__name__}: {_one_line(error)}")
         return statuses
 
 
@@ -87,21 +87,21 @@ def serve_parts(
     Args:
         open_parts: Returns the parts by name; called once, at the first request.
         environment: The machine and package versions to send.
-        **settings: Fields of ``Server`` other than ``say``.
+        **settings: Fields of ``Server`` other than ``send``.
     """
     # Libraries print to standard output, which must hold messages only.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
 
-        def say(message: Mapping[str, Any]) -> None:
+        def send(message: Mapping[str, Any]) -> None:
             channel.write(json_text(message) + "\n")
             channel.flush()
 
-        server, parts = Server(say, **settings), cache(open_parts)
-        say({"environment": dict(environment)})
+        server, parts = Server(send, **settings), cache(open_parts)
+        send({"environment": dict(environment)})
         for request in map(json.loads, sys.stdin):
             status = server.run_part(parts()[request["part"]], request["seconds"])
-            say({"end": status})
+            send({"end": status})
             if status == LOST:
                 # After some errors CUDA is unusable for the rest of the process.
                 return

@@ -59,7 +59,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 @cache
-def product_limit(side: int, device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of multiplying two random square matrices."""
     # Random numbers, because multiplying zeros takes less power and runs faster.
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -68,7 +68,7 @@ def product_limit(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 
 @cache
-def copy_limit(num_bytes: int, device: torch.device) -> float:
+def copy_rate(num_bytes: int, device: torch.device) -> float:
     """Return the bytes per second, read plus written, of a copy on the device."""
     source = torch.randint(127, (num_bytes // 2,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -81,12 +81,12 @@ def device_limits(sizes: Sizes) -> Iterator[Case]:
 
     def run() -> Iterator[CheckRow]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rate = product_limit(sizes.roofline_side, sizes.device, dtype)
+            rate = matmul_rate(sizes.roofline_side, sizes.device, dtype)
             name = str(dtype).removeprefix("torch.")
             yield CheckRow(
                 f"{name}_product", rate / 1e12, "TFLOP/s", note=f"side {sizes.roofline_side}"
             )
-        rate = copy_limit(sizes.roofline_bytes, sizes.device)
+        rate = copy_rate(sizes.roofline_bytes, sizes.device)
         yield CheckRow("copy", rate / 1e9, "GB/s", note="bytes read and written")
 
     yield Case("machine", run)

@@ -14,7 +14,7 @@ from rudolph.benchmarks.flops import train_operations
 from rudolph.benchmarks.training_workloads import TrainingStep
 from rudolph.gpu_check.rows import Case, CheckRow, UnavailableError
 from rudolph.gpu_check.sizes import Geometry, Sizes
-from rudolph.gpu_check.timing import median_seconds, peak_bfloat16, product_limit, synchronize
+from rudolph.gpu_check.timing import matmul_rate, median_seconds, peak_bfloat16, synchronize
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.training.losses import DecoderLossConfig, segment_losses, weighted_mean
 from rudolph.training.optim import OptimConfig, build_optimizers
@@ -69,13 +69,13 @@ def measure_training(sizes: Sizes, geometry: Geometry, variant: str) -> Iterator
 
 def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], None]:
     """Return a function that runs one training step on a fixed batch."""
-    stepping, losses = TrainingStep(model, OptimConfig()), DecoderLossConfig()
+    training, config = TrainingStep(model, OptimConfig()), DecoderLossConfig()
 
     def step() -> None:
         with torch.autocast(tokens.device.type, torch.bfloat16):
-            found = segment_losses(model, tokens, losses)
-            loss = weighted_mean(found, losses.weights)
-        stepping.step(loss)
+            losses = segment_losses(model, tokens, config)
+            loss = weighted_mean(losses, config.weights)
+        training.step(loss)
 
     return step
 
@@ -83,8 +83,8 @@ def training_step(model: MaskedDecoder, tokens: torch.Tensor) -> Callable[[], No
 def operation_rows(rate: float, sizes: Sizes) -> Iterator[CheckRow]:
     """Yield operations per second and their fraction of the device's bfloat16 limit."""
     yield CheckRow("operations", rate / 1e12, "TFLOP/s")
-    limit = product_limit(sizes.roofline_side, sizes.device, torch.bfloat16)
-    yield CheckRow("fraction of measured product", rate / limit)
+    measured = matmul_rate(sizes.roofline_side, sizes.device, torch.bfloat16)
+    yield CheckRow("fraction of measured product", rate / measured)
     if sizes.device.type == "cuda":
         peak = peak_bfloat16(torch.cuda.get_device_name(sizes.device))
         if peak is not None:
@@ -111,7 +111,7 @@ def compare_adam8bit(sizes: Sizes) -> Iterator[CheckRow]:
     except ImportError:
         raise UnavailableError("bitsandbytes is not installed") from None
     tokens, config = sizes.checked.tokens(8, sizes.device), DecoderLossConfig()
-    last = []
+    final_losses = []
     for name in ("adamw", "adamw8bit"):
         model = sizes.checked.model(sizes.device).train()
         [optimizer] = build_optimizers(model, OptimConfig(optimizer=name))
@@ -120,7 +120,7 @@ def compare_adam8bit(sizes: Sizes) -> Iterator[CheckRow]:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-        last.append(loss.item())
-    difference = abs(last[1] - last[0]) / last[0]
+        final_losses.append(loss.item())
+    difference = abs(final_losses[1] - final_losses[0]) / final_losses[0]
     note = f"bitsandbytes {bitsandbytes.__version__}"
     yield CheckRow("loss after 20 steps", difference, "relative difference", 0.02, note)

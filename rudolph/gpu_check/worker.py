@@ -20,25 +20,25 @@ PACKAGES = ("numpy", "pytorch-lightning", "torchmetrics", "triton", "bitsandbyte
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the facts besides the code that can affect a measurement."""
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "device": f"CPU {platform.machine()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "versions": {name: held for name in PACKAGES if (held := version_of(name))},
+        "versions": {name: installed for name in PACKAGES if (installed := version_of(name))},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        content |= {
             "device": properties.name,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "driver": driver(),
+            "driver": driver_version(),
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
         }
-    return found
+    return content
 
 
 def version_of(package: str) -> str:
@@ -49,26 +49,26 @@ def version_of(package: str) -> str:
         return ""
 
 
-def driver() -> str:
+def driver_version() -> str:
     """Return the version of NVIDIA's driver, "unknown" if it cannot be read."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, encoding="utf-8", check=True, timeout=20
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return found.stdout.strip().splitlines()[0]
+    return result.stdout.strip().splitlines()[0]
 
 
 def open_parts(device: torch.device) -> Mapping[str, Cases]:
     """Return the parts by name, at full size on CUDA and at the smallest size elsewhere."""
     # Imported only when a part must run, because these modules take seconds to import.
-    from rudolph.gpu_check.parts import PARTS
+    from rudolph.gpu_check.parts import CHECK_PARTS
     from rudolph.gpu_check.sizes import full_sizes, smoke_sizes
 
     sizes = full_sizes(device) if device.type == "cuda" else smoke_sizes()
-    return {part: partial(cases, sizes) for part, cases in PARTS.items()}
+    return {part: partial(cases, sizes) for part, cases in CHECK_PARTS.items()}
 
 
 def release(device: torch.device) -> None:

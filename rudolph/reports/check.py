@@ -29,14 +29,13 @@ from rudolph.reports.report import (
     without_generated,
 )
 from rudolph.reports.report_cards import CARD, read_card
-from rudolph.reports.run_configs import BASE, LINES
-from rudolph.reports.timings import FILE as REPETITIONS
-from rudolph.reports.timings import PROFILES
+from rudolph.reports.run_configs import BASE_CONFIG, CONFIG_LINES
+from rudolph.reports.timings import PROFILES, TIMINGS_FILE
 
 RUNS, README = "runs.csv", "README.md"
 
 # Text that is not checked: code, images, link targets, comments, sizes (6 x 6), marked numbers.
-UNREAD = re.compile(
+UNCHECKED = re.compile(
     r"`[^`]*`|!\[[^]]*\]\([^)]*\)|\]\([^)]*\)|<!--.*?-->|https?://\S+|\b\d+ x \d+\b"
     r"|\(not recomputed: [^)]*\)",
     re.S,
@@ -49,7 +48,7 @@ INTERVAL = re.compile(rf"\[({NUMBER_PATTERN.pattern}), ({NUMBER_PATTERN.pattern}
 # A value and its interval may be separated by a unit and a few words, but by no other number.
 BETWEEN = re.compile(r"[^\d\[\].;]{0,40}")
 # Possible factors from the unit of the files to the unit written in a text.
-UNITS: dict[str, tuple[float, ...]] = {
+UNIT_FACTORS: dict[str, tuple[float, ...]] = {
     "%": (100.0, 1.0),
     "point": (100.0,),
     "ms": (1e3, 1.0),
@@ -62,7 +61,7 @@ UNITS: dict[str, tuple[float, ...]] = {
 }
 # The unit of a number may follow a later number: "76 to 78 %".
 UNIT = re.compile(
-    rf"(?:(?:,| to| and| or| against| instead of) [\d.,]+){{0,2}}[ -]?({'|'.join(UNITS)})"
+    rf"(?:(?:,| to| and| or| against| instead of) [\d.,]+){{0,2}}[ -]?({'|'.join(UNIT_FACTORS)})"
 )
 
 
@@ -81,15 +80,15 @@ class WrittenNumber(NamedTuple):
     step: float
     scales: tuple[float, ...]
 
-    def is_one_of(self, facts: NDArray[Any]) -> NDArray[np.bool_]:
+    def is_one_of(self, known: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which of the facts ``(N,)`` the number matches, ignoring the sign.
 
         The sign is ignored because 0.06 fewer and -0.06 more are the same.
         """
-        near = np.zeros(len(facts), dtype=bool)
+        is_close = np.zeros(len(known), dtype=bool)
         for scale in self.scales:
-            near |= np.abs(np.abs(facts) * scale - abs(self.value)) <= 0.5001 * self.step
-        return near
+            is_close |= np.abs(np.abs(known) * scale - abs(self.value)) <= 0.5001 * self.step
+        return is_close
 
 
 class KnownNumbers(NamedTuple):
@@ -114,7 +113,7 @@ class KnownNumbers(NamedTuple):
 
 
 def unverified_on_page(
-    readme: Path, results_folder: Path, facts_of_folder: Callable[[Path], KnownNumbers]
+    readme: Path, results_folder: Path, known_of_folder: Callable[[Path], KnownNumbers]
 ) -> Iterator[str]:
     """Yield the numbers of a page, outside its generated part, that no file contains.
 
@@ -124,62 +123,74 @@ def unverified_on_page(
     Args:
         readme: the page.
         results_folder: folder of all exported experiments.
-        facts_of_folder: returns the known numbers of an experiment's folder.
+        known_of_folder: returns the known numbers of an experiment's folder.
     """
     text = readme.read_text("utf-8")
-    by_hand = without_generated(text)
-    is_of_one = (readme.parent / RUNS).is_file()
+    written = without_generated(text)
+    is_experiment = (readme.parent / RUNS).is_file()
     folders = set(map(Path.resolve, experiment_folders(results_folder)))
-    if is_of_one:
-        folders = _named(readme, by_hand, results_folder)
-    facts = KnownNumbers.none()
+    if is_experiment:
+        folders = _named_folders(readme, written, results_folder)
+    known = KnownNumbers.none()
     for folder in sorted(folders):
-        facts = facts.joined(facts_of_folder(folder))
-    yield from unverified_numbers(by_hand, facts, has_alone=is_of_one)
+        known = known.joined(known_of_folder(folder))
+    yield from unverified_numbers(written, known, has_single=is_experiment)
 
 
-def _named(readme: Path, text: str, results_folder: Path) -> set[Path]:
+def _named_folders(readme: Path, text: str, results_folder: Path) -> set[Path]:
     """Return the folders of the experiments that a page belongs to or names."""
-    found = {readme.parent}
+    folders = {readme.parent}
     for name, target in NAMED.findall(text):
-        place = results_folder / name if name else readme.parent / target
-        found |= {place, place.parent}
-    return {each.resolve() for each in found if any((each / n).is_file() for n in (RUNS, CARD))}
+        path = results_folder / name if name else readme.parent / target
+        folders |= {path, path.parent}
+    return {
+        folder.resolve()
+        for folder in folders
+        if any((folder / file_name).is_file() for file_name in (RUNS, CARD))
+    }
 
 
-def unverified_numbers(text: str, facts: KnownNumbers, *, has_alone: bool = True) -> Iterator[str]:
+def unverified_numbers(
+    text: str, known: KnownNumbers, *, has_single: bool = True
+) -> Iterator[str]:
     """Yield the numbers of a text that match no fact, as they are written.
 
     Args:
         text: the text to check.
-        facts: the numbers of the experiments that the text names.
-        has_alone: whether numbers without an interval are checked too.
+        known: the numbers of the experiments that the text names.
+        has_single: whether numbers without an interval are checked too.
     """
-    text = UNREAD.sub(lambda found: "]" if found[0].startswith("](") else " _ ", text)
-    told: set[int] = set()
-    for found in INTERVAL.finditer(text):
-        before = list(NUMBER_PATTERN.finditer(text, 0, found.start()))[-1:]
-        bounds = [_said(text, *found.span(part)) for part in (1, 2)]
-        told |= {found.start(1), found.start(2)}
+    text = UNCHECKED.sub(lambda match: "]" if match[0].startswith("](") else " _ ", text)
+    checked_starts: set[int] = set()
+    for match in INTERVAL.finditer(text):
+        previous = list(NUMBER_PATTERN.finditer(text, 0, match.start()))[-1:]
+        bounds = [_parse_number(text, *match.span(part)) for part in (1, 2)]
+        checked_starts |= {match.start(1), match.start(2)}
         value = None
-        if before and BETWEEN.fullmatch(text[before[0].end() : found.start()]):
-            value = _said(text, *before[0].span())
-            told.add(before[0].start())
-        if not _is_estimate(value, bounds, facts.estimates):
-            yield f"{value.text if value else ''} {found[0]}".strip()
-    alone = [each for each in NUMBER_PATTERN.finditer(text) if each.start() not in told]
-    for found in alone if has_alone else []:
-        said = _said(text, *found.span())
-        if not said.is_one_of(facts.values).any():
-            yield said.text
+        if previous and BETWEEN.fullmatch(text[previous[0].end() : match.start()]):
+            value = _parse_number(text, *previous[0].span())
+            checked_starts.add(previous[0].start())
+        if not _is_estimate(value, bounds, known.estimates):
+            yield f"{value.text if value else ''} {match[0]}".strip()
+    single = [
+        candidate
+        for candidate in NUMBER_PATTERN.finditer(text)
+        if candidate.start() not in checked_starts
+    ]
+    for match in single if has_single else []:
+        number = _parse_number(text, *match.span())
+        if not number.is_one_of(known.values).any():
+            yield number.text
 
 
-def _said(text: str, start: int, end: int) -> WrittenNumber:
+def _parse_number(text: str, start: int, end: int) -> WrittenNumber:
     digits = text[start:end].replace(",", "")
     mantissa, _, power = digits.partition("e")
     step = 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
     unit = UNIT.match(text, end)
-    return WrittenNumber(text[start:end], float(digits), step, UNITS[unit[1]] if unit else (1.0,))
+    return WrittenNumber(
+        text[start:end], float(digits), step, UNIT_FACTORS[unit[1]] if unit else (1.0,)
+    )
 
 
 def _is_estimate(
@@ -188,12 +199,12 @@ def _is_estimate(
     """Return whether value and bounds match one estimate, or its negative, in one unit."""
     scales = (1.0, 100.0) if value is None or value.scales == (1.0,) else value.scales
     for scale in scales:
-        low, high = (each._replace(scales=(scale,)) for each in bounds)
+        low, high = (bound._replace(scales=(scale,)) for bound in bounds)
         for ends in ((1, 2), (2, 1)):
-            is_one = low.is_one_of(estimates[:, ends[0]]) & high.is_one_of(estimates[:, ends[1]])
+            is_match = low.is_one_of(estimates[:, ends[0]]) & high.is_one_of(estimates[:, ends[1]])
             if value is not None:
-                is_one &= value._replace(scales=(scale,)).is_one_of(estimates[:, 0])
-            if is_one.any():
+                is_match &= value._replace(scales=(scale,)).is_one_of(estimates[:, 0])
+            if is_match.any():
                 return True
     return False
 
@@ -208,53 +219,53 @@ def known_numbers(folder: Path) -> KnownNumbers:
         values += card["count"].unique().tolist()
     if (folder / RUNS).is_file():
         runs = read_runs(folder)
-        groups, single = list(_of_groups(runs)), list(_of_runs(runs))
+        groups, single = list(_group_estimates(runs)), list(_run_estimates(runs))
         # With several seeds, the score of one seed must be written with its interval.
         has_seeds = runs["seed"].nunique() > 1
         estimates = [*groups, *single, *estimates]
-        validated = list(_of_validations(folder, runs))
+        validated = list(_validation_estimates(folder, runs))
         values += [row[0] for row in (groups if has_seeds else estimates) + validated]
-        values += [*_levels(runs)]
+        values += [*_reference_levels(runs)]
         estimates += validated
-        values += _of_texts(folder)
-        estimates += _of_page(folder)
+        values += _numbers_in_texts(folder)
+        estimates += _estimates_on_page(folder)
     for path in sorted((folder / PROFILES).glob("*.csv")):
         values += pd.read_csv(path)[["milliseconds", "share"]].to_numpy(float).ravel().tolist()
-    if (folder / REPETITIONS).is_file():
-        values += _of_repetitions(folder)
-    known = np.array(estimates, dtype=float).reshape(-1, 3)
-    return KnownNumbers(known[np.isfinite(known).all(1)], _finite(values))
+    if (folder / TIMINGS_FILE).is_file():
+        values += _timing_means(folder)
+    estimate_table = np.array(estimates, dtype=float).reshape(-1, 3)
+    return KnownNumbers(estimate_table[np.isfinite(estimate_table).all(1)], _finite(values))
 
 
-def _of_texts(folder: Path) -> Iterator[float]:
+def _numbers_in_texts(folder: Path) -> Iterator[float]:
     """Yield the numbers of the page's generated part, the question and the runs' settings."""
     texts = [generated_part(folder / README), (folder / "report.json").read_text("utf-8")]
-    texts += [(folder / name).read_text("utf-8") for name in (BASE, LINES)]
+    texts += [(folder / name).read_text("utf-8") for name in (BASE_CONFIG, CONFIG_LINES)]
     for text in texts:
-        for found in NUMBER_PATTERN.finditer(text):
-            yield _said(text, *found.span()).value
+        for match in NUMBER_PATTERN.finditer(text):
+            yield _parse_number(text, *match.span()).value
 
 
-def _of_page(folder: Path) -> Iterator[list[float]]:
+def _estimates_on_page(folder: Path) -> Iterator[list[float]]:
     """Yield the values with intervals in the page's generated part."""
     page = generated_part(folder / README)
-    for found in re.finditer(rf"({NUMBER_PATTERN.pattern}) {INTERVAL.pattern}", page):
-        yield [_said(page, *found.span(part)).value for part in (1, 2, 3)]
+    for match in re.finditer(rf"({NUMBER_PATTERN.pattern}) {INTERVAL.pattern}", page):
+        yield [_parse_number(page, *match.span(part)).value for part in (1, 2, 3)]
 
 
 def _finite(values: list[float]) -> NDArray[Any]:
-    found = np.unique(np.array(values, dtype=float))
-    return found[np.isfinite(found)]
+    unique_values = np.unique(np.array(values, dtype=float))
+    return unique_values[np.isfinite(unique_values)]
 
 
 def _metrics(runs: pd.DataFrame) -> list[str]:
     """Return the columns of ``runs.csv`` after the seconds that hold values, not bounds."""
     names = list(runs.columns)
-    after = names[names.index("seconds") + 1 :]
-    return [name for name in after if not name.endswith(("_low", "_high", "_chance", "_target"))]
+    later = names[names.index("seconds") + 1 :]
+    return [name for name in later if not name.endswith(("_low", "_high", "_chance", "_target"))]
 
 
-def _of_runs(runs: pd.DataFrame) -> Iterator[list[float]]:
+def _run_estimates(runs: pd.DataFrame) -> Iterator[list[float]]:
     """Yield each score of a run with its bounds; without bounds, the score serves as both."""
     for metric in _metrics(runs):
         bounds = [runs.get(f"{metric}_{end}", runs[metric]) for end in ("low", "high")]
@@ -262,53 +273,55 @@ def _of_runs(runs: pd.DataFrame) -> Iterator[list[float]]:
             yield list(map(float, row))
 
 
-def _levels(runs: pd.DataFrame) -> Iterator[float]:
+def _reference_levels(runs: pd.DataFrame) -> Iterator[float]:
     """Yield chance levels and targets, of single runs and as means."""
     for name in runs:
         if str(name).endswith(("_chance", "_target")):
             yield from (runs[name].mean(), *runs[name].dropna().unique())
 
 
-def _of_groups(runs: pd.DataFrame) -> Iterator[list[float]]:
+def _group_estimates(runs: pd.DataFrame) -> Iterator[list[float]]:
     """Yield the mean scores of groups of runs and the differences between groups."""
     groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), index=runs.index, dtype=str)
     for metric in _metrics(runs):
-        yield from _compared(runs["seed"], groups, runs[metric])
+        yield from _seed_estimates(runs["seed"], groups, runs[metric])
 
 
-def _of_repetitions(folder: Path) -> Iterator[float]:
+def _timing_means(folder: Path) -> Iterator[float]:
     """Yield peak memory, and mean seconds of each implementation, in total and per unit."""
-    table = pd.read_csv(folder / REPETITIONS, keep_default_na=False)
+    table = pd.read_csv(folder / TIMINGS_FILE, keep_default_na=False)
     yield from table["peak_bytes"]
-    for _, own in table.groupby(["run", "implementation", "part"]):
-        yield geometric_mean_interval(own["seconds"].to_numpy()).value
-        yield geometric_mean_interval((own["seconds"] / own["units"]).to_numpy()).value
+    for _, group in table.groupby(["run", "implementation", "part"]):
+        yield geometric_mean_interval(group["seconds"].to_numpy()).value
+        yield geometric_mean_interval((group["seconds"] / group["units"]).to_numpy()).value
 
 
-def _of_validations(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
+def _validation_estimates(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
     """Yield the same for each validation; for a single run, all points of its curves."""
     curves = read_curves(folder)
     if len(runs) == 1:
         yield from ([value] * 3 for value in curves["value"])
         return
     curves = curves[curves["metric"].str.contains("/val/")]
-    for _, own in curves.groupby(["metric", "step"]):
-        groups = pd.Series(list(map(group_of, own["run"], own["seed"])), index=own.index)
-        yield from _compared(own["seed"], groups.astype(str), own["value"])
+    for _, group in curves.groupby(["metric", "step"]):
+        groups = pd.Series(list(map(group_of, group["run"], group["seed"])), index=group.index)
+        yield from _seed_estimates(group["seed"], groups.astype(str), group["value"])
 
 
-def _compared(
+def _seed_estimates(
     seeds: "pd.Series[Any]", groups: "pd.Series[str]", values: "pd.Series[float]"
 ) -> Iterator[list[float]]:
     """Yield each group's mean over seeds and each two groups' difference, by Student's t."""
     frame = pd.DataFrame({"seed": seeds, "group": groups, "value": values})
     table = frame.pivot_table(index="seed", columns="group", values="value").to_numpy()
-    one, other = np.triu_indices(table.shape[1], 1)
-    columns = np.concatenate([table, table[:, one] - table[:, other]], axis=1)  # (seeds, N)
-    number = np.isfinite(columns).sum(0)
-    columns, number = columns[:, number > 0], number[number > 0]
+    first, second = np.triu_indices(table.shape[1], 1)
+    columns = np.concatenate([table, table[:, first] - table[:, second]], axis=1)  # (seeds, N)
+    num_seeds = np.isfinite(columns).sum(0)
+    columns, num_seeds = columns[:, num_seeds > 0], num_seeds[num_seeds > 0]
     means = np.nanmean(columns, 0)
     squares = np.nansum((columns - means) ** 2, 0)
     quantiles = np.array([0.0, 0.0, *map(student_quantile, range(1, len(table)))])
-    halves = quantiles[number] * np.sqrt(squares / np.maximum(number - 1, 1) / number)
-    yield from np.stack([means, means - halves, means + halves], 1).tolist()
+    half_widths = quantiles[num_seeds] * np.sqrt(
+        squares / np.maximum(num_seeds - 1, 1) / num_seeds
+    )
+    yield from np.stack([means, means - half_widths, means + half_widths], 1).tolist()

@@ -30,7 +30,7 @@ LESS_IS_BETTER = re.compile(
 )
 # Metrics of which a run has one outcome, 0 or 1, so that an exact test compares them.
 ONE_OUTCOME_PER_RUN = re.compile(r"(^|/)converged($|/)")
-SURE = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 INCONCLUSIVE = "inconclusive at this scale"
 EFFECT_NOTE = (
@@ -38,7 +38,7 @@ EFFECT_NOTE = (
     "detectable effect."
 )
 # More seeds than anybody will run.
-MANY_SEEDS = 1000
+MAX_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Effect(NamedTuple):
         p_value: p-value against a difference of ``at_least``, corrected by Holm.
         detectable: difference that this number of pairs detects at 80 % power.
         needed: number of pairs that detects ``value`` at 80 % power; infinite above
-            ``MANY_SEEDS``.
+            ``MAX_SEEDS``.
     """
 
     metric: str
@@ -103,7 +103,7 @@ class Effect(NamedTuple):
 
         It depends on whether the difference is significantly above or below ``at_least``.
         """
-        if not self.p_value <= SURE:
+        if not self.p_value <= SIGNIFICANCE_LEVEL:
             return INCONCLUSIVE
         return REPRODUCED if self.value > self.at_least else CONTRADICTED
 
@@ -139,29 +139,41 @@ def effects(
         ValueError: if a metric or a group does not exist.
     """
     groups = pd.Series(list(map(group_of, runs["run"], runs["seed"])), dtype=str)
-    asked = [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
+    comparisons = (
+        [] if claim is None else [(claim.metric, claim.better, claim.than, claim.at_least)]
+    )
     if against is not None:
         for metric in metrics:
             others = sorted(set(groups) - {against}, key=natural_order)
-            asked += [(metric, name, against, 0.0) for name in others]
+            comparisons += [(metric, name, against, 0.0) for name in others]
     if claim is not None:
         # The claim's comparison is not repeated, in either direction.
-        same = (claim.metric, {claim.better, claim.than})
-        asked = [asked[0], *(each for each in asked[1:] if (each[0], {*each[1:3]}) != same)]
-    found = [_effect(runs, groups, *each) for each in asked]
-    corrected = holm([each.p_value for each in found])
-    return [each._replace(p_value=p) for each, p in zip(found, corrected, strict=True)]
+        claim_key = (claim.metric, {claim.better, claim.than})
+        comparisons = [
+            comparisons[0],
+            *(item for item in comparisons[1:] if (item[0], {*item[1:3]}) != claim_key),
+        ]
+    results = [_effect(runs, groups, *item) for item in comparisons]
+    corrected = holm([item.p_value for item in results])
+    return [item._replace(p_value=p) for item, p in zip(results, corrected, strict=True)]
 
 
 def _effect(
-    runs: pd.DataFrame, groups: "pd.Series[str]", metric: str, group: str, than: str, least: float
+    runs: pd.DataFrame,
+    groups: "pd.Series[str]",
+    metric: str,
+    group: str,
+    than: str,
+    minimum: float,
 ) -> Effect:
     if metric not in runs:
-        raise ValueError(f"claim: no metric {metric!r}; there are {', '.join(runs.columns)}")
+        raise ValueError(
+            f"claim.metric: expected one of {', '.join(runs.columns)}, got {metric!r}"
+        )
     for name in (group, than):
         if name not in set(groups):
-            known = ", ".join(dict.fromkeys(groups))
-            raise ValueError(f"claim: no runs {name!r}; there are {known}")
+            available = ", ".join(dict.fromkeys(groups))
+            raise ValueError(f"claim: expected runs of {available}, got {name!r}")
     values = [
         runs[(groups == name).to_numpy()].set_index("seed")[metric].dropna()
         for name in (group, than)
@@ -173,81 +185,82 @@ def _effect(
     if len(pairs) < 2:
         # A single pair has no spread and thus no interval.
         unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
-        return Effect(metric, group, than, least, len(pairs), value, p_value=1.0, **unknown)
+        return Effect(metric, group, than, minimum, len(pairs), value, p_value=1.0, **unknown)
     if ONE_OUTCOME_PER_RUN.search(metric):
         # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
         exact = exact_paired(pairs)
         bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
-        return Effect(metric, group, than, least, len(pairs), exact.value, *bounds)
-    compared, spread = paired_t(pairs), float(pairs.std(ddof=1))
+        return Effect(metric, group, than, minimum, len(pairs), exact.value, *bounds)
+    difference, spread = paired_t(pairs), float(pairs.std(ddof=1))
     return Effect(
         metric,
         group,
         than,
-        least,
+        minimum,
         len(pairs),
-        compared.value,
-        compared.low,
-        compared.high,
-        paired_t(pairs - least).p_value,
+        difference.value,
+        difference.low,
+        difference.high,
+        paired_t(pairs - minimum).p_value,
         minimum_detectable_effect(spread, len(pairs)),
-        _needed(spread, abs(value)),
+        _seeds_needed(spread, abs(value)),
     )
 
 
-def _needed(spread: float, effect: float) -> float:
-    if effect == 0 or minimum_detectable_effect(spread, MANY_SEEDS) > effect:
+def _seeds_needed(spread: float, effect: float) -> float:
+    if effect == 0 or minimum_detectable_effect(spread, MAX_SEEDS) > effect:
         return np.inf
     return pairs_needed(spread, effect)
 
 
-def claim_lines(claim: Claim, found: Effect, number: int) -> Iterator[str]:
+def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
     """Yield the claim and its verdict as Markdown.
 
     Args:
         number: how many comparisons the experiment makes.
     """
-    by = f" by at least {claim.at_least:g}" if claim.at_least else ""
-    yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{by}."
+    margin = f" by at least {claim.at_least:g}" if claim.at_least else ""
+    yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{margin}."
     yield ""
-    line = f"**Verdict: {found.verdict}.** "
-    if found.pairs < 2:
-        yield f"{line}A claim needs two seeds of both variants, and has {found.pairs}."
+    line = f"**Verdict: {effect.verdict}.** "
+    if effect.pairs < 2:
+        yield f"{line}A claim needs two seeds of both variants, and has {effect.pairs}."
         return
-    among = f" (Holm, {number} comparisons)" if number > 1 else ""
-    line += f"Effect {found.value:.3g} (95 % CI {found.low:.3g} to {found.high:.3g}, "
-    line += f"n = {found.pairs} seeds), p = {found.p_value:.2g}{among}."
-    if np.isnan(found.detectable):
+    correction = f" (Holm, {number} comparisons)" if number > 1 else ""
+    line += f"Effect {effect.value:.3g} (95 % CI {effect.low:.3g} to {effect.high:.3g}, "
+    line += f"n = {effect.pairs} seeds), p = {effect.p_value:.2g}{correction}."
+    if np.isnan(effect.detectable):
         yield f"{line} Outcomes are 0 or 1 per run, so test and interval are exact."
         return
     yield (
-        f"{line} Minimum detectable effect with {found.pairs} seeds at 80 % power: "
-        f"{found.detectable:.2g}; {_seeds_text(found.needed)} seeds would detect the observed one."
+        f"{line} Minimum detectable effect with {effect.pairs} seeds at 80 % power: "
+        f"{effect.detectable:.2g}; {_seeds_text(effect.needed)} seeds would detect the observed "
+        "one."
     )
 
 
-def effects_table(found: Sequence[Effect]) -> list[str]:
+def effects_table(effects: Sequence[Effect]) -> list[str]:
     """Return a Markdown table with one row per comparison."""
     head = ["metric", "variant", "baseline", "effect, 95 % CI", "p (Holm)", "seeds"]
     head += ["MDE, 80 % power", "seeds needed"]
     lines = [table_row(head), table_row(["---"] * len(head))]
-    for each in found:
-        cells = [f"`{each.metric}`", each.group, each.than, format_interval(each)]
-        cells += [f"{each.p_value:.2g}", str(each.pairs)]
-        is_known = not np.isnan(each.detectable)
-        cells += [f"{each.detectable:.2g}" if is_known else "", _seeds_text(each.needed)]
+    for effect in effects:
+        cells = [f"`{effect.metric}`", effect.group, effect.than, format_interval(effect)]
+        cells += [f"{effect.p_value:.2g}", str(effect.pairs)]
+        is_known = not np.isnan(effect.detectable)
+        cells += [f"{effect.detectable:.2g}" if is_known else "", _seeds_text(effect.needed)]
         lines.append(table_row(cells))
     return [*lines, "", EFFECT_NOTE]
 
 
-def format_interval(found: Effect) -> str:
+def format_interval(effect: Effect) -> str:
     """Format an effect as ``0.12 [0.05, 0.19]``; a single pair has no interval."""
-    if found.pairs < 2:
-        return f"{found.value:.3g}"
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    if effect.pairs < 2:
+        return f"{effect.value:.3g}"
+    return f"{effect.value:.3g} [{effect.low:.3g}, {effect.high:.3g}]"
 
 
 def _seeds_text(needed: float) -> str:
     if np.isnan(needed):
         return ""
-    return f"more than {MANY_SEEDS}" if np.isinf(needed) else f"{needed:.0f}"
+    return f"more than {MAX_SEEDS}" if np.isinf(needed) else f"{needed:.0f}"

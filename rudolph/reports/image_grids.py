@@ -24,8 +24,8 @@ from rudolph.sequence.texts import clean_text, shorten
 
 ImageArray = NDArray[np.uint8]
 
-SMALLEST_CELL = 128  # pixels
-LONGEST_CAPTION = 400  # characters
+MIN_CELL_PIXELS = 128  # pixels
+MAX_CAPTION_CHARACTERS = 400  # characters
 
 
 @styled
@@ -53,12 +53,15 @@ def draw_masks_image(
         axes.set_axis_off()
     for axes, (name, mask) in zip(panels, masks.items(), strict=False):
         if mask.shape != (sum(segments), sum(segments)):
-            raise ValueError(f"mask {name}: {mask.shape} is not what segments {segments} need")
+            raise ValueError(
+                f"mask {name}: expected a square of the sum of segments {segments}, got "
+                f"{mask.shape}"
+            )
         _mask(axes, mask, segments)
         axes.set_title(f"{name}: {mask.mean():.1%} of pairs")
-    figure.supxlabel("key (seen)", fontsize=9)
-    figure.supylabel("query (sees)", fontsize=9)
-    patches = [Patch(facecolor=c, edgecolor="0.4") for c in MASK_COLOURS.values()]
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    patches = [Patch(facecolor=colour, edgecolor="0.4") for colour in MASK_COLOURS.values()]
     names = list(MASK_COLOURS)
     figure.legend(patches, names, loc="outside upper center", ncols=3, frameon=False)
     save(figure, path)
@@ -81,16 +84,16 @@ def sample_grid(
     """
     if not images or len(captions) != len(images) or len({image.shape for image in images}) > 1:
         raise ValueError(
-            f"sample_grid: {len(images)} images of shapes "
-            f"{sorted({image.shape for image in images})} and {len(captions)} captions; "
-            "images must be of one shape, each with its caption"
+            f"sample_grid: expected images of one shape, each with its caption, got "
+            f"{len(images)} images of shapes {sorted({image.shape for image in images})} "
+            f"and {len(captions)} captions"
         )
     with protected_drawing(path) as new:
         _sheet(images, captions, columns=columns).save(new, "PNG")
 
 
 def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: int) -> Image.Image:
-    scale = -(-SMALLEST_CELL // min(images[0].shape[:2]))
+    scale = -(-MIN_CELL_PIXELS // min(images[0].shape[:2]))
     height, width = (side * scale for side in images[0].shape[:2])
     font = _font(12)
     lines = {caption: _wrap(caption, font, width) for caption in dict.fromkeys(captions)}
@@ -103,15 +106,15 @@ def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: in
     sheet = Image.new(
         "RGB", (columns * (width + gap) + gap, num_rows * cell_height + gap), "white"
     )
-    pen = ImageDraw.Draw(sheet)
-    for number, (image, text) in enumerate(zip(images, wrapped, strict=True)):
-        row, column = divmod(number, columns)
+    drawing = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip(images, wrapped, strict=True)):
+        row, column = divmod(index, columns)
         left, top = gap + column * (width + gap), gap + row * cell_height
         sheet.paste(
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
         )
         for line, words in enumerate(text):
-            pen.text((left, top + height + 3 + line * line_height), words, "black", font)
+            drawing.text((left, top + height + 3 + line * line_height), words, "black", font)
     return sheet
 
 
@@ -149,41 +152,42 @@ def draw_codebook_usage(counts: NDArray[np.int64], path: Path) -> None:
     """
     total = counts.sum()
     if total == 0:
-        raise ValueError("codebook_usage: no code was used")
-    shares = np.sort(counts)[::-1] / total
-    used = shares[shares > 0]
+        raise ValueError("codebook_usage: expected at least one used code, got none")
+    fractions = np.sort(counts)[::-1] / total
+    used = fractions[fractions > 0]
     perplexity = float(np.exp(-(used * np.log(used)).sum()))
     colour = seaborn.color_palette("colorblind")[0]
     figure, (axes,) = panels_of(1)
     axes.fill_between(np.arange(len(used)) + 1, used, color=colour, alpha=0.35, step="mid")
-    axes.step(np.arange(len(used)) + 1, used, color=colour, where="mid", label="use")
-    axes.axhline(1 / len(counts), color="0.3", linestyle=":", label="all codes alike")
-    axes.set(xlabel="code, most used first", ylabel="share of all tokens", yscale="log")
+    axes.step(np.arange(len(used)) + 1, used, color=colour, where="mid", label="usage")
+    axes.axhline(1 / len(counts), color="0.3", linestyle=":", label="uniform")
+    axes.set(xlabel="code, most used first", ylabel="fraction of all tokens", yscale="log")
     axes.set_xlim(0.5, len(counts) + 0.5)
-    share = len(used) / len(counts)
+    used_fraction = len(used) / len(counts)
     axes.set_title(
-        f"{len(used)} of {len(counts)} codes used ({share:.0%}), perplexity {perplexity:.1f}"
+        f"{len(used)} of {len(counts)} codes used ({used_fraction:.0%}), perplexity "
+        f"{perplexity:.1f}"
     )
     axes.legend(frameon=False)
     save(figure, path)
 
 
-MASK_COLOURS = {"seen": "#1f3b6f", "hidden, though earlier": "#f3e3b3", "later": "#ffffff"}
+MASK_COLOURS = {"attended": "#1f3b6f", "masked": "#f3e3b3", "later": "#ffffff"}
 
 
 def _mask(axes: Axes, mask: NDArray[np.bool_], segments: tuple[int, int, int]) -> None:
-    later = np.triu(np.ones_like(mask), k=1)
-    codes = np.where(mask, 0, np.where(later, 2, 1))
+    is_later = np.triu(np.ones_like(mask), k=1)
+    codes = np.where(mask, 0, np.where(is_later, 2, 1))
     axes.imshow(codes, cmap=ListedColormap(list(MASK_COLOURS.values())), vmin=0, vmax=2)
     borders = np.cumsum([0, *segments]) - 0.5
     for border in borders[1:-1]:
         axes.axhline(border, color="#c1272d", linewidth=0.9)
         axes.axvline(border, color="#c1272d", linewidth=0.9)
-    present = [number for number in range(3) if segments[number] > 0]
-    middles = [(borders[number] + borders[number + 1]) / 2 for number in present]
-    names = [("left", "image", "right")[number] for number in present]
-    axes.set_xticks(middles, names)
-    axes.set_yticks(middles, names, rotation=90, va="center")
+    present_segments = [segment for segment in range(3) if segments[segment] > 0]
+    centres = [(borders[segment] + borders[segment + 1]) / 2 for segment in present_segments]
+    names = [("left", "image", "right")[segment] for segment in present_segments]
+    axes.set_xticks(centres, names)
+    axes.set_yticks(centres, names, rotation=90, va="center")
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
@@ -196,14 +200,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Return lines no wider than ``width`` pixels; a word that is too long is broken."""
-    text = shorten(clean_text(text), LONGEST_CAPTION)
+    text = shorten(clean_text(text), MAX_CAPTION_CHARACTERS)
     narrowest = min(
         (font.getlength(character) for character in set(text) - set("\t\n\r")), default=0
     )
     # No line that fits is longer, so wrapping at more characters gives the same lines.
-    most = min(len(text), int(width / narrowest) + 2) if narrowest else len(text)
+    width_limit = min(len(text), int(width / narrowest) + 2) if narrowest else len(text)
     while True:
-        found = textwrap.wrap(text, max(1, most)) or [""]
-        if most <= 1 or max(font.getlength(line) for line in found) <= width:
-            return found
-        most -= 1
+        lines = textwrap.wrap(text, max(1, width_limit)) or [""]
+        if width_limit <= 1 or max(font.getlength(line) for line in lines) <= width:
+            return lines
+        width_limit -= 1

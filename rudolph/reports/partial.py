@@ -40,11 +40,13 @@ def available_report(report: Report, folder: Path) -> Report:
         search=search,
         columns=tuple(_known(report.columns, runs.columns)),
     )
-    figures = (_of_there(figure, reduced, folder, runs) for figure in report.figures)
+    figures = (_available_figure(figure, reduced, folder, runs) for figure in report.figures)
     return replace(reduced, figures=tuple(figure for figure in figures if figure is not None))
 
 
-def _of_there(figure: Figure, report: Report, folder: Path, runs: pd.DataFrame) -> Figure | None:
+def _available_figure(
+    figure: Figure, report: Report, folder: Path, runs: pd.DataFrame
+) -> Figure | None:
     """Return a figure restricted to the metrics that exist; None if there are none."""
     known: Iterable[str] = runs.columns
     if figure.kind == "regions":
@@ -59,10 +61,10 @@ def _of_there(figure: Figure, report: Report, folder: Path, runs: pd.DataFrame) 
     elif any(name not in runs for name in (figure.x, figure.by)):
         return None
     kept = tuple(_known(figure.y, known))
-    is_whole = kept == figure.y or figure.kind != "pareto"
-    return replace(figure, y=kept) if kept and is_whole else None
+    is_complete = kept == figure.y or figure.kind != "pareto"
+    return replace(figure, y=kept) if kept and is_complete else None
 
 
 def _known(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    there = set(known)
-    return [name for name in names if name in there]
+    available = set(known)
+    return [name for name in names if name in available]

@@ -34,7 +34,7 @@ from rudolph.reports.timings import is_speed, speed_tables
 UNANSWERED = "_Not written yet: the effect with its interval, and the number of seeds._"
 SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
 # A page shows at most so many images, figures first.
-MOST_IMAGES = 4
+MAX_PAGE_IMAGES = 4
 # The images of a run that tell most about it, first.
 SAMPLE_ORDER = ("grid", "captions", "masks", "reconstructions")
 # Of a run's seconds those that no stage took.
@@ -43,7 +43,7 @@ BOUNDS = ("low", "high", "chance", "target")
 # Fields of a report that JSON has as lists.
 TUPLES = ("rows", "columns", "effects", "missing")
 # The page names at most so many missing runs.
-MOST_NAMED = 20
+MAX_NAMED_RUNS = 20
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Figure:
     def file(self) -> str:
         """The file name from kind, metrics and axis: ``curves-val-loss-image-and-2-more.svg``."""
         axis = [] if self.x == "step" else [self.x]
-        more = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
-        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *more, *axis])) + ".svg"
+        others = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
+        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *others, *axis])) + ".svg"
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def read_curves(folder: Path) -> pd.DataFrame:
     """Read ``curves.csv``: one row per point, joined with the run's row of ``runs.csv``."""
     curves = pd.read_csv(folder / "curves.csv", dtype={"run": "string", "metric": "string"})
     runs = read_runs(folder)
-    beside = runs[[name for name in runs if name not in ("metric", "step", "value")]]
-    return curves.merge(beside, on="run", how="left", validate="many_to_one")
+    run_columns = runs[[name for name in runs if name not in ("metric", "step", "value")]]
+    return curves.merge(run_columns, on="run", how="left", validate="many_to_one")
 
 
 def read_effects(folder: Path) -> list[Effect]:
@@ -162,9 +162,9 @@ def core_minutes(folder: Path) -> float:
     runs = read_runs(folder).set_index("run")
     environments = read_json(folder / "environment.json")
     return sum(
-        runs["seconds"][name] / 60 * each["machine"]["threads"]
-        for each in environments
-        for name in each["runs"]
+        runs["seconds"][name] / 60 * environment["machine"]["threads"]
+        for environment in environments
+        for name in environment["runs"]
     )
 
 
@@ -192,12 +192,12 @@ def new_page(title: str) -> str:
 
 def _scale(folder: Path, report: Report) -> str:
     """Return the scale of the runs and the processors or GPUs that they ran on."""
-    machines = [each["machine"] for each in read_json(folder / "environment.json")]
+    machines = [environment["machine"] for environment in read_json(folder / "environment.json")]
     names = {
-        each["gpus"][0]
-        if each.get("gpus")
-        else f"{each.get('processor', 'unknown processor')}, threads: {each['threads']}"
-        for each in machines
+        machine["gpus"][0]
+        if machine.get("gpus")
+        else f"{machine.get('processor', 'unknown processor')}, threads: {machine['threads']}"
+        for machine in machines
     }
     return f"Scale: {'; '.join(filter(None, (report.scale, ' or '.join(sorted(names)))))}."
 
@@ -241,18 +241,23 @@ def _missing(report: Report) -> list[str]:
     """Return Markdown that names the unfinished runs; empty if all runs have finished."""
     if not report.missing:
         return []
-    named = ", ".join(f"`{name}`" for name in report.missing[:MOST_NAMED])
-    more = len(report.missing) - MOST_NAMED
-    return [f"**Not finished:** {named}{f' and {more} others' if more > 0 else ''}.", ""]
+    named = ", ".join(f"`{name}`" for name in report.missing[:MAX_NAMED_RUNS])
+    num_others = len(report.missing) - MAX_NAMED_RUNS
+    return [
+        f"**Not finished:** {named}{f' and {num_others} others' if num_others > 0 else ''}.",
+        "",
+    ]
 
 
 def _claimed(folder: Path, report: Report) -> list[str]:
     """Return Markdown of the claim's verdict and all comparisons; empty if there are none."""
-    found = read_effects(folder)
-    if not found:
+    results = read_effects(folder)
+    if not results:
         return []
-    lines = [] if report.claim is None else [*claim_lines(report.claim, found[0], len(found)), ""]
-    return [*lines, *effects_table(found), ""]
+    lines = (
+        [] if report.claim is None else [*claim_lines(report.claim, results[0], len(results)), ""]
+    )
+    return [*lines, *effects_table(results), ""]
 
 
 def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
@@ -265,18 +270,20 @@ def _ranked(runs: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
     first, second = (
         runs.pivot_table(index="seed", columns=groups, values=name) for name in metrics
     )
-    found = [
+    correlations = [
         rank_correlation(first.loc[seed].to_numpy(), second.loc[seed].to_numpy())
         for seed in first.index.intersection(second.index)
     ]
-    known = [each for each in found if not np.isnan(each)]
-    number = groups.nunique()
-    if number < 3 or not known:
+    finite = [correlation for correlation in correlations if not np.isnan(correlation)]
+    num_groups = groups.nunique()
+    if num_groups < 3 or not finite:
         return []
-    value, low, high = mean_over_seeds(known)
-    between = f" [{low:.2g}, {high:.2g}]" if len(known) > 1 else ""
+    value, low, high = mean_over_seeds(finite)
+    interval = f" [{low:.2g}, {high:.2g}]" if len(finite) > 1 else ""
     names = " and ".join(f"`{name}`" for name in metrics)
-    return [f"Rank correlation of {names} over {number} groups of runs: {value:.2g}{between}."]
+    return [
+        f"Rank correlation of {names} over {num_groups} groups of runs: {value:.2g}{interval}."
+    ]
 
 
 def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
@@ -289,24 +296,26 @@ def _tables(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
 
 def _table(report: Report, runs: pd.DataFrame) -> list[str]:
     names = list(runs.columns)
-    after = names[names.index("seconds") + 1 :]
-    bounds = {f"{metric}_{bound}" for metric in after for bound in BOUNDS}
-    metrics = report.columns or tuple(name for name in after if name not in bounds)
+    later = names[names.index("seconds") + 1 :]
+    bounds = {f"{metric}_{bound}" for metric in later for bound in BOUNDS}
+    metrics = report.columns or tuple(name for name in later if name not in bounds)
     missing = [name for name in (*report.rows, *metrics) if name not in names]
     if missing:
-        raise ValueError(f"report.table: no column {missing[0]!r}; there are {', '.join(names)}")
+        raise ValueError(
+            f"report.table: expected a column of {', '.join(names)}, got {missing[0]!r}"
+        )
     head = [*report.rows, "runs", *metrics]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for key, group in runs.groupby(list(report.rows), sort=True, dropna=False):
         cells = [*(format_cell_value(part) for part in key), str(len(group))]
-        lines.append(table_row([*cells, *(_spread(group, metric) for metric in metrics)]))
-    chances = [_only(runs, f"{metric}_chance") for metric in metrics]
+        lines.append(table_row([*cells, *(_cell(group, metric) for metric in metrics)]))
+    chances = [_unique_value(runs, f"{metric}_chance") for metric in metrics]
     if any(chances):
         lines.append(table_row(["_chance_", *[""] * len(report.rows), *chances]))
     return [*lines, "", "Several runs: mean ± standard deviation.  One run: value [interval]."]
 
 
-def _only(runs: pd.DataFrame, column: str) -> str:
+def _unique_value(runs: pd.DataFrame, column: str) -> str:
     """Return the only value of a column, or an empty text if there are several or none."""
     values = set(runs[column].dropna()) if column in runs else set()
     return f"{values.pop():.4g}" if len(values) == 1 else ""
@@ -323,11 +332,11 @@ def sample_rank(stem: str) -> tuple[int, str]:
     >>> sample_rank("seed0-grid") < sample_rank("a-seed0-masks")
     True
     """
-    found = [at for at, kind in enumerate(SAMPLE_ORDER) if f"-{kind}" in f"-{stem}"]
-    return (found[0] if found else len(SAMPLE_ORDER), stem)
+    ranks = [rank for rank, kind in enumerate(SAMPLE_ORDER) if f"-{kind}" in f"-{stem}"]
+    return (ranks[0] if ranks else len(SAMPLE_ORDER), stem)
 
 
-def _spread(group: pd.DataFrame, metric: str) -> str:
+def _cell(group: pd.DataFrame, metric: str) -> str:
     values = group[metric].dropna()
     if values.empty:
         return ""
@@ -351,11 +360,11 @@ def _claims_table(results_folder: Path) -> list[str]:
         report, runs = read_report(folder), read_runs(folder)
         if report.claim is None:
             continue
-        claim, found = report.claim, read_effects(folder)[0]
+        claim, effect = report.claim, read_effects(folder)[0]
         name = folder.relative_to(results_folder).as_posix()
-        said = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
-        cells = [f"[{report.title}]({name}/README.md)<br>{said}", found.verdict]
-        cells += [format_interval(found), report.scale, f"{core_minutes(folder):.3g}"]
+        claim_text = f"`{claim.better}` better than `{claim.than}` in `{claim.metric}`"
+        cells = [f"[{report.title}]({name}/README.md)<br>{claim_text}", effect.verdict]
+        cells += [format_interval(effect), report.scale, f"{core_minutes(folder):.3g}"]
         cells.append(_commits(runs))
         lines.append(table_row(cells))
     return lines if len(lines) > 2 else []
@@ -428,10 +437,10 @@ def without_generated(page: str) -> str:
 
 def generated_text(page: str) -> str:
     """Return all generated parts of a page."""
-    found = re.finditer(
+    matches = re.finditer(
         r"<!-- generated: (\w+) -->\n(.*?)\n?<!-- end: \1 -->", page, flags=re.DOTALL
     )
-    return "\n".join(part[2] for part in found)
+    return "\n".join(match[2] for match in matches)
 
 
 def _commits(runs: pd.DataFrame) -> str:

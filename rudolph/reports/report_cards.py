@@ -34,17 +34,17 @@ def read_card(path: Path) -> pd.DataFrame:
         DamagedFileError: if it is not such a table.
     """
     texts = dict.fromkeys(("run", "score", "split", "protocol"), "string")
-    again = "rudolph report-card --again asks the run anew"
+    advice = "evaluate the run again with rudolph report-card --again"
     try:
         card = pd.read_csv(path, dtype=texts)
     except ValueError as error:
         reason = f"no such table: {' '.join(str(error).split())[:80]}"
-        raise DamagedFileError(path, reason, again) from error
+        raise DamagedFileError(path, reason, advice) from error
     if not set(CARD_COLUMNS) <= set(card):
-        raise DamagedFileError(path, f"expected the columns {', '.join(CARD_COLUMNS)}", again)
+        raise DamagedFileError(path, f"expected the columns {', '.join(CARD_COLUMNS)}", advice)
     for name in ("value", "low", "high", "chance", "count"):
         if not pd.api.types.is_numeric_dtype(card[name]):
-            raise DamagedFileError(path, f"{name} must hold numbers", again)
+            raise DamagedFileError(path, f"{name} must hold numbers", advice)
     return card
 
 
@@ -57,35 +57,45 @@ def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
     Raises:
         ValueError: if the data of a split differ.
     """
-    places = [each / "environment.json" for each in (folder, other)]
-    if not all(place.is_file() for place in places):
+    paths = [run_folder / "environment.json" for run_folder in (folder, other)]
+    if not all(path.is_file() for path in paths):
         return
-    mine, theirs = (read_mapping(place, digests=dict)["digests"] for place in places)
-    asked = {f"data.{split}" for split in splits}
-    for key in sorted(mine.keys() & theirs.keys()):
-        if ".".join(key.split(".")[:2]) in asked and mine[key] != theirs[key]:
-            raise ValueError(f"{folder} and {other}: {key} differs, the scores are not comparable")
+    own_digests, other_digests = (read_mapping(path, digests=dict)["digests"] for path in paths)
+    data_keys = {f"data.{split}" for split in splits}
+    for key in sorted(own_digests.keys() & other_digests.keys()):
+        if ".".join(key.split(".")[:2]) in data_keys and own_digests[key] != other_digests[key]:
+            raise ValueError(
+                f"{folder} and {other}: expected the same data, got different {key}. The scores "
+                "are not comparable"
+            )
 
 
 def export_cards(runs: Mapping[str, Path], folder: Path) -> None:
     """Write the report cards of all runs as one file; delete the file if no run has one."""
     target = folder / CARD
     target.unlink(missing_ok=True)
-    found = [(name, path / CARD) for name, path in sorted(runs.items())]
-    frames = [read_card(path).assign(run=name) for name, path in found if path.is_file()]
+    paths = [(name, path / CARD) for name, path in sorted(runs.items())]
+    frames = [read_card(path).assign(run=name) for name, path in paths if path.is_file()]
     if frames:
-        whole = pd.concat(frames)[["run", *CARD_COLUMNS]]
-        write_text(target, whole.to_csv(index=False, lineterminator="\n"))
+        table = pd.concat(frames)[["run", *CARD_COLUMNS]]
+        write_text(target, table.to_csv(index=False, lineterminator="\n"))
 
 
 def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
     """Return a Markdown table with one row per requested score and run."""
-    has_one = card["run"].nunique() == 1
-    head = [*([] if has_one else ["run"]), "score", "value", "95 % interval", "chance", "count"]
+    has_one_run = card["run"].nunique() == 1
+    head = [
+        *([] if has_one_run else ["run"]),
+        "score",
+        "value",
+        "95 % interval",
+        "chance",
+        "count",
+    ]
     lines = [table_row(head), table_row(["---"] * len(head))]
-    rank = {name: at for at, name in enumerate(scores)}
-    chosen = card[card["score"].isin(rank)].assign(rank=lambda rows: rows["score"].map(rank))
-    for row in chosen.sort_values(["rank", "run"]).to_dict("records"):
+    rank = {name: index for index, name in enumerate(scores)}
+    selected = card[card["score"].isin(rank)].assign(rank=lambda rows: rows["score"].map(rank))
+    for row in selected.sort_values(["rank", "run"]).to_dict("records"):
         chance = "" if pd.isna(row["chance"]) else f"{row['chance']:.3g}"
         cells = [
             str(row["score"]),
@@ -94,7 +104,7 @@ def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
             chance,
             str(row["count"]),
         ]
-        lines.append(table_row([*([] if has_one else [str(row["run"])]), *cells]))
+        lines.append(table_row([*([] if has_one_run else [str(row["run"])]), *cells]))
     return lines
 
 
@@ -105,8 +115,8 @@ def draw_card(path: Path) -> Path:
     from rudolph.reports.style import warned_drawing
 
     scores = read_card(path).assign(run="")
-    shown = scores[(scores["high"] <= 1) & (scores["low"] >= 0)]
+    selected = scores[(scores["high"] <= 1) & (scores["low"] >= 0)]
     target = path.with_suffix(".svg")
     with warned_drawing():
-        card(shown, target, y=list(shown["score"]), x="score", by="run")
+        card(selected, target, y=list(selected["score"]), x="score", group_column="run")
     return target

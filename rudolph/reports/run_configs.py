@@ -12,7 +12,7 @@ from typing import Any
 from rudolph.files.atomic import DamagedFileError, json_text, write_text
 from rudolph.files.settings import dump_yaml, read_yaml
 
-BASE, LINES = "config.yaml", "configs.jsonl"
+BASE_CONFIG, CONFIG_LINES = "config.yaml", "configs.jsonl"
 
 
 def write_configs(folder: Path, configs: Mapping[str, Path], digests: Mapping[str, str]) -> None:
@@ -31,8 +31,8 @@ def write_configs(folder: Path, configs: Mapping[str, Path], digests: Mapping[st
         changed, unset = difference(base, contents[name])
         line: dict[str, Any] = {"run": name, "digest": digests[name], "settings": changed}
         lines.append(json_text(line | ({"unset": unset} if unset else {})))
-    write_text(folder / BASE, dump_yaml(base))
-    write_text(folder / LINES, "\n".join(lines) + "\n")
+    write_text(folder / BASE_CONFIG, dump_yaml(base))
+    write_text(folder / CONFIG_LINES, "\n".join(lines) + "\n")
 
 
 def read_configs(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -41,14 +41,16 @@ def read_configs(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     Raises:
         DamagedFileError: if a line is not as ``write_configs`` writes it.
     """
-    base = read_yaml(folder / BASE)
-    for number, text in enumerate((folder / LINES).read_text("utf-8").splitlines(), start=1):
+    base = read_yaml(folder / BASE_CONFIG)
+    for number, text in enumerate(
+        (folder / CONFIG_LINES).read_text("utf-8").splitlines(), start=1
+    ):
         try:
             line = json.loads(text)
             name, digest, changed = line["run"], line["digest"], line["settings"]
             content = merged(base, changed, line.get("unset", []))
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedFileError(folder / LINES, f"line {number}: {error}") from error
+            raise DamagedFileError(folder / CONFIG_LINES, f"line {number}: {error}") from error
         yield name, digest, content
 
 
@@ -66,9 +68,9 @@ def difference(
         if key not in base:
             changed[key] = value
         elif isinstance(value, Mapping) and isinstance(base[key], Mapping):
-            inner, lacking = difference(base[key], value)
+            inner, missing = difference(base[key], value)
             changed |= {key: inner} if inner else {}
-            unset += [[key, *path] for path in lacking]
+            unset += [[key, *path] for path in missing]
         elif value != base[key] or type(value) is not type(base[key]):
             changed[key] = value
     return changed, unset

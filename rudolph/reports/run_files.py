@@ -13,13 +13,11 @@ from typing import Any
 from rudolph.files.atomic import DamagedFileError, naming_file, read_mapping, warn_once
 from rudolph.reports.report_cards import CARD
 from rudolph.reports.report_cards import CARD_COLUMNS as CARD_COLUMNS
-from rudolph.reports.timings import FILE as REPETITIONS
-from rudolph.reports.timings import FOLDER as SPEED
-from rudolph.reports.timings import REPETITION_COLUMNS
+from rudolph.reports.timings import REPETITION_COLUMNS, SPEED_FOLDER, TIMINGS_FILE
 from rudolph.tracking.event_log import JOURNAL, STATUSES, read_event_log, read_header
 
 SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
-AGAIN = "run its experiment again to mend it"
+RERUN_ADVICE = "run its experiment again to repair it"
 FINITE_NUMBER = (int, float)
 # The texts that ``json_number`` writes.
 NOT_FINITE = ("nan", "inf", "-inf")
@@ -43,14 +41,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise DamagedFileError(path, f"{name} is a {type(values).__name__}")
         if name in NUMERIC_COLUMNS:
-            content[name] = values = {key: _number(each) for key, each in values.items()}
+            content[name] = values = {key: _number(value) for key, value in values.items()}
             if None in values.values():
                 raise DamagedFileError(path, f"{name} must hold numbers")
-    for key, pair in content.get("intervals", {}).items():
-        ends = [_number(end) for end in pair] if isinstance(pair, list) else []
-        if len(ends) != 2 or None in ends:
+    for key, bounds in content.get("intervals", {}).items():
+        numbers = [_number(end) for end in bounds] if isinstance(bounds, list) else []
+        if len(numbers) != 2 or None in numbers:
             raise DamagedFileError(path, "intervals must hold pairs of numbers")
-        content["intervals"][key] = ends
+        content["intervals"][key] = numbers
     return content
 
 
@@ -77,7 +75,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return content
 
 
-def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | None:
+def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, Any] | None:
     """Return the summary of a finished run whose files are intact, else None.
 
     A damaged file is named in a warning.
@@ -105,7 +103,7 @@ def finished_summary(folder: Path, *, advice: str = AGAIN) -> dict[str, Any] | N
     return None
 
 
-def finished_runs(runs: Path, *, advice: str = AGAIN) -> list[tuple[Path, dict[str, Any]]]:
+def finished_runs(runs: Path, *, advice: str = RERUN_ADVICE) -> list[tuple[Path, dict[str, Any]]]:
     """Return folder and summary of each finished, intact run directly below a folder.
 
     Args:
@@ -113,8 +111,8 @@ def finished_runs(runs: Path, *, advice: str = AGAIN) -> list[tuple[Path, dict[s
         advice: end of a warning about a damaged file, see ``finished_summary``.
     """
     folders = sorted(path.parent for path in runs.glob(f"*/{SUMMARY}"))
-    found = [(folder, finished_summary(folder, advice=advice)) for folder in folders]
-    return [(folder, summary) for folder, summary in found if summary is not None]
+    summaries = [(folder, finished_summary(folder, advice=advice)) for folder in folders]
+    return [(folder, summary) for folder, summary in summaries if summary is not None]
 
 
 def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -133,11 +131,12 @@ def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
     if header["digest"] != summary["digest"]:
         raise DamagedFileError(folder / JOURNAL, "it belongs to another run")
     for _ in read_event_log(folder / JOURNAL):
-        """Reading a record checks it."""
+        # Reading a record checks it.
+        pass
     check_config(folder / CONFIG)
     check_table(folder / CARD, CARD_COLUMNS, numbers=("value", "low", "high", "count"))
     check_table(
-        folder / SPEED / REPETITIONS,
+        folder / SPEED_FOLDER / TIMINGS_FILE,
         REPETITION_COLUMNS,
         numbers=("seconds", "units", "peak_bytes"),
     )
@@ -181,7 +180,7 @@ def check_table(path: Path, columns: Collection[str], *, numbers: Collection[str
                 raise DamagedFileError(path, f"expected the columns {', '.join(columns)}")
             for row in rows:
                 if None in row or None in row.values():
-                    raise ValueError("another number of columns")
+                    raise ValueError("a row with another number of columns")
                 for name in numbers:
                     float(row[name])
     except DamagedFileError:

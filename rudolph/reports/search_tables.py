@@ -25,7 +25,7 @@ from rudolph.reports.markdown import table_row
 
 REGIONS = "regions.csv"
 # The variant of a search's trials, and the start of the variants that test a domain's region.
-TRIAL, REGION = "trial", "region_"
+TRIAL, REGION_PREFIX = "trial", "region_"
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,27 @@ class Search:
         """
         start = f"{self.domains[domain]}/"
         ends = ("_low", "_high", "_chance", "_target")
-        known = list(map(str, runs.dropna(axis=1, how="all").columns))
-        found = [name for name in known if name.startswith(start) and not name.endswith(ends)]
-        if len(found) != 1:
-            names = ", ".join(found) or "none"
-            raise ValueError(f"search.domains.{domain}: one split is asked for, got {names}")
-        return found[0]
+        columns = list(map(str, runs.dropna(axis=1, how="all").columns))
+        scores = [name for name in columns if name.startswith(start) and not name.endswith(ends)]
+        if len(scores) != 1:
+            names = ", ".join(scores) or "none"
+            raise ValueError(
+                f"search.domains.{domain}: expected the scores of one split, got {names}"
+            )
+        return scores[0]
 
 
 def find_domain_region(search: Search, domain: str, trials: pd.DataFrame) -> Region:
     """Return the region of a domain, from the trials of ``runs.csv``."""
     score = search.score(domain, trials)
-    known = trials.dropna(subset=[score])
-    points = known[list(search.space)].to_numpy(dtype=np.float64)
-    places = unit_coordinates(
+    scored = trials.dropna(subset=[score])
+    points = scored[list(search.space)].to_numpy(dtype=np.float64)
+    coordinates = unit_coordinates(
         search.space, [dict(zip(search.space, row, strict=True)) for row in points]
     )
-    widths = (known[f"{score}_high"] - known[f"{score}_low"]).to_numpy()
+    widths = (scored[f"{score}_high"] - scored[f"{score}_low"]).to_numpy()
     errors = widths / (2 * NORMAL_QUANTILE)
-    smoothed = smoothed_scores(places, known[score].to_numpy(), errors)
+    smoothed = smoothed_scores(coordinates, scored[score].to_numpy(), errors)
     return find_region(smoothed, len(search.space), tolerance=search.tolerance)
 
 
@@ -99,8 +101,8 @@ def write_regions(folder: Path, search: Search, runs: pd.DataFrame) -> None:
     trials = runs[is_trial(runs)]
     rows: list[dict[str, Any]] = []
     for domain in search.domains:
-        found = as_rows(search.space, find_domain_region(search, domain, trials))
-        rows += [{"domain": domain} | row for row in found]
+        region_rows = as_rows(search.space, find_domain_region(search, domain, trials))
+        rows += [{"domain": domain} | row for row in region_rows]
     write_text(folder / REGIONS, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
@@ -122,20 +124,20 @@ def search_lines(
     """
     regions = read_regions(folder)
     settings = list(search.space)
-    head = ["region of", *(f"`{name}`" for name in settings)]
-    head += ["best", "share of the space that is as good", "the box takes"]
+    head = ["region", *(f"`{name}`" for name in settings)]
+    head += ["best", "fraction of the space within tolerance", "volume of the box"]
     lines = [table_row(head), table_row(["---"] * len(head))]
     if set(regions["domain"]) != set(search.domains):
-        known = ", ".join(sorted(set(regions["domain"])))
-        raise ValueError(f"{REGIONS}: must have {', '.join(search.domains)}, got {known}")
+        found_domains = ", ".join(sorted(set(regions["domain"])))
+        raise ValueError(f"{REGIONS}: must have {', '.join(search.domains)}, got {found_domains}")
     for domain in search.domains:
-        own = regions[regions["domain"] == domain].set_index("setting")
-        ranges = [f"{own['low'][name]:g} to {own['high'][name]:g}" for name in settings]
-        first = own.iloc[0]
-        shares = [f"{first[name]:.1%}" for name in ("share", "volume")]
-        lines.append(table_row([domain, *ranges, f"{first['best']:.3g}", *shares]))
-    said = f"As good: within {search.tolerance:g} of the best; so are nearly all of a box."
-    return [*lines, "", said, "", *_tests_table(search, runs, same_pairs)]
+        rows = regions[regions["domain"] == domain].set_index("setting")
+        ranges = [f"{rows['low'][name]:g} to {rows['high'][name]:g}" for name in settings]
+        first = rows.iloc[0]
+        fractions = [f"{first[name]:.1%}" for name in ("share", "volume")]
+        lines.append(table_row([domain, *ranges, f"{first['best']:.3g}", *fractions]))
+    note = f"Tolerance: {search.tolerance:g} below the best. Nearly all of a box is within it."
+    return [*lines, "", note, "", *_tests_table(search, runs, same_pairs)]
 
 
 def _tests_table(
@@ -146,8 +148,8 @@ def _tests_table(
     Each cell is a mean over seeds with its 95 % interval.
     """
     tests = runs[~is_trial(runs)]
-    are_others = same_pairs is not None and not same_pairs
-    head = ["tested on pairs that no trial had" if are_others else "tested", *search.domains]
+    has_unseen_pairs = same_pairs is not None and not same_pairs
+    head = ["tested on unseen pairs" if has_unseen_pairs else "tested", *search.domains]
     lines = [table_row(head), table_row(["---"] * len(head))]
     for name, group in tests.groupby("variant", sort=True):
         cells = [str(name)]
@@ -159,5 +161,5 @@ def _tests_table(
     biased = sorted(set(same_pairs or ()) & set(tests["variant"].dropna()))
     if biased:
         named = ", ".join(f"`{name}`" for name in biased)
-        lines += ["", f"Trials had the same pairs as {named}, so this is no independent test."]
+        lines += ["", f"Trials used the same pairs as {named}, so the test is not independent."]
     return lines

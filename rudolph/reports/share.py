@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rudolph.files.atomic import DAMAGED, DamagedFileError, require_disjoint_paths, write_atomic
-from rudolph.reports.run_files import AGAIN, finished_runs
+from rudolph.reports.run_files import RERUN_ADVICE, finished_runs
 from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, pending_folders, read_header
 from rudolph.tracking.tracker import send_pending, send_results
 
@@ -23,7 +23,7 @@ RESULT_FILES = "results"
 WEIGHT_PATTERNS = "checkpoints"
 # Files that belong to the machine on which a run was executed.
 PARTIAL = ("*.new", "*.part", f"*{DAMAGED}*")
-LEFT = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
+NOT_COPIED = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
 
 
 def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> list[Path]:
@@ -41,33 +41,33 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
     Raises:
         ValueError: if no run has finished, or the target overlaps with what is copied.
     """
-    advice = f"it is left out; {AGAIN}"
+    advice = f"it is skipped; {RERUN_ADVICE}"
     finished = [folder for folder, _ in finished_runs(runs, advice=advice)]
     if not finished:
         raise ValueError(f"{runs}: no finished run to share")
     sources = {folder.name: folder for folder in finished}
     if results.is_dir():
         sources[RESULT_FILES] = results
-    folder = _place(target, finished[0] / JOURNAL)
+    folder = _target_folder(target, finished[0] / JOURNAL)
     for source in (runs, *sources.values()):
         require_disjoint_paths(folder, source, "--to")
-    left = LEFT if has_weights else (*LEFT, WEIGHT_PATTERNS)
-    with _exchanged(folder) as new:
+    not_copied = NOT_COPIED if has_weights else (*NOT_COPIED, WEIGHT_PATTERNS)
+    with _swapped_in(folder) as new:
         for name, source in sources.items():
-            ignored = () if name == RESULT_FILES else left
+            ignored = () if name == RESULT_FILES else not_copied
             shutil.copytree(source, new / name, ignore=shutil.ignore_patterns(*ignored))
             if not has_weights and name != RESULT_FILES:
                 _forget_weights(new / name / JOURNAL)
     return [folder / run.name for run in finished]
 
 
-def _place(target: Path, journal: Path) -> Path:
+def _target_folder(target: Path, journal: Path) -> Path:
     """Return the folder of an experiment below ``target``, named by one of its event logs."""
     name = read_header(journal)["experiment"]
-    parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute():
-        raise DamagedFileError(journal, f"no name of an experiment, {name[:40]!r}")
-    return target.joinpath(*parts)
+    path_parts = Path(name).parts
+    if not path_parts or ".." in path_parts or Path(name).is_absolute():
+        raise DamagedFileError(journal, f"expected the name of an experiment, got {name[:40]!r}")
+    return target.joinpath(*path_parts)
 
 
 def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
@@ -86,15 +86,15 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
         raise ValueError(f"{runs}: no run to share")
     waiting = send_pending(runs, uri).waiting
     if waiting:
-        raise ValueError(f"{uri}: {waiting} of {len(folders)} runs were not taken")
+        raise ValueError(f"{uri}: {waiting} of {len(folders)} runs were not accepted")
     header = read_header(folders[0] / JOURNAL)
     if results.is_dir() and not send_results(header["experiment"], results, uri):
-        raise ValueError(f"{uri}: {results} was not taken")
+        raise ValueError(f"{uri}: {results} was not accepted")
     return {folder.name: SendMarker(folder, uri).read()[0] for folder in folders}
 
 
 @contextmanager
-def _exchanged(folder: Path) -> Iterator[Path]:
+def _swapped_in(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose entries replace those in ``folder`` once all are complete.
 
     The replacement consists of renames only; if one fails, the previous entries are restored.
@@ -105,7 +105,7 @@ def _exchanged(folder: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     new.mkdir(parents=True)
     before.mkdir()
-    moved: list[str] = []
+    moved_names: list[str] = []
     try:
         yield new
         folder.mkdir(exist_ok=True)
@@ -113,9 +113,9 @@ def _exchanged(folder: Path) -> Iterator[Path]:
             if os.path.lexists(folder / name):
                 os.replace(folder / name, before / name)
             os.replace(new / name, folder / name)
-            moved.append(name)
+            moved_names.append(name)
     except BaseException:
-        for name in moved:
+        for name in moved_names:
             os.replace(folder / name, new / name)
         _restore(before, folder)
         raise

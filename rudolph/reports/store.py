@@ -41,7 +41,7 @@ from rudolph.reports.check import known_numbers, unverified_on_page
 from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
-    MOST_IMAGES,
+    MAX_PAGE_IMAGES,
     OVERHEAD,
     SECTIONS,
     UNANSWERED,
@@ -62,20 +62,20 @@ from rudolph.reports.report import (
     with_finding,
 )
 from rudolph.reports.report_cards import CARD, export_cards, read_card
-from rudolph.reports.run_configs import LINES, read_configs, write_configs
+from rudolph.reports.run_configs import CONFIG_LINES, read_configs, write_configs
 from rudolph.reports.run_files import (
-    AGAIN,
     CONFIG,
+    RERUN_ADVICE,
     finished_runs,
     finished_summary,
     read_environment,
 )
 from rudolph.reports.search_tables import read_regions, write_regions
 from rudolph.reports.timings import export_timings
-from rudolph.tracking.event_log import JOURNAL, exclusive, read_event_log
+from rudolph.tracking.event_log import JOURNAL, file_lock, read_event_log
 
-INDEX_HEAD = "# Results\n\nOne row an experiment; each folder has its answer, tables and figures."
-POINTS_OF_A_CURVE = 200
+INDEX_HEAD = "# Results\n\nOne row per experiment; each folder has its answer, tables and figures."
+POINTS_PER_CURVE = 200
 # Jobs of one array may finish together; seconds that one waits for another's export.
 EXPORT_TIMEOUT = 300
 _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
@@ -110,17 +110,17 @@ def export_results(
     require_disjoint_paths(folder, runs_folder / report.experiment, "results")
     # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
     with (
-        exclusive(runs_folder / "export.lock", EXPORT_TIMEOUT),
+        file_lock(runs_folder / "export.lock", EXPORT_TIMEOUT),
         tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch,
     ):
-        made, before = Path(scratch, "made"), Path(scratch, "before")
+        new, old = Path(scratch, "made"), Path(scratch, "before")
         if folder.exists():
-            shutil.copytree(folder, made)
-        _write_experiment(made, report, finished)
+            shutil.copytree(folder, new)
+        _write_experiment(new, report, finished)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
-            shutil.move(folder, before)
-        shutil.move(made, folder)
+            shutil.move(folder, old)
+        shutil.move(new, folder)
     return folder
 
 
@@ -130,22 +130,11 @@ def _write_experiment(
     for name in ("samples", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    before = _written_before(folder)
+    previous = _written_before(folder)
     write_text(folder / "runs.csv", _csv(_run_rows([summary for _, summary in finished])))
     write_text(folder / "curves.csv", _csv(_curve_rows(finished, report)))
     write_text(folder / "environment.json", _environments(finished))
-    # Images of the first run of each variant, as many as the page has room for.
-    samples: dict[str, Path] = {}
-    room = max(MOST_IMAGES - len(report.figures), 0)
-    shown: dict[str, str] = {}
-    for name, variant in sorted((str(each["run"]), str(each["variant"])) for _, each in finished):
-        shown.setdefault(variant, name)
-    for run_folder, summary in finished:
-        if summary["run"] in shown.values():
-            for sample in _last_samples(run_folder / "samples"):
-                samples[f"{summary['run']}-{sample.name}"] = sample
-    for name in sorted(samples, key=lambda name: sample_rank(Path(name).stem))[:room]:
-        shutil.copyfile(samples[name], folder / "samples" / name)
+    _copy_samples(folder, finished, max(MAX_PAGE_IMAGES - len(report.figures), 0))
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     write_configs(
         folder,
@@ -164,10 +153,28 @@ def _write_experiment(
     if report.search is not None:
         write_regions(folder, report.search, read_runs(folder))
     _draw(folder, folder / "figures")
-    if before is not None:
+    if previous is not None:
         digests = set(read_runs(folder)["digest"])
-        _keep_answer_apart(folder / "README.md", before, report, digests)
+        _keep_answer_apart(folder / "README.md", previous, report, digests)
     _write_page(folder)
+
+
+def _copy_samples(
+    folder: Path, finished: Sequence[tuple[Path, dict[str, Any]]], num_samples: int
+) -> None:
+    """Copy the last images of the first run of each variant, at most ``num_samples``."""
+    samples: dict[str, Path] = {}
+    first_runs: dict[str, str] = {}
+    for name, variant in sorted(
+        (str(summary["run"]), str(summary["variant"])) for _, summary in finished
+    ):
+        first_runs.setdefault(variant, name)
+    for run_folder, summary in finished:
+        if summary["run"] in first_runs.values():
+            for sample in _last_samples(run_folder / "samples"):
+                samples[f"{summary['run']}-{sample.name}"] = sample
+    for name in sorted(samples, key=lambda name: sample_rank(Path(name).stem))[:num_samples]:
+        shutil.copyfile(samples[name], folder / "samples" / name)
 
 
 def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
@@ -192,7 +199,7 @@ def _keep_answer_apart(
     is_other = old.question != report.question and not digests & old_digests
     if is_other and finding_of(readme):
         page = with_finding(page, f"{UNANSWERED}\n\n{section_of(page, 'Finding')}")
-        warn_once(f"{report.experiment}: its answer was written for another question; renew it")
+        warn_once(f"{report.experiment}: its answer was written for another question. Rewrite it")
     write_text(readme, page)
 
 
@@ -212,32 +219,36 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
         The paths of the figures.
     """
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
-    drawn = []
+    paths = []
     for folder in folders:
-        own = _draw(folder, folder / "figures")
+        new_paths = _draw(folder, folder / "figures")
         # A figure that the report no longer asks for would stay beside the others.
-        for path in set((folder / "figures").glob("*")) - set(own):
+        for path in set((folder / "figures").glob("*")) - set(new_paths):
             path.unlink()
-        drawn += own
+        paths += new_paths
         _write_page(folder)
     write_index(results_folder)
-    return drawn
+    return paths
 
 
 def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
     """Draw the same figures as PNG, for slides, in a folder per experiment below ``target``."""
     folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
-    places = {folder: target / folder.relative_to(results_folder) for folder in folders}
-    for place, folder in itertools.product(places.values(), folders):
-        require_disjoint_paths(place, folder, "--png")
-    return [path for folder, place in places.items() for path in _draw(folder, place, ".png")]
+    targets = {folder: target / folder.relative_to(results_folder) for folder in folders}
+    for target_folder, folder in itertools.product(targets.values(), folders):
+        require_disjoint_paths(target_folder, folder, "--png")
+    return [
+        path
+        for folder, target_folder in targets.items()
+        for path in _draw(folder, target_folder, ".png")
+    ]
 
 
 def write_index(results_folder: Path) -> Path:
     """Write the generated part of ``results/README.md``; handwritten text is kept."""
     path = results_folder / "README.md"
-    by_hand = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
-    write_text(path, fill(by_hand, {"index": index_page(results_folder)}))
+    text = path.read_text("utf-8") if path.exists() else INDEX_HEAD + "\n"
+    write_text(path, fill(text, {"index": index_page(results_folder)}))
     return path
 
 
@@ -256,15 +267,18 @@ def check_results_folder(
     problems = [line for folder in folders for line in _check(folder, digest)]
     if not problems:
         # Each page may name any experiment.
-        facts = cache(known_numbers)
+        known = cache(known_numbers)
         pages = [folder / "README.md" for folder in folders]
         for page in (*pages, results_folder.parent / "README.md"):
-            numbers = unverified_on_page(page, results_folder, facts) if page.is_file() else ()
-            problems += [f"{page}: {number}: no file that it names says so" for number in numbers]
+            numbers = unverified_on_page(page, results_folder, known) if page.is_file() else ()
+            problems += [
+                f"{page}: {number}: not found in any file that the page names"
+                for number in numbers
+            ]
         index = results_folder / "README.md"
         text = index.read_text("utf-8") if index.exists() else ""
         if fill(text, {"index": index_page(results_folder)}) != text:
-            problems.append(f"{index}: the index is not what the folders say; write it again")
+            problems.append(f"{index}: the index differs from the folders. Write it again")
     return problems
 
 
@@ -272,10 +286,10 @@ def _finished(
     folder: Path, runs: Collection[tuple[str, str]] | None
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Return folder and summary of each finished run; damaged runs are named in a warning."""
-    found = finished_runs(folder, advice=f"it is left out; {AGAIN}")
+    summaries = finished_runs(folder, advice=f"it is skipped; {RERUN_ADVICE}")
     return [
         (path, summary)
-        for path, summary in found
+        for path, summary in summaries
         if runs is None or (summary["run"], summary["digest"]) in runs
     ]
 
@@ -284,11 +298,11 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     grid = sorted({name for summary in summaries for name in summary.get("grid", {})})
     metrics = sorted({name for summary in summaries for name in summary["metrics"]})
     rows = [_run_row(summary) for summary in summaries]
-    given = {name for row in rows for name in row}
+    present = {name for row in rows for name in row}
     values = [f"{metric}{bound}" for metric in metrics for bound in ("", *_BOUND_ENDS)]
-    beside = [OVERHEAD] if OVERHEAD in given else []
-    header = [*FIXED[:2], *grid, *FIXED[2:-1], *beside, FIXED[-1]]
-    header += [name for name in values if name in given]
+    overhead = [OVERHEAD] if OVERHEAD in present else []
+    header = [*FIXED[:2], *grid, *FIXED[2:-1], *overhead, FIXED[-1]]
+    header += [name for name in values if name in present]
     yield header
     for row in sorted(rows, key=lambda row: str(row["run"])):
         yield [format_cell_value(row.get(name)) for name in header]
@@ -322,7 +336,9 @@ def _curve_rows(
     finished: Sequence[tuple[Path, Mapping[str, Any]]], report: Report
 ) -> Iterator[list[str]]:
     """Yield the curves of validation metrics and those that a figure shows."""
-    shown = {metric for figure in report.figures if figure.kind == "curves" for metric in figure.y}
+    drawn_metrics = {
+        metric for figure in report.figures if figure.kind == "curves" for metric in figure.y
+    }
     yield ["run", "metric", "step", "value"]
     for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
         points: dict[str, dict[int, float]] = {}
@@ -330,18 +346,20 @@ def _curve_rows(
             # A run that was continued repeats steps: the later value is the one that counted.
             for name, value in record.get("metrics", {}).items():
                 points.setdefault(name, {})[record["step"]] = value
-        kept = {name for name in points if name in shown or "/val/" in name}
+        kept = {name for name in points if name in drawn_metrics or "/val/" in name}
         for name, curve in sorted((name, points[name]) for name in kept):
             for step, value in _thinned(sorted(curve.items())):
                 yield [summary["run"], name, str(step), format_cell_value(value)]
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return at most ``POINTS_OF_A_CURVE`` even points, including the first and the last."""
-    last, most = len(points) - 1, POINTS_OF_A_CURVE - 1
-    if last <= most:
+    """Return at most ``POINTS_PER_CURVE`` even points, including the first and the last."""
+    last, last_index = len(points) - 1, POINTS_PER_CURVE - 1
+    if last <= last_index:
         return points
-    return [points[(number * last + most // 2) // most] for number in range(most + 1)]
+    return [
+        points[(number * last + last_index // 2) // last_index] for number in range(last_index + 1)
+    ]
 
 
 def _csv(rows: Iterator[list[str]]) -> str:
@@ -352,12 +370,14 @@ def _csv(rows: Iterator[list[str]]) -> str:
 
 def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """Return the JSON of each distinct environment, with the runs executed in it."""
-    runs_of: dict[str, list[str]] = {}
+    runs_of_environment: dict[str, list[str]] = {}
     for folder, summary in finished:
         environment = read_environment(folder)
         key = json.dumps(environment, sort_keys=True, ensure_ascii=False)
-        runs_of.setdefault(key, []).append(summary["run"])
-    entries = [{"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of.items()]
+        runs_of_environment.setdefault(key, []).append(summary["run"])
+    entries = [
+        {"runs": sorted(runs)} | json.loads(key) for key, runs in runs_of_environment.items()
+    ]
     entries.sort(key=lambda entry: str(entry["runs"]))
     return json_text(entries, indent=1) + "\n"
 
@@ -386,16 +406,18 @@ def _draw(folder: Path, target: Path, suffix: str = ".svg") -> list[Path]:
     from rudolph.reports.figures import FIGURES
     from rudolph.reports.style import warned_drawing
 
-    drawn = []
+    paths = []
     for figure in read_report(folder).figures:
         if figure.kind not in FIGURES:
-            raise ValueError(f"figure: no kind {figure.kind!r}; there are {', '.join(FIGURES)}")
+            raise ValueError(
+                f"figure: expected a kind of {', '.join(FIGURES)}, got {figure.kind!r}"
+            )
         frame = FRAMES.get(figure.kind, read_runs)(folder)
         path = (target / figure.file).with_suffix(suffix)
         with warned_drawing():
-            FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, by=figure.by)
-            drawn.append(path)
-    return drawn
+            FIGURES[figure.kind](frame, path, y=figure.y, x=figure.x, group_column=figure.by)
+            paths.append(path)
+    return paths
 
 
 def _check(folder: Path, digest: Callable[[Path, Mapping[str, Any]], str] | None) -> Iterator[str]:
@@ -410,7 +432,7 @@ def _check(folder: Path, digest: Callable[[Path, Mapping[str, Any]], str] | None
         yield from _check_figures(folder)
         page = (folder / "README.md").read_text("utf-8")
         if fill(page, experiment_parts(folder)) != page:
-            yield f"{folder}/README.md: the generated part is not what runs.csv says; export again"
+            yield f"{folder}/README.md: the generated part differs from runs.csv. Export again"
     except ValueError as error:
         yield f"{folder}: {error}"
     page = (folder / "README.md").read_text("utf-8")
@@ -436,24 +458,24 @@ def _check_runs(
         configs = {}
     names = set(runs["run"])
     for name in sorted(names ^ set(configs)):
-        place = "runs.csv" if name in configs else LINES
-        yield f"{folder}: run {name} is missing in {place}"
+        file_name = "runs.csv" if name in configs else CONFIG_LINES
+        yield f"{folder}: run {name} is missing in {file_name}"
     for name in sorted(set(pd.read_csv(folder / "curves.csv", dtype=str)["run"]) - names):
         yield f"{folder}/curves.csv: run {name} is missing in runs.csv"
     for row in runs.to_dict("records"):
         if row["dirty"] or row["commit"] == "unknown":
-            yield f"{folder}: run {row['run']} was made with code that its commit does not name"
+            yield f"{folder}: run {row['run']} used code that differs from its commit"
         content = configs.get(row["run"])
         if digest is None or content is None:
             continue
-        if digest(folder / LINES, content) != row["digest"]:
-            yield f"{folder / LINES}: the digest of {row['run']} is not the one in runs.csv"
+        if digest(folder / CONFIG_LINES, content) != row["digest"]:
+            yield f"{folder / CONFIG_LINES}: the digest of {row['run']} differs from runs.csv"
 
 
 def _check_figures(folder: Path) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as drawn:
-        expected = {path.name: path.read_bytes() for path in _draw(folder, Path(drawn))}
-    found = {path.name: path.read_bytes() for path in (folder / "figures").glob("*")}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            yield f"{folder}/figures/{name}: is not what the CSV files draw; redraw it"
+    with tempfile.TemporaryDirectory() as scratch:
+        expected = {path.name: path.read_bytes() for path in _draw(folder, Path(scratch))}
+    actual = {path.name: path.read_bytes() for path in (folder / "figures").glob("*")}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            yield f"{folder}/figures/{name}: differs from the CSV files. Redraw it"

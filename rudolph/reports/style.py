@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rudolph.sequence.texts import clean_text, shorten
 
 # Longer names are cut: a figure grows with its names, and renderers limit its size.
-LONGEST_NAME = 200
+MAX_NAME_CHARACTERS = 200
 
 STYLE = {
     "svg.hashsalt": "rudolph",
@@ -69,7 +69,7 @@ def protected_drawing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     except (ValueError, RuntimeError, OverflowError, MemoryError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = shorten(" ".join(reason.split()) or type(error).__name__, LONGEST_NAME)
+        reason = shorten(" ".join(reason.split()) or type(error).__name__, MAX_NAME_CHARACTERS)
         raise DrawingError(f"{path}: cannot be drawn ({reason})") from error
     finally:
         if new.is_file():
@@ -95,7 +95,7 @@ def drawable_text(text: str) -> str:
     >>> print(drawable_text("top_k $5$"))
     top_k \$5\$
     """
-    return shorten(clean_text(text), LONGEST_NAME).replace("$", r"\$")
+    return shorten(clean_text(text), MAX_NAME_CHARACTERS).replace("$", r"\$")
 
 
 def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -105,13 +105,13 @@ def panels_of(number: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, number, squeeze=False).ravel())
 
 
-def line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) -> None:
+def draw_line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) -> None:
     """Draw the mean of ``values`` (runs, points) over ``x``, with a band from min to max."""
     palette = seaborn.color_palette("colorblind")
     colour, marker = palette[number % len(palette)], MARKERS[number % len(MARKERS)]
     mean, num_runs = np.nanmean(values, axis=0), len(values)
     # Markers of different series start at different points, so that none hides another.
-    every = max(1, len(x) // 8)
+    marker_step = max(1, len(x) // 8)
     axes.plot(
         x,
         mean,
@@ -119,16 +119,16 @@ def line(axes: Axes, x: Any, values: NDArray[Any], *, name: str, number: int) ->
         linestyle=LINES[number % len(LINES)],
         marker=marker,
         markersize=4,
-        markevery=(number * every // 3 % every, every),
+        markevery=(number * marker_step // 3 % marker_step, marker_step),
         linewidth=1.5,
         label=name if num_runs == 1 else f"{name} ({num_runs} runs)",
     )
     if num_runs > 1:
-        least, greatest = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        axes.fill_between(x, least, greatest, color=colour, alpha=0.18, linewidth=0)
+        minimum, maximum = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        axes.fill_between(x, minimum, maximum, color=colour, alpha=0.18, linewidth=0)
 
 
-def interval(
+def draw_interval(
     axes: Axes, record: Mapping[Any, Any], metric: str, *, row: int, height: float
 ) -> None:
     """Draw a value and its interval at ``height``, and its chance level and target at ``row``."""
@@ -140,7 +140,7 @@ def interval(
     axes.plot([low, value, high], [height] * 3, markevery=[1], **INTERVAL_STYLE)
 
 
-def finish(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> None:
+def save_with_legend(figure: Figure, panels: list[Axes], path: Path, *, title: str) -> None:
     """Add a legend below the panels and save the figure."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, title=title)

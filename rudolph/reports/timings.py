@@ -24,15 +24,16 @@ import pandas as pd
 from rudolph.files.atomic import write_text
 from rudolph.reports.markdown import table_row
 
-FOLDER, FILE, PROFILES = "speed", "repetitions.csv", "profiles"
+SPEED_FOLDER, TIMINGS_FILE, PROFILES = "speed", "repetitions.csv", "profiles"
 PROFILE_COLUMNS = ("part", "operation", "calls", "milliseconds", "share")
 PROFILE_END = ".profile.csv"
 OPERATIONS_SHOWN = 12
-SHARE = "share of the limit"
-SHARE_MEANS = (
-    "Share of the limit: what was done a second of what the rows of `limit` could, that is the "
-    "bytes that a token must read of `limit/read`, or the products that a unit needs of the "
-    "fastest product."
+ROOFLINE_FRACTION = "fraction of the roofline"
+ROOFLINE_NOTE = (
+    "Fraction of the roofline: the achieved rate divided by that of the `roofline` rows. It "
+    "counts "
+    "the bytes that a token must read against `roofline/read`, or the operations per unit against "
+    "the fastest matrix product."
 )
 
 
@@ -72,10 +73,10 @@ def implementation_name(implementation: str, part: str) -> str:
     return f"{implementation}/{part}" if part else implementation
 
 
-def write_timings(run_folder: Path, num_repetitions: Sequence[Timing]) -> Path:
+def write_timings(run_folder: Path, timings: Sequence[Timing]) -> Path:
     """Write the repetitions of one run as CSV and return the path."""
-    path = run_folder / FOLDER / FILE
-    rows = [list(asdict(repetition).values()) for repetition in num_repetitions]
+    path = run_folder / SPEED_FOLDER / TIMINGS_FILE
+    rows = [list(asdict(timing).values()) for timing in timings]
     return _write(path, REPETITION_COLUMNS, rows)
 
 
@@ -87,7 +88,7 @@ def write_profile(
     Rows are in the order of ``PROFILE_COLUMNS``, longest first.  Operations below 0.01 % of the
     time are left out.
     """
-    path = run_folder / FOLDER / f"{implementation}{PROFILE_END}"
+    path = run_folder / SPEED_FOLDER / f"{implementation}{PROFILE_END}"
     kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
     return _write(path, PROFILE_COLUMNS, kept)
 
@@ -101,33 +102,35 @@ def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 def export_timings(run_folders: dict[str, Path], folder: Path) -> None:
     """Copy the repetitions and profiles of runs, by run name, to their experiment's folder."""
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / TIMINGS_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / PROFILES, ignore_errors=True)
     tables = []
     for run, run_folder in sorted(run_folders.items()):
-        if not (run_folder / FOLDER / FILE).is_file():
+        if not (run_folder / SPEED_FOLDER / TIMINGS_FILE).is_file():
             continue
-        table = pd.read_csv(run_folder / FOLDER / FILE, dtype=str, keep_default_na=False)
+        table = pd.read_csv(
+            run_folder / SPEED_FOLDER / TIMINGS_FILE, dtype=str, keep_default_na=False
+        )
         table.insert(0, "run", run)
         tables.append(table)
-        for path in sorted((run_folder / FOLDER).glob(f"*{PROFILE_END}")):
+        for path in sorted((run_folder / SPEED_FOLDER).glob(f"*{PROFILE_END}")):
             name = f"{run}-{path.name.removesuffix(PROFILE_END)}.csv"
             (folder / PROFILES).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / PROFILES / name)
     if tables:
-        whole = pd.concat(tables).to_csv(index=False, lineterminator="\n")
-        write_text(folder / FILE, whole)
+        text = pd.concat(tables).to_csv(index=False, lineterminator="\n")
+        write_text(folder / TIMINGS_FILE, text)
 
 
 def is_speed(folder: Path) -> bool:
     """Return whether an experiment's folder holds repetitions."""
-    return (folder / FILE).is_file()
+    return (folder / TIMINGS_FILE).is_file()
 
 
 def read_timings(folder: Path) -> pd.DataFrame:
     """Read the ``repetitions.csv`` of an experiment."""
     texts = dict.fromkeys(("run", "implementation", "part", "unit"), str)
-    return pd.read_csv(folder / FILE, dtype=texts, keep_default_na=False)
+    return pd.read_csv(folder / TIMINGS_FILE, dtype=texts, keep_default_na=False)
 
 
 def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Iterator[str]:
@@ -138,14 +141,16 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
         runs: the table ``runs.csv``.
         rows: columns of ``runs.csv`` that distinguish the runs.
     """
-    num_repetitions = read_timings(folder)
+    timings = read_timings(folder)
     rows = [row for row in rows if row != "run"] or ["run"]
-    head = [*rows, "implementation", "time of a unit [least, most]", "units a second"]
-    head += ["times the reference [95 %]", SHARE, "peak MiB", "weights MiB", "cache MiB"]
+    head = [*rows, "implementation", "time per unit [min, max]", "units/s"]
+    head += ["speedup [95 % CI]", ROOFLINE_FRACTION, "peak MiB", "weights MiB", "cache MiB"]
     lines: list[list[str]] = []
     for record in runs.to_dict("records"):
-        own = num_repetitions[num_repetitions["run"] == record["run"]]
-        for (implementation, part), group in own.groupby(["implementation", "part"], sort=False):
+        run_timings = timings[timings["run"] == record["run"]]
+        for (implementation, part), group in run_timings.groupby(
+            ["implementation", "part"], sort=False
+        ):
             name = implementation_name(implementation, part)
             cells = ["" if pd.isna(record[row]) else str(record[row]) for row in rows]
             cells += [name, *_times(group), *_ratios(record, name)]
@@ -154,14 +159,14 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
                 record.get(f"{implementation}/{size}_bytes") for size in ("weights", "cache")
             ]
             lines.append([*cells, *map(mebibytes_text, sizes)])
-    shown = [column for column in range(len(head)) if any(line[column] for line in lines)]
+    shown_columns = [column for column in range(len(head)) if any(line[column] for line in lines)]
     for cells in (head, ["---"] * len(head), *lines):
-        yield table_row([cells[column] for column in shown])
+        yield table_row([cells[column] for column in shown_columns])
     yield ""
-    yield f"{num_repetitions['repetition'].max() + 1} repetitions in turn; the mean is geometric."
+    yield f"{timings['repetition'].max() + 1} interleaved repetitions; means are geometric."
     yield from _machines(folder)
-    if head.index(SHARE) in shown:
-        yield SHARE_MEANS
+    if head.index(ROOFLINE_FRACTION) in shown_columns:
+        yield ROOFLINE_NOTE
     for path in sorted((folder / PROFILES).glob("*.csv")):
         yield from _profile(path)
 
@@ -185,25 +190,24 @@ def _machines(folder: Path) -> Iterator[str]:
 def _times(group: pd.DataFrame) -> list[str]:
     times, unit = group["seconds"] / group["units"], group["unit"].iloc[0]
     mean = float(np.exp(np.log(times).mean()))
-    article = "an" if unit[0] in "aeiou" else "a"
-    shown, least, most = (seconds_text(t) for t in (mean, times.min(), times.max()))
-    return [f"{shown} [{least}, {most}] {article} {unit}", rate_text(1 / mean, unit)]
+    mean_text, min_text, max_text = (seconds_text(t) for t in (mean, times.min(), times.max()))
+    return [f"{mean_text} [{min_text}, {max_text}] per {unit}", rate_text(1 / mean, unit)]
 
 
 def _ratios(record: Mapping[Hashable, Any], name: str) -> list[str]:
     names = ("speedup", "speedup_low", "speedup_high", "roofline_fraction")
-    ratio, low, high, share = (record.get(f"{name}/{each}") for each in names)
+    ratio, low, high, fraction = (record.get(f"{name}/{suffix}") for suffix in names)
     return [
         "" if pd.isna(ratio) else f"{ratio:.3g} [{low:.3g}, {high:.3g}]",
-        "" if pd.isna(share) else f"{share:.1%}",
+        "" if pd.isna(fraction) else f"{fraction:.1%}",
     ]
 
 
 def _profile(path: Path) -> Iterator[str]:
     table = pd.read_csv(path, dtype={"part": str}, keep_default_na=False)
     for part, group in table.groupby("part", sort=False):
-        head = ["operation", "calls", "ms", "share"]
-        yield from ("", f"Where the time of `{path.stem}` goes, {part}:", "")
+        head = ["operation", "calls", "ms", "fraction"]
+        yield from ("", f"Profile of `{path.stem}`, {part}:", "")
         yield from (table_row(head), table_row(["---"] * len(head)))
         for row in group.head(OPERATIONS_SHOWN).itertuples():
             name = operation_text(str(row.operation))

@@ -57,7 +57,7 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         check = partial(compare_outputs, said=said, folder=folder, differences=differences)
         contest = compare_memory if case.speed.workload == "memory" else compare_implementations
         with execution.stage(case.speed.workload or "") as advance:
-            found = contest(case, folder, told=advance, check=check)
+            found = contest(case, folder, report_progress=advance, check=check)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     execution.versions |= found.versions
@@ -71,7 +71,7 @@ def measurable(case: BenchmarkCase) -> BenchmarkCase:
     Raises:
         ValueError: when no implementation is left.
     """
-    kept = case.speed.measurable
+    kept = case.speed.measurable_implementations
     left_out = [name for name in case.speed.implementations if name not in kept]
     if not left_out:
         return case
@@ -113,7 +113,7 @@ def compare_outputs(
         ValueError: when they differ by more than ``LARGEST_DIFFERENCE``.
     """
     path = folder / f"{worker.name}-said.safetensors"
-    worker.ask({"do": "check", "path": str(path.resolve())})
+    worker.request({"do": "check", "path": str(path.resolve())})
     theirs = load_file(path)
     for name, ours in said.items():
         difference = (theirs[name] - ours).abs().max().item()
@@ -127,7 +127,7 @@ def compare_outputs(
 
 def record_timings(execution: Execution, found: ComparisonResult) -> None:
     """Repetitions and profiles into the run's folder and to where it is tracked."""
-    paths = [write_timings(execution.folder, found.num_repetitions)]
+    paths = [write_timings(execution.folder, found.timings)]
     paths += [write_profile(execution.folder, name, rows) for name, rows in found.profiles.items()]
     for path in paths:
         execution.tracker.log_artifact(path, "speed")

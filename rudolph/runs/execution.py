@@ -22,7 +22,7 @@ from rudolph.files.settings import did_you_mean, short_repr
 from rudolph.models.layers.native_types import native_types
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.weights import weights_error
-from rudolph.reports.run_files import AGAIN, finished_summary
+from rudolph.reports.run_files import RERUN_ADVICE, finished_summary
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
 
 ProgressCallback = Callable[[str, int, int, str], None]
@@ -291,7 +291,7 @@ def is_finished(folder: Path) -> bool:
     for path in sorted((folder / "checkpoints").rglob("*.safetensors")):
         fault = weights_error(path)
         if fault:
-            warn_once(f"{path}: damaged ({fault}); the run counts as unfinished, {AGAIN}")
+            warn_once(f"{path}: damaged ({fault}); the run counts as unfinished, {RERUN_ADVICE}")
             return False
     return True
 

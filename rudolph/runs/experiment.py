@@ -34,7 +34,7 @@ from rudolph.runs.execution import (
 )
 from rudolph.runs.stages.run import run_stages
 from rudolph.runs.stages.shared import TAKEN
-from rudolph.tracking.event_log import exclusive
+from rudolph.tracking.event_log import file_lock
 from rudolph.tracking.tracker import Tracker, git_state
 from rudolph.training.callbacks import NonFiniteLossError
 
@@ -61,7 +61,7 @@ def execute(
     if not is_main_process():
         work_of(run)(Execution(run, folder, folders, hardware, NullRecorder(), progress))
         return _summary(experiment, run)
-    with exclusive(folder / "running.lock", 0) as is_alone:
+    with file_lock(folder / "running.lock", 0) as is_alone:
         if not is_alone:
             raise ValueError(f"{folder}: another process executes this run")
         return _execute_alone(

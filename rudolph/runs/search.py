@@ -14,7 +14,7 @@ import pandas as pd
 from rudolph.config.experiment_file import Experiment, Run
 from rudolph.config.run import RunConfig, resolve_run
 from rudolph.evaluation.regions import Axis, low_discrepancy_points, points_within, settings_at
-from rudolph.reports.search_tables import REGION, TRIAL, Search, find_domain_region
+from rudolph.reports.search_tables import REGION_PREFIX, TRIAL, Search, find_domain_region
 
 # Optuna has no seed of its own for each proposal.
 SEEDS_APART = 1000
@@ -56,7 +56,9 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
         if row is not None:
             rows.append(row)
     yield [
-        _run(experiment, f"{REGION}{domain}", "", settings_at(search.space, place), seed, {})
+        _run(
+            experiment, f"{REGION_PREFIX}{domain}", "", settings_at(search.space, place), seed, {}
+        )
         for domain in domains
         for place, seed in zip(
             points_within(
@@ -92,7 +94,7 @@ def groups_sharing_pairs(experiment: Experiment) -> tuple[str, ...]:
     least = {name: axis.low for name, axis in search.space.items()}
     trial = resolve_run(experiment.path, {**experiment.settings, **search.settings, **least})
     tested = resolve_run(experiment.path, {**experiment.settings, **least})
-    groups = {f"{REGION}{domain}": tested for domain in search.domains}
+    groups = {f"{REGION_PREFIX}{domain}": tested for domain in search.domains}
     groups |= {run.variant: run.config for run in experiment.runs if run.variant}
     return tuple(name for name, config in groups.items() if _may_share_pairs(config, trial))
 

@@ -15,7 +15,7 @@ def local_run(run_id: str, runs: Path) -> Path | None:
         try:
             marks = read_markers(path)
         except (DamagedFileError, OSError) as error:
-            warn_once(f"{path}: left out ({error})")
+            warn_once(f"{path}: skipped ({error})")
             continue
         if any(mark["run_id"] == run_id for mark in marks.values()):
             return path.parent
@@ -37,12 +37,14 @@ def fetch_run(run_id: str, uri: str, folder: Path) -> Path:
     # The configuration is fetched last, so that a folder that holds it is complete.
     for name in reversed(NEEDED):
         try:
-            fetched = download_artifacts(
+            downloaded = download_artifacts(
                 run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=uri
             )
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"MLflow run {run_id}: {name} cannot be had ({reason})") from error
-        if Path(fetched) != folder / name:
-            os.replace(fetched, folder / name)
+            raise ValueError(
+                f"MLflow run {run_id}: {name} cannot be downloaded ({reason})"
+            ) from error
+        if Path(downloaded) != folder / name:
+            os.replace(downloaded, folder / name)
     return folder

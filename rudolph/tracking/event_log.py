@@ -84,7 +84,7 @@ def read_event_log(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str,
             try:
                 record = parse_record(line)
             except (ValueError, TypeError, RecursionError) as error:
-                reason = f"no record at byte {offset}: {_words(error)}"
+                reason = f"expected a record at byte {offset}, got {_one_line(error)}"
                 raise DamagedFileError(path, reason) from error
             offset += len(line)
             yield offset, record
@@ -139,14 +139,14 @@ def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, 
     """
     group: list[dict[str, Any]] = []
     weight, end = 0, offset
-    for after, record in read_event_log(path, offset):
+    for next_offset, record in read_event_log(path, offset):
         is_value = record["kind"] in VALUE_KINDS
         if group and (not is_value or weight >= VALUES_IN_BATCH):
             yield end, group
             group, weight = [], 0
         group.append(record)
         weight += len(record["metrics"]) if record["kind"] == "metrics" else VALUES_IN_BATCH
-        end = after
+        end = next_offset
     if group:
         yield end, group
 
@@ -171,27 +171,27 @@ class EventLog:
         self._lock = threading.Lock()
         key = f"{digest}-{uuid.uuid4().hex}"
         header = {"experiment": experiment, "run": run, "digest": digest, "key": key}
-        written = self.path.read_bytes() if self.path.exists() else b""
-        complete = written[: written.rfind(b"\n") + 1]
-        kept = _readable_lines(complete)
-        has_header = bool(kept) and parse_record(kept[0])["kind"] == "run"
-        self.is_continued = has_header and b"".join(kept) == complete
-        if complete and not self.is_continued:
-            repair_event_log(self.path, kept, header=_line("run", header))
+        content = self.path.read_bytes() if self.path.exists() else b""
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        readable_lines = _readable_lines(complete_lines)
+        has_header = bool(readable_lines) and parse_record(readable_lines[0])["kind"] == "run"
+        self.is_continued = has_header and b"".join(readable_lines) == complete_lines
+        if complete_lines and not self.is_continued:
+            repair_event_log(self.path, readable_lines, header=_line("run", header))
         # Unbuffered: one record is one write, which survives a crash of the process.
         with naming_file(self.path):
             self._file = self.path.open("ab", buffering=0)
             if self.is_continued:
-                self._file.truncate(len(complete))
-            elif not complete:
+                self._file.truncate(len(complete_lines))
+            elif not complete_lines:
                 self._file.truncate(0)
                 self.append("run", **header)
-        found = read_header(self.path)["digest"]
-        if found != digest:
+        logged_digest = read_header(self.path)["digest"]
+        if logged_digest != digest:
             self._file.close()
             raise ValueError(
-                f"{self.path}: belongs to digest {found}, got {digest}; "
-                "a folder holds one configuration, so move the file away to start a new journal"
+                f"{self.path}: expected the event log of digest {digest}, got {logged_digest}. "
+                "Move the file away to start a new log"
             )
 
     def append(self, kind: str, **fields: object) -> None:
@@ -282,19 +282,19 @@ def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
                 read_header(path)
                 folders.append(path.parent)
         except (DamagedFileError, OSError) as error:
-            warn_once(f"{error}; the run is left out, run its experiment again to mend it")
+            warn_once(f"{error}; the run is skipped, run its experiment again to repair it")
     return [f for f in folders if server is None or SendMarker(f, server).is_pending()]
 
 
 def repair_event_log(path: Path, kept: list[bytes], *, header: bytes) -> None:
     """Rewrite an event log from its readable lines; the damaged file is set aside."""
-    aside = rename_damaged(path)
+    renamed = rename_damaged(path)
     if not kept or parse_record(kept[0])["kind"] != "run":
         kept = [header, *kept]
     write_atomic(path, lambda new: new.write_bytes(b"".join(kept)))
     # Offsets into the old file are invalid in the new one.
     (path.parent / SENT).unlink(missing_ok=True)
-    warn_once(f"{path}: damaged, renamed {aside.name}; its {len(kept)} whole records are kept")
+    warn_once(f"{path}: damaged, renamed {renamed.name}; its {len(kept)} whole records are kept")
 
 
 def _readable_lines(content: bytes) -> list[bytes]:
@@ -314,7 +314,7 @@ def _line(kind: str, fields: Mapping[str, object]) -> bytes:
     return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _words(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:80] or type(error).__name__
 
 
@@ -324,7 +324,7 @@ def without_user(uri: str) -> str:
 
 
 @contextmanager
-def exclusive(path: Path, seconds: float) -> Iterator[bool]:
+def file_lock(path: Path, seconds: float) -> Iterator[bool]:
     """Hold a lock that a dying process releases; yield whether it was acquired within ``seconds``.
 
     The lock is that of SQLite, the only file lock of the standard library that works on every
@@ -338,7 +338,8 @@ def exclusive(path: Path, seconds: float) -> Iterator[bool]:
     if path.is_file() and not _is_lock(path):
         path.unlink()
     with naming_file(path), path.open("ab"):
-        """Tell a folder, or a place that cannot be written, by its own error."""
+        # Raise the error of a folder, or of a path that is not writable.
+        pass
     with closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as lock:
         is_held = True
         try:

@@ -43,12 +43,12 @@ def prepare_database(database: Path) -> None:
     else:
         return
     if database.exists() and database.stat().st_size:
-        aside = rename_damaged(database)
+        renamed = rename_damaged(database)
         for end in COMPANIONS:
             companion = database.with_name(f"{database.name}{end}")
             if companion.exists():
-                os.replace(companion, aside.with_name(f"{aside.name}{end}"))
-        warn_once(f"{database}: was left half-made and holds no run; renamed {aside.name}")
+                os.replace(companion, renamed.with_name(f"{renamed.name}{end}"))
+        warn_once(f"{database}: was incomplete and had no runs; renamed {renamed.name}")
     create_database(database)
 
 
@@ -64,8 +64,8 @@ def holds_nothing(database: Path) -> bool:
     advice = "move it away, then `rudolph sync --again` sends all runs to a new one"
     try:
         with closing(sqlite3.connect(database, timeout=10.0)) as connection:
-            found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            names = sorted({name for (name,) in found} - set(BOOKKEEPING))
+            tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            names = sorted({name for (name,) in tables} - set(BOOKKEEPING))
             return not any(
                 connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in names
             )
@@ -87,8 +87,8 @@ def create_database(database: Path) -> None:
     new = database.with_name(f"{database.name}.new")
     database.parent.mkdir(parents=True, exist_ok=True)
     paths = [new.with_name(f"{new.name}{end}") for end in ("", *COMPANIONS)]
-    for leftover in paths:
-        leftover.unlink(missing_ok=True)
+    for path in paths:
+        path.unlink(missing_ok=True)
     try:
         artifacts = database.with_name("mlartifacts").as_uri()
         with _migrating:
@@ -98,8 +98,8 @@ def create_database(database: Path) -> None:
             os.fsync(file.fileno())
         os.replace(new, database)
     finally:
-        for leftover in paths:
-            leftover.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def _age(database: Path) -> float:

@@ -21,7 +21,7 @@ from rudolph.tracking.event_log import (
     JOURNAL,
     VALUE_KINDS,
     SendMarker,
-    exclusive,
+    file_lock,
     read_batches,
     read_header,
     without_user,
@@ -40,7 +40,7 @@ PARENT_KEY = "parent"
 # takes 6 bytes.
 BATCH_WEIGHT, METRIC_WEIGHT, TEXT_WEIGHT = 1000, 1, 10
 BATCH_CHARACTERS = 100_000
-LONGEST_VALUE = 6000
+MAX_VALUE_CHARACTERS = 6000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the event log is the retry
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -84,7 +84,7 @@ class MLflowStore:
         for name, value in MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._database = _sqlite_file(uri)
-        with _away():
+        with _as_os_error():
             from mlflow import MlflowClient
 
             logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -92,9 +92,9 @@ class MLflowStore:
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             # The first client creates the tables, and MLflow does not stop two from doing so.
             lock = self._database and self._database.with_name(f"{self._database.name}.lock")
-            with exclusive(lock, 60.0) if lock else nullcontext(True) as is_held:
+            with file_lock(lock, 60.0) if lock else nullcontext(True) as is_held:
                 if not is_held:
-                    raise SlowStoreError("another process makes its tables")
+                    raise SlowStoreError("another process is creating its tables")
                 if self._database:
                     prepare_database(self._database)
                 self._client = MlflowClient(tracking_uri=uri)
@@ -113,24 +113,24 @@ class MLflowStore:
             OSError: if the server cannot be used now; ``SlowStoreError`` if it is slow.
             DamagedFileError: at a record that cannot be read; those before it are sent.
         """
-        mark = SendMarker(folder, self.uri)
-        if not (again or mark.is_pending()):
+        marker = SendMarker(folder, self.uri)
+        if not (again or marker.is_pending()):
             return SendProgress()
-        with exclusive(folder / "journal.lock", 0.5) as is_held, _away():
+        with file_lock(folder / "journal.lock", 0.5) as is_held, _as_os_error():
             if not is_held:
                 return SendProgress()
-            known_id, offset = mark.read()
+            known_id, offset = marker.read()
             run_id = self._run_ids.get(folder) or self._open_run(folder, known_id)
             self._run_ids[folder] = run_id
             start = offset if run_id == known_id and not again else 0
-            sent = rejected = 0
+            num_sent = num_rejected = 0
             for end, records in read_batches(folder / JOURNAL, start):
-                rejected += len(self._log(run_id, records, folder))
-                mark.write(run_id, end)
-                sent += len(records)
+                num_rejected += len(self._log(run_id, records, folder))
+                marker.write(run_id, end)
+                num_sent += len(records)
                 if on_progress is not None:
                     on_progress()
-        return SendProgress(runs=1, records=sent, rejected=rejected)
+        return SendProgress(runs=1, records=num_sent, rejected=num_rejected)
 
     def _open_run(self, folder: Path, known_id: str) -> str:
         """Return the id of an event log's MLflow run.
@@ -141,15 +141,15 @@ class MLflowStore:
 
         header = read_header(folder / JOURNAL)
         experiment_id = self._experiment_id(header["experiment"])
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [experiment_id], f"tags.`{RUN_KEY}` = '{header['key']}'", ViewType.ALL
         )
-        if not found:
+        if not runs:
             parent = self.parent(header["experiment"])
             tags = {RUN_KEY: header["key"], "rudolph.digest": header["digest"], PARENT: parent}
             start, name = header["time"], header["run"]
             return str(self._client.create_run(experiment_id, start, tags, name).info.run_id)
-        run = next((run for run in found if run.info.run_id == known_id), found[0])
+        run = next((run for run in runs if run.info.run_id == known_id), runs[0])
         if run.info.lifecycle_stage == "deleted":
             self._client.restore_run(run.info.run_id)
         return str(run.info.run_id)
@@ -157,53 +157,57 @@ class MLflowStore:
     def parent(self, experiment: str) -> str:
         """Return the id of an experiment's parent run, which is created if missing."""
         if experiment not in self._parents:
-            found = self._parents_of(experiment)
-            if not found:
+            parent_ids = self._parents_of(experiment)
+            if not parent_ids:
                 tags = {RUN_KEY: PARENT_KEY}
-                made = self._client.create_run(
+                created = self._client.create_run(
                     self._experiment_id(experiment), tags=tags, run_name=experiment
                 )
-                self._client.set_terminated(made.info.run_id)
+                self._client.set_terminated(created.info.run_id)
                 # Another process may have created one meanwhile; both then keep the same one.
-                found = self._parents_of(experiment)
-                if made.info.run_id != found[0]:
-                    self._client.delete_run(made.info.run_id)
-            self._parents[experiment] = found[0]
+                parent_ids = self._parents_of(experiment)
+                if created.info.run_id != parent_ids[0]:
+                    self._client.delete_run(created.info.run_id)
+            self._parents[experiment] = parent_ids[0]
         return self._parents[experiment]
 
     def _parents_of(self, experiment: str) -> list[str]:
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [self._experiment_id(experiment)], f"tags.`{RUN_KEY}` = '{PARENT_KEY}'"
         )
-        ordered = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+        ordered = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
         return [str(run.info.run_id) for run in ordered]
 
     def send_results(self, experiment: str, folder: Path) -> None:
         """Store an experiment's exported results as artifacts of its parent run."""
-        with _away():
+        with _as_os_error():
             self._client.log_artifacts(self.parent(experiment), str(folder), "results")
 
     def _log(self, run_id: str, records: list[dict[str, Any]], folder: Path) -> list[str]:
         """Send the records of one batch; return a message per value that MLflow refuses."""
-        record, kind, refused = records[0], records[0]["kind"], []
+        record, kind, rejected = records[0], records[0]["kind"], []
         if kind == "artifact":
             path = folder / record["path"]
             if path.is_file():
                 self._client.log_artifact(run_id, str(path), record["folder"] or None)
             else:
-                refused = [f"{record['path']}: the file is gone"]
+                rejected = [f"{record['path']}: the file is missing"]
         elif kind in VALUE_KINDS:
             values = [value for record in records for value in _values(record)]
-            refused = [line for part in _parts(values) for line in self._log_values(run_id, part)]
+            rejected = [
+                line
+                for batch in _request_batches(values)
+                for line in self._log_values(run_id, batch)
+            ]
         elif kind == "status" and record["status"] == "running":
             self._client.update_run(run_id, "RUNNING")
         elif kind == "status":
             self._client.set_terminated(run_id, record["status"].upper(), record["time"])
-        if refused:
-            note = f"{len(refused)} refused: {refused[0]}"
+        if rejected:
+            note = f"{len(rejected)} rejected: {rejected[0]}"
             _logger.warning("%s: %s", folder.name, note)
-            self._client.set_tag(run_id, REJECTED, note[:LONGEST_VALUE])
-        return refused
+            self._client.set_tag(run_id, REJECTED, note[:MAX_VALUE_CHARACTERS])
+        return rejected
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -249,7 +253,7 @@ class MLflowStore:
 
 
 @contextmanager
-def _away() -> Iterator[None]:
+def _as_os_error() -> Iterator[None]:
     """Turn every failure of MLflow and its database into an ``OSError``."""
     try:
         from mlflow.exceptions import MlflowException
@@ -257,22 +261,22 @@ def _away() -> Iterator[None]:
     except ImportError as error:
         raise ConnectionError(f"MLflow cannot be imported: {_one_line(error)}") from error
     # A damaged database may hold invalid UTF-8.
-    kinds = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, UnicodeError)
+    error_types = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, UnicodeError)
     try:
         yield
     except (SlowStoreError, DamagedFileError):
         raise
-    except kinds as error:
-        kind = SlowStoreError if SLOW.search(str(error)) else ConnectionError
-        raise kind(_one_line(error)) from error
+    except error_types as error:
+        error_type = SlowStoreError if SLOW.search(str(error)) else ConnectionError
+        raise error_type(_one_line(error)) from error
     except _migration_errors() as error:
         raise ConnectionError(_one_line(error)) from error
 
 
 def _migration_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions of MLflow's migrations, if this process has loaded them."""
-    loaded = sys.modules.get("alembic.util")
-    return (loaded.CommandError,) if loaded else ()
+    alembic_util = sys.modules.get("alembic.util")
+    return (alembic_util.CommandError,) if alembic_util else ()
 
 
 def _one_line(error: Exception) -> str:
@@ -290,25 +294,31 @@ def _values(record: Mapping[str, Any]) -> "list[Metric | Param | RunTag]":
     if record["kind"] == "metrics":
         time, step = record["time"], record["step"]
         return [Metric(name, value, time, step) for name, value in record["metrics"].items()]
-    kind = Param if record["kind"] == "params" else RunTag
-    return [kind(name, _cut(text)) for name, text in record[record["kind"]].items()]
+    value_type = Param if record["kind"] == "params" else RunTag
+    return [value_type(name, _cut(text)) for name, text in record[record["kind"]].items()]
 
 
 def _cut(text: str) -> str:
     note = f" ... [cut, {len(text)} characters]"
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - len(note)] + note
+    return (
+        text
+        if len(text) <= MAX_VALUE_CHARACTERS
+        else text[: MAX_VALUE_CHARACTERS - len(note)] + note
+    )
 
 
-def _parts(values: "list[Metric | Param | RunTag]") -> "Iterator[list[Metric | Param | RunTag]]":
+def _request_batches(
+    values: "list[Metric | Param | RunTag]",
+) -> "Iterator[list[Metric | Param | RunTag]]":
     """Yield batches within the limits of one request."""
-    part: list[Metric | Param | RunTag] = []
+    batch: list[Metric | Param | RunTag] = []
     weight = characters = 0
     for value in values:
         value_weight = TEXT_WEIGHT if isinstance(value.value, str) else METRIC_WEIGHT
         length = len(value.key) + len(str(value.value))
         if weight + value_weight > BATCH_WEIGHT or characters + length > BATCH_CHARACTERS:
-            yield part
-            part, weight, characters = [], 0, 0
-        part.append(value)
+            yield batch
+            batch, weight, characters = [], 0, 0
+        batch.append(value)
         weight, characters = weight + value_weight, characters + length
-    yield part
+    yield batch

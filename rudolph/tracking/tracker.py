@@ -26,9 +26,9 @@ from rudolph.tracking.mlflow_database import SlowStoreError
 from rudolph.tracking.mlflow_store import MLflowStore, SendProgress
 
 SECONDS_BETWEEN_SENDS = 1.0
-LONGEST_BACK_OFF = 60.0
+MAX_BACK_OFF = 60.0
 # Seconds that the end of a run waits for a server that takes records, but slowly.
-LONGEST_WAIT, LONGEST_WAIT_AFTER_ERROR = 60.0, 5.0
+MAX_WAIT, MAX_WAIT_AFTER_ERROR = 60.0, 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -44,16 +44,16 @@ def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple
     Untracked files count.  The ``ignored`` folders of the repository do not, because exporting one
     run must not make the next one dirty.  Without git or a commit, return ``("unknown", True)``.
     """
-    everything = [":/", *(f":(top,exclude){name}" for name in ignored)]
-    answers = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *everything]):
+    paths = [":/", *(f":(top,exclude){name}" for name in ignored)]
+    outputs = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *paths]):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+            result = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         except (OSError, subprocess.CalledProcessError):
             return "unknown", True
-        answers.append(answer.stdout.strip())
-    return answers[0], bool(answers[1])
+        outputs.append(result.stdout.strip())
+    return outputs[0], bool(outputs[1])
 
 
 class Tracker:
@@ -129,17 +129,17 @@ class Tracker:
         self._is_finished = True
         self._journal.append("status", status=status)
 
-    def close(self, timeout: float = 5.0, *, longest: float = LONGEST_WAIT) -> bool:
+    def close(self, timeout: float = 5.0, *, max_wait: float = MAX_WAIT) -> bool:
         """Wait until all records are sent; return whether they were.
 
         If the server is slow, the rest is sent in the background while the process lives.
 
         Args:
             timeout: seconds to wait for any progress.
-            longest: seconds to wait in total, if longer than ``timeout``.
+            max_wait: seconds to wait in total, if longer than ``timeout``.
         """
         self._stopping.set()
-        end = time.monotonic() + (max(timeout, longest) if timeout else 0.0)
+        end = time.monotonic() + (max(timeout, max_wait) if timeout else 0.0)
         while self._thread.is_alive() and time.monotonic() < end:
             is_idle = time.monotonic() - self._last_progress > timeout
             if is_idle and not self._is_opening:
@@ -163,7 +163,7 @@ class Tracker:
         """Finish the run and close the tracker."""
         if not self._is_finished:
             self.finish("finished" if kind is None else "failed")
-        self.close(longest=LONGEST_WAIT if kind is None else LONGEST_WAIT_AFTER_ERROR)
+        self.close(max_wait=MAX_WAIT if kind is None else MAX_WAIT_AFTER_ERROR)
 
     def _progress(self) -> None:
         self._last_progress = time.monotonic()
@@ -182,17 +182,17 @@ class Tracker:
                 self._send_others(store)
             except OSError as error:
                 self._is_opening = False
-                store, pause = None, min(2 * pause, LONGEST_BACK_OFF)
+                store, pause = None, min(2 * pause, MAX_BACK_OFF)
                 self._warn(error)
             except DamagedFileError as error:
-                warn_once(f"{error}; what follows is not sent")
+                warn_once(f"{error}; the records after it are not sent")
             if is_last:
                 return
             self._stopping.wait(pause)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
-            _warn_away(self._uri, error)
+            _warn_unavailable(self._uri, error)
         self._has_warned = True
 
     def _send_others(self, store: "MLflowStore") -> None:
@@ -223,7 +223,7 @@ def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendPro
         for folder in folders:
             total += _send_one(store, folder, again=again)
     except OSError as error:
-        _warn_away(uri, error)
+        _warn_unavailable(uri, error)
     return total + SendProgress(waiting=len(folders) - total.runs)
 
 
@@ -232,7 +232,7 @@ def send_results(experiment: str, folder: Path, uri: str) -> bool:
     try:
         MLflowStore(uri).send_results(experiment, folder)
     except OSError as error:
-        _warn_away(uri, error)
+        _warn_unavailable(uri, error)
         return False
     return True
 
@@ -242,10 +242,12 @@ def _send_one(store: MLflowStore, folder: Path, *, again: bool = False) -> SendP
     try:
         return store.send(folder, again=again)
     except DamagedFileError as error:
-        warn_once(f"{error}; what follows is not sent, run its experiment again to mend it")
+        warn_once(
+            f"{error}; the records after it are not sent, run its experiment again to repair it"
+        )
         return SendProgress()
 
 
-def _warn_away(uri: str, error: OSError) -> None:
-    state = "is slow" if isinstance(error, SlowStoreError) else "cannot be used now"
-    _logger.warning("%s %s (%s); all is kept and sent later", without_user(uri), state, error)
+def _warn_unavailable(uri: str, error: OSError) -> None:
+    state = "is slow" if isinstance(error, SlowStoreError) else "is unavailable"
+    _logger.warning("%s %s (%s); records are kept and sent later", without_user(uri), state, error)

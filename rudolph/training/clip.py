@@ -79,8 +79,8 @@ class CLIPTraining(ManualStepModule):
 
     def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
         """Compute the loss over all devices, step, bound the logit scale and log."""
-        images, texts = (self.gather_rows(rows) for rows in self.features(batch))
-        numbers = (self.gather_rows(rows) for rows in (batch.image_numbers, batch.captions))
+        images, texts = (self.gather_rows(each) for each in self.features(batch))
+        numbers = (self.gather_rows(each) for each in (batch.image_ids, batch.captions))
         loss = self.loss(images, texts, *numbers)
         losses = {str(self.losses.kind): loss}
         require_finite(losses, step=self.step_index(batch_index), examples=batch.examples)
@@ -132,7 +132,7 @@ class CLIPTraining(ManualStepModule):
 
     def validation_step(self, batch: TextImageBatch, batch_index: int) -> None:
         """Store the features of a validation batch."""
-        numbers = batch.image_numbers, batch.captions
+        numbers = batch.image_ids, batch.captions
         self.validated.append((batch.examples, *numbers, *self.features(batch)))
 
     def on_validation_epoch_end(self) -> None:

@@ -102,8 +102,8 @@ class ArithmeticConfig:
         if len(self.operations) == 1:
             return {}
         return {
-            operation: self.max_factor - 1 - place
-            for place, operation in enumerate(self.operations)
+            operation: self.max_factor - 1 - index
+            for index, operation in enumerate(self.operations)
         }
 
 
@@ -138,7 +138,7 @@ class Arithmetic:
         require_split(split)
         if split == "compositional" and not config.held_out:
             raise ValueError(
-                "operations must be at least 2 for the compositional split, "
+                "operations: expected at least 2 for the compositional split, "
                 f"got {config.operations}"
             )
         self.config = config
@@ -156,9 +156,9 @@ class Arithmetic:
         operation = choose(rng, config.operations)
         expression = sample_until(
             lambda: sample_expression(operation, config, rng),
-            lambda drawn: split_of_expression(drawn, config) == self.split,
-            otherwise=f"max_number and max_factor leave no {operation} for {self.split}: "
-            "raise them",
+            lambda candidate: split_of_expression(candidate, config) == self.split,
+            error_message="max_number and max_factor: no expression with "
+            f"{operation} falls into {self.split}. Raise them",
         )
         question, answer = f"сколько будет {expression}?", str(expression.value)
         choices: tuple[str, ...] = ()
@@ -167,8 +167,10 @@ class Arithmetic:
             options = sample_options(expression.value, config.num_choices, rng)
             choices = LETTERS[: len(options)]
             answer = choices[options.index(expression.value)]
-            listed = zip(choices, options, strict=True)
-            question = " ".join([question, *(f"{letter}) {option}" for letter, option in listed)])
+            lettered = zip(choices, options, strict=True)
+            question = " ".join(
+                [question, *(f"{letter}) {option}" for letter, option in lettered)]
+            )
         return Pair(
             key=f"arithmetic/{self.split}/{index:06d}",
             caption=answer,
@@ -186,8 +188,8 @@ class Arithmetic:
 
 def sample_expression(operation: str, config: ArithmeticConfig, rng: Random) -> Expression:
     """Sample two numbers within the bounds; a difference subtracts the smaller from the larger."""
-    most = config.max_factor if operation == "×" else config.max_number
-    numbers = [choose_number(rng, 0, most) for _ in range(2)]
+    max_operand = config.max_factor if operation == "×" else config.max_number
+    numbers = [choose_number(rng, 0, max_operand) for _ in range(2)]
     first, second = sorted(numbers, reverse=True) if operation == "-" else numbers
     return Expression(first, operation, second)
 
@@ -197,11 +199,11 @@ def sample_options(value: int, number: int, rng: Random) -> list[int]:
     # Sample the rank of the correct option first; otherwise it would tend to be in the middle.
     num_below = min(choose_number(rng, 0, number - 1), value)
     options = [value]
-    for place in range(1, number):
+    for rank in range(1, number):
         step = choose(rng, _STEPS)
-        if place <= num_below:
+        if rank <= num_below:
             # Leave room for the smaller options that follow, which must not be negative.
-            options.append(min(options) - min(step, min(options) - (num_below - place)))
+            options.append(min(options) - min(step, min(options) - (num_below - rank)))
         else:
             options.append(max(options) + step)
     return choose_distinct(rng, options, number=number)

@@ -33,7 +33,7 @@ from rudolph.files.atomic import write_text
 EMOJI_COLUMNS = 64
 TABLE_NAME = "emoji.csv"
 ATLAS_NAME = "emoji.png"
-SHIPPED = Path(__file__).parents[1] / "emoji_64"
+SHIPPED_EMOJI = Path(__file__).parents[1] / "emoji_64"
 
 SKIN_TONES = {
     "\U0001f3fb": "light",
@@ -60,10 +60,10 @@ NAME_QUESTION = "что на картинке?"
 FLAG_QUESTION = "чей это флаг?"
 SKIN_TONE_QUESTION = "какой тон кожи?"
 
-TRAIN_SHARE = 0.90
-VALIDATION_SHARE = 0.05
-COMPOSITIONAL_SHARE = 0.10
-MOST_HELD_OUT_OF_A_BASE = 2
+TRAIN_FRACTION = 0.90
+VALIDATION_FRACTION = 0.05
+COMPOSITIONAL_FRACTION = 0.10
+MAX_HELD_OUT_PER_BASE = 2
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Emoji:
         require_image_size(image_size)
         self.config = config
         self.image_size = image_size
-        self.folder = SHIPPED if config.folder is None else Path(config.folder)
+        self.folder = SHIPPED_EMOJI if config.folder is None else Path(config.folder)
         records = read_records(self.folder)
         self.classes = group_names(records)
         splits = assign_splits(records)
         self.records = [record for record in records if splits[record.key] == split]
-        question = [config.captions, split, image_size, folder_digest(self.folder)]
-        self.digest = hashlib.sha256(json.dumps(["emoji", *question]).encode()).hexdigest()
+        content = [config.captions, split, image_size, folder_digest(self.folder)]
+        self.digest = hashlib.sha256(json.dumps(["emoji", *content]).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -165,23 +165,38 @@ class Emoji:
         """
         if number < 1:
             raise ValueError(f"number of negatives must be at least 1, got {number}")
-        own, every = self.records[index], read_records(self.folder)
-        place = every.index(own)
+        record, records = self.records[index], read_records(self.folder)
+        record_position = records.index(record)
 
-        def distance(at: int) -> tuple[int, bool, int, int]:
-            other = every[at]
-            kinship = 0 if other.base == own.base else 1 if other.subgroup == own.subgroup else 2
-            return kinship, other.skin_tone != own.skin_tone, abs(at - place), at
+        def distance(position: int) -> tuple[int, bool, int, int]:
+            candidate = records[position]
+            kinship = (
+                0
+                if candidate.base == record.base
+                else 1
+                if candidate.subgroup == record.subgroup
+                else 2
+            )
+            return (
+                kinship,
+                candidate.skin_tone != record.skin_tone,
+                abs(position - record_position),
+                position,
+            )
 
-        captions, tiles = {caption(own, self.config.captions)}, {own.tile}
+        captions, tiles = {caption(record, self.config.captions)}, {record.tile}
         negatives: list[Pair] = []
-        group = [at for at, other in enumerate(every) if other.group == own.group]
-        for other in (every[at] for at in sorted(group, key=distance)):
-            text = caption(other, self.config.captions)
-            if text not in captions and other.tile not in tiles:
+        group = [
+            position
+            for position, candidate in enumerate(records)
+            if candidate.group == record.group
+        ]
+        for candidate in (records[position] for position in sorted(group, key=distance)):
+            text = caption(candidate, self.config.captions)
+            if text not in captions and candidate.tile not in tiles:
                 captions.add(text)
-                tiles.add(other.tile)
-                negatives.append(self._pair(other))
+                tiles.add(candidate.tile)
+                negatives.append(self._pair(candidate))
             if len(negatives) == number:
                 break
         return negatives
@@ -195,11 +210,11 @@ class Emoji:
             key=record.key,
             caption=caption(record, self.config.captions),
             image=emoji_image(self.folder, record.tile, self.image_size),
-            attributes=attributes(record),
+            attributes=pair_attributes(record),
         )
 
 
-def attributes(record: EmojiRecord) -> dict[str, str]:
+def pair_attributes(record: EmojiRecord) -> dict[str, str]:
     """Return the attributes of an emoji's pair."""
     names = ("characters", "group", "subgroup", "skin_tone", "base")
     return {name: getattr(record, name) for name in names}
@@ -215,7 +230,7 @@ def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group_name(record) for record in records))
 
 
-def emoji_images(image_size: int, folder: Path = SHIPPED) -> tuple[list[str], np.ndarray]:
+def emoji_images(image_size: int, folder: Path = SHIPPED_EMOJI) -> tuple[list[str], np.ndarray]:
     """Return the keys of all splits and their images, uint8 ``(N, H, W, 3)``."""
     require_image_size(image_size)
     records = read_records(folder)
@@ -311,15 +326,15 @@ def families(records: Sequence[EmojiRecord]) -> dict[str, str]:
 def split_of_family(family: str) -> str:
     """Return "train", "validation" or "test", by hash."""
     fraction = hash_fraction(family)
-    if fraction < TRAIN_SHARE:
+    if fraction < TRAIN_FRACTION:
         return "train"
-    return "validation" if fraction < TRAIN_SHARE + VALIDATION_SHARE else "test"
+    return "validation" if fraction < TRAIN_FRACTION + VALIDATION_FRACTION else "test"
 
 
 def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
     """Return the keys of the pairs of base and skin tone to hold out, by hash of the key.
 
-    Each base loses at most ``MOST_HELD_OUT_OF_A_BASE`` of its tones, never all of them, and keeps
+    Each base loses at most ``MAX_HELD_OUT_PER_BASE`` of its tones, never all of them, and keeps
     its untoned emoji.  Every held-out tone remains on another base.  An image that several pairs
     share is never held out, because training would still show it.
     """
@@ -329,20 +344,20 @@ def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
     for record in train:
         pairs_of_tile[record.tile].append(record.key)
     for record in train:
-        alone = len(pairs_of_tile[record.tile]) == 1
-        if record.skin_tone in SKIN_TONES.values() and record.base in untoned and alone:
+        has_own_tile = len(pairs_of_tile[record.tile]) == 1
+        if record.skin_tone in SKIN_TONES.values() and record.base in untoned and has_own_tile:
             candidates[record.base].append((hash_fraction(record.key), record))
-    staying_tones = {
+    remaining_tones = {
         record.skin_tone
         for pairs in candidates.values()
         for fraction, record in pairs
-        if fraction >= COMPOSITIONAL_SHARE
+        if fraction >= COMPOSITIONAL_FRACTION
     }
     held_out: set[str] = set()
     for pairs in candidates.values():
         pairs.sort(key=lambda pair: pair[0])
-        for fraction, record in pairs[: min(MOST_HELD_OUT_OF_A_BASE, len(pairs) - 1)]:
-            if fraction < COMPOSITIONAL_SHARE and record.skin_tone in staying_tones:
+        for fraction, record in pairs[: min(MAX_HELD_OUT_PER_BASE, len(pairs) - 1)]:
+            if fraction < COMPOSITIONAL_FRACTION and record.skin_tone in remaining_tones:
                 held_out.add(record.key)
     return held_out
 
@@ -350,7 +365,7 @@ def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
 def require_file(path: Path) -> Path:
     """Return ``path``; raise ``ValueError`` if it is not a file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, `rudolph data emoji` writes it")
+        raise ValueError(f"{path}: no such file. Write it with `rudolph data emoji`")
     return path
 
 
@@ -376,23 +391,25 @@ def write_emoji_tables(folder: Path) -> tuple[int, list[str]]:
         ValueError: If no file of the folder is named after an emoji, or ``captions.csv`` exists
             with other captions.
     """
-    names = {record.key: record.name for record in read_records(SHIPPED)}
-    rows, strangers = [], []
+    names = {record.key: record.name for record in read_records(SHIPPED_EMOJI)}
+    rows, unknown_files = [], []
     for path in sorted(folder.glob("*.png")):
         key = _key_of_file(path.name)
         if key in names:
             rows.append((path.name, names[key]))
         else:
-            strangers.append(path.name)
+            unknown_files.append(path.name)
     if not rows:
-        raise ValueError(f"{folder}: no PNG is named after an emoji, as in 1f600.png")
+        raise ValueError(
+            f"{folder}: expected PNG files named after emoji, such as 1f600.png, got none"
+        )
     table = folder / "captions.csv"
-    _require_own(table, names)
+    _require_overwritable(table, names)
     text = io.StringIO()
     csv.writer(text).writerows([("image", "caption"), *rows])
     write_text(table, text.getvalue())
     _write_questions(folder, rows)
-    return len(rows), strangers
+    return len(rows), unknown_files
 
 
 def _key_of_file(name: str) -> str:
@@ -401,14 +418,15 @@ def _key_of_file(name: str) -> str:
     return "-".join(point for point in points if point != "fe0f")
 
 
-def _require_own(table: Path, names: Mapping[str, str]) -> None:
+def _require_overwritable(table: Path, names: Mapping[str, str]) -> None:
     """Raise ``ValueError`` if a table exists with captions other than the emoji names."""
     if not table.exists():
         return
     for row in csv.reader(io.StringIO(table.read_text("utf-8", errors="replace"), newline="")):
         if row and row != ["image", "caption"] and row[1:] != [names.get(_key_of_file(row[0]))]:
             raise ValueError(
-                f"{table}: expected none or names of emoji, got the row {', '.join(row)[:60]!r}. "
+                f"{table}: expected no file or a table of emoji names, got the row "
+                f"{', '.join(row)[:60]!r}. "
                 "Move it away"
             )
 
@@ -417,11 +435,11 @@ def _write_questions(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
     """Write questions that the names answer, in the format of Fusion Brain."""
     records: list[TaskRecord] = []
     for image, name in rows:
-        thing, _, rest = (part.strip() for part in name.partition(":"))
-        if thing == "флаг" and rest:
+        subject, _, rest = (part.strip() for part in name.partition(":"))
+        if subject == "флаг" and rest:
             pairs = [(FLAG_QUESTION, rest)]
         elif rest.endswith("тон кожи"):
-            pairs = [(NAME_QUESTION, thing), (SKIN_TONE_QUESTION, rest.split(",")[0])]
+            pairs = [(NAME_QUESTION, subject), (SKIN_TONE_QUESTION, rest.split(",")[0])]
         else:
             pairs = [(NAME_QUESTION, name)]
         for question, answer in pairs:

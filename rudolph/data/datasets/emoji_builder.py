@@ -112,8 +112,10 @@ class EmojiFont:
         """Return the characters on a white canvas, transparent white if ``mode`` is RGBA."""
         side = 3 * self.origin
         image = Image.new(mode, (side, side), (255, 255, 255, 0)[: len(mode)])
-        draw = ImageDraw.Draw(image)
-        draw.text((self.origin, self.origin), characters, "black", self.font, embedded_color=True)
+        render = ImageDraw.Draw(image)
+        render.text(
+            (self.origin, self.origin), characters, "black", self.font, embedded_color=True
+        )
         return image
 
     def measure(self, characters: str) -> tuple[str | None, Box]:
@@ -131,7 +133,7 @@ class EmojiFont:
             return BLANK, (0, 0, 0, 0)
         return (MISSING if image.tobytes() == self.missing else None), box
 
-    def draw(self, characters: str, frame: Box, size: int) -> Image.Image:
+    def render(self, characters: str, frame: Box, size: int) -> Image.Image:
         """Return the part of the canvas in ``frame`` as RGB, ``size`` pixels per side."""
         # Not from the RGBA canvas, whose half-transparent edges are already mixed with white.
         cropped = self.canvas(characters, "RGB").crop(frame)
@@ -170,24 +172,24 @@ def build_emoji_set(
     emoji_font = EmojiFont(font)
     names, keywords = read_annotations(annotations)
     entries = read_emoji_test(emoji_test)
-    named = [entry for entry in entries if entry.key in names]
+    named_entries = [entry for entry in entries if entry.key in names]
     # Two steps per named emoji: it is measured, then rendered.
-    progress = StepPrinter(2 * len(named), on_progress)
-    faults, boxes = measure_all(emoji_font, named, progress)
-    drawable = [entry for entry in named if entry.key in boxes]
-    if not drawable:
-        raise ValueError(f"{font}: draws none of the named emoji of {emoji_test}")
-    frame = square_around(list(boxes.values()))
+    progress = StepPrinter(2 * len(named_entries), on_progress)
+    skipped, boxes = measure_all(emoji_font, named_entries, progress)
+    rendered_entries = [entry for entry in named_entries if entry.key in boxes]
+    if not rendered_entries:
+        raise ValueError(f"{font}: expected a font with emoji of {emoji_test}, got none of them")
+    frame = bounding_square(list(boxes.values()))
     tile_numbers: dict[bytes, int] = {}
     records: list[EmojiRecord] = []
-    for entry in drawable:
-        tile = emoji_font.draw(entry.characters, frame, size).tobytes()
+    for entry in rendered_entries:
+        tile = emoji_font.render(entry.characters, frame, size).tobytes()
         number = tile_numbers.setdefault(tile, len(tile_numbers))
         records.append(record_of(entry, names[entry.key], keywords.get(entry.key, ()), number))
         progress.step()
     num_bytes = write_emoji_set(target, records, list(tile_numbers), size)
     unnamed = tuple(entry.key for entry in entries if entry.key not in names)
-    return BuildReport(len(records), len(tile_numbers), num_bytes, {NO_NAME: unnamed, **faults})
+    return BuildReport(len(records), len(tile_numbers), num_bytes, {NO_NAME: unnamed, **skipped})
 
 
 class StepPrinter:
@@ -209,20 +211,20 @@ def measure_all(
     font: EmojiFont, entries: Sequence[EmojiEntry], progress: StepPrinter
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Box]]:
     """Return the keys without an image by reason, and the boxes of the others by key."""
-    faults: dict[str, tuple[str, ...]] = {}
+    skipped: dict[str, tuple[str, ...]] = {}
     boxes: dict[str, Box] = {}
     for entry in entries:
-        fault, box = font.measure(entry.characters)
-        if fault is None:
+        reason, box = font.measure(entry.characters)
+        if reason is None:
             boxes[entry.key] = box
         else:
-            faults[fault] = (*faults.get(fault, ()), entry.key)
+            skipped[reason] = (*skipped.get(reason, ()), entry.key)
         # An emoji that cannot be rendered completes its second step here.
-        progress.step(1 if fault is None else 2)
-    return faults, boxes
+        progress.step(1 if reason is None else 2)
+    return skipped, boxes
 
 
-def square_around(boxes: Sequence[Box]) -> Box:
+def bounding_square(boxes: Sequence[Box]) -> Box:
     """Return the smallest square that holds all boxes, centred on their union."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
@@ -306,7 +308,9 @@ def read_emoji_test(path: Path) -> list[EmojiEntry]:
                 )
             )
     if not entries:
-        raise ValueError(f"{path}: no fully-qualified emoji, is it Unicode's emoji-test.txt?")
+        raise ValueError(
+            f"{path}: expected fully-qualified emoji, got none. Give Unicode's emoji-test.txt"
+        )
     keys = {entry.key for entry in entries}
     key_of_name = {entry.english_name: entry.key for entry in entries}
     return [
@@ -348,7 +352,9 @@ def read_annotations(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, t
         try:
             tree = ElementTree.parse(path)
         except ElementTree.ParseError as error:
-            raise ValueError(f"{path}: not the XML of CLDR annotations, {error}") from error
+            raise ValueError(
+                f"{path}: expected the XML of CLDR annotations, got {error}"
+            ) from error
         for annotation in tree.iter("annotation"):
             key, text = key_of(annotation.get("cp", "")), (annotation.text or "").strip()
             if text and annotation.get("type") == "tts":
@@ -365,17 +371,20 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
         ValueError: If the file is missing or supports none of the sizes.
     """
     require_source(path, "fonts-noto-color-emoji")
-    faults: list[str] = []
+    errors: list[str] = []
     for font_size in FONT_SIZES:
         try:
             return ImageFont.truetype(path, font_size, layout_engine=ImageFont.Layout.RAQM)
         except OSError as error:
-            faults.append(f"{font_size}: {error}")
-    raise ValueError(f"{path}: no font that Pillow can open at a size of {'; '.join(faults)}")
+            errors.append(f"{font_size}: {error}")
+    raise ValueError(
+        f"{path}: expected a font that Pillow can open, got errors at the sizes "
+        f"{'; '.join(errors)}"
+    )
 
 
 def require_source(path: Path, package: str) -> Path:
     """Return ``path``; raise ``ValueError`` with its Debian package if it is not a file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, the Debian package {package} has it")
+        raise ValueError(f"{path}: no such file. Install the Debian package {package}")
     return path

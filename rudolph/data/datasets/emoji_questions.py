@@ -15,8 +15,8 @@ gender     кто это: мужчина, женщина или человек? 
 
 An image has a question only if all emoji that share it have the same answer.
 
-To add a family, write a function and add it to ``FAMILIES``.  It gets the emoji of a split and
-those of the whole set, and returns the questions.
+To add a family, write a function and add it to ``EMOJI_QUESTION_FAMILIES``.  It gets the emoji of
+a split and those of the whole set, and returns the questions.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from pathlib import Path
 from rudolph.data.datasets.emoji import (
     FLAG_QUESTION,
     NAME_QUESTION,
-    SHIPPED,
+    SHIPPED_EMOJI,
     SKIN_TONE_QUESTION,
     EmojiRecord,
     assign_splits,
-    attributes,
     emoji_image,
     folder_digest,
     group_name,
     group_names,
+    pair_attributes,
     read_records,
     require_image_size,
 )
@@ -81,7 +81,7 @@ class EmojiQuestionsConfig:
     """Configuration of the question families, and the folder of the set.
 
     Attributes:
-        families: Keys of ``FAMILIES``.
+        families: Keys of ``EMOJI_QUESTION_FAMILIES``.
         folder: Output folder of ``rudolph data emoji``; ``None`` is the set in the package.
     """
 
@@ -91,9 +91,14 @@ class EmojiQuestionsConfig:
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a family is unknown or repeated, or there is none."""
         names = self.families
-        if not names or len(set(names)) < len(names) or not set(names) <= set(FAMILIES):
+        if (
+            not names
+            or len(set(names)) < len(names)
+            or not set(names) <= set(EMOJI_QUESTION_FAMILIES)
+        ):
             raise ValueError(
-                f"families must be at least one of {', '.join(FAMILIES)}, each once, got {names}"
+                f"families must be at least one of {', '.join(EMOJI_QUESTION_FAMILIES)}, "
+                f"each once, got {names}"
             )
 
 
@@ -136,20 +141,20 @@ class EmojiQuestions:
         require_image_size(image_size)
         self.config = config
         self.image_size = image_size
-        self.folder = SHIPPED if config.folder is None else Path(config.folder)
+        self.folder = SHIPPED_EMOJI if config.folder is None else Path(config.folder)
         self.questions = emoji_questions(
             read_records(self.folder), split, families=config.families
         )
         if not self.questions:
             raise ValueError(
-                f"families {', '.join(config.families)}: nothing to ask in the split {split!r} of "
+                f"families {', '.join(config.families)}: no question in the split {split!r} of "
                 f"{self.folder}"
             )
-        asked = [
+        rows = [
             (question.key, question.text, question.answer, question.choices)
             for question in self.questions
         ]
-        content = ["emoji questions", image_size, folder_digest(self.folder), asked]
+        content = ["emoji questions", image_size, folder_digest(self.folder), rows]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -163,7 +168,7 @@ class EmojiQuestions:
             key=question.key,
             caption=question.answer,
             image=emoji_image(self.folder, question.record.tile, self.image_size),
-            attributes={"family": question.family, **attributes(question.record)},
+            attributes={"family": question.family, **pair_attributes(question.record)},
             question=question.text,
             choices=question.choices,
         )
@@ -174,89 +179,93 @@ def emoji_questions(
 ) -> list[EmojiQuestion]:
     """Return all questions of the families about one split of a whole set, ordered by emoji."""
     splits = assign_splits(records)
-    asked = [record for record in records if splits[record.key] == split]
-    place = {record.key: at for at, record in enumerate(asked)}
+    split_records = [record for record in records if splits[record.key] == split]
+    position_of_key = {record.key: position for position, record in enumerate(split_records)}
     questions = [
         question
-        for family, ask_family in FAMILIES.items()
+        for family, family_questions in EMOJI_QUESTION_FAMILIES.items()
         if family in families
-        for question in ask_family(asked, records)
+        for question in family_questions(split_records, records)
     ]
-    return sorted(questions, key=lambda question: place[question.record.key])
+    return sorted(questions, key=lambda question: position_of_key[question.record.key])
 
 
 # --- families ------------------------------------------------------------------------------------
 
 
-def name_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
+def name_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
     """Return questions about the base, without its skin tone, and about the country of a flag."""
-    names = {record.base: record.name for record in every if record.key == record.base}
+    names = {record.base: record.name for record in all_records if record.key == record.base}
 
-    def tell(record: EmojiRecord) -> tuple[str, str]:
+    def question_and_answer(record: EmojiRecord) -> tuple[str, str]:
         name = names.get(record.base, record.name)
-        thing, _, owner = name.partition(": ")
-        return (FLAG_QUESTION, owner) if thing == "флаг" and owner else (NAME_QUESTION, name)
+        subject, _, owner = name.partition(": ")
+        return (FLAG_QUESTION, owner) if subject == "флаг" and owner else (NAME_QUESTION, name)
 
-    return _where_certain("name", asked, tell)
+    return _unambiguous_questions("name", records, question_and_answer)
 
 
-def keyword_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
+def keyword_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
     """Return two questions per emoji: about a keyword that fits and about a word that does not.
 
     The words that do not fit are a permutation of those that fit.  Each word therefore occurs as
     often with either answer, and reveals nothing without the image.  An emoji has no questions if
     no legal word is found for it.
     """
-    known: dict[str | int, set[str]] = defaultdict(set)
-    for record in every:
+    known_words: dict[str | int, set[str]] = defaultdict(set)
+    for record in all_records:
         words = {_alike(word) for word in _words(f"{record.name} {record.keywords}")}
-        known[record.subgroup] |= words
-        known[record.tile] |= words
-    ordered = sorted(asked, key=lambda record: hash_fraction(record.key))
-    fitting = [(record, word) for record in ordered if (word := _fitting_word(record))]
+        known_words[record.subgroup] |= words
+        known_words[record.tile] |= words
+    ordered = sorted(records, key=lambda record: hash_fraction(record.key))
+    matches = [(record, word) for record in ordered if (word := _fitting_word(record))]
 
-    def is_foreign(at: int, word: str) -> bool:
-        record, _ = fitting[at]
-        spelled = _alike(word)
-        return spelled not in known[record.subgroup] and spelled not in known[record.tile]
+    def is_unrelated(index: int, word: str) -> bool:
+        record, _ = matches[index]
+        folded = _alike(word)
+        return (
+            folded not in known_words[record.subgroup] and folded not in known_words[record.tile]
+        )
 
-    foreign = permute_words([word for _, word in fitting], is_foreign)
+    other_words = permute_words([word for _, word in matches], is_unrelated)
     return [
         EmojiQuestion(record, "keyword", f"подходит ли слово «{word}»?", answer, (YES, NO))
-        for (record, fits), does_not in zip(fitting, foreign, strict=True)
-        if does_not is not None
-        for word, answer in ((fits, YES), (does_not, NO))
+        for (record, matching), other in zip(matches, other_words, strict=True)
+        if other is not None
+        for word, answer in ((matching, YES), (other, NO))
     ]
 
 
-def group_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
+def group_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
     """Return questions about the Unicode group, one of those in the set."""
-    return _where_certain(
+    return _unambiguous_questions(
         "group",
-        asked,
+        records,
         lambda record: (GROUP_QUESTION, group_name(record)),
-        choices=group_names(every),
+        choices=group_names(all_records),
     )
 
 
-def skin_tone_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
+def skin_tone_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
     """Return questions about the skin tone of emoji with exactly one."""
 
-    def tell(record: EmojiRecord) -> tuple[str, str] | None:
+    def question_and_answer(record: EmojiRecord) -> tuple[str, str] | None:
         name = SKIN_TONE_NAMES.get(record.skin_tone)
         return None if name is None else (SKIN_TONE_QUESTION, name)
 
-    return _where_certain("skin_tone", asked, tell, choices=tuple(SKIN_TONE_NAMES.values()))
+    return _unambiguous_questions(
+        "skin_tone", records, question_and_answer, choices=tuple(SKIN_TONE_NAMES.values())
+    )
 
 
-def gender_questions(asked: Records, every: Records) -> list[EmojiQuestion]:
+def gender_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
     """Return questions about man, woman or person of unspecified gender."""
 
-    def tell(record: EmojiRecord) -> tuple[str, str] | None:
+    def question_and_answer(record: EmojiRecord) -> tuple[str, str] | None:
         answer = gender(record)
         return None if answer is None else (GENDER_QUESTION, answer)
 
-    return _where_certain("gender", asked, tell, choices=GENDERS)
+    return _unambiguous_questions("gender", records, question_and_answer, choices=GENDERS)
 
 
 def gender(record: EmojiRecord) -> str | None:
@@ -269,11 +278,11 @@ def gender(record: EmojiRecord) -> str | None:
     if not record.subgroup.startswith("person") or words & SEVERAL_PEOPLE:
         return None
     points = record.base.split("-")
-    told = {GENDER_OF_POINT[point] for point in points if point in GENDER_OF_POINT}
-    told |= {GENDER_OF_WORD[word] for word in words if word in GENDER_OF_WORD}
-    if len(told) != 1:
+    genders = {GENDER_OF_POINT[point] for point in points if point in GENDER_OF_POINT}
+    genders |= {GENDER_OF_WORD[word] for word in words if word in GENDER_OF_WORD}
+    if len(genders) != 1:
         return None
-    (answer,) = told
+    (answer,) = genders
     # CLDR lists "человек" as a keyword of men and women too, but the reverse is ambiguous.
     if answer == "человек" and {"мужчина", "женщина"} & set(record.keywords.split("|")):
         return None
@@ -290,22 +299,22 @@ def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) ->
     ['дом', 'сад', 'кот', 'лев']
     """
     half = len(words) // 2
-    dealt = [*words[half:], *words[:half]]
-    places = range(len(dealt))
-    for at in places:
-        if is_legal(at, dealt[at]):
+    permuted = [*words[half:], *words[:half]]
+    positions = range(len(permuted))
+    for index in positions:
+        if is_legal(index, permuted[index]):
             continue
-        for other in places:
-            if is_legal(at, dealt[other]) and is_legal(other, dealt[at]):
-                dealt[at], dealt[other] = dealt[other], dealt[at]
+        for other_index in positions:
+            if is_legal(index, permuted[other_index]) and is_legal(other_index, permuted[index]):
+                permuted[index], permuted[other_index] = permuted[other_index], permuted[index]
                 break
-    return [word if is_legal(at, word) else None for at, word in enumerate(dealt)]
+    return [word if is_legal(index, word) else None for index, word in enumerate(permuted)]
 
 
-def _where_certain(
+def _unambiguous_questions(
     family: str,
-    asked: Records,
-    tell: Callable[[EmojiRecord], tuple[str, str] | None],
+    records: Records,
+    question_and_answer: Callable[[EmojiRecord], tuple[str, str] | None],
     *,
     choices: tuple[str, ...] = (),
 ) -> list[EmojiQuestion]:
@@ -313,14 +322,15 @@ def _where_certain(
 
     They agree if question and answer are equal.
     """
-    told = {record.key: tell(record) for record in asked}
-    of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)
-    for record in asked:
-        of_tile[record.tile].add(told[record.key])
+    questions = {record.key: question_and_answer(record) for record in records}
+    questions_of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)
+    for record in records:
+        questions_of_tile[record.tile].add(questions[record.key])
     return [
         EmojiQuestion(record, family, *question, choices)
-        for record in asked
-        if (question := told[record.key]) is not None and len(of_tile[record.tile]) == 1
+        for record in records
+        if (question := questions[record.key]) is not None
+        and len(questions_of_tile[record.tile]) == 1
     ]
 
 
@@ -339,7 +349,7 @@ def _alike(word: str) -> str:
     return word.lower().replace("ё", "е")
 
 
-FAMILIES: dict[str, Callable[[Records, Records], list[EmojiQuestion]]] = {
+EMOJI_QUESTION_FAMILIES: dict[str, Callable[[Records, Records], list[EmojiQuestion]]] = {
     "name": name_questions,
     "keyword": keyword_questions,
     "group": group_questions,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from rudolph.data.datasets.fusion_brain_files import TaskRecord, naming_record, read_tasks
+from rudolph.data.datasets.fusion_brain_files import TaskRecord, error_context, read_tasks
 from rudolph.data.datasets.manifests import split_of_image
 from rudolph.data.image_files import RejectedError, center_crop, decode_image
 from rudolph.data.pairs import Pair, require_split
@@ -120,10 +120,12 @@ class FusionBrain:
         self.config, self.image_size = config, image_size
         self.task = FUSION_BRAIN_TASKS[config.task]
         # Images belong to the answers in image generation, and to the questions otherwise.
-        shown = config.answers if self.task.answer_type == "image" else config.questions
-        self.file_with_images = shown
-        self.folder = Path(shown).parent if config.images is None else Path(config.images)
-        entries = [self._entry(each) for each in read_tasks(config.questions, config.answers)]
+        file_with_images = config.answers if self.task.answer_type == "image" else config.questions
+        self.file_with_images = file_with_images
+        self.folder = (
+            Path(file_with_images).parent if config.images is None else Path(config.images)
+        )
+        entries = [self._entry(record) for record in read_tasks(config.questions, config.answers)]
         self.entries = [
             entry for entry in entries if split_of_image(self._content(entry)) == split
         ]
@@ -132,9 +134,9 @@ class FusionBrain:
                 f"{config.questions}: none of its {len(entries)} questions falls into the split "
                 f"{split!r} (90% train, 5% validation, 5% test): give it more questions"
             )
-        told = [[asdict(entry.record), entry.sha256] for entry in self.entries]
-        question = ["fusion brain", PAIRS_VERSION, config.task, image_size, told]
-        self.digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()
+        rows = [[asdict(entry.record), entry.sha256] for entry in self.entries]
+        content = ["fusion brain", PAIRS_VERSION, config.task, image_size, rows]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -162,20 +164,22 @@ class FusionBrain:
 
     def _entry(self, record: TaskRecord) -> TaskEntry:
         """Check that a record fits the task and its image exists, and return both."""
-        with naming_record(self.config.questions, record.id):
-            misfit = _misfit(record, self.task)
-            if misfit:
+        with error_context(self.config.questions, record.id):
+            mismatch = _mismatch(record, self.task)
+            if mismatch:
                 possible = ", ".join(possible_tasks(record)) or "no task"
-                raise ValueError(f"not of {self.config.task}: {misfit}; it can be of {possible}")
+                raise ValueError(
+                    f"expected a question of {self.config.task}, got one of {possible}: {mismatch}"
+                )
         answer = record.answers(self.task.answer_type)[0]
-        with naming_record(self.config.answers, record.id):
+        with error_context(self.config.answers, record.id):
             if not answer.strip():
-                raise ValueError("an answer must hold words, got an empty text")
+                raise ValueError("an answer must have words, got an empty text")
         image = answer if self.task.answer_type == "image" else record.image
         if image is None:
             return TaskEntry(record)
         path = os.path.abspath(self.folder / image)
-        with naming_record(self.file_with_images, record.id):
+        with error_context(self.file_with_images, record.id):
             try:
                 status = os.stat(path)
                 signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -194,7 +198,7 @@ class FusionBrain:
     def _image(self, entry: TaskEntry) -> Image.Image | None:
         if not entry.path:
             return None
-        with naming_record(self.file_with_images, entry.record.id):
+        with error_context(self.file_with_images, entry.record.id):
             data = Path(entry.path).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise ValueError(f"{entry.path}: the image changed after the files were read")
@@ -219,7 +223,7 @@ def possible_tasks(record: TaskRecord) -> tuple[str, ...]:
     >>> possible_tasks(TaskRecord("0", ("Нарисуй кота.",), answer_images=("0.jpg",)))
     ('generation',)
     """
-    return tuple(name for name, task in FUSION_BRAIN_TASKS.items() if not _misfit(record, task))
+    return tuple(name for name, task in FUSION_BRAIN_TASKS.items() if not _mismatch(record, task))
 
 
 def description(record: TaskRecord) -> str:
@@ -247,19 +251,19 @@ def options(record: TaskRecord, answer: str) -> tuple[str, ...]:
     >>> options(record, "b"), options(record, "2"), options(record, "b 2"), options(record, "c")
     (('a', 'b'), ('-4', '2'), ('a -4', 'b 2'), ())
     """
-    found = OPTION.findall(record.texts[-1]) if record.texts else []
-    markers = tuple(marker for marker, _ in found)
+    matches = OPTION.findall(record.texts[-1]) if record.texts else []
+    markers = tuple(marker for marker, _ in matches)
     if len(markers) < 2 or "".join(markers) != string.ascii_lowercase[: len(markers)]:
         return ()
-    words = tuple(text.strip() for _, text in found)
-    both = tuple(f"{marker} {text}" for marker, text in zip(markers, words, strict=True))
-    for form in (markers, words, both):
+    words = tuple(text.strip() for _, text in matches)
+    marked_words = tuple(f"{marker} {text}" for marker, text in zip(markers, words, strict=True))
+    for form in (markers, words, marked_words):
         if answer in form and len(set(form)) == len(form):
             return form
     return ()
 
 
-def _misfit(record: TaskRecord, task: FusionBrainTask) -> str:
+def _mismatch(record: TaskRecord, task: FusionBrainTask) -> str:
     """Return why a record cannot belong to a task, or "" if it can."""
     if task.has_image and record.image is None:
         return "the question needs an image"

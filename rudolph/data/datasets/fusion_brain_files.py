@@ -65,23 +65,25 @@ def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list
         ValueError: In one line with file and id, if a file has the wrong format or the two files
             have different ids.
     """
-    asked = read_parts(questions)
+    questions_by_id = read_parts(questions)
     records = []
-    for name, parts in asked.items():
-        with naming_record(questions, name):
-            records.append(parse_question(name, parts))
+    for record_id, parts in questions_by_id.items():
+        with error_context(questions, record_id):
+            records.append(parse_question(record_id, parts))
     if answers is None:
         return records
-    told = read_parts(answers)
-    for name in told:
-        if name not in asked:
-            raise ValueError(f"{answers}: id {name!r}: no such question in {questions}")
+    answers_by_id = read_parts(answers)
+    for record_id in answers_by_id:
+        if record_id not in questions_by_id:
+            raise ValueError(
+                f"{answers}: id {record_id!r}: expected an id of {questions}, got an unknown one"
+            )
     answered = []
     for record in records:
-        with naming_record(answers, record.id):
-            if record.id not in told:
-                raise ValueError(f"no answer, every id of {questions} needs one")
-            answered.append(parse_answer(record, told[record.id]))
+        with error_context(answers, record.id):
+            if record.id not in answers_by_id:
+                raise ValueError(f"expected an answer for every id of {questions}, got none")
+            answered.append(parse_answer(record, answers_by_id[record.id]))
     return answered
 
 
@@ -93,26 +95,28 @@ def write_tasks(
     Raises:
         ValueError: If two records have the same id, or ``answers`` is given and a record has none.
     """
-    for name, count in Counter(record.id for record in records).items():
+    for record_id, count in Counter(record.id for record in records).items():
         if count > 1:
-            raise ValueError(f"{questions}: id {name!r}: each id must be there once, got {count}")
-    asked, told = {}, {}
+            raise ValueError(
+                f"{questions}: id {record_id!r}: expected each id once, got it {count} times"
+            )
+    questions_by_id, answers_by_id = {}, {}
     for record in records:
         images = () if record.image is None else (record.image,)
-        asked[record.id] = [
+        questions_by_id[record.id] = [
             *(_part("text", (text,)) for text in record.texts),
             *(_part("image", (image,)) for image in images),
         ]
-        told[record.id] = [
+        answers_by_id[record.id] = [
             _part(answer_type, record.answers(answer_type))
             for answer_type in TYPES
             if record.answers(answer_type)
         ]
-        if answers is not None and not told[record.id]:
+        if answers is not None and not answers_by_id[record.id]:
             raise ValueError(f"{answers}: id {record.id!r}: an answer must be a text or an image")
-    _write(questions, asked)
+    _write(questions, questions_by_id)
     if answers is not None:
-        _write(answers, told)
+        _write(answers, answers_by_id)
 
 
 def write_predictions(
@@ -150,7 +154,9 @@ def read_parts(path: str | Path) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not JSON in UTF-8 with every key once ({reason})") from error
+        raise ValueError(
+            f"{path}: expected JSON in UTF-8 with every key once, got {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must map ids to lists, got {type(content).__name__}")
     return content
@@ -173,13 +179,13 @@ def parse_answer(record: TaskRecord, parts: Any) -> TaskRecord:
     """
     contents = _contents(parts, allow_variants=True)
     if not contents["text"] and not contents["image"]:
-        raise ValueError(f"an answer must hold at least one {PART_PATTERN}, got none")
-    first = {name: found[0] if found else () for name, found in contents.items()}
+        raise ValueError(f"an answer: expected at least one {PART_PATTERN}, got none")
+    first = {name: variants[0] if variants else () for name, variants in contents.items()}
     return replace(record, answer_texts=first["text"], answer_images=first["image"])
 
 
 @contextmanager
-def naming_record(path: str | Path, name: str) -> Iterator[None]:
+def error_context(path: str | Path, name: str) -> Iterator[None]:
     """Prefix every ``ValueError`` raised inside with the file and the id."""
     try:
         yield
@@ -193,7 +199,7 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
     listed = [parts] if isinstance(parts, dict) else parts
     if not isinstance(listed, list):
         raise ValueError(f"must be a list of {PART_PATTERN}, got {type(parts).__name__}")
-    found: dict[str, list[tuple[str, ...]]] = {name: [] for name in TYPES}
+    contents: dict[str, list[tuple[str, ...]]] = {name: [] for name in TYPES}
     for part in listed:
         if not isinstance(part, dict):
             raise ValueError(f"a part must be {PART_PATTERN}, got {type(part).__name__}")
@@ -210,8 +216,8 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
                 raise ValueError("content of an image must be a path, got an empty text")
         # Paths stay unchanged, because another Unicode normal form is another file on disk.
         cleaned = map(clean_text, variants) if part_type == "text" else variants
-        found[part_type].append(tuple(cleaned))
-    return found
+        contents[part_type].append(tuple(cleaned))
+    return contents
 
 
 def _part(part_type: str, variants: Sequence[str]) -> dict[str, Any]:
@@ -224,11 +230,11 @@ def _write(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
+    content = dict(items)
+    if len(content) < len(items):
         name, count = Counter(name for name, _ in items).most_common(1)[0]
-        raise ValueError(f"key {name!r:.40} comes {count} times")
-    return found
+        raise ValueError(f"key {name!r:.40} {count} times")
+    return content
 
 
 def _require_text(value: Any, field: str) -> None:

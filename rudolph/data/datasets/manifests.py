@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rudolph.data.datasets.table_parquet import StoredImage
-from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, kind_of, read_rows
+from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, read_rows, type_name
 from rudolph.data.image_files import RejectedError, RowReport, center_crop, decode_image
 from rudolph.data.pairs import Pair, hash_fraction, require_split
 from rudolph.sequence.texts import clean_text
@@ -106,7 +106,7 @@ class Manifest:
         ]
         if not self.entries:
             raise ValueError(
-                f"{examined.table}: none of its {self.report.kept} usable rows falls into the "
+                f"{examined.table}: none of its {self.report.num_kept} usable rows falls into the "
                 f"split {split!r} (90% train, 5% validation, 5% test): give it more rows"
             )
         self.digest = self._digest()
@@ -134,8 +134,8 @@ class Manifest:
     def _digest(self) -> str:
         digest = hashlib.sha256(f"manifest {MANIFEST_PAIRS_VERSION} {self.image_size}\n".encode())
         for entry in self.entries:
-            told = [entry.question] if entry.question else []
-            line = json.dumps([entry.key, entry.caption, entry.sha256, *told])
+            question = [entry.question] if entry.question else []
+            line = json.dumps([entry.key, entry.caption, entry.sha256, *question])
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
@@ -173,7 +173,7 @@ def examine_table(
     report, entries = RowReport(), []
     for done, row in enumerate(rows, start=1):
         path = row.image.path if isinstance(row.image, StoredImage) else row.image
-        name = f"{row.place} {path}" if isinstance(path, str) else row.place
+        name = f"{row.location} {path}" if isinstance(path, str) else row.location
         try:
             entry, examined = _examine_row(row, table.parent, config)
         except RejectedError as rejected:
@@ -189,8 +189,8 @@ def examine_table(
 def _examine_row(
     row: TableRow, folder: Path, config: ManifestConfig
 ) -> tuple[ManifestEntry, ExaminedImage]:
-    if row.fault:
-        raise RejectedError(row.fault)
+    if row.error:
+        raise RejectedError(row.error)
     stored = row.image if isinstance(row.image, StoredImage) else None
     data = None if stored is None else stored.data()
     path_given = row.image if stored is None else stored.path
@@ -207,14 +207,14 @@ def _examine_row(
         return ManifestEntry(
             key, caption, stored.table, examined.sha256, question, stored
         ), examined
-    base = Path(os.path.abspath(folder))
-    path = os.path.abspath(base / name)
+    base_folder = Path(os.path.abspath(folder))
+    path = os.path.abspath(base_folder / name)
     examined = _examine_file(path, name, config)
     # Relative paths keep the keys when the whole folder is moved.
-    stable = Path(path)
-    if stable.is_relative_to(base) or not os.path.isabs(name):
-        stable = Path(os.path.relpath(path, base))
-    key = " | ".join(part for part in (stable.as_posix(), question, caption) if part)
+    key_path = Path(path)
+    if key_path.is_relative_to(base_folder) or not os.path.isabs(name):
+        key_path = Path(os.path.relpath(path, base_folder))
+    key = " | ".join(part for part in (key_path.as_posix(), question, caption) if part)
     return ManifestEntry(key, caption, path, examined.sha256, question), examined
 
 
@@ -260,27 +260,27 @@ def _examine_data(data: bytes) -> ExaminedImage:
     return _EXAMINED_DATA[sha256]
 
 
-def _clean(value: object, what: str, column: str) -> str:
+def _clean(value: object, description: str, column: str) -> str:
     """Return a caption or question after cleaning; raise ``RejectedError`` if empty."""
-    text = clean_text(_text(value, what, column))
+    text = clean_text(_text(value, description, column))
     if not text.strip():
-        raise RejectedError(f"empty {what}")
+        raise RejectedError(f"empty {description}")
     return text
 
 
-def _text(value: object, what: str, column: str) -> str:
-    """Return ``value`` if it is non-blank text; else raise ``RejectedError``, naming ``what``."""
-    missing = f"no {what}" if what == "image path" else f"empty {what}"
+def _text(value: object, description: str, column: str) -> str:
+    """Return ``value`` if it is non-blank text, else raise ``RejectedError``."""
+    missing = f"no {description}" if description == "image path" else f"empty {description}"
     if value is None or (isinstance(value, float) and value != value):
         raise RejectedError(missing)
     if not isinstance(value, str):
-        raise RejectedError(f"{what}s are {kind_of(value)} in column {column}")
+        raise RejectedError(f"{description}s are {type_name(value)} in column {column}")
     if not value.strip():
         raise RejectedError(missing)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RejectedError(f"{what} is not text") from error
+        raise RejectedError(f"{description} is not text") from error
     if "\0" in value:
-        raise RejectedError(f"{what} is not text")
+        raise RejectedError(f"{description} is not text")
     return value

@@ -16,7 +16,7 @@ existence   есть ли у ани звёзды?                     да or н
 comparison  у кого больше фигур, у ани или у пети?    у пети
 ==========  ========================================  =========================================
 
-The text precedes the question.  Together they have at most ``MOST_WORDS`` words, so that they fit
+The text precedes the question.  Together they have at most ``MAX_WORDS`` words, so that they fit
 into the left text of a small decoder.
 
 To add a family, write a function and add it to ``TEXT_FAMILIES``.  Its arguments are a random
@@ -59,7 +59,7 @@ from rudolph.files.constraints import Bounds, Count, check
 # Part of every digest; increment it when the same configuration gives other pairs.
 PARAGRAPHS_VERSION = 1
 
-MOST_WORDS = 29
+MAX_WORDS = 29
 
 # Names in the nominative, and in the genitive that follows "у".
 NAMES = {
@@ -226,8 +226,10 @@ class Paragraphs:
         is_compositional = self.split == "compositional"
         return sample_until(
             lambda: sample_paragraph(family, config, rng, is_compositional=is_compositional),
-            lambda drawn: is_compositional or split_by_hash(drawn.context) == self.split,
-            otherwise=f"shapes and colours leave no {family} for {self.split}: allow more of them",
+            lambda candidate: is_compositional or split_by_hash(candidate.context) == self.split,
+            error_message=(
+                f"shapes and colours: no {family} falls into {self.split}. Allow more of them"
+            ),
         )
 
 
@@ -239,103 +241,113 @@ def sample_paragraph(
     Return ``None`` if the text does not allow the question.
     """
     held_out = sorted(config.held_out)
-    looks = [
-        look for look in product(config.colours, config.shapes) if look not in config.held_out
+    allowed_combinations = [
+        combination
+        for combination in product(config.colours, config.shapes)
+        if combination not in config.held_out
     ]
     people = choose_distinct(rng, tuple(NAMES), number=choose_number(rng, 2, config.max_sentences))
-    asked = choose_number(rng, 0, len(people) - 1)
+    target_index = choose_number(rng, 0, len(people) - 1)
     possessions = []
-    for place, person in enumerate(people):
-        is_asked = place == asked
-        colour, shape = choose(rng, held_out if is_asked and is_compositional else looks)
+    for index, person in enumerate(people):
+        is_target = index == target_index
+        colour, shape = choose(
+            rng, held_out if is_target and is_compositional else allowed_combinations
+        )
         # A text states the size only of a single object.
-        most = 1 if is_asked and family == "size" else config.max_count
-        number, size = choose_number(rng, 1, most), choose(rng, _SIZES)
+        max_number = 1 if is_target and family == "size" else config.max_count
+        number, size = choose_number(rng, 1, max_number), choose(rng, _SIZES)
         possessions.append(Possession(person, number, size, colour, shape))
-    answered = TEXT_FAMILIES[family](rng, possessions, possessions[asked])
-    if answered is None:
+    question_answer = TEXT_FAMILIES[family](rng, possessions, possessions[target_index])
+    if question_answer is None:
         return None
-    context = " ".join(_sentence(each, rng) for each in possessions)
-    return Paragraph(family, context, tuple(possessions), *answered)
+    context = " ".join(_sentence(possession, rng) for possession in possessions)
+    return Paragraph(family, context, tuple(possessions), *question_answer)
 
 
-def _sentence(each: Possession, rng: Random) -> str:
+def _sentence(possession: Possession, rng: Random) -> str:
     if rng.random() < 0.25:
-        return f"{each.phrase} {each.owner}."
-    return f"{each.owner} {each.phrase}."
+        return f"{possession.phrase} {possession.owner}."
+    return f"{possession.owner} {possession.phrase}."
 
 
 # --- families ------------------------------------------------------------------------------------
 
 
-def thing_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
+def thing_question(rng: Random, _: Sequence[Possession], target: Possession) -> QuestionAnswer:
     """Return a question about all that a person has."""
-    return QuestionAnswer(f"что {asked.owner}?", asked.phrase)
+    return QuestionAnswer(f"что {target.owner}?", target.phrase)
 
 
-def colour_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
+def colour_question(rng: Random, _: Sequence[Possession], target: Possession) -> QuestionAnswer:
     """Return a question about the colour of a person's objects."""
-    question = f"какого цвета {asked.named(asked.shape)} {asked.owner}?"
-    return QuestionAnswer(question, quality(asked.colour))
+    question = f"какого цвета {target.named(target.shape)} {target.owner}?"
+    return QuestionAnswer(question, quality(target.colour))
 
 
-def size_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
+def size_question(rng: Random, _: Sequence[Possession], target: Possession) -> QuestionAnswer:
     """Return a question about the size of a person's only object."""
-    question = f"какого размера {asked.named(asked.shape)} {asked.owner}?"
-    return QuestionAnswer(question, quality(asked.size))
+    question = f"какого размера {target.named(target.shape)} {target.owner}?"
+    return QuestionAnswer(question, quality(target.size))
 
 
-def count_question(rng: Random, _: Sequence[Possession], asked: Possession) -> QuestionAnswer:
+def count_question(rng: Random, _: Sequence[Possession], target: Possession) -> QuestionAnswer:
     """Return a question about the number of a person's objects."""
-    question = f"сколько {plural_phrase(asked.shape, case='genitive')} {asked.owner}?"
-    return QuestionAnswer(question, numeral(asked.number, asked.shape))
+    question = f"сколько {plural_phrase(target.shape, case='genitive')} {target.owner}?"
+    return QuestionAnswer(question, numeral(target.number, target.shape))
 
 
 def owner_question(
-    rng: Random, possessions: Sequence[Possession], asked: Possession
+    rng: Random, possessions: Sequence[Possession], target: Possession
 ) -> QuestionAnswer | None:
     """Return a question about who has objects of a shape, or of a colour and a shape.
 
     Return ``None`` if several people have them.
     """
-    words = (asked.shape,) if rng.random() < 0.5 else (asked.colour, asked.shape)
-    owners = [each for each in possessions if set(words) <= {each.colour, each.shape}]
+    words = (target.shape,) if rng.random() < 0.5 else (target.colour, target.shape)
+    owners = [
+        possession
+        for possession in possessions
+        if set(words) <= {possession.colour, possession.shape}
+    ]
     if len(owners) > 1:
         return None
-    return QuestionAnswer(f"у кого {asked.named(*words)}?", asked.owner)
+    return QuestionAnswer(f"у кого {target.named(*words)}?", target.owner)
 
 
 def existence_question(
-    rng: Random, possessions: Sequence[Possession], asked: Possession
+    rng: Random, possessions: Sequence[Possession], target: Possession
 ) -> QuestionAnswer | None:
     """Return a yes-no question about whether a person has objects of a shape.
 
     Return ``None`` if everybody has the same shape.
     """
     has_it = rng.random() < 0.5
-    others = [each for each in possessions if each.shape != asked.shape]
+    others = [possession for possession in possessions if possession.shape != target.shape]
     if not others:
         # Return None for "да" too; otherwise equal shapes would make that answer more likely.
         return None
-    owner = asked.owner if has_it else choose(rng, others).owner
+    owner = target.owner if has_it else choose(rng, others).owner
     return QuestionAnswer(
-        f"есть ли {owner} {asked.named(asked.shape)}?", "да" if has_it else "нет"
+        f"есть ли {owner} {target.named(target.shape)}?", "да" if has_it else "нет"
     )
 
 
 def comparison_question(
-    rng: Random, possessions: Sequence[Possession], asked: Possession
+    rng: Random, possessions: Sequence[Possession], target: Possession
 ) -> QuestionAnswer | None:
     """Return a question about which of two people has more objects.
 
     Return ``None`` if everybody has the same number of objects.
     """
-    others = [each for each in possessions if each.number != asked.number]
+    others = [possession for possession in possessions if possession.number != target.number]
     if not others:
         return None
-    first, second = choose_distinct(rng, [asked, choose(rng, others)], number=2)
+    first, second = choose_distinct(rng, [target, choose(rng, others)], number=2)
     question = f"у кого больше фигур, {first.owner} или {second.owner}?"
-    return QuestionAnswer(question, max(first, second, key=lambda each: each.number).owner)
+    return QuestionAnswer(
+        question, max(first, second, key=lambda possession: possession.number).owner
+    )
 
 
 TEXT_FAMILIES: dict[

@@ -35,14 +35,14 @@ from rudolph.data.datasets.shapes_rendering import (
 from rudolph.data.datasets.shapes_russian import counted_phrase, noun_phrase, relation_phrase
 from rudolph.data.datasets.shapes_scenes import (
     DIRECTIONS,
-    FAMILIES,
+    SCENE_FAMILIES,
     Cell,
     Scene,
     ShapesConfig,
     cells,
     describe_scene,
+    object_phrase,
     objects_text,
-    placed_phrase,
     split_of_scene,
 )
 from rudolph.data.datasets.synthetic import (
@@ -79,7 +79,7 @@ class Shapes:
         self.split = split
         self.image_size = image_size
         self.digest = json_digest(WORLD_VERSION, PALETTE, SIZES, asdict(config), split, image_size)
-        self._looks = tuple(product(config.colours, config.shapes))
+        self._combinations = tuple(product(config.colours, config.shapes))
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -96,10 +96,10 @@ class Shapes:
             index, seed=config.seed, split=self.split, length=len(self), unit="scenes"
         )
         return sample_until(
-            lambda: FAMILIES[choose(rng, config.families)](config, rng),
+            lambda: SCENE_FAMILIES[choose(rng, config.families)](config, rng),
             lambda scene: split_of_scene(scene, config) == self.split,
-            otherwise=f"families, shapes and colours leave no sentence for {self.split}: "
-            "allow more of them",
+            error_message=f"families, shapes and colours: no sentence falls into {self.split}. "
+            "Allow more of them",
         )
 
     def sentences(self, index: int) -> list[str]:
@@ -113,25 +113,27 @@ class Shapes:
         ``shapes_hard_negatives.CHANGES``.  A shorter list is a prefix of a longer one.
         """
         rng = Random(f"{self.config.seed}/{self.split}/{index}/rivals")
-        found = hard_negatives_of(self.scene(index), self.config, rng)
+        negatives = hard_negatives_of(self.scene(index), self.config, rng)
         return [
             self._pair(
-                f"shapes/{self.split}/{index:06d}/rival{place}", each.scene, changed=each.changed
+                f"shapes/{self.split}/{index:06d}/rival{rank}",
+                negative.scene,
+                changed=negative.changed,
             )
-            for place, each in enumerate(found[:number])
+            for rank, negative in enumerate(negatives[:number])
         ]
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Return a caption per combination of colour and shape, e.g. "один красный круг"."""
-        return tuple(counted_phrase(1, colour, shape) for colour, shape in self._looks)
+        return tuple(counted_phrase(1, colour, shape) for colour, shape in self._combinations)
 
     def class_index(self, index: int) -> int | None:
         """Return the class of the pair at ``index``, or None if its scene has several objects."""
         objects = self.scene(index).objects
         if len(objects) > 1:
             return None
-        return self._looks.index((objects[0].colour, objects[0].shape))
+        return self._combinations.index((objects[0].colour, objects[0].shape))
 
     def distinct(self, number: int) -> list[int]:
         """Return the first ``number`` indices with distinct sentences.
@@ -139,19 +141,20 @@ class Shapes:
         Raises:
             ValueError: If the split has fewer distinct sentences.
         """
-        first: dict[str, int] = {}
+        first_indices: dict[str, int] = {}
         for index in range(len(self)):
-            if len(first) == number:
+            if len(first_indices) == number:
                 break
-            first.setdefault(self.scene(index).sentence, index)
-        if len(first) < number:
+            first_indices.setdefault(self.scene(index).sentence, index)
+        if len(first_indices) < number:
             raise ValueError(
-                f"{self.split} has {len(first)} different sentences in {len(self)} scenes, "
-                f"asked for {number}"
+                f"{self.split} has {len(first_indices)} different sentences in {len(self)} "
+                "scenes, "
+                f"expected at least {number}"
             )
-        return list(first.values())
+        return list(first_indices.values())
 
-    def _pair(self, key: str, scene: Scene, **more: str) -> Pair:
+    def _pair(self, key: str, scene: Scene, **attributes: str) -> Pair:
         return Pair(
             key=key,
             caption=scene.sentence,
@@ -159,7 +162,7 @@ class Shapes:
             attributes={
                 "family": scene.family,
                 "objects": objects_text(scene.objects),
-                **more,
+                **attributes,
             },
         )
 
@@ -171,12 +174,14 @@ def is_sentence(text: str, config: ShapesConfig) -> bool:
     >>> is_sentence("пять жёлтых квадратов", config), is_sentence("пять жёлтых кругом", config)
     (True, False)
     """
-    placed = _placed_phrases(config)
+    cell_of_phrase = _object_phrases(config)
     first, comma, second = text.partition(", ")
     if comma:
-        is_known = "two" in config.families and first in placed and second in placed
+        is_known = (
+            "two" in config.families and first in cell_of_phrase and second in cell_of_phrase
+        )
         # Objects are in reading order, and never two in one cell.
-        return is_known and placed[first] < placed[second]
+        return is_known and cell_of_phrase[first] < cell_of_phrase[second]
     return text in _short_sentences(config)
 
 
@@ -190,19 +195,19 @@ def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list
     >>> true_sentences([SceneObject("circle", "red", "small", 0, 1)], ShapesConfig())
     ['маленький красный круг сверху', 'один красный круг']
     """
-    ordered = sorted(objects, key=lambda each: (each.row, each.column))
-    told = []
+    ordered = sorted(objects, key=lambda scene_object: (scene_object.row, scene_object.column))
+    scenes = []
     if len(ordered) in (1, 2):
-        told.append(describe_scene("one" if len(ordered) == 1 else "two", ordered, config))
+        scenes.append(describe_scene("one" if len(ordered) == 1 else "two", ordered, config))
     if len(ordered) == 2:
         for pair in (ordered, ordered[::-1]):
             relation = _relation(*pair)
             if relation is not None:
-                told.append(describe_scene("relation", pair, config, relation=relation))
-    looks = {(each.shape, each.colour) for each in ordered}
-    if len(looks) == 1 and len(ordered) <= config.max_count:
-        told.append(describe_scene("count", ordered, config))
-    return [scene.sentence for scene in told if scene.family in config.families]
+                scenes.append(describe_scene("relation", pair, config, relation=relation))
+    shapes_and_colours = {(scene_object.shape, scene_object.colour) for scene_object in ordered}
+    if len(shapes_and_colours) == 1 and len(ordered) <= config.max_count:
+        scenes.append(describe_scene("count", ordered, config))
+    return [scene.sentence for scene in scenes if scene.family in config.families]
 
 
 def _relation(first: SceneObject, second: SceneObject) -> str | None:
@@ -213,15 +218,15 @@ def _relation(first: SceneObject, second: SceneObject) -> str | None:
     if (first.shape, first.colour) == (second.shape, second.colour):
         return None
     down, right = first.row - second.row, first.column - second.column
-    way = ((down > 0) - (down < 0), (right > 0) - (right < 0))
-    return {step: relation for relation, step in DIRECTIONS.items()}.get(way)
+    direction = ((down > 0) - (down < 0), (right > 0) - (right < 0))
+    return {offset: relation for relation, offset in DIRECTIONS.items()}.get(direction)
 
 
 @lru_cache(maxsize=4)
-def _placed_phrases(config: ShapesConfig) -> dict[str, Cell]:
+def _object_phrases(config: ShapesConfig) -> dict[str, Cell]:
     """Return a mapping from the phrase of every object in every cell to that cell."""
     return {
-        placed_phrase(SceneObject(shape, colour, size, *cell), config.grid): cell
+        object_phrase(SceneObject(shape, colour, size, *cell), config.grid): cell
         for shape, colour, size in product(config.shapes, config.colours, SIZES)
         for cell in cells(config.grid)
     }
@@ -230,17 +235,19 @@ def _placed_phrases(config: ShapesConfig) -> dict[str, Cell]:
 @lru_cache(maxsize=4)
 def _short_sentences(config: ShapesConfig) -> frozenset[str]:
     """Return all sentences without a comma."""
-    looks = tuple(product(config.colours, config.shapes))
+    combinations = tuple(product(config.colours, config.shapes))
     families: dict[str, Iterable[str]] = {
-        "one": _placed_phrases(config),
+        "one": _object_phrases(config),
         "relation": (
             relation_phrase(noun_phrase(size, *first), relation, *second)
-            for size, first, relation, second in product(SIZES, looks, DIRECTIONS, looks)
+            for size, first, relation, second in product(
+                SIZES, combinations, DIRECTIONS, combinations
+            )
             if first != second
         ),
         "count": (
-            counted_phrase(number, *look)
-            for number, look in product(range(1, config.max_count + 1), looks)
+            counted_phrase(number, *combination)
+            for number, combination in product(range(1, config.max_count + 1), combinations)
         ),
     }
     return frozenset(

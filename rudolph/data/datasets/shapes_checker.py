@@ -87,12 +87,12 @@ class Reading:
 class SceneVerdict:
     """The result of checking an image against a sentence.
 
-    ``right`` is true if the image shows exactly what the sentence states.  ``object_accuracy`` is
-    the number of correct objects divided by the number of stated or of read objects, whichever is
-    larger.
+    ``is_correct`` is true if the image shows exactly what the sentence states.
+    ``object_accuracy`` is the number of correct objects divided by the number of stated or of read
+    objects, whichever is larger.
     """
 
-    right: bool
+    is_correct: bool
     object_accuracy: float
 
 
@@ -109,25 +109,27 @@ def read_scene(image: Image.Image | NDArray[np.uint8], *, grid: int) -> Reading:
     Raises:
         ValueError: If the image is not square or has less than 24 pixels per side.
     """
-    share, contrast = _explain(_cells(image, grid))
-    hypothesis = _softmax(-_INDEPENDENT_PIXELS / 2 * np.log(1.002 - share))  # (C, H)
+    explained, contrast = _explain(_cells(image, grid))
+    hypothesis = _softmax(-_INDEPENDENT_PIXELS / 2 * np.log(1.002 - explained))  # (C, H)
     palette = (np.array([PALETTE[colour] for colour in _COLOURS]) - BACKGROUND) @ _OPPONENT.T
     distances = ((contrast[:, None] - palette) ** 2).sum(axis=2)
     colour = _softmax(-distances / (2 * _COLOUR_SPREAD**2))  # (C, colours)
     nearest = palette[distances.argmin(axis=1)]
     strength = (contrast * nearest).sum(axis=1) / (nearest**2).sum(axis=1)
-    likeness = np.clip(strength, 0, 1) * np.sqrt(share.max(axis=1))
+    likeness = np.clip(strength, 0, 1) * np.sqrt(explained.max(axis=1))
     presence = 1 / (1 + np.exp((_LEAST_PRESENCE - likeness) / _PRESENCE_SPREAD))  # (C,)
 
     occupied = presence >= 0.5
-    sure = np.where(occupied, presence * hypothesis.max(axis=1) * colour.max(axis=1), 1 - presence)
+    confidence = np.where(
+        occupied, presence * hypothesis.max(axis=1) * colour.max(axis=1), 1 - presence
+    )
     objects = []
     for cell in np.flatnonzero(occupied):
         shape, size = _HYPOTHESES[hypothesis[cell].argmax()]
         row, column = divmod(int(cell), grid)
         name = _COLOURS[colour[cell].argmax()]
-        objects.append(ReadObject(shape, name, size, row, column, float(sure[cell])))
-    return Reading(tuple(objects), float(sure.prod()))
+        objects.append(ReadObject(shape, name, size, row, column, float(confidence[cell])))
+    return Reading(tuple(objects), float(confidence.prod()))
 
 
 def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> FloatArray:
@@ -177,7 +179,7 @@ def _explain(cells: FloatArray) -> tuple[FloatArray, FloatArray]:
         difference between object and background for the best template, ``(C, 3)``.
     """
     templates, lengths = _templates()
-    every = np.arange(len(cells))
+    cell_indices = np.arange(len(cells))
     centred = cells - cells.mean(axis=1, keepdims=True)
     by_pixel = centred.swapaxes(0, 1).reshape(_CELL**2, -1)  # (P, C * 3)
     projected = (templates @ by_pixel).reshape(-1, len(_BLURS), len(cells), 3)  # (T, B, C, 3)
@@ -185,15 +187,15 @@ def _explain(cells: FloatArray) -> tuple[FloatArray, FloatArray]:
     hue = _HUE_WEIGHT * (projected[..., 1:] ** 2).sum(axis=3)
     explained = brightness.max(axis=1) + hue.max(axis=1)  # (T, C)
     content = (centred**2).sum(axis=1) @ np.array([1, _HUE_WEIGHT, _HUE_WEIGHT])
-    share = explained / np.maximum(content, _FAINTEST_CONTENT)
+    fractions = explained / np.maximum(content, _FAINTEST_CONTENT)
 
-    best = share.argmax(axis=0)
-    brightness_blur = brightness[best, :, every].argmax(axis=1)
-    hue_blur = hue[best, :, every].argmax(axis=1)
-    fitted = projected / lengths
-    contrast = fitted[best, hue_blur, every]
-    contrast[:, 0] = fitted[best, brightness_blur, every, 0]
-    return share.reshape(len(_HYPOTHESES), -1, len(cells)).max(axis=1).T, contrast
+    best_template = fractions.argmax(axis=0)
+    brightness_blur = brightness[best_template, :, cell_indices].argmax(axis=1)
+    hue_blur = hue[best_template, :, cell_indices].argmax(axis=1)
+    contrasts = projected / lengths
+    contrast = contrasts[best_template, hue_blur, cell_indices]
+    contrast[:, 0] = contrasts[best_template, brightness_blur, cell_indices, 0]
+    return fractions.reshape(len(_HYPOTHESES), -1, len(cells)).max(axis=1).T, contrast
 
 
 def _softmax(logits: FloatArray) -> FloatArray:
@@ -207,24 +209,26 @@ def _softmax(logits: FloatArray) -> FloatArray:
 
 def check_scene(scene: Scene, reading: Reading) -> SceneVerdict:
     """Check a reading of an image against the sentence of ``scene``."""
-    num_right, sentence_holds = JUDGES[scene.family](scene, reading.objects)
-    most = max(len(scene.objects), len(reading.objects))
+    num_correct, sentence_holds = SCENE_CHECKS[scene.family](scene, reading.objects)
+    num_objects = max(len(scene.objects), len(reading.objects))
     return SceneVerdict(
-        right=sentence_holds and num_right == most, object_accuracy=num_right / most
+        is_correct=sentence_holds and num_correct == num_objects,
+        object_accuracy=num_correct / num_objects,
     )
 
 
-def check_positions(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_positions(scene: Scene, objects: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """Count the objects that have the right shape, colour and size in the right cell."""
-    read = {(each.row, each.column): each for each in found}
-    right = [
-        (each.row, each.column) in read and _alike(each, read[each.row, each.column])
-        for each in scene.objects
+    by_cell = {(read_object.row, read_object.column): read_object for read_object in objects}
+    matches = [
+        (stated.row, stated.column) in by_cell
+        and _alike(stated, by_cell[stated.row, stated.column])
+        for stated in scene.objects
     ]
-    return sum(right), True
+    return sum(matches), True
 
 
-def check_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_relation(scene: Scene, objects: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """Count the correct objects of a relation, and check its direction.
 
     The first object must have its size, while the second may have any size.
@@ -232,26 +236,26 @@ def check_relation(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bo
     assert scene.relation is not None
     first, second = scene.objects
     best = (0, False)
-    for one, other in permutations([*found, None], 2):
-        num_right = _alike(first, one) + _alike(second, other, any_size=True)
-        best = max(best, (num_right, _direction(one, other) == DIRECTIONS[scene.relation]))
+    for one, other in permutations([*objects, None], 2):
+        num_correct = _alike(first, one) + _alike(second, other, any_size=True)
+        best = max(best, (num_correct, _direction(one, other) == DIRECTIONS[scene.relation]))
     return best
 
 
-def check_count(scene: Scene, found: tuple[ReadObject, ...]) -> tuple[int, bool]:
+def check_count(scene: Scene, objects: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """Count the objects of the stated shape and colour, of any size and in any cell.
 
     The count is at most the stated number.
     """
     model = scene.objects[0]
-    num_alike = sum(_alike(model, each, any_size=True) for each in found)
+    num_alike = sum(_alike(model, read_object, any_size=True) for read_object in objects)
     return min(num_alike, len(scene.objects)), True
 
 
-def _alike(truth: SceneObject, read: ReadObject | None, *, any_size: bool = False) -> bool:
-    return read is not None and (
-        (truth.shape, truth.colour) == (read.shape, read.colour)
-        and (any_size or truth.size == read.size)
+def _alike(stated: SceneObject, read_object: ReadObject | None, *, any_size: bool = False) -> bool:
+    return read_object is not None and (
+        (stated.shape, stated.colour) == (read_object.shape, read_object.colour)
+        and (any_size or stated.size == read_object.size)
     )
 
 
@@ -262,7 +266,7 @@ def _direction(one: ReadObject | None, other: ReadObject | None) -> tuple[int, i
 
 
 # Each returns the number of correct objects, and whether the rest of the sentence holds.
-JUDGES: dict[str, Callable[[Scene, tuple[ReadObject, ...]], tuple[int, bool]]] = {
+SCENE_CHECKS: dict[str, Callable[[Scene, tuple[ReadObject, ...]], tuple[int, bool]]] = {
     "one": check_positions,
     "two": check_positions,
     "relation": check_relation,

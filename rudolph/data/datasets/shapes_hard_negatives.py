@@ -40,18 +40,21 @@ def hard_negatives_of(scene: Scene, config: ShapesConfig, rng: Random) -> list[H
     The order within each kind is random.  All sentences differ from one another and from that of
     the scene.
     """
-    kinds = []
+    groups = []
     for changed, change in CHANGES.items():
-        found = [HardNegative(changed, other) for other in change(scene, config, rng)]
-        kinds.append(choose_distinct(rng, found, number=len(found)))
-    in_turn = [
-        negative for turn in zip_longest(*kinds) for negative in turn if negative is not None
+        negatives = [HardNegative(changed, other) for other in change(scene, config, rng)]
+        groups.append(choose_distinct(rng, negatives, number=len(negatives)))
+    interleaved = [
+        negative
+        for round_of_negatives in zip_longest(*groups)
+        for negative in round_of_negatives
+        if negative is not None
     ]
-    first: dict[str, HardNegative] = {}
-    for negative in in_turn:
+    first_of_sentence: dict[str, HardNegative] = {}
+    for negative in interleaved:
         if negative.scene.sentence != scene.sentence:
-            first.setdefault(negative.scene.sentence, negative)
-    return list(first.values())
+            first_of_sentence.setdefault(negative.scene.sentence, negative)
+    return list(first_of_sentence.values())
 
 
 def other_colours(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
@@ -69,16 +72,16 @@ def other_sizes(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene
     return _repainted(scene, config, "size", tuple(SIZES))
 
 
-def other_places(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
+def other_positions(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
     """Yield scenes with one object moved to a free cell, if their sentences name cells."""
     if scene.family not in ("one", "two"):
         return
-    taken = {(each.row, each.column) for each in scene.objects}
-    for number, each in enumerate(scene.objects):
+    occupied = {(scene_object.row, scene_object.column) for scene_object in scene.objects}
+    for index, scene_object in enumerate(scene.objects):
         for row, column in cells(config.grid):
-            if (row, column) not in taken:
-                moved = replace(each, row=row, column=column)
-                objects = [*scene.objects[:number], moved, *scene.objects[number + 1 :]]
+            if (row, column) not in occupied:
+                moved = replace(scene_object, row=row, column=column)
+                objects = [*scene.objects[:index], moved, *scene.objects[index + 1 :]]
                 yield describe_scene(scene.family, _in_reading_order(objects), config)
 
 
@@ -86,8 +89,8 @@ def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[S
     """Yield scenes of a count with objects removed or added."""
     if scene.family != "count":
         return
-    taken = {(each.row, each.column) for each in scene.objects}
-    free = [cell for cell in cells(config.grid) if cell not in taken]
+    occupied = {(scene_object.row, scene_object.column) for scene_object in scene.objects}
+    free = [cell for cell in cells(config.grid) if cell not in occupied]
     for number in range(1, config.max_count + 1):
         kept = choose_distinct(rng, scene.objects, number=min(number, len(scene.objects)))
         added = [
@@ -105,16 +108,16 @@ def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[S
     if scene.relation is None:
         return
     first, second = scene.objects
-    line, *places = (
+    line, *positions = (
         (first.row, first.column, second.column)
         if first.row == second.row
         else (first.column, first.row, second.row)
     )
     for relation in DIRECTIONS:
         objects = [
-            replace(each, row=row, column=column)
-            for each, (row, column) in zip(
-                scene.objects, related_cells(relation, line, places), strict=True
+            replace(scene_object, row=row, column=column)
+            for scene_object, (row, column) in zip(
+                scene.objects, related_cells(relation, line, positions), strict=True
             )
         ]
         yield describe_scene("relation", objects, config, relation=relation)
@@ -123,13 +126,13 @@ def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[S
 def _repainted(
     scene: Scene, config: ShapesConfig, field: str, options: Sequence[str]
 ) -> Iterator[Scene]:
-    every = range(len(scene.objects))
-    for group in [every] if scene.family == "count" else [[number] for number in every]:
+    indices = range(len(scene.objects))
+    for group in [indices] if scene.family == "count" else [[index] for index in indices]:
         for option in options:
             change: dict[str, Any] = {field: option}
             objects = [
-                replace(each, **change) if number in group else each
-                for number, each in enumerate(scene.objects)
+                replace(scene_object, **change) if index in group else scene_object
+                for index, scene_object in enumerate(scene.objects)
             ]
             if scene.relation is None or not _look_alike(*objects):
                 yield describe_scene(scene.family, objects, config, relation=scene.relation or "")
@@ -140,14 +143,14 @@ def _look_alike(first: SceneObject, second: SceneObject) -> bool:
 
 
 def _in_reading_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
-    return sorted(objects, key=lambda each: (each.row, each.column))
+    return sorted(objects, key=lambda scene_object: (scene_object.row, scene_object.column))
 
 
 CHANGES: dict[str, Callable[[Scene, ShapesConfig, Random], Iterator[Scene]]] = {
     "colour": other_colours,
     "shape": other_shapes,
     "size": other_sizes,
-    "place": other_places,
+    "place": other_positions,
     "number": other_numbers,
     "relation": other_relations,
 }

@@ -129,8 +129,8 @@ class ShapesQuestions:
         self.config = config
         self.split = split
         self.image_size = image_size
-        world = [PALETTE, SIZES, asdict(config), split, image_size]
-        self.digest = json_digest("shapes_questions", QUESTIONS_VERSION, *world)
+        content = [PALETTE, SIZES, asdict(config), split, image_size]
+        self.digest = json_digest("shapes_questions", QUESTIONS_VERSION, *content)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -153,22 +153,24 @@ class ShapesQuestions:
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
         # Choose before rejection sampling, so that families that are often rejected are not rarer.
         family = choose(rng, config.families)
-        every = tuple(product(config.colours, config.shapes))
-        others = tuple(look for look in every if look not in config.held_out)
+        combinations = tuple(product(config.colours, config.shapes))
+        others = tuple(
+            combination for combination in combinations if combination not in config.held_out
+        )
         is_compositional = self.split == "compositional"
-        draw = QuestionSampler(
+        sampler = QuestionSampler(
             rng,
             grid=config.grid,
             max_objects=config.max_objects,
             jitter=config.jitter,
-            looks=every if is_compositional else others,
+            combinations=combinations if is_compositional else others,
             targets=sorted(config.held_out) if is_compositional else others,
         )
         return sample_until(
-            lambda: QUESTION_FAMILIES[family](draw),
+            lambda: QUESTION_FAMILIES[family](sampler),
             lambda question: split_of_question(question, config) == self.split,
-            otherwise=f"shapes and colours leave no question of the family {family} for "
-            f"{self.split}: allow more of them",
+            error_message=f"shapes and colours: no question of the family {family} falls into "
+            f"{self.split}. Allow more of them",
         )
 
 
@@ -177,8 +179,11 @@ def split_of_question(question: Question, config: ShapesQuestionsConfig) -> str 
 
     Return ``None`` if the scene shows a held-out combination that the question is not about.
     """
-    if question.asked & config.held_out:
+    if question.targets & config.held_out:
         return "compositional"
-    if any((each.colour, each.shape) in config.held_out for each in question.objects):
+    if any(
+        (scene_object.colour, scene_object.shape) in config.held_out
+        for scene_object in question.objects
+    ):
         return None
     return split_by_hash(f"{question.text} {objects_text(question.objects)}")

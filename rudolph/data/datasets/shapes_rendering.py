@@ -111,8 +111,7 @@ def cell_pixels(row: int, column: int, *, grid: int, image_size: int) -> tuple[s
     # Objects lie within their cell; only the soft edge can extend one pixel further.
     pixel = grid / image_size
     rows, columns = (
-        slice(max(0, int(place / pixel) - 1), int((place + 1) / pixel) + 2)
-        for place in (row, column)
+        slice(max(0, int(cell / pixel) - 1), int((cell + 1) / pixel) + 2) for cell in (row, column)
     )
     return rows, columns
 
@@ -122,16 +121,20 @@ def paint(objects: Sequence[SceneObject], *, grid: int, image_size: int) -> Cove
     pixel = grid / image_size
     points = (np.arange(image_size) + 0.5) * pixel
     image = np.full((image_size, image_size, 3), BACKGROUND, dtype=np.float64)
-    for each in objects:
-        rows, columns = cell_pixels(each.row, each.column, grid=grid, image_size=image_size)
+    for scene_object in objects:
+        rows, columns = cell_pixels(
+            scene_object.row, scene_object.column, grid=grid, image_size=image_size
+        )
         opacity = coverage(
-            each.shape,
-            points[None, columns] - (each.column + 0.5 + each.shift[1]),
-            points[rows, None] - (each.row + 0.5 + each.shift[0]),
-            radius=SIZES[each.size],
+            scene_object.shape,
+            points[None, columns] - (scene_object.column + 0.5 + scene_object.shift[1]),
+            points[rows, None] - (scene_object.row + 0.5 + scene_object.shift[0]),
+            radius=SIZES[scene_object.size],
             softness=pixel,
         )[..., None]  # (rows, columns, 1)
-        image[rows, columns] += opacity * (np.array(PALETTE[each.colour]) - image[rows, columns])
+        image[rows, columns] += opacity * (
+            np.array(PALETTE[scene_object.colour]) - image[rows, columns]
+        )
     return image
 
 
@@ -145,7 +148,7 @@ def as_image(image: CoverageArray) -> Image.Image:
     return Image.fromarray(np.rint(image).astype(np.uint8))
 
 
-def require_readable_size(image_size: int, *, least: int = SMALLEST_IMAGE) -> None:
+def require_readable_size(image_size: int, *, minimum: int = SMALLEST_IMAGE) -> None:
     """Raise ``ValueError`` if an image is too small for small objects to be recognised."""
-    if image_size < least:
-        raise ValueError(f"image_size must be at least {least}, got {image_size}")
+    if image_size < minimum:
+        raise ValueError(f"image_size must be at least {minimum}, got {image_size}")

@@ -1,9 +1,9 @@
 """Scenes of synthetic shapes: sampling of their objects, and their sentences.
 
 ``shapes`` describes the families.  To add one, write a function that samples its scenes and add it
-to ``FAMILIES``.  Write its sentence function and add it to ``SENTENCES``.  Add its check to
-``shapes_checker.JUDGES`` and its sentences to ``shapes.is_sentence``.  Add further changes of its
-scenes to ``shapes_hard_negatives``.
+to ``SCENE_FAMILIES``.  Write its sentence function and add it to ``SENTENCES``.  Add its check to
+``shapes_checker.SCENE_CHECKS`` and its sentences to ``shapes.is_sentence``.  Add further changes
+of its scenes to ``shapes_hard_negatives``.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class ShapesConfig:
 
     Attributes:
         grid: Cells per side, 2 or 3.
-        families: Keys of ``FAMILIES``.
+        families: Keys of ``SCENE_FAMILIES``.
         shapes: Keys of ``SIGNED_DISTANCES``, at least two.
         colours: Keys of ``PALETTE``, at least two.
         max_count: Largest number of objects in a ``count`` sentence.
@@ -68,13 +68,14 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
         check(self)
-        require_choices("families", self.families, legal=FAMILIES, at_least=1)
+        require_choices("families", self.families, legal=SCENE_FAMILIES, at_least=1)
         require_choices("shapes", self.shapes, legal=SIGNED_DISTANCES, at_least=2)
         require_choices("colours", self.colours, legal=PALETTE, at_least=2)
-        most = min(len(NUMERALS["masculine"]), self.grid**2)
-        if not 1 <= self.max_count <= most:
+        max_objects = min(len(NUMERALS["masculine"]), self.grid**2)
+        if not 1 <= self.max_count <= max_objects:
             raise ValueError(
-                f"max_count must be 1 to {most} when grid is {self.grid}, got {self.max_count}"
+                f"max_count must be 1 to {max_objects} when grid is {self.grid}, got "
+                f"{self.max_count}"
             )
         require_within("jitter", self.jitter, 0, LARGEST_JITTER)
 
@@ -116,13 +117,18 @@ def describe_scene(
 def objects_text(objects: Sequence[SceneObject]) -> str:
     """Return all objects with row and column, e.g. "small red circle 0 2; large blue star 1 1"."""
     return "; ".join(
-        f"{each.size} {each.colour} {each.shape} {each.row} {each.column}" for each in objects
+        f"{scene_object.size} {scene_object.colour} {scene_object.shape} {scene_object.row} "
+        f"{scene_object.column}"
+        for scene_object in objects
     )
 
 
 def split_of_scene(scene: Scene, config: ShapesConfig) -> str:
     """Return the only split to which a scene and its sentence can belong."""
-    if any((each.colour, each.shape) in config.held_out for each in scene.objects):
+    if any(
+        (scene_object.colour, scene_object.shape) in config.held_out
+        for scene_object in scene.objects
+    ):
         return "compositional"
     return split_by_hash(scene.sentence)
 
@@ -141,16 +147,16 @@ def sample_two(config: ShapesConfig, rng: Random) -> Scene:
 
     They are in reading order, so that an image has only one such sentence.
     """
-    places = sorted(choose_distinct(rng, cells(config.grid), number=2))
-    return describe_scene("two", [sample_object(config, rng, cell) for cell in places], config)
+    positions = sorted(choose_distinct(rng, cells(config.grid), number=2))
+    return describe_scene("two", [sample_object(config, rng, cell) for cell in positions], config)
 
 
 def sample_relation(config: ShapesConfig, rng: Random) -> Scene:
     """Sample two objects that differ in shape or colour, in one row or one column."""
     relation = choose(rng, tuple(DIRECTIONS))
     line = choose_number(rng, 0, config.grid - 1)
-    places = choose_distinct(rng, range(config.grid), number=2)
-    first_cell, second_cell = related_cells(relation, line, places)
+    positions = choose_distinct(rng, range(config.grid), number=2)
+    first_cell, second_cell = related_cells(relation, line, positions)
     first = second = sample_object(config, rng, first_cell)
     while (first.shape, first.colour) == (second.shape, second.colour):
         second = sample_object(config, rng, second_cell)
@@ -160,9 +166,9 @@ def sample_relation(config: ShapesConfig, rng: Random) -> Scene:
 def sample_count(config: ShapesConfig, rng: Random) -> Scene:
     """Sample some objects of the same shape, colour and size."""
     number = choose_number(rng, 1, config.max_count)
-    model = sample_object(config, rng, (0, 0))
+    prototype = sample_object(config, rng, (0, 0))
     objects = [
-        replace(model, row=row, column=column, shift=sample_shift(config.jitter, rng))
+        replace(prototype, row=row, column=column, shift=sample_shift(config.jitter, rng))
         for row, column in sorted(choose_distinct(rng, cells(config.grid), number=number))
     ]
     return describe_scene("count", objects, config)
@@ -173,16 +179,16 @@ def cells(grid: int) -> list[Cell]:
     return [(row, column) for row in range(grid) for column in range(grid)]
 
 
-def related_cells(relation: str, line: int, places: Sequence[int]) -> tuple[Cell, Cell]:
+def related_cells(relation: str, line: int, positions: Sequence[int]) -> tuple[Cell, Cell]:
     """Return the cells of the first and the second object of a relation.
 
     Args:
         relation: A key of ``DIRECTIONS``.
         line: Index of the common row or column.
-        places: Two distinct positions in that row or column.
+        positions: Two distinct positions in that row or column.
     """
     down, right = DIRECTIONS[relation]
-    near, far = sorted(places)
+    near, far = sorted(positions)
     first, second = (near, far) if down + right < 0 else (far, near)
     return ((first, line), (second, line)) if down else ((line, first), (line, second))
 
@@ -200,7 +206,7 @@ def sample_shift(jitter: float, rng: Random) -> tuple[float, float]:
     return down, right
 
 
-FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
+SCENE_FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
     "one": sample_one,
     "two": sample_two,
     "relation": sample_relation,
@@ -211,30 +217,30 @@ FAMILIES: dict[str, Callable[[ShapesConfig, Random], Scene]] = {
 # --- sentences -----------------------------------------------------------------------------------
 
 
-def placed_phrase(each: SceneObject, grid: int) -> str:
+def object_phrase(scene_object: SceneObject, grid: int) -> str:
     """Return the phrase of an object in its cell, e.g. "большой синий круг в центре"."""
-    phrase = noun_phrase(each.size, each.colour, each.shape)
-    return f"{phrase} {position_phrase(each.row, each.column, grid=grid)}"
+    phrase = noun_phrase(scene_object.size, scene_object.colour, scene_object.shape)
+    return f"{phrase} {position_phrase(scene_object.row, scene_object.column, grid=grid)}"
 
 
-def _tell_places(objects: Sequence[SceneObject], grid: int, _: str) -> str:
-    return ", ".join(placed_phrase(each, grid) for each in objects)
+def _describe_positions(objects: Sequence[SceneObject], grid: int, _: str) -> str:
+    return ", ".join(object_phrase(scene_object, grid) for scene_object in objects)
 
 
-def _tell_relation(objects: Sequence[SceneObject], _: int, relation: str) -> str:
+def _describe_relation(objects: Sequence[SceneObject], _: int, relation: str) -> str:
     first, second = objects
     phrase = noun_phrase(first.size, first.colour, first.shape)
     return relation_phrase(phrase, relation, second.colour, second.shape)
 
 
-def _tell_count(objects: Sequence[SceneObject], _: int, __: str) -> str:
+def _describe_count(objects: Sequence[SceneObject], _: int, __: str) -> str:
     return counted_phrase(len(objects), objects[0].colour, objects[0].shape)
 
 
 # Sentence functions of (objects, grid, relation).
 SENTENCES: dict[str, Callable[[Sequence[SceneObject], int, str], str]] = {
-    "one": _tell_places,
-    "two": _tell_places,
-    "relation": _tell_relation,
-    "count": _tell_count,
+    "one": _describe_positions,
+    "two": _describe_positions,
+    "relation": _describe_relation,
+    "count": _describe_count,
 }

@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeVar
 from rudolph.data.pairs import hash_fraction
 
 Option = TypeVar("Option")
-Drawn = TypeVar("Drawn")
+Sampled = TypeVar("Sampled")
 
 # A text belongs to the first split whose bound is above its hash_fraction.
 _SPLIT_BOUNDS = {"train": 0.8, "validation": 0.9, "test": 1.0}
-_MAX_DRAWS = 10_000
+_MAX_SAMPLES = 10_000
 
 
 class SplitSizes(Protocol):
@@ -47,8 +47,8 @@ class SplitSizes(Protocol):
 def num_examples(config: SplitSizes, split: str) -> int:
     """Return the number of examples in a split."""
     size = "test" if split == "compositional" else split
-    number: int = getattr(config, f"num_{size}")
-    return number
+    num_pairs: int = getattr(config, f"num_{size}")
+    return num_pairs
 
 
 def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "pairs") -> Random:
@@ -70,18 +70,18 @@ def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "
 
 
 def sample_until(
-    draw: Callable[[], Drawn | None], belongs: Callable[[Drawn], bool], *, otherwise: str
-) -> Drawn:
-    """Return the first sample that belongs; ``draw`` returns ``None`` for a failed attempt.
+    sample: Callable[[], Sampled | None], belongs: Callable[[Sampled], bool], *, error_message: str
+) -> Sampled:
+    """Return the first sample that belongs; ``sample`` returns ``None`` for a failed attempt.
 
     Raises:
-        ValueError: With the message ``otherwise``, after 10,000 attempts.
+        ValueError: With the message ``error_message``, after 10,000 attempts.
     """
-    for _ in range(_MAX_DRAWS):
-        drawn = draw()
-        if drawn is not None and belongs(drawn):
-            return drawn
-    raise ValueError(otherwise)
+    for _ in range(_MAX_SAMPLES):
+        candidate = sample()
+        if candidate is not None and belongs(candidate):
+            return candidate
+    raise ValueError(error_message)
 
 
 def split_by_hash(text: str) -> str:
@@ -102,9 +102,9 @@ def choose_distinct(rng: Random, options: Sequence[Option], *, number: int) -> l
     return [remaining.pop(int(rng.random() * len(remaining))) for _ in range(number)]
 
 
-def choose_number(rng: Random, least: int, most: int) -> int:
-    """Sample an integer from ``least`` to ``most``, both included."""
-    return least + int(rng.random() * (most - least + 1))
+def choose_number(rng: Random, minimum: int, maximum: int) -> int:
+    """Sample an integer from ``minimum`` to ``maximum``, both included."""
+    return minimum + int(rng.random() * (maximum - minimum + 1))
 
 
 def json_digest(*parts: Any) -> str:
@@ -122,7 +122,7 @@ def require_choices(
         )
 
 
-def require_within(field: str, value: float, least: float, most: float) -> None:
-    """Raise ``ValueError`` if a number is not in ``[least, most]``."""
-    if not least <= value <= most:
-        raise ValueError(f"{field} must be {least} to {most}, got {value}")
+def require_within(field: str, value: float, minimum: float, maximum: float) -> None:
+    """Raise ``ValueError`` if a number is not in ``[minimum, maximum]``."""
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{field} must be {minimum} to {maximum}, got {value}")

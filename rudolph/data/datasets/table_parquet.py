@@ -43,7 +43,7 @@ class StoredBytes:
 
     def __init__(self, table: Path, column: str) -> None:
         self.table, self.column = table, column
-        with _blamed_on(table):
+        with _parquet_errors(table):
             self.file = _open(table)
             sizes = [
                 self.file.metadata.row_group(group).num_rows
@@ -57,7 +57,7 @@ class StoredBytes:
 
     def __getitem__(self, row: int) -> bytes | None:
         """Return the image bytes of a row, or None if it has none."""
-        with _blamed_on(self.table):
+        with _parquet_errors(self.table):
             # If several groups start at the same row, only the last has rows.
             group = bisect_right(self.starts, row) - 1
             if group != self.group or row < self.first:
@@ -90,7 +90,7 @@ def _stored_bytes(table: str, column: str, signature: tuple[int, ...]) -> Stored
 
 def parquet_columns(table: Path) -> list[str]:
     """Return the column names of a Parquet file."""
-    with _blamed_on(table):
+    with _parquet_errors(table):
         names: list[str] = _open(table).schema_arrow.names
     return names
 
@@ -105,17 +105,19 @@ def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ..
     Raises:
         ValueError: In one line, if the file cannot be read or a column has the wrong type.
     """
-    with _blamed_on(table):
+    with _parquet_errors(table):
         file = _open(table)
         image = _image_column(table, file.schema_arrow.field(columns[0]))
         for name in columns[1:]:
             _require_text(table, name, file.schema_arrow.field(name).type)
-        wanted = [*filter(None, [image.path]), *columns[1:]]
+        columns_to_read = [*filter(None, [image.path]), *columns[1:]]
         first = 0
-        for batch in file.iter_batches(batch_size=TEXT_ROWS, columns=wanted, use_threads=False):
-            found = [batch.schema.get_field_index(name) for name in columns]
+        for batch in file.iter_batches(
+            batch_size=TEXT_ROWS, columns=columns_to_read, use_threads=False
+        ):
+            indices = [batch.schema.get_field_index(name) for name in columns]
             # A column of image bytes is not read and therefore has no index.
-            cells = [batch.column(index) if index >= 0 else None for index in found]
+            cells = [batch.column(index) if index >= 0 else None for index in indices]
             for index in range(batch.num_rows):
                 values = _values(cells, index)
                 if values is not None and image.is_stored:
@@ -135,56 +137,66 @@ class _ImageColumn(NamedTuple):
 def _image_column(table: Path, field: Any) -> _ImageColumn:
     from pyarrow import types
 
-    kind, name = field.type, field.name
-    if types.is_struct(kind):
-        parts = {part.name: part.type for part in kind}
-        has_path = "path" in parts and _is_text(parts["path"])
-        if has_path or ("bytes" in parts and _is_binary(parts["bytes"])):
+    data_type, name = field.type, field.name
+    if types.is_struct(data_type):
+        fields = {member.name: member.type for member in data_type}
+        has_path = "path" in fields and _is_text(fields["path"])
+        if has_path or ("bytes" in fields and _is_binary(fields["bytes"])):
             return _ImageColumn(f"{name}.path" if has_path else "", is_stored=True)
-    elif _is_binary(kind):
+    elif _is_binary(data_type):
         return _ImageColumn("", is_stored=True)
-    elif _is_text(kind) or types.is_null(kind):
+    elif _is_text(data_type) or types.is_null(data_type):
         return _ImageColumn(name, is_stored=False)
     raise ValueError(
         f"{table}: expected paths, bytes or a struct of bytes and path in column {name!r}, "
-        f"got {kind}. Write one image per row"
+        f"got {data_type}. Write one image per row"
     )
 
 
-def _require_text(table: Path, name: str, kind: Any) -> None:
+def _require_text(table: Path, name: str, data_type: Any) -> None:
     """Raise ``ValueError`` unless a column has type text, number or null.
 
     Numbers are rejected row by row, so that missing values are reported separately.
     """
     from pyarrow import types
 
-    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-    if _is_text(kind) or is_number or types.is_null(kind):
+    is_number = (
+        types.is_integer(data_type) or types.is_floating(data_type) or types.is_decimal(data_type)
+    )
+    if _is_text(data_type) or is_number or types.is_null(data_type):
         return
-    is_list = types.is_nested(kind) and not types.is_struct(kind) and not types.is_map(kind)
+    is_list = (
+        types.is_nested(data_type)
+        and not types.is_struct(data_type)
+        and not types.is_map(data_type)
+    )
     advice = (
         f"Write a row for each text: pandas.read_parquet(...).explode({name!r})"
         if is_list
         else "Convert it to text"
     )
     raise ValueError(
-        f"{table}: expected one text per row in column {name!r}, got {kind}. {advice}"
+        f"{table}: expected one text per row in column {name!r}, got {data_type}. {advice}"
     )
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(data_type: Any) -> bool:
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if types.is_dictionary(data_type):
+        data_type = data_type.value_type
+    return (
+        types.is_string(data_type)
+        or types.is_large_string(data_type)
+        or types.is_string_view(data_type)
+    )
 
 
-def _is_binary(kind: Any) -> bool:
+def _is_binary(data_type: Any) -> bool:
     from pyarrow import types
 
-    is_fixed = types.is_binary_view(kind) or types.is_fixed_size_binary(kind)
-    return types.is_binary(kind) or types.is_large_binary(kind) or is_fixed
+    is_fixed = types.is_binary_view(data_type) or types.is_fixed_size_binary(data_type)
+    return types.is_binary(data_type) or types.is_large_binary(data_type) or is_fixed
 
 
 def _values(cells: Sequence[Any], index: int) -> tuple[Any, ...] | None:
@@ -207,7 +219,7 @@ def _open(table: Path) -> Any:
 
 
 @contextmanager
-def _blamed_on(table: Path) -> Iterator[None]:
+def _parquet_errors(table: Path) -> Iterator[None]:
     """Convert PyArrow's errors on damaged files to a one-line ``ValueError``."""
     import pyarrow
 

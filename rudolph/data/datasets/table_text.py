@@ -74,7 +74,7 @@ def read_table_text(path: str | Path) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         if mark not in (b"", codecs.BOM_UTF8):
             raise ValueError(
-                f"{path}: expected {encoding}, as its byte order mark says, got damaged bytes at "
+                f"{path}: expected {encoding}, as in its byte order mark, got damaged bytes at "
                 f"offset {error.start}. {_conversion(path, encoding, dropping=True)}"
             ) from error
         raise ValueError(_not_utf_8(path, data, error.start)) from error
@@ -88,13 +88,15 @@ def require_table(path: str | Path, start: bytes) -> None:
     if not start.removeprefix(codecs.BOM_UTF8).strip():
         raise ValueError(f"{path}: expected data, got an empty file. Write it again")
     suffix = Path(path).suffix.lower()
-    for magic, what, advice in OTHER_CONTENTS:
+    for magic, description, advice in OTHER_CONTENTS:
         is_expected = magic == b"PAR1" and suffix == ".parquet"
         # HTML tags can be in upper case and follow empty lines.
         text = start.lstrip().lower() if magic.startswith(b"<") else start
         if text.startswith(magic) and not is_expected:
-            told = advice.format(source=shlex.quote(str(path)), unpacked=_unpacked(Path(path)))
-            raise ValueError(f"{path}: expected a table, got {what}. {told}")
+            instruction = advice.format(
+                source=shlex.quote(str(path)), unpacked=_unpacked(Path(path))
+            )
+            raise ValueError(f"{path}: expected a table, got {description}. {instruction}")
 
 
 def guess_encoding(data: bytes) -> str:
@@ -119,11 +121,11 @@ def guess_encoding(data: bytes) -> str:
 def _cyrillic_score(letters: bytes, count: int, encoding: str) -> float:
     """Return the mean weight of the decoded letters; 0 if over a tenth are not Cyrillic."""
     text = letters.decode(encoding, errors="replace").replace(" ", "")
-    strange = sum(
+    num_unexpected = sum(
         character.lower() not in CYRILLIC_WEIGHTS and character not in CYRILLIC_MARKS
         for character in text
     )
-    if strange > count / 10:
+    if num_unexpected > count / 10:
         return 0.0
     return sum(
         CYRILLIC_WEIGHTS.get(character.lower(), 0) * (1.0 if character.islower() else 0.8)
@@ -152,18 +154,20 @@ def _utf_16_without_mark(data: bytes) -> str:
 def _not_utf_8(path: str | Path, data: bytes, start: int) -> str:
     """Return the error message for text that is not UTF-8 from byte offset ``start`` on."""
     line = data.count(b"\n", 0, start) + 1
-    what = f"{path}: expected UTF-8, got byte 0x{data[start]:02x} at offset {start} (line {line})"
+    problem = (
+        f"{path}: expected UTF-8, got byte 0x{data[start]:02x} at offset {start} (line {line})"
+    )
     replaced = data.decode("utf-8", errors="replace")
     damaged = replaced.count("\ufffd")
     if sum(character > "\x7f" for character in replaced) - damaged > 3 * damaged:
         advice = _conversion(path, "UTF-8", dropping=True)
-        return f"{what}; it is UTF-8 with {damaged} damaged bytes. {advice}"
+        return f"{problem}; it is UTF-8 with {damaged} damaged bytes. {advice}"
     encoding = guess_encoding(data)
     if not encoding:
-        return f"{what}, in an encoding that is not recognised. {_conversion(path, 'ENCODING')}"
-    begin = data.rfind(b"\n", 0, start) + 1
-    sample = data[begin : start + 200].decode(encoding).splitlines()[0].strip()[-60:]
-    return f"{what}, which reads as {encoding} ({sample!r}). {_conversion(path, encoding)}"
+        return f"{problem}, in an encoding that is not recognised. {_conversion(path, 'ENCODING')}"
+    line_start = data.rfind(b"\n", 0, start) + 1
+    sample = data[line_start : start + 200].decode(encoding).splitlines()[0].strip()[-60:]
+    return f"{problem}, which reads as {encoding} ({sample!r}). {_conversion(path, encoding)}"
 
 
 def _conversion(path: str | Path, encoding: str, *, dropping: bool = False) -> str:

@@ -69,22 +69,22 @@ class ManifestConfig:
     @property
     def columns(self) -> list[str]:
         """Return the columns to read: image, caption and question, if any."""
-        asked = [] if self.question_column is None else [self.question_column]
-        return [self.image_column, self.caption_column, *asked]
+        question_columns = [] if self.question_column is None else [self.question_column]
+        return [self.image_column, self.caption_column, *question_columns]
 
 
 class TableRow(NamedTuple):
     """A row as it is in the table.
 
-    ``place`` locates the row in the table, and ``fault`` is why it cannot be read, or "".
+    ``location`` locates the row in the table, and ``error`` is why it cannot be read, or "".
     ``question`` is None if the table has no questions.
     """
 
-    place: str
+    location: str
     image: object = None
     caption: object = None
     question: object = None
-    fault: str = ""
+    error: str = ""
 
 
 def find_table(path: str) -> Path:
@@ -100,14 +100,14 @@ def find_table(path: str) -> Path:
     if table.is_dir():
         # Questions in JSON have two files, so a folder would be ambiguous.
         suffixes = READERS.keys() - {".json"}
-        found = sorted(file for file in table.iterdir() if file.suffix.lower() in suffixes)
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found[:5]) or "none"
+        tables = sorted(file for file in table.iterdir() if file.suffix.lower() in suffixes)
+        if len(tables) != 1:
+            names = ", ".join(file.name for file in tables[:5]) or "none"
             raise ValueError(
-                f"{table}: the folder must hold exactly one table ({legal}), "
-                f"it holds {len(found)}: {names}"
+                f"{table}: expected exactly one table in the folder ({legal}), "
+                f"got {len(tables)}: {names}"
             )
-        table = found[0]
+        table = tables[0]
     if not table.is_file():
         raise ValueError(f"{table}: no such file or folder")
     if table.suffix.lower() not in READERS:
@@ -138,31 +138,33 @@ def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -
     Raises:
         ValueError: In one line, if a column is missing or ambiguous.
     """
-    indices = [_match_column(table, columns, wanted) for wanted in config.columns]
+    indices = [_match_column(table, columns, requested) for requested in config.columns]
     if len(set(indices)) < len(indices):
         twice = next(columns[index] for index in indices if indices.count(index) > 1)
         raise ValueError(
             f"{table}: expected a column for each of {_listed(config.columns)}, got {twice!r} for "
             "two of them. Name the columns exactly"
         )
-    taken = zip(config.columns, (columns[index] for index in indices), strict=True)
-    _warn_of_names(table, [(wanted, name) for wanted, name in taken if wanted != name])
+    matched = zip(config.columns, (columns[index] for index in indices), strict=True)
+    _warn_of_names(table, [(requested, name) for requested, name in matched if requested != name])
     return indices
 
 
-def _match_column(table: Path, columns: Sequence[str], wanted: str) -> int:
-    for names, name in (columns, wanted), (list(map(_folded, columns)), _folded(wanted)):
+def _match_column(table: Path, columns: Sequence[str], requested: str) -> int:
+    for names, name in (columns, requested), (list(map(_folded, columns)), _folded(requested)):
         if names.count(name) == 1:
             return names.index(name)
         if name in names:
-            alike = [column for column, own in zip(columns, names, strict=True) if own == name]
+            matches = [
+                column for column, folded in zip(columns, names, strict=True) if folded == name
+            ]
             raise ValueError(
-                f"{table}: more than one column {wanted!r} ({_listed(alike)}); "
+                f"{table}: more than one column {requested!r} ({_listed(matches)}); "
                 f"columns found: {_listed(columns)}. Rename all but one"
             )
-    nearest = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(requested, columns, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{table}: no column {wanted!r}; columns found: {_listed(columns)}{hint}")
+    raise ValueError(f"{table}: no column {requested!r}; columns found: {_listed(columns)}{hint}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -180,14 +182,14 @@ def _folded(name: str) -> str:
     )
 
 
-def _warn_of_names(table: Path, taken: Sequence[tuple[str, str]]) -> None:
+def _warn_of_names(table: Path, matched: Sequence[tuple[str, str]]) -> None:
     """Warn about inexact column matches, except those that differ only in Unicode normal form."""
-    taken = [pair for pair in taken if clean_text(pair[0]) != clean_text(pair[1])]
-    if taken:
-        names = " and ".join(repr(name) for _, name in taken)
-        wanted = " and ".join(name for name, _ in taken)
-        verb = "was" if len(taken) == 1 else "were"
-        warnings.warn(f"{table}: {names} {verb} taken for {wanted}", TableWarning, stacklevel=2)
+    matched = [match for match in matched if clean_text(match[0]) != clean_text(match[1])]
+    if matched:
+        names = " and ".join(repr(name) for _, name in matched)
+        requested = " and ".join(name for name, _ in matched)
+        verb = "was" if len(matched) == 1 else "were"
+        warnings.warn(f"{table}: {names} {verb} taken for {requested}", TableWarning, stacklevel=2)
 
 
 def _read_csv(table: Path, config: ManifestConfig) -> list[TableRow]:
@@ -202,52 +204,54 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
     """Read rows with quotes as in RFC 4180; the first row has the column names."""
     text = _decoded(table)
     lines = io.StringIO(text, newline="")
-    first_line, stated = 1, SEPARATOR_LINE.match(text)
-    if stated:
+    first_line, separator_line = 1, SEPARATOR_LINE.match(text)
+    if separator_line:
         lines.readline()
         first_line = 2
-    start = stated.end() if stated else 0
+    start = separator_line.end() if separator_line else 0
     head = text[start : start + HEADER_LENGTH]
-    found = _delimiter(head, config, stated[1] if stated else delimiter)
-    records = _records(lines, found, first_line)
+    separator = _delimiter(head, config, separator_line[1] if separator_line else delimiter)
+    records = _records(lines, separator, first_line)
     header = next(records, None)
     if header is None or header.fields is None:
         raise ValueError(f"{table}: the first line must name the columns, it cannot be read")
     columns = header.fields
-    wanted = match_columns(table, columns, config)
-    if found != delimiter:
-        name = SEPARATORS.get(found, repr(found))
+    indices = match_columns(table, columns, config)
+    if separator != delimiter:
+        name = SEPARATORS.get(separator, repr(separator))
         warnings.warn(
-            f"{table}: columns are separated by {name}, and read so", TableWarning, stacklevel=2
+            f"{table}: columns are separated by {name}; this separator is used",
+            TableWarning,
+            stacklevel=2,
         )
     rows = []
     for record in records:
         if record.fields is not None and len(record.fields) == len(columns):
-            place = f"line {record.first_line}"
-            rows.append(TableRow(place, *(record.fields[at] for at in wanted)))
+            location = f"line {record.first_line}"
+            rows.append(TableRow(location, *(record.fields[index] for index in indices)))
             continue
         # A quote that is never closed swallows the lines below it, so each of them counts as bad.
         for line in range(record.first_line, record.last_line + 1):
-            rows.append(TableRow(f"line {line}", fault=record.fault_of(line)))
+            rows.append(TableRow(f"line {line}", error=record.error_of(line)))
     return rows
 
 
-def _delimiter(head: str, config: ManifestConfig, usual: str) -> str:
-    """Return the column separator: ``usual``, unless only another one fits the header.
+def _delimiter(head: str, config: ManifestConfig, default: str) -> str:
+    """Return the column separator: ``default``, unless only another one fits the header.
 
-    A separator fits if the header has all columns with it.  If none fits and ``usual`` gives a
+    A separator fits if the header has all columns with it.  If none fits and ``default`` gives a
     single column, the separator that gives the most columns is returned.
     """
     names = {
-        separator: _header(head, separator) for separator in dict.fromkeys([usual, *SEPARATORS])
+        separator: _header(head, separator) for separator in dict.fromkeys([default, *SEPARATORS])
     }
-    wanted = set(map(_folded, config.columns))
-    for separator, found in names.items():
-        if wanted <= set(map(_folded, found)):
+    requested = set(map(_folded, config.columns))
+    for separator, columns in names.items():
+        if requested <= set(map(_folded, columns)):
             return separator
     # No separator fits: the error about the missing column lists the columns as readers see them.
-    if len(names[usual]) != 1:
-        return usual
+    if len(names[default]) != 1:
+        return default
     return max(names, key=lambda separator: len(names[separator]))
 
 
@@ -268,7 +272,7 @@ class _Record(NamedTuple):
     fields: list[str] | None
     open_line: int = 0
 
-    def fault_of(self, line: int) -> str:
+    def error_of(self, line: int) -> str:
         """Return why a line of a malformed record is skipped."""
         if not self.open_line or line < self.open_line:
             return "malformed row"
@@ -276,16 +280,16 @@ class _Record(NamedTuple):
 
 
 def _records(lines: Iterable[str], delimiter: str, first_line: int = 1) -> Iterator[_Record]:
-    taken: list[str] = []
+    lines_read: list[str] = []
 
-    def remembered() -> Iterator[str]:
+    def recorded_lines() -> Iterator[str]:
         for line in lines:
-            taken.append(line)
+            lines_read.append(line)
             yield line
 
-    reader = csv.reader(remembered(), delimiter=delimiter, strict=True)
+    reader = csv.reader(recorded_lines(), delimiter=delimiter, strict=True)
     while True:
-        taken.clear()
+        lines_read.clear()
         fields: list[str] | None
         open_line = 0
         try:
@@ -294,12 +298,12 @@ def _records(lines: Iterable[str], delimiter: str, first_line: int = 1) -> Itera
             return
         except csv.Error:
             fields = None
-            opened = _open_quote(taken, delimiter)
-            open_line = 0 if opened is None else first_line + opened
+            open_index = _open_quote(lines_read, delimiter)
+            open_line = 0 if open_index is None else first_line + open_index
         if fields != []:
-            last_line = first_line + max(len(taken), 1) - 1
+            last_line = first_line + max(len(lines_read), 1) - 1
             yield _Record(first_line, last_line, fields, open_line)
-        first_line += len(taken)
+        first_line += len(lines_read)
 
 
 def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
@@ -307,25 +311,25 @@ def _open_quote(lines: Sequence[str], delimiter: str) -> int | None:
 
     Return None if the record is malformed within one line.
     """
-    opened: int | None = None
+    open_index: int | None = None
     at_start = True
     for number, line in enumerate(lines):
         position = 0
         while position < len(line):
             letter = line[position]
             following = line[position + 1 : position + 2]
-            if opened is not None:
+            if open_index is not None:
                 if letter == '"' and following == '"':
                     position += 1
                 elif letter == '"' and following in ("", delimiter, "\r", "\n"):
-                    opened = None
+                    open_index = None
                 elif letter == '"':
-                    return opened if opened < number else None
+                    return open_index if open_index < number else None
             elif letter == '"' and at_start:
-                opened = number
-            at_start = opened is None and letter in (delimiter, "\r", "\n")
+                open_index = number
+            at_start = open_index is None and letter in (delimiter, "\r", "\n")
             position += 1
-    return opened
+    return open_index
 
 
 def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
@@ -333,43 +337,45 @@ def _read_jsonl(table: Path, config: ManifestConfig) -> list[TableRow]:
     _require_lines(table, text)
     rows = []
     columns: dict[str, None] = {}
-    taken: dict[tuple[str, str], None] = {}
+    matched: dict[tuple[str, str], None] = {}
     # Not splitlines, because JSON strings can hold U+2028 and similar characters unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"line {number}"
+        location = f"line {number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            rows.append(TableRow(place, fault="row is not JSON"))
+            rows.append(TableRow(location, error="row is not JSON"))
             continue
         if not isinstance(value, dict):
-            needed = _listed(config.columns)
-            fault = f"rows are {kind_of(value)}, not objects with {needed}"
-            rows.append(TableRow(place, fault=fault))
+            required = _listed(config.columns)
+            error = f"rows are {type_name(value)}, not objects with {required}"
+            rows.append(TableRow(location, error=error))
             continue
         columns.update(dict.fromkeys(value))
-        names = [_key(value, wanted) for wanted in config.columns]
-        taken.update(dict.fromkeys(zip(config.columns, names, strict=True)))
-        image, caption, *asked = (value.get(name) for name in names)
+        names = [_key(value, requested) for requested in config.columns]
+        matched.update(dict.fromkeys(zip(config.columns, names, strict=True)))
+        image, caption, *questions = (value.get(name) for name in names)
         # A row without a question has an empty one; None would mean a table without questions.
-        rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
+        rows.append(
+            TableRow(location, image, caption, (questions[0] or "") if questions else None)
+        )
     if columns:
-        known = [wanted for wanted, name in taken if name in columns]
-        lacking = [wanted for wanted in config.columns if wanted not in known]
-        if lacking:
-            _match_column(table, list(columns), lacking[0])
-        _warn_of_names(table, [pair for pair in taken if pair[0] != pair[1]])
+        found_columns = [requested for requested, name in matched if name in columns]
+        missing = [requested for requested in config.columns if requested not in found_columns]
+        if missing:
+            _match_column(table, list(columns), missing[0])
+        _warn_of_names(table, [pair for pair in matched if pair[0] != pair[1]])
     return rows
 
 
-def _key(value: Mapping[str, Any], wanted: str) -> str:
+def _key(value: Mapping[str, Any], requested: str) -> str:
     """Return the key that matches a column name, exactly or after ``_folded``."""
-    if wanted in value:
-        return wanted
-    alike = [name for name in value if _folded(name) == _folded(wanted)]
-    return alike[0] if len(alike) == 1 else wanted
+    if requested in value:
+        return requested
+    matches = [name for name in value if _folded(name) == _folded(requested)]
+    return matches[0] if len(matches) == 1 else requested
 
 
 def _require_lines(table: Path, text: str) -> None:
@@ -389,18 +395,20 @@ def _require_lines(table: Path, text: str) -> None:
         )
 
 
-def kind_of(value: object) -> str:
+def type_name(value: object) -> str:
     """Return the JSON or Parquet term for values of this type, in the plural.
 
-    >>> kind_of(3.5), kind_of([]), kind_of(None)
+    >>> type_name(3.5), type_name([]), type_name(None)
     ('numbers', 'arrays', 'null')
     """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "booleans"
-    kinds = {Number: "numbers", str: "texts", bytes: "bytes", dict: "objects", list: "arrays"}
-    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "not texts")
+    type_names = {Number: "numbers", str: "texts", bytes: "bytes", dict: "objects", list: "arrays"}
+    return next(
+        (name for type_, name in type_names.items() if isinstance(value, type_)), "not texts"
+    )
 
 
 def _read_parquet(table: Path, config: ManifestConfig) -> list[TableRow]:
@@ -408,13 +416,15 @@ def _read_parquet(table: Path, config: ManifestConfig) -> list[TableRow]:
     names = [columns[index] for index in match_columns(table, columns, config)]
     rows = []
     for number, values in enumerate(parquet_cells(table, names), start=1):
-        place = f"row {number}"
+        location = f"row {number}"
         if values is None:
-            rows.append(TableRow(place, fault="malformed row"))
+            rows.append(TableRow(location, error="malformed row"))
             continue
-        image, caption, *asked = values
+        image, caption, *questions = values
         # A row without a question has an empty one; None would mean a table without questions.
-        rows.append(TableRow(place, image, caption, (asked[0] or "") if asked else None))
+        rows.append(
+            TableRow(location, image, caption, (questions[0] or "") if questions else None)
+        )
     return rows
 
 
@@ -426,20 +436,20 @@ def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[TableRow]:
             f"{table}: questions in JSON need answers, the path of the second file. "
             "A table of pairs must be JSONL, an object per line"
         )
-    asked, told = read_parts(table), read_parts(config.answers)
+    questions_by_id, answers_by_id = read_parts(table), read_parts(config.answers)
     rows = []
-    for name, parts in asked.items():
-        place = f"question {name}"
-        if name not in told:
-            rows.append(TableRow(place, fault="no answer"))
+    for name, parts in questions_by_id.items():
+        location = f"question {name}"
+        if name not in answers_by_id:
+            rows.append(TableRow(location, error="no answer"))
             continue
         try:
-            record = parse_answer(parse_question(name, parts), told[name])
+            record = parse_answer(parse_question(name, parts), answers_by_id[name])
         except ValueError:
-            rows.append(TableRow(place, fault="malformed question"))
+            rows.append(TableRow(location, error="malformed question"))
         else:
             answer = record.answer_texts[0] if record.answer_texts else None
-            rows.append(TableRow(place, record.image, answer, record.text))
+            rows.append(TableRow(location, record.image, answer, record.text))
     return rows
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont, features
 
-from rudolph.data.datasets.emoji import SHIPPED, read_records
+from rudolph.data.datasets.emoji import SHIPPED_EMOJI, read_records
 from rudolph.data.datasets.shapes_rendering import (
     PALETTE,
     SIGNED_DISTANCES,
@@ -83,7 +83,7 @@ _GRID = 3
 _JITTER = 0.04
 _SHORTEST_WORD = 2
 # Pixels that the widest letters need to be distinguishable.
-_PIXELS_A_LETTER = 9
+_PIXELS_PER_LETTER = 9
 # Sizes and positions of a text, as fractions of the image side.
 _LARGEST_FONT, _READABLE_FONT, _MARGIN, _BAND = 0.34, 0.23, 0.02, 0.62
 # Letters are rendered larger and then reduced, because rotated ones do not fit a pixel grid.
@@ -144,7 +144,7 @@ class WordsConfig:
 class Inscription:
     """A text and its rendering parameters.
 
-    ``angle`` is in degrees.  ``size`` and ``place`` (down, right) are in [0, 1) and scaled by
+    ``angle`` is in degrees.  ``size`` and ``position`` (down, right) are in [0, 1) and scaled by
     ``text_opacity``.
     """
 
@@ -154,7 +154,7 @@ class Inscription:
     colour: str
     angle: float
     size: float
-    place: tuple[float, float]
+    position: tuple[float, float]
     is_at_top: bool
 
 
@@ -170,13 +170,17 @@ class Words:
     def __init__(self, config: WordsConfig, *, split: str, image_size: int) -> None:
         require_split(split)
         longest = max(config.max_letters, config.max_digits)
-        require_readable_size(image_size, least=max(SMALLEST_IMAGE, _PIXELS_A_LETTER * longest))
+        require_readable_size(
+            image_size, minimum=max(SMALLEST_IMAGE, _PIXELS_PER_LETTER * longest)
+        )
         self.config = config
         self.split = split
         self.image_size = image_size
-        looks = product(config.fonts, config.colours)
+        styles = product(config.fonts, config.colours)
         is_compositional = split == "compositional"
-        self._looks = [look for look in looks if (look in config.held_out) == is_compositional]
+        self._styles = [
+            style for style in styles if (style in config.held_out) == is_compositional
+        ]
         self.digest = json_digest(
             "words",
             WORDS_VERSION,
@@ -197,7 +201,7 @@ class Words:
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
         inscription = self._inscription(rng)
         opacity = text_opacity(inscription, self.image_size)
-        objects = _draw_objects(config, rng, opacity)
+        objects = _sample_objects(config, rng, opacity)
         image = paint(objects, grid=_GRID, image_size=self.image_size)
         image += opacity[..., None] * (np.array(PALETTE[inscription.colour]) - image)
         return Pair(
@@ -219,14 +223,16 @@ class Words:
 
     def _inscription(self, rng: Random) -> Inscription:
         config = self.config
-        own_split = "train" if self.split == "compositional" else self.split
+        text_split = "train" if self.split == "compositional" else self.split
         kind = choose(rng, config.kinds)
         text = sample_until(
             lambda: KINDS[kind](config, rng),
-            lambda text: split_by_hash(text) == own_split,
-            otherwise=f"max_letters and max_digits leave no {kind} for {self.split}: raise them",
+            lambda text: split_by_hash(text) == text_split,
+            error_message=(
+                f"max_letters and max_digits: no {kind} falls into {self.split}. Raise them"
+            ),
         )
-        font, colour = choose(rng, self._looks)
+        font, colour = choose(rng, self._styles)
         angle = config.rotation * (2 * rng.random() - 1)
         size, down, right, side = (rng.random() for _ in range(4))
         return Inscription(kind, text, font, colour, angle, size, (down, right), side < 0.5)
@@ -240,7 +246,7 @@ def known_words(max_letters: int) -> tuple[str, ...]:
     """Return the words in names of shipped emoji with 2 to ``max_letters`` letters, sorted."""
     words = {
         word
-        for record in read_records(SHIPPED)
+        for record in read_records(SHIPPED_EMOJI)
         for word in re.findall("[а-яё]+", record.name.lower())
     }
     return tuple(sorted(word for word in words if _SHORTEST_WORD <= len(word) <= max_letters))
@@ -254,8 +260,8 @@ def sample_word(config: WordsConfig, rng: Random) -> str:
 def sample_number(config: WordsConfig, rng: Random) -> str:
     """Sample a number, with every number of digits equally likely."""
     num_digits = choose_number(rng, 1, config.max_digits)
-    least = 10 ** (num_digits - 1) if num_digits > 1 else 0
-    return str(choose_number(rng, least, 10**num_digits - 1))
+    minimum = 10 ** (num_digits - 1) if num_digits > 1 else 0
+    return str(choose_number(rng, minimum, 10**num_digits - 1))
 
 
 def sample_syllables(config: WordsConfig, rng: Random) -> str | None:
@@ -263,8 +269,8 @@ def sample_syllables(config: WordsConfig, rng: Random) -> str | None:
     length = choose_number(rng, 3, config.max_letters)
     has_end, starts = rng.random() < 0.3, choose_number(rng, 0, 1)
     text = "".join(
-        choose(rng, _VOWELS if (place + starts) % 2 else _CONSONANTS)
-        for place in range(length - has_end)
+        choose(rng, _VOWELS if (index + starts) % 2 else _CONSONANTS)
+        for index in range(length - has_end)
     )
     if has_end:
         text += choose(rng, "йнмлрскт") if text[-1] in _VOWELS else "ь"
@@ -289,11 +295,14 @@ def font_path(font: str) -> Path:
     """
     spec = find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("fonts of DejaVu come with matplotlib, which is not installed")
+        raise ValueError(
+            "DejaVu fonts: expected matplotlib, which provides them, got no such package. "
+            "Install it"
+        )
     folder = Path(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
     path = folder / FONTS[font]
     if not path.is_file():
-        raise ValueError(f"{path}: no such font, matplotlib comes with it")
+        raise ValueError(f"{path}: no such font. Reinstall matplotlib, which provides it")
     return path
 
 
@@ -305,27 +314,27 @@ def text_opacity(inscription: Inscription, image_size: int) -> CoverageArray:
     0.62 of the image side from the top or from the bottom, so that one row of cells stays free.
     """
     side = image_size * _OVERSAMPLING
-    text = _turned_text(inscription, side)
+    text = _rotated_text(inscription, side)
     margin = _margin(side)
-    right = margin + round(inscription.place[1] * (side - 2 * margin - text.width))
-    down = margin + round(inscription.place[0] * (_BAND * side - margin - text.height))
+    right = margin + round(inscription.position[1] * (side - 2 * margin - text.width))
+    down = margin + round(inscription.position[0] * (_BAND * side - margin - text.height))
     top = down if inscription.is_at_top else side - down - text.height
-    whole = Image.new("L", (side, side))
-    whole.paste(text, (right, top))
-    opacity: CoverageArray = np.asarray(whole.reduce(_OVERSAMPLING)) / 255
+    canvas = Image.new("L", (side, side))
+    canvas.paste(text, (right, top))
+    opacity: CoverageArray = np.asarray(canvas.reduce(_OVERSAMPLING)) / 255
     return opacity
 
 
-def _turned_text(inscription: Inscription, side: int) -> Image.Image:
+def _rotated_text(inscription: Inscription, side: int) -> Image.Image:
     """Return the rotated text alone, white on black, for an image of ``side`` pixels."""
     largest = _write(inscription, round(_LARGEST_FONT * side))
-    room = side - 2 * _margin(side), _BAND * side - _margin(side)
-    share = min(1.0, room[0] / largest.width, room[1] / largest.height)
-    least = min(share, _READABLE_FONT / _LARGEST_FONT)
-    points = int((least + inscription.size * (share - least)) * _LARGEST_FONT * side)
+    max_size = side - 2 * _margin(side), _BAND * side - _margin(side)
+    scale = min(1.0, max_size[0] / largest.width, max_size[1] / largest.height)
+    min_scale = min(scale, _READABLE_FONT / _LARGEST_FONT)
+    points = int((min_scale + inscription.size * (scale - min_scale)) * _LARGEST_FONT * side)
     # Letters start at whole pixels, so the size of a text is not exactly linear in points.
     text = _write(inscription, points)
-    while text.width > room[0] or text.height > room[1]:
+    while text.width > max_size[0] or text.height > max_size[1]:
         points -= 1
         text = _write(inscription, points)
     return text
@@ -341,8 +350,8 @@ def _write(inscription: Inscription, points: int) -> Image.Image:
     left, top, right, bottom = (round(edge) for edge in font.getbbox(inscription.text))
     text = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(text).text((-left, -top), inscription.text, fill=255, font=font)
-    turned = text.rotate(inscription.angle, Image.Resampling.BICUBIC, expand=True)
-    return turned.crop(turned.getbbox())
+    rotated = text.rotate(inscription.angle, Image.Resampling.BICUBIC, expand=True)
+    return rotated.crop(rotated.getbbox())
 
 
 @lru_cache(maxsize=256)
@@ -351,7 +360,7 @@ def _open_font(font: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_path(font), points, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _draw_objects(config: WordsConfig, rng: Random, opacity: CoverageArray) -> list[SceneObject]:
+def _sample_objects(config: WordsConfig, rng: Random, opacity: CoverageArray) -> list[SceneObject]:
     """Sample objects in cells that the text does not reach, in reading order."""
     free = [
         cell
@@ -359,22 +368,22 @@ def _draw_objects(config: WordsConfig, rng: Random, opacity: CoverageArray) -> l
         if not opacity[cell_pixels(*cell, grid=_GRID, image_size=len(opacity))].any()
     ]
     number = choose_number(rng, min(1, config.max_objects), config.max_objects)
-    places = sorted(choose_distinct(rng, free, number=min(number, len(free))))
+    positions = sorted(choose_distinct(rng, free, number=min(number, len(free))))
     return [
         SceneObject(
             choose(rng, tuple(SIGNED_DISTANCES)),
             choose(rng, tuple(PALETTE)),
             choose(rng, tuple(SIZES)),
-            *place,
+            *position,
             shift=sample_shift(_JITTER, rng),
         )
-        for place in places
+        for position in positions
     ]
 
 
 def _noisy(image: CoverageArray, noise: float, rng: Random) -> CoverageArray:
     if noise == 0:
         return image
-    drawn = np.array([rng.random() for _ in range(image.size)]).reshape(image.shape)
-    noisy: CoverageArray = np.clip(image + noise * (2 * drawn - 1), 0, 255)
+    uniform = np.array([rng.random() for _ in range(image.size)]).reshape(image.shape)
+    noisy: CoverageArray = np.clip(image + noise * (2 * uniform - 1), 0, 255)
     return noisy

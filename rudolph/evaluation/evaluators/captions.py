@@ -35,23 +35,23 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
     For ``shapes`` also score how many captions are true.  A true caption is a sentence that holds
     for the scene and states all that a sentence of its family states.
     """
-    asked = answer_pairs("image_captioning", context, split)
-    scores = answer_scores(asked, context, split, name="image_to_text")
+    answered = answer_pairs("image_captioning", context, split)
+    scores = answer_scores(answered, context, split, name="image_to_text")
     if not isinstance(split.dataset, Shapes):
         return scores
-    indices, said, *_ = asked
+    indices, captions, *_ = answered
     truths = _references(split, indices)
-    true = np.array(
-        [max_over_references(exact_match, *pair) for pair in zip(said, truths, strict=True)]
+    is_true = np.array(
+        [max_over_references(exact_match, *pair) for pair in zip(captions, truths, strict=True)]
     )
     chance = chance_level(
-        lambda i, j: max_over_references(exact_match, said[j], truths[i]), len(said)
+        lambda i, j: max_over_references(exact_match, captions[j], truths[i]), len(captions)
     )
     protocol = MetricProtocol("true-sentence", normalization=str(ANSWER))
-    place = "image_to_text/caption_accuracy"
+    name = "image_to_text/caption_accuracy"
     return [
         *scores,
-        mean_score(place, split, indices, true, context, chance=chance, protocol=protocol),
+        mean_score(name, split, indices, is_true, context, chance=chance, protocol=protocol),
     ]
 
 
@@ -61,53 +61,55 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
     The references of a ``shapes`` scene are its true sentences.  Those of any other image are all
     captions that the split gives it.  The fraction of distinct captions is scored too.
     """
-    indices, said, *_ = answer_pairs("image_captioning", context, split)
+    indices, captions, *_ = answer_pairs("image_captioning", context, split)
     references = _references(split, indices)
 
-    def mean_of(
+    def mean_metric(
         name: str, settings: str | None, metric: Callable[[Sequence[str]], np.ndarray[Any, Any]]
     ) -> Score:
         protocol = MetricProtocol(name, tokenization=WORDS, settings=settings)
-        chance = _by_chance(lambda texts: float(metric(texts).mean()), said)
-        place = f"image_to_text/{name}"
-        return mean_score(
-            place, split, indices, metric(said), context, chance=chance, protocol=protocol
-        )
+        chance = _chance_of_corpus(lambda texts: float(metric(texts).mean()), captions)
+        name, values = f"image_to_text/{name}", metric(captions)
+        return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
-    def each(score: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str]], Any]:
+    def per_caption(score: Callable[[str, Sequence[str]], float]) -> Callable[..., Any]:
         return lambda texts: np.array([score(*p) for p in zip(texts, references, strict=True)])
 
-    counts = bleu_counts(said, references)
+    counts = bleu_counts(captions, references)
     return [
-        mean_of("cider-d", f"corpus:{len(said)}", lambda texts: cider_d(texts, references)),
-        mean_of("rouge-l", None, each(rouge_l)),
-        mean_of("meteor-nltk", "no-synonyms", each(meteor)),
+        mean_metric(
+            "cider-d", f"corpus:{len(captions)}", lambda texts: cider_d(texts, references)
+        ),
+        mean_metric("rouge-l", None, per_caption(rouge_l)),
+        mean_metric("meteor-nltk", "no-synonyms", per_caption(meteor)),
         corpus_score(
             "image_to_text/bleu-4",
             split,
             indices,
-            lambda at: float(counts.bleu(at)[3]),
+            lambda selected: float(counts.bleu(selected)[3]),
             context,
-            chance=_by_chance(lambda texts: float(bleu_counts(texts, references).bleu()[3]), said),
+            chance=_chance_of_corpus(
+                lambda texts: float(bleu_counts(texts, references).bleu()[3]), captions
+            ),
             protocol=MetricProtocol("bleu-4", tokenization=WORDS),
         ),
-        *_distinct(said, split, indices),
+        *_distinct(captions, split, indices),
     ]
 
 
-def _distinct(said: Sequence[str], split: Split, indices: Sequence[int]) -> Iterator[Score]:
+def _distinct(captions: Sequence[str], split: Split, indices: Sequence[int]) -> Iterator[Score]:
     """Yield the fraction of distinct captions; nothing if all pairs share one image."""
     clusters = split.clusters(indices)
     if len(set(clusters.tolist())) > 1:
-        share = jackknife_interval(
-            lambda at: len({said[i] for i in at}) / len(at),
-            len(said),
+        estimate = jackknife_interval(
+            lambda selected: len({captions[i] for i in selected}) / len(selected),
+            len(captions),
             limits=(0.0, 1.0),
             clusters=clusters,
         )
-        protocol = MetricProtocol("distinct-captions", sample_size=len(said))
+        protocol = MetricProtocol("distinct-captions", sample_size=len(captions))
         yield score_with_interval(
-            "image_to_text/distinct", split, share, len(said), None, protocol
+            "image_to_text/distinct", split, estimate, len(captions), None, protocol
         )
 
 
@@ -118,8 +120,10 @@ def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
     return split.all_captions(indices)
 
 
-def _by_chance(metric: Callable[[Sequence[str]], float], said: Sequence[str]) -> float | None:
+def _chance_of_corpus(
+    metric: Callable[[Sequence[str]], float], captions: Sequence[str]
+) -> float | None:
     """Return the mean metric of captions of other images, or None for a single caption."""
-    shifts = range(1, min(NUM_CORPUS_SHIFTS, len(said) - 1) + 1)
-    values = [metric([*said[shift:], *said[:shift]]) for shift in shifts]
+    shifts = range(1, min(NUM_CORPUS_SHIFTS, len(captions) - 1) + 1)
+    values = [metric([*captions[shift:], *captions[:shift]]) for shift in shifts]
     return float(np.mean(values)) if values else None

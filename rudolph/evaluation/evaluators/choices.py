@@ -34,13 +34,15 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
     dataset = split.dataset
     if not isinstance(dataset, HasClasses):
         raise ValueError(
-            f"zero_shot_classification needs classes, which {split.dataset_name} lacks"
+            f"evaluator zero_shot_classification needs classes, which {split.dataset_name} lacks"
         )
-    found = [(index, dataset.class_index(index)) for index in range(len(split))]
-    known = [(index, own) for index, own in found if own is not None][: context.num_examples]
-    if not known:
+    classes_of_pairs = [(index, dataset.class_index(index)) for index in range(len(split))]
+    with_class = [
+        (index, class_index) for index, class_index in classes_of_pairs if class_index is not None
+    ][: context.num_examples]
+    if not with_class:
         raise ValueError(f"{split.dataset_name}: no pair of {split.name} has a class")
-    indices, own_classes = zip(*known, strict=True)
+    indices, true_classes = zip(*with_class, strict=True)
     classes = dataset.classes
     likelihoods = context.model.loglikelihood(
         "image_captioning",
@@ -48,9 +50,9 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
         images=split.image_batch(indices),
         on_batch=context.on_token,
     ).numpy()
-    hits = choice_hits(likelihoods, np.array(own_classes))
-    shares = torch.from_numpy(likelihoods).softmax(1).numpy()
-    surest = shares.max(1)
+    hits = choice_hits(likelihoods, np.array(true_classes))
+    probabilities = torch.from_numpy(likelihoods).softmax(1).numpy()
+    confidences = probabilities.max(1)
     protocol, chance = (
         MetricProtocol("accuracy", settings=f"classes:{len(classes)}"),
         1 / len(classes),
@@ -62,7 +64,7 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
             "zero_shot_classification/calibration_error",
             split,
             indices,
-            lambda at: calibration_error(surest[at], hits[at]),
+            lambda selected: calibration_error(confidences[selected], hits[selected]),
             context,
             protocol=MetricProtocol("calibration-error", settings=f"classes:{len(classes)}"),
         ),
@@ -82,7 +84,7 @@ def text_ranking(context: EvaluationContext, split: Split) -> list[Score]:
         images=split.image_batch(indices),
         on_batch=context.on_token,
     )
-    return [_first_of("text_ranking", split, indices, likelihoods, context)]
+    return [_ranking_score("text_ranking", split, indices, likelihoods, context)]
 
 
 def image_ranking(context: EvaluationContext, split: Split) -> list[Score]:
@@ -97,7 +99,7 @@ def image_ranking(context: EvaluationContext, split: Split) -> list[Score]:
         images=images_of([pair for group in groups for pair in group]),
         on_batch=context.on_token,
     ).view(len(groups), -1)
-    return [_first_of("image_ranking", split, indices, likelihoods, context)]
+    return [_ranking_score("image_ranking", split, indices, likelihoods, context)]
 
 
 def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
@@ -108,16 +110,20 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
     Raises:
         ValueError: if no pair of the split has choices.
     """
-    found = ((index, split.dataset[index].choices) for index in context.order(split))
-    asked = list(islice((each for each in found if each[1]), context.num_examples))
-    if not asked:
+    candidates = (
+        (index, split.dataset[index].choices) for index in context.shuffled_indices(split)
+    )
+    questions = list(islice((item for item in candidates if item[1]), context.num_examples))
+    if not questions:
         raise ValueError(f"{split.dataset_name}: no pair of {split.name} has choices")
     has_images = split.images is not None
     task = "question_answering" if has_images else "math_question_answering"
-    judged_pairs: list[int] = []
+    scored_indices: list[int] = []
     hits: list[float] = []
-    for number in sorted({len(choices) for _, choices in asked}):
-        indices, options = zip(*[each for each in asked if len(each[1]) == number], strict=True)
+    for num_choices in sorted({len(choices) for _, choices in questions}):
+        indices, options = zip(
+            *[item for item in questions if len(item[1]) == num_choices], strict=True
+        )
         likelihoods = context.model.loglikelihood(
             task,
             options,
@@ -125,20 +131,22 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
             questions=[split.questions[index] for index in indices],
             on_batch=context.on_token,
         )
-        own = [each.index(split.captions[at]) for at, each in zip(indices, options, strict=True)]
-        judged_pairs += indices
-        hits += choice_hits(likelihoods.numpy(), np.array(own)).tolist()
-    chance = float(np.mean([1 / len(choices) for _, choices in asked]))
+        correct = [
+            item.index(split.captions[index]) for index, item in zip(indices, options, strict=True)
+        ]
+        scored_indices += indices
+        hits += choice_hits(likelihoods.numpy(), np.array(correct)).tolist()
+    chance = float(np.mean([1 / len(choices) for _, choices in questions]))
     protocol = MetricProtocol("accuracy", settings="given-choices")
     name = f"{'answers' if has_images else task}/choice_accuracy"
     values = np.array(hits)
     return [
-        mean_score(name, split, judged_pairs, values, context, chance=chance, protocol=protocol)
+        mean_score(name, split, scored_indices, values, context, chance=chance, protocol=protocol)
     ]
 
 
 def _with_hard_negatives(
-    context: EvaluationContext, split: Split, question: str
+    context: EvaluationContext, split: Split, evaluator: str
 ) -> tuple[list[int], list[Sequence[Pair]]]:
     """Return the chosen pairs that have enough hard negatives, each followed by those.
 
@@ -148,21 +156,21 @@ def _with_hard_negatives(
     dataset = split.dataset
     if not isinstance(dataset, HasHardNegatives):
         raise ValueError(
-            f"the question {question} needs negatives, which {split.dataset_name} lacks"
+            f"evaluator {evaluator} needs hard negatives, which {split.dataset_name} lacks"
         )
     groups = [
         (index, [dataset[index], *dataset.hard_negatives(index, NUM_HARD_NEGATIVES)])
-        for index in context.chosen(split)
+        for index in context.eval_indices(split)
     ]
-    whole = [(index, group) for index, group in groups if len(group) == NUM_HARD_NEGATIVES + 1]
-    if not whole:
+    complete = [(index, group) for index, group in groups if len(group) == NUM_HARD_NEGATIVES + 1]
+    if not complete:
         raise ValueError(
             f"{split.dataset_name}: no pair of {split.name} has {NUM_HARD_NEGATIVES} negatives"
         )
-    return [index for index, _ in whole], [group for _, group in whole]
+    return [index for index, _ in complete], [group for _, group in complete]
 
 
-def _first_of(
+def _ranking_score(
     task: str,
     split: Split,
     indices: Sequence[int],

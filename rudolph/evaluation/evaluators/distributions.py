@@ -34,15 +34,15 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
     The chance level is the distance of images decoded from random codes.  The values depend on the
     number of images and on the features, so both are part of the protocol.
     """
-    indices, tokenizer = context.chosen(split), context.model.image_tokenizer()
+    indices, tokenizer = context.eval_indices(split), context.model.image_tokenizer()
     name, features_of = _features(context)
     images = split.image_batch(indices)
     truth = features_of(images)
-    drawn = features_of(context.generated_images(split, indices))
+    generated = features_of(context.generated_images(split, indices))
     generator = torch.Generator().manual_seed(mixed_seed(context.seed, "random codes"))
     size = len(indices), tokenizer.encode(images[:1]).shape[1]
-    codes = torch.randint(tokenizer.num_codes, size, generator=generator)
-    noise = features_of(tokenizer.decode(codes))
+    random_indices = torch.randint(tokenizer.num_codes, size, generator=generator)
+    noise = features_of(tokenizer.decode(random_indices))
     distances: dict[str, Callable[[Features, Features], float]] = {
         "fid": frechet_distance,
         "kid": squared_mmd,
@@ -52,7 +52,7 @@ def fid_kid(context: EvaluationContext, split: Split) -> list[Score]:
             f"text_to_image/{metric}",
             split,
             jackknife_interval(
-                partial(_of_chosen, distance, drawn, truth),
+                partial(_distance_of_sample, distance, generated, truth),
                 len(indices),
                 # The estimate of KID is unbiased, so it may be negative.
                 limits=(0.0 if metric == "fid" else -math.inf, math.inf),
@@ -75,11 +75,11 @@ def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score
     ranker = context.ranker
     if ranker is None:
         raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     texts = ranker.text_features([split.captions[index] for index in indices]).numpy()
     protocol = MetricProtocol("clip-score", features=_clip_name(ranker), settings="plain-captions")
     scores = []
-    for place, images in (
+    for name, images in (
         ("text_to_image/clip_score", context.generated_images(split, indices)),
         ("real_images/clip_score", split.image_batch(indices)),
     ):
@@ -88,18 +88,18 @@ def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score
         # The chance level pairs each caption with the image of another one.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
         scores.append(
-            mean_score(place, split, indices, values, context, chance=chance, protocol=protocol)
+            mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
         )
     return scores
 
 
-def _of_chosen(
+def _distance_of_sample(
     distance: Callable[[Features, Features], float],
-    drawn: Features,
+    generated: Features,
     truth: Features,
-    chosen: np.ndarray[Any, Any],
+    sample: np.ndarray[Any, Any],
 ) -> float:
-    return distance(drawn[chosen], truth)
+    return distance(generated[sample], truth)
 
 
 def _features(context: EvaluationContext) -> tuple[str, Callable[[Tensor], Features]]:
@@ -110,11 +110,11 @@ def _features(context: EvaluationContext) -> tuple[str, Callable[[Tensor], Featu
 
     @torch.inference_mode()
     def latents(images: Tensor) -> Features:
-        parts = [
-            tokenizer.vqgan.encode(part.to(tokenizer.device)).float().mean((2, 3)).cpu()
-            for part in torch.split(images, tokenizer.batch_size)
+        batches = [
+            tokenizer.vqgan.encode(batch.to(tokenizer.device)).float().mean((2, 3)).cpu()
+            for batch in torch.split(images, tokenizer.batch_size)
         ]
-        return torch.cat(parts).double().numpy()
+        return torch.cat(batches).double().numpy()
 
     return f"vqgan-{weights_digest(tokenizer.vqgan)[:8]}:latents", latents
 

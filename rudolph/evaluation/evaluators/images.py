@@ -32,7 +32,7 @@ from rudolph.generation.ranking import rank_images
 from rudolph.models.image_metrics import psnr, ssim
 from rudolph.models.vqgan.codes import codebook_usage
 
-NEAREST_SHARE = 0.01
+NEAREST_FRACTION = 0.01
 # The number of images sampled per caption, of which the best is kept.
 NUM_CANDIDATES = 8
 CHECKER = "shapes-checker"
@@ -41,18 +41,18 @@ CHECKER = "shapes-checker"
 def nearest_image(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate how often a generated emoji's true image is among its nearest 1 % of all emoji."""
     emoji = emoji_of(split, "nearest_image")
-    return _nearest(context, split, emoji, {"": context.chosen(split)})
+    return _nearest(context, split, emoji, {"": context.eval_indices(split)})
 
 
 def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate ``nearest_image`` per Unicode group, on at most ``num_examples`` names of each."""
     emoji = emoji_of(split, "nearest_image_by_group")
     groups: dict[str, list[int]] = {}
-    for index in context.order(split):
+    for index in context.shuffled_indices(split):
         # The first word names the group: "Animals & Nature" becomes "animals".
-        own = groups.setdefault(f"_{emoji.records[index].group.split()[0].lower()}", [])
-        if len(own) < context.num_examples:
-            own.append(index)
+        group_indices = groups.setdefault(f"_{emoji.records[index].group.split()[0].lower()}", [])
+        if len(group_indices) < context.num_examples:
+            group_indices.append(index)
     return _nearest(context, split, emoji, dict(sorted(groups.items())))
 
 
@@ -60,27 +60,27 @@ def _nearest(
     context: EvaluationContext, split: Split, emoji: Emoji, groups: Mapping[str, list[int]]
 ) -> list[Score]:
     """Return one score per group of indices; the group's key is appended to the metric name."""
-    indices = [index for own in groups.values() for index in own]
+    indices = [index for group in groups.values() for index in group]
     keys, gallery = emoji_images(emoji.image_size, emoji.folder)
-    own = torch.tensor([keys.index(split.keys[index]) for index in indices])
+    own_indices = torch.tensor([keys.index(split.keys[index]) for index in indices])
     images = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
-    ranks = nearest_ranks(context.generated_images(split, indices), images, own)
-    limit = int(NEAREST_SHARE * len(keys))
+    ranks = nearest_ranks(context.generated_images(split, indices), images, own_indices)
+    limit = int(NEAREST_FRACTION * len(keys))
     protocol = MetricProtocol("nearest-rank", features="pixels", sample_size=len(keys))
-    ends = np.cumsum([len(own) for own in groups.values()])[:-1]
+    ends = np.cumsum([len(group) for group in groups.values()])[:-1]
     hits = np.split((ranks <= limit).double().numpy(), ends)
-    pairs = zip(groups.items(), hits, strict=True)
+    scored_groups = zip(groups.items(), hits, strict=True)
     return [
         mean_score(
-            f"text_to_image/nearest_1_percent{end}",
+            f"text_to_image/nearest_1_percent{suffix}",
             split,
-            own_pairs,
-            each,
+            group_indices,
+            group_hits,
             context,
             chance=limit / len(keys),
             protocol=protocol,
         )
-        for (end, own_pairs), each in pairs
+        for (suffix, group_indices), group_hits in scored_groups
     ]
 
 
@@ -94,33 +94,40 @@ def scene_accuracy(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if the dataset is not ``shapes``.
     """
     world = shapes_of(split, "scene_accuracy")
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     scenes = [world.scene(index) for index in indices]
     readings = read_scenes(context.generated_images(split, indices), world)
-    verdicts = [check_scene(scene, each) for scene, each in zip(scenes, readings, strict=True)]
-    right = np.array([verdict.right for verdict in verdicts], dtype=float)
+    verdicts = [
+        check_scene(scene, reading) for scene, reading in zip(scenes, readings, strict=True)
+    ]
+    is_correct = np.array([verdict.is_correct for verdict in verdicts], dtype=float)
     chance = chance_level(
-        lambda i, j: float(check_scene(scenes[i], readings[j]).right), len(scenes)
+        lambda i, j: float(check_scene(scenes[i], readings[j]).is_correct), len(scenes)
     )
     protocol = MetricProtocol(CHECKER)
 
-    def of_each(name: str, values: np.ndarray[Any, Any], *, chance: float | None) -> Score:
+    def score_of(name: str, values: np.ndarray[Any, Any], *, chance: float | None) -> Score:
         return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
     name = "text_to_image/scene_accuracy"
-    scores = [of_each(name, right, chance=chance)]
+    scores = [score_of(name, is_correct, chance=chance)]
     for family in sorted({scene.family for scene in scenes}):
-        own = np.array([scene.family == family for scene in scenes])
-        its_pairs = np.array(indices)[own].tolist()
+        is_family = np.array([scene.family == family for scene in scenes])
+        family_indices = np.array(indices)[is_family].tolist()
         score = mean_score(
-            f"{name}_{family}", split, its_pairs, right[own], context, protocol=protocol
+            f"{name}_{family}",
+            split,
+            family_indices,
+            is_correct[is_family],
+            context,
+            protocol=protocol,
         )
         scores.append(score)
     objects = np.array([verdict.object_accuracy for verdict in verdicts])
-    by_chance = chance_level(
+    object_chance = chance_level(
         lambda i, j: check_scene(scenes[i], readings[j]).object_accuracy, len(scenes)
     )
-    return [*scores, of_each("text_to_image/object_accuracy", objects, chance=by_chance)]
+    return [*scores, score_of("text_to_image/object_accuracy", objects, chance=object_chance)]
 
 
 def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
@@ -130,18 +137,22 @@ def inpainting(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if the dataset is not ``shapes``.
     """
     world = shapes_of(split, "inpainting")
-    indices = context.chosen(split)
-    codes = context.codes(split, indices)
-    known = codes.clone()
-    known[:, codes.shape[1] // 2 :] = TO_SAMPLE
-    drawn = context.pipeline.generate_indices(
+    indices = context.eval_indices(split)
+    image_indices = context.image_indices(split, indices)
+    known = image_indices.clone()
+    known[:, image_indices.shape[1] // 2 :] = TO_SAMPLE
+    generated = context.pipeline.generate_indices(
         [split.captions[index] for index in indices],
         config=context.image_sampling,
-        seeds=context.seeds(indices),
+        seeds=context.sampling_seeds(indices),
         known=known,
         on_token=context.on_token,
     )
-    return [_objects_right("inpainting/object_accuracy", context, split, world, indices, drawn)]
+    return [
+        _object_accuracy_score(
+            "inpainting/object_accuracy", context, split, world, indices, generated
+        )
+    ]
 
 
 def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
@@ -151,18 +162,22 @@ def image_variation(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if the dataset is not ``shapes``.
     """
     world = shapes_of(split, "image_variation")
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     captions = context.pipeline.caption(
-        split.image_batch(indices), config=context.text_sampling, seeds=context.seeds(indices)
+        split.image_batch(indices),
+        config=context.text_sampling,
+        seeds=context.sampling_seeds(indices),
     )
-    drawn = context.pipeline.generate_indices(
+    generated = context.pipeline.generate_indices(
         captions,
         config=context.image_sampling,
-        seeds=context.seeds(indices),
+        seeds=context.sampling_seeds(indices),
         on_token=context.on_token,
     )
     return [
-        _objects_right("image_variation/object_accuracy", context, split, world, indices, drawn)
+        _object_accuracy_score(
+            "image_variation/object_accuracy", context, split, world, indices, generated
+        )
     ]
 
 
@@ -175,24 +190,30 @@ def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if the dataset is not ``shapes``.
     """
     world = shapes_of(split, "self_reranking")
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     captions = [split.captions[index] for index in indices]
-    seeds = [mixed_seed(context.seed, at, k) for at in indices for k in range(NUM_CANDIDATES)]
-    found = context.pipeline.generate_indices(
+    seeds = [
+        mixed_seed(context.seed, index, k) for index in indices for k in range(NUM_CANDIDATES)
+    ]
+    generated = context.pipeline.generate_indices(
         captions, config=context.image_sampling, seeds=seeds, on_token=context.on_token
     )
-    drawn = found.view(len(captions), NUM_CANDIDATES, -1)  # (N, S, I)
+    candidates = generated.view(len(captions), NUM_CANDIDATES, -1)  # (N, S, I)
     orders = [
-        rank_images(context.pipeline, own, caption, text_weight=1.0).order()
-        for own, caption in zip(drawn, captions, strict=True)
+        rank_images(context.pipeline, samples, caption, text_weight=1.0).order()
+        for samples, caption in zip(candidates, captions, strict=True)
     ]
-    best = torch.stack([own[order[0]] for own, order in zip(drawn, orders, strict=True)])
-    score = _objects_right("self_reranking/object_accuracy", context, split, world, indices, best)
-    verdicts = matches_scenes(
-        context, world, indices * NUM_CANDIDATES, drawn.transpose(0, 1).flatten(0, 1)
+    best = torch.stack(
+        [samples[order[0]] for samples, order in zip(candidates, orders, strict=True)]
     )
-    any_of_them = float(np.mean([verdict.object_accuracy for verdict in verdicts]))
-    return [replace(score, chance=any_of_them)]
+    score = _object_accuracy_score(
+        "self_reranking/object_accuracy", context, split, world, indices, best
+    )
+    verdicts = matches_scenes(
+        context, world, indices * NUM_CANDIDATES, candidates.transpose(0, 1).flatten(0, 1)
+    )
+    mean_of_candidates = float(np.mean([verdict.object_accuracy for verdict in verdicts]))
+    return [replace(score, chance=mean_of_candidates)]
 
 
 def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
@@ -200,7 +221,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
 
     Codebook usage is omitted if all pairs share one image.
     """
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     images = split.image_batch(indices)
     tokenizer = context.model.image_tokenizer()
     decoded = tokenizer.decode(codes := tokenizer.encode(images))
@@ -222,24 +243,24 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     protocol = MetricProtocol("codebook", sample_size=codes.numel())
     size = tokenizer.num_codes
 
-    def used(which: int, places: np.ndarray[Any, Any]) -> float:
-        counts = torch.bincount(codes[torch.from_numpy(places)].flatten().cpu(), minlength=size)
-        return codebook_usage(counts)[which]
+    def usage(index: int, selected: np.ndarray[Any, Any]) -> float:
+        counts = torch.bincount(codes[torch.from_numpy(selected)].flatten().cpu(), minlength=size)
+        return codebook_usage(counts)[index]
 
-    uses = [
+    codebook_scores = [
         score_with_interval(
             f"vqgan/codebook_{name}",
             split,
             jackknife_interval(
-                partial(used, which), len(codes), limits=(0.0, most), clusters=clusters
+                partial(usage, index), len(codes), limits=(0.0, limit), clusters=clusters
             ),
             len(codes),
             None,
             protocol,
         )
-        for which, (name, most) in enumerate((("usage", 1.0), ("perplexity", float(size))))
+        for index, (name, limit) in enumerate((("usage", 1.0), ("perplexity", float(size))))
     ]
-    return [*similarities, *uses]
+    return [*similarities, *codebook_scores]
 
 
 def read_scenes(images: Tensor, world: Shapes) -> list[Any]:
@@ -254,10 +275,10 @@ def matches_scenes(
     """Return the verdict on each image in codes ``(N, I)`` against the scene of its pair."""
     readings = read_scenes(context.pipeline.decode(codes), world)
     scenes: list[Scene] = [world.scene(index) for index in indices]
-    return [check_scene(scene, each) for scene, each in zip(scenes, readings, strict=True)]
+    return [check_scene(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
 
 
-def _objects_right(
+def _object_accuracy_score(
     name: str,
     context: EvaluationContext,
     split: Split,
@@ -268,8 +289,8 @@ def _objects_right(
     readings = read_scenes(context.pipeline.decode(codes), world)
     scenes = [world.scene(index) for index in indices]
     values = [
-        check_scene(scene, each).object_accuracy
-        for scene, each in zip(scenes, readings, strict=True)
+        check_scene(scene, reading).object_accuracy
+        for scene, reading in zip(scenes, readings, strict=True)
     ]
     chance = chance_level(
         lambda i, j: check_scene(scenes[i], readings[j]).object_accuracy, len(scenes)
@@ -280,23 +301,23 @@ def _objects_right(
     )
 
 
-def emoji_of(split: Split, question: str) -> Emoji:
+def emoji_of(split: Split, evaluator: str) -> Emoji:
     """Return the emoji dataset of a split.
 
     Raises:
         ValueError: if the split has another dataset.
     """
     if not isinstance(split.dataset, Emoji):
-        raise ValueError(f"the question {question} needs the dataset emoji")
+        raise ValueError(f"evaluator {evaluator} needs the dataset emoji")
     return split.dataset
 
 
-def shapes_of(split: Split, question: str) -> Shapes:
+def shapes_of(split: Split, evaluator: str) -> Shapes:
     """Return the shapes dataset of a split.
 
     Raises:
         ValueError: if the split has another dataset.
     """
     if not isinstance(split.dataset, Shapes):
-        raise ValueError(f"the question {question} needs the dataset shapes")
+        raise ValueError(f"evaluator {evaluator} needs the dataset shapes")
     return split.dataset

@@ -24,21 +24,23 @@ def convergence(context: EvaluationContext, split: Split) -> list[Score]:
 
     A run whose loss was not finite scores 0, see ``diverged_score``.
     """
-    pipeline, tokens = context.pipeline, _sequences(context, split, context.chosen(split))
-    found = perplexities(
+    pipeline, tokens = context.pipeline, _sequences(context, split, context.eval_indices(split))
+    image_perplexities = perplexities(
         pipeline.decoder, tokens, segments=("image",), batch_size=pipeline.batch_size
     )["image"]
-    is_better = float(found.log().mean().exp()) < pipeline.decoder.vocabulary.codebook_size
-    return [_whether(split.name, survived=is_better)]
+    is_better = (
+        float(image_perplexities.log().mean().exp()) < pipeline.decoder.vocabulary.codebook_size
+    )
+    return [_converged_score(split.name, is_converged=is_better)]
 
 
 def diverged_score(split: str) -> Score:
     """Return the ``convergence`` score of a run whose loss was not finite: 0."""
-    return _whether(split, survived=False)
+    return _converged_score(split, is_converged=False)
 
 
-def _whether(split: str, *, survived: bool) -> Score:
-    value = float(survived)
+def _converged_score(split: str, *, is_converged: bool) -> Score:
+    value = float(is_converged)
     return Score(CONVERGED, split, value, value, value, None, 1)
 
 
@@ -47,33 +49,33 @@ def attention_logits(context: EvaluationContext, split: Split) -> list[Score]:
 
     A second score is the fraction of examples with a logit that float16 cannot represent.
     """
-    largest: list[Tensor] = []
-    indices, decoder = context.chosen(split), context.pipeline.decoder
+    max_logits: list[Tensor] = []
+    indices, decoder = context.eval_indices(split), context.pipeline.decoder
     tokens = _sequences(context, split, indices)
-    with record_attention_logits(decoder, largest), torch.inference_mode():
+    with record_attention_logits(decoder, max_logits), torch.inference_mode():
         decoder.hidden(tokens.to(context.pipeline.device))
-    values = torch.stack(largest).amax(0).double().cpu().numpy()
-    over = (values > HALF_MAX).astype(np.float64)
+    values = torch.stack(max_logits).amax(0).double().cpu().numpy()
+    is_overflow = (values > HALF_MAX).astype(np.float64)
     return [
         mean_score("decoder/max_attention_logit", split, indices, values, context),
-        mean_score("decoder/attention_overflows", split, indices, over, context),
+        mean_score("decoder/attention_overflows", split, indices, is_overflow, context),
     ]
 
 
 @contextmanager
-def record_attention_logits(decoder: nn.Module, largest: list[Tensor]) -> Iterator[None]:
+def record_attention_logits(decoder: nn.Module, max_logits: list[Tensor]) -> Iterator[None]:
     """Append the largest absolute logits ``(N,)`` of every layer that runs inside the context."""
 
-    def watch(layer: nn.Module, given: Any) -> None:
+    def record(layer: nn.Module, args: Any) -> None:
         assert isinstance(layer, Layer)
-        qkv = layer.project_qkv(layer.attention_norm(given[0])).float()
+        qkv = layer.project_qkv(layer.attention_norm(args[0])).float()
         query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, H) each
         scores = query @ key.mT / query.shape[-1] ** 0.5
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        largest.append(scores.abs().masked_fill(later, 0).amax((1, 2, 3)))
+        is_masked = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        max_logits.append(scores.abs().masked_fill(is_masked, 0).amax((1, 2, 3)))
 
-    layers = [part for part in decoder.modules() if isinstance(part, Layer)]
-    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+    layers = [module for module in decoder.modules() if isinstance(module, Layer)]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield
     finally:
@@ -85,4 +87,4 @@ def _sequences(context: EvaluationContext, split: Split, indices: Sequence[int])
     """Return captions followed by their real images as tokens, ``(N, T)``."""
     texts = [context.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
     left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
-    return torch.cat([left, context.codes(split, indices), right], dim=1)
+    return torch.cat([left, context.image_indices(split, indices), right], dim=1)

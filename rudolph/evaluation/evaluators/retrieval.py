@@ -3,7 +3,7 @@
 import torch
 
 from rudolph.data.splits import Split
-from rudolph.data.text_image import caption_numbers
+from rudolph.data.text_image import caption_ids
 from rudolph.evaluation.context import EvaluationContext, Score
 from rudolph.evaluation.metrics.answers import MetricProtocol
 from rudolph.evaluation.statistics import mean_interval
@@ -21,20 +21,23 @@ def retrieval(context: EvaluationContext, split: Split) -> list[Score]:
     """
     indices = range(context.num_examples)
     captions = [split.captions[index] for index in indices]
-    numbers = split.clusters(indices), caption_numbers(captions)
-    gallery = RetrievalSet.of(*(torch.from_numpy(each) for each in numbers))
-    for name, places in (("images", gallery.images), ("captions", gallery.texts)):
-        if len(places) < 2:
-            raise ValueError(f"retrieval needs two different {name}, {split.name} has fewer")
+    ids = split.clusters(indices), caption_ids(captions)
+    gallery = RetrievalSet.of(*(torch.from_numpy(group_ids) for group_ids in ids))
+    for name, entries in (("images", gallery.images), ("captions", gallery.texts)):
+        if len(entries) < 2:
+            raise ValueError(
+                f"evaluator retrieval needs at least two different {name}, which {split.name} "
+                "lacks"
+            )
     images = context.model.embed_image(split.image_batch(gallery.images.numpy()))
-    texts = context.model.embed_text([captions[at] for at in gallery.texts])
+    texts = context.model.embed_text([captions[index] for index in gallery.texts])
     galleries = {"image_to_text": len(texts), "text_to_image": len(images)}
     scores = []
-    for way, ranks in gallery.ranks(images, texts).items():
+    for direction, ranks in gallery.ranks(images, texts).items():
         for k in RECALLS_AT:
-            size, hits = galleries[way], (ranks <= k).double().numpy()
+            size, hits = galleries[direction], (ranks <= k).double().numpy()
             protocol = MetricProtocol("recall", sample_size=size, settings=f"at:{k}")
             estimate = mean_interval(hits, seed=context.seed)
-            name, chance = f"{way}/recall_at_{k}", min(k / size, 1.0)
+            name, chance = f"{direction}/recall_at_{k}", min(k / size, 1.0)
             scores.append(Score(name, split.name, *estimate, chance, len(hits), str(protocol)))
     return scores

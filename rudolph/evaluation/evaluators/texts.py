@@ -36,9 +36,9 @@ def answer_f1(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if a pair has no question.
     """
     if not all(split.questions):
-        raise ValueError("the question answer_f1 needs pairs that have questions")
-    asked = answer_pairs("question_answering", context, split)
-    return answer_scores(asked, context, split, name="answers")
+        raise ValueError("evaluator answer_f1 needs pairs with questions")
+    answered = answer_pairs("question_answering", context, split)
+    return answer_scores(answered, context, split, name="answers")
 
 
 def text_answers(context: EvaluationContext, split: Split) -> list[Score]:
@@ -53,35 +53,35 @@ def math_answers(context: EvaluationContext, split: Split) -> list[Score]:
     Answers are generated from digits, the minus sign and option letters only.
     """
     task = "math_question_answering"
-    asked = answer_pairs(task, context, split, characters=ARITHMETIC_CHARACTERS)
-    return answer_scores(asked, context, split, name=task)
+    answered = answer_pairs(task, context, split, characters=ARITHMETIC_CHARACTERS)
+    return answer_scores(answered, context, split, name=task)
 
 
 def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate recognition of text in images: 1-NED, character error rate and exact match."""
     indices, answers, truths, _ = answer_pairs("text_recognition", context, split)
-    near = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
-    by_chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
+    similarities = [edit_similarity(*pair) for pair in zip(answers, truths, strict=True)]
+    chance = chance_level(lambda i, j: edit_similarity(answers[j], truths[i]), len(indices))
     edits, lengths = character_edits(answers, truths)
     exact = [exact_match(*pair, TRANSCRIPT) for pair in zip(answers, truths, strict=True)]
-    told = str(TRANSCRIPT)
+    normalization = str(TRANSCRIPT)
     return [
         mean_score(
             "text_recognition/1-ned",
             split,
             indices,
-            np.array(near),
+            np.array(similarities),
             context,
-            chance=by_chance,
-            protocol=MetricProtocol("1-ned", normalization=told),
+            chance=chance,
+            protocol=MetricProtocol("1-ned", normalization=normalization),
         ),
         corpus_score(
             "text_recognition/cer",
             split,
             indices,
-            lambda at: float(edits[at].sum() / lengths[at].sum()),
+            lambda selected: float(edits[selected].sum() / lengths[selected].sum()),
             context,
-            protocol=MetricProtocol("cer", normalization=told),
+            protocol=MetricProtocol("cer", normalization=normalization),
         ),
         mean_score(
             "text_recognition/exact_match",
@@ -89,7 +89,7 @@ def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
             indices,
             np.array(exact),
             context,
-            protocol=MetricProtocol("exact", normalization=told),
+            protocol=MetricProtocol("exact", normalization=normalization),
         ),
     ]
 
@@ -104,22 +104,22 @@ def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: if the dataset is not ``shapes``.
     """
     if not isinstance(split.dataset, Shapes):
-        raise ValueError("the question continuation needs the dataset shapes")
-    world, indices = split.dataset.config, context.chosen(split)
+        raise ValueError("evaluator text_continuation needs the dataset shapes")
+    config, indices = split.dataset.config, context.eval_indices(split)
     truths = [split.captions[index] for index in indices]
-    given = [" ".join(truth.split()[:NUM_GIVEN_WORDS]) for truth in truths]
-    said = continue_texts(
+    prompts = [" ".join(truth.split()[:NUM_GIVEN_WORDS]) for truth in truths]
+    continuations = continue_texts(
         context.pipeline,
-        given,
+        prompts,
         config=context.text_sampling,
-        seeds=context.seeds(indices),
+        seeds=context.sampling_seeds(indices),
         on_token=context.on_token,
     )
-    values = np.array([is_sentence(text, world) for text in said], dtype=float)
+    values = np.array([is_sentence(text, config) for text in continuations], dtype=float)
     # The chance level: the words of true sentences in random order.
     rng = np.random.default_rng(context.seed)
-    mixed = [" ".join(rng.permutation(truth.split())) for truth in truths]
-    chance = float(np.mean([is_sentence(text, world) for text in mixed]))
+    shuffled = [" ".join(rng.permutation(truth.split())) for truth in truths]
+    chance = float(np.mean([is_sentence(text, config) for text in shuffled]))
     protocol = MetricProtocol("sentence-of-the-world", settings=f"given:{NUM_GIVEN_WORDS}")
     name = "text_to_text/sentence_accuracy"
     return [mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)]
@@ -131,9 +131,9 @@ def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
     Images are also scored in bits per pixel, which is comparable between image tokenizers whose
     tokens differ.
     """
-    indices = context.chosen(split)
+    indices = context.eval_indices(split)
     pipeline = context.pipeline
-    images = context.codes(split, indices)
+    images = context.image_indices(split, indices)
     scores = []
     for task, segment, metric in (
         ("text_to_image", "image", "text_to_image/nats"),
@@ -141,13 +141,13 @@ def likelihood(context: EvaluationContext, split: Split) -> list[Score]:
     ):
         texts = [pipeline.texts(task, split.captions[index]) for index in indices]
         left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
-        found = perplexities(
+        segment_perplexities = perplexities(
             pipeline.decoder,
             torch.cat([left, images, right], dim=1),
             segments=(segment,),
             batch_size=pipeline.batch_size,
         )
-        nats = found[segment].log().double().numpy()
+        nats = segment_perplexities[segment].log().double().numpy()
         scores.append(mean_score(metric, split, indices, nats, context))
         if segment == "image":
             # One token covers ``factor`` x ``factor`` pixels.
@@ -180,14 +180,14 @@ def answer_pairs(
 
     ``characters`` limits the characters that are generated; None allows all.
     """
-    indices, row = context.chosen(split), TASKS[task]
+    indices, row = context.eval_indices(split), TASKS[task]
     questions = [split.questions[index] for index in indices] if row.has_question else None
     images = None if row.image == "none" else split.image_batch(indices)
     is_legacy = images is None and questions is not None and context.missing_image == "legacy"
     answers = context.model.generate_text(
         task,
         config=context.text_sampling,
-        seeds=context.seeds(indices),
+        seeds=context.sampling_seeds(indices),
         images=images,
         questions=questions,
         allowed_characters=characters,
@@ -200,13 +200,13 @@ def answer_pairs(
 
 
 def answer_scores(
-    asked: AnsweredPairs, context: EvaluationContext, split: Split, *, name: str
+    answered: AnsweredPairs, context: EvaluationContext, split: Split, *, name: str
 ) -> list[Score]:
     """Return the token F1 and the exact match of answers, as metrics under ``name``."""
-    indices, answers, truths, settings = asked
+    indices, answers, truths, settings = answered
     values = np.array([token_f1(*pair) for pair in zip(answers, truths, strict=True)])
     exact = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
-    told = str(ANSWER)
+    normalization = str(ANSWER)
     return [
         mean_score(
             f"{name}/token_f1",
@@ -215,7 +215,7 @@ def answer_scores(
             values,
             context,
             chance=chance_level(lambda i, j: token_f1(answers[j], truths[i]), len(truths)),
-            protocol=MetricProtocol("token-f1", normalization=told, settings=settings),
+            protocol=MetricProtocol("token-f1", normalization=normalization, settings=settings),
         ),
         mean_score(
             f"{name}/exact_match",
@@ -224,6 +224,6 @@ def answer_scores(
             exact,
             context,
             chance=chance_level(lambda i, j: exact_match(answers[j], truths[i]), len(truths)),
-            protocol=MetricProtocol("exact", normalization=told, settings=settings),
+            protocol=MetricProtocol("exact", normalization=normalization, settings=settings),
         ),
     ]

@@ -80,7 +80,9 @@ class MetricProtocol:
         known = [field.name for field in fields(cls)][1:]
         for name in parts:
             if name not in known:
-                raise ValueError(f"a measure has {', '.join(known)}, got {name!r}")
+                raise ValueError(
+                    f"a metric protocol: expected fields of {', '.join(known)}, got {name!r}"
+                )
         if "sample_size" in parts:
             if not parts["sample_size"].isdecimal():
                 raise ValueError(f"sample_size must be a number, got {parts['sample_size']!r}")
@@ -153,11 +155,11 @@ def vqa_accuracy(
     total = len(answers)
     if total < 2:
         raise ValueError(f"answers must be at least 2, got {total}")
-    given = normalize_text(prediction, normalization)
-    agreeing = sum(normalize_text(answer, normalization) == given for answer in answers)
-    without_one = agreeing * min(1.0, (agreeing - 1) / AGREEING_ANNOTATORS)
-    without_another = (total - agreeing) * min(1.0, agreeing / AGREEING_ANNOTATORS)
-    return (without_one + without_another) / total
+    normalized = normalize_text(prediction, normalization)
+    agreeing = sum(normalize_text(answer, normalization) == normalized for answer in answers)
+    if_agreeing_left_out = agreeing * min(1.0, (agreeing - 1) / AGREEING_ANNOTATORS)
+    if_other_left_out = (total - agreeing) * min(1.0, agreeing / AGREEING_ANNOTATORS)
+    return (if_agreeing_left_out + if_other_left_out) / total
 
 
 def chosen_option(
@@ -171,12 +173,14 @@ def chosen_option(
     >>> chosen_option("б) олень", ["лиса", "олень", "волк"])
     1
     """
-    said = normalize_text(prediction, normalization)
-    named = [
-        i for i, option in enumerate(options) if normalize_text(option, normalization) == said
+    normalized = normalize_text(prediction, normalization)
+    matches = [
+        index
+        for index, option in enumerate(options)
+        if normalize_text(option, normalization) == normalized
     ]
-    if named:
-        return named[0] if len(named) == 1 else None
+    if matches:
+        return matches[0] if len(matches) == 1 else None
     letter = re.match(r"\W*(\w)\s*(?:[).:]|$)", prediction.lower())
     for letters in (LATIN_LETTERS, CYRILLIC_OPTION_LETTERS):
         if letter and letter[1] in letters[: len(options)]:
@@ -196,8 +200,8 @@ def choice_hits(
         correct: index of the correct option, ``(N,)``.
     """
     is_best = scores == scores.max(1, keepdims=True)  # (N, C)
-    mine = is_best[np.arange(len(scores)), correct]
-    return mine / is_best.sum(1)
+    is_correct_best = is_best[np.arange(len(scores)), correct]
+    return is_correct_best / is_best.sum(1)
 
 
 def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimate:
@@ -237,18 +241,18 @@ def calibration_error(
     return float(np.abs(gaps).sum() / confidences.size)
 
 
-def nearest_ranks(images: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
+def nearest_ranks(images: Tensor, gallery: Tensor, own_indices: Tensor) -> Tensor:
     """Return the rank of each image's own gallery image by pixel distance, ``(B,)``; 1 is nearest.
 
     Args:
         images: ``(B, 3, H, W)``, in the value range of the gallery.
         gallery: ``(N, 3, H, W)``.
-        own: index of each image's own gallery image, ``(B,)``.
+        own_indices: index of each image's own gallery image, ``(B,)``.
     """
     distances = torch.cdist(
         images.flatten(1).double(),
         gallery.flatten(1).double(),
         compute_mode="donot_use_mm_for_euclid_dist",
     )
-    mine = distances.gather(1, own[:, None])
-    return (distances < mine).sum(1) + 1
+    own_distances = distances.gather(1, own_indices[:, None])
+    return (distances < own_distances).sum(1) + 1

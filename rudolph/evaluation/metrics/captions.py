@@ -64,13 +64,17 @@ def rouge_l(
     from rapidfuzz.distance import LCSseq
 
     _require_references([references])
-    said = tokenize(caption)
-    others = [tokenize(reference) for reference in references]
-    common = [LCSseq.similarity(said, other) for other in others]
-    if not any(common):
+    caption_tokens = tokenize(caption)
+    reference_tokens = [tokenize(reference) for reference in references]
+    lcs_lengths = [LCSseq.similarity(caption_tokens, tokens) for tokens in reference_tokens]
+    if not any(lcs_lengths):
         return 0.0
-    precision = max(common) / len(said)
-    recall = max(c / len(other) for c, other in zip(common, others, strict=True) if other)
+    precision = max(lcs_lengths) / len(caption_tokens)
+    recall = max(
+        lcs_length / len(tokens)
+        for lcs_length, tokens in zip(lcs_lengths, reference_tokens, strict=True)
+        if tokens
+    )
     weight = ROUGE_BETA**2
     return (1 + weight) * precision * recall / (recall + weight * precision)
 
@@ -170,14 +174,14 @@ class BleuCounts(NamedTuple):
     lengths: np.ndarray[Any, Any]
     closest: np.ndarray[Any, Any]
 
-    def bleu(self, chosen: np.ndarray[Any, Any] | slice = slice(None)) -> np.ndarray[Any, Any]:
+    def bleu(self, selected: np.ndarray[Any, Any] | slice = slice(None)) -> np.ndarray[Any, Any]:
         """Return BLEU-1 to BLEU-4 of the chosen captions as one corpus, ``(4,)``.
 
         There is no smoothing: BLEU-n is 0 if no n-gram matches, where coco-caption gives 1e-4 or
         less.
         """
-        matches, totals = self.matches[chosen].sum(0), self.totals[chosen].sum(0)
-        length, closest = int(self.lengths[chosen].sum()), int(self.closest[chosen].sum())
+        matches, totals = self.matches[selected].sum(0), self.totals[selected].sum(0)
+        length, closest = int(self.lengths[selected].sum()), int(self.closest[selected].sum())
         scores = np.zeros(MAX_NGRAM)
         if length == 0:
             return scores
@@ -211,16 +215,20 @@ def bleu_counts(
     return BleuCounts(np.array(matches), np.array(totals), np.array(lengths), np.array(closest))
 
 
-def _bleu_row(said: list[str], others: list[list[str]]) -> tuple[list[int], list[int], int, int]:
-    found, most = _ngrams(said), Counter[Ngram]()
-    for other in others:
-        most |= _ngrams(other)
+def _bleu_row(
+    caption: list[str], references: list[list[str]]
+) -> tuple[list[int], list[int], int, int]:
+    caption_ngrams, max_counts = _ngrams(caption), Counter[Ngram]()
+    for reference in references:
+        max_counts |= _ngrams(reference)
     matches, totals = [0] * MAX_NGRAM, [0] * MAX_NGRAM
-    for ngram, count in found.items():
-        matches[len(ngram) - 1] += min(count, most[ngram])
+    for ngram, count in caption_ngrams.items():
+        matches[len(ngram) - 1] += min(count, max_counts[ngram])
         totals[len(ngram) - 1] += count
-    closest = min((abs(len(other) - len(said)), len(other)) for other in others)[1]
-    return matches, totals, len(said), closest
+    closest = min(
+        (abs(len(reference) - len(caption)), len(reference)) for reference in references
+    )[1]
+    return matches, totals, len(caption), closest
 
 
 def cider_d(
@@ -239,18 +247,35 @@ def cider_d(
         ValueError: if a caption has no reference, or the numbers of lists and captions differ.
     """
     _require_references(references, captions)
-    counts = [[_ngrams(tokenize(other)) for other in others] for others in references]
-    frequency = Counter(
-        ngram for others in counts for ngram in {one for other in others for one in other}
+    counts = [
+        [_ngrams(tokenize(reference_ngrams)) for reference_ngrams in counts_of_references]
+        for counts_of_references in references
+    ]
+    document_frequency = Counter(
+        ngram
+        for counts_of_references in counts
+        for ngram in {
+            document_ngram
+            for reference_ngrams in counts_of_references
+            for document_ngram in reference_ngrams
+        }
     )
 
-    def weighted(found: Counter[Ngram]) -> "_WeightedNgrams":
-        return _WeightedNgrams.of(found, frequency, len(captions))
+    def weighted(ngrams: Counter[Ngram]) -> "_WeightedNgrams":
+        return _WeightedNgrams.of(ngrams, document_frequency, len(captions))
 
     scores = []
-    for caption, others in zip(captions, counts, strict=True):
-        said = weighted(_ngrams(tokenize(caption)))
-        scores.append(10 * np.mean([said.similarity(weighted(other)) for other in others]))
+    for caption, counts_of_references in zip(captions, counts, strict=True):
+        caption_ngrams = weighted(_ngrams(tokenize(caption)))
+        scores.append(
+            10
+            * np.mean(
+                [
+                    caption_ngrams.similarity(weighted(reference_ngrams))
+                    for reference_ngrams in counts_of_references
+                ]
+            )
+        )
     return np.array(scores)
 
 
@@ -264,27 +289,29 @@ class _WeightedNgrams:
 
     @classmethod
     def of(
-        cls, found: Counter[Ngram], frequency: Counter[Ngram], num_images: int
+        cls, ngrams: Counter[Ngram], document_frequency: Counter[Ngram], num_images: int
     ) -> "_WeightedNgrams":
         weights = {
-            ngram: count * math.log(num_images / max(1, frequency[ngram]))
-            for ngram, count in found.items()
+            ngram: count * math.log(num_images / max(1, document_frequency[ngram]))
+            for ngram, count in ngrams.items()
         }
         squares = [0.0] * MAX_NGRAM
         for ngram, weight in weights.items():
             squares[len(ngram) - 1] += weight**2
-        num_bigrams = sum(count for ngram, count in found.items() if len(ngram) == 2)
+        num_bigrams = sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
         return cls(weights, [math.sqrt(square) for square in squares], num_bigrams)
 
     def similarity(self, reference: "_WeightedNgrams") -> float:
         """Return the mean clipped cosine over n, times a Gaussian of the length difference."""
         products = [0.0] * MAX_NGRAM
         for ngram, weight in self.weights.items():
-            other = reference.weights.get(ngram, 0.0)
-            products[len(ngram) - 1] += min(weight, other) * other
+            reference_weight = reference.weights.get(ngram, 0.0)
+            products[len(ngram) - 1] += min(weight, reference_weight) * reference_weight
         cosines = [
-            product / (mine * other) if mine and other else 0.0
-            for product, mine, other in zip(products, self.norms, reference.norms, strict=True)
+            product / (norm * reference_norm) if norm and reference_norm else 0.0
+            for product, norm, reference_norm in zip(
+                products, self.norms, reference.norms, strict=True
+            )
         ]
         # Length is counted in bigrams, as in coco-caption.
         difference = self.num_bigrams - reference.num_bigrams
@@ -294,9 +321,9 @@ class _WeightedNgrams:
 def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
     """Count the n-grams of 1 to 4 words."""
     return Counter(
-        tuple(tokens[at : at + n])
+        tuple(tokens[start : start + n])
         for n in range(1, MAX_NGRAM + 1)
-        for at in range(len(tokens) - n + 1)
+        for start in range(len(tokens) - n + 1)
     )
 
 

@@ -89,8 +89,8 @@ class Quirks:
         return "+".join(on) or "none"
 
 
-CHALLENGE = Quirks()
-PLAIN_RULES = Quirks(**{field.name: False for field in fields(Quirks)})
+CHALLENGE_QUIRKS = Quirks()
+NO_QUIRKS = Quirks(**{field.name: False for field in fields(Quirks)})
 
 
 def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
@@ -108,7 +108,7 @@ def variants(records: Iterable[TaskRecord]) -> dict[str, list[str]]:
 
 
 def text_qa_scores(
-    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
+    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
     """Score text questions: F1 of lemmas, one score per truth; 0 without an answer.
 
@@ -123,7 +123,7 @@ def text_qa_scores(
 
 
 def math_qa_scores(
-    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
+    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
     """Score math questions: exact match of lemmas, one score per truth; 0 without an answer.
 
@@ -139,17 +139,17 @@ def math_qa_scores(
 def _with_fallback(
     score: Callable[[str, str], float], answer: str, truths: Sequence[str], quirks: Quirks
 ) -> float:
-    found = max_over_references(score, answer, truths)
+    best = max_over_references(score, answer, truths)
     letter = re.search("[abcde]", answer)
-    if quirks.letter_fallback and found <= 0.5 and letter:
+    if quirks.letter_fallback and best <= 0.5 and letter:
         return max_over_references(score, letter[0], truths)
-    return found
+    return best
 
 
 def visual_qa_scores(
     answers: Answers,
     truths: Variants,
-    quirks: Quirks = CHALLENGE,
+    quirks: Quirks = CHALLENGE_QUIRKS,
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
@@ -160,17 +160,17 @@ def visual_qa_scores(
     """
 
     def score(answer: str, truth: str) -> float:
-        said, expected = (_visual_answer(text, quirks) for text in (answer, truth))
+        predicted, expected = (_visual_answer(text, quirks) for text in (answer, truth))
         tokens = _tokens(expected)
         if len(tokens) == 1 and tokens[0].isdecimal():
-            return _number_ratio(_tokens(said), float(tokens[0]))
+            return _number_ratio(_tokens(predicted), float(tokens[0]))
         stemmer = _english_stemmer() if quirks.english_stems else None
         return meteor(
-            said, [expected], tokenize=_tokens, stemmer=stemmer, synonyms=synonyms, gamma=0.0
+            predicted, [expected], tokenize=_tokens, stemmer=stemmer, synonyms=synonyms, gamma=0.0
         )
 
-    asked = answers if quirks.missing_not_penalised else truths
-    return _scores(answers, truths, asked, lambda a, t: max_over_references(score, a, t))
+    scored_ids = answers if quirks.missing_not_penalised else truths
+    return _scores(answers, truths, scored_ids, lambda a, t: max_over_references(score, a, t))
 
 
 @cache
@@ -184,8 +184,8 @@ def _english_stemmer() -> Stemmer:
 def _visual_answer(text: str, quirks: Quirks) -> str:
     if not quirks.lemmatised_as_one_word:
         return normalize_text(text, TEXT_ANSWER)
-    whole = lemma(normalize_text(text, BARE))
-    return NUMBER_WORDS.get(whole, whole)
+    lemmatised = lemma(normalize_text(text, BARE))
+    return NUMBER_WORDS.get(lemmatised, lemmatised)
 
 
 def _number_ratio(tokens: Sequence[str], expected: float) -> float:
@@ -201,7 +201,7 @@ def captioning_scores(
     captions: Answers,
     truths: Variants,
     cosines: Mapping[str, float],
-    quirks: Quirks = CHALLENGE,
+    quirks: Quirks = CHALLENGE_QUIRKS,
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
@@ -228,9 +228,9 @@ def captioning_scores(
             gamma=gamma,
         )
 
-    asked = captions if quirks.missing_not_penalised else truths
-    words = _scores(captions, truths, asked, lambda a, t: max_over_references(score, a, t))
-    return (words + np.array([cosines.get(key, 0.0) for key in asked])) / 2
+    scored_ids = captions if quirks.missing_not_penalised else truths
+    words = _scores(captions, truths, scored_ids, lambda a, t: max_over_references(score, a, t))
+    return (words + np.array([cosines.get(key, 0.0) for key in scored_ids])) / 2
 
 
 def _bare_caption(text: str) -> str:
@@ -257,7 +257,7 @@ def generation_score(cosines: Sequence[float], fid: float) -> float:
 
 
 def recognition_scores(
-    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE
+    answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
     """Score text recognition: 1-NED of the raw texts per truth; 0 without an answer."""
 
@@ -300,11 +300,15 @@ def integral_score(open_scores: Mapping[str, float], hidden_scores: Sequence[flo
 def _scores(
     answers: Answers,
     truths: Variants,
-    asked: Collection[str],
+    scored_ids: Collection[str],
     score: Callable[[str, Sequence[str]], float],
 ) -> np.ndarray[Any, Any]:
-    """Return one score per question in ``asked``; 0 without an answer."""
+    """Return one score per question in ``scored_ids``; 0 without an answer."""
     unknown = sorted(answers.keys() - truths.keys())
-    if unknown or not asked:
-        raise ValueError(f"answers need truths, got none for {', '.join(unknown) or 'any'}")
-    return np.array([score(answers[key], truths[key]) if key in answers else 0.0 for key in asked])
+    if unknown or not scored_ids:
+        raise ValueError(
+            f"answers: expected a truth for each, got none for {', '.join(unknown) or 'any'}"
+        )
+    return np.array(
+        [score(answers[key], truths[key]) if key in answers else 0.0 for key in scored_ids]
+    )

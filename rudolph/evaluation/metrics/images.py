@@ -29,7 +29,7 @@ def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]
     """
     _require_matching(features, truth)
     difference = features.mean(0) - truth.mean(0)
-    covariances = [np.atleast_2d(np.cov(each, rowvar=False)) for each in (features, truth)]
+    covariances = [np.atleast_2d(np.cov(sample, rowvar=False)) for sample in (features, truth)]
     # tr sqrt(A B) equals tr sqrt(sqrt(A) B sqrt(A)); that product is symmetric, so its eigenvalues
     # are real.
     root = _square_root(covariances[0])
@@ -84,10 +84,11 @@ def kernel_distance(
         raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
     values = []
     for _ in range(num_subsets):
-        drawn = [
-            each[rng.choice(len(each), subset_size, replace=False)] for each in (features, truth)
+        subsets = [
+            sample[rng.choice(len(sample), subset_size, replace=False)]
+            for sample in (features, truth)
         ]
-        values.append(squared_mmd(*drawn))
+        values.append(squared_mmd(*subsets))
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
@@ -102,7 +103,7 @@ def squared_mmd(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> 
         ValueError: if D differs or a set has fewer than two images.
     """
     _require_matching(features, truth)
-    within = [_mean_off_diagonal(_kernel(each, each)) for each in (features, truth)]
+    within = [_mean_off_diagonal(_kernel(sample, sample)) for sample in (features, truth)]
     return float(sum(within) - 2 * _kernel(features, truth).mean())
 
 

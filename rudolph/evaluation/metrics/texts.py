@@ -78,14 +78,14 @@ class Normalization:
         >>> str(Normalization(lower=True, punctuation="ascii", squeeze=True))
         'lower+punctuation:ascii+squeeze'
         """
-        done = []
+        steps = []
         for field in fields(self):
             setting = getattr(self, field.name)
             if setting is True:
-                done.append(field.name)
+                steps.append(field.name)
             elif setting not in (False, "kept"):
-                done.append(f"{field.name}:{setting}")
-        return "+".join(done) or "raw"
+                steps.append(f"{field.name}:{setting}")
+        return "+".join(steps) or "raw"
 
 
 # SQuAD v1.1 evaluation without removal of articles, which Russian does not have.
@@ -145,7 +145,7 @@ class EditCounts(NamedTuple):
     edits: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
 
-    def rate(self, chosen: np.ndarray[Any, Any] | slice = slice(None)) -> float:
+    def rate(self, selected: np.ndarray[Any, Any] | slice = slice(None)) -> float:
         """Return the edits of the chosen examples divided by their total length; may exceed 1.
 
         This is not the mean rate over examples, in which a short text would count as much as a
@@ -154,10 +154,12 @@ class EditCounts(NamedTuple):
         Raises:
             ValueError: if the chosen truths are all empty.
         """
-        length = int(self.lengths[chosen].sum())
+        length = int(self.lengths[selected].sum())
         if length == 0:
-            raise ValueError("an error rate needs truths that are not empty")
-        return int(self.edits[chosen].sum()) / length
+            raise ValueError(
+                "an error rate: expected truths that are not empty, got only empty ones"
+            )
+        return int(self.edits[selected].sum()) / length
 
 
 def character_edits(

@@ -119,11 +119,11 @@ def training_flags(execution: Execution) -> TrainingFlags:
 
 def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
     """Print the fraction and the loss weights of each mixture entry, and keep them as a table."""
-    if len(examples.sources) == 1 or not is_main_process():
+    if len(examples.entries) == 1 or not is_main_process():
         return
-    total = sum(each.source.weight for each in examples.sources)
+    total = sum(each.source.weight for each in examples.entries)
     rows: list[dict[str, Any]] = []
-    for each, weights in zip(examples.sources, examples.weights.tolist(), strict=True):
+    for each, weights in zip(examples.entries, examples.weights.tolist(), strict=True):
         fraction = each.source.weight / total
         scored = dict(zip(SEGMENTS, weights, strict=True))
         named = ", ".join(f"{name} {weight:g}" for name, weight in scored.items() if weight)

@@ -14,7 +14,7 @@ from rudolph.files.atomic import naming_file, rename_damaged, warn_once, write_t
 from rudolph.models.weights import read_weights, weights_error
 from rudolph.runs.execution import Execution, is_main_process
 from rudolph.runs.trainer import CURVES
-from rudolph.tracking.event_log import exclusive
+from rudolph.tracking.event_log import file_lock
 
 SHARED_WEIGHTS = "weights.safetensors"
 # In a run's folder, the folders of the cache that it took from, a line each.
@@ -37,7 +37,7 @@ def shared_weights(
     weights = folder / SHARED_WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
     # The other processes of a multi-device run train with the one that holds the lock.
-    lock = exclusive(folder / "training.lock", DAY) if is_main_process() else nullcontext()
+    lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
     taken = execution.folder / TAKEN
     known = taken.read_text("utf-8", errors="replace").split() if taken.is_file() else []
     with ExitStack() as stack:

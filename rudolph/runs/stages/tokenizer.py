@@ -32,7 +32,7 @@ def open_data(execution: Execution, splits: Splits, *, has_tokenizer: bool) -> T
             note += f", {tokenizer.vocab_size} BPE ids"
         main = splits("train").dataset
         if isinstance(main, Manifest):
-            note += f", {main.report.rows - main.report.kept} bad rows skipped"
+            note += f", {main.report.num_rows - main.report.num_kept} bad rows skipped"
         advance(len(datasets), len(datasets), note)
     return tokenizer
 
