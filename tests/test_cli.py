@@ -34,7 +34,7 @@ def test_a_runs_folder_samples_alone(finished: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "круг", "--model", "newest"], "no finished run"),
+        (["generate", "круг", "--model", "newest"], "expected a finished run, got none"),
         (["generate", "круг", "--model", "nowhere"], "no released model has this name"),
         (["generate", "круг", "--model", "moved", "--top-k", "0"], "top_k must be at least 1"),
         (["generate", "круг", "--model", "moved", "-n", "0"], "-n must be at least 1"),
@@ -68,7 +68,7 @@ def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
     started = time.monotonic()
     assert main(["run", "tiny.yaml"]) == 0
     assert time.monotonic() - started < 20
-    assert "finished before" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     results = folder / "results"
     exported = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert main(["export", "tiny.yaml"]) == 0
@@ -112,7 +112,7 @@ def test_sync_sends_what_is_waiting(finished: Path, tmp_path: Path, monkeypatch,
     for _ in range(2):
         assert main(["sync"]) == 0
         said.append(capsys.readouterr().err)
-    assert "sent 0 records" not in said[0] and "0 runs wait" in said[0]
+    assert "sent 0 records" not in said[0] and "0 runs are waiting" in said[0]
     assert "sent 0 records of 0 runs" in said[1]
 
 

@@ -64,10 +64,10 @@ def test_a_run_of_a_clip_is_a_source_of_one(trained: Path, finished: Path) -> No
     found = ranker.similarities(images, ["красный круг", "синий крест"])
     assert found.shape == (3, 2) and ranker.templates == ("{}",)
     assert ranker.features(images).shape == (3, 16)
-    with pytest.raises(ValueError, match="not a run that trained a CLIP"):
+    with pytest.raises(ValueError, match="expected a run that trained a CLIP"):
         open_clip(str(finished))
     # A CLIP generates no images, so `generate` must not choose it by default.
-    with pytest.raises(ValueError, match="no finished run"):
+    with pytest.raises(ValueError, match="expected a finished run, got none"):
         newest_run(trained.parent.parent)
 
 

@@ -104,10 +104,10 @@ REFUSED = [
     (["--strategy", "dp"], "did you mean ddp?"),
     (["--num-nodes", "0"], "--num-nodes must be at least 1, got 0"),
     (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
-    (["--devices", "3"], "vqgan_optim.global_batch_size 4 must be a multiple of 3 devices"),
-    (["--micro-batch-size", "3"], "vqgan_optim.global_batch_size 4 must be a multiple"),
+    (["--devices", "3"], "vqgan_optim.global_batch_size: expected a multiple of 3 devices"),
+    (["--micro-batch-size", "3"], "vqgan_optim.global_batch_size: expected a multiple"),
     (["--devices", "2", "--jobs", "2"], "--jobs: expected 1 with 2 devices, got 2"),
-    (["--block-masks"], "--block-masks needs CUDA"),
+    (["--block-masks"], "--block-masks: expected CUDA, got cpu"),
     (["optim.optimizer=adamw8bit"], "optim.optimizer adamw8bit: expected"),
     (
         [
@@ -140,7 +140,7 @@ def test_a_precision_that_is_emulated_is_said_with_the_machines_own(
     error = told(capsys, 0, file, "--precision", "bf16")
     assert error == (
         "--precision bf16-mixed: bfloat16 products are emulated on this processor and are 8 to "
-        "60 times slower; leave --precision out for 32-true\n"
+        "60 times slower. Leave --precision out for 32-true\n"
     )
     for name in ("16-true", "bf16-true"):
         assert "products are emulated" in told(capsys, 0, file, "--precision", name)

@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) ->
 
 def test_a_batch_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="must be a multiple of 1 devices times micro_batch_size 3"
+        ValueError, match="expected a multiple of 1 devices times micro_batch_size 3, got"
     ):
         run_tiny(tmp_path, micro_batch_size=3)
 

@@ -90,8 +90,8 @@ def test_what_changed_on_the_way_is_said_in_one_line(finished: Path, tmp_path: P
     ("setting", "words"),
     [
         ("model.num_layers=3", "model.num_layers must be 2"),
-        ("vqgan.z_channels=6", "vqgan.z_channels must be 4"),
-        ("vqgan.quantizer.num_codes=13", "vqgan.quantizer.num_codes must be 12"),
+        ("vqgan.z_channels=6", "vqgan.z_channels: expected 4"),
+        ("vqgan.quantizer.num_codes=13", "vqgan.quantizer.num_codes: expected 12"),
         ("model.tuning.frozen=[mlp(0-2)]", "expected layers 0 to 1"),
         ("model.init=nowhere/run", "nowhere/run: no such folder"),
         ("model.init=RUDOLPH-350N", "did you mean RUDOLPH-350M"),
@@ -179,7 +179,7 @@ def test_show_tells_what_is_trained_and_the_memory(
     total = sum(value.numel() for value in load_run(finished)[0].decoder.parameters())
     assert f"{total:,} of {total:,} parameters are trained" in said[0][1]
     assert f"of {total:,} parameters" in said[1][1] and said[0][1] != said[1][1]
-    assert "memory at 4 examples a device" in said[0][2]
+    assert "memory at 4 examples per device" in said[0][2]
 
 
 def test_an_mlflow_run_is_a_source_here_and_elsewhere(finished: Path, tmp_path: Path) -> None:

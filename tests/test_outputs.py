@@ -103,12 +103,12 @@ def said(action: Callable[[], object]) -> str:
         ("new/folder/a.PNG", None),
         ("folder/../a.png", None),
         ("a.jpg", "must end with .png"),
-        ("file.png", "expected file to be a folder or free, and file is a file"),
-        ("file/a.png", "expected file to be a folder or free, and file is a file"),
-        ("file/deep/a.png", "and file is a file"),
+        ("file.png", "expected the folder file, got the file file"),
+        ("file/a.png", "expected the folder file, got the file file"),
+        ("file/deep/a.png", "got the file file"),
         ("folder.png", "expected a file, got the folder folder.png"),
         ("b.png", "expected a file, got the folder b.jsonl"),
-        ("dangling/a.png", "and dangling is a file"),
+        ("dangling/a.png", "got the file dangling"),
         ("/proc/self/a.png", "a folder that can be written, got /proc/self"),
     ],
 )
@@ -139,7 +139,7 @@ def test_what_cannot_be_written_goes_into_a_temporary_folder(
     [folder] = tmp_path.glob("rudolph-*")
     assert message == (
         f"{tmp_path / 'b.png'}: cannot be written (no space left on device). "
-        f"All is in {folder} instead"
+        f"The files are in {folder} instead"
     )
     assert (folder / "rescued.png").read_text() == "written"
     message = said(lambda: write_or_rescue(tmp_path / "c.png", failing("c.png", "rescued")))
@@ -191,10 +191,10 @@ def test_what_was_sampled_is_kept_when_a_later_stage_fails(
     ]
     assert len(records) == 3
     if stage == "decode":
-        assert "The image codes of all 3 samples are kept in generated.jsonl" in line
+        assert "The image codes of all 3 samples are saved in generated.jsonl" in line
         assert all(len(record["indices"]) == 64 for record in records)
     else:
-        assert "All 3 images are kept as sampled in generated.png" in line
+        assert "All 3 images are saved as sampled in generated.png" in line
         assert all(Path(record["file"]).is_file() for record in records)
 
 
@@ -359,7 +359,7 @@ def test_captions_are_written_even_where_the_terminal_cannot_show_them(
     [
         (["кот \udcd0"], "text: expected text in UTF-8"),
         (["кот", "--output", "a\udcd0.png"], "--output: expected text in UTF-8"),
-        (["кот", "--output", "file.png"], "--output: expected file to be a folder or free"),
+        (["кот", "--output", "file.png"], "--output: expected the folder file, got the file file"),
         (["кот", "--temperature", "nan"], "temperature must be above 0"),
         (["кот", "--temperature", "inf"], "temperature must be 1e-06 to 1e+06, got inf"),
         (["кот", "--temperature", "1e-40"], "temperature must be 1e-06 to 1e+06, got 1e-40"),

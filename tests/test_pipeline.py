@@ -387,15 +387,18 @@ PROMPT = ["--image-prompt", "image.png"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--borders", "up=1"], "--borders is of an image prompt: give --image-prompt IMAGE"),
-        (["--mask", "image.png"], "--mask is of an image prompt"),
-        (["--vary", "0.5"], "--vary is of an image prompt"),
-        (PROMPT, "--image-prompt takes one of --borders, --mask and --vary"),
-        ([*PROMPT, "--borders", "up=1", "--vary", "0.5"], "takes one of --borders, --mask and"),
+        (["--borders", "up=1"], "--borders: expected --image-prompt IMAGE with it"),
+        (["--mask", "image.png"], "--mask: expected --image-prompt"),
+        (["--vary", "0.5"], "--vary: expected --image-prompt"),
+        (PROMPT, "--image-prompt: expected one of --borders, --mask and --vary with it, got 0"),
+        ([*PROMPT, "--borders", "up=1", "--vary", "0.5"], "--mask and --vary with it, got 2"),
         ([*PROMPT, "--borders", "top=1"], "borders: expected up, down, left, right, got 'top'"),
         ([*PROMPT, "--borders", "up=5"], "border up: expected 0 to 4 tokens, got 5"),
         ([*PROMPT, "--borders", "up=1,up=2"], "borders: expected each side once"),
-        ([*PROMPT, "--borders", "up"], "expected widths in tokens like up=4,left=2, got 'up'"),
+        (
+            [*PROMPT, "--borders", "up"],
+            "borders: expected widths in tokens like up=4,left=2, got 'up'",
+        ),
         (
             [*PROMPT, "--vary", "0"],
             "fraction to sample again: expected above 0 and at most 1, got 0.0",
@@ -405,14 +408,20 @@ PROMPT = ["--image-prompt", "image.png"]
         (["--image-prompt", "text.png", "--vary", "1"], "text.png: corrupt image"),
         (["-n", "4", "--keep", "5"], "keep must be 1 to the number 4, got 5"),
         (["--rank", "clip"], "Run `rudolph pull ruclip-vit-base-patch32-384`"),
-        (["--clip", "W/x4"], "W/x4: must be a CLIP, got a Upscaler"),
+        (["--clip", "W/x4"], "W/x4: expected a CLIP, got a Upscaler"),
         (["--upscale", "8"], "Run `rudolph pull RealESRGAN-x8`"),
-        (["--upscaler", "W/clip"], "W/clip: must be a Upscaler, got a CLIP"),
-        (["--upscaler", "W/x2", "--upscale", "4"], "--upscaler enlarges 2 times, not 4"),
+        (["--upscaler", "W/clip"], "W/clip: expected a Upscaler, got a CLIP"),
+        (
+            ["--upscaler", "W/x2", "--upscale", "4"],
+            "--upscale: expected 2 with this --upscaler, got 4",
+        ),
         (["--guidance", "2", "--guidance-kind", "mixture"], "guidance must be at most 1 for a"),
-        (["--guidance-kind", "mixture"], "--guidance-kind needs the number of --guidance"),
+        (["--guidance-kind", "mixture"], "--guidance-kind: expected --guidance with it"),
         (["--output", "images"], "--output must end with .png, got images"),
-        (["--model", "W/clip"], "clip: holds a ruclip model, which draws no images"),
+        (
+            ["--model", "W/clip"],
+            "clip: expected a model that generates images, got a ruclip model",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

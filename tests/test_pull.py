@@ -151,7 +151,7 @@ def test_what_is_here_is_not_asked_for_again(hub: HubServer, tmp_path: Path, cap
     assert hub.requests == []
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        f"{name}: is here already" for name in (IMAGE_TOKENIZER, TOKENIZER, "RUDOLPH-350M")
+        f"{name}: already on disk" for name in (IMAGE_TOKENIZER, TOKENIZER, "RUDOLPH-350M")
     ]
     (tmp_path / "home" / IMAGE_TOKENIZER / "weights.safetensors").unlink()
     assert main(["pull", "RUDOLPH-350M"]) == 0
@@ -193,7 +193,7 @@ def test_a_file_at_hand_needs_no_hub(hub: HubServer, tmp_path: Path) -> None:
         (["RUDOLPH-350M", "nothing-like-it"], "nothing-like-it: no released model has this name"),
         (["Kandinsky", "--file", "nowhere.bin"], "nowhere.bin: no such file"),
         (["Kandinsky", "--file", "."], ".: no such file"),
-        (["Kandinsky", "Malevich", "--file", "x"], "--file is the file of one model"),
+        (["Kandinsky", "Malevich", "--file", "x"], "--file: expected one name with it, got 2"),
         (["Kandinsky", "--file", "vqgan.bin"], "rudolph: the reference has no tensor model."),
         (
             [IMAGE_TOKENIZER, "--file", "rudolph.bin"],
@@ -247,7 +247,7 @@ def test_a_pull_that_was_interrupted_while_it_converted_downloads_nothing_again(
         patch.setattr(store, "save_file", interrupt)
         assert main(["pull", IMAGE_TOKENIZER]) == 130
     assert not store.is_pulled(IMAGE_TOKENIZER)
-    assert "goes on from where it was" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
     num_requests = len(hub.content_requests())
     assert main(["pull", IMAGE_TOKENIZER]) == 0
     assert store.is_pulled(IMAGE_TOKENIZER) and len(hub.content_requests()) == num_requests == 1
@@ -343,7 +343,7 @@ def test_a_run_is_converted_for_the_references_packages(
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(finished), "given", "--pickle"]) == 0
     told = capsys.readouterr().err
-    assert "VQGAN is left out: vqgan: the reference cannot express a ema quantizer" in told
+    assert "VQGAN: left out (vqgan: the reference cannot express a ema quantizer" in told
     assert files_in(Path("given")) == {
         *("bpe.model", "config.json", "pytorch_model.bin", "weights.safetensors")
     }

@@ -238,12 +238,12 @@ def test_what_cannot_be_packed_is_told(
     unfinished.mkdir()
     (unfinished / "config.yaml").write_bytes((mixed / "config.yaml").read_bytes())
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
-    assert "not a finished run, it lacks summary.json" in capsys.readouterr().err
+    assert "expected a finished run, got no summary.json" in capsys.readouterr().err
     shutil.copyfile(mixed / "environment.json", unfinished / "environment.json")
     summary = json.loads((mixed / "summary.json").read_text()) | {"status": "failed"}
     (unfinished / "summary.json").write_text(json.dumps(summary))
     assert main(["pack", str(unfinished), str(tmp_path / "packed")]) == 2
-    assert "not a finished run, its status is failed" in capsys.readouterr().err
+    assert "expected a finished run, got status failed" in capsys.readouterr().err
     broken = tmp_path / "broken"
     shutil.copytree(mixed, broken)
     (broken / "checkpoints" / RUN_FILES[0]).write_bytes(b"cut off")

@@ -55,7 +55,7 @@ def test_a_folder_is_its_experiments_without_bases(tmp_path: Path) -> None:
     names = [path.name for path in experiment_files(tmp_path)]
     assert names == ["a.yaml", "b.yaml"]
     assert experiment_files(tmp_path / "a.yaml") == [tmp_path / "a.yaml"]
-    with pytest.raises(ConfigError, match="holds no experiment"):
+    with pytest.raises(ConfigError, match="expected experiment files"):
         experiment_files(tmp_path / "base")
 
 
@@ -82,7 +82,7 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     assert "failed: two / broken-seed0: " in error and error.count("\nfailed: ") == 2
     assert "failed: two / huge-seed0: RuntimeError: " in error and "Traceback" not in error
     [kept] = tmp_path.glob("runs/two/huge-seed0-*/traceback.txt")
-    assert f"its traceback is in {kept}" in error and "MaskedDecoder(" in kept.read_text()
+    assert f"; traceback: {kept}" in error and "MaskedDecoder(" in kept.read_text()
     page = (tmp_path / "results" / "two" / "README.md").read_text()
     assert "**Not finished:** `broken-seed0`, `huge-seed0`." in page
     found = summaries(tmp_path)
@@ -100,7 +100,7 @@ def test_runs_at_once_are_those_of_one_after_the_other(
     again = [main(["run", "experiments/one.yaml"]), main(["run", "experiments", "--dry-run"])]
     assert again == [0, 0]
     captured = capsys.readouterr()
-    assert captured.err.count("finished before") == 2
+    assert captured.err.count("already finished") == 2
     assert [line.split()[:3] for line in captured.out.splitlines()] == [
         ["0", "one", "seed0"],
         ["1", "one", "seed1"],
@@ -200,9 +200,7 @@ def test_an_error_in_one_run_is_named_and_the_others_are_exported(
     error = capsys.readouterr().err
     for seed in (0, 1):
         [kept] = worked.glob(f"runs/some/bad-seed{seed}-*/traceback.txt")
-        line = (
-            f"failed: some / bad-seed{seed}: RuntimeError: boom at 3.0; its traceback is in {kept}"
-        )
+        line = f"failed: some / bad-seed{seed}: RuntimeError: boom at 3.0; traceback: {kept}"
         assert line in error.splitlines()
         assert "Traceback (most recent call last)" in kept.read_text()
     assert "Traceback" not in error and error.count("\nfailed: ") == 2
@@ -302,7 +300,7 @@ def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch)
             yield job, ""
         return jobs[kept:]
 
-    monkeypatch.setattr(runner, "_in_processes", in_processes)
+    monkeypatch.setattr(runner, "_run_in_pool", in_processes)
     names = ["first", "killer", "third", "fourth"]
     jobs: Any = [SimpleNamespace(name=name) for name in names]
     place: Any = None
@@ -314,7 +312,7 @@ def test_ctrl_c_ends_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "SECONDS_TO_STOP", 0.2)
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), runner._ended(pool):
+    with pytest.raises(KeyboardInterrupt), runner._shutting_down(pool):
         futures = [pool.submit(time.sleep, 60) for _ in range(3)]
         raise KeyboardInterrupt
     while not all(future.done() for future in futures) or multiprocessing.active_children():
@@ -339,7 +337,7 @@ def test_a_name_of_another_file_is_refused_before_any_work(
         for verb in (["run"], ["run", "--dry-run"], ["export"]):
             assert main([*verb, "../b/x.yaml"]) == 2
             [line] = capsys.readouterr().err.splitlines()
-            assert "../b/x.yaml: expected a name of its own, got 'x'" in line
+            assert "../b/x.yaml: expected a unique experiment name, got 'x'" in line
             assert str(worked / "a" / "x.yaml") in line
         assert sorted(here.rglob("*")) == before
         # With the runs removed, the results still record which file they belong to.
@@ -349,7 +347,7 @@ def test_a_name_of_another_file_is_refused_before_any_work(
         # A copy with the same experiment reuses the runs; a moved file keeps its name.
         ask(worked / "c", "x")
         assert main(["run", "../c/x.yaml"]) == 0
-        assert "finished before" in capsys.readouterr().err
+        assert "already finished" in capsys.readouterr().err
         (worked / "c" / "x.yaml").rename(worked / "b" / "x.yaml")
         assert main(["run", "../b/x.yaml"]) == 0
     # Below the working directory, the names include the folder.
@@ -390,11 +388,12 @@ PARENT = """
 import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from rudolph.runs.runner import _begin
+from rudolph.runs.runner import _initialize_process
 
 if __name__ == "__main__":
     context = get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(1,))
+    settings = {"initializer": _initialize_process, "initargs": (1,)}
+    pool = ProcessPoolExecutor(1, mp_context=context, **settings)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)

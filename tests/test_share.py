@@ -197,7 +197,10 @@ def test_what_a_killed_process_moved_away_comes_back(lab: Path) -> None:
 def test_mistakes_are_one_line(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (lab / "empty").mkdir()
     for arguments, words in (
-        (["nothing", "--to", "given"], "nothing: neither an experiment in runs/ nor a folder"),
+        (
+            ["nothing", "--to", "given"],
+            "nothing: expected an experiment in runs/ or a folder, got neither",
+        ),
         (["empty", "--to", "given"], "no finished run to share"),
         (["empty", "--to", "sqlite:///x.db"], "no run to share"),
     ):

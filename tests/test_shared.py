@@ -49,7 +49,7 @@ def test_damaged_weights_are_set_aside_and_named(
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert not are_whole(weights, nn.Linear(3, 2))
     [line] = caplog.messages
-    assert line.startswith(f"{weights}: damaged (") and "it is trained again" in line
+    assert line.startswith(f"{weights}: damaged (") and "training again" in line
     assert not weights.exists() and (tmp_path / "weights.safetensors.damaged").exists()
 
 

@@ -162,7 +162,7 @@ def test_a_implementation_in_emulated_bfloat16_is_left_out_and_said(
     else:
         with pytest.warns(UserWarning, match="left out bfloat16: this processor emulates"):
             assert measurable(case).speed.implementations == (ROOFLINE, "float32")
-        with pytest.raises(ValueError, match="nothing is left to protocol"):
+        with pytest.raises(ValueError, match="no implementation left to measure"):
             measurable(speed_subject(tmp_path, "train", ROOFLINE, "bfloat16"))
 
 
@@ -186,7 +186,7 @@ def prepared(folder: Path, asked: BenchmarkCase) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "name", "units"),
+    ("workload", "name", "units"),
     [
         ("decode", "int8", 2 * 16),
         ("decode", "compiled_half", 2 * 16),
@@ -320,7 +320,7 @@ def test_a_key_press_leaves_no_process(
         )
 
 
-@pytest.mark.parametrize("protocol", list(WORKLOADS))
+@pytest.mark.parametrize("workload", list(WORKLOADS))
 def test_the_reference_does_the_same_work_of_the_same_weights(
     tmp_path: Path, workload: str
 ) -> None:
@@ -356,10 +356,12 @@ def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
             save_file(other, request["path"])
 
     differences: list[float] = []
-    compare_outputs(Sayer(), said=other, folder=tmp_path, differences=differences)
+    compare_outputs(Sayer(), expected=other, folder=tmp_path, differences=differences)
     assert differences == [0]
-    with pytest.raises(ValueError, match=r"logits differ from ours by 0\.02 on the same"):
-        compare_outputs(Sayer(), said=said, folder=tmp_path, differences=[])
+    with pytest.raises(
+        ValueError, match=r"expected logits within 0\.01 of ours .* got a difference of 0\.02"
+    ):
+        compare_outputs(Sayer(), expected=said, folder=tmp_path, differences=[])
 
 
 def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_hardware_refuses_what_it_cannot_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = load_experiment(write(tmp_path)).runs[0]
-    with pytest.raises(ValueError, match=r"^--block-masks needs CUDA"):
+    with pytest.raises(ValueError, match=r"^--block-masks: expected CUDA, got cpu"):
         Hardware(accelerator="cpu", block_masks=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

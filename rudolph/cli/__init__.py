@@ -1,9 +1,9 @@
-"""The verbs of ``rudolph``: arguments, progress and messages, nothing else.
+"""Command line of ``rudolph``: arguments, progress and messages.
 
-Exit code 0: done; 1: a run failed; 2: a mistake of the user, told in one line.
+Exit codes: 0 for success, 1 for a failed run, 2 for a user error, which is printed as one line.
 
-To add a verb, write its parser and its function in the module of its kind, and name the parser in
-``VERBS``.
+To add a command, write its parser and its function in a module of this package and name the parser
+in ``COMMANDS``.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rudolph.files.atomic import explain_os_error
 from rudolph.runs.console import print_line, silence_libraries
 from rudolph.sequence.texts import decode_argument
 
-VERBS = (
+COMMANDS = (
     add_run,
     add_show,
     add_results,
@@ -34,27 +34,27 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code."""
+    """Run one command and return its exit code."""
     parser = build_parser()
-    given, late = parser.parse_known_args(arguments)
-    # argparse gives positional arguments that follow a flag to nobody.
-    if late and not (hasattr(given, "settings") and all(map(is_setting, late))):
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
-    if late:
-        given.settings += late
+    args, extra = parser.parse_known_args(arguments)
+    # argparse does not assign positional arguments that follow a flag.
+    if extra and not (hasattr(args, "settings") and all(map(is_setting, extra))):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.settings += extra
     for name in ("text", "question"):
-        if isinstance(value := getattr(given, name, None), str):
-            setattr(given, name, decode_argument(value))
+        if isinstance(value := getattr(args, name, None), str):
+            setattr(args, name, decode_argument(value))
     silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What a terminal cannot show, such as an answer in Cyrillic, must not end a command.
+        # Characters that a terminal cannot show, such as Cyrillic, must not end a command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code: int = given.verb(given)
+        exit_code: int = args.command(args)
         sys.stdout.flush()
-        return code
+        return exit_code
     except BrokenPipeError:
-        # Who read the output, such as head, has what it wanted; nothing more can be told.
+        # The reader of the output, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -64,19 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_line(f"rudolph: {error}")
         return 2
     except KeyboardInterrupt:
-        print_line("rudolph: interrupted; the same command goes on from where it was")
+        print_line("rudolph: interrupted. Run the same command again to resume")
         return 130
 
 
 def is_setting(argument: str) -> bool:
+    """Return whether a command-line argument is ``key=value``."""
     return "=" in argument and not argument.startswith("-")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="rudolph", description="A laboratory for text-image-text transformers."
+        prog="rudolph", description="Train, evaluate and sample text-image-text transformers."
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for add in VERBS:
-        add(verbs)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(commands)
     return parser

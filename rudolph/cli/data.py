@@ -1,4 +1,4 @@
-"""Verbs of datasets: data emoji, emoji-names, manifest, fusion-brain."""
+"""Commands for datasets: data emoji, emoji-names, manifest, fusion-brain."""
 
 import sys
 from collections import Counter
@@ -7,84 +7,94 @@ from typing import Any
 
 from rudolph.runs.console import stage_progress
 
-# A report of a table with a larger fraction of bad rows is a failure, if no other is accepted.
-MAX_BAD_SHARE = 0.5
+# A table with a larger fraction of bad rows is an error, unless --max-bad-fraction allows it.
+MAX_BAD_FRACTION = 0.5
 
 
-def add_data(verbs: Any) -> None:
-    data = verbs.add_parser("data", help="build or inspect a dataset")
+def add_data(commands: Any) -> None:
+    """Add the parsers of ``rudolph data``."""
+    data = commands.add_parser("data", help="build or inspect a dataset")
     kinds = data.add_subparsers(required=True, metavar="DATASET")
     emoji = kinds.add_parser("emoji", help="render the emoji set from a colour font and CLDR")
     emoji.add_argument("target", type=Path, help="folder to write")
     emoji.add_argument("--font", type=Path)
     emoji.add_argument("--size", type=int, default=64)
-    emoji.set_defaults(verb=build_emoji)
-    names = kinds.add_parser("emoji-names", help="a table of pairs for emoji of another style")
+    emoji.set_defaults(command=build_emoji)
+    names = kinds.add_parser("emoji-names", help="write a table of pairs for emoji images")
     names.add_argument("folder", type=Path, help="PNG files named by code points: 1f600.png")
-    names.set_defaults(verb=name_emoji)
-    manifest = kinds.add_parser("manifest", help="report what a table of pairs holds")
+    names.set_defaults(command=name_emoji)
+    manifest = kinds.add_parser("manifest", help="check a table of pairs and report its contents")
     manifest.add_argument("table", type=str)
     manifest.add_argument("--image-size", type=int, default=256)
     for name in ("image", "caption", "question"):
         manifest.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}s")
-    manifest.add_argument("--answers", metavar="FILE", help="answers to the questions of a .json")
+    manifest.add_argument(
+        "--answers", metavar="FILE", help="file of answers to the questions of a .json"
+    )
     manifest.add_argument(
         "--max-bad-fraction",
         type=float,
         metavar="FRACTION",
         help="accept open quotes, and this fraction of bad rows (default: 0.5, no open quotes)",
     )
-    manifest.set_defaults(verb=inspect_manifest)
+    manifest.set_defaults(command=inspect_manifest)
     brain = kinds.add_parser("fusion-brain", help="score answers as Fusion Brain Challenge 2 does")
     brain.add_argument("task", choices=("text_qa", "math_qa", "visual_qa", "text_recognition"))
     for name in ("questions", "truths", "answers"):
         brain.add_argument(name, type=Path, help="JSON of the challenge")
-    brain.add_argument("--plain", action="store_true", help="its rules without the quirks")
-    brain.set_defaults(verb=score_fusion_brain)
+    brain.add_argument("--plain", action="store_true", help="use its rules without the quirks")
+    brain.set_defaults(command=score_fusion_brain)
 
 
-def build_emoji(given: Any) -> int:
+def build_emoji(args: Any) -> int:
+    """Run ``rudolph data emoji`` and return the exit code."""
     from rudolph.data.datasets.emoji_builder import FONT, build_emoji_set
 
     with stage_progress() as progress:
         report = build_emoji_set(
-            given.target,
-            font=given.font or FONT,
-            size=given.size,
+            args.target,
+            font=args.font or FONT,
+            size=args.size,
             on_progress=lambda done, total: progress("emoji", done, total, ""),
         )
     print(report)
     return 0
 
 
-def name_emoji(given: Any) -> int:
+def name_emoji(args: Any) -> int:
+    """Run ``rudolph data emoji-names`` and return the exit code."""
     from rudolph.data.datasets.emoji import write_emoji_tables
 
-    number, strangers = write_emoji_tables(given.folder)
-    table = given.folder / "captions.csv"
-    print(f"{table}: {number} pairs; {len(strangers)} images have no name")
+    num_pairs, unnamed = write_emoji_tables(args.folder)
+    table = args.folder / "captions.csv"
+    print(f"{table}: {num_pairs} pairs; {len(unnamed)} images have no name")
     return 0
 
 
-def inspect_manifest(given: Any) -> int:
+def inspect_manifest(args: Any) -> int:
+    """Run ``rudolph data manifest`` and return the exit code.
+
+    Raises:
+        ValueError: If too many rows are bad, or a quote is left open.
+    """
     from rudolph.data.datasets.manifests import examine_table, split_of_image
     from rudolph.data.datasets.tables import ManifestConfig
 
     keys = ("image_column", "caption_column", "question_column", "answers")
-    named = {name: getattr(given, name) for name in keys if getattr(given, name) is not None}
-    is_strict = given.max_bad_fraction is None
-    max_bad_fraction = MAX_BAD_SHARE if is_strict else given.max_bad_fraction
-    config = ManifestConfig(path=given.table, max_bad_fraction=max_bad_fraction, **named)
+    columns = {name: getattr(args, name) for name in keys if getattr(args, name) is not None}
+    is_strict = args.max_bad_fraction is None
+    max_bad_fraction = MAX_BAD_FRACTION if is_strict else args.max_bad_fraction
+    config = ManifestConfig(path=args.table, max_bad_fraction=max_bad_fraction, **columns)
     with stage_progress() as progress:
         table, entries, report = examine_table(
             config,
-            image_size=given.image_size,
+            image_size=args.image_size,
             progress=lambda done, total: progress("images", done, total, ""),
         )
     print(report.summary())
     splits = Counter(split_of_image(entry.sha256) for entry in entries)
     print(", ".join(f"{name}: {splits[name]}" for name in ("train", "validation", "test")))
-    # The report stands above the reason why it is not good enough.
+    # The report must appear above an error message about the table.
     sys.stdout.flush()
     if is_strict:
         report.require_closed_quotes(str(table))
@@ -92,19 +102,20 @@ def inspect_manifest(given: Any) -> int:
     return 0
 
 
-def score_fusion_brain(given: Any) -> int:
+def score_fusion_brain(args: Any) -> int:
+    """Run ``rudolph data fusion-brain`` and return the exit code."""
     from rudolph.data.datasets.fusion_brain_files import read_tasks
     from rudolph.evaluation.metrics import fusion_brain
     from rudolph.evaluation.statistics import mean_interval
 
-    truths = fusion_brain.variants(read_tasks(given.questions, given.truths))
-    answers = fusion_brain.first_texts(read_tasks(given.questions, given.answers))
-    quirks = fusion_brain.NO_QUIRKS if given.plain else fusion_brain.CHALLENGE_QUIRKS
-    values = fusion_brain.TEXT_SCORES[given.task](answers, truths, quirks)
+    truths = fusion_brain.variants(read_tasks(args.questions, args.truths))
+    answers = fusion_brain.first_texts(read_tasks(args.questions, args.answers))
+    quirks = fusion_brain.NO_QUIRKS if args.plain else fusion_brain.CHALLENGE_QUIRKS
+    values = fusion_brain.TEXT_SCORES[args.task](answers, truths, quirks)
     value, low, high = mean_interval(values, seed=0)
-    threshold = fusion_brain.THRESHOLDS[given.task]
+    threshold = fusion_brain.THRESHOLDS[args.task]
     print(
-        f"{given.task}: {value:.4f} [{low:.4f}, {high:.4f}] of {len(values)}; "
+        f"{args.task}: {value:.4f} [{low:.4f}, {high:.4f}] of {len(values)}; "
         f"prizes from {threshold}; quirks: {quirks}"
     )
     return 0

@@ -1,4 +1,4 @@
-"""Verbs of experiments: run, show."""
+"""Commands for experiments: run, show."""
 
 import json
 from collections.abc import Sequence
@@ -23,224 +23,267 @@ HARDWARE_FLAGS = (
 )
 
 
-def add_run(verbs: Any) -> None:
-    run = verbs.add_parser("run", help="run an experiment file; finished runs are skipped")
-    run.add_argument("file", type=Path, help="an experiment, or a folder of them")
-    run.add_argument("settings", nargs="*", metavar="key=value", help="settings over the file's")
-    run.add_argument("--index", type=int, help="only the run of this number, for a job array")
-    run.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+def add_run(commands: Any) -> None:
+    """Add the parser of ``rudolph run``."""
+    run = commands.add_parser("run", help="run an experiment file; finished runs are skipped")
+    run.add_argument("file", type=Path, help="an experiment file, or a folder of them")
+    run.add_argument("settings", nargs="*", metavar="key=value", help="override the file")
+    run.add_argument("--index", type=int, help="only run number INDEX, for a job array")
+    run.add_argument("--jobs", type=int, default=1, help="parallel runs, which share the cores")
     run.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     run.add_argument("--no-export", action="store_true", help="leave results/ as it is")
-    hardware = run.add_argument_group("hardware: recorded, but no part of the question")
+    hardware = run.add_argument_group("hardware (recorded, but not part of the experiment)")
     hardware.add_argument("--accelerator", default="auto")
     hardware.add_argument(
         "--devices", default="1", help="a number, auto, -1 for all, or indices such as 0,1"
     )
     hardware.add_argument("--num-nodes", type=int, default=1)
-    hardware.add_argument("--strategy", default="auto", help="Lightning's: auto, ddp, ddp_fork")
-    hardware.add_argument("--precision", help="32-true, bf16-mixed, ...; the machine's by default")
-    hardware.add_argument("--micro-batch-size", type=int, help="examples a device takes at once")
+    hardware.add_argument("--strategy", default="auto", help="auto, ddp, ddp_fork (Lightning)")
+    hardware.add_argument("--precision", help="32-true, bf16-mixed, ... (default: the machine's)")
+    hardware.add_argument("--micro-batch-size", type=int, help="examples per pass and device")
     hardware.add_argument("--num-workers", type=int, default=0)
     hardware.add_argument(
         "--activation-checkpointing", action="store_true", help="less memory, a third more time"
     )
     hardware.add_argument(
-        "--block-masks", action="store_true", help="FlexAttention, on CUDA, without its dropout"
+        "--block-masks", action="store_true", help="FlexAttention (CUDA, no attention dropout)"
     )
     hardware.add_argument(
-        "--compile", action="store_true", help="the decoder's layers; on a CPU it gains nothing"
+        "--compile", action="store_true", help="compile the decoder's layers (no gain on a CPU)"
     )
-    run.set_defaults(verb=run_experiment)
+    run.set_defaults(command=run_experiment)
 
 
-def add_show(verbs: Any) -> None:
-    show = verbs.add_parser("show", help="print the resolved runs of an experiment file")
+def add_show(commands: Any) -> None:
+    """Add the parser of ``rudolph show``."""
+    show = commands.add_parser("show", help="print the resolved runs of an experiment file")
     show.add_argument("file", type=Path)
     show.add_argument("settings", nargs="*", metavar="key=value")
-    show.add_argument("--micro-batch-size", type=int, help="for the memory that is expected")
+    show.add_argument(
+        "--micro-batch-size", type=int, help="micro-batch size for the memory estimate"
+    )
     show.add_argument("--activation-checkpointing", dest="checkpointing", action="store_true")
-    show.add_argument("--schema", action="store_true", help="the JSON Schema of the settings")
-    show.set_defaults(verb=show_experiment)
+    show.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of the settings"
+    )
+    show.set_defaults(command=show_experiment)
 
 
-def run_experiment(given: Any) -> int:
+def run_experiment(args: Any) -> int:
+    """Run ``rudolph run`` and return the exit code.
+
+    Raises:
+        ValueError: If a flag or the experiment file is invalid.
+    """
     from rudolph.config.experiment_file import load_experiment
     from rudolph.runs.runner import Job, experiment_files, keep_owner, require_own_experiments
 
     for flag in (*HARDWARE_FLAGS, "index", "jobs"):
-        # Argparse makes an empty list of a value that is two dashes.
-        if getattr(given, flag) == []:
+        # argparse turns the value "--" into an empty list.
+        if getattr(args, flag) == []:
             raise ValueError(f"--{flag.replace('_', '-')}: expected a value, got '--'")
-    if given.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
-    files = experiment_files(given.file)
-    loaded = {file: load_experiment(file, given.settings) for file in files}
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    files = experiment_files(args.file)
+    loaded = {file: load_experiment(file, args.settings) for file in files}
     require_own_experiments(list(loaded.values()), folders_here(), RESULTS_FOLDER)
-    settings = tuple(given.settings)
+    settings = tuple(args.settings)
     jobs = [
         Job(file, settings, run.name, run)
         for file, experiment in loaded.items()
         for run in experiment.runs
     ]
-    if given.index is not None:
-        if not 0 <= given.index < len(jobs):
-            raise ValueError(f"--index must be 0 to {len(jobs) - 1}, got {given.index}")
-        jobs = [jobs[given.index]]
-    named = {job: (loaded[job.file], job.run) for job in jobs}
-    hardware = hardware_of(given)
-    for _, run in named.values():
+    if args.index is not None:
+        if not 0 <= args.index < len(jobs):
+            raise ValueError(f"--index must be 0 to {len(jobs) - 1}, got {args.index}")
+        jobs = [jobs[args.index]]
+    runs_of_jobs = {job: (loaded[job.file], job.run) for job in jobs}
+    hardware = hardware_of(args)
+    for _, run in runs_of_jobs.values():
         hardware.check(run.config)
     if hardware.warning:
         print_line(hardware.warning)
-    if given.dry_run:
-        print_runs(list(named.values()), list(loaded.values()))
+    if args.dry_run:
+        print_runs(list(runs_of_jobs.values()), list(loaded.values()))
         return 0
-    for file in dict.fromkeys(job.file for job in named):
+    for file in dict.fromkeys(job.file for job in runs_of_jobs):
         keep_owner(loaded[file], folders_here())
-    failed = execute_jobs(named, given, is_only=len(named) == 1)
-    if given.index is None:
+    failed = execute_jobs(runs_of_jobs, args, is_only=len(runs_of_jobs) == 1)
+    if args.index is None:
         for file, experiment in loaded.items():
-            failed |= execute_search(file, experiment, named, given)
-    return export_and_report(named, failed, given)
+            failed |= execute_search(file, experiment, runs_of_jobs, args)
+    return export_and_report(runs_of_jobs, failed, args)
 
 
 def print_runs(runs: list[Any], experiments: list[Any]) -> None:
-    """Print a line for each run, and the number of trials of each search."""
+    """Print one line per run and the number of trials of each search."""
     for number, (experiment, run) in enumerate(runs):
-        beside = f"{experiment.name}  " if len(experiments) > 1 else ""
-        print(f"{number}  {beside}{run.name}  {run.config.digest[:8]}")
+        prefix = f"{experiment.name}  " if len(experiments) > 1 else ""
+        print(f"{number}  {prefix}{run.name}  {run.config.digest[:8]}")
     for experiment in experiments:
         if experiment.search is not None:
-            tests = len(experiment.search.domains) * len(experiment.seeds)
-            print(f"and {experiment.search.trials} trials, then {tests} tests of regions")
+            num_tests = len(experiment.search.domains) * len(experiment.seeds)
+            print(f"and {experiment.search.trials} trials, then {num_tests} region tests")
 
 
-def execute_jobs(named: Any, given: Any, *, is_only: bool = False) -> dict[Any, str]:
-    """Execute the runs of jobs; those that failed and why.
+def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict[Any, str]:
+    """Execute the runs of jobs and return the failed jobs with their error messages.
 
-    A mistake in the only run that was asked for is raised, and one in the first that all share.
+    Args:
+        runs_of_jobs: Experiment and run by job.
+        args: Arguments of the command.
+        is_only: Whether this is the only run of the command.
+
+    Raises:
+        ValueError: If the only run has a user error, or if the first run has one that all share.
+        OSError: In the same cases, if a file cannot be read or written.
     """
     from rudolph.runs.runner import run_at_once
 
-    place = run_context(given)
+    context = run_context(args)
     failed: dict[Any, str] = {}
-    if min(given.jobs, len(named)) == 1:
-        others = () if is_only else [run for _, run in named.values()]
-        for job, (experiment, run) in named.items():
-            why = execute_run(experiment, run, place, is_only=is_only, others=others)
-            failed |= {job: why} if why else {}
+    if min(args.jobs, len(runs_of_jobs)) == 1:
+        others = () if is_only else [run for _, run in runs_of_jobs.values()]
+        for job, (experiment, run) in runs_of_jobs.items():
+            error = execute_run(experiment, run, context, is_only=is_only, others=others)
+            failed |= {job: error} if error else {}
             others = ()
         return failed
     with stage_progress() as progress:
-        for done, (job, why) in enumerate(run_at_once(list(named), place, number=given.jobs), 1):
-            experiment, run = named[job]
-            failed |= {job: why} if why else {}
+        for done, (job, error) in enumerate(
+            run_at_once(list(runs_of_jobs), context, number=args.jobs), 1
+        ):
+            experiment, run = runs_of_jobs[job]
+            failed |= {job: error} if error else {}
             progress(
-                "runs", done, len(named), f"{experiment.name} / {run.name}{why and ': '}{why}"
+                "runs",
+                done,
+                len(runs_of_jobs),
+                f"{experiment.name} / {run.name}{error and ': '}{error}",
             )
     return failed
 
 
-def execute_search(file: Path, experiment: Any, named: Any, given: Any) -> dict[Any, str]:
-    """Execute a search round after round, which ``named`` gets too; what failed and why."""
+def execute_search(file: Path, experiment: Any, runs_of_jobs: Any, args: Any) -> dict[Any, str]:
+    """Execute a search round by round and return the failed jobs with their error messages.
+
+    The jobs are added to ``runs_of_jobs``.
+    """
     from rudolph.runs.runner import Job, search_of
 
     failed: dict[Any, str] = {}
     for runs in search_of(experiment, folders_here()):
         for run in runs:
-            hardware_of(given).check(run.config)
-        found = {
-            Job(file, tuple(given.settings), run.name, run): (experiment, run) for run in runs
+            hardware_of(args).check(run.config)
+        round_jobs = {
+            Job(file, tuple(args.settings), run.name, run): (experiment, run) for run in runs
         }
-        named |= found
-        failed |= execute_jobs(found, given)
+        runs_of_jobs |= round_jobs
+        failed |= execute_jobs(round_jobs, args)
     return failed
 
 
-def hardware_of(given: Any) -> Any:
-    """Return the hardware that a command asks for; ``ValueError`` for what is not there."""
+def hardware_of(args: Any) -> Any:
+    """Return the hardware flags of a command.
+
+    Raises:
+        ValueError: If the machine does not support them, or parallel runs need several devices.
+    """
     from rudolph.runs.execution import Hardware
 
-    hardware = Hardware(**{name: getattr(given, name) for name in HARDWARE_FLAGS})
-    if given.jobs > 1 and hardware.world > 1:
+    hardware = Hardware(**{name: getattr(args, name) for name in HARDWARE_FLAGS})
+    if args.jobs > 1 and hardware.world > 1:
         raise ValueError(
-            f"--jobs: expected 1 with {hardware.world} devices, got {given.jobs}. "
+            f"--jobs: expected 1 with {hardware.world} devices, got {args.jobs}. "
             "Each run takes all of them"
         )
     return hardware
 
 
-def run_context(given: Any) -> Any:
-    """Where and on what the runs of a command are executed."""
+def run_context(args: Any) -> Any:
+    """Return the folders, the hardware and the tracking server of a command."""
     from rudolph.runs.runner import RunContext
     from rudolph.tracking.tracker import tracking_uri
 
-    return RunContext(folders_here(), hardware_of(given), tracking_uri(Path.cwd()))
+    return RunContext(folders_here(), hardware_of(args), tracking_uri(Path.cwd()))
 
 
-def export_and_report(named: Any, failed: Any, given: Any) -> int:
-    """Export every experiment that has a finished run, and name the runs that failed."""
+def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
+    """Export every experiment with a finished run and print the failed runs.
+
+    Returns:
+        The exit code.
+    """
     from rudolph.runs.execution import is_main_process
     from rudolph.tracking.tracker import send_results, tracking_uri
 
     if not is_main_process():
         return 0
-    experiments = {job.file: experiment for job, (experiment, _) in named.items()}
-    ended = {job.file for job in named if job not in failed}
-    faults = {}
-    if given.settings:
+    experiments = {job.file: experiment for job, (experiment, _) in runs_of_jobs.items()}
+    finished_files = {job.file for job in runs_of_jobs if job not in failed}
+    export_errors = {}
+    if args.settings:
         print_line(
-            "results/ stay as they are: with settings of the command line it is another question"
+            "results/ is unchanged: settings on the command line make it another experiment"
         )
-    elif not given.no_export:
-        for file in sorted(experiments.keys() & ended):
+    elif not args.no_export:
+        for file in sorted(experiments.keys() & finished_files):
             try:
                 folder = write_results(experiments[file], folders_here())
             except (ValueError, OSError) as error:
-                # The other experiments have results too.
-                faults[file] = error_message(error)
+                # A failed export must not stop that of the other experiments.
+                export_errors[file] = error_message(error)
                 continue
             print_line(f"results: {folder}")
             send_results(experiments[file].name, folder, tracking_uri(Path.cwd()))
-    for job, why in failed.items():
-        experiment, run = named[job]
-        print_line(f"failed: {experiment.name} / {run.name}: {why}")
-    for file, fault in faults.items():
-        print_line(f"no results: {experiments[file].name}: {fault}")
-    return 1 if failed or faults else 0
+    for job, message in failed.items():
+        experiment, run = runs_of_jobs[job]
+        print_line(f"failed: {experiment.name} / {run.name}: {message}")
+    for file, message in export_errors.items():
+        print_line(f"no results: {experiments[file].name}: {message}")
+    return 1 if failed or export_errors else 0
 
 
 def error_message(error: ValueError | OSError) -> str:
-    """Return a mistake of the user, or of the system, in one line."""
+    """Return a user or system error as one line."""
     return explain_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
 
 
 def execute_run(
-    experiment: Any, run: Any, place: Any, *, is_only: bool = False, others: Sequence[Any] = ()
+    experiment: Any, run: Any, context: Any, *, is_only: bool = False, others: Sequence[Any] = ()
 ) -> str:
-    """Execute one run unless it is finished, and tell its scores; why it failed.
+    """Run unless already finished and print the scores. Return the error message, else "".
 
-    A mistake in the only run that was asked for is raised, and one that ``others`` share.
+    Args:
+        experiment: Experiment of the run.
+        run: The run.
+        context: Folders, hardware and tracking server.
+        is_only: Whether this is the only run of the command; its user errors are raised.
+        others: Runs that would fail with the same user error; if they do, it is raised.
+
+    Raises:
+        ValueError: For a user error in the only run, or in all ``others``.
+        OSError: In the same cases, if a file cannot be read or written.
     """
     from rudolph.reports.run_files import read_summary
     from rudolph.runs.execution import is_finished, is_main_process, run_folder
     from rudolph.runs.runner import failure_of, is_shared_mistake
 
-    folder = run_folder(place.folders, experiment, run)
+    folder = run_folder(context.folders, experiment, run)
     print_line(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
     if is_finished(folder):
-        print_line(f"  finished before: {folder}")
+        print_line(f"  already finished: {folder}")
         return ""
     try:
         with stage_progress() as progress:
-            why = failure_of(experiment, run, place, progress)
+            message = failure_of(experiment, run, context, progress)
     except (ValueError, OSError) as error:
         if is_only or (others and is_shared_mistake(folder, run, others)):
             raise
-        why = error_message(error)
-    if why:
-        print_line(f"  failed: {why}")
-        return why
+        message = error_message(error)
+    if message:
+        print_line(f"  failed: {message}")
+        return message
     if is_main_process():
         print_scores(read_summary(folder))
     print_line(f"  weights, samples and metrics: {folder}")
@@ -248,38 +291,43 @@ def execute_run(
 
 
 def print_scores(summary: dict[str, Any]) -> None:
+    """Print one line per metric with its interval, chance level and target."""
     for name, value in summary["metrics"].items():
         low, high = summary["intervals"].get(name, (None, None))
         interval = f"  [{low:.3g}, {high:.3g}]" if low is not None else ""
         chance = summary["chance"].get(name)
-        against = f"  chance {chance:.3g}" if chance is not None else ""
+        chance_text = f"  chance {chance:.3g}" if chance is not None else ""
         target = summary["target"].get(name)
-        wanted = f"  target {target:g}" if target is not None else ""
-        print_line(f"  {name:44} {value:8.4g}{interval}{against}{wanted}")
+        target_text = f"  target {target:g}" if target is not None else ""
+        print_line(f"  {name:44} {value:8.4g}{interval}{chance_text}{target_text}")
 
 
-def show_experiment(given: Any) -> int:
+def show_experiment(args: Any) -> int:
+    """Run ``rudolph show`` and return the exit code."""
     from rudolph.config.experiment_file import load_experiment
     from rudolph.config.run import RunConfig, run_yaml
     from rudolph.files.settings import json_schema
 
-    if given.schema:
+    if args.schema:
         print(json.dumps(json_schema(RunConfig), indent=1, ensure_ascii=False))
         return 0
-    micro = given.micro_batch_size
+    micro = args.micro_batch_size
     if micro is not None and micro < 1:
         raise ValueError(f"--micro-batch-size must be at least 1, got {micro}")
-    loaded = load_experiment(given.file, given.settings)
+    loaded = load_experiment(args.file, args.settings)
     for number, run in enumerate(loaded.runs):
         print(f"# {number}: {run.name}, digest {run.config.digest}")
-        for line in memory_lines(run.config, micro, has_checkpointing=given.checkpointing):
+        for line in memory_lines(run.config, micro, has_checkpointing=args.checkpointing):
             print(f"# {line}")
         print(run_yaml(run.config))
     return 0
 
 
 def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> list[str]:
-    """What the decoder's training will need on one device, before anything is allocated."""
+    """Return the parameter counts and the estimated training memory per device, in MiB.
+
+    Nothing is allocated: the decoder is built on the meta device.
+    """
     import torch
 
     from rudolph.models.rudolph.decoder import MaskedDecoder
@@ -293,17 +341,18 @@ def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> 
         )
         apply_tuning(model, config.decoder.tuning)
     model.has_checkpointing = has_checkpointing
-    size = micro or config.optim.global_batch_size
-    need = training_memory(
+    batch_size = micro or config.optim.global_batch_size
+    memory = training_memory(
         model,
         config.decoder.losses,
         config.optim,
-        micro_batch_size=size,
+        micro_batch_size=batch_size,
         activation_bytes=4 if machine_precision() == "32-true" else 2,
     )
     parts = ("weights", "gradients", "optimizer", "activations")
-    told = ", ".join(f"{name} {getattr(need, name) / 2**20:,.0f}" for name in parts)
+    parts_text = ", ".join(f"{name} {getattr(memory, name) / 2**20:,.0f}" for name in parts)
     return [
-        f"decoder: {need.trainable:,} of {need.total:,} parameters are trained",
-        f"memory at {size} examples a device: {need.bytes / 2**20:,.0f} MiB ({told})",
+        f"decoder: {memory.trainable:,} of {memory.total:,} parameters are trained",
+        f"memory at {batch_size} examples per device: {memory.bytes / 2**20:,.0f} MiB "
+        f"({parts_text})",
     ]

@@ -1,4 +1,4 @@
-"""Verbs of what experiments leave: export, figures, check, sync."""
+"""Commands for results: export, figures, check, sync, share and report-card."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,64 +9,90 @@ from rudolph.runs.console import print_line, stage_progress
 
 RESULTS_FOLDER = Path("results")
 EXPERIMENTS_PAGE = Path("experiments/README.md")
-# Quantities of a speed experiment whose contestants stand on one axis.
+# Endings of the metrics whose implementations share one axis in a figure.
 ON_ONE_AXIS = ("/speedup", "/peak_bytes")
 
 
-def add_results(verbs: Any) -> None:
-    export_results = verbs.add_parser("export", help="write results/ from the finished runs")
+def add_results(commands: Any) -> None:
+    """Add the parsers of ``rudolph export``, ``figures``, ``check``, ``sync`` and ``share``."""
+    export_results = commands.add_parser("export", help="write results/ from the finished runs")
     export_results.add_argument("file", type=Path)
-    export_results.set_defaults(verb=export_experiment)
-    figures = verbs.add_parser("figures", help="figures and pages of results/, anew from CSV")
+    export_results.set_defaults(command=export_experiment)
+    figures = commands.add_parser(
+        "figures", help="rebuild figures and pages of results/ from the CSV files"
+    )
     figures.add_argument("experiment", nargs="?")
-    figures.add_argument("--png", type=Path, metavar="FOLDER", help="as PNG, in another folder")
-    figures.set_defaults(verb=redraw_figures)
-    check_results_folder = verbs.add_parser(
+    figures.add_argument(
+        "--png", type=Path, metavar="FOLDER", help="write PNG files to this folder instead"
+    )
+    figures.set_defaults(command=redraw_figures)
+    check_results_folder = commands.add_parser(
         "check", help="recompute results/ and every number in its texts"
     )
-    check_results_folder.set_defaults(verb=check_results)
-    sync = verbs.add_parser("sync", help="send to MLflow what a server that was away missed")
-    sync.add_argument("--again", action="store_true", help="everything, for a store that was lost")
-    sync.set_defaults(verb=sync_runs)
-    share = verbs.add_parser("share", help="give the runs of an experiment to others")
-    share.add_argument("experiment", help="its name, or a folder that `share` made of it")
+    check_results_folder.set_defaults(command=check_results)
+    sync = commands.add_parser("sync", help="send records to MLflow that the server missed")
+    sync.add_argument(
+        "--again", action="store_true", help="send everything again, for a lost store"
+    )
+    sync.set_defaults(command=sync_runs)
+    share = commands.add_parser(
+        "share", help="copy the runs of an experiment to a folder or a server"
+    )
+    share.add_argument("experiment", help="name of the experiment, or a folder that `share` wrote")
     share.add_argument(
         "--to", required=True, metavar="FOLDER|URI", help="a folder, or a tracking server"
     )
     share.add_argument("--no-weights", action="store_true", help="leave the checkpoints out")
-    share.set_defaults(verb=share_runs)
+    share.set_defaults(command=share_runs)
 
 
-def add_report_card(verbs: Any) -> None:
-    card = verbs.add_parser(
-        "report-card", help="every score of a run with interval, chance level and count"
+def add_report_card(commands: Any) -> None:
+    """Add the parser of ``rudolph report-card``."""
+    card = commands.add_parser(
+        "report-card", help="print every score of a run with interval, chance level and count"
     )
     card.add_argument("run", help="a run's folder, or the id of an MLflow run")
-    card.add_argument("other", nargs="?", help="another run, to be compared score by score")
-    card.add_argument("--again", action="store_true", help="ask all questions again")
-    card.set_defaults(verb=report_card)
+    card.add_argument("other", nargs="?", help="another run to compare score by score")
+    card.add_argument("--again", action="store_true", help="run all evaluators again")
+    card.set_defaults(command=report_card)
 
 
 def folders_here() -> Any:
-    """A checkout is where the command is given."""
+    """Return the folders of a command: the checkout is the current directory."""
     from rudolph.runs.execution import Folders
 
     return Folders(Path.cwd(), Path.cwd() / "runs")
 
 
 def local_run_folder(run: str) -> Path:
-    """The folder of a run, fetched if it is one of MLflow; ``ValueError`` for other sources."""
+    """Return the folder of a run; download an MLflow run.
+
+    Raises:
+        ValueError: If the source is no run.
+    """
     from rudolph.runs.resolve import find_folder, is_run
     from rudolph.tracking.tracker import tracking_uri
 
     folders = folders_here()
     folder = find_folder(run, runs=folders.runs, uri=tracking_uri(folders.checkout))
     if not is_run(folder):
-        raise ValueError(f"{folder}: must be the folder of a run, with its config.yaml")
+        raise ValueError(f"{folder}: expected the folder of a run, got no config.yaml in it")
     return folder
 
 
 def write_results(loaded: Any, folders: Any) -> Path:
+    """Export the results of an experiment from its finished runs.
+
+    Args:
+        loaded: The experiment.
+        folders: Folders of the command.
+
+    Returns:
+        The experiment's folder in ``results/``.
+
+    Raises:
+        ConfigError: If another experiment file has results of this name.
+    """
     from rudolph.reports.report import Report
     from rudolph.reports.store import export_results, write_index
     from rudolph.runs.runner import all_runs, missing_runs, require_own_experiments
@@ -97,77 +123,80 @@ def write_results(loaded: Any, folders: Any) -> Path:
         scale=scale_of([run.config for run in runs]),
         same_pairs=groups_sharing_pairs(loaded),
     )
-    belonging = {(run.name, run.config.digest) for run in runs}
-    folder = export_results(folders.runs, RESULTS_FOLDER, report=report, runs=belonging)
+    run_keys = {(run.name, run.config.digest) for run in runs}
+    folder = export_results(folders.runs, RESULTS_FOLDER, report=report, runs=run_keys)
     write_index(RESULTS_FOLDER)
     return folder
 
 
 def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
-    """The figures that a report asks for; ``by`` tells runs apart.
+    """Yield the figures of an experiment's report; ``by`` is the column that labels runs.
 
-    The table's metrics are lines over a grid of one setting, and heat maps over one of two.
+    The metrics of the table become lines over a one-dimensional grid and heat maps over a
+    two-dimensional one.
     """
     from rudolph.reports.report import Figure
 
-    asked = loaded.report
-    claimed = () if loaded.claim is None else (loaded.claim.metric,)
-    compared = tuple(dict.fromkeys((*claimed, *asked.effects)))
-    if compared:
-        yield Figure("forest", compared, x="metric", by="group")
+    report = loaded.report
+    claim_metrics = () if loaded.claim is None else (loaded.claim.metric,)
+    compared_metrics = tuple(dict.fromkeys((*claim_metrics, *report.effects)))
+    if compared_metrics:
+        yield Figure("forest", compared_metrics, x="metric", by="group")
     if loaded.search is not None:
         yield Figure("regions", tuple(loaded.search.space), x="setting", by="domain")
-    if asked.curves:
-        yield Figure("curves", asked.curves, by=by)
-    if asked.table and len(grid) == 2:
-        yield Figure("heatmap", asked.table, x=grid[1], by=grid[0])
-    elif asked.table and len(grid) == 1:
-        yield Figure("lines", asked.table, x=grid[0], by="variant")
-    elif asked.table:
-        is_of_one_unit = all(metric.endswith(ON_ONE_AXIS) for metric in asked.table)
-        yield Figure("ratios" if is_of_one_unit else "intervals", asked.table, x="seed", by=by)
-    if asked.pareto:
-        yield Figure("pareto", asked.pareto, x="seed", by=by)
-    if asked.card:
-        yield Figure("card", asked.card, x="score", by="run")
-    if asked.best_of:
-        yield Figure("best_of", asked.best_of, x="score", by="run")
+    if report.curves:
+        yield Figure("curves", report.curves, by=by)
+    if report.table and len(grid) == 2:
+        yield Figure("heatmap", report.table, x=grid[1], by=grid[0])
+    elif report.table and len(grid) == 1:
+        yield Figure("lines", report.table, x=grid[0], by="variant")
+    elif report.table:
+        shares_axis = all(metric.endswith(ON_ONE_AXIS) for metric in report.table)
+        yield Figure("ratios" if shares_axis else "intervals", report.table, x="seed", by=by)
+    if report.pareto:
+        yield Figure("pareto", report.pareto, x="seed", by=by)
+    if report.card:
+        yield Figure("card", report.card, x="score", by="run")
+    if report.best_of:
+        yield Figure("best_of", report.best_of, x="score", by="run")
 
 
-def export_experiment(given: Any) -> int:
+def export_experiment(args: Any) -> int:
+    """Run ``rudolph export`` and return the exit code."""
     from rudolph.config.experiment_file import load_experiment
 
-    print_line(f"results: {write_results(load_experiment(given.file), folders_here())}")
+    print_line(f"results: {write_results(load_experiment(args.file), folders_here())}")
     return 0
 
 
-def report_card(given: Any) -> int:
+def report_card(args: Any) -> int:
+    """Run ``rudolph report-card`` and return the exit code."""
     from rudolph.reports.report_cards import require_same_data
 
-    folders = [writable(local_run_folder(run)) for run in (given.run, given.other) if run]
-    cards = [_card(folder, again=given.again) for folder in folders]
-    if given.other:
-        both = set(cards[0]["score"]) & set(cards[1]["score"])
-        asked = cards[0][cards[0]["score"].isin(both)]
-        require_same_data(folders[0], folders[1], set(asked["split"]))
-    for line in _card_lines(*cards):
+    folders = [writable(local_run_folder(run)) for run in (args.run, args.other) if run]
+    cards = [_card(folder, again=args.again) for folder in folders]
+    if args.other:
+        common_scores = set(cards[0]["score"]) & set(cards[1]["score"])
+        common_rows = cards[0][cards[0]["score"].isin(common_scores)]
+        require_same_data(folders[0], folders[1], set(common_rows["split"]))
+    for line in _score_lines(*cards):
         print_line(line)
     return 0
 
 
 def writable(folder: Path) -> Path:
-    """A run's folder; of the package's own run a copy, since nothing is written into a package."""
+    """Return a run's folder, or a copy if it is the shipped run, which is read-only."""
     from rudolph.runs.resolve import SHIPPED_RUN
 
     if folder != SHIPPED_RUN:
         return folder
-    copied: Path = folders_here().cache / "shipped"
-    shutil.copytree(folder, copied, dirs_exist_ok=True)
-    return copied
+    copy: Path = folders_here().cache / "shipped"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    return copy
 
 
 def _card(folder: Path, *, again: bool) -> Any:
-    """The card of a run's folder: the one that it has, or its questions asked now."""
+    """Return the report card of a run; evaluate the run first if it has none or ``again``."""
     from rudolph.reports.report_cards import CARD, draw_card, read_card
     from rudolph.runs.stages.evaluation import evaluate_again
 
@@ -179,41 +208,46 @@ def _card(folder: Path, *, again: bool) -> Any:
     return read_card(path)
 
 
-def _card_lines(card: Any, other: Any = None) -> Iterator[str]:
-    """A line a score; of two cards those that both have, if they were measured alike."""
+def _score_lines(card: Any, other: Any = None) -> Iterator[str]:
+    """Yield one line per score; for two cards, one per score that both have.
+
+    Raises:
+        ValueError: If two scores were measured under different protocols.
+    """
     from rudolph.evaluation.metrics.answers import MetricProtocol, require_comparable
 
-    beside = {} if other is None else {row["score"]: row for row in other.to_dict("records")}
+    other_rows = {} if other is None else {row["score"]: row for row in other.to_dict("records")}
     for row in card.to_dict("records"):
-        line = f"  {row['score']:52} {_told(row)}"
+        line = f"  {row['score']:52} {_score_text(row)}"
         if other is not None:
-            if row["score"] not in beside:
+            if row["score"] not in other_rows:
                 continue
-            second = beside[row["score"]]
-            protocols = [str(each["protocol"]) for each in (row, second)]
+            other_row = other_rows[row["score"]]
+            protocols = [str(scored["protocol"]) for scored in (row, other_row)]
             try:
-                require_comparable(*(MetricProtocol.parse(each) for each in protocols))
+                require_comparable(*(MetricProtocol.parse(text) for text in protocols))
             except ValueError as error:
                 raise ValueError(f"{row['score']}: {error}") from error
-            line += f"   {_told(second)}"
+            line += f"   {_score_text(other_row)}"
         yield line
 
 
-def _told(row: Any) -> str:
+def _score_text(row: Any) -> str:
     chance = "" if row["chance"] != row["chance"] else f" chance {row['chance']:.3g}"
     interval = f"[{row['low']:.3g}, {row['high']:.3g}]"
     return f"{row['value']:7.4g} {interval}{chance} of {row['count']}"
 
 
-def redraw_figures(given: Any) -> int:
+def redraw_figures(args: Any) -> int:
+    """Run ``rudolph figures`` and return the exit code."""
     from rudolph.reports.store import draw_pngs, redraw
 
-    if given.png:
-        drawn = draw_pngs(RESULTS_FOLDER, given.png, experiment=given.experiment)
+    if args.png:
+        paths = draw_pngs(RESULTS_FOLDER, args.png, experiment=args.experiment)
     else:
-        drawn = redraw(RESULTS_FOLDER, experiment=given.experiment)
+        paths = redraw(RESULTS_FOLDER, experiment=args.experiment)
         write_reference(EXPERIMENTS_PAGE)
-    print_line("\n".join(map(str, drawn)))
+    print_line("\n".join(map(str, paths)))
     return 0
 
 
@@ -227,7 +261,8 @@ def write_reference(page: Path) -> None:
         write_text(page, fill(page.read_text("utf-8"), reference_parts()))
 
 
-def check_results(given: Any) -> int:
+def check_results(args: Any) -> int:
+    """Run ``rudolph check`` and return the exit code, 1 if there are problems."""
     from rudolph.config.run import run_of
     from rudolph.reports.store import check_results_folder
 
@@ -235,33 +270,37 @@ def check_results(given: Any) -> int:
         RESULTS_FOLDER, digest=lambda path, content: run_of(path, content).digest
     )
     print_line(
-        "\n".join([*problems, f"{len(problems)} problems"]) if problems else "results are whole"
+        "\n".join([*problems, f"{len(problems)} problems"]) if problems else "results: no problems"
     )
     return 1 if problems else 0
 
 
-def sync_runs(given: Any) -> int:
+def sync_runs(args: Any) -> int:
+    """Run ``rudolph sync`` and return the exit code, 1 if runs are still waiting."""
     from rudolph.tracking.tracker import send_pending, tracking_uri
 
-    sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=given.again)
-    print_line(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs wait")
+    sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=args.again)
+    print_line(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs are waiting")
     return 1 if sent.waiting else 0
 
 
-def share_runs(given: Any) -> int:
+def share_runs(args: Any) -> int:
+    """Run ``rudolph share`` and return the exit code."""
     from rudolph.reports import share
 
-    runs, results = folders_here().runs / given.experiment, RESULTS_FOLDER / given.experiment
+    runs, results = folders_here().runs / args.experiment, RESULTS_FOLDER / args.experiment
     if not runs.is_dir():
-        runs = Path(given.experiment)
+        runs = Path(args.experiment)
         results = runs / share.RESULT_FILES
     if not runs.is_dir():
-        raise ValueError(f"{given.experiment}: neither an experiment in runs/ nor a folder")
-    if "://" in given.to:
-        for name, run_id in share.send_runs(runs, results, given.to).items():
+        raise ValueError(
+            f"{args.experiment}: expected an experiment in runs/ or a folder, got neither"
+        )
+    if "://" in args.to:
+        for name, run_id in share.send_runs(runs, results, args.to).items():
             print_line(f"{name}: MLflow run {run_id}")
         return 0
-    target = Path(given.to)
-    packed = share.pack_runs(runs, results, target, has_weights=not given.no_weights)
+    target = Path(args.to)
+    packed = share.pack_runs(runs, results, target, has_weights=not args.no_weights)
     print_line("\n".join(map(str, packed)))
     return 0

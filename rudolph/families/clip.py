@@ -100,6 +100,7 @@ class CLIPFamily:
             yield from (f"val/{direction}/recall_at_{k}" for k in RECALLS_AT)
 
     def empty(self, run: RunSettings) -> CLIP:
+        """Construct the CLIP without a seed, as for counting on the meta device."""
         return CLIP(run.model.architecture)
 
     def build(self, run: RunSettings, parts: Parts) -> CLIP:

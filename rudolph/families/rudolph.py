@@ -190,6 +190,7 @@ class RudolphFamily:
             yield from (f"train/weight/{name}" for name in SEGMENTS)
 
     def empty(self, run: RunSettings) -> MaskedDecoder:
+        """Construct the decoder without a seed, as for counting on the meta device."""
         return MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
 
     def build(self, run: RunSettings, parts: Parts) -> MaskedDecoder:

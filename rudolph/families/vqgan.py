@@ -58,10 +58,11 @@ class VQGANFamily:
         """Check nothing: every flag suits a VQ-GAN."""
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield nothing: the training of the part logs its own curves."""
+        """Yield nothing, because the training of the part logs its own curves."""
         yield from ()
 
     def empty(self, run: RunSettings) -> VQGAN:
+        """Construct the VQ-GAN without a seed, as for counting on the meta device."""
         return VQGAN(run.vqgan)
 
     def build(self, run: RunSettings, parts: Parts) -> VQGAN:

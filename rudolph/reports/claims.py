@@ -217,7 +217,9 @@ def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
     """Yield the claim and its verdict as Markdown.
 
     Args:
-        number: how many comparisons the experiment makes.
+        claim: The claim.
+        found: The measured effect.
+        number: Number of comparisons that the experiment makes.
     """
     margin = f" by at least {claim.at_least:g}" if claim.at_least else ""
     yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{margin}."

@@ -1,0 +1,1 @@
+"""Execution of runs: hardware, stages, many runs, search and weight sources."""

@@ -1,6 +1,6 @@
-"""A run that measures speed: weights, implementations in turn, scores, and the files of both.
+"""Runs that measure speed: weights, implementations in turn, scores and their files.
 
-It stands where ``stages`` stand for a run that trains.
+A benchmark run calls ``run_benchmark`` where a training run calls ``run_stages``.
 """
 
 import shutil
@@ -27,17 +27,16 @@ from rudolph.models.weights import weights_digest
 from rudolph.reports.timings import write_profile, write_timings
 from rudolph.runs.execution import Execution
 
-# Logits and images of size about 1 in float32: more is another model.
+# Logits and images have size about 1 in float32; a larger difference means another model.
 LARGEST_DIFFERENCE = 1e-2
 
 
 def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-    """Let the implementations of a run work in turn: its scores, and the digests of the weights.
+    """Measure the implementations of a run in turn; return scores and digests of the weights.
 
     Raises:
-        ValueError: in one line, when an implementation is missing or fails, or when the reference
-        says
-            something else of the same weights.
+        ValueError: If an implementation is missing or fails, or if its outputs differ from ours on
+            the same weights.
     """
     case = measurable(benchmark_case_of(execution))
     execution.hardware.check(execution.config)
@@ -47,43 +46,43 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     folder.mkdir(parents=True)
     try:
         with execution.stage("weights") as advance:
-            advance(0, 1, "random weights are written")
-            said, models = prepare_case(case, folder)
+            advance(0, 1, "writing random weights")
+            expected, models = prepare_case(case, folder)
             digests = {name: weights_digest(model) for name, model in models.items()}
-            # The implementations need the memory.
+            # The measured processes need the memory.
             models.clear()
             advance(1, 1, "")
         differences: list[float] = []
-        check = partial(compare_outputs, said=said, folder=folder, differences=differences)
-        contest = compare_memory if case.speed.workload == "memory" else compare_implementations
+        check = partial(compare_outputs, expected=expected, folder=folder, differences=differences)
+        compare = compare_memory if case.speed.workload == "memory" else compare_implementations
         with execution.stage(case.speed.workload or "") as advance:
-            found = contest(case, folder, report_progress=advance, check=check)
+            result = compare(case, folder, report_progress=advance, check=check)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    execution.versions |= found.versions
-    record_timings(execution, found)
-    return scores_of(case, found, differences), digests
+    execution.versions |= result.versions
+    record_timings(execution, result)
+    return scores_of(case, result, differences), digests
 
 
 def measurable(case: BenchmarkCase) -> BenchmarkCase:
-    """Return the case without implementations that would measure an emulation of bfloat16.
+    """Return the case without implementations that emulate bfloat16 on this processor.
 
     Raises:
-        ValueError: when no implementation is left.
+        ValueError: If no implementation is left.
     """
     kept = case.speed.measurable_implementations
-    left_out = [name for name in case.speed.implementations if name not in kept]
-    if not left_out:
+    dropped = [name for name in case.speed.implementations if name not in kept]
+    if not dropped:
         return case
-    reason = f"{', '.join(left_out)}: this processor emulates bfloat16 products"
+    reason = f"{', '.join(dropped)}: this processor emulates bfloat16 products"
     if not set(kept) - {ROOFLINE, REFERENCE}:
-        raise ValueError(f"speed.implementations: nothing is left to measure; {reason}")
+        raise ValueError(f"speed.implementations: no implementation left to measure; {reason}")
     warnings.warn(f"speed.implementations: left out {reason}", stacklevel=2)
     return replace(case, speed=replace(case.speed, implementations=kept))
 
 
 def benchmark_case_of(execution: Execution) -> BenchmarkCase:
-    """What implementations need of a run's configuration."""
+    """Return the settings of a run's configuration that implementations need."""
     config = execution.config
     return BenchmarkCase(
         seed=config.seed,
@@ -103,44 +102,53 @@ def benchmark_case_of(execution: Execution) -> BenchmarkCase:
 def compare_outputs(
     worker: ImplementationProcess,
     *,
-    said: dict[str, Tensor],
+    expected: dict[str, Tensor],
     folder: Path,
     differences: list[float],
 ) -> None:
-    """Hold what an implementation says of the fixed inputs against what ours say.
+    """Compare the outputs of an implementation on fixed inputs with ours.
+
+    Args:
+        worker: Process of the implementation.
+        expected: Our outputs by name.
+        folder: Folder for the outputs of the implementation.
+        differences: Receives the largest absolute difference of each output.
 
     Raises:
-        ValueError: when they differ by more than ``LARGEST_DIFFERENCE``.
+        ValueError: If an output differs by more than ``LARGEST_DIFFERENCE``.
     """
-    path = folder / f"{worker.name}-said.safetensors"
+    path = folder / f"{worker.name}-outputs.safetensors"
     worker.request({"do": "check", "path": str(path.resolve())})
-    theirs = load_file(path)
-    for name, ours in said.items():
-        difference = (theirs[name] - ours).abs().max().item()
+    outputs = load_file(path)
+    for name, reference in expected.items():
+        difference = (outputs[name] - reference).abs().max().item()
         if not difference <= LARGEST_DIFFERENCE:
             raise ValueError(
-                f"implementation {worker.name}: its {name} differ from ours by {difference:.3g} "
-                f"on the same weights; at most {LARGEST_DIFFERENCE:g} is rounding"
+                f"implementation {worker.name}: expected {name} within "
+                f"{LARGEST_DIFFERENCE:g} of ours on the same weights, got a difference of "
+                f"{difference:.3g}"
             )
         differences.append(difference)
 
 
-def record_timings(execution: Execution, found: ComparisonResult) -> None:
-    """Repetitions and profiles into the run's folder and to where it is tracked."""
-    paths = [write_timings(execution.folder, found.timings)]
-    paths += [write_profile(execution.folder, name, rows) for name, rows in found.profiles.items()]
+def record_timings(execution: Execution, result: ComparisonResult) -> None:
+    """Write repetitions and profiles to the run's folder and log them."""
+    paths = [write_timings(execution.folder, result.timings)]
+    paths += [
+        write_profile(execution.folder, name, rows) for name, rows in result.profiles.items()
+    ]
     for path in paths:
         execution.tracker.log_artifact(path, "speed")
 
 
 def scores_of(
-    case: BenchmarkCase, found: ComparisonResult, differences: list[float]
+    case: BenchmarkCase, result: ComparisonResult, differences: list[float]
 ) -> list[Score]:
-    """A score's name is the implementation and the quantity; its examples are the repetitions."""
+    """Return one score per implementation and quantity; its count is the number of repetitions."""
     count = case.speed.num_repetitions
     scores = [
         Score(name, quantity, value, low, high, None, count)
-        for (name, quantity), (value, low, high) in metrics_of(case, found).items()
+        for (name, quantity), (value, low, high) in metrics_of(case, result).items()
     ]
     if differences:
         worst = max(differences)

@@ -1,4 +1,4 @@
-"""What a person reads while a verb works: messages and progress on standard error."""
+"""Messages and progress of commands, on standard error."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @cache
 def console() -> Any:
-    """The console on standard error; its library is imported with the first message."""
+    """Return the console on standard error; importing ``rich`` waits for the first message."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -21,7 +21,7 @@ def console() -> Any:
 
 @contextmanager
 def stage_progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """``progress(stage, done, total, note)``: live bars on a terminal, few lines in a log."""
+    """Yield ``progress(stage, done, total, note)``: live bars on a terminal, else log lines."""
     if not console().is_terminal:
         yield LogProgress()
         return
@@ -57,13 +57,14 @@ def stage_progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 class LogProgress:
-    """A line at most every ``SECONDS_BETWEEN_LINES``, and one when a stage is done."""
+    """Progress as text: a line per ``SECONDS_BETWEEN_LINES`` and one at the end of a stage."""
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
         self.last = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """Print the progress of a stage if it is done or the last line is old enough."""
         now = time.monotonic()
         started = self.started.setdefault(stage, now)
         if done < total and now - self.last < SECONDS_BETWEEN_LINES:
@@ -75,18 +76,19 @@ class LogProgress:
 
 
 def print_line(text: str) -> None:
+    """Print one line on standard error, without markup or line wrapping."""
     console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def silence_libraries() -> None:
-    """Libraries report what users of this program cannot act on."""
+    """Hide messages of libraries that users of this program cannot act on."""
     for name in ("pytorch_lightning", "lightning.pytorch", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = print_warning
     warnings.filterwarnings("ignore", module="pytorch_lightning|mlflow|torch|lightning|urllib3")
 
 
-_show_plainly = warnings.showwarning
+_show_as_python = warnings.showwarning
 
 
 def print_warning(
@@ -97,8 +99,8 @@ def print_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """A warning of this package in one line of its own, any other as Python shows it."""
+    """Print a warning of this package as one line, and any other as Python does."""
     if category.__module__.startswith("rudolph."):
         print_line(f"  {message}")
     else:
-        _show_plainly(message, category, filename, lineno, file, line)
+        _show_as_python(message, category, filename, lineno, file, line)

@@ -1,4 +1,4 @@
-"""What surrounds a run while it is executed: hardware, folders, tracking, progress, time."""
+"""Context of a run during execution: hardware, folders, tracking, progress and time."""
 
 import os
 import re
@@ -28,7 +28,7 @@ from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precisi
 ProgressCallback = Callable[[str, int, int, str], None]
 
 
-# Number type of the products of each precision, by Lightning's names.
+# Dtype of matrix products under each precision, by Lightning's names.
 LIGHTNING_PRECISIONS = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -38,10 +38,10 @@ LIGHTNING_PRECISIONS = {
     "16-true": torch.float16,
 }
 PRECISION_ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-# Lightning would silently take another precision for these.
+# Lightning would silently replace these precisions.
 NOT_ON = {"cpu": {"16-mixed"}, "mps": {"64-true"}, "cuda": set[str]()}
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Those of Lightning's that train what is trained here.
+# The strategies of Lightning that can train the models of this package.
 FORKING = ("ddp_fork", "ddp_notebook")
 UNUSED = ("_find_unused_parameters_false", "_find_unused_parameters_true")
 STRATEGIES = ("auto", "ddp", *(f"ddp{ending}" for ending in UNUSED), *FORKING)
@@ -50,18 +50,23 @@ LEAST = {"num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
 
 @dataclass(frozen=True)
 class Hardware:
-    """How a run is executed, not what it asks: recorded, but outside its digest.
+    """Hardware flags of a run: recorded, but not part of its digest.
 
-    ``devices`` is given as in Lightning: a number, ``auto``, ``-1`` (all) or indices of GPUs such
-    as ``0,1``; what is kept is their number, or the indices.
-    ``micro_batch_size`` examples pass through a device at once (None: the whole batch);
-    ``precision`` is Lightning's name of one (None: the machine's own).  With
-    ``activation_checkpointing`` the decoder's layers are computed again in the backward pass.
-    With ``block_masks`` attention on CUDA leaves out the empty blocks of its masks; with
-    ``compile`` torch compiles the decoder's layers.
+    Attributes:
+        accelerator: One of ``ACCELERATORS``.
+        devices: As in Lightning: a number, ``auto``, ``-1`` (all) or GPU indices such as ``0,1``.
+            Stored as a number or as indices.
+        num_nodes: Number of machines.
+        strategy: One of ``STRATEGIES``, by Lightning's names.
+        precision: Lightning's name of a precision; None for the machine's default.
+        micro_batch_size: Examples per forward pass and device; None for the whole batch.
+        num_workers: Data-loading processes.
+        activation_checkpointing: Recompute the decoder's layers in the backward pass.
+        block_masks: Skip empty blocks of the attention masks on CUDA.
+        compile: Compile the decoder's layers with ``torch.compile``.
 
     Raises:
-        ValueError: in one line, for a flag that this machine or this package cannot serve.
+        ValueError: If this machine or this package does not support a flag.
     """
 
     accelerator: str = "auto"
@@ -76,11 +81,12 @@ class Hardware:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        """Check every flag and normalise ``devices`` and ``precision``."""
         _require_one_of("accelerator", self.accelerator, ACCELERATORS)
         _require_one_of("strategy", self.strategy, STRATEGIES)
         self._check_accelerator()
         number, indices = chosen_devices(self.devices, self.kind)
-        # The class is frozen for its users.
+        # The class is frozen, so normalised values need ``object.__setattr__``.
         object.__setattr__(
             self, "devices", ",".join(map(str, indices)) + "," if indices else number
         )
@@ -89,7 +95,7 @@ class Hardware:
             _require_one_of("precision", name, legal_precisions(self.kind))
             object.__setattr__(self, "precision", name)
         if self.block_masks and self.device.type != "cuda":
-            raise ValueError("--block-masks needs CUDA; elsewhere attention takes dense masks")
+            raise ValueError(f"--block-masks: expected CUDA, got {self.kind}. Leave it out")
         if self.compile:
             check_compiler(self.device.type)
         for name, bound in LEAST.items():
@@ -99,11 +105,15 @@ class Hardware:
                 raise ValueError(f"--{flag} must be at least {bound}, got {value}")
 
     def _check_accelerator(self) -> None:
-        given, kind = self.accelerator, self.kind
-        if given != "auto" and given != kind and not (given == "gpu" and kind != "cpu"):
+        accelerator, kind = self.accelerator, self.kind
+        if (
+            accelerator != "auto"
+            and accelerator != kind
+            and not (accelerator == "gpu" and kind != "cpu")
+        ):
             raise ValueError(
-                f"--accelerator: expected {kind} or auto, got {given!r}. "
-                f"This machine has no {given}"
+                f"--accelerator: expected {kind} or auto, got {accelerator!r}. "
+                f"This machine has no {accelerator}"
             )
         if self.strategy in FORKING and kind != "cpu":
             raise ValueError(
@@ -115,7 +125,7 @@ class Hardware:
 
     @property
     def kind(self) -> str:
-        """``cpu``, ``cuda`` or ``mps``: what trainings use."""
+        """Return the device type used for training: ``cpu``, ``cuda`` or ``mps``."""
         if self.accelerator != "cpu" and torch.cuda.is_available():
             return "cuda"
         if self.accelerator != "cpu" and torch.backends.mps.is_available():
@@ -124,46 +134,49 @@ class Hardware:
 
     @property
     def num_devices(self) -> int:
-        """The number of devices of one node."""
+        """Return the number of devices per node."""
         return len(self.device_indices) or int(self.devices)
 
     @property
     def device_indices(self) -> tuple[int, ...]:
-        """The GPUs that were named, or nothing."""
+        """Return the GPU indices given by ``--devices``, or an empty tuple."""
         return tuple(map(int, str(self.devices).split(",")[:-1]))
 
     @property
     def world(self) -> int:
-        """The number of devices of all nodes."""
+        """Return the number of devices on all nodes."""
         return self.num_devices * self.num_nodes
 
     @property
     def used_precision(self) -> str:
-        """The precision of trainings, Lightning's name of it."""
+        """Return the precision used for training, by Lightning's name."""
         return self.precision or machine_precision(self.kind)
 
     @property
     def record(self) -> dict[str, Any]:
-        """All flags as the environment of a run keeps them: what was used, not what was given."""
+        """Return all flags with the devices and precision that are used, for ``environment``."""
         used = {"devices": self.num_devices, "precision": self.used_precision}
         return {**to_plain(self), **used}
 
     @property
     def warning(self) -> str:
-        """One line on a precision whose products this machine only emulates, or nothing."""
+        """Return a warning if this machine only emulates the chosen precision, else ""."""
         dtype = LIGHTNING_PRECISIONS[self.used_precision]
         if dtype == torch.float64 or dtype in native_types(self.kind).products:
             return ""
-        told = "processor and are 8 to 60 times slower" if self.kind == "cpu" else "GPU and slow"
+        slowdown = (
+            "processor and are 8 to 60 times slower" if self.kind == "cpu" else "GPU and slow"
+        )
         return (
             f"--precision {self.precision}: {str(dtype).removeprefix('torch.')} products are "
-            f"emulated on this {told}; leave --precision out for {machine_precision(self.kind)}"
+            f"emulated on this {slowdown}. Leave --precision out for "
+            f"{machine_precision(self.kind)}"
         )
 
     def strategy_for(self, num_networks: int) -> str:
-        """Lightning's strategy for a training of so many networks that step one by one.
+        """Return Lightning's strategy for training several networks that step in turn.
 
-        The gradient of one network leaves the parameters of the others unused.
+        A backward pass of one network leaves the parameters of the others unused.
         """
         if num_networks == 1 or self.world == 1:
             return self.strategy
@@ -200,91 +213,109 @@ class Hardware:
 
     @property
     def device(self) -> torch.device:
-        """Where this process works outside of trainings."""
+        """Return the device that this process uses outside of training."""
         if self.kind != "cuda":
             return torch.device("cpu")
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", self.device_indices[rank] if self.device_indices else rank)
 
     def batches(self, optim: OptimConfig) -> tuple[int, int]:
-        """Examples of one micro-batch on one device, and micro-batches of one step."""
+        """Return the micro-batch size per device and the micro-batches per optimizer step.
+
+        Raises:
+            ValueError: If ``optim.global_batch_size`` is not divisible accordingly.
+        """
         world = self.world
         micro = self.micro_batch_size or -(-optim.global_batch_size // world)
         if optim.global_batch_size % (micro * world):
             raise ValueError(
-                f"global_batch_size {optim.global_batch_size} must be a multiple of "
-                f"{world} devices times micro_batch_size {micro}"
+                f"global_batch_size: expected a multiple of {world} devices times "
+                f"micro_batch_size {micro}, got {optim.global_batch_size}"
             )
         return micro, optim.global_batch_size // (micro * world)
 
 
 def legal_precisions(kind: str) -> tuple[str, ...]:
-    """Return the precisions that trainings can have on ``cpu``, ``cuda`` or ``mps``."""
+    """Return the training precisions that ``cpu``, ``cuda`` or ``mps`` supports."""
     return tuple(name for name in LIGHTNING_PRECISIONS if name not in NOT_ON[kind])
 
 
-def chosen_devices(given: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
-    """Return the number of devices that ``--devices`` asks for, and the indices that it names.
+def chosen_devices(devices: int | str, kind: str) -> tuple[int, tuple[int, ...]]:
+    """Return the number of devices and the GPU indices given by ``--devices``.
 
     Raises:
-        ValueError: in one line, for what is no such number or more than the machine has.
+        ValueError: If the value is invalid or exceeds the devices of this machine.
     """
-    text = str(given).strip()
-    # A CPU takes any number of processes.
-    there = {"cuda": torch.cuda.device_count, "mps": lambda: 1}.get(kind, lambda: None)()
+    text = str(devices).strip()
+    # A CPU supports any number of processes.
+    num_available = {"cuda": torch.cuda.device_count, "mps": lambda: 1}.get(kind, lambda: None)()
     if text in ("auto", "-1"):
-        return there or 1, ()
+        return num_available or 1, ()
     if re.fullmatch(r"(\d{1,4},)+(\d{1,4})?", text, re.ASCII):
         indices = tuple(int(part) for part in text.split(",") if part)
         if kind != "cuda":
             raise ValueError(f"--devices: expected a number on {kind}, got {text!r}")
-        if len(set(indices)) < len(indices) or max(indices) >= (there or 0):
-            raise ValueError(f"--devices: expected different indices below {there}, got {text!r}")
+        if len(set(indices)) < len(indices) or max(indices) >= (num_available or 0):
+            raise ValueError(
+                f"--devices: expected different indices below {num_available}, got {text!r}"
+            )
         return len(indices), indices
     if not re.fullmatch(r"-?\d{1,6}", text, re.ASCII):
         raise ValueError(
             "--devices: expected auto, -1 (all), a number or indices such as 0,1, "
             f"got {short_repr(text)}"
         )
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"--devices must be at least 1, got {number}")
-    # Launchers such as torchrun may show each process its own GPU alone.
-    is_own = torch.distributed.is_torchelastic_launched() and there == 1
-    if there is not None and number > there and not is_own:
-        raise ValueError(f"--devices: expected at most {there} on this machine, got {number}")
-    return number, ()
-
-
-def _require_one_of(flag: str, given: str, legal: Sequence[str]) -> None:
-    if given not in legal:
-        hint = did_you_mean(given, legal)
+    num_requested = int(text)
+    if num_requested < 1:
+        raise ValueError(f"--devices must be at least 1, got {num_requested}")
+    # Launchers such as torchrun may expose a single GPU to each process.
+    is_launched = torch.distributed.is_torchelastic_launched() and num_available == 1
+    if num_available is not None and num_requested > num_available and not is_launched:
         raise ValueError(
-            f"--{flag}: expected one of {', '.join(legal)}, got {short_repr(given)}{hint}"
+            f"--devices: expected at most {num_available} on this machine, got {num_requested}"
+        )
+    return num_requested, ()
+
+
+def _require_one_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        hint = did_you_mean(value, choices)
+        raise ValueError(
+            f"--{flag}: expected one of {', '.join(choices)}, got {short_repr(value)}{hint}"
         )
 
 
 @dataclass(frozen=True)
 class Folders:
-    """``runs`` has one folder a run; ``cache`` what runs share; ``checkout`` is asked by git."""
+    """Folders of a command.
+
+    Attributes:
+        checkout: Checkout whose Git commit is recorded.
+        runs: Folder with one folder per run.
+    """
 
     checkout: Path
     runs: Path
 
     @property
     def cache(self) -> Path:
+        """Return the folder of files that runs share."""
         return self.runs / ".cache"
 
 
 def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
-    """``runs/<experiment>/<run>-<digest>``: a changed file never meets an older run."""
+    """Return the folder of a run, ``runs/<experiment>/<run>-<digest>``.
+
+    The digest keeps the runs of a changed experiment file apart from older ones.
+    """
     return folders.runs / experiment.name / f"{run.name}-{run.config.digest[:8]}"
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run's folder holds a finished run, whole as far as can be seen quickly.
+    """Return whether a folder holds a finished run without damaged weights.
 
-    A damaged file is named in a warning.  Weights that are not there were removed on purpose.
+    Only quick checks are made.  A damaged file causes a warning.  Missing weights were removed on
+    purpose.
     """
     if finished_summary(folder) is None:
         return False
@@ -297,56 +328,66 @@ def is_finished(folder: Path) -> bool:
 
 
 def copy_to_run(source: Path, path: Path) -> None:
-    """Put a file of the cache into a run's folder, which can be moved alone, or the reverse.
+    """Copy a file between the cache and a run's folder, so that the folder can be moved alone.
 
-    On one disk they stay one file.
+    On one file system the copy is a hard link.
     """
 
-    def put(new: Path) -> None:
-        new.unlink(missing_ok=True)
+    def put(target: Path) -> None:
+        target.unlink(missing_ok=True)
         try:
-            os.link(source, new)
+            os.link(source, target)
         except OSError:
-            shutil.copyfile(source, new)
+            shutil.copyfile(source, target)
 
     write_atomic(path, put)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of a multi-device run that records, caches and evaluates."""
+    """Return whether this is the process that records, caches and evaluates the run."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return all(rank == "0" for rank in ranks)
 
 
 class Recorder(Protocol):
-    """Where stages put what is to be kept of a run; ``Tracker`` is one."""
+    """Log of metrics, tags and files of a run; ``tracking.tracker.Tracker`` implements it."""
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None: ...
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Log metrics at a training step."""
 
-    def log_tags(self, tags: Mapping[str, object]) -> None: ...
+    def log_tags(self, tags: Mapping[str, object]) -> None:
+        """Log tags."""
 
-    def log_artifact(self, path: Path, folder: str = "") -> None: ...
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Log a file, in a folder of the run's artifacts."""
 
 
 class NullRecorder:
-    """The recorder of all processes but the main one: it keeps nothing."""
+    """Recorder that logs nothing, for all processes except the main one."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_tags(self, tags: Mapping[str, object]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @dataclass
 class Execution:
-    """One run being executed: where, on what, who is told, how long each stage took.
+    """One run during execution.
 
-    ``seconds`` goes on from earlier attempts, but for what a kill did not let them say.
-    ``versions`` are of packages that this run alone used.
+    Attributes:
+        run: The run.
+        folder: Folder of the run.
+        folders: Folders of the command.
+        hardware: Hardware flags.
+        tracker: Log of metrics, tags and files.
+        progress: Called with stage, done, total and a note.
+        seconds: Duration of each stage, including earlier attempts that were not killed.
+        versions: Versions of packages that only this run used.
     """
 
     run: Run
@@ -360,11 +401,12 @@ class Execution:
 
     @property
     def config(self) -> RunConfig:
+        """Return the configuration of the run."""
         return self.run.config
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Times a stage and gives its ``advance(done, total, note)``."""
+        """Time a stage; yield its progress callback ``advance(done, total, note)``."""
         started, before = time.monotonic(), self.seconds.get(name, 0.0)
         try:
             yield partial(self.progress, name)

@@ -1,7 +1,7 @@
-"""Execute one run: stages or measurement, tracking, summary, environment.
+"""Execution of one run: stages or benchmark, tracking, summary and environment.
 
-``stages`` trains and evaluates a model, ``measuring`` runs a benchmark.  This module gives the run
-its folder, its tracking, its summary and the record of the machine.
+``stages`` trains and evaluates a model; ``benchmark_run`` measures speed.  This module writes the
+run's configuration, summary and environment and tracks the run.
 """
 
 import os
@@ -53,9 +53,9 @@ def execute(
     """Execute one run and return its summary.
 
     Raises:
-        NonFiniteLossError: when a loss is NaN or infinite; the last checkpoint stays.
-        ValueError: for a mistake in the data or the hardware flags, or when another process
-            executes the same run.
+        NonFiniteLossError: If a loss is NaN or infinite; the last checkpoint is kept.
+        ValueError: If the data or the hardware flags are invalid, or if another process executes
+            the same run.
     """
     folder = run_folder(folders, experiment, run)
     if not is_main_process():
@@ -92,32 +92,38 @@ def _execute_alone(
     ) as tracker:
         tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
-            # Curves of stages that other runs trained are missing too; they are recorded again.
+            # Curves of stages trained by other runs are missing too, so they are logged again.
             (folder / TAKEN).unlink(missing_ok=True)
         tracker.log_artifact(folder / CONFIG)
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
         seconds = _earlier_seconds(folder)
-        earlier = dict(seconds)
+        earlier_seconds = dict(seconds)
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
             scores, digests = outcome_of(execution)
         except BaseException:
-            # A key press as well as a mistake: what the stages took so far is not to be lost.
+            # Errors and Ctrl-C alike must not lose the durations of the stages so far.
             _write_summary(folder, summary, "failed", execution)
             raise
         _add_scores(summary, scores)
         tracker.log_metrics(summary["metrics"], step=run.config.optim.num_steps)
         _write_environment(execution, commit, digests)
         tracker.log_artifact(folder / ENVIRONMENT)
-        _add_overhead(seconds, earlier, time.monotonic() - started)
+        _add_overhead(seconds, earlier_seconds, time.monotonic() - started)
         _write_summary(folder, summary, "finished", execution)
         tracker.log_artifact(folder / SUMMARY)
     return summary
 
 
 def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-    """The scores of a run; that it was lost is one where the run is asked for it."""
+    """Execute a run and return its scores and the digests of its data, parts and model.
+
+    With the evaluator ``convergence``, a diverged loss is a score and not an error.
+
+    Raises:
+        NonFiniteLossError: If the loss diverged and ``convergence`` is not evaluated.
+    """
     run = execution.run
     try:
         return work_of(run)(execution)
@@ -127,21 +133,23 @@ def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         return [diverged_score(split) for split in run.config.evaluation.splits], {}
 
 
-def _add_overhead(seconds: dict[str, float], earlier: dict[str, float], passed: float) -> None:
-    """What a run took beside its stages: tracking, images, records."""
-    staged = sum(seconds.values()) - sum(earlier.values())
-    seconds[OVERHEAD] = round(earlier.get(OVERHEAD, 0.0) + passed - staged, 3)
+def _add_overhead(
+    seconds: dict[str, float], earlier_seconds: dict[str, float], elapsed: float
+) -> None:
+    """Add the seconds spent outside the stages: tracking, images and records."""
+    in_stages = sum(seconds.values()) - sum(earlier_seconds.values())
+    seconds[OVERHEAD] = round(earlier_seconds.get(OVERHEAD, 0.0) + elapsed - in_stages, 3)
 
 
 def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
-    """What makes the scores of a run: its stages, or its contestants."""
+    """Return the function that computes the scores of a run: its stages or its benchmark."""
     if run.config.speed.workload is not None:
         return run_benchmark
     return run_stages
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:
-    """What is known of a run before it starts."""
+    """Return the part of a run's summary that is known before it starts."""
     return {
         "experiment": experiment.name,
         "run": run.name,
@@ -165,7 +173,7 @@ def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
 
 
 def _earlier_seconds(folder: Path) -> dict[str, float]:
-    """Return what the stages of earlier attempts at this run took; nothing if that was lost."""
+    """Return the stage durations of earlier attempts at this run; empty if they were lost."""
     if not (folder / SUMMARY).exists():
         return {}
     try:
@@ -184,7 +192,7 @@ def _write_summary(
 
 
 def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
-    """What a number may depend on beside its configuration."""
+    """Write what results may depend on besides the configuration."""
     content = {
         "commit": commit,
         "python": platform.python_version(),
@@ -207,10 +215,10 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
 
 
 def _processor() -> str:
-    """The processor's own name, which ``platform`` does not tell on Linux."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text("utf-8", errors="replace").splitlines():
+    """Return the processor's model name, which ``platform`` lacks on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
-"""A run as it is given away: small weights, its configuration, its scores, a model card.
+"""Packing of a run for distribution: small weights, configuration, scores and a model card.
 
-The folder is a run's folder still: every verb that takes a run takes it.
+The packed folder is still a run folder, so every command that takes a run accepts it.
 """
 
 import os
@@ -28,9 +28,9 @@ from rudolph.runs.stages.evaluation import evaluate_again
 
 MADE = "made.json"
 MODEL_CARD = "README.md"
-DRAWN = "samples.png"
+SAMPLES_FILE = "samples.png"
 NEW_CARD = (
-    "# {name}\n\n_What it is for, what it cannot do, and under which licence it may be used._"
+    "# {name}\n\n_Describe the intended use, the limitations and the licence of this model._"
 )
 
 
@@ -43,38 +43,42 @@ def pack_run_folder(
     int8: bool = False,
     settings: Sequence[str] = (),
 ) -> None:
-    """Write the folder of a finished run anew, small; its questions are asked of what is written.
+    """Write a small copy of a finished run and evaluate the packed weights.
 
-    Text above the generated part of a model card that is there stays.
+    Text above the generated part of an existing model card is kept.
 
     Args:
-        int8: the decoder's matrices in 8 bits with a scale a row; all else has 16.
-        settings: ``sampling.key=value``, how it draws where nothing else is said.
+        run: Folder of the run.
+        target: Folder to write.
+        folders: Folders of the command, for the cached data.
+        progress: Called with stage, done, total and a note.
+        int8: Store the decoder's matrices in 8 bits with one scale per row; the rest has 16 bits.
+        settings: ``sampling.key=value``: the default sampling settings of the packed model.
 
     Raises:
-        ValueError: when the run has not finished, its configuration names no questions, a
-            setting is of anything but sampling, or the target is another run or meets this one.
+        ValueError: If the run has not finished, names no evaluators, or a setting does not start
+            with ``sampling.``.  Also if the target is an unpacked run or overlaps this run.
     """
     for setting in settings:
         if not setting.startswith("sampling."):
-            raise ValueError(f"settings of a packed run must be sampling.key=value, got {setting}")
-    _needed(run / SUMMARY), _needed(run / ENVIRONMENT)
+            raise ValueError(f"settings: expected sampling.key=value, got {setting}")
+    _require_file(run / SUMMARY), _require_file(run / ENVIRONMENT)
     status = read_summary(run)["status"]
     if status != "finished":
-        raise ValueError(f"{run}: not a finished run, its status is {status}")
-    _require_place(target, run)
-    with _made_beside(target) as made:
-        _write(run, made, int8=int8, settings=settings)
-        evaluate_again(made, folders, progress)
-        generate_samples(made)
-        by_hand = target / MODEL_CARD
-        new = NEW_CARD.format(name=read_summary(run)["experiment"])
-        text = by_hand.read_text("utf-8") if by_hand.is_file() else new
-        write_text(made / MODEL_CARD, fill(text, {"card": model_card(made)}))
+        raise ValueError(f"{run}: expected a finished run, got status {status}")
+    _require_packable_target(target, run)
+    with _staged_folder(target) as staged:
+        _write(run, staged, int8=int8, settings=settings)
+        evaluate_again(staged, folders, progress)
+        generate_samples(staged)
+        card_path = target / MODEL_CARD
+        new_card = NEW_CARD.format(name=read_summary(run)["experiment"])
+        text = card_path.read_text("utf-8") if card_path.is_file() else new_card
+        write_text(staged / MODEL_CARD, fill(text, {"card": model_card(staged)}))
 
 
-def _require_place(target: Path, run: Path) -> None:
-    """Raise ``ValueError`` for a target that holds weights which were not packed."""
+def _require_packable_target(target: Path, run: Path) -> None:
+    """Raise ``ValueError`` if the target holds weights that were not packed."""
     require_disjoint_paths(target, run, "folder")
     if (target / "config.yaml").exists() and not (target / MADE).exists():
         raise ValueError(
@@ -84,59 +88,63 @@ def _require_place(target: Path, run: Path) -> None:
 
 
 @contextmanager
-def _made_beside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder whose files take their places in ``target`` when all are whole."""
-    place = Path(os.path.realpath(target))
-    made = place.with_name(f".{place.name}.part")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+def _staged_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files move to ``target`` once all are complete."""
+    destination = Path(os.path.realpath(target))
+    staged = destination.with_name(f".{destination.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     try:
-        yield made
+        yield staged
         if (target / MADE).is_file():
-            # An earlier call drew it; this one may have nothing to draw.
-            (target / DRAWN).unlink(missing_ok=True)
-        for path in sorted(path for path in made.rglob("*") if path.is_file()):
-            put = place / path.relative_to(made)
-            put.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, put)
+            # An earlier call may have written samples that this one does not replace.
+            (target / SAMPLES_FILE).unlink(missing_ok=True)
+        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+            final_path = destination / path.relative_to(staged)
+            final_path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, final_path)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _write(run: Path, target: Path, *, int8: bool, settings: Sequence[str]) -> None:
-    """Write the small weights of a run, its configuration and how it was made."""
+    """Write the packed weights of a run, its configuration and its origin."""
     summary, environment = read_summary(run), read_environment(run)
     pipeline, config = load_run(run)
     if not config.evaluation.evaluators:
-        raise ValueError(f"{run}: its config.yaml names no evaluation.evaluators")
+        raise ValueError(f"{run}/config.yaml: expected evaluation.evaluators, got none")
     checkpoints = target / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     decoder = pipeline.decoder.state_dict()
-    save_tensors(pack_int8(decoder) if int8 else _halved(decoder), checkpoints / RUN_FILES[0])
-    save_tensors(_halved(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
+    save_tensors(pack_int8(decoder) if int8 else _to_half(decoder), checkpoints / RUN_FILES[0])
+    save_tensors(_to_half(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
     pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
     write_text(target / "config.yaml", run_yaml(read_run(run / "config.yaml", settings)))
-    kept = ("experiment", "run", "digest", "commit", "dirty", "seconds")
-    made = {name: summary[name] for name in kept} | {"machine": environment["machine"]}
+    copied = ("experiment", "run", "digest", "commit", "dirty", "seconds")
+    made = {name: summary[name] for name in copied} | {"machine": environment["machine"]}
     made["bits"] = 8 if int8 else 16
     write_json(target / MADE, made)
 
 
 def generate_samples(folder: Path) -> None:
-    """Images of the fixed prompts by what was written, if there are such prompts."""
+    """Save images that the packed model generates for its fixed prompts, if it has any."""
     pipeline, config = load_run(folder)
     if config.evaluation.grid_prompts:
-        generate_prompts(pipeline, config, folder / DRAWN)
+        generate_prompts(pipeline, config, folder / SAMPLES_FILE)
 
 
 def model_card(folder: Path) -> str:
-    """The generated part of a model card: what it is, what it cost, what it scores."""
+    """Return the generated part of a model card: facts, samples and scores."""
     made = read_mapping(folder / MADE, run=str, seconds=dict, machine=dict)
     card = read_card(folder / CARD).assign(run=made["run"])
-    head = [table_row(["", ""]), table_row(["---", "---"])]
+    header = [table_row(["", ""]), table_row(["---", "---"])]
     facts = [table_row(pair) for pair in _facts(folder, made)]
-    drawn = [f"![drawn for fixed prompts]({DRAWN})", ""] if (folder / DRAWN).is_file() else []
-    return "\n".join([*head, *facts, "", *drawn, *card_table(card, list(card["score"]))])
+    samples = (
+        [f"![samples for fixed prompts]({SAMPLES_FILE})", ""]
+        if (folder / SAMPLES_FILE).is_file()
+        else []
+    )
+    return "\n".join([*header, *facts, "", *samples, *card_table(card, list(card["score"]))])
 
 
 def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
@@ -146,10 +154,12 @@ def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
     layout, total = config.sequence_layout, sum(row.weight for row in config.data.mixture)
     side = layout.image_tokens_per_dim
     tasks = ", ".join(f"{row.name} {row.weight / total:.0%}" for row in config.data.mixture)
-    where = ", ".join([f"{machine['cores']} cores ({machine['processor']})", *machine["gpus"]])
+    machine_text = ", ".join(
+        [f"{machine['cores']} cores ({machine['processor']})", *machine["gpus"]]
+    )
     size = sum((folder / "checkpoints" / name).stat().st_size for name in RUN_FILES)
     return [
-        ("decoder", f"{_sizes(config)}, {_millions(pipeline.decoder)}"),
+        ("decoder", f"{_decoder_shape(config)}, {_millions(pipeline.decoder)}"),
         (
             "VQ-GAN",
             f"{config.data.image_size} pixels in {side} x {side} tokens of "
@@ -161,29 +171,29 @@ def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
             f"{layout.right_text_length} right",
         ),
         ("examples", f"train split of {', '.join(config.data.datasets)}: {tasks}"),
-        ("trained", f"{sum(seconds.values()) / 60:.0f} minutes on {where}"),
+        ("trained", f"{sum(seconds.values()) / 60:.0f} minutes on {machine_text}"),
         ("from", f"`{made['experiment']}` {made['run']}, commit `{str(made['commit'])[:10]}`"),
         ("weights", f"decoder {made['bits']} bits, VQ-GAN 16, {size / 1e6:.1f} MB"),
     ]
 
 
-def _sizes(config: RunConfig) -> str:
+def _decoder_shape(config: RunConfig) -> str:
     return f"{config.decoder.num_layers} layers of {config.decoder.hidden_size}"
 
 
 def _millions(model: nn.Module) -> str:
-    return f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f}M parameters"
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters"
 
 
-def _halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices in 16 bits; vectors are small, and counts among them may be large."""
+def _to_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return matrices in 16 bits; vectors are small and may contain large counts."""
     return {
         name: (value.half() if value.ndim > 1 else value).contiguous()
         for name, value in tensors.items()
     }
 
 
-def _needed(path: Path) -> Path:
+def _require_file(path: Path) -> Path:
     if not path.is_file():
-        raise ValueError(f"{path.parent}: not a finished run, it lacks {path.name}")
+        raise ValueError(f"{path.parent}: expected a finished run, got no {path.name}")
     return path

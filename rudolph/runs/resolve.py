@@ -1,6 +1,6 @@
-"""Where weights come from: a run, an MLflow run, a released name or a folder.
+"""Resolution of weight sources: a run, an MLflow run, a released name or a folder.
 
-Every verb that needs weights takes any of these, and ``shipped`` and ``newest``.
+Every command that needs weights accepts any of these, and ``shipped`` and ``newest``.
 """
 
 import re
@@ -39,14 +39,14 @@ from rudolph.tracking.artifacts import fetch_run, local_run
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# The run that comes with the package, as `rudolph pack` wrote it, and the names of two sources.
+# The packed run that is part of the package, and the names of two sources.
 SHIPPED_RUN = Path(__file__).parents[1] / "checkpoints" / "demo"
 SHIPPED, NEWEST = "shipped", "newest"
-# Before the name of an experiment, and after a colon of one of its runs.
+# Prefix of a source ``experiment:NAME`` or ``experiment:NAME:RUN``.
 OF_EXPERIMENT = "experiment:"
-# Where a run leaves the CLIP that it trained.
+# Folder of a trained CLIP within a run.
 CLIP_FOLDER = ("checkpoints", "clip")
-# How the references draw when nothing else is said.
+# Default sampling settings of the reference implementations.
 RELEASED_SAMPLING = {
     "rudolph": SamplingConfig(
         TokenSamplingConfig(top_k=768, top_p=0.99),
@@ -58,7 +58,12 @@ RELEASED_SAMPLING = {
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are held: ``dtype`` None is the file's own, ``int8`` is for decoder layers."""
+    """Precision of loaded weights.
+
+    Attributes:
+        dtype: Dtype of the weights; None for that of the file.
+        int8: Store the decoder's layers in int8.
+    """
 
     dtype: torch.dtype | None = None
     int8: bool = False
@@ -66,7 +71,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline, how it draws unless it is told otherwise, and what it is called."""
+    """A pipeline with its defaults.
+
+    Attributes:
+        pipeline: Decoder, VQ-GAN and tokenizer.
+        sampling: Default sampling settings.
+        image_size: Height and width of its images, in pixels.
+        name: Name for messages and records.
+    """
 
     pipeline: Pipeline
     sampling: SamplingConfig
@@ -77,31 +89,36 @@ class LoadedModel:
 def open_model(
     source: str, *, runs: Path, uri: str, precision: Precision | None = None
 ) -> LoadedModel:
-    """The pipeline of a source.
+    """Load the pipeline of a source on this machine's device.
 
     Args:
-        source: a run's folder, an MLflow run's id, a released name, a folder of weights,
-            ``shipped`` or ``newest``.
-        runs: the folder of all runs.
-        uri: the tracking server that is asked for an MLflow run.
+        source: A run's folder, an MLflow run id, a released name, a folder of weights,
+            ``shipped``, ``newest`` or ``experiment:NAME``.
+        runs: Folder of all runs.
+        uri: Tracking server of an MLflow run.
+        precision: Precision of the weights.
 
     Raises:
-        ValueError: in one line, with what to do.
+        ValueError: If the source has no such model; the message says what to do.
     """
     precision = precision or Precision()
     folder = find_folder(source, runs=runs, uri=uri)
-    found = (_of_run if is_run(folder) else _of_reference)(folder, precision)
+    model = (_load_run_model if is_run(folder) else _load_release)(folder, precision)
     device = Hardware().device
-    images = None
+    image_dtype = None
     if precision.dtype not in (None, torch.float32) and device.type == "cpu":
-        # Processors convolve in bfloat16 where they have any 16 bits.
-        images = torch.bfloat16 if has_native_bfloat16() else torch.float32
-    found.pipeline.to(device, image_dtype=images)
-    return found
+        # On CPUs, bfloat16 is the only 16-bit dtype with native convolutions.
+        image_dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
+    model.pipeline.to(device, image_dtype=image_dtype)
+    return model
 
 
 def find_folder(source: str, *, runs: Path, uri: str) -> Path:
-    """The folder of a source on this disk; an MLflow run is fetched."""
+    """Return the local folder of a source; download an MLflow run.
+
+    Raises:
+        ValueError: If the source does not exist.
+    """
     if source == SHIPPED:
         return SHIPPED_RUN
     if source == NEWEST:
@@ -109,15 +126,15 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
     if source.startswith(OF_EXPERIMENT):
         return run_of_experiment(source.removeprefix(OF_EXPERIMENT), runs)
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
-        here = local_run(source, runs)
-        return here or fetched_run(source, uri, runs / ".cache" / f"mlflow-{source}")
+        local_folder = local_run(source, runs)
+        return local_folder or fetched_run(source, uri, runs / ".cache" / f"mlflow-{source}")
     if not Path(source).exists() and not store.is_released(source) and "/" in source:
         raise ValueError(f"{source}: no such folder")
     return store.locate(source)
 
 
 def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
-    """Return the folder of an MLflow run in the cache; a damaged one is fetched again."""
+    """Return the cached folder of an MLflow run; download it if missing or damaged."""
     paths = sorted((folder / "checkpoints").rglob("*.safetensors"))
     faults = [f"{path}: damaged ({fault})" for path in paths if (fault := weights_error(path))]
     if (folder / "config.yaml").is_file():
@@ -126,76 +143,91 @@ def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        aside = rename_damaged(folder)
-        warn_once(f"{faults[0]}; renamed {aside.name}, the run is fetched again")
+        renamed = rename_damaged(folder)
+        warn_once(f"{faults[0]}; renamed {renamed.name}; downloading the run again")
     return fetch_run(run_id, uri, folder)
 
 
 def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run."""
     return (folder / "config.yaml").is_file()
 
 
 def newest_run(runs: Path) -> Path:
-    """The run that finished last."""
-    found = (
+    """Return the folder of the run that finished last and has a decoder.
+
+    Raises:
+        ValueError: If no run has finished.
+    """
+    paths = (
         path
         for path in runs.rglob("summary.json")
         if not any(part.startswith(".") for part in path.relative_to(runs).parts)
     )
-    summaries = sorted(found, key=lambda path: path.stat().st_mtime)
+    summaries = sorted(paths, key=lambda path: path.stat().st_mtime)
     for path in reversed(summaries):
         folder = path.parent
         if (folder / "checkpoints" / RUN_FILES[0]).is_file() and is_finished(folder):
             return folder
-    raise ValueError(f"{runs}: no finished run; `make quickstart` trains one, or give --model")
+    raise ValueError(
+        f"{runs}: expected a finished run, got none. Train one with `make quickstart`, or give "
+        "--model"
+    )
 
 
 def run_of_experiment(name: str, runs: Path) -> Path:
     """Return the newest finished run of an experiment: ``quickstart`` or ``emoji/emoji_64:seed1``.
 
     Raises:
-        ValueError: when no run has finished, or several have and none is named.
+        ValueError: If no run has finished, or if several have and the name selects none.
     """
     experiment, _, run = name.partition(":")
-    folders = sorted((runs / experiment).glob("*/summary.json"), key=lambda it: it.stat().st_mtime)
+    folders = sorted(
+        (runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime
+    )
     finished = {path.parent.name.rpartition("-")[0]: path.parent for path in folders}
     finished = {name: folder for name, folder in finished.items() if is_finished(folder)}
     if run and run in finished:
         return finished[run]
     if not finished or run:
-        known = f"; finished are {', '.join(sorted(finished))}" if finished else ""
+        known = f", only {', '.join(sorted(finished))}" if finished else ""
         raise ValueError(
             f"experiment:{name}: no finished run in {runs / experiment}{known}. "
-            f"`rudolph run experiments/{experiment}.yaml` trains it"
+            f"Train it with `rudolph run experiments/{experiment}.yaml`"
         )
     if len(finished) > 1:
-        names = ", ".join(f"experiment:{experiment}:{each}" for each in sorted(finished))
-        raise ValueError(f"experiment:{name}: expected one run, got {len(finished)}. Name {names}")
+        names = ", ".join(f"experiment:{experiment}:{run_name}" for run_name in sorted(finished))
+        raise ValueError(
+            f"experiment:{name}: expected one run, got {len(finished)}. Choose from {names}"
+        )
     return next(iter(finished.values()))
 
 
 def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
-    """The trained parts of a run's folder and its configuration.
+    """Load the trained decoder, VQ-GAN and tokenizer of a run, on the CPU in float32.
+
+    Returns:
+        The pipeline and the configuration of the run.
 
     Raises:
-        ValueError: when the folder holds no finished training.
+        ValueError: If the folder holds no finished training.
     """
     checkpoints = folder / "checkpoints"
     for name in RUN_FILES:
         if not (checkpoints / name).is_file():
-            raise ValueError(f"{folder}: not a trained run, it lacks checkpoints/{name}")
+            raise ValueError(f"{folder}: expected a trained run, got no checkpoints/{name}")
     config = read_run(folder / "config.yaml")
     vqgan = VQGAN(config.vqgan)
     decoder = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
-    for part, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
+    for module, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
         tensors = read_weights(checkpoints / name)
-        load_exactly(part, unpack_int8(tensors), family=str(checkpoints / name))
-        # A run that was packed holds 16 bits, or 8.
-        part.float()
+        load_exactly(module, unpack_int8(tensors), family=str(checkpoints / name))
+        # A packed run stores 16 or 8 bits per weight.
+        module.float()
     return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
 
 
-def _of_run(folder: Path, precision: Precision) -> LoadedModel:
+def _load_run_model(folder: Path, precision: Precision) -> LoadedModel:
     pipeline, config = load_run(folder)
     pipeline.decoder.to(precision.dtype or torch.float32)
     if precision.int8:
@@ -207,14 +239,14 @@ def _of_run(folder: Path, precision: Precision) -> LoadedModel:
     return LoadedModel(pipeline, config.sampling, config.data.image_size, name)
 
 
-def _of_reference(folder: Path, precision: Precision) -> LoadedModel:
-    """A released decoder, or one in a folder of its own, with the VQ-GAN and BPE that it needs."""
+def _load_release(folder: Path, precision: Precision) -> LoadedModel:
+    """Load a decoder in the reference's format, with the VQ-GAN and tokenizer that it needs."""
     family, _ = store.read_config(folder)
     if family not in RELEASED_SAMPLING:
-        raise ValueError(f"{folder}: holds a {family} model, which draws no images")
-    beside = folder / store.TOKENIZER_FILE
-    bpe = beside if beside.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
-    vqgan = store.load_weights(_vqgan_beside(folder), dtype=precision.dtype)
+        raise ValueError(f"{folder}: expected a model that generates images, got a {family} model")
+    own_bpe = folder / store.TOKENIZER_FILE
+    bpe = own_bpe if own_bpe.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
+    vqgan = store.load_weights(_vqgan_source(folder), dtype=precision.dtype)
     decoder = store.load_weights(folder, dtype=precision.dtype, int8=precision.int8)
     assert isinstance(vqgan, VQGAN) and isinstance(decoder, MaskedDecoder)
     pipeline = Pipeline(Tokenizer(bpe), vqgan, decoder)
@@ -223,15 +255,20 @@ def _of_reference(folder: Path, precision: Precision) -> LoadedModel:
 
 
 def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterator[str]:
-    """Write the parts of a source as the reference's packages load them; a line for each.
+    """Write the parts of a source in the format of the reference's packages.
 
-    A part that the reference cannot express is left out and said.
+    Parts that the reference cannot express are left out.
 
     Args:
-        has_pickle: ``pytorch_model.bin`` as well, which the old packages read.
+        folder: Folder of a run or of weights.
+        target: Folder to write.
+        has_pickle: Also write ``pytorch_model.bin``, which the old packages read.
+
+    Yields:
+        One line per part: its folder, or why it is left out.
 
     Raises:
-        ValueError: for a target that meets the source.
+        ValueError: If the target overlaps the source.
     """
     require_disjoint_paths(target, folder, "folder")
     if is_run(folder):
@@ -244,36 +281,36 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
         pipeline.tokenizer.save(target / store.TOKENIZER_FILE)
     else:
         parts = {target: store.load_weights(folder)}
-    for place, model in parts.items():
+    for folder_of_part, model in parts.items():
         try:
             family, config, tensors = to_reference(model)
         except ValueError as error:
-            yield f"{type(model).__name__} is left out: {error}"
+            yield f"{type(model).__name__}: left out ({error})"
             continue
-        pickled = place / "pytorch_model.bin"
-        if not has_pickle and store.is_exported(place):
-            # It would hold the weights of an earlier call.
-            pickled.unlink(missing_ok=True)
+        pickle_path = folder_of_part / "pytorch_model.bin"
+        if not has_pickle and store.is_exported(folder_of_part):
+            # The file would hold the weights of an earlier call.
+            pickle_path.unlink(missing_ok=True)
         store.write_checkpoint(
-            place, tensors, family=family, config=config, origin={"from": str(folder)}
+            folder_of_part, tensors, family=family, config=config, origin={"from": str(folder)}
         )
         if has_pickle:
-            write_atomic(pickled, partial(torch.save, tensors))
-        yield f"{place}: {family}, {len(tensors)} tensors"
+            write_atomic(pickle_path, partial(torch.save, tensors))
+        yield f"{folder_of_part}: {family}, {len(tensors)} tensors"
 
 
 def open_weights(source: str, kind: type[Kind], *, runs: Path, uri: str) -> Kind:
-    """Return the model of class ``kind`` that a source has, on the CPU.
+    """Load the model of class ``kind`` from a source, on the CPU.
 
     Raises:
-        ValueError: when the source has a model of another class.
+        ValueError: If the source has a model of another class.
     """
     folder = find_folder(source, runs=runs, uri=uri)
     if not is_run(folder):
-        return _checked(store.load_weights(folder), kind, source)
+        return _require_kind(store.load_weights(folder), kind, source)
     if kind is CLIP:
-        return _checked(open_clip(str(folder)).clip, kind, source)
-    return _checked(load_run(folder)[0].decoder, kind, source)
+        return _require_kind(open_clip(str(folder)).clip, kind, source)
+    return _require_kind(load_run(folder)[0].decoder, kind, source)
 
 
 def open_run(folder: Path) -> tuple[Capabilities, RunConfig]:
@@ -293,37 +330,41 @@ def open_run(folder: Path) -> tuple[Capabilities, RunConfig]:
 
 
 def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
-    """The VQ-GAN of a source, on the CPU; of a released decoder the one that it is used with."""
+    """Load the VQ-GAN of a source on the CPU; for a released decoder, load its VQ-GAN."""
     folder = find_folder(source, runs=runs, uri=uri)
     if is_run(folder):
-        return _checked(load_run(folder)[0].vqgan, VQGAN, source)
+        return _require_kind(load_run(folder)[0].vqgan, VQGAN, source)
     is_decoder = store.read_config(folder)[0] in RELEASED_SAMPLING
-    return _checked(
-        store.load_weights(_vqgan_beside(folder) if is_decoder else folder), VQGAN, source
+    return _require_kind(
+        store.load_weights(_vqgan_source(folder) if is_decoder else folder), VQGAN, source
     )
 
 
-def _vqgan_beside(folder: Path) -> Path | str:
-    """Return where the VQ-GAN of a decoder in the reference's format is."""
-    own = folder / "vqgan"
-    return own if own.is_dir() else IMAGE_TOKENIZER
+def _vqgan_source(folder: Path) -> Path | str:
+    """Return the folder or name of the VQ-GAN of a decoder in the reference's format."""
+    own_vqgan = folder / "vqgan"
+    return own_vqgan if own_vqgan.is_dir() else IMAGE_TOKENIZER
 
 
 def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
-    """The ``bpe.model`` of a source, or the file itself."""
+    """Return the path of a source's ``bpe.model``, or the source if it is such a file."""
     if Path(source).is_file() or source.endswith(".model"):
         return Path(source)
     folder = find_folder(source, runs=runs, uri=uri)
-    place = folder / "checkpoints" if is_run(folder) else folder
-    path = place / store.TOKENIZER_FILE
+    tokenizer_folder = folder / "checkpoints" if is_run(folder) else folder
+    path = tokenizer_folder / store.TOKENIZER_FILE
     return path if path.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
 
 
 def open_clip(source: str, *, runs: Path = Path("runs")) -> ClipRanker:
-    """Return a CLIP with its tokenizer: of a release, a folder, a run or an experiment's run.
+    """Load a CLIP with its tokenizer.
 
     Args:
-        runs: where the runs of ``experiment:NAME`` lie.
+        source: A released name, a folder, a run or ``experiment:NAME``.
+        runs: Folder with the runs of ``experiment:NAME``.
+
+    Raises:
+        ValueError: If the source has no CLIP or no tokenizer.
     """
     if source.startswith(OF_EXPERIMENT):
         source = str(run_of_experiment(source.removeprefix(OF_EXPERIMENT), runs))
@@ -331,22 +372,22 @@ def open_clip(source: str, *, runs: Path = Path("runs")) -> ClipRanker:
     folder = Path(source, *CLIP_FOLDER) if is_trained_here else store.locate(source)
     if is_trained_here and not folder.is_dir():
         raise ValueError(
-            f"{source}: not a run that trained a CLIP, it lacks {'/'.join(CLIP_FOLDER)}"
+            f"{source}: expected a run that trained a CLIP, got no {'/'.join(CLIP_FOLDER)}"
         )
     bpe = folder / store.TOKENIZER_FILE
     if not bpe.is_file():
-        raise ValueError(f"{folder}: a CLIP needs its own {store.TOKENIZER_FILE} beside it")
+        raise ValueError(f"{folder}: expected a CLIP with its {store.TOKENIZER_FILE}, got none")
     templates = PLAIN_TEMPLATES if is_trained_here else TEMPLATES
-    model = _checked(store.load_weights(folder), CLIP, source)
+    model = _require_kind(store.load_weights(folder), CLIP, source)
     return ClipRanker(model, Tokenizer(bpe), templates=templates)
 
 
 def open_upscaler(source: str) -> Upscaler:
-    """An upscaler of a released name or a folder."""
-    return _checked(store.load_weights(source), Upscaler, source)
+    """Load an upscaler by released name or from a folder."""
+    return _require_kind(store.load_weights(source), Upscaler, source)
 
 
-def _checked(model: nn.Module, kind: type[Kind], source: str) -> Kind:
+def _require_kind(model: nn.Module, kind: type[Kind], source: str) -> Kind:
     if not isinstance(model, kind):
-        raise ValueError(f"{source}: must be a {kind.__name__}, got a {type(model).__name__}")
+        raise ValueError(f"{source}: expected a {kind.__name__}, got a {type(model).__name__}")
     return model

@@ -1,7 +1,8 @@
-"""Many runs: of a file or of a folder of files, one after the other or some at a time.
+"""Execution of many runs, sequentially or in parallel processes.
 
-A run that fails stops no other.  Processes that work at once share the cores; each executes run
-after run, so that libraries are imported once.
+The runs come from one experiment file or from a folder of files.  A failed run does not stop the
+others.  Parallel processes share the cores.  Each executes several runs, so that libraries are
+imported once.
 """
 
 import gc
@@ -29,12 +30,12 @@ from rudolph.reports.store import finished_row
 from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
 
 BASES = "base"
-# In the folder of an experiment's runs, the file that they are of.
+# In the folder of an experiment's runs: the path of the experiment file.
 OWNER = "experiment.txt"
-# In a run's folder, where the error that ended it was raised.
+# In a run's folder: the traceback of the error that ended the run.
 TRACEBACK = "traceback.txt"
-KILLED = "its process was killed, by the system or for its memory"
-# Seconds that runs at once have to end after Ctrl-C, and the exit code of their processes.
+KILLED = "the process was killed, perhaps because memory ran out"
+# Seconds that parallel runs get to stop after Ctrl-C, and the exit code of their processes.
 SECONDS_TO_STOP = 3.0
 INTERRUPTED = 130
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -42,7 +43,13 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where runs are executed and on what; ``uri`` is that of the tracking server."""
+    """Folders, hardware and tracking server of a command's runs.
+
+    Attributes:
+        folders: Folders of the runs, the cache and the checkout.
+        hardware: Hardware that every run uses.
+        uri: URI of the tracking server.
+    """
 
     folders: Folders
     hardware: Hardware
@@ -51,7 +58,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of an experiment file, as another process is given it."""
+    """One run of an experiment file, in a form that can be sent to another process."""
 
     file: Path
     settings: tuple[str, ...]
@@ -59,51 +66,57 @@ class Job:
     run: Run = field(compare=False)
 
     def load(self) -> tuple[Experiment, Run]:
+        """Load the experiment file and return it with the run."""
         return load_experiment(self.file, self.settings), self.run
 
 
 def experiment_files(path: Path) -> list[Path]:
-    """The file itself; of a folder its experiments and those of its folders, but no bases.
+    """Return the path of a file, or all experiment files below a folder except base files.
 
     Raises:
-        ConfigError: when there is none.
+        ConfigError: If a folder contains no experiment file.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.rglob("*.yaml") if each.parent.name != BASES)
-    if not found:
-        raise ConfigError(f"{path}: holds no experiment (*.yaml)")
-    return found
+    files = sorted(file for file in path.rglob("*.yaml") if file.parent.name != BASES)
+    if not files:
+        raise ConfigError(f"{path}: expected experiment files (*.yaml), found none")
+    return files
 
 
 def require_own_experiments(
     experiments: Sequence[Experiment], folders: Folders, results: Path
 ) -> None:
-    """Raise ``ConfigError`` for a file whose name belongs to another file's runs or results.
+    """Check that no experiment has the name of another file's runs or results.
 
-    A copy that asks the same of the same runs shares them.  A file that is no longer there has
-    been moved.
+    A copy with the same title, question and runs shares them with the original.  An owner that no
+    longer exists is taken as moved.
+
+    Raises:
+        ConfigError: If another file uses the name of an experiment.
     """
     known: dict[str, Experiment] = {}
     for experiment in experiments:
         other = known.setdefault(experiment.name.casefold(), experiment)
         if other is not experiment:
-            raise _owned(experiment, str(other.path), "the same command")
-        for place, owner in _owners(experiment, folders, results):
+            raise _name_conflict(experiment, str(other.path), "the same command")
+        for folder, owner in _existing_owners(experiment, folders, results):
             path = folders.checkout / owner
-            if path.is_file() and not _asks_the_same(experiment, path):
-                raise _owned(experiment, owner, str(place))
+            if path.is_file() and not _has_same_runs(experiment, path):
+                raise _name_conflict(experiment, owner, str(folder))
 
 
-def _owned(experiment: Experiment, owner: str, place: str) -> ConfigError:
+def _name_conflict(experiment: Experiment, owner: str, location: str) -> ConfigError:
     return ConfigError(
-        f"{experiment.path}: expected a name of its own, got {experiment.name!r}, which is that "
-        f"of {owner} in {place}. Rename one of the files"
+        f"{experiment.path}: expected a unique experiment name, got {experiment.name!r}, which "
+        f"{owner} uses in {location}. Rename one of the files"
     )
 
 
-def _owners(experiment: Experiment, folders: Folders, results: Path) -> Iterator[tuple[Path, str]]:
-    """Yield each folder of an experiment's name with the file that it was made from."""
+def _existing_owners(
+    experiment: Experiment, folders: Folders, results: Path
+) -> Iterator[tuple[Path, str]]:
+    """Yield each folder with an experiment's name and the experiment file that created it."""
     runs = folders.runs / experiment.name
     if (runs / OWNER).is_file():
         yield runs, (runs / OWNER).read_text("utf-8", errors="replace").strip()
@@ -111,11 +124,11 @@ def _owners(experiment: Experiment, folders: Folders, results: Path) -> Iterator
         try:
             yield results / experiment.name, read_report(results / experiment.name).source
         except DamagedFileError:
-            # The next export writes it anew.
+            # The next export rewrites the damaged report.
             return
 
 
-def _asks_the_same(experiment: Experiment, path: Path) -> bool:
+def _has_same_runs(experiment: Experiment, path: Path) -> bool:
     if path.samefile(experiment.path):
         return True
     try:
@@ -123,48 +136,48 @@ def _asks_the_same(experiment: Experiment, path: Path) -> bool:
         own = load_experiment(experiment.path)
     except ConfigError:
         return False
-    asked = [
-        (each.title, each.question, [(run.name, run.config.digest) for run in each.runs])
-        for each in (own, other)
+    contents = [
+        (loaded.title, loaded.question, [(run.name, run.config.digest) for run in loaded.runs])
+        for loaded in (own, other)
     ]
-    return asked[0] == asked[1]
+    return contents[0] == contents[1]
 
 
 def keep_owner(experiment: Experiment, folders: Folders) -> None:
-    """Note whose runs lie in the folder of an experiment."""
+    """Write the path of an experiment file into the folder of the experiment's runs."""
     path = experiment.path.resolve()
     checkout = folders.checkout.resolve()
-    shown = path.relative_to(checkout) if path.is_relative_to(checkout) else path
-    write_text(folders.runs / experiment.name / OWNER, f"{shown.as_posix()}\n")
+    owner = path.relative_to(checkout) if path.is_relative_to(checkout) else path
+    write_text(folders.runs / experiment.name / OWNER, f"{owner.as_posix()}\n")
 
 
 def failure_of(
-    experiment: Experiment, run: Run, place: RunContext, progress: ProgressCallback
+    experiment: Experiment, run: Run, context: RunContext, progress: ProgressCallback
 ) -> str:
-    """Execute a run unless it is finished; return the error that ended it, empty if none did.
+    """Run unless already finished. Return the error message if the run failed, else "".
 
-    The traceback of an error that is no user's mistake is kept in the run's folder.
+    The traceback of an error that is not a user error is written to the run's folder.
 
     Raises:
-        ValueError: for a mistake in the data or the hardware flags.
-        OSError: for a file that cannot be read or written.
+        ValueError: If the data or the hardware flags are invalid.
+        OSError: If a file cannot be read or written.
     """
-    # Only what trains takes the seconds that Lightning and MLflow need to be imported.
+    # Importing Lightning and MLflow takes seconds, which only training should cost.
     from rudolph.runs.experiment import execute
     from rudolph.training.callbacks import NonFiniteLossError
 
-    folder = run_folder(place.folders, experiment, run)
+    folder = run_folder(context.folders, experiment, run)
     if is_finished(folder):
         return ""
-    kept = folder / TRACEBACK
-    kept.unlink(missing_ok=True)
+    traceback_path = folder / TRACEBACK
+    traceback_path.unlink(missing_ok=True)
     try:
         execute(
             experiment,
             run,
-            folders=place.folders,
-            hardware=place.hardware,
-            uri=place.uri,
+            folders=context.folders,
+            hardware=context.hardware,
+            uri=context.uri,
             progress=progress,
         )
     except NonFiniteLossError as error:
@@ -172,39 +185,42 @@ def failure_of(
     except (ValueError, OSError):
         raise
     except Exception as error:
-        if place.hardware.world > 1:
+        if context.hardware.world > 1:
             # The other processes of the run wait for this one until it dies.
             raise
-        write_text(kept, traceback.format_exc())
-        why = f"{error_line(error)}; its traceback is in {kept}"
+        write_text(traceback_path, traceback.format_exc())
+        message = f"{error_line(error)}; traceback: {traceback_path}"
     else:
         return ""
-    # The frames of the error held the models.
+    # The frames of the traceback kept the models alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return why
+    return message
 
 
 def is_shared_mistake(folder: Path, run: Run, others: Sequence[Run]) -> bool:
-    """Return whether what ended a run in its first stage must end all others too.
+    """Return whether a user error in a run's first stage would end all other runs too.
 
-    Until then a run has read its data, its tokenizer and a VQ-GAN that is named.
+    By the end of that stage a run has read its data, its tokenizer and a VQ-GAN named as
+    ``vqgan.init``.
 
     Args:
-        folder: of the run that failed.
+        folder: Folder of the failed run.
+        run: The failed run.
+        others: All runs of the command.
     """
 
-    def read_first(each: Run) -> tuple[Any, ...]:
-        return each.config.model.family, each.config.data, each.config.tokenizer, each.config.vqgan
+    def inputs(run: Run) -> tuple[Any, ...]:
+        return run.config.model.family, run.config.data, run.config.tokenizer, run.config.vqgan
 
-    if any(read_first(each) != read_first(run) for each in others):
+    if any(inputs(other) != inputs(run) for other in others):
         return False
     return (folder / SUMMARY).is_file() and set(read_summary(folder)["seconds"]) <= {"data"}
 
 
 def error_line(error: Exception) -> str:
-    """Return an error in one line, with what helps where memory ran out."""
+    """Return an error as one line, with advice if memory ran out."""
     text = " ".join(str(error).split())
     line = f"{type(error).__name__}: {text}" if text else type(error).__name__
     is_memory = isinstance(error, MemoryError) or any(
@@ -214,7 +230,7 @@ def error_line(error: Exception) -> str:
 
 
 def search_of(experiment: Experiment, folders: Folders) -> Iterator[list[Run]]:
-    """The rounds of an experiment's search: each is to be executed before the next is taken."""
+    """Yield the rounds of an experiment's search; execute each before taking the next."""
     if experiment.search is None:
         return
     from rudolph.runs.search import search_rounds
@@ -226,77 +242,88 @@ def search_of(experiment: Experiment, folders: Folders) -> Iterator[list[Run]]:
 
 
 def all_runs(experiment: Experiment, folders: Folders) -> list[Run]:
-    """The runs of an experiment, with those of its search that have finished."""
-    found = _runs_of_search(experiment, folders)
-    ended = [run for run in found if finished_row(run_folder(folders, experiment, run))]
-    return [*experiment.runs, *ended]
+    """Return the runs of an experiment and the finished runs of its search."""
+    search_runs = _runs_of_search(experiment, folders)
+    finished = [run for run in search_runs if finished_row(run_folder(folders, experiment, run))]
+    return [*experiment.runs, *finished]
 
 
 def missing_runs(experiment: Experiment, folders: Folders) -> tuple[str, ...]:
-    """Return the names of the runs that have not finished, and how many of a search follow."""
-    found = _runs_of_search(experiment, folders)
+    """Return the names of unfinished runs, then the number of search runs not yet begun."""
+    search_runs = _runs_of_search(experiment, folders)
     missing = [
         run.name
-        for run in (*experiment.runs, *found)
+        for run in (*experiment.runs, *search_runs)
         if finished_row(run_folder(folders, experiment, run)) is None
     ]
     if experiment.search is not None:
         search = experiment.search
-        left = search.trials + len(search.domains) * len(experiment.seeds) - len(found)
-        missing += [f"{left} more of its search"] if left else []
+        num_expected = search.trials + len(search.domains) * len(experiment.seeds)
+        num_left = num_expected - len(search_runs)
+        missing += [f"{num_left} more of its search"] if num_left else []
     return tuple(missing)
 
 
 def _runs_of_search(experiment: Experiment, folders: Folders) -> list[Run]:
-    """The runs of a search up to the first round that has not begun."""
+    """Return the runs of a search up to the first round that has not begun."""
     runs: list[Run] = []
-    for found in search_of(experiment, folders):
-        if not any((run_folder(folders, experiment, run) / SUMMARY).exists() for run in found):
+    for search_round in search_of(experiment, folders):
+        paths = (run_folder(folders, experiment, run) / SUMMARY for run in search_round)
+        if not any(path.exists() for path in paths):
             break
-        runs += found
+        runs += search_round
     return runs
 
 
 def run_at_once(
-    jobs: Sequence[Job], place: RunContext, *, number: int
+    jobs: Sequence[Job], context: RunContext, *, number: int
 ) -> Iterator[tuple[Job, str]]:
-    """Execute jobs in ``number`` processes; each as it ends, with why it failed."""
-    broken = yield from _in_processes(jobs, place, number)
-    # One that is killed takes all others of its pool along, so each is tried by itself.
+    """Execute jobs in parallel processes; yield each finished job and its error message or "".
+
+    Args:
+        jobs: The runs to execute.
+        context: Where and on what hardware they are executed.
+        number: Number of processes.
+    """
+    broken = yield from _run_in_pool(jobs, context, number)
+    # A killed process breaks its whole pool, so each remaining job gets a pool of one.
     for job in broken:
-        if (yield from _in_processes([job], place, 1)):
+        if (yield from _run_in_pool([job], context, 1)):
             yield job, KILLED
 
 
-def _in_processes(
-    jobs: Sequence[Job], place: RunContext, number: int
+def _run_in_pool(
+    jobs: Sequence[Job], context: RunContext, number: int
 ) -> Generator[tuple[Job, str], None, list[Job]]:
-    """Execute jobs in one pool of processes; return those that a killed process left."""
+    """Execute jobs in one process pool; return the jobs that a killed process left undone."""
     threads = max(1, (os.cpu_count() or 1) // number)
     pool = ProcessPoolExecutor(
-        number, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
+        number,
+        mp_context=get_context("spawn"),
+        initializer=_initialize_process,
+        initargs=(threads,),
     )
     broken = []
-    with _ended(pool):
-        jobs_of = {pool.submit(_execute_job, job, place): job for job in jobs}
+    with _shutting_down(pool):
+        jobs_of = {pool.submit(_execute_job, job, context): job for job in jobs}
         for future in as_completed(jobs_of):
             try:
-                why = future.result()
+                error = future.result()
             except BrokenProcessPool:
                 broken.append(jobs_of[future])
             else:
-                yield jobs_of[future], why
+                yield jobs_of[future], error
     return broken
 
 
 @contextmanager
-def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """End the processes of a pool; at once, where an error or a key press stops this one."""
+def _shutting_down(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Shut a process pool down; terminate its processes after an error or Ctrl-C here."""
     others = active_children()
     try:
         yield
     except BaseException:
-        # Jobs that wait in the pool would still start.
+        # Queued jobs would still start.
         deadline = time.monotonic() + SECONDS_TO_STOP
         children = [child for child in active_children() if child not in others]
         for child in children:
@@ -308,33 +335,33 @@ def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
     pool.shutdown()
 
 
-def _begin(threads: int) -> None:
+def _initialize_process(threads: int) -> None:
     from rudolph.runs.console import silence_libraries
 
     torch.set_num_threads(threads)
     silence_libraries()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """End this process once its parent is gone; a killed parent cannot end it itself."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends: a killed parent cannot stop its children."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(INTERRUPTED)
 
 
-def _execute_job(job: Job, place: RunContext) -> str:
+def _execute_job(job: Job, context: RunContext) -> str:
     try:
-        return failure_of(*job.load(), place, _unseen)
+        return failure_of(*job.load(), context, _discard_progress)
     except OSError as error:
         return explain_os_error(error)
     except ValueError as error:
         return " ".join(str(error).split())
     except KeyboardInterrupt:
-        # The pool would give this process its next job.
+        # Otherwise the pool would give this process its next job.
         os._exit(INTERRUPTED)
 
 
-def _unseen(stage: str, done: int, total: int, note: str) -> None:
-    """Show nothing: runs at once report only their ends."""
+def _discard_progress(stage: str, done: int, total: int, note: str) -> None:
+    """Discard progress: parallel runs report only their completion."""

@@ -1,7 +1,7 @@
-"""Images of a run: its masks, reconstructions, captions and the grid of fixed prompts.
+"""Sample images of a run: masks, reconstructions, captions and a grid of fixed prompts.
 
-Those that runs have in common are drawn by the first of them.  One that cannot be drawn is a
-warning and fails no run.  Matplotlib is imported only where an image is drawn.
+Images that several runs share are drawn once and cached.  A failed drawing causes a warning and
+does not fail the run.  Matplotlib is imported only where an image is drawn.
 """
 
 import os
@@ -36,22 +36,22 @@ NUM_SHOWN = 10
 
 
 def save_masks(execution: Execution, model: nn.Module) -> None:
-    """Save the different masks of a masked decoder as one image; other models have none."""
+    """Save the distinct attention masks of a masked decoder as one image; skip other models."""
     if not isinstance(model, MaskedDecoder) or not is_main_process():
         return
-    names, sees_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_attends_left
+    names, attends_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_attends_left
 
     def draw(path: Path) -> None:
         from rudolph.reports import image_grids
 
         rules = {name: parse_mask(name) for name in names}
-        if not sees_left:
+        if not attends_left:
             rules = {name: right_without_left(rule) for name, rule in rules.items()}
         tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
         image_grids.draw_masks_image(tables, path, segments=model.layout.segment_lengths)
 
     path = execution.folder / "samples" / "masks.png"
-    save_once(execution, path, draw, decided_by=(names, sees_left, to_plain(model.layout)))
+    save_once(execution, path, draw, decided_by=(names, attends_left, to_plain(model.layout)))
     if path.is_file():
         execution.tracker.log_artifact(path)
 
@@ -61,10 +61,13 @@ def save_samples(
 ) -> None:
     """Save reconstructions, captions of each split and the grid of fixed prompts.
 
-    A model shows what it can do, and nothing else.
+    Samples that need a capability which the model lacks are skipped.
 
     Args:
-        made_of: the digest of the data and the parts.
+        execution: The run.
+        model: Capabilities of the trained model.
+        splits: Splits of the run's datasets.
+        made_of: Digest of the data and the parts.
     """
     folder, provided = execution.folder / "samples", type(model).provided()
     if "image_tokenizer" in provided:
@@ -83,13 +86,15 @@ def save_samples(
 def save_reconstructions(
     execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, made_of: str
 ) -> None:
-    """Save some validation images, their reconstructions and the differences."""
+    """Save ``NUM_SHOWN`` validation images, their reconstructions and the differences."""
 
     def draw(path: Path) -> None:
         from rudolph.reports import image_grids
 
-        seen = splits.with_images("validation")
-        originals = torch.cat([split.image_batch(_spread(split, len(seen))) for split in seen])
+        image_splits = splits.with_images("validation")
+        originals = torch.cat(
+            [split.image_batch(_evenly_spaced(split, len(image_splits))) for split in image_splits]
+        )
         decoded = tokenizer.decode(tokenizer.encode(originals))
         image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
@@ -104,31 +109,37 @@ def save_once(
     *,
     decided_by: tuple[Any, ...],
 ) -> None:
-    """An image in the run's folder; ``draw(path)`` if no run before drew it.
+    """Save an image in the run's folder, from the cache or with ``draw(path)``.
 
-    It is missing, with a warning, where it cannot be drawn.
+    If drawing fails, warn and leave the image out.
+
+    Args:
+        execution: The run.
+        path: Path of the image in the run's folder.
+        draw: Draws the image at a path.
+        decided_by: Everything that determines the image; its digest names the cached file.
     """
     name = f"{path.stem}-{digest_of(*decided_by)[:16]}{path.suffix}"
-    cached = execution.folders.cache / "images" / name
-    if is_whole_png(cached):
-        copy_to_run(cached, path)
+    cached_path = execution.folders.cache / "images" / name
+    if is_whole_png(cached_path):
+        copy_to_run(cached_path, path)
         return
-    if os.path.lexists(cached):
-        aside = rename_damaged(cached)
-        warn_once(f"{cached}: damaged, renamed {aside.name}; it is drawn again")
+    if os.path.lexists(cached_path):
+        renamed = rename_damaged(cached_path)
+        warn_once(f"{cached_path}: damaged, renamed {renamed.name}; drawing it again")
     from rudolph.reports.style import warned_drawing
 
     with warned_drawing():
         draw(path)
-        copy_to_run(path, cached)
+        copy_to_run(path, cached_path)
 
 
 def save_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
-    """Images of a split with what the decoder says of them."""
+    """Save ``NUM_SHOWN`` images of a split with generated captions."""
     from rudolph.reports import image_grids
     from rudolph.reports.style import warned_drawing
 
-    images = split.image_batch(_spread(split))
+    images = split.image_batch(_evenly_spaced(split))
     sampling = execution.config.sampling.text
     captions = pipeline.caption(images, config=sampling, seeds=range(len(images)))
     path = execution.folder / "samples" / f"captions-{split.name}.png"
@@ -138,22 +149,22 @@ def save_captions(execution: Execution, pipeline: Pipeline, split: Split) -> Non
 
 
 def grid_prompts_of(config: RunConfig) -> tuple[str, ...]:
-    """Return the fixed prompts of a run that learns to draw what they say, or none."""
+    """Return the fixed prompts of a run trained on text-to-image generation, else ()."""
     tasks = {(row.dataset, row.task) for row in config.data.mixture}
-    is_drawing = (config.data.dataset, "text_to_image") in tasks
-    return config.evaluation.grid_prompts if is_drawing else ()
+    has_generation = (config.data.dataset, "text_to_image") in tasks
+    return config.evaluation.grid_prompts if has_generation else ()
 
 
 def warn_of_unknown(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Warn, before any training, of fixed prompts that the tokenizer of a run cannot read."""
-    for at, prompt in enumerate(grid_prompts_of(config)):
-        note = tokenizer.unknown_note(prompt, f"evaluation.grid_prompts[{at}]")
+    """Warn before training if the tokenizer cannot encode parts of the fixed prompts."""
+    for index, prompt in enumerate(grid_prompts_of(config)):
+        note = tokenizer.unknown_note(prompt, f"evaluation.grid_prompts[{index}]")
         if note:
             warnings.warn(note, UnknownTextWarning, stacklevel=2)
 
 
 def save_grid(execution: Execution, pipeline: Pipeline) -> None:
-    """Images of the fixed prompts, so that runs can be compared by eye."""
+    """Save generated images of the fixed prompts, for a visual comparison of runs."""
     path = execution.folder / "samples" / "grid.png"
     with execution.stage("samples") as advance:
         generate_prompts(pipeline, execution.config, path, on_token=partial(ignore_notes, advance))
@@ -162,27 +173,38 @@ def save_grid(execution: Execution, pipeline: Pipeline) -> None:
 def generate_prompts(
     pipeline: Pipeline, config: RunConfig, path: Path, *, on_token: OnToken | None = None
 ) -> None:
-    """Images of the fixed prompts of a configuration, as it draws and seeds them."""
+    """Generate images of the fixed prompts and save them as one grid.
+
+    Args:
+        pipeline: Pipeline that generates the images.
+        config: Configuration with the prompts, the sampling settings and the seed.
+        path: Path of the PNG.
+        on_token: Called with the number of generated tokens and the total.
+    """
     from rudolph.reports import image_grids
     from rudolph.reports.style import warned_drawing
 
-    prompts, number = config.evaluation.grid_prompts, config.evaluation.grid_samples
-    seeds = [mixed_seed(config.seed, at, k) for at in range(len(prompts)) for k in range(number)]
+    prompts, num_samples = config.evaluation.grid_prompts, config.evaluation.grid_samples
+    seeds = [
+        mixed_seed(config.seed, index, sample)
+        for index in range(len(prompts))
+        for sample in range(num_samples)
+    ]
     images = pipeline.generate_images(
         prompts, config=config.sampling.image, seeds=seeds, on_token=on_token
     )
-    labels = [prompt for prompt in prompts for _ in range(number)]
-    columns = max(GRID_COLUMNS // number, 1) * number
+    labels = [prompt for prompt in prompts for _ in range(num_samples)]
+    columns = max(GRID_COLUMNS // num_samples, 1) * num_samples
     with warned_drawing():
         image_grids.sample_grid(to_bytes(images), labels, path, columns=columns)
 
 
-def _spread(split: Split, num_splits: int = 1) -> list[int]:
-    """A few pairs from all over a split, always the same; fewer where several share an image."""
-    number = min(NUM_SHOWN // num_splits, len(split))
-    return [at * len(split) // number for at in range(number)]
+def _evenly_spaced(split: Split, num_splits: int = 1) -> list[int]:
+    """Return evenly spaced indices of a split, ``NUM_SHOWN`` over ``num_splits`` splits."""
+    count = min(NUM_SHOWN // num_splits, len(split))
+    return [index * len(split) // count for index in range(count)]
 
 
 def to_bytes(images: torch.Tensor) -> list[np.ndarray[Any, Any]]:
-    """``(B, 3, H, W)`` in [0, 1] to a list of ``(H, W, 3)`` uint8."""
+    """Convert images ``(B, 3, H, W)`` in [0, 1] to uint8 arrays ``(H, W, 3)``."""
     return list(images.mul(255).round().byte().permute(0, 2, 3, 1).numpy())

@@ -10,54 +10,58 @@ from rudolph.models.vqgan.model import VQGAN
 
 
 def scale_of(configs: Sequence[RunConfig]) -> str:
-    """Return the scale of the runs of an experiment; values that differ are given as a range.
+    """Return the scale of an experiment's runs; differing values are given as a range.
 
-    Nothing is allocated: models are built on the meta device.
+    Models are built on the meta device, without allocating memory.
     """
     stages = dict.fromkeys(family_of(config.model).stage for config in configs)
     parts = [
-        f"{stage} {_range(_counts(configs, stage), _millions)} parameters" for stage in stages
+        f"{stage} {_range_text(_parameter_counts(configs, stage), _millions)} parameters"
+        for stage in stages
     ]
     with_vqgan = [config for config in configs if config.needs_vqgan]
     if with_vqgan and "vqgan" not in stages:
-        parts.append(
-            f"VQ-GAN {_range({_vqgan_parameters(each) for each in with_vqgan}, _millions)}"
-        )
-    return "; ".join([", ".join(parts), *_training(configs), *_seeds(configs)])
+        counts = {_vqgan_parameters(config) for config in with_vqgan}
+        parts.append(f"VQ-GAN {_range_text(counts, _millions)}")
+    return "; ".join([", ".join(parts), *_training_parts(configs), *_seed_parts(configs)])
 
 
-def _training(configs: Sequence[RunConfig]) -> list[str]:
+def _training_parts(configs: Sequence[RunConfig]) -> list[str]:
     if configs[0].speed.workload is not None:
-        return [f"batch size {_range({each.speed.batch_size for each in configs}, str)}"]
-    sides = _range({each.data.image_size for each in configs}, str)
-    trained = [each for each in configs if "optim" in each.trainings]
+        return [f"batch size {_range_text({config.speed.batch_size for config in configs}, str)}"]
+    sides = _range_text({config.data.image_size for config in configs}, str)
+    trained = [config for config in configs if "optim" in config.trainings]
     if not trained:
         return [f"no training steps, {sides} px"]
-    steps = _range({each.optim.num_steps for each in trained}, lambda number: f"{number:,}")
-    batch = _range({each.optim.global_batch_size for each in trained}, str)
+    steps = _range_text(
+        {config.optim.num_steps for config in trained}, lambda number: f"{number:,}"
+    )
+    batch = _range_text({config.optim.global_batch_size for config in trained}, str)
     tokens = {
-        each.optim.num_steps * each.optim.global_batch_size * each.sequence_layout.length
-        for each in trained
-        if each.needs_vqgan
+        config.optim.num_steps * config.optim.global_batch_size * config.sequence_layout.length
+        for config in trained
+        if config.needs_vqgan
     }
-    total = f" ({_range(tokens, _millions)} tokens)" if tokens else ""
+    total = f" ({_range_text(tokens, _millions)} tokens)" if tokens else ""
     return [f"{steps} steps of {batch} samples{total}, {sides} px"]
 
 
-def _seeds(configs: Sequence[RunConfig]) -> list[str]:
+def _seed_parts(configs: Sequence[RunConfig]) -> list[str]:
     if configs[0].speed.workload is not None:
         return []
-    number = len({config.seed for config in configs})
-    return [f"{number} seed{'s' if number > 1 else ''}"]
+    num_seeds = len({config.seed for config in configs})
+    return [f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"]
 
 
-def _counts(configs: Sequence[RunConfig], stage: str) -> set[int]:
-    """Return the parameter counts of the models of one family."""
-    own = [config for config in configs if family_of(config.model).stage == stage]
-    # A sweep has hundreds of runs of one model.
+def _parameter_counts(configs: Sequence[RunConfig], stage: str) -> set[int]:
+    """Return the distinct parameter counts of the models of one family."""
+    matching = [config for config in configs if family_of(config.model).stage == stage]
+    # A sweep may have hundreds of runs of one model.
     distinct = {
-        str((each.model, each.layout, each.tokenizer, each.vqgan, each.data.image_size)): each
-        for each in own
+        str(
+            (config.model, config.layout, config.tokenizer, config.vqgan, config.data.image_size)
+        ): config
+        for config in matching
     }
     counts = set()
     for config in distinct.values():
@@ -73,14 +77,14 @@ def _vqgan_parameters(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _range(values: Iterable[int], text: Callable[[int], str]) -> str:
-    written = [text(value) for value in sorted(values)]
-    ends = list(dict.fromkeys((written[0], written[-1])))
+def _range_text(values: Iterable[int], to_text: Callable[[int], str]) -> str:
+    texts = [to_text(value) for value in sorted(values)]
+    ends = list(dict.fromkeys((texts[0], texts[-1])))
     return " to ".join(ends)
 
 
 def _millions(number: int) -> str:
-    """Return a number with three digits.
+    """Format a number with three significant digits.
 
     >>> _millions(12_600_000), _millions(410_000), _millions(2_700_000_000)
     ('12.6M', '0.41M', '2.7B')

@@ -1,9 +1,9 @@
-"""A search, run by run: proposals by Optuna, and then tests of the regions that were found.
+"""Hyperparameter search: trials proposed by Optuna, then tests of the regions that score well.
 
-Each proposal depends on the runs before it and its number alone, so a search that was interrupted
-goes on as if it had not been.
+A proposal depends only on the runs before it and on its number, so an interrupted search resumes
+exactly.
 
-Source: Bergstra 2011 (tree-structured Parzen estimator), by Optuna's ask and tell.
+Source: Bergstra 2011 (tree-structured Parzen estimator), by Optuna's ask-and-tell interface.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,18 +16,22 @@ from rudolph.config.run import RunConfig, resolve_run
 from rudolph.evaluation.regions import Axis, low_discrepancy_points, points_within, settings_at
 from rudolph.reports.search_tables import REGION_PREFIX, TRIAL, Search, find_domain_region
 
-# Optuna has no seed of its own for each proposal.
+# Optuna has no seed per proposal, so each proposal gets a sampler with its own seed.
 SEEDS_APART = 1000
 
-# What a finished run scored, as a row of ``runs.csv``; None where it is not finished.
+# Returns the row of a finished run in ``runs.csv``; None for an unfinished run.
 RowOf = Callable[[Run], Mapping[str, Any] | None]
 
 
 def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
-    """The even trials of a search, its proposals one by one, and the tests of its regions.
+    """Yield the rounds of a search: low-discrepancy trials, single proposals, region tests.
 
-    Whoever takes a round executes it before the next, its runs in any order or at once; what
-    failed is asked nothing and tells nothing.
+    The caller executes the runs of a round, in any order or in parallel, before taking the next
+    round.  Failed runs do not influence the proposals.
+
+    Args:
+        experiment: Experiment with a ``search`` section; without one there are no rounds.
+        row_of: Returns the row of a finished run in ``runs.csv``, or None.
     """
     search = experiment.search
     if search is None:
@@ -38,29 +42,32 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
         seed = seeds[number % len(seeds)]
         return _run(experiment, TRIAL, f"{number:03d}", point, seed, search.settings)
 
-    evenly = low_discrepancy_points(search.trials, len(search.space), seed=seeds[0])[:num_even]
-    found = [
-        trial(at, settings_at(search.space, place)) for at, place in enumerate(evenly.tolist())
+    even_points = low_discrepancy_points(search.trials, len(search.space), seed=seeds[0])[
+        :num_even
     ]
-    yield found
-    rows = [row for row in map(row_of, found) if row is not None]
+    even_trials = [
+        trial(number, settings_at(search.space, point))
+        for number, point in enumerate(even_points.tolist())
+    ]
+    yield even_trials
+    rows = [row for row in map(row_of, even_trials) if row is not None]
     if not rows:
-        # Nothing can be proposed after trials of which none has a score.
+        # Without any scored trial there is nothing to base a proposal on.
         return
     for number in range(num_even, search.trials):
         domain = domains[number % len(domains)]
-        own_seed = seeds[0] * SEEDS_APART + number
-        run = trial(number, propose(search, domain, pd.DataFrame(rows), own_seed))
+        proposal_seed = seeds[0] * SEEDS_APART + number
+        run = trial(number, propose(search, domain, pd.DataFrame(rows), proposal_seed))
         yield [run]
         row = row_of(run)
         if row is not None:
             rows.append(row)
     yield [
         _run(
-            experiment, f"{REGION_PREFIX}{domain}", "", settings_at(search.space, place), seed, {}
+            experiment, f"{REGION_PREFIX}{domain}", "", settings_at(search.space, point), seed, {}
         )
         for domain in domains
-        for place, seed in zip(
+        for point, seed in zip(
             points_within(
                 find_domain_region(search, domain, pd.DataFrame(rows)), len(seeds)
             ).tolist(),
@@ -84,16 +91,16 @@ def _run(
 
 
 def groups_sharing_pairs(experiment: Experiment) -> tuple[str, ...]:
-    """Return the groups of tests that may be asked about pairs that trials were asked about.
+    """Return the groups of test runs that may be evaluated on pairs of the trials.
 
-    Pairs are others where the data are the same and the splits, or the halves of one, are not.
+    Pairs are disjoint if the data are the same but the splits, or the folds of a split, differ.
     """
     search = experiment.search
     if search is None:
         return ()
-    least = {name: axis.low for name, axis in search.space.items()}
-    trial = resolve_run(experiment.path, {**experiment.settings, **search.settings, **least})
-    tested = resolve_run(experiment.path, {**experiment.settings, **least})
+    lowest = {name: axis.low for name, axis in search.space.items()}
+    trial = resolve_run(experiment.path, {**experiment.settings, **search.settings, **lowest})
+    tested = resolve_run(experiment.path, {**experiment.settings, **lowest})
     groups = {f"{REGION_PREFIX}{domain}": tested for domain in search.domains}
     groups |= {run.variant: run.config for run in experiment.runs if run.variant}
     return tuple(name for name, config in groups.items() if _may_share_pairs(config, trial))
@@ -108,7 +115,14 @@ def _may_share_pairs(config: RunConfig, other: RunConfig) -> bool:
 
 
 def propose(search: Search, domain: str, trials: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """The settings that Optuna would try next for a domain, after some trials."""
+    """Return the settings that Optuna proposes for a domain after the given trials.
+
+    Args:
+        search: The search with its space and its score.
+        domain: Domain whose score is maximised.
+        trials: One row per finished trial, as in ``runs.csv``.
+        seed: Seed of the sampler.
+    """
     import optuna
     from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
@@ -123,12 +137,12 @@ def propose(search: Search, domain: str, trials: pd.DataFrame, seed: int) -> dic
     study = optuna.create_study(direction="maximize", sampler=sampler)
     score = search.score(domain, trials)
     for row in trials.dropna(subset=[score]).to_dict("records"):
-        told = {name: axis.value(axis.unit(row[name])) for name, axis in search.space.items()}
+        params = {name: axis.value(axis.unit(row[name])) for name, axis in search.space.items()}
         study.add_trial(
             optuna.trial.create_trial(
-                params=told, distributions=distributions, value=float(row[score])
+                params=params, distributions=distributions, value=float(row[score])
             )
         )
-    asked = study.ask(distributions).params
-    # Of few digits, as everywhere: the same settings are then the same run.
-    return {name: axis.value(axis.unit(asked[name])) for name, axis in search.space.items()}
+    proposed = study.ask(distributions).params
+    # Rounding to few digits makes equal settings the same run.
+    return {name: axis.value(axis.unit(proposed[name])) for name, axis in search.space.items()}

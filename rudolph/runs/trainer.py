@@ -1,4 +1,4 @@
-"""One module trained to its last step: trainer, checkpoint, curves, weights."""
+"""Training of one module to its last step: trainer, checkpoints, curves and weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +42,23 @@ def fit(
     made_of: str,
     seed: int,
 ) -> None:
-    """Train a module to its last step, from the newest whole checkpoint beside ``weights``.
+    """Train a module to its last step and write its weights.
 
-    Only a checkpoint of a training that was ``made_of`` the same is continued.  Checkpoints are
-    removed once the weights are safe.
+    Training resumes from the newest intact checkpoint next to ``weights``.  Checkpoints are
+    removed once the weights are written.
+
+    Args:
+        execution: The run.
+        module: The module to train.
+        optim: Steps, batch size, checkpoint and validation intervals.
+        examples: Training batch function, validation batch function and number of validation
+            examples.
+        stage: Name of the training in curves and seeds.
+        advance: Progress callback ``advance(done, total, note)``.
+        weights: File to write.
+        made_of: Digest of everything that determines the training; only a checkpoint with the
+            same digest is resumed.
+        seed: Seed of the training.
     """
     hardware = execution.hardware
     micro, num_accumulated = hardware.batches(optim)
@@ -89,9 +102,9 @@ def fit(
 
 
 def keep_weights(module: ManualStepModule, weights: Path) -> None:
-    """Write the trained network of a module, from the main process alone.
+    """Write the trained network of a module from the main process.
 
-    Weights are kept in float32 whatever they were trained in, as runs that share them read them.
+    Weights are stored in float32 regardless of the training precision, as other runs read them.
     """
     network = module.networks()[0].float()
     merge_low_rank(network)
@@ -102,19 +115,22 @@ def keep_weights(module: ManualStepModule, weights: Path) -> None:
 def run_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, start: Path | None
 ) -> None:
-    """Fit from the checkpoint ``start``, if any; a key press is a ``KeyboardInterrupt``."""
+    """Fit from the checkpoint ``start``, if any; raise ``KeyboardInterrupt`` after Ctrl-C."""
     try:
         trainer.fit(module, streams, ckpt_path=start)
-    except SystemExit as stopped:
-        # Lightning would leave the process, and with it unsaid how to go on.
-        raise KeyboardInterrupt from stopped
+    except SystemExit as exit_request:
+        # Lightning exits the process before the command can print how to resume.
+        raise KeyboardInterrupt from exit_request
 
 
 def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) -> pl.Trainer:
-    """Lightning's trainer on this hardware, without what is done elsewhere.
+    """Build a Lightning trainer for this hardware.
+
+    Progress bars, summaries, checkpoints and samplers of Lightning are off: this package has its
+    own.
 
     Raises:
-        ValueError: in one line, when the machine does not have that hardware.
+        ValueError: If the machine lacks the hardware.
     """
     try:
         return pl.Trainer(
@@ -137,7 +153,7 @@ def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) 
 
 
 def averaging(optim: OptimConfig) -> list[pl.Callback]:
-    """What averages the weights of a training, if its configuration asks for it."""
+    """Return the callback that averages the weights if ``ema_decay`` is set."""
     if optim.ema_decay is None:
         return []
     return [EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False)]

@@ -3,11 +3,12 @@
 ``images -> vision -> resampler -> latents``, then
 ``text -> embed -> (gated cross-attention to latents, block) x L -> logits``
 
-- A *media* is an image or a video.  In a text, the token ``media_token_id`` (a *tag*) stands for
-  each; ``fusion/media_mask.py`` has the rules by which a position attends to media.
-- The gates start at 0: a new Flamingo gives the logits of its language model.
+- A *media* is an image or a video.  In a text, each is represented by the token
+  ``media_token_id`` (a *tag*); ``fusion/media_mask.py`` has the rules by which a position attends
+  to media.
+- The gates start at 0, so a new Flamingo returns the logits of its language model.
 
-The parts and what trains are explicit: see ``TRAINED_PARTS``.
+``TRAINED_PARTS`` lists which parts can be trained together.
 
 Source: Alayrac 2022 (arXiv:2204.14198); flamingo-pytorch 0.1.2; open_flamingo 2.0.1.
 
@@ -45,11 +46,19 @@ from rudolph.models.lm.language_model import (
 
 @dataclass(frozen=True)
 class FlamingoConfig:
-    """The language model and where it attends to media.
+    """Architecture of a Flamingo.
 
-    Blocks ``offset``, ``offset + every``, ... get a gated cross-attention ``before`` or ``after``
-    them.  ``attend_to`` names a rule in ``MEDIA_RULES``.  After ``document_end_id``, a text
-    attends to no media until its next tag; None reads a row as one document.
+    Attributes:
+        language_model: The language model.
+        resampler: The Perceiver resampler.
+        cross_attention: The gated cross-attention.
+        every: Distance between blocks with a gated cross-attention.
+        offset: First block with a gated cross-attention.
+        place: Whether the cross-attention comes ``before`` or ``after`` its block.
+        attend_to: A rule in ``MEDIA_RULES``.
+        media_token_id: Id of a media tag.
+        document_end_id: Id after which a text attends to no media until its next tag; None if a
+            row is one document.
     """
 
     language_model: LanguageModelConfig
@@ -63,6 +72,7 @@ class FlamingoConfig:
     document_end_id: int | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         num_layers, vocab_size = self.language_model.num_layers, self.language_model.vocab_size
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}")
@@ -81,15 +91,17 @@ class FlamingoConfig:
 
     @property
     def cross_layers(self) -> range:
-        """Numbers of the language model's blocks that have a gated cross-attention."""
+        """Return the indices of the blocks that have a gated cross-attention."""
         return range(self.offset, self.language_model.num_layers, self.every)
 
 
 class MediaMemory(NamedTuple):
-    """All that a text reads of its media: computed once per image.
+    """Keys and values of all media, computed once per image.
 
-    ``keys_values`` are those of each of ``cross_layers``; ``numbers`` is ``(B, M)``, 0 for absent
-    media.
+    Attributes:
+        keys_values: Keys and values of each of ``cross_layers``.
+        numbers: Media numbers ``(B, M)``, 0 for absent media.
+        num_latents: Latents per media, R.
     """
 
     keys_values: dict[int, KeysValues]
@@ -109,8 +121,8 @@ class Flamingo(nn.Module):
     """``model(text, images) -> logits``.
 
     Args:
-        config: the language model, the resampler and the cross-attention.
-        vision: maps images ``(B, C, H, W)`` to features ``(B, P, E)``, where E is the
+        config: The language model, the resampler and the cross-attention.
+        vision: Maps images ``(B, C, H, W)`` to features ``(B, P, E)``, where E is the
             resampler's width.  None for a model that only reads features.
     """
 
@@ -138,30 +150,29 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None = None,
         media_present: Tensor | None = None,
     ) -> Tensor:
-        """Return logits ``(B, T, V)``.
-
-        Without images and videos they are the language model's own.
+        """Return logits ``(B, T, V)``; without media, those of the language model.
 
         Args:
-            text: ``(B, T)``.
-            images: ``(B, M, C, H, W)``; instead, ``videos`` are ``(B, M, F, C, H, W)``.
+            text: Token ids ``(B, T)``.
+            images: ``(B, M, C, H, W)``; None for videos or text only.
+            videos: ``(B, M, F, C, H, W)``; None for images or text only.
             attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding on either side.
             media_present: ``(B, M)`` bool, false where a row has fewer media than others.
 
         Raises:
-            ValueError: when a text has more tags than media.
+            ValueError: If a text has more tags than media.
         """
         memory = self.memory(self.latents(images, videos), media_present)
         return self.language_model.logits(self.hidden(text, memory, attention_mask))
 
     def latents(self, images: Tensor | None, videos: Tensor | None) -> Tensor | None:
-        """Return the media ``(B, M, R, E)`` of images or videos, None for neither.
+        """Return the latents ``(B, M, R, E)`` of images or videos, None for neither.
 
-        Features that were computed before go through ``model.resampler`` instead.
+        Pass precomputed features to ``model.resampler`` instead.
 
         Raises:
-            ValueError: for both, another shape, or a vision encoder that is missing or returns
-                no feature per patch.
+            ValueError: If both are given, a shape is wrong, or the vision encoder is missing or
+                returns no feature per patch.
         """
         if images is not None and videos is not None:
             raise ValueError("expected images or videos, got both")
@@ -190,11 +201,14 @@ class Flamingo(nn.Module):
     def memory(
         self, latents: Tensor | None, media_present: Tensor | None = None
     ) -> MediaMemory | None:
-        """Return the keys and values that every text of these media reads.
+        """Compute the keys and values that texts attend to.
 
         Args:
             latents: ``(B, M, R, E)``; None for text only.
-            media_present: ``(B, M)`` bool; None for all.
+            media_present: ``(B, M)`` bool; None if all are present.
+
+        Raises:
+            ValueError: If ``media_present`` has another shape.
         """
         if latents is None:
             return None
@@ -222,8 +236,10 @@ class Flamingo(nn.Module):
         """Return the output of the last block, ``(B, T, D)``.
 
         Args:
-            text: ``(B, T)``; with a cache, only the new positions.
-            memory: of ``memory``; None leaves the cross-attention out.
+            text: Token ids ``(B, T)``; with a cache, only the new positions.
+            memory: Result of ``memory``; None leaves the cross-attention out.
+            attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding; None for no padding.
+            cache: State of cached decoding, extended by the new positions.
         """
         x = self.language_model.embed_tokens(text)
         text_cache = None if cache is None else cache.text
@@ -242,7 +258,7 @@ class Flamingo(nn.Module):
     def attend_to_media(
         self, layer: int, x: Tensor, memory: MediaMemory | None, mask: Tensor | None
     ) -> Tensor:
-        """Apply the gated cross-attention of a block, where it has one."""
+        """Apply the gated cross-attention of a block that has one; else return ``x``."""
         if memory is None or layer not in memory.keys_values:
             return x
         return self.cross_block(layer)(x, memory.keys_values[layer], mask)
@@ -258,14 +274,18 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None,
         cache: FlamingoCache | None,
     ) -> Tensor:
-        """Return which latents each position may attend to, ``(B, T, M * R)`` bool."""
+        """Return the mask ``(B, T, M * R)`` bool, true where a position may attend to a latent.
+
+        Raises:
+            ValueError: If a text has more tags than media, or the batch sizes differ.
+        """
         if len(memory.numbers) != len(text):
             raise ValueError(f"expected media of {len(text)} rows, got {len(memory.numbers)}")
         is_tag, is_end = text == self.config.media_token_id, None
         if self.config.document_end_id is not None:
             is_end = text == self.config.document_end_id
         if attention_mask is not None:
-            # Padding may be the end token's id.
+            # Padding may have the id of the end token.
             is_tag = is_tag & attention_mask.bool()
             is_end = None if is_end is None else is_end & attention_mask.bool()
         counts = count_tags(is_tag, is_end, None if cache is None else cache.counts)
@@ -285,13 +305,16 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None = None,
         end_id: int | None = None,
     ) -> Tensor:
-        """Return the most likely continuation of prompts, ``(B, S)``; see ``decode_greedily``.
+        """Continue prompts greedily; return the new tokens ``(B, S)``, see ``decode_greedily``.
 
         A media tag is never generated, since no media would belong to it.
 
         Args:
-            text: prompts ``(B, T)``, padded on either side by ``attention_mask``.
-            memory: ``model.memory(model.latents(images, videos))``.
+            text: Prompts ``(B, T)``, padded on either side.
+            memory: Result of ``model.memory(model.latents(images, videos))``.
+            num_tokens: Maximum number of new tokens.
+            attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding; None for no padding.
+            end_id: Id that ends a row; None for none.
         """
         model = self.language_model
         num_positions = text.shape[1] + num_tokens
@@ -311,12 +334,15 @@ class Flamingo(nn.Module):
         )
 
     def train_only(self, parts: str) -> None:
-        """Let gradients reach some parts and keep the others as they are, dropout off.
+        """Train some parts and freeze the others, without dropout.
 
-        Call it before the optimizer is built: its parameters are those that require a gradient.
+        Call it before building the optimizer, which takes the parameters that require a gradient.
 
         Args:
-            parts: a name in ``TRAINED_PARTS``.
+            parts: A name in ``TRAINED_PARTS``.
+
+        Raises:
+            ValueError: If the name is unknown.
         """
         if parts not in TRAINED_PARTS:
             raise ValueError(f"parts must be one of {', '.join(TRAINED_PARTS)}, got {parts!r}")
@@ -326,7 +352,7 @@ class Flamingo(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Turn training on or off for the trained parts; frozen ones stay in evaluation."""
+        """Set the training mode of the trained parts; frozen parts stay in evaluation mode."""
         super().train(mode)
         for name, module in self.named_children():
             if name not in self.trained_parts:
@@ -334,8 +360,8 @@ class Flamingo(nn.Module):
         return self
 
 
-# The paper freezes the vision encoder and the language model; flamingo-pytorch trains all parts
-# without images and the same two with them.
+# The paper freezes the vision encoder and the language model and trains the fusion parts.
+# flamingo-pytorch trains all parts without images, and the fusion parts with images.
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "all": ("vision", "language_model", "resampler", "cross_blocks"),
     "language_model": ("language_model",),

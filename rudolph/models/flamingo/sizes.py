@@ -1,8 +1,8 @@
 """Published sizes of Flamingo, by name.
 
 Fusion parts have the published geometry.  Language models are LLaMA blocks of the published depth
-and width, whose SwiGLU has the parameters of the published MLP; their tokenizers are not ours, so
-the number of tokens is theirs only in order of size.
+and width, whose SwiGLU has as many parameters as the published MLP.  Vocabulary sizes match the
+published ones only in order of magnitude, since the tokenizers differ.
 
 Source: Alayrac 2022 (arXiv:2204.14198), tables 1 and 5; open_flamingo 2.0.1, ``src/factory.py``.
 """
@@ -14,7 +14,7 @@ from rudolph.models.lm.language_model import LanguageModelConfig
 
 
 def flamingo_size(*, num_layers: int, num_heads: int, mlp_size: int, every: int) -> FlamingoConfig:
-    """Return a size of the paper: heads of 128 channels, blocks 0, every, 2 * every, ..."""
+    """Return a config of the paper: heads of 128 channels; media at blocks 0, every, ..."""
     return FlamingoConfig(
         language_model=LanguageModelConfig(
             vocab_size=32_000,
@@ -33,7 +33,10 @@ def flamingo_size(*, num_layers: int, num_heads: int, mlp_size: int, every: int)
 def open_flamingo_size(
     *, num_layers: int, num_heads: int, mlp_size: int, every: int
 ) -> FlamingoConfig:
-    """Return a size of OpenFlamingo: CLIP ViT-L/14 features, the last block of each ``every``."""
+    """Return a config of OpenFlamingo for CLIP ViT-L/14 features.
+
+    The last of each ``every`` blocks attends to media.
+    """
     return FlamingoConfig(
         language_model=LanguageModelConfig(
             vocab_size=50_432,

@@ -1,0 +1,1 @@
+"""Fusion of modalities: connectors, cross-attention, resampler and late fusion."""

@@ -1,7 +1,7 @@
 """Connectors: from the tokens of a vision encoder to vectors that a language model reads.
 
-``connector(features, mask) -> Tokens(values, mask)``.  ``connector.num_tokens`` says how many come
-out before anything runs, and ``connector.grid_out`` in which rows and columns, None if in none.
+``connector(features, mask) -> Tokens(values, mask)``.  ``connector.num_tokens`` is the number of
+output tokens, and ``connector.grid_out`` their rows and columns, None if they form no grid.
 
 ==============  ===============================================  =================
 ``linear``      one linear layer (LLaVA)                         M = N
@@ -13,8 +13,8 @@ out before anything runs, and ``connector.grid_out`` in which rows and columns, 
 ``tome``        the most similar tokens merged, then an MLP      M = ``num_out``
 ==============  ===============================================  =================
 
-A mask ``(B, N)`` is true for real tokens.  What padded tokens hold never changes an output; a
-token that comes out is real if one of those that it was made of is.
+A mask ``(B, N)`` is true for real tokens.  Padded tokens never change an output, whatever their
+values.  An output token is real if at least one of its input tokens is.
 
 To add a connector, write a class ``(ConnectorConfig, ConnectorShape)`` and name it in
 ``CONNECTORS``.
@@ -45,10 +45,12 @@ class Tokens(NamedTuple):
 
 
 class ConnectorShape(NamedTuple):
-    """What a connector stands between.
+    """Input and output sizes of a connector.
 
-    ``width_in`` and ``width_out`` are the channels Dv of the vision encoder and D of the language
-    model; ``grid`` has the rows and columns of the encoder's tokens, (1, N) if they form a row.
+    Attributes:
+        width_in: Channels of the vision encoder, Dv.
+        width_out: Channels of the language model, D.
+        grid: Rows and columns of the encoder's tokens, (1, N) if they form a row.
     """
 
     width_in: int
@@ -57,7 +59,7 @@ class ConnectorShape(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that come in, N."""
+        """Return the number of input tokens, N."""
         return self.grid[0] * self.grid[1]
 
 
@@ -66,10 +68,11 @@ class ConnectorConfig:
     """A connector and its settings.
 
     Args:
-        factor: side of a cell of ``pool`` and ``shuffle``.
-        num_out: tokens that ``abstractor`` (a square) and ``tome`` give.
-        width: channels inside ``abstractor``.
-        depth: convolutional blocks before and after the pooling of ``abstractor``.
+        kind: A name in ``CONNECTORS``.
+        factor: Side of a cell of ``pool`` and ``shuffle``, in tokens.
+        num_out: Output tokens of ``abstractor`` (a square number) and ``tome``.
+        width: Channels inside ``abstractor``.
+        depth: Convolutional blocks before and after the pooling of ``abstractor``.
     """
 
     kind: str = "mlp"
@@ -79,6 +82,7 @@ class ConnectorConfig:
     depth: int = 3
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.kind not in CONNECTORS:
             names = ", ".join(CONNECTORS)
             raise ValueError(f"kind: expected one of {names}, got {self.kind!r}")
@@ -93,7 +97,7 @@ def build_connector(config: ConnectorConfig, shape: ConnectorShape) -> nn.Module
     """Return the connector that a config names.
 
     Raises:
-        ValueError: when the grid cannot give the tokens that the config asks for.
+        ValueError: If the grid does not fit the config.
     """
     return CONNECTORS[config.kind](config, shape)
 
@@ -102,7 +106,7 @@ def coarse_grid(config: ConnectorConfig, shape: ConnectorShape) -> tuple[int, in
     """Return rows and columns of cells of ``factor x factor`` tokens.
 
     Raises:
-        ValueError: when the factor does not divide the grid.
+        ValueError: If the factor does not divide the grid.
     """
     rows, columns = shape.grid
     if rows % config.factor or columns % config.factor:
@@ -113,19 +117,19 @@ def coarse_grid(config: ConnectorConfig, shape: ConnectorShape) -> tuple[int, in
 
 
 def mlp(width_in: int, width_out: int) -> nn.Sequential:
-    """LLaVA-1.5's ``mlp2x_gelu``."""
+    """Return LLaVA-1.5's ``mlp2x_gelu``: two linear layers with GELU between them."""
     return nn.Sequential(
         nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out)
     )
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens ``(B, N, C)`` with padding set to 0, even where it holds NaN."""
+    """Set padded tokens of ``(B, N, C)`` to 0, even where they are NaN."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
 class LinearConnector(nn.Module):
-    """``(B, N, Dv) -> (B, N, D)``."""
+    """Linear connector ``(B, N, Dv) -> (B, N, D)``."""
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
@@ -133,12 +137,13 @@ class LinearConnector(nn.Module):
         self.project: nn.Module = nn.Linear(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to ``(B, N, D)``; the mask ``(B, N)`` stays."""
         require_tokens(features, self.num_tokens)
         return Tokens(self.project(features), mask)
 
 
 class MLPConnector(LinearConnector):
-    """``(B, N, Dv) -> (B, N, D)``, with one hidden layer of D channels."""
+    """MLP connector ``(B, N, Dv) -> (B, N, D)`` with one hidden layer of D channels."""
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__(config, shape)
@@ -146,7 +151,10 @@ class MLPConnector(LinearConnector):
 
 
 class AveragePool(nn.Module):
-    """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; a cell is the mean of its real tokens."""
+    """Pooling connector ``(B, h * w, Dv) -> (B, h * w / factor^2, D)``.
+
+    A cell becomes the mean of its real tokens.
+    """
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
@@ -156,6 +164,7 @@ class AveragePool(nn.Module):
         self.project = mlp(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to the means ``(B, M, D)`` of their cells."""
         cells = to_cells(features, self.grid, self.factor)  # (B, M, factor^2, Dv)
         if mask is None:
             return Tokens(self.project(cells.mean(2)), None)
@@ -165,7 +174,10 @@ class AveragePool(nn.Module):
 
 
 class PixelShuffle(nn.Module):
-    """``(B, h * w, Dv) -> (B, h * w / factor^2, D)``; padded tokens of a cell are zeros."""
+    """Pixel-shuffle connector ``(B, h * w, Dv) -> (B, h * w / factor^2, D)``.
+
+    Padded tokens of a cell are zeros.
+    """
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
@@ -175,6 +187,7 @@ class PixelShuffle(nn.Module):
         self.project = mlp(config.factor**2 * shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to ``(B, M, D)``; a cell's tokens become channels."""
         cells = to_cells(zero_padding(features, mask), self.grid, self.factor)
         if mask is not None:
             mask = to_cells(mask[..., None], self.grid, self.factor).any(2).squeeze(-1)
@@ -184,13 +197,13 @@ class PixelShuffle(nn.Module):
 def to_cells(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
     """Group tokens ``(B, h * w, C)`` into cells ``(B, h * w / factor^2, factor^2, C)``.
 
-    Both the cells and the tokens of a cell are in order of rows, then columns.
+    The cells, and the tokens of a cell, are in row-major order.
 
     >>> to_cells(torch.arange(8)[None, :, None], (2, 4), 2).flatten(1).tolist()
     [[0, 1, 4, 5, 2, 3, 6, 7]]
 
     Raises:
-        ValueError: when the tokens do not fill the grid.
+        ValueError: If the tokens do not fill the grid.
     """
     rows, columns = grid
     require_tokens(x, rows * columns)
@@ -199,7 +212,7 @@ def to_cells(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
 
 
 def require_tokens(x: Tensor, number: int) -> None:
-    """Raise ``ValueError`` unless ``(B, N, C)`` has so many tokens."""
+    """Raise ``ValueError`` unless ``x`` ``(B, N, C)`` has N = ``number`` tokens."""
     if x.shape[1] != number:
         raise ValueError(f"connector: expected {number} tokens per image, got {x.shape[1]}")
 
@@ -207,8 +220,9 @@ def require_tokens(x: Tensor, number: int) -> None:
 class Abstractor(nn.Module):
     """Convolutions around an adaptive pooling: ``(B, h * w, Dv) -> (B, num_out, D)``.
 
-    Unlike a resampler it keeps where things are.  Honeybee's C-Abstractor has RegNet blocks, this
-    one the ConvNeXt blocks of ``vision/conv.py``.  A learnt position is added to each token.
+    Unlike a resampler, it keeps the spatial layout.  A learnt position is added to each token.
+    Honeybee's C-Abstractor has RegNet blocks; this one has the ConvNeXt blocks of
+    ``vision/conv.py``.
     """
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
@@ -228,6 +242,7 @@ class Abstractor(nn.Module):
         )
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to ``(B, num_out, D)``."""
         require_tokens(features, len(self.positions))
         x = self.project_in(zero_padding(features + self.positions, mask))
         rows, columns = self.grid
@@ -237,7 +252,7 @@ class Abstractor(nn.Module):
             x = block(x if real is None else x * real)
         pooled = F.adaptive_avg_pool2d(x if real is None else x * real, self.side)
         if real is not None:
-            # A mean over real tokens alone; cells without any stay 0.
+            # Average over real tokens only; cells without any stay 0.
             share = F.adaptive_avg_pool2d(real, self.side)
             pooled = pooled / share.where(share > 0, 1)
             mask = (share > 0).flatten(1)
@@ -246,10 +261,10 @@ class Abstractor(nn.Module):
 
 
 class TokenMerging(nn.Module):
-    """ToMe: merge the most similar tokens until ``num_out`` are left, then project them.
+    """ToMe connector: merge similar tokens until ``num_out`` are left, then project them.
 
-    Tokens keep the order of the image.  Where an encoder applies ToMe inside its layers and
-    compares keys, this compares the features themselves.
+    Tokens keep the order of the image.  ToMe compares attention keys inside an encoder's layers;
+    this connector compares the features.
     """
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
@@ -263,12 +278,19 @@ class TokenMerging(nn.Module):
         self.project = mlp(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to ``(B, num_out, D)``."""
         merged = merge_tokens(features, self.num_tokens, mask)
         return Tokens(self.project(merged.values), None if mask is None else merged.sizes > 0)
 
 
 class Merged(NamedTuple):
-    """Groups of tokens: means, how many real tokens each holds, and the group of each token."""
+    """Groups of merged tokens.
+
+    Attributes:
+        values: Mean of each group.
+        sizes: Number of real tokens in each group.
+        groups: Group of each input token.
+    """
 
     values: Tensor  # (B, M, C)
     sizes: Tensor  # (B, M)
@@ -276,12 +298,12 @@ class Merged(NamedTuple):
 
 
 def merge_tokens(x: Tensor, num_out: int, mask: Tensor | None = None) -> Merged:
-    """Merge tokens ``(B, N, C)`` into ``num_out`` means of similar ones.
+    """Merge tokens ``(B, N, C)`` into ``num_out`` means of similar tokens.
 
-    Rounds of bipartite matching, each of which merges at most every second token.
+    Each round of bipartite matching merges at most every second token.
 
     Raises:
-        ValueError: when there are fewer tokens than should come out.
+        ValueError: If there are fewer than ``num_out`` tokens.
     """
     batch, length = x.shape[:2]
     if length < num_out:
@@ -301,15 +323,15 @@ def merge_tokens(x: Tensor, num_out: int, mask: Tensor | None = None) -> Merged:
 
 
 def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
-    """Return where each token goes ``(B, N)`` so that the best ``num_merged`` pairs become one.
+    """Return the target index ``(B, N)`` of each token, merging the best ``num_merged`` pairs.
 
-    Tokens at even places look for the most similar one at odd places.
+    Each token at an even position is paired with the most similar token at an odd position.
 
     Source: ToMe, ``tome/merge.py``, ``bipartite_soft_matching``.
     """
     unit = F.normalize(x.detach(), dim=-1)
     similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, N / 2, N / 2)
-    # Padding has size 0: nothing joins it while another token is left, and it leaves first.
+    # Padding has size 0.  It is merged first, and nothing merges into it if it can be avoided.
     is_empty = sizes == 0
     similarity = similarity.masked_fill(is_empty[:, None, 1::2], -2)
     similarity = similarity.masked_fill(is_empty[:, ::2, None], 2)
@@ -317,13 +339,13 @@ def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
     order = best.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
     is_merged = torch.zeros_like(sizes, dtype=torch.bool)
     is_merged[:, ::2] = torch.zeros_like(best, dtype=torch.bool).scatter(1, order, True)
-    place = (~is_merged).cumsum(1) - 1  # (B, N), of those that stay
+    place = (~is_merged).cumsum(1) - 1  # (B, N), index among the remaining tokens
     destination = torch.zeros_like(place)
     destination[:, ::2] = place[:, 1::2].gather(1, partner)
     return torch.where(is_merged, destination, place)
 
 
-# A class per name, each built from a config and a shape (see ``build_connector``).
+# Connector classes by name, each built from a config and a shape (see ``build_connector``).
 CONNECTORS: dict[str, Any] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,

@@ -3,8 +3,8 @@
 ``x + tanh(gate) * attention(norm(x), media)``, then ``x + tanh(gate) * mlp(x)``.  Gates start at
 0, so that a new block changes nothing.
 
-Keys and values depend on the media alone, so that a decoding computes them once (``keys_values``).
-Names of modules are those of flamingo-pytorch and OpenFlamingo, which agree.
+Keys and values depend only on the media, so decoding computes them once (``keys_values``).
+Module names are those that flamingo-pytorch and OpenFlamingo share.
 
 Source: Alayrac 2022 (arXiv:2204.14198), section 2.1.2 and appendix A.1.2; flamingo-pytorch,
 ``flamingo_pytorch.py``; open_flamingo, ``src/helpers.py``; Idefics, ``modeling_idefics.py``, for
@@ -28,7 +28,14 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """``gate`` is one number per block, or a vector with one per channel."""
+    """Sizes of a gated cross-attention.
+
+    Attributes:
+        num_heads: Attention heads, N.
+        head_size: Channels per head, H.
+        mlp_ratio: Width of the MLP's inner layer over the text width.
+        gate: One gate per block (``scalar``) or one per channel (``vector``).
+    """
 
     num_heads: int = 8
     head_size: int = 64
@@ -36,6 +43,7 @@ class CrossAttentionConfig:
     gate: Literal["scalar", "vector"] = "scalar"
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for name in ("num_heads", "head_size", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -44,7 +52,7 @@ class CrossAttentionConfig:
 
 
 class MaskedCrossAttention(nn.Module):
-    """Attention of text to media; a position that may attend to none gets exactly 0."""
+    """Attention of text to media; the output is exactly 0 where no media may be attended to."""
 
     def __init__(self, width: int, media_width: int, config: CrossAttentionConfig) -> None:
         super().__init__()
@@ -56,7 +64,7 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(inner_size, width, bias=False)
 
     def keys_values(self, media: Tensor) -> KeysValues:
-        """Return keys and values ``(B, N, K, H)`` of media ``(B, K, E)``."""
+        """Compute keys and values ``(B, N, K, H)`` of media ``(B, K, E)``."""
         key, value = self.to_kv(media).chunk(2, dim=-1)
         return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
@@ -64,14 +72,15 @@ class MaskedCrossAttention(nn.Module):
         """Return ``(B, T, D)``, without the residual.
 
         Args:
-            x: ``(B, T, D)``.
+            x: Text states ``(B, T, D)``.
+            keys_values: Result of ``keys_values``.
             mask: ``(B, T, K)`` bool; None attends to all media.
         """
         query = split_heads(self.to_q(self.norm(x)), self.num_heads)
         if mask is None:
             return self.to_out(multi_head_attention(query, *keys_values))
         attends = mask.any(-1, keepdim=True)
-        # A softmax over no key is undefined: such a position attends to all and is zeroed.
+        # A softmax over no key is undefined, so such a position attends to all and is zeroed.
         out = multi_head_attention(query, *keys_values, mask | ~attends)
         return self.to_out(out.masked_fill(~attends, 0.0))
 

@@ -16,9 +16,9 @@ positions of a sequence.
 
 Gates g_i read all modalities: ``sigmoid`` ones are independent, ``softmax`` ones sum to 1.
 
-A modality may be missing in some rows: ``present`` (..., k) says so.  The sums leave it out, and
-``additive`` and ``linear_sum`` scale what is left by k over the number of modalities left; a
-softmax is over the modalities left.  The other kinds need every modality.
+A modality may be missing in some rows, where ``present`` (..., k) is false.  Sums leave it out,
+and ``additive`` and ``linear_sum`` scale the rest by k over the number of present modalities.  A
+softmax is taken over the present modalities.  The other kinds need every modality.
 
 To add a fusion, write a class ``(FusionConfig)`` and name it in ``FUSIONS``.
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 GATES = ("sigmoid", "softmax")
 GATE_SIZES = ("scalar", "vector")
-# Kinds that multiply or add the inputs as they are.
+# Kinds that multiply or add the inputs without a projection.
 EQUAL_WIDTHS = ("additive", "product")
 
 
@@ -44,12 +44,14 @@ class FusionConfig:
     """A fusion and its sizes.
 
     Args:
-        widths: channels of each modality, D_i, in the order of the inputs.
-        width: channels that come out, D.
+        kind: A name in ``FUSIONS``.
+        widths: Channels of each modality, D_i, in the order of the inputs.
+        width: Output channels, D.
         rank: R of ``low_rank``.
-        hidden: hidden channels of ``concat``.
-        gate: ``sigmoid`` or ``softmax``, of ``gated``.
-        gate_size: ``scalar`` or ``vector``: one gate per modality or one per channel too.
+        hidden: Hidden channels of ``concat``.
+        gate: ``sigmoid`` or ``softmax``, for ``gated``.
+        gate_size: One gate per modality (``scalar``), or one per modality and channel
+            (``vector``).
     """
 
     kind: str
@@ -61,6 +63,7 @@ class FusionConfig:
     gate_size: str = "vector"
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for name, legal in (("kind", FUSIONS), ("gate", GATES), ("gate_size", GATE_SIZES)):
             value = getattr(self, name)
             if value not in legal:
@@ -85,7 +88,7 @@ def build_fusion(config: FusionConfig) -> nn.Module:
 
 
 class Additive(nn.Module):
-    """``sum_i w_i x_i``; at first their mean."""
+    """``sum_i w_i x_i``, initialised as the mean."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -94,6 +97,7 @@ class Additive(nn.Module):
         self.weight = nn.Parameter(torch.full((number,), 1 / number))
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         terms = [weight * x for weight, x in zip(self.weight, inputs, strict=True)]
         return sum_of_present(terms, present)
@@ -110,13 +114,14 @@ class LinearSum(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         terms = [layer(x) for layer, x in zip(self.project, inputs, strict=True)]
         return sum_of_present(terms, present) + self.bias
 
 
 class Product(nn.Module):
-    """``w (x_1 * ... * x_k)``, elementwise.  A modality near zero silences the others."""
+    """``w (x_1 * ... * x_k)``, elementwise: a modality near zero suppresses the others."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -124,6 +129,7 @@ class Product(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         require_all_present(present, self.config)
         return self.weight * torch.stack(list(inputs)).prod(0)
@@ -140,6 +146,7 @@ class LowRankProduct(nn.Module):
         self.project = nn.Linear(config.rank, config.width, bias=False)
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         require_all_present(present, self.config)
         factors = [layer(x).tanh() for layer, x in zip(self.factors, inputs, strict=True)]
@@ -156,6 +163,7 @@ class Bilinear(nn.Module):
         self.form = nn.Bilinear(first, second, config.width)
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         require_all_present(present, self.config)
         first, second = inputs
@@ -180,6 +188,7 @@ class Gated(nn.Module):
         )
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         inputs = zero_missing(inputs, present)
         scores = self.gate(torch.cat(list(inputs), dim=-1))
@@ -194,7 +203,7 @@ class Gated(nn.Module):
 class GMU(nn.Module):
     """Gated multimodal unit: ``sum_i sigmoid(W_i [x_1; ...; x_k]) * tanh(V_i x_i)``.
 
-    The paper's form for any k.  The paper's gates have no bias, these have one.
+    This is the paper's form for any k, except that the gates here have a bias.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -206,10 +215,11 @@ class GMU(nn.Module):
         self.project = nn.ModuleList(layers)
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         inputs = zero_missing(inputs, present)
         gates = self.gate(torch.cat(list(inputs), dim=-1)).sigmoid().chunk(len(inputs), dim=-1)
-        # Those of a missing modality are tanh(0).
+        # The value of a missing modality is tanh(0) = 0.
         values = [layer(x).tanh() for layer, x in zip(self.project, inputs, strict=True)]
         return torch.stack([g * value for g, value in zip(gates, values, strict=True)]).sum(0)
 
@@ -227,6 +237,7 @@ class Concat(nn.Module):
         )
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """Fuse inputs ``(..., D_i)`` into ``(..., D)``; ``present`` is ``(..., k)`` bool."""
         require_widths(inputs, self.config)
         require_all_present(present, self.config)
         return self.mlp(torch.cat(list(inputs), dim=-1))
@@ -240,13 +251,13 @@ def require_widths(inputs: Sequence[Tensor], config: FusionConfig) -> None:
 
 
 def require_all_present(present: Tensor | None, config: FusionConfig) -> None:
-    """Raise ``ValueError`` where a modality is missing."""
+    """Raise ``ValueError`` if a modality is missing in any row."""
     if present is not None and not bool(present.all()):
         raise ValueError(f"{config.kind}: expected every modality in every row, got missing ones")
 
 
 def zero_missing(inputs: Sequence[Tensor], present: Tensor | None) -> list[Tensor]:
-    """Inputs with zeros where ``present`` (..., k) is false."""
+    """Set inputs to zero where ``present`` (..., k) is false."""
     if present is None:
         return list(inputs)
     flags = present.unbind(-1)
@@ -254,14 +265,14 @@ def zero_missing(inputs: Sequence[Tensor], present: Tensor | None) -> list[Tenso
 
 
 def sum_of_present(terms: Sequence[Tensor], present: Tensor | None) -> Tensor:
-    """Sum of the terms ``(..., D)``; of those present, k over their number times."""
+    """Sum the present terms ``(..., D)`` and scale by k over the number of present ones."""
     total = torch.stack(zero_missing(terms, present)).sum(0)
     if present is None:
         return total
     return total * (len(terms) / present.sum(-1, keepdim=True).clamp(min=1))
 
 
-# A class per name, each built from a config (see ``build_fusion``).
+# Fusion classes by name, each built from a config (see ``build_fusion``).
 FUSIONS: dict[str, Any] = {
     "additive": Additive,
     "linear_sum": LinearSum,

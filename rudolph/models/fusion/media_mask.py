@@ -1,6 +1,6 @@
-"""Which media each text position may attend to.
+"""Masks of the media that each text position may attend to.
 
-A *tag* is a token that stands for one media, an image or a video.  The media of a row are numbered
+A *tag* is a token that represents one media, an image or a video.  The media of a row are numbered
 from 1 in the order of its tags; number 0 is an absent media, to which nothing attends.
 
 A rule ``(last, opening, media) -> bool`` on broadcastable tensors of such numbers is true where
@@ -27,8 +27,10 @@ MediaRule = Callable[[Tensor, Tensor, Tensor], Tensor]
 class TagCounts(NamedTuple):
     """Numbers of tags ``(B, T)`` at each text position.
 
-    ``last`` counts up to and including the position, ``opening`` before its document, and
-    ``next_opening`` before the document of the position after it.
+    Attributes:
+        last: Tags up to and including the position.
+        opening: Tags before the position's document.
+        next_opening: Tags before the document of the next position.
     """
 
     last: Tensor
@@ -72,9 +74,9 @@ def count_tags(
 
     Args:
         is_tag: ``(B, T)`` bool.
-        is_end: ``(B, T)`` bool, true at the last token of a document of several packed into one
-            row: later positions attend to no media until the next tag.
-        before: counts of the positions before, when a text comes in steps.
+        is_end: ``(B, T)`` bool, true at the last token of each document packed into a row.  Later
+            positions attend to no media until the next tag.
+        before: Counts of the previous positions in step-wise decoding.
 
     >>> count_tags(torch.tensor([[False, True, False, True]])).last.tolist()
     [[0, 1, 1, 2]]
@@ -103,13 +105,14 @@ def number_media(is_present: Tensor) -> Tensor:
 
 
 def check_tags(counts: TagCounts, media: Tensor) -> None:
-    """Refuse texts with more tags than media.
+    """Check that no text has more tags than media.
 
     Args:
-        media: numbers ``(B, M)``.
+        counts: Tag counts of the texts.
+        media: Media numbers ``(B, M)``.
 
     Raises:
-        ValueError: naming the first such row.
+        ValueError: If a row has more tags than media; the message names the first such row.
     """
     num_tags, num_media = counts.last[:, -1], media.amax(1)
     for row in (num_tags > num_media).nonzero().flatten().tolist():
@@ -120,11 +123,12 @@ def check_tags(counts: TagCounts, media: Tensor) -> None:
 
 
 def media_mask(rule: str, counts: TagCounts, media: Tensor) -> Tensor:
-    """Return which media each text position may attend to, ``(B, T, M)`` bool.
+    """Return a mask ``(B, T, M)`` bool, true where a text position may attend to a media.
 
     Args:
-        rule: a name in ``MEDIA_RULES``.
-        media: numbers ``(B, M)``.
+        rule: A name in ``MEDIA_RULES``.
+        counts: Tag counts of the texts.
+        media: Media numbers ``(B, M)``.
     """
     return MEDIA_RULES[rule](
         counts.last[:, :, None], counts.opening[:, :, None], media[:, None, :]

@@ -1,8 +1,8 @@
-"""The Perceiver resampler: any number of features per media to a fixed number of latents.
+"""Perceiver resampler: maps any number of features per media to a fixed number of latents.
 
 Learnt latents attend to the features and to themselves; features are never updated.
 
-Names of modules are those of flamingo-pytorch and OpenFlamingo, which agree.
+Module names are those that flamingo-pytorch and OpenFlamingo share.
 
 Source: Alayrac 2022 (arXiv:2204.14198), section 2.1.1 and appendix A.1.1; flamingo-pytorch,
 ``flamingo_pytorch.py``; open_flamingo, ``src/helpers.py``; Idefics2, ``modeling_idefics2.py``, for
@@ -22,10 +22,17 @@ from rudolph.models.layers.multi_head import multi_head_attention, split_heads
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """``width`` is that of the features and of the latents.
+    """Sizes of a Perceiver resampler.
 
-    ``num_media_embeddings`` adds a learnt vector for a media's place in its row, which limits how
-    many a row may hold; ``num_frame_embeddings`` one for a frame's place in its video.
+    Attributes:
+        width: Channels of the features and of the latents, D.
+        num_layers: Layers.
+        num_latents: Latents per media, R.
+        num_heads: Attention heads.
+        head_size: Channels per head.
+        mlp_ratio: Width of the MLP's inner layer over ``width``.
+        num_media_embeddings: Maximum media per row, each with a learnt position; None for none.
+        num_frame_embeddings: Maximum frames per video, each with a learnt position; None for none.
     """
 
     width: int = 1024
@@ -38,6 +45,7 @@ class ResamplerConfig:
     num_frame_embeddings: int | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:
@@ -58,7 +66,7 @@ class ResamplerAttention(nn.Module):
         self.to_out = nn.Linear(inner_size, config.width, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """Return ``(B, R, D)`` of features ``(B, P, D)``; ``mask`` is ``(B, R, P + R)``."""
+        """Map latents ``(B, R, D)``, given features ``(B, P, D)`` and a mask ``(B, R, P + R)``."""
         latents = self.norm_latents(latents)
         inputs = torch.cat([self.norm_media(features), latents], dim=1)
         query = split_heads(self.to_q(latents), self.num_heads)
@@ -67,21 +75,21 @@ class ResamplerAttention(nn.Module):
 
 
 class ResamplerLayer(nn.ModuleList):
-    """Attention and MLP of latents, each with a residual."""
+    """Attention and MLP on latents, each with a residual."""
 
     def __init__(self, config: ResamplerConfig) -> None:
         mlp = feed_forward(config.width, config.mlp_ratio)
         super().__init__([ResamplerAttention(config), mlp])
 
     def forward(self, features: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """Return latents ``(B, R, D)`` of features ``(B, P, D)``."""
+        """Update latents ``(B, R, D)``, given features ``(B, P, D)``."""
         attention, mlp = self
         latents = latents + attention(features, latents, mask)
         return latents + mlp(latents)
 
 
 class PerceiverResampler(nn.Module):
-    """Map features of each media to ``num_latents`` vectors of the same width."""
+    """A resampler from the features of each media to ``num_latents`` vectors of equal width."""
 
     media_pos_emb: nn.Parameter | None
     frame_embs: nn.Parameter | None
@@ -100,15 +108,15 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return latents ``(B, M, R, D)``; each media is read by itself.
+        """Return latents ``(B, M, R, D)``; each media is processed separately.
 
         Args:
-            features: ``(B, M, P, D)`` of images, ``(B, M, F, P, D)`` of videos.
-            mask: the shape of ``features`` without D, bool, false at padding.  Latents attend to
-                each other even where a media is all padding.
+            features: ``(B, M, P, D)`` for images, ``(B, M, F, P, D)`` for videos.
+            mask: Shape of ``features`` without D, bool, false at padding.  Latents attend to each
+                other even if a media is all padding.
 
         Raises:
-            ValueError: for more media or frames than have embeddings.
+            ValueError: If there are more media or frames than embeddings.
         """
         batch, num_media = features.shape[:2]
         x = self._embed(features).flatten(0, 1)  # (B * M, F * P, D)

@@ -25,7 +25,8 @@ def multi_head_attention(
 
     Args:
         query: ``(B, N, T, H)``.
-        key, value: ``(B, G, S, H)``; N / G neighbouring query heads share a key-value head.
+        key: ``(B, G, S, H)``; N / G neighbouring query heads share a key-value head.
+        value: ``(B, G, S, H)``.
         mask: ``(T, S)`` or ``(B, T, S)`` bool, true where a query may attend; every query needs
             at least one such key.  None attends everywhere.
         dropout: fraction of attention weights set to 0.

@@ -1,0 +1,1 @@
+"""LLaVA: a language model that reads image vectors among its word embeddings."""

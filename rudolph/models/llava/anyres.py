@@ -1,9 +1,9 @@
 """Anyres of LLaVA-NeXT: an image as a small whole view and as tiles of a larger canvas.
 
-A *canvas* is one of a few sizes that are whole numbers of tiles.  The image is resized into one
-with its aspect kept, centred on black, and cut into tiles; each tile is encoded like an image.
-The tiles' tokens form one map, from which the rows or columns of the black border are cut, and a
-learnt newline vector ends each row::
+A *canvas* is one of a few sizes that are whole numbers of tiles.  The image is resized to fit one
+without changing its aspect ratio, centred on black, and cut into tiles, which are encoded like
+images.  The tokens of all tiles form one map.  Its rows or columns of black border are removed,
+and a learnt newline vector ends each row::
 
     whole view        tiles of a wide image on a canvas of 2 x 2, cut
 
@@ -31,8 +31,8 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
-# In the order that decides between equally good canvases: LLaVA takes the tall one first.
-# Hugging Face reads LLaVA's list of (width, height) as (height, width), and takes the wide one.
+# The first of equally good canvases wins; LLaVA lists the tall one first.  Hugging Face reads
+# LLaVA's (width, height) as (height, width) and so prefers the wide one.
 LLAVA_CANVASES: tuple[Size, ...] = ((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336))
 HUGGING_FACE_CANVASES: tuple[Size, ...] = (
     (336, 672),
@@ -44,9 +44,9 @@ HUGGING_FACE_CANVASES: tuple[Size, ...] = (
 
 
 def select_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
-    """Return the canvas that keeps most pixels of an image, then the one that wastes least.
+    """Return the canvas that keeps most pixels of an image and, among those, wastes fewest.
 
-    An image smaller than a canvas counts its own pixels; the first of equals wins.
+    Enlarging does not count as keeping more pixels.  The first of equally good canvases wins.
 
     >>> select_canvas((480, 640), LLAVA_CANVASES)
     (672, 672)
@@ -67,23 +67,23 @@ def select_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
 
 
 def tile_rows_and_columns(size: Size, canvases: tuple[Size, ...], tile: int) -> tuple[int, int]:
-    """Return how many tiles, of ``tile`` pixels a side, the canvas of an image has."""
+    """Return the rows and columns of tiles, ``tile`` pixels per side, of an image's canvas."""
     height, width = select_canvas(size, canvases)
     return height // tile, width // tile
 
 
 def unpadded(size: Size, rows: int, columns: int) -> tuple[slice, slice]:
-    """Return the rows and columns of a map that show the image, not the border of its canvas.
+    """Return the rows and columns of a map without the border of the canvas.
 
     An odd remainder leaves one more row or column.  The rounding to 7 digits is Hugging Face's.
 
     Args:
-        size: of the image, in pixels.
-        rows: of the whole map.
-        columns: of the whole map.
+        size: Size of the image in pixels.
+        rows: Rows of the whole map.
+        columns: Columns of the whole map.
 
     Raises:
-        ValueError: when the image is so long that it has no row or no column.
+        ValueError: If the image is so long that no row or no column is left.
     """
     height, width = size
     top = left = 0
@@ -100,13 +100,13 @@ def unpadded(size: Size, rows: int, columns: int) -> tuple[slice, slice]:
 
 
 def num_anyres_tokens(size: Size, canvases: tuple[Size, ...], *, tile: int, grid: Size) -> int:
-    """Return how many vectors an image becomes: whole view, tiles and newlines.
+    """Return the number of vectors of an image: whole view, tiles and newlines.
 
     >>> num_anyres_tokens((480, 640), LLAVA_CANVASES, tile=336, grid=(24, 24))
     2340
 
     Raises:
-        ValueError: for an image that no canvas holds.
+        ValueError: If the image is too long for its canvas.
     """
     tile_rows, tile_columns = tile_rows_and_columns(size, canvases, tile)
     kept = unpadded(size, tile_rows * grid[0], tile_columns * grid[1])
@@ -121,10 +121,10 @@ def pack_tiles(
 
     Args:
         crops: ``(1 + tile rows * tile columns, h * w, D)``, the whole view first.
-        size: of the image, in pixels.
-        tiles: rows and columns of tiles.
-        grid: h and w.
-        newline: ``(D,)``, put after each row.
+        size: Size of the image in pixels.
+        tiles: Rows and columns of tiles.
+        grid: Rows and columns of one tile's tokens, h and w.
+        newline: Vector ``(D,)`` added after each row.
     """
     (tile_rows, tile_columns), (height, width) = tiles, grid
     whole, cut = crops[0], crops[1:]
@@ -137,7 +137,7 @@ def pack_tiles(
 
 
 def fitted_size(size: Size, canvas: Size) -> Size:
-    """Return the size of an image that is resized into a canvas with its aspect kept.
+    """Return the size of an image resized to fit a canvas without changing its aspect ratio.
 
     >>> fitted_size((480, 640), (672, 672))
     (504, 672)
@@ -147,5 +147,5 @@ def fitted_size(size: Size, canvas: Size) -> Size:
     (height, width), (most_rows, most_columns) = size, canvas
     if most_columns / width < most_rows / height:
         return math.ceil(height * (most_columns / width)), most_columns
-    # Equal aspects may round to a column too many.
+    # With equal aspect ratios, rounding up may exceed the canvas by a column.
     return most_rows, min(math.ceil(width * (most_rows / height)), most_columns)

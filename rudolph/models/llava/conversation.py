@@ -1,12 +1,12 @@
 """Conversations about images as token ids and labels.
 
-A conversation is a list of turns, and a turn a list of parts: texts, and images that stand for a
-known number of tokens.  Ids and labels grow side by side, segment by segment, so a label can never
-slip against its id.  LLaVA tokenises a whole conversation, searches it for its role words, and
-masks the sample when the lengths disagree.
+A conversation is a list of turns, and a turn a list of parts: texts, and images with a known
+number of tokens.  Ids and labels are built together, segment by segment, so they stay aligned.
+LLaVA instead tokenises the whole conversation, searches it for role words, and masks the sample if
+the lengths disagree.
 
-Each segment is tokenised once, without a space before it: the tokenizer marks where a word starts,
-as SentencePiece and YouTokenToMe do.  Text is never searched for roles, images or end signs.
+Each segment is tokenised once, without a space before it, because SentencePiece and YouTokenToMe
+mark word starts themselves.  Text is never searched for roles, images or end tokens.
 
 To add a template, name it in ``CONVERSATION_TEMPLATES``.
 
@@ -22,18 +22,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Positions of no answer: ``cross_entropy`` ignores them.
+# Label of positions outside answers, which ``cross_entropy`` ignores.
 IGNORE = -100
 
 
 class ImagePart(NamedTuple):
-    """An image of so many tokens; see ``LLaVA.num_image_tokens``."""
+    """An image with its number of tokens; see ``LLaVA.num_image_tokens``."""
 
     num_tokens: int
 
 
 class Turn(NamedTuple):
-    """What the user asks or the assistant answers; an answer holds no images."""
+    """A question of the user, or an answer of the assistant without images."""
 
     is_answer: bool
     parts: tuple[str | ImagePart, ...]
@@ -41,10 +41,15 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """The words around turns.
+    """The text around turns.
 
-    ``keeps_questions`` is false in LLaVA's first stage, which keeps a question's images alone.
-    ``ends_with`` is text that is learnt after each answer, before the end sign if there is one.
+    Attributes:
+        system: Text at the start of a conversation.
+        user: Text before a question.
+        assistant: Text before an answer.
+        keeps_questions: False in LLaVA's first stage, which keeps only the images of a question.
+        ends_with: Text learnt after each answer, before the end token.
+        has_end_sign: Whether each answer is followed by the end token.
     """
 
     system: str = ""
@@ -57,15 +62,15 @@ class Template:
 
 @dataclass(frozen=True)
 class ConversationTokenizer:
-    """What turns parts into ids.
+    """Tokenizer settings of conversations.
 
-    Args:
-        encode: ids of a text, without start and end signs.
-        image_token_id: stands at every token of an image.
-        start_id: opens a row; None for no sign.
-        end_id: ends an answer.
-        pad_id: fills a batch; the mask, not this id, says what is padding.
-        max_length: most ids of a row.
+    Attributes:
+        encode: Encodes a text without start and end tokens.
+        image_token_id: Id of every token of an image.
+        start_id: Id at the start of a row; None for none.
+        end_id: Id after an answer.
+        pad_id: Id of padding; the mask, not this id, marks padding.
+        max_length: Maximum number of ids per row.
     """
 
     encode: Callable[[str], list[int]]
@@ -77,9 +82,13 @@ class ConversationTokenizer:
 
 
 class Example(NamedTuple):
-    """A row: ``ids`` and ``labels`` of equal length, and what of the conversation it holds.
+    """One row of a batch.
 
-    ``labels`` are the ids of answers and ``IGNORE`` elsewhere; they are not shifted.
+    Attributes:
+        ids: Token ids.
+        labels: Ids of answers and ``IGNORE`` elsewhere, as long as ``ids`` and not shifted.
+        num_images: Images in the row.
+        num_turns: Turns that fit into the row.
     """
 
     ids: list[int]
@@ -91,14 +100,14 @@ class Example(NamedTuple):
 def build_example(
     turns: Sequence[Turn], tokenizer: ConversationTokenizer, template: Template
 ) -> Example:
-    """Return the ids and labels of a conversation; of one that ends with a question, its prompt.
+    """Return the ids and labels of a conversation, which is a prompt if it ends with a question.
 
-    A conversation that is too long loses whole rounds at its end, which ``num_turns`` tells; an
-    image or an answer is never cut.
+    If it is too long, whole question-answer pairs are dropped at its end (see ``num_turns``).
+    Images and answers are never cut.
 
     Raises:
-        ValueError: when the roles do not alternate, starting with the user, when an answer holds
-            an image, or when not even the first round fits.
+        ValueError: If the roles do not alternate starting with the user, an answer has an image,
+            or not even the first pair fits.
     """
     for index, turn in enumerate(turns):
         role = "assistant" if index % 2 else "user"
@@ -141,7 +150,7 @@ def round_ids(
     ids += text_ids(template.assistant, tokenizer)
     labels = [IGNORE] * len(ids)
     if len(turns) == 2:
-        # Checked before: an answer holds texts alone.
+        # ``build_example`` has checked that an answer has texts only.
         texts = [part for part in turns[1].parts if isinstance(part, str)]
         answer = [token for text in texts for token in text_ids(text, tokenizer)]
         answer += text_ids(template.ends_with, tokenizer)
@@ -154,7 +163,7 @@ def text_ids(text: str, tokenizer: ConversationTokenizer) -> list[int]:
     """Return the ids of a text.
 
     Raises:
-        ValueError: when the text itself gives the id of an image.
+        ValueError: If the text encodes to the id of an image.
     """
     ids = tokenizer.encode(text) if text else []
     if tokenizer.image_token_id in ids:
@@ -175,7 +184,11 @@ class ConversationBatch(NamedTuple):
 def pad_examples(
     examples: Sequence[Example], tokenizer: ConversationTokenizer, *, side: str
 ) -> ConversationBatch:
-    """Return a batch, padded at ``side``: ``right`` for training, ``left`` for generation."""
+    """Return a batch padded on a side: ``right`` for training, ``left`` for generation.
+
+    Raises:
+        ValueError: If ``side`` is neither.
+    """
     if side not in ("left", "right"):
         raise ValueError(f"side: expected left or right, got {side!r}")
     longest = max(len(example.ids) for example in examples)
@@ -192,9 +205,9 @@ def pad_examples(
 
 
 CONVERSATION_TEMPLATES: dict[str, Template] = {
-    # LLaVA's first stage: captions without a question.
+    # LLaVA's first stage has captions without a question.
     "plain": Template(keeps_questions=False, ends_with="\n", has_end_sign=False),
-    # Vicuna 1.5, LLaVA's second stage.
+    # LLaVA's second stage uses the template of Vicuna 1.5.
     "vicuna": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",

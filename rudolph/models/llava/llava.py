@@ -1,11 +1,11 @@
-"""LLaVA: image vectors stand among the word embeddings of a decoder-only language model.
+"""LLaVA: image vectors among the word embeddings of a decoder-only language model.
 
-``images -> vision -> connector -> vectors``; each vector takes the place of one image token of the
-text, and the language model reads the whole row under its causal mask.
+``images -> vision -> connector -> vectors``; each vector replaces the embedding of one image token
+of the text, and the language model reads the whole row under its causal mask.
 
 With ``canvases`` an image is a whole view and tiles (LLaVA-NeXT, see ``anyres``), else one view
-(LLaVA-1.5).  Rows may hold any number of images, also none.  An image's tokens are repeated in
-``input_ids`` as often as ``num_image_tokens`` says, so lengths are known before the model runs.
+(LLaVA-1.5).  A row may have any number of images, or none.  ``input_ids`` repeat the image token
+``num_image_tokens`` times per image, so lengths are known before the model runs.
 
 Nothing is frozen here: training decides which parameters learn.
 
@@ -37,12 +37,12 @@ from rudolph.models.vision.encoders import VisionEncodersConfig, build_vision_en
 
 @dataclass(frozen=True)
 class ImageTokenConfig:
-    """How images enter the text.
+    """How images are represented in a text.
 
-    Args:
-        token_id: the id that image vectors replace.
-        image_size: pixels a side of one view, S.
-        canvases: sizes (height, width) of anyres, in the order that decides ties; none for one
+    Attributes:
+        token_id: Token id whose embeddings image vectors replace.
+        image_size: Side of one view in pixels, S.
+        canvases: Canvas sizes (height, width) of anyres, where the first wins ties; empty for one
             view per image.
     """
 
@@ -51,6 +51,7 @@ class ImageTokenConfig:
     canvases: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.image_size < 1:
             raise ValueError(f"image_size: expected at least 1, got {self.image_size}")
         for height, width in self.canvases:
@@ -64,9 +65,14 @@ class ImageTokenConfig:
 
 @dataclass(frozen=True)
 class LLaVAConfig:
-    """The parts of a LLaVA; the defaults are LLaVA-1.5 7B's.
+    """Architecture of a LLaVA; the defaults are those of LLaVA-1.5 7B.
 
-    ``canvases`` are sizes (height, width) of anyres, none for one view per image.
+    Attributes:
+        vision: The vision encoders.
+        connector: The connector.
+        language_model: The language model.
+        image_token_id: Token id whose embeddings image vectors replace.
+        canvases: Canvas sizes (height, width) of anyres; empty for one view per image.
     """
 
     vision: VisionEncodersConfig = field(default_factory=VisionEncodersConfig)
@@ -80,11 +86,13 @@ class LLaVA(nn.Module):
     """``model(input_ids, attention_mask, pixel_values, image_sizes) -> logits``.
 
     Args:
-        vision: gives tokens ``(P, N, Dv)`` of views; see ``vision/features.py``.
-        connector: gives vectors ``(P, M, D)`` of them; see ``fusion/connectors.py``.
+        vision: Encodes views as tokens ``(P, N, Dv)``; see ``vision/features.py``.
+        connector: Maps these tokens to vectors ``(P, M, D)``; see ``fusion/connectors.py``.
+        language_model: The language model.
+        images: How images are represented in a text.
 
     Raises:
-        ValueError: when there are canvases, but the vectors of a view form no square grid.
+        ValueError: If there are canvases but the vectors of a view form no square grid.
     """
 
     image_newline: nn.Parameter | None
@@ -132,16 +140,18 @@ class LLaVA(nn.Module):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
     ) -> Tensor:
-        """Return what the language model reads, ``(B, T, D)``.
+        """Embed words and images as inputs ``(B, T, D)`` of the language model.
 
         Args:
-            input_ids: ``(B, T)``, an image's tokens repeated ``num_image_tokens`` times.
-            pixel_values: normalised views of all images, in the order of the rows:
+            input_ids: ``(B, T)``, with the image token repeated ``num_image_tokens`` times per
+                image.
+            pixel_values: Normalised views of all images, in the order of the rows:
                 ``(P, 3, S, S)`` or, with canvases, ``(P, C, 3, S, S)``, padded to the most crops.
             image_sizes: (height, width) of the images in pixels, ``(P, 2)``, with canvases.
 
         Raises:
-            ValueError: naming a row whose image tokens are not those of the next images.
+            ValueError: If the image tokens of a row do not match its images; the message names
+                the row.
         """
         is_image = input_ids == self.images.token_id
         counts = [] if pixel_values is None else self.token_counts(pixel_values, image_sizes)
@@ -153,7 +163,7 @@ class LLaVA(nn.Module):
         return words.masked_scatter(is_image[..., None], vectors.to(words.dtype))
 
     def token_counts(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[int]:
-        """Return how many vectors each image becomes; see ``embed`` for the arguments."""
+        """Return the number of vectors of each image; see ``embed`` for the arguments."""
         if not self.images.canvases:
             return [self.num_view_tokens] * len(pixel_values)
         return [self.num_image_tokens(size) for size in size_list(image_sizes)]
@@ -177,7 +187,7 @@ class LLaVA(nn.Module):
         ]
 
     def encode_views(self, views: Tensor) -> Tensor:
-        """Return vectors ``(P, M, D)`` of normalised views ``(P, 3, S, S)``."""
+        """Encode normalised views ``(P, 3, S, S)`` as vectors ``(P, M, D)``."""
         return self.connector(self.vision(views)).values
 
     def tiles_of(self, size: Size) -> tuple[int, int]:
@@ -185,10 +195,10 @@ class LLaVA(nn.Module):
         return tile_rows_and_columns(size, self.images.canvases, self.images.image_size)
 
     def num_image_tokens(self, size: Size) -> int:
-        """Return how many vectors an image of (height, width) pixels becomes.
+        """Return the number of vectors of an image of (height, width) pixels.
 
         Raises:
-            ValueError: with canvases, for an image too long for its canvas.
+            ValueError: If there are canvases and the image is too long for its canvas.
         """
         if not self.images.canvases:
             return self.num_view_tokens
@@ -208,9 +218,9 @@ class LLaVA(nn.Module):
         num_tokens: int,
         end_id: int | None = None,
     ) -> Tensor:
-        """Return the most likely new tokens ``(B, S)``, without the prompt.
+        """Continue prompts greedily; return new tokens ``(B, S)`` without the prompt.
 
-        Images are encoded once; padding may stand on either side.
+        Images are encoded once.  Padding may be on either side.
         """
         return self.language_model.generate_greedily(
             self.embed(input_ids, pixel_values, image_sizes),
@@ -221,14 +231,18 @@ class LLaVA(nn.Module):
 
 
 def size_list(image_sizes: Tensor | None) -> list[Size]:
-    """Return (height, width) of each image from ``(P, 2)``."""
+    """Return (height, width) of each image from ``(P, 2)``.
+
+    Raises:
+        ValueError: If the sizes are missing.
+    """
     if image_sizes is None:
         raise ValueError("image_sizes: expected (P, 2) for anyres, got None")
     return [(height, width) for height, width in image_sizes.tolist()]
 
 
 def require_image_tokens(per_row: list[int], per_image: list[int]) -> None:
-    """Raise ``ValueError`` unless the images, in order, fill the image tokens of each row."""
+    """Raise ``ValueError`` unless consecutive images fill the image tokens of each row."""
     image = 0
     for row, tokens in enumerate(per_row):
         first, vectors = image, 0
@@ -247,10 +261,10 @@ def require_image_tokens(per_row: list[int], per_image: list[int]) -> None:
 
 
 def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
-    """Return the crops that are no padding, ``(sum of counts, 3, S, S)``.
+    """Return the crops without padding, ``(sum of counts, 3, S, S)``.
 
     Raises:
-        ValueError: naming an image with fewer crops than its size needs.
+        ValueError: If an image has fewer crops than its size needs; the message names it.
     """
     if pixel_values.dim() != 5 or len(pixel_values) != len(counts):
         raise ValueError(
@@ -267,7 +281,7 @@ def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
 
 
 def build_llava(config: LLaVAConfig) -> LLaVA:
-    """Return a LLaVA with new weights."""
+    """Build a LLaVA with new weights."""
     vision: Any = build_vision_encoders(config.vision)
     shape = ConnectorShape(vision.width, config.language_model.hidden_size, vision.grid)
     return LLaVA(

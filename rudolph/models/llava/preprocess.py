@@ -1,8 +1,9 @@
-"""From images of any size to the views that a LLaVA reads.
+"""Preprocessing of images of any size into the views that a LLaVA reads.
 
-Without canvases an image becomes one square view, by a name of ``ASPECTS``: ``pad`` puts it on a
-square of CLIP's mean colour (LLaVA-1.5), ``squeeze`` changes its aspect, ``crop`` cuts its middle.
-With canvases it becomes a squeezed whole view and the tiles of its canvas, on black (LLaVA-NeXT).
+Without canvases an image becomes one square view by a method of ``ASPECTS``: ``pad`` centres it on
+a square of CLIP's mean colour (LLaVA-1.5), ``squeeze`` changes its aspect ratio, ``crop`` keeps
+its central square.  With canvases it becomes a squeezed whole view and the tiles of its canvas,
+on black (LLaVA-NeXT).
 
 Source: LLaVA, ``llava/mm_utils.py``.
 
@@ -23,14 +24,15 @@ from rudolph.models.vision.clip import MEAN, STD
 def prepare_images(
     images: Sequence[Tensor], config: ImageTokenConfig, *, aspect: str = "pad"
 ) -> tuple[Tensor, Tensor]:
-    """Return ``pixel_values`` and ``image_sizes`` as ``LLaVA.embed`` takes them.
+    """Return ``pixel_values`` and ``image_sizes`` for ``LLaVA.embed``.
 
     Args:
-        images: ``(3, H, W)`` in [0, 1] each.
-        aspect: a name of ``ASPECTS``, for one view per image.
+        images: Images ``(3, H, W)`` in [0, 1].
+        config: How images are represented in a text.
+        aspect: A name in ``ASPECTS``, for one view per image.
 
     Raises:
-        ValueError: for no images, an unknown aspect or an image of another shape.
+        ValueError: If there are no images, the aspect is unknown or an image has another shape.
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect: expected one of {', '.join(ASPECTS)}, got {aspect!r}")
@@ -51,7 +53,7 @@ def prepare_images(
 
 
 def anyres_crops(image: Tensor, config: ImageTokenConfig) -> Tensor:
-    """Return the whole view and the tiles, row by row, of an image: ``(C, 3, S, S)``."""
+    """Return the whole view, then the tiles in row-major order, as ``(C, 3, S, S)``."""
     side, (height, width) = config.image_size, image.shape[1:]
     canvas_size = select_canvas((height, width), config.canvases)
     rows, columns = fitted_size((height, width), canvas_size)
@@ -71,7 +73,7 @@ def resized(image: Tensor, size: Size) -> Tensor:
 
 
 def padded(image: Tensor, side: int) -> Tensor:
-    """Centre an image on a square of the mean colour, and resize it to ``(3, S, S)``."""
+    """Centre an image on a square of the mean colour and resize it to ``(3, S, S)``."""
     height, width = image.shape[1:]
     most = max(height, width)
     colour = torch.tensor(MEAN, dtype=image.dtype, device=image.device)
@@ -82,12 +84,12 @@ def padded(image: Tensor, side: int) -> Tensor:
 
 
 def squeezed(image: Tensor, side: int) -> Tensor:
-    """Resize an image to ``(3, S, S)``, whatever its aspect."""
+    """Resize an image to ``(3, S, S)`` without keeping its aspect ratio."""
     return resized(image, (side, side))
 
 
 def cropped(image: Tensor, side: int) -> Tensor:
-    """Resize the middle square of an image to ``(3, S, S)``."""
+    """Resize the central square of an image to ``(3, S, S)``."""
     least = min(image.shape[1:])
     top, left = ((extent - least) // 2 for extent in image.shape[1:])
     return resized(image[:, top : top + least, left : left + least], (side, side))

@@ -1,4 +1,4 @@
-"""Greedy decoding of any model that gives the logits of one position after another.
+"""Greedy decoding for any model that returns the logits of the next position.
 
 Shapes: B batch, T positions, V vocabulary.
 """
@@ -12,15 +12,16 @@ from torch import Tensor
 def decode_greedily(
     logits: Tensor, step: Callable[[Tensor], Tensor], *, num_tokens: int, end_id: int | None = None
 ) -> Tensor:
-    """Return the most likely next token, step by step: ``(B, S)`` with S at most ``num_tokens``.
+    """Decode greedily; return tokens ``(B, S)`` with S at most ``num_tokens``.
 
     Args:
-        logits: ``(B, V)``, those after the prompt.
-        step: appends tokens ``(B, 1)`` and returns the logits ``(B, V)`` after them.
-        end_id: a row that reached it repeats it; decoding stops when every row has.
+        logits: Logits after the prompt, ``(B, V)``.
+        step: Appends tokens ``(B, 1)`` and returns the logits ``(B, V)`` after them.
+        num_tokens: Maximum number of new tokens.
+        end_id: Id that ends a row and is then repeated; decoding stops when every row has ended.
 
     Raises:
-        ValueError: when ``num_tokens`` is below 1.
+        ValueError: If ``num_tokens`` is below 1.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
@@ -36,10 +37,10 @@ def decode_greedily(
 
 
 def at_last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return ``(B, D)``: the vector of each row's last token that is no padding.
+    """Return the vector ``(B, D)`` at each row's last token that is not padding.
 
     Args:
-        x: ``(B, T, D)``.
+        x: Vectors ``(B, T, D)``.
         attention_mask: ``(B, T)``, nonzero at tokens; None for no padding.
     """
     if attention_mask is None:

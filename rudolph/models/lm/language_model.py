@@ -1,12 +1,12 @@
-"""A decoder-only language model: PaLM, LLaMA, Vicuna and Mistral are settings of it.
+"""Decoder-only language model with settings for PaLM, LLaMA, Vicuna and Mistral.
 
 ``tokens -> embed -> blocks -> norm -> logits``
 
-- A *parallel* block (PaLM) adds attention and MLP of one norm; a *sequential* block (LLaMA) has
-  a norm for each.
-- Fewer key-value heads than query heads are grouped-query attention; one is multi-query.
+- A *parallel* block (PaLM) applies attention and MLP to one norm and adds both; a *sequential*
+  block (LLaMA) has a norm for each.
+- Fewer key-value heads than query heads give grouped-query attention; one gives multi-query.
 
-The names of the modules are Hugging Face's LLaMA names without the leading ``model.``.
+Module names are Hugging Face's LLaMA names without the leading ``model.``.
 
 Source: PaLM (arXiv:2204.02311), section 2; LLaMA (arXiv:2302.13971), section 2.2; RoFormer
 (arXiv:2104.09864), section 3.4.2, in the form that rotates halves; Ainslie 2023
@@ -32,11 +32,24 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """Sizes and the choices in which PaLM and LLaMA differ.
+    """Sizes, and the choices in which PaLM and LLaMA differ.
 
-    ``norm`` is RMSNorm (``rms``) or a LayerNorm with a gain and no bias (``layer``).  ``mlp_size``
-    is the width of SwiGLU's inner layer.  PaLM is ``block="parallel"``, ``norm="layer"``,
-    ``num_key_value_heads=1`` and ``tied_embeddings=True``.
+    PaLM has ``block="parallel"``, ``norm="layer"``, ``num_key_value_heads=1`` and
+    ``tied_embeddings=True``.
+
+    Attributes:
+        vocab_size: Number of token ids, V.
+        hidden_size: Width, D.
+        num_layers: Blocks, L.
+        num_heads: Query heads, N.
+        num_key_value_heads: Key-value heads, G, a divisor of ``num_heads``.
+        head_size: Channels per head, H.
+        mlp_size: Width of SwiGLU's inner layer.
+        block: ``sequential`` or ``parallel``.
+        norm: RMSNorm (``rms``) or a LayerNorm without bias (``layer``).
+        norm_eps: Epsilon of the norms.
+        rope_theta: Base of the rotary frequencies.
+        tied_embeddings: Use the token embeddings as the output projection.
     """
 
     vocab_size: int = 32_000
@@ -53,6 +66,7 @@ class LanguageModelConfig:
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < 1:
@@ -71,7 +85,7 @@ class LanguageModelConfig:
 
 
 class LanguageModelCache:
-    """Keys and values of the positions so far, in memory that is allocated once; for inference.
+    """Preallocated key/value cache for inference.
 
     Args:
         memory: ``(L, 2, B, G, S, H)`` with room for S positions.
@@ -84,7 +98,11 @@ class LanguageModelCache:
         self.is_token: Tensor | None = None
 
     def extend(self, num_positions: int, attention_mask: Tensor | None) -> Tensor | None:
-        """Add new positions ``(B, T)`` and return which positions so far are tokens."""
+        """Add new positions; return ``(B, length)`` bool, true at tokens, or None if all are.
+
+        Raises:
+            ValueError: If the cache is full.
+        """
         capacity = self.memory.shape[4]
         self.start, self.length = self.length, self.length + num_positions
         if self.length > capacity:
@@ -99,7 +117,7 @@ class LanguageModelCache:
         return self.is_token
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``(B, G, T, H)`` of the new positions; return those of all, ``(B, G, S, H)``."""
+        """Store keys and values ``(B, G, T, H)``; return those so far, ``(B, G, S, H)``."""
         self.memory[layer, 0, :, :, self.start : self.length] = key
         self.memory[layer, 1, :, :, self.start : self.length] = value
         keys, values = self.memory[layer, :, :, :, : self.length]
@@ -107,10 +125,13 @@ class LanguageModelCache:
 
 
 class SequenceContext(NamedTuple):
-    """What every block of one forward pass shares.
+    """Inputs that all blocks of one forward pass share.
 
-    ``cos`` and ``sin`` are ``(1 or B, 1, T, H / 2)``; ``mask`` is ``(T, S)``, ``(B, T, S)`` or
-    None where every new position may attend to all.
+    Attributes:
+        cos: Cosines of the rotations, ``(1 or B, 1, T, H / 2)``.
+        sin: Sines, of the same shape.
+        mask: ``(T, S)`` or ``(B, T, S)`` bool; None if every new position attends to all.
+        cache: The key/value cache, or None.
     """
 
     cos: Tensor
@@ -122,12 +143,15 @@ class SequenceContext(NamedTuple):
 def causal_mask(
     start: int, end: int, is_token: Tensor | None, device: torch.device | None = None
 ) -> Tensor:
-    """Return what positions from ``start`` to ``end`` attend to: ``(T, S)``, or ``(B, T, S)``.
+    """Return the causal mask ``(T, S)`` or ``(B, T, S)`` of positions ``start`` to ``end``.
 
     Padding attends to itself, since a softmax over no key is undefined.
 
     Args:
+        start: First query position.
+        end: Number of key positions, S.
         is_token: ``(B, S)`` bool, false at padding; None for no padding.
+        device: Device of the mask.
 
     >>> mask = causal_mask(0, 4, torch.tensor([[False, True, True, True]]))
     >>> for row in mask[0].tolist():
@@ -152,14 +176,14 @@ def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i against channel i + H / 2 of ``(B, N, T, H)`` by the position's angle."""
+    """Rotate channels i and i + H / 2 of ``(B, N, T, H)`` by the angle of the position."""
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
-    """Self-attention of layer number ``layer``, with rotary positions and grouped keys."""
+    """Self-attention of block ``layer``, with rotary positions and grouped queries."""
 
     def __init__(self, config: LanguageModelConfig, layer: int) -> None:
         super().__init__()
@@ -193,6 +217,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner_size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., D)`` to ``(..., D)``."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -218,7 +243,7 @@ class LanguageModelBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """``model(tokens) -> logits``; embeddings ``(B, T, D)`` may take the place of tokens."""
+    """``model(tokens) -> logits``; embeddings ``(B, T, D)`` are accepted instead of tokens."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -244,11 +269,11 @@ class LanguageModel(nn.Module):
         """Return logits ``(B, T, V)``.
 
         Args:
-            inputs: tokens ``(B, T)``, or embeddings ``(B, T, D)`` in their place.  With a cache,
-                only the new positions.
-            attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding, which may stand on
-                either side.  Positions count tokens only.
-            cache: of ``new_cache``; the new positions are added to it.
+            inputs: Tokens ``(B, T)`` or embeddings ``(B, T, D)``; with a cache, only the new
+                positions.
+            attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding on either side.
+                Positions count tokens only.
+            cache: Result of ``new_cache``, extended by the new positions.
         """
         return self.logits(self.hidden(inputs, attention_mask=attention_mask, cache=cache))
 
@@ -269,7 +294,11 @@ class LanguageModel(nn.Module):
     def context(
         self, x: Tensor, attention_mask: Tensor | None, cache: LanguageModelCache | None
     ) -> SequenceContext:
-        """Return rotations and mask of new positions ``(B, T, D)``, and extend the cache."""
+        """Return rotations and mask of new positions ``(B, T, D)``, and extend the cache.
+
+        Raises:
+            ValueError: If ``attention_mask`` has another shape, or the cache is full.
+        """
         batch, length, _ = x.shape
         if attention_mask is not None and attention_mask.shape != (batch, length):
             raise ValueError(
@@ -290,7 +319,7 @@ class LanguageModel(nn.Module):
         return SequenceContext(cos[:, None], sin[:, None], mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return ``(..., V)`` of the last block's output ``(..., D)``."""
+        """Return logits ``(..., V)`` of the last block's output ``(..., D)``."""
         tied = self.config.tied_embeddings
         head = self.embed_tokens.weight if tied else self.lm_head.weight
         return F.linear(self.norm(hidden), head)
@@ -311,7 +340,7 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         end_id: int | None = None,
     ) -> Tensor:
-        """Return the most likely continuation ``(B, S)`` of prompts; see ``decode_greedily``."""
+        """Continue prompts greedily; return new tokens ``(B, S)``, see ``decode_greedily``."""
         cache = self.new_cache(len(inputs), num_positions=inputs.shape[1] + num_tokens)
         hidden = self.hidden(inputs, attention_mask=attention_mask, cache=cache)
         return decode_greedily(
@@ -323,6 +352,7 @@ class LanguageModel(nn.Module):
 
 
 def new_norm(config: LanguageModelConfig) -> nn.Module:
+    """Return a new norm of the configured kind over D channels."""
     return NORMS[config.norm](config.hidden_size, config.norm_eps)
 
 

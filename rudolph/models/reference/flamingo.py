@@ -1,7 +1,7 @@
-"""flamingo-pytorch and OpenFlamingo: their key names and ours.
+"""Checkpoint formats of flamingo-pytorch and OpenFlamingo: their tensor names and ours.
 
-The resampler and the gated blocks have the same names here and there.  flamingo-pytorch's PaLM
-computes queries, key, value and both inputs of SwiGLU in one product, which is split here.
+The resampler and the gated blocks have the same names in both.  flamingo-pytorch's PaLM computes
+queries, key, value and both inputs of SwiGLU in one matrix product, which is split here.
 
 Source: flamingo-pytorch 0.1.2, ``flamingo_palm.py``; vit-pytorch 1.26, ``vit.py``; open_flamingo
 2.0.1, ``src/helpers.py``.
@@ -24,13 +24,13 @@ from rudolph.models.reference.language_model import without_tied_copy
 from rudolph.models.vision.vit import LinearPatchEncoder, ViT, ViTConfig
 from rudolph.models.weights import load_exactly
 
-# FlamingoPaLM never sets it, so its resampler takes flamingo-pytorch's default.
+# FlamingoPaLM never sets this, so its resampler uses flamingo-pytorch's default.
 NUM_MEDIA_EMBEDDINGS = 4
-# Side of a patch of the image encoder where a config names no ViT.
+# Patch side in pixels of the image encoder if a config names no ViT.
 PATCH_SIZE = 8
 ROPE_THETA = 10_000.0
 
-# Our names -> flamingo-pytorch's; ``{}`` is the number of a layer, a star the end of a name.
+# Our names to flamingo-pytorch's; ``{}`` is a layer number and ``*`` the rest of a name.
 FLAMINGO_NAMES = {
     "language_model.embed_tokens.weight": "token_emb.weight",
     "language_model.norm.weight": "to_logits.0.gamma",
@@ -56,7 +56,7 @@ FLAMINGO_NAMES = {
     "vision.proj.*": "img_encoder.proj.*",
 }
 FUSED = "layers.{}.0.fn.fused_attn_ff_proj.weight"
-# The parts of the fused product, in flamingo-pytorch's order.
+# Parts of the fused projection, in flamingo-pytorch's order.
 FUSED_PARTS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -64,11 +64,12 @@ FUSED_PARTS = (
     "mlp.up_proj",
     "mlp.gate_proj",
 )
-# Buffers that are stored and follow from the sizes: zero biases, and rotations' frequencies.
+# Stored buffers that follow from the sizes: zero biases and rotary frequencies.
 DERIVED = re.compile(r"(layers\.\d+\.0\.fn\.norm|to_logits\.0)\.beta|.+\.rotary_emb\.inv_freq")
 
 
 def build_flamingo(config: Mapping[str, Any]) -> Flamingo:
+    """Build a Flamingo from the constructor arguments of flamingo-pytorch."""
     dim, depth = config["dim"], config["depth"]
     num_heads, head_size = config.get("heads", 8), config.get("dim_head", 64)
     attends_to_last = config.get("only_attend_immediate_media", True)
@@ -107,7 +108,7 @@ def build_flamingo(config: Mapping[str, Any]) -> Flamingo:
 
 
 def build_image_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """Return vit-pytorch's ViT from ``img_encoder``'s arguments, else a linear patch encoder."""
+    """Build a ViT from the arguments of ``img_encoder``, or else a linear patch encoder."""
     arguments = config.get("img_encoder")
     if arguments is None:
         return LinearPatchEncoder(config["dim"], PATCH_SIZE)
@@ -128,7 +129,7 @@ def build_image_encoder(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """Return what the first fitting pattern makes of a name, None when none fits."""
+    """Rename by the first matching pattern; return None if none matches."""
     for pattern, replacement in names.items():
         expression = re.escape(pattern).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")
         match = re.fullmatch(expression, name)
@@ -138,17 +139,22 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def our_flamingo_name(key: str) -> str:
-    """Return our name of a tensor of flamingo-pytorch, the same name when it has none here."""
+    """Return our name of a flamingo-pytorch tensor, or the same name if we have none."""
     return _renamed(key, {theirs: ours for ours, theirs in FLAMINGO_NAMES.items()}) or key
 
 
 def their_flamingo_name(name: str) -> str:
-    """Return flamingo-pytorch's name of one of our tensors, for the parts of a fused one too."""
+    """Return flamingo-pytorch's name of one of our tensors or of a part of a fused one."""
     parts = {f"language_model.layers.{{}}.{part}.weight": FUSED for part in FUSED_PARTS}
     return _renamed(name, FLAMINGO_NAMES | parts) or name
 
 
 def load_flamingo(model: Flamingo, tensors: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a flamingo-pytorch checkpoint.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape, or a norm has a bias.
+    """
     tensors = without_tied_copy(
         tensors, "to_logits.1.weight", "token_emb.weight", family="flamingo"
     )
@@ -165,7 +171,11 @@ def load_flamingo(model: Flamingo, tensors: Mapping[str, Tensor]) -> None:
 
 
 def split_fused(model: Flamingo, layer: str, key: str, value: Tensor) -> dict[str, Tensor]:
-    """Return the parts of a fused projection under our names."""
+    """Return the parts of a fused projection under our names.
+
+    Raises:
+        ValueError: If the projection has another shape.
+    """
     prefix = f"language_model.layers.{layer}."
     parts = [model.get_parameter(f"{prefix}{part}.weight") for part in FUSED_PARTS]
     sizes = [len(part) for part in parts]
@@ -180,13 +190,14 @@ def split_fused(model: Flamingo, layer: str, key: str, value: Tensor) -> dict[st
 
 
 def tensors_of_flamingo(model: Flamingo) -> dict[str, Tensor]:
+    """Return the tensors under flamingo-pytorch's names, with its derived buffers."""
     ours = dict(model.state_dict())
     tensors = {}
     for layer in range(model.config.language_model.num_layers):
         names = [f"language_model.layers.{layer}.{part}.weight" for part in FUSED_PARTS]
         tensors[FUSED.format(layer)] = torch.cat([ours.pop(name) for name in names])
     tensors |= {their_flamingo_name(name): value for name, value in ours.items()}
-    # A copy, since safetensors refuses two names of the same memory.
+    # safetensors rejects two names for the same memory, hence the copy.
     tensors["to_logits.1.weight"] = tensors["token_emb.weight"].clone()
     return tensors | dict(derived_tensors(model, tensors))
 
@@ -194,7 +205,7 @@ def tensors_of_flamingo(model: Flamingo) -> dict[str, Tensor]:
 def derived_tensors(
     model: Flamingo, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that flamingo-pytorch stores and this project computes."""
+    """Yield the buffers that flamingo-pytorch stores and this project derives."""
     size = model.config.language_model.head_size
     channels = torch.arange(0, size, 2).float()
     for key, value in tensors.items():
@@ -206,8 +217,13 @@ def derived_tensors(
 
 
 def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
+    """Return flamingo-pytorch's constructor arguments of a Flamingo.
+
+    Raises:
+        ValueError: If flamingo-pytorch cannot express the model.
+    """
     config, text = model.config, model.config.language_model
-    # Everything but these arguments must be what the reference's constructor makes of them.
+    # All other settings must equal those that the reference's constructor derives.
     arguments: dict[str, Any] = {
         "dim": text.hidden_size,
         "num_tokens": text.vocab_size,
@@ -243,6 +259,11 @@ def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
 
 
 def vit_config_of(model: ViT) -> dict[str, Any]:
+    """Return vit-pytorch's constructor arguments of a ViT.
+
+    Raises:
+        ValueError: If the ViT has no classification head.
+    """
     config = model.config
     require_expressible(
         config.num_classes is not None, "flamingo", "a ViT without a classifier's head"
@@ -262,9 +283,9 @@ def vit_config_of(model: ViT) -> dict[str, Any]:
 
 
 class OpenFlamingoBlock(nn.Module):
-    """What OpenFlamingo trains for one layer: a resampler and a gated cross-attention.
+    """The parts that OpenFlamingo trains for one layer: resampler and gated cross-attention.
 
-    Names of modules are those of its checkpoints.
+    Module names are those of its checkpoints.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -291,8 +312,8 @@ class OpenFlamingoBlock(nn.Module):
         """Return latents ``(B, M, R, E)`` and text states ``(B, T, D)``.
 
         Args:
-            vision_x: features ``(B, M, F, P, E)``.
-            x: text states ``(B, T, D)``.
+            vision_x: Features ``(B, M, F, P, E)``.
+            x: Text states ``(B, T, D)``.
             media_locations: ``(B, T)`` bool, true at media tags.
         """
         latents = self.perceiver(vision_x)
@@ -305,6 +326,7 @@ class OpenFlamingoBlock(nn.Module):
 
 
 def load_block(model: OpenFlamingoBlock, tensors: Mapping[str, Tensor]) -> None:
+    """Load the tensors of one OpenFlamingo layer, whose names are the same here."""
     load_exactly(model, tensors, family="open_flamingo_block")
 
 

@@ -1,4 +1,4 @@
-"""LLaMA, Vicuna and Mistral: Hugging Face's key names, of which ours lack only ``model.``.
+"""Checkpoint format of LLaMA, Vicuna and Mistral: Hugging Face's names, ours without ``model.``.
 
 Source: transformers, ``models/llama/modeling_llama.py`` and ``configuration_llama.py``.
 """
@@ -13,7 +13,7 @@ from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
 from rudolph.models.reference.family import ReferenceFamily, Renamed
 from rudolph.models.weights import load_exactly
 
-# What our block does in one way only: the argument, and the values that ask for it.
+# Arguments of Hugging Face with the only values that our block supports.
 FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -24,10 +24,10 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 def language_model_config(config: Mapping[str, Any]) -> LanguageModelConfig:
-    """Return the sizes that a ``config.json`` of LLaMA, Vicuna or Mistral gives.
+    """Return the config of a ``config.json`` of LLaMA, Vicuna or Mistral.
 
     Raises:
-        ValueError: naming an argument that the block cannot follow.
+        ValueError: If the block does not support an argument; the message names it.
     """
     for name, allowed in FIXED_ARGUMENTS.items():
         if config.get(name, allowed[0]) not in allowed:
@@ -63,10 +63,10 @@ def our_llama_name(key: str) -> str:
 def without_tied_copy(
     tensors: Mapping[str, Tensor], copy: str, original: str, *, family: str
 ) -> Mapping[str, Tensor]:
-    """Leave out the second copy of a tensor that two layers have in common.
+    """Remove the second copy of a tensor that two layers share.
 
     Raises:
-        ValueError: when the two differ.
+        ValueError: If the two copies differ.
     """
     if copy not in tensors or original not in tensors:
         return tensors
@@ -76,17 +76,23 @@ def without_tied_copy(
 
 
 def load_language_model(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape.
+    """
     if model.config.tied_embeddings:
         tensors = without_tied_copy(
             tensors, "lm_head.weight", "model.embed_tokens.weight", family="llama"
         )
-    # Early files store what the rotations are computed from.
+    # Early files store the rotary frequencies, which are derived here.
     kept = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]
     renamed = Renamed(tensors, {our_llama_name(key): key for key in kept})
     load_exactly(model, renamed, family="llama", file_name_of=their_llama_name)
 
 
 def language_model_config_of(model: LanguageModel) -> dict[str, Any]:
+    """Return Hugging Face's ``config.json`` of a language model."""
     config = model.config
     return {
         "model_type": "llama",
@@ -105,6 +111,7 @@ def language_model_config_of(model: LanguageModel) -> dict[str, Any]:
 
 
 def is_llama(model: object) -> bool:
+    """Return whether an object is a language model with the blocks and norms of LLaMA."""
     return (
         isinstance(model, LanguageModel)
         and model.config.block == "sequential"

@@ -92,7 +92,7 @@ class CLIPConfig:
 
     @property
     def vision(self) -> "VisionConfig":
-        """The vision transformer below the projection."""
+        """Return the config of the vision transformer without the projection."""
         return VisionConfig(
             image_size=self.image_resolution,
             patch_size=self.vision_patch_size,
@@ -107,7 +107,15 @@ class CLIPConfig:
 class VisionConfig:
     """Shape of a CLIP vision transformer; the defaults are OpenAI's ViT-L/14 at 336 pixels.
 
-    ``activation`` is a name of ``ACTIVATIONS``.
+    Attributes:
+        image_size: Side of the input images in pixels, a multiple of ``patch_size``.
+        patch_size: Side of a patch in pixels.
+        width: Channels per token.
+        num_layers: Layers.
+        num_heads: Attention heads, a divisor of ``width``.
+        mlp_width: Channels of the MLP's inner layer.
+        activation: A name in ``ACTIVATIONS``.
+        norm_eps: Epsilon of the norms.
     """
 
     image_size: int = 336
@@ -120,6 +128,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for name in ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -133,7 +142,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the rows and columns of patches."""
         side = self.image_size // self.patch_size
         return side, side
 
@@ -223,7 +232,10 @@ class Transformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Normalised images ``(P, 3, H, W)`` to hidden states of a vision transformer."""
+    """A vision transformer without output: embeddings, layers and output norm.
+
+    Subclasses and ``features.ViTFeatures`` read its hidden states.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -248,14 +260,14 @@ class VisionEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """The class token and the patches, what the first layer reads: ``(P, N, W)``."""
+        """Return the input ``(P, N, W)`` of the first layer: class token, then patches."""
         patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, W)
         first = self.class_embedding.expand(len(patches), 1, -1)
         return self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
 
 
 class VisionTransformer(VisionEncoder):
-    """Normalised images ``(P, 3, H, W)`` to features ``(P, E)``."""
+    """CLIP's image tower, from normalised images ``(P, 3, H, W)`` to features ``(P, E)``."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config.vision)
@@ -263,6 +275,7 @@ class VisionTransformer(VisionEncoder):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return features ``(P, E)`` of normalised images ``(P, 3, H, W)``."""
         x = self.transformer(self.embed(pixel_values))
         return self.ln_post(x[:, 0]) @ self.proj
 

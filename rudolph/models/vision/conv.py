@@ -2,8 +2,8 @@
 
 ``images -> stem -> [blocks, downsample] per level -> norm -> tokens``
 
-A convolution needs less data than a transformer to learn locality and has no learnt positions:
-zero padding lets it tell the border from the middle.
+A convolution needs less data than a transformer to learn locality.  It has no learnt positions;
+zero padding distinguishes the border from the centre.
 
 Source: Liu 2022 (arXiv:2201.03545), section 2; LayerScale: Touvron 2021 (arXiv:2103.17239).
 
@@ -33,6 +33,7 @@ class ConvEncoderConfig:
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if len(self.widths) != len(self.depths):
             raise ValueError(
                 f"depths: expected one entry for each of {len(self.widths)} widths, "
@@ -53,7 +54,7 @@ class ConvEncoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per token along a side."""
+        """Return the pixels per token along a side."""
         return self.stem_size * 2 ** (len(self.widths) - 1)
 
 
@@ -61,6 +62,7 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of maps ``(P, C, H, W)``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(P, C, H, W)`` over the channels."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -79,12 +81,13 @@ class ConvBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(P, C, H, W)`` to ``(P, C, H, W)``."""
         hidden = self.norm(self.depthwise(x).movedim(1, -1))  # (P, H, W, C)
         return x + (self.scale * self.mlp(hidden)).movedim(-1, 1)
 
 
 class ConvEncoder(nn.Module):
-    """Normalised images ``(P, 3, H, W)`` to tokens ``(P, N, widths[-1])``, row by row."""
+    """ConvNeXt encoder from images ``(P, 3, H, W)`` to tokens ``(P, N, widths[-1])``."""
 
     def __init__(self, config: ConvEncoderConfig) -> None:
         super().__init__()
@@ -105,6 +108,11 @@ class ConvEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(self.width, eps=1e-6)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return tokens ``(P, N, widths[-1])``, in row-major order, of normalised images.
+
+        Raises:
+            ValueError: If the images have another shape than ``(P, 3, image_size, image_size)``.
+        """
         side = self.config.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Vision encoders from their configs: one, or several merged.
+"""Construction of one vision encoder, or of several merged ones, from their configs.
 
 Source: Karamcheti 2024 (arXiv:2402.07865), section 4.2, for two encoders of one image.
 """
@@ -15,12 +15,12 @@ from rudolph.models.vision.merge import MERGES
 
 @dataclass(frozen=True)
 class VisionEncodersConfig:
-    """The encoders that read each image; the default is LLaVA-1.5's.
+    """The encoders of each image; the default is that of LLaVA-1.5.
 
-    Args:
-        encoders: transformers and convolutional encoders, all for the same image size.
-        features: the hidden states that are read of transformers.
-        merge: a name of ``MERGES``, for more than one encoder.
+    Attributes:
+        encoders: Transformers and convolutional encoders, all for the same image size.
+        features: Hidden states to read from transformers.
+        merge: A name in ``MERGES``, for more than one encoder.
     """
 
     encoders: tuple[VisionConfig | ConvEncoderConfig, ...] = (VisionConfig(),)
@@ -28,6 +28,7 @@ class VisionEncodersConfig:
     merge: str = "channels"
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.merge not in MERGES:
             raise ValueError(f"merge: expected one of {', '.join(MERGES)}, got {self.merge!r}")
         sizes = [encoder.image_size for encoder in self.encoders]
@@ -36,15 +37,15 @@ class VisionEncodersConfig:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the images."""
+        """Return the side of the images in pixels."""
         return self.encoders[0].image_size
 
 
 def build_vision_encoders(config: VisionEncodersConfig) -> nn.Module:
-    """Return an encoder with new weights; see ``features.py`` for what it offers.
+    """Build an encoder with new weights; ``features.py`` describes its interface.
 
     Raises:
-        ValueError: when the merge needs equal grids and they differ.
+        ValueError: If the merge needs equal grids and they differ.
     """
     encoders = [
         ConvEncoder(encoder)

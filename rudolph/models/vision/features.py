@@ -1,8 +1,9 @@
 """Image features for connectors: tokens of any layers of a vision encoder.
 
-An encoder here has ``width`` (channels per token), ``grid`` (rows and columns of patches),
-``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, tokens row by row.  Tokens that lie
-in no grid form one row, and ``grid`` is (1, N).  ``encoders.py`` builds them from their configs:
+An encoder has ``width`` (channels per token), ``grid`` (rows and columns of patches),
+``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, with tokens in row-major order.
+Tokens without a grid form one row, and ``grid`` is (1, N).  ``encoders.py`` builds encoders from
+their configs:
 
 * ``ViTFeatures``: a CLIP vision transformer, such as LLaVA's, or the tower of a trained CLIP
 * ``conv.ConvEncoder``: a convolutional network
@@ -28,18 +29,19 @@ from rudolph.models.vision.clip import VisionEncoder
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Which hidden states a connector reads.
+    """Hidden states that a connector reads.
 
-    Args:
-        layers: numbers of hidden states; several are concatenated by channel.
-        select: ``patch`` drops the class token, ``full`` keeps it first, and ``class`` is the
-            class token alone after the output norm: with layer -1 CLIP's pooled feature.
+    Attributes:
+        layers: Numbers of hidden states; several are concatenated along the channels.
+        select: ``patch`` drops the class token, ``full`` keeps it first, and ``class`` is only
+            the class token after the output norm (CLIP's pooled feature with layer -1).
     """
 
     layers: tuple[int, ...] = (-2,)
     select: str = "patch"
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if not self.layers:
             raise ValueError("layers: expected at least one layer, got none")
         if self.select not in SELECTIONS:
@@ -51,7 +53,7 @@ class ViTFeatures(nn.Module):
     """Hidden states of a CLIP vision transformer; unused layers are never computed.
 
     Raises:
-        ValueError: naming a layer that the encoder lacks.
+        ValueError: If the encoder lacks a layer; the message names it.
     """
 
     def __init__(self, encoder: VisionEncoder, config: FeatureConfig) -> None:
@@ -64,7 +66,7 @@ class ViTFeatures(nn.Module):
         self.layers = [layer % (depth + 1) for layer in config.layers]
         self.width = encoder.vision_config.width * len(config.layers)
         rows, columns = encoder.vision_config.grid
-        # The class token has no place in the grid.
+        # The class token has no position in the grid.
         grids = {"patch": (rows, columns), "full": (1, rows * columns + 1), "class": (1, 1)}
         self.grid = grids[config.select]
         self.num_tokens = math.prod(self.grid)

@@ -1,8 +1,8 @@
 """Several vision encoders as one.
 
-* ``channels``: tokens of equal cells side by side; needs equal grids (Prismatic, Eagle)
-* ``tokens``: the tokens of one encoder after those of the other; any grids (I-MoF)
-* ``sum``: cell by cell; needs equal grids
+* ``channels``: concatenate the channels of each cell; needs equal grids (Prismatic, Eagle)
+* ``tokens``: concatenate the tokens of all encoders; any grids (I-MoF)
+* ``sum``: add the tokens of each cell; needs equal grids
 
 ``tokens`` and ``sum`` first project each encoder to the width of the first.
 
@@ -29,7 +29,7 @@ def require_equal_grids(encoders: Sequence[Any], kind: str) -> None:
 
 
 class ChannelMerge(nn.Module):
-    """``(P, N, W_1)``, ``(P, N, W_2)`` ... to ``(P, N, W_1 + W_2 + ...)``."""
+    """Concatenation of channels: ``(P, N, W_1)``, ... to ``(P, N, W_1 + W_2 + ...)``."""
 
     def __init__(self, encoders: Sequence[Any]) -> None:
         super().__init__()
@@ -39,13 +39,14 @@ class ChannelMerge(nn.Module):
         self.width: int = sum(encoder.width for encoder in encoders)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images ``(P, 3, H, W)`` as tokens ``(P, N, W_1 + W_2 + ...)``."""
         return torch.cat([encoder(pixel_values) for encoder in self.encoders], dim=-1)
 
 
 class TokenMerge(nn.Module):
-    """``(P, N_1, W_1)``, ``(P, N_2, W_2)`` ... to ``(P, N_1 + N_2 + ..., W_1)``.
+    """Concatenation of tokens: ``(P, N_1, W_1)``, ... to ``(P, N_1 + N_2 + ..., W_1)``.
 
-    The result is one row of tokens, so ``grid`` is 1 by their number.
+    The result is one row of tokens, so ``grid`` is (1, N).
     """
 
     def __init__(self, encoders: Sequence[Any]) -> None:
@@ -57,11 +58,12 @@ class TokenMerge(nn.Module):
         self.grid = (1, self.num_tokens)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images ``(P, 3, H, W)`` as tokens ``(P, N_1 + N_2 + ..., W_1)``."""
         return torch.cat(projected(self.encoders, self.project, pixel_values), dim=1)
 
 
 class SumMerge(nn.Module):
-    """``(P, N, W_1)``, ``(P, N, W_2)`` ... to ``(P, N, W_1)``."""
+    """Sum of tokens: ``(P, N, W_1)``, ``(P, N, W_2)``, ... to ``(P, N, W_1)``."""
 
     def __init__(self, encoders: Sequence[Any]) -> None:
         super().__init__()
@@ -72,17 +74,18 @@ class SumMerge(nn.Module):
         self.grid, self.num_tokens = encoders[0].grid, encoders[0].num_tokens
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images ``(P, 3, H, W)`` as tokens ``(P, N, W_1)``."""
         return torch.stack(projected(self.encoders, self.project, pixel_values)).sum(0)
 
 
 def projections(encoders: Sequence[Any], width: int) -> nn.ModuleList:
-    """One linear layer per encoder to a common width, the identity for the first."""
+    """Return one linear layer per encoder to a common width; the first is the identity."""
     later = (nn.Linear(encoder.width, width) for encoder in encoders[1:])
     return nn.ModuleList([nn.Identity(), *later])
 
 
 def projected(encoders: Any, project: Any, pixel_values: Tensor) -> list[Tensor]:
-    """Tokens ``(P, N_i, W)`` of each encoder at the common width."""
+    """Return the tokens ``(P, N_i, W)`` of each encoder at the common width."""
     pairs = zip(encoders, project, strict=True)
     return [layer(encoder(pixel_values)) for encoder, layer in pairs]
 

@@ -1,6 +1,6 @@
-"""Image encoders that give one feature per patch: a small vision transformer, and patches alone.
+"""Image encoders with one feature per patch: a small vision transformer and a linear layer.
 
-Both map images ``(B, 3, S, S)`` to features ``(B, P, D)``, in rows from the top left.
+Both map images ``(B, 3, S, S)`` to features ``(B, P, D)`` in row-major order.
 
 Source: Dosovitskiy 2020 (arXiv:2010.11929), as in vit-pytorch, ``vit_pytorch/vit.py``.
 
@@ -17,9 +17,19 @@ from rudolph.models.layers.multi_head import multi_head_attention, split_heads
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a vision transformer; ``num_classes`` is that of a classifier's head, if any.
+    """Sizes of a vision transformer.
 
-    ``dropout`` acts on attention weights and on outputs, ``embedding_dropout`` on embeddings.
+    Attributes:
+        image_size: Side of the images in pixels, S, a multiple of ``patch_size``.
+        patch_size: Side of a patch in pixels.
+        width: Channels, D.
+        num_layers: Layers.
+        num_heads: Attention heads, N.
+        head_size: Channels per head, H.
+        mlp_size: Width of the MLP's inner layer.
+        dropout: Dropout probability of attention weights and outputs.
+        embedding_dropout: Dropout probability of embeddings.
+        num_classes: Outputs of a classification head; None for no head.
     """
 
     image_size: int = 256
@@ -34,6 +44,7 @@ class ViTConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value < 1:
@@ -48,13 +59,13 @@ class ViTConfig:
 
 
 class ViTBlock(nn.Module):
-    """Norm, attention, add; norm, MLP, add."""
+    """A transformer layer: norm, attention, add; norm, MLP, add."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         width, inner_size = config.width, config.num_heads * config.head_size
-        # vit-pytorch leaves out the projection of a single head that is as wide as the model.
+        # vit-pytorch omits the projection of a single head that is as wide as the model.
         is_projected = config.num_heads > 1 or config.head_size != width
         self.attention_norm = nn.LayerNorm(width)
         self.to_qkv = nn.Linear(width, 3 * inner_size, bias=False)
@@ -72,7 +83,7 @@ class ViTBlock(nn.Module):
         return x + self.dropout(self.mlp_out(hidden))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Return ``(B, P, N * H)``."""
+        """Return the attention output ``(B, P, N * H)`` before its projection."""
         query, key, value = (
             split_heads(part, self.config.num_heads) for part in self.to_qkv(x).chunk(3, dim=-1)
         )
@@ -97,14 +108,14 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(ViTBlock(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         if config.num_classes is not None:
-            # Features do not need it; kept so that a classifier's weights load and come back.
+            # Features do not use the head; it lets a classifier's weights be loaded and saved.
             self.head = nn.Linear(width, config.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features of images ``(B, 3, S, S)``.
 
         Raises:
-            ValueError: for images of another size.
+            ValueError: If the images have another size.
         """
         side = self.config.image_size
         if images.shape[1:] != (3, side, side):
@@ -126,7 +137,7 @@ def image_patches(images: Tensor, size: int) -> Tensor:
 
 
 class LinearPatchEncoder(nn.Module):
-    """One linear layer per patch: ``(B, 3, S, S)`` to features ``(B, P, D)``.
+    """One linear layer per patch, from ``(B, 3, S, S)`` to features ``(B, P, D)``.
 
     Source: Fuyu, which has no other vision encoder.
     """
@@ -136,4 +147,5 @@ class LinearPatchEncoder(nn.Module):
         self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return features ``(B, P, D)`` of images ``(B, 3, S, S)``."""
         return self.proj(images).flatten(2).transpose(1, 2)

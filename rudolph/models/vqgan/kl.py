@@ -46,6 +46,7 @@ class KLAutoencoderConfig:
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
         if self.kl_reduction not in KL_REDUCTIONS:
             names = ", ".join(KL_REDUCTIONS)
             raise ValueError(f"kl_reduction: expected one of {names}, got {self.kl_reduction!r}")

@@ -1,4 +1,4 @@
-"""Evaluate a run when it is trained, and again later."""
+"""Evaluation of a run, after its training and again later."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from rudolph.runs.resolve import open_clip, open_run
 
 
 def evaluate(execution: Execution, capabilities: Capabilities, splits: Splits) -> list[Score]:
-    """Run every evaluator on every split that the configuration names; write the report card."""
+    """Run every configured evaluator on every configured split and write the report card."""
     scores = run_evaluators(
         execution.config, capabilities, splits, execution.stage, runs=execution.folders.runs
     )
@@ -27,10 +27,14 @@ def evaluate(execution: Execution, capabilities: Capabilities, splits: Splits) -
 def run_evaluators(
     config: RunConfig, capabilities: Capabilities, splits: Splits, stage: Stage, *, runs: Path
 ) -> list[Score]:
-    """Run the evaluators of a run; ``evaluation.clip`` ranks images where it is named.
+    """Run the evaluators of a run, with ``evaluation.clip`` as the ranker if set.
 
     Args:
-        runs: where the runs of ``experiment:NAME`` lie.
+        config: Configuration of the run.
+        capabilities: Capabilities of the trained model.
+        splits: Splits of the run's datasets.
+        stage: Context manager that times a stage and yields its progress callback.
+        runs: Folder with the runs of ``experiment:NAME``.
     """
     ranker = None
     if config.evaluation.clip is not None:
@@ -48,14 +52,18 @@ def run_evaluators(
 
 
 def save_card(execution: Execution, scores: list[Score]) -> None:
-    """Write the report card of a run, if it was asked anything."""
+    """Write and log the report card of a run, if it has scores."""
     if scores:
         write_card(execution.folder / CARD, card_rows(scores))
         execution.tracker.log_artifact(execution.folder / CARD)
 
 
 def evaluate_again(folder: Path, folders: Folders, progress: ProgressCallback) -> None:
-    """Run all evaluators of a finished run again and write its report card."""
+    """Run all evaluators of a finished run again and write its report card.
+
+    Raises:
+        ValueError: If the configuration names no evaluators.
+    """
     capabilities, config = open_run(folder)
 
     @contextmanager
@@ -65,5 +73,5 @@ def evaluate_again(folder: Path, folders: Folders, progress: ProgressCallback) -
     splits = Splits(config.data, folders.cache)
     scores = run_evaluators(config, capabilities, splits, stage, runs=folders.runs)
     if not scores:
-        raise ValueError(f"{folder}: its config.yaml names no evaluation.evaluators")
+        raise ValueError(f"{folder}/config.yaml: expected evaluation.evaluators, got none")
     write_card(folder / CARD, card_rows(scores))

@@ -1,4 +1,4 @@
-"""The VQ-GAN of a run: named, from the cache or trained, and the indices that it gives."""
+"""The VQ-GAN of a run, loaded, cached or trained, and its image indices."""
 
 from dataclasses import replace
 from functools import partial
@@ -25,14 +25,18 @@ from rudolph.training.vqgan import VQGANTraining
 
 
 def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
-    """The VQ-GAN of this configuration: named, from the cache, or trained now."""
+    """Return the VQ-GAN of a run: from ``vqgan.init``, from the cache, or trained now.
+
+    Raises:
+        ValueError: If no dataset has images, or if ``vqgan.init`` has other settings.
+    """
     config = execution.config
     if config.vqgan.init is not None:
         return named_vqgan(execution, config.vqgan.init)
     names = ("train", "validation")
     images = {name: splits.with_images(name) for name in names}
     if not images["train"]:
-        raise ValueError("data.tasks: no dataset of the mixture has images")
+        raise ValueError("data.tasks: expected a dataset with images, got none")
     data = [split.digest for name in names for split in images[name]]
     decides = (config.vqgan, config.vqgan_losses, config.vqgan_optim, config.data.flip_probability)
     torch.manual_seed(mixed_seed(config.seed_of_vqgan, "vqgan"))
@@ -47,21 +51,25 @@ def make_vqgan(execution: Execution, splits: Splits) -> VQGAN:
 
 
 def named_vqgan(execution: Execution, source: str) -> VQGAN:
-    """The VQ-GAN of a source, used as it is; its settings must be those of the file."""
+    """Load the VQ-GAN of a source without training it further.
+
+    Raises:
+        ValueError: If its settings differ from the ``vqgan`` section.
+    """
     model = open_vqgan(source, **source_locations(execution))
-    asked = to_plain(replace(execution.config.vqgan, init=None))
-    held = to_plain(replace(model.config, init=None))
-    # What only a training reads may differ.
-    for name in asked.keys() - {"dropout", "quantizer"}:
-        if asked[name] != held[name]:
+    requested = to_plain(replace(execution.config.vqgan, init=None))
+    loaded = to_plain(replace(model.config, init=None))
+    # Settings that only training reads may differ.
+    for name in requested.keys() - {"dropout", "quantizer"}:
+        if requested[name] != loaded[name]:
             raise ValueError(
-                f"vqgan.{name} must be {held[name]}, as in {source}, got {asked[name]}"
+                f"vqgan.{name}: expected {loaded[name]} as in {source}, got {requested[name]}"
             )
     for name in ("kind", "num_codes", "embedding_dim"):
-        if asked["quantizer"][name] != held["quantizer"][name]:
+        if requested["quantizer"][name] != loaded["quantizer"][name]:
             raise ValueError(
-                f"vqgan.quantizer.{name} must be {held['quantizer'][name]}, as in {source}, "
-                f"got {asked['quantizer'][name]}"
+                f"vqgan.quantizer.{name}: expected {loaded['quantizer'][name]} as in {source}, "
+                f"got {requested['quantizer'][name]}"
             )
     return model.eval().requires_grad_(False)
 
@@ -69,7 +77,7 @@ def named_vqgan(execution: Execution, source: str) -> VQGAN:
 def train_vqgan(
     execution: Execution, model: VQGAN, splits: dict[str, list[Split]], weights: Path
 ) -> None:
-    """Train on the images of the training splits and leave ``weights``."""
+    """Train a VQ-GAN on the images of the training splits and write ``weights``."""
     config = execution.config
     with execution.stage("vqgan") as advance:
         _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
@@ -96,20 +104,20 @@ def train_vqgan(
 
 
 def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
-    """Image indices of every image of a split, ``(N, I)``; computed once, then from disk.
+    """Return the image indices ``(N, I)`` of all images of a split, cached on disk.
 
-    Of the training split, where the configuration asks for drawn codes, ``(N, S, I)``.
+    With ``data.num_code_samples`` S, the training split has S sampled encodings: ``(N, S, I)``.
     """
     device, config = execution.hardware.device, execution.config
-    num_draws = config.data.num_code_samples if split.name == "train" else 0
+    num_samples = config.data.num_code_samples if split.name == "train" else 0
     generator = torch.Generator(device)
 
-    def encoded(images: Tensor, first: int) -> Tensor:
-        if not num_draws:
+    def encode(images: Tensor, first: int) -> Tensor:
+        if not num_samples:
             return vqgan.encode_indices(images)
         generator.manual_seed(mixed_seed(config.seed, "codes", first))
-        drawn = [vqgan.encode_indices(images, generator=generator) for _ in range(num_draws)]
-        return torch.stack(drawn, dim=1)
+        samples = [vqgan.encode_indices(images, generator=generator) for _ in range(num_samples)]
+        return torch.stack(samples, dim=1)
 
     def compute() -> np.ndarray[Any, Any]:
         vqgan.to(device)
@@ -118,12 +126,12 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
             for first in range(0, len(split), 256):
                 advance(first, len(split), "")
                 images = split.image_batch(range(first, min(first + 256, len(split))))
-                indices = encoded(images.to(device), first)
+                indices = encode(images.to(device), first)
                 parts.append(indices.to("cpu", torch.int32).numpy())
             advance(len(split), len(split), "")
         return np.concatenate(parts)
 
     parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
-    if num_draws:
-        parts["draws"] = f"{num_draws} by {config.seed}"
+    if num_samples:
+        parts["draws"] = f"{num_samples} by {config.seed}"
     return cached_array(execution.folders.cache, parts=parts, compute=compute)

@@ -1,4 +1,4 @@
-"""The model of a run: built, started from other weights, and trained or taken from the cache."""
+"""The model of a run: built, initialised, and trained or loaded from the cache."""
 
 import csv
 import io
@@ -27,13 +27,16 @@ SCORED_TABLE = "scored.csv"
 
 
 def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: str) -> nn.Module:
-    """Return the model of this run in evaluation mode: from the cache, or trained now.
+    """Return the model of a run in evaluation mode, from the cache or trained now.
 
-    Without training steps it is the one that ``model.init`` names.  Its weights lie in the run's
-    folder where the family has a file for them.
+    Without training steps, the model is that of ``model.init``.  The weights are written to the
+    run's folder if the family has a file for them.
 
     Args:
-        made_of: the digest of the data and the parts.
+        execution: The run.
+        splits: Splits of the run's datasets.
+        parts: Tokenizer and VQ-GAN of the run.
+        made_of: Digest of the data and the parts.
     """
     config = execution.config
     family = family_of(config.model)
@@ -63,10 +66,10 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: s
 
 
 def start_from(execution: Execution, family: Family, model: nn.Module) -> str:
-    """Give the model the weights that ``model.init`` names; report what was resized.
+    """Load the weights of ``model.init`` into a model and report resized tensors.
 
     Returns:
-        The digest of those weights, empty where none are named.
+        The digest of those weights, or "" without ``model.init``.
     """
     source = execution.config.model.init
     if source is None:
@@ -86,7 +89,7 @@ def train_model(
     parts: Parts,
     weights: Path,
 ) -> None:
-    """Train on the training splits and write ``weights``."""
+    """Train a model on the training splits and write ``weights``."""
     config = execution.config
     with execution.stage("texts") as advance:
         train, validation = (
@@ -108,32 +111,32 @@ def train_model(
             seed=config.seed,
         )
     if isinstance(model, MaskedDecoder):
-        # Evaluation calls layers with other shapes and would compile them again for each.
+        # Evaluation uses many other shapes, each of which would be compiled again.
         model.has_compiled_layers = False
 
 
 def training_flags(execution: Execution) -> TrainingFlags:
-    """Return the hardware flags of this run that its training module needs."""
+    """Return the hardware flags that the training module needs."""
     return execution.hardware.training_flags(execution.config.optim)
 
 
 def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
-    """Print the fraction and the loss weights of each mixture entry, and keep them as a table."""
+    """Print the fraction and the loss weights of each mixture entry and write them as CSV."""
     if len(examples.entries) == 1 or not is_main_process():
         return
-    total = sum(each.source.weight for each in examples.entries)
+    total_weight = sum(entry.source.weight for entry in examples.entries)
     rows: list[dict[str, Any]] = []
-    for each, weights in zip(examples.entries, examples.weights.tolist(), strict=True):
-        fraction = each.source.weight / total
+    for entry, weights in zip(examples.entries, examples.weights.tolist(), strict=True):
+        fraction = entry.source.weight / total_weight
         scored = dict(zip(SEGMENTS, weights, strict=True))
-        named = ", ".join(f"{name} {weight:g}" for name, weight in scored.items() if weight)
-        with execution.stage(f"scores {each.source.name}") as advance:
-            advance(1, 1, f"{fraction:.1%} of examples; {named}")
-        rows.append({"source": each.source.name, "share": fraction, **scored})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
+        weights_text = ", ".join(f"{name} {weight:g}" for name, weight in scored.items() if weight)
+        with execution.stage(f"scores {entry.source.name}") as advance:
+            advance(1, 1, f"{fraction:.1%} of examples; {weights_text}")
+        rows.append({"source": entry.source.name, "share": fraction, **scored})
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     path = execution.folder / SCORED_TABLE
-    write_text(path, text.getvalue())
+    write_text(path, buffer.getvalue())
     execution.tracker.log_artifact(path)

@@ -1,6 +1,6 @@
 """The stages of a run: data, tokenizer, VQ-GAN, image indices, model, evaluation, samples.
 
-Everything that a stage makes is named by the digest of all that decides it, so runs share
+Every cached file is named by the digest of everything that determines it, so runs share
 tokenizers, VQ-GANs and indices.  An interrupted stage resumes from its last checkpoint.
 """
 
@@ -49,7 +49,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
 
 
 def make_parts(execution: Execution, splits: Splits) -> Parts:
-    """Train or load the parts that the run's family needs, in their order."""
+    """Train or load the parts that the run's family needs, the tokenizer first."""
     config = execution.config
     needs = family_of(config.model).needs
     tokenizer = open_data(execution, splits, has_tokenizer="tokenizer" in needs)
@@ -70,7 +70,7 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
 
 
 def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:
-    """Write the model and its parts into the run's folder, which can then be moved alone."""
+    """Write the model and its parts into the run's folder, so that it can be moved alone."""
     checkpoints = execution.folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     origin = {"run": execution.run.name, "digest": execution.config.digest}

@@ -1,4 +1,4 @@
-"""Weights that runs share: trained by the first run that needs them, in the cache."""
+"""Cached weights that runs share, trained by the first run that needs them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from rudolph.runs.trainer import CURVES
 from rudolph.tracking.event_log import file_lock
 
 SHARED_WEIGHTS = "weights.safetensors"
-# In a run's folder, the folders of the cache that it took from, a line each.
+# In a run's folder: the names of the cache folders that the run used, one per line.
 TAKEN = "shared.txt"
 DAY = 24 * 3600
 
@@ -25,23 +25,28 @@ DAY = 24 * 3600
 def shared_weights(
     execution: Execution, name: str, model: nn.Module, train: Callable[[Path], None]
 ) -> Path:
-    """Give ``model`` the weights in the folder ``name`` of the cache; return their path.
+    """Load shared weights from the cache into ``model`` and return their path.
 
-    Where they are not yet, or damaged, ``train(weights)`` makes them.  Runs that need them at once
-    wait for the one that trains.  Its curves are those of all of them.
+    Missing or damaged weights are trained first.  Other runs that need them wait for that
+    training, and its curves are logged for each of them.
 
     Args:
-        name: of what is trained and the digest of all that decides it.
+        execution: The run.
+        name: Name of the cache folder: the stage and the digest of everything that determines it.
+        model: Receives the weights.
+        train: Trains and writes the weights at a path.
     """
     folder = execution.folders.cache / name
     weights = folder / SHARED_WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
-    # The other processes of a multi-device run train with the one that holds the lock.
+    # In a multi-device run only the main process takes the lock; the others train with it.
     lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
-    taken = execution.folder / TAKEN
-    known = taken.read_text("utf-8", errors="replace").split() if taken.is_file() else []
+    taken_path = execution.folder / TAKEN
+    taken_names = (
+        taken_path.read_text("utf-8", errors="replace").split() if taken_path.is_file() else []
+    )
     with ExitStack() as stack:
-        # Another run's training is no overhead of this one.
+        # Waiting for another run's training must not count as overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
         if not are_whole(weights, model):
@@ -50,28 +55,28 @@ def shared_weights(
             train(weights)
             if is_main_process():
                 write_text(checksum_of(weights), sha256_of(weights) + "\n")
-        elif name not in known:
+        elif name not in taken_names:
             replay_curves(execution, folder / CURVES)
-    if is_main_process() and name not in known:
-        write_text(taken, "\n".join([*known, name]) + "\n")
+    if is_main_process() and name not in taken_names:
+        write_text(taken_path, "\n".join([*taken_names, name]) + "\n")
     model.load_state_dict(read_weights(weights))
     return weights
 
 
 def are_whole(weights: Path, model: nn.Module) -> bool:
-    """Return whether weights in the cache are there and whole; damaged ones are set aside."""
+    """Return whether cached weights exist and are intact; rename damaged ones."""
     if not os.path.lexists(weights):
         return False
     fault = weights_error(weights, model) or checksum_fault(weights)
     if fault and is_main_process():
         with suppress(FileNotFoundError):
-            aside = rename_damaged(weights)
-            warn_once(f"{weights}: damaged ({fault}), renamed {aside.name}; it is trained again")
+            renamed = rename_damaged(weights)
+            warn_once(f"{weights}: damaged ({fault}), renamed {renamed.name}; training again")
     return not fault
 
 
 def checksum_of(weights: Path) -> Path:
-    """Return where the SHA-256 of weights in the cache is noted."""
+    """Return the path of the file with the SHA-256 of cached weights."""
     return weights.with_suffix(".sha256")
 
 
@@ -82,24 +87,22 @@ def sha256_of(path: Path) -> str:
 
 
 def checksum_fault(weights: Path) -> str:
-    """Return that weights differ from their checksum, empty if not or if none is noted."""
-    noted = checksum_of(weights)
-    text = noted.read_text("utf-8", errors="replace").strip() if noted.is_file() else ""
-    is_known = re.fullmatch(r"[0-9a-f]{64}", text) is not None
-    return "its SHA-256 is another" if is_known and sha256_of(weights) != text else ""
+    """Return an error message if weights differ from their recorded checksum, else ""."""
+    path = checksum_of(weights)
+    text = path.read_text("utf-8", errors="replace").strip() if path.is_file() else ""
+    is_digest = re.fullmatch(r"[0-9a-f]{64}", text) is not None
+    return "its SHA-256 differs" if is_digest and sha256_of(weights) != text else ""
 
 
 def replay_curves(execution: Execution, path: Path) -> None:
-    """Record the curves of a stage that another run trained as this run's own.
+    """Log the curves of a stage that another run trained.
 
-    Lines that cannot be read are left out, which is said.
+    Unreadable lines are left out with a warning.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        warn_once(
-            f"{path}: {str(error.strerror).lower()}; the curves of its training are left out"
-        )
+        warn_once(f"{path}: {str(error.strerror).lower()}; the training curves are left out")
         return
     num_damaged = 0
     for line in lines:
@@ -111,6 +114,6 @@ def replay_curves(execution: Execution, path: Path) -> None:
             num_damaged += 1
     if num_damaged or not lines:
         warn_once(
-            f"{path}: damaged, {num_damaged} of {len(lines)} lines are left out; to have whole "
+            f"{path}: damaged, {num_damaged} of {len(lines)} lines are left out. For complete "
             f"curves delete {path.parent} and run its experiments again"
         )

@@ -1,4 +1,4 @@
-"""The data of a run, and the tokenizer of its texts: named, from the cache or trained."""
+"""The data of a run and its text tokenizer, loaded, cached or trained."""
 
 import os
 from typing import Any
@@ -14,10 +14,12 @@ from rudolph.tracking.tracker import tracking_uri
 
 
 def open_data(execution: Execution, splits: Splits, *, has_tokenizer: bool) -> Tokenizer | None:
-    """Open every split that is trained on or validated; return the tokenizer of their texts.
+    """Open the training and validation splits and return the tokenizer of their texts.
 
     Args:
-        has_tokenizer: false where the run needs no tokenizer, and None is returned.
+        execution: The run.
+        splits: Splits of the run's datasets.
+        has_tokenizer: Whether the run needs a tokenizer; if not, return None.
     """
     datasets = splits.config.datasets
     with execution.stage("data") as advance:
@@ -38,32 +40,38 @@ def open_data(execution: Execution, splits: Splits, *, has_tokenizer: bool) -> T
 
 
 def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
-    """The named tokenizer, or one trained on all texts of the training splits."""
+    """Return the tokenizer of ``tokenizer.path``, or one trained on all training texts.
+
+    Raises:
+        ValueError: If the tokenizer has more ids than ``tokenizer.vocab_size``.
+    """
     config, cache = execution.config, execution.folders.cache
     size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
         tokenizer = Tokenizer(find_tokenizer(config.tokenizer.path, **source_locations(execution)))
         if tokenizer.vocab_size > size:
             raise ValueError(
-                f"tokenizer.vocab_size must be at least {tokenizer.vocab_size}, the ids of "
+                f"tokenizer.vocab_size: expected at least {tokenizer.vocab_size}, the ids of "
                 f"{config.tokenizer.path}, got {size}"
             )
         return tokenizer
     texts = [text for split in train for text in (*split.captions, *split.questions) if text]
-    # What was trained on captions alone keeps its name.
-    is_simple = len(train) == 1 and not any(train[0].questions)
-    made_of = train[0].digest if is_simple else ["texts", *(split.digest for split in train)]
+    # The digest of a tokenizer of captions only is older and must not change.
+    has_captions_only = len(train) == 1 and not any(train[0].questions)
+    made_of = (
+        train[0].digest if has_captions_only else ["texts", *(split.digest for split in train)]
+    )
     path = cache / f"tokenizer-{digest_of([size, made_of])[:16]}.model"
     if os.path.lexists(path):
         try:
             return Tokenizer(path)
         except (ValueError, OSError) as error:
-            aside = rename_damaged(path)
-            warn_once(f"{error}; renamed {aside.name}, the tokenizer is trained again")
+            renamed = rename_damaged(path)
+            warn_once(f"{error}; renamed {renamed.name}; training the tokenizer again")
     return Tokenizer.train(texts, vocab_size=size, path=path)
 
 
 def source_locations(execution: Execution) -> dict[str, Any]:
-    """Where a source of weights is looked for."""
+    """Return the arguments ``runs`` and ``uri`` that resolve a weight source."""
     folders = execution.folders
     return {"runs": folders.runs, "uri": tracking_uri(folders.checkout)}
