@@ -15,6 +15,7 @@ from rudolph.reports.claims import (
     INCONCLUSIVE,
     REPRODUCED,
     Claim,
+    claim_lines,
     effects,
     group_of,
     natural_order,
@@ -40,6 +41,16 @@ def verdict(one: list[float], other: list[float], metric: str = RIGHT, least: fl
     claim = Claim(metric, "one", "other", least)
     runs = table({"one": one, "other": other}, metric)
     return effects(runs, metrics=(), against=None, claim=claim)[0].verdict
+
+
+def test_equal_differences_tell_nothing_about_other_numbers_of_seeds() -> None:
+    claim = Claim(RIGHT, "one", "other", 0.0)
+    for shift in (0.0, 0.5):
+        runs = table({"one": [shift] * 3, "other": [0.0] * 3})
+        (effect,) = effects(runs, metrics=(), against=None, claim=claim)
+        assert (effect.low, effect.value, effect.high) == (shift, shift, shift)
+        assert np.isnan(effect.detectable) and np.isnan(effect.needed)
+        assert "so its spread is unknown" in list(claim_lines(claim, effect, 1))[-1]
 
 
 def test_a_verdict_is_where_the_interval_lies() -> None:

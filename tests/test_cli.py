@@ -79,7 +79,12 @@ def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
     # Without git every run counts as dirty, and nobody has written the page yet.
     assert main(["check"]) == 1
     problems = capsys.readouterr().err.splitlines()
-    expected = ("its commit does not name", "Finding is not", "Limitations is not", "3 problems")
+    expected = (
+        "used code that differs from its commit",
+        "Finding is not",
+        "Limitations is not",
+        "3 problems",
+    )
     assert len(problems) == 4 and all(
         words in line for words, line in zip(expected, problems, strict=True)
     ), problems

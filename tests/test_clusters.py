@@ -224,7 +224,7 @@ def test_rows_that_are_written_one_by_one_are_the_array(tmp_path: Path) -> None:
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
     wrong = {
-        "must have 8 rows, got 7": ArrayWriter((8, 2, 3), array.dtype, iter(array)),
+        "a cached array: expected 8 rows, got 7": ArrayWriter((8, 2, 3), array.dtype, iter(array)),
         r"row 0 of a cached array: expected int16 \(3, 2\), got int16 \(2, 3\)": ArrayWriter(
             (7, 3, 2), array.dtype, iter(array)
         ),

@@ -85,5 +85,5 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
 
 
 def test_a_half_that_is_none_is_told() -> None:
-    with pytest.raises(ValueError, match=r"eval_fold must be 0, 1 or null, got 2"):
+    with pytest.raises(ValueError, match=r"eval_fold must be one of 0, 1 or null, got 2"):
         resolve_run(Path("file.yaml"), {"evaluation.eval_fold": 2})

@@ -119,7 +119,7 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob(pattern)), "killed too late"
-    with pytest.raises(ValueError, match=r"last.ckpt: .* give the same --micro-batch-size"):
+    with pytest.raises(ValueError, match=r"last.ckpt: .* Give the same --micro-batch-size"):
         run_tiny(tmp_path, micro_batch_size=2)
     resumed = run_tiny(tmp_path)
     assert_equal_weights(finished, resumed)

@@ -1,6 +1,7 @@
 """Model families: their registry, the tagged section, capabilities, and runs of a VQ-GAN alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -83,13 +84,13 @@ def test_a_vqgan_alone_is_the_part_that_a_decoder_trains(finished: Path, tmp_pat
 
 
 def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
-    runs = finished.parent.parent
-    place = {"runs": runs, "uri": ""}
-    name = finished.parent.name
-    assert find_folder(f"experiment:{name}", **place) == finished
+    # Other tests leave runs next to the finished one.
+    folder = shutil.copytree(finished, tmp_path / "tiny" / finished.name)
+    source = {"runs": tmp_path, "uri": ""}
     run = finished.name.rpartition("-")[0]
-    assert find_folder(f"experiment:{name}:{run}", **place) == finished
-    with pytest.raises(ValueError, match=rf"no finished run in .*finished are {run}"):
-        find_folder(f"experiment:{name}:seed9", **place)
-    with pytest.raises(ValueError, match=r"`rudolph run experiments/other\.yaml` trains it"):
-        find_folder("experiment:other", **place)
+    assert find_folder("experiment:tiny", **source) == folder
+    assert find_folder(f"experiment:tiny:{run}", **source) == folder
+    with pytest.raises(ValueError, match=rf"no finished run in .*, only {run}\. Train it"):
+        find_folder("experiment:tiny:seed9", **source)
+    with pytest.raises(ValueError, match=r"Train it with `rudolph run experiments/other\.yaml`"):
+        find_folder("experiment:other", **source)

@@ -221,7 +221,7 @@ def test_a_part_that_fails_crashes_or_hangs_costs_itself_alone(
         ("crashes", "", "error", "", "failed", "the process ended (3)"),
         ("loses", "lose", "before", "1.0", "ok", ""),
         ("loses", "", "error", "", "failed", "the device was lost"),
-        ("hangs", "", "error", "", "failed", "killed after its time"),
+        ("hangs", "", "error", "", "failed", "killed after its time limit"),
         ("late", "slow", "value", "1.0", "ok", ""),
         ("lacks", "lacking", "unavailable", "", "needs CUDA", ""),
         ("lacks", "good", "value", "1.5", "ok", ""),

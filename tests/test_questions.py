@@ -181,7 +181,9 @@ def test_emoji_of_another_style_get_names_and_questions(tmp_path: Path, capsys) 
     (tmp_path / "captions.csv").write_text(own)
     assert main(["data", "emoji-names", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "captions.csv: expected none or names of emoji, got the row '1f600.png" in line
+    assert (
+        "captions.csv: expected no file or a table of emoji names, got the row '1f600.png" in line
+    )
     assert (tmp_path / "captions.csv").read_text() == own
 
 
@@ -213,5 +215,5 @@ def test_answers_are_drawn_after_their_own_question(tmp_path: Path) -> None:
         )
         assert alone == [together[at]]
     assert together != pipeline.caption(images, config=plain, seeds=[1, 2, 3])
-    with pytest.raises(ValueError, match="one for each of 3 images, got 1"):
+    with pytest.raises(ValueError, match=r"questions: expected one per image \(3\), got 1"):
         pipeline.caption(images, config=plain, seeds=[1, 2, 3], questions=asked[:1])

@@ -282,7 +282,7 @@ def test_errors_in_trials_stop_no_search(
     assert "region_all-seed0" in set(table["run"]) or left
     page = (worked / "results" / "some" / "README.md").read_text()
     assert "**Not finished:** `trial" in page
-    assert (f"`{left} more of its search`." in page) == (left > 0)
+    assert (f"`{left} more runs of its search`." in page) == (left > 0)
 
 
 def test_a_mistake_of_memory_says_what_helps() -> None:

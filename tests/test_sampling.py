@@ -67,7 +67,7 @@ def test_a_smaller_filter_keeps_a_subset_and_ties_keep_no_more_than_k() -> None:
 def naive_filter(logits: list[float], config: TokenSamplingConfig) -> dict[int, float]:
     """Apply the filters to one row in order, by definition; return the remaining probabilities."""
     kept = dict(enumerate(logits))
-    for name in config.order:
+    for name in config.filter_order:
         shares = {at: math.exp(value) for at, value in kept.items()}
         total = sum(shares.values())
         order = sorted(kept, key=lambda at: (-kept[at], at))

@@ -177,7 +177,7 @@ def test_distinct_scenes_repeat_no_sentence_and_leave_none_out() -> None:
     assert [sentences[index] for index in indices] == list(dict.fromkeys(sentences))
     assert len(indices) == 200
     with pytest.raises(
-        ValueError, match=r"^test has \d+ different sentences in 2000 scenes, asked"
+        ValueError, match=r"^test has \d+ different sentences in 2000 scenes, expected"
     ):
         dataset.distinct(2_000)
 
@@ -372,7 +372,7 @@ def test_a_moved_or_resized_object_is_right_only_where_the_sentence_leaves_it_op
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"grid": 4}, "grid must be 2 or 3, got 4"),
+        ({"grid": 4}, "grid must be one of 2, 3, got 4"),
         ({"families": ()}, "families must be at least 1 of one, two, relation, count"),
         ({"shapes": ("circle", "heart")}, "shapes must be at least 2 of circle, square"),
         ({"colours": ("red", "red")}, "colours must be at least 2 of red, green"),

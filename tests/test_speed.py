@@ -175,7 +175,7 @@ def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
         variables = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
     assert b"ATEN_CPU_CAPABILITY=avx2" in variables and b"ONEDNN_MAX_CPU_ISA=AVX2" in variables
     with pytest.raises(ValueError, match="instruction_set must be one of avx2 or null, got 'sse'"):
-        speed_subject(tmp_path, "decode", "half", instructions="sse")
+        speed_subject(tmp_path, "decode", "half", instruction_set="sse")
 
 
 def prepared(folder: Path, asked: BenchmarkCase) -> Path:
@@ -346,22 +346,22 @@ def test_a_reference_that_is_missing_is_one_line_with_the_command(
 
 def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
     asked = speed_subject(tmp_path, "decode", "float32")
-    said, _ = prepare_case(asked, tmp_path)
-    other = {"logits": said["logits"] + 0.02}
+    expected, _ = prepare_case(asked, tmp_path)
+    outputs = {"logits": expected["logits"] + 0.02}
 
-    class Sayer:
+    class FakeWorker:
         name = "reference"
 
-        def ask(self, request: dict[str, str]) -> None:
-            save_file(other, request["path"])
+        def request(self, content: dict[str, str]) -> None:
+            save_file(outputs, content["path"])
 
     differences: list[float] = []
-    compare_outputs(Sayer(), expected=other, folder=tmp_path, differences=differences)
+    compare_outputs(FakeWorker(), expected=outputs, folder=tmp_path, differences=differences)
     assert differences == [0]
     with pytest.raises(
         ValueError, match=r"expected logits within 0\.01 of ours .* got a difference of 0\.02"
     ):
-        compare_outputs(Sayer(), expected=said, folder=tmp_path, differences=[])
+        compare_outputs(FakeWorker(), expected=expected, folder=tmp_path, differences=[])
 
 
 def test_a_process_that_dies_is_one_line_with_its_last_words(tmp_path: Path) -> None:

@@ -31,23 +31,23 @@ from rudolph.reports.timings import Timing, mebibytes_text
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"protocol": "draw"}, "measure must be one of decode, train"),
+        ({"workload": "draw"}, "workload must be one of decode, train"),
         ({"implementations": ["flaot32"]}, "got 'flaot32'; did you mean float32?"),
         (
             {"implementations": ["bfloat16"]},
-            "implementations must be of limit, reference, transformers",
+            "implementations must be of roofline, reference, transformers",
         ),
-        ({"implementations": []}, "implementations must be some of limit"),
+        ({"implementations": []}, "implementations must be some of roofline"),
         ({"implementations": ["half", "half"]}, "implementations must differ"),
-        ({"protocol": None}, "implementations must be empty when measure is null"),
-        ({"repetitions": 0}, "repetitions must be at least 1, got 0"),
-        ({"protocol": "train", "num_tokens": 3}, "num_tokens must be null for train, got 3"),
+        ({"workload": None}, "implementations must be empty when workload is null"),
+        ({"num_repetitions": 0}, "num_repetitions must be at least 1, got 0"),
+        ({"workload": "train", "num_tokens": 3}, "num_tokens must be null for train, got 3"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    given = {"protocol": "decode", "implementations": ["float32"]} | change
+    given = {"workload": "decode", "implementations": ["float32"]} | change
     path = write_speed(tmp_path, "decode", "float32")
     content = yaml.safe_load(path.read_text())
     content["settings"]["speed"] |= given

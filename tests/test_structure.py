@@ -174,6 +174,20 @@ def test_files_and_functions_fit_their_bounds():
     assert long == []
 
 
+def test_a_public_name_is_defined_in_one_module() -> None:
+    owners: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            for name in names:
+                if not name.startswith("_"):
+                    owners.setdefault(name, []).append(name_in_package(path))
+    # A module that runs as a command has a ``main``.
+    assert {name: paths for name, paths in owners.items() if len(paths) > 1}.keys() <= {"main"}
+
+
 def test_a_file_is_named_after_what_it_holds():
     vague = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
     assert [str(path) for path in SOURCES if vague & {path.stem, path.parent.name}] == []

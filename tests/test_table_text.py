@@ -68,7 +68,7 @@ def test_damaged_bytes_of_utf_8_are_counted_and_can_be_dropped(tmp_path: Path) -
 def test_damage_after_a_byte_order_mark_is_told_in_one_line(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_bytes(RUSSIAN.encode("utf-16")[:-1])
-    assert "expected UTF-16, as its byte order mark says" in said(lambda: read_table_text(table))
+    assert "expected UTF-16, as in its byte order mark" in said(lambda: read_table_text(table))
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,7 @@ def track(folder: Path, uri: str, *, run: str = "row-s0", timeout: float = 20.0)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "samples" / "grid.png").write_bytes(b"image")
     tracker = Tracker(folder, uri, experiment="masks/ряд", run=run, digest="d1")
-    tracker.log_params(
-        {"decoder": {"num_layers": 2, "mask": ["row", "conv"]}, "вопрос": "почему?"}
-    )
+    tracker.log_params({"model": {"num_layers": 2, "mask": ["row", "conv"]}, "вопрос": "почему?"})
     tracker.log_tags({"commit": "abc", "dirty": False})
     for step in range(3):
         tracker.log_metrics({"val/loss/image": 2.0 - step, "psnr": 10.5 + step}, step=step)
@@ -133,7 +131,7 @@ def assert_run_is_complete(uri: str, name: str) -> None:
     (run,) = [run for run in runs_of(uri) if run.info.run_name == name]
     assert run.data.params == {
         "model.num_layers": "2",
-        "decoder.mask": '["row", "conv"]',
+        "model.mask": '["row", "conv"]',
         "вопрос": "почему?",
     }
     assert run.data.tags["commit"] == "abc" and run.data.tags["dirty"] == "false"

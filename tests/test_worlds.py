@@ -65,15 +65,15 @@ def test_a_digest_changes_with_whatever_decides_the_pairs(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "says"),
     [
-        ("shapes_questions", {"grid": 4}, "grid must be 2 or 3, got 4"),
+        ("shapes_questions", {"grid": 4}, "grid must be one of 2, 3, got 4"),
         ("shapes_questions", {"grid": 2}, "max_objects must be 3 to 4, got 5"),
         ("shapes_questions", {"families": ("why",)}, "families must be at least 1 of colour, sh"),
         ("shapes_questions", {"jitter": 1.0}, "jitter must be 0 to 0.05, got 1.0"),
         ("words", {"fonts": ("sans",)}, "fonts must be at least 2 of sans, sans bold"),
         ("words", {"colours": ("red", "yellow")}, "colours must be at least 2 of red, green"),
-        ("words", {"rotation": 90.0}, "rotation must be 0 to 15, got 90.0"),
+        ("words", {"rotation": 90.0}, "rotation must be in [0, 15], got 90.0"),
         ("words", {"max_letters": 6}, "image_size must be at least 54, got 48"),
-        ("paragraphs", {"max_sentences": 1}, "max_sentences must be 2 to 4, got 1"),
+        ("paragraphs", {"max_sentences": 1}, "max_sentences must be in [2, 4], got 1"),
         ("paragraphs", {"num_test": 0}, "num_test must be at least 1, got 0"),
         ("arithmetic", {"operations": ("/",)}, "operations must be at least 1 of +, -, ×"),
         ("arithmetic", {"num_choices": 6}, "num_choices must be 2 to 5, got 6"),
@@ -90,7 +90,7 @@ def test_a_wrong_field_is_named_with_what_is_legal(
 
 
 def inscription(text: str, font: str = "sans", **changes: Any) -> Inscription:
-    how: dict[str, Any] = {"angle": 0.0, "size": 1.0, "place": (0.5, 0.5), "is_at_top": True}
+    how: dict[str, Any] = {"angle": 0.0, "size": 1.0, "position": (0.5, 0.5), "is_at_top": True}
     return Inscription("word", text, font, "black", **{**how, **changes})
 
 

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
         "quantizer": {"num_codes": 32, "embedding_dim": 32},
     },
     "model": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
-    "speed": {"batch_size": 2, "repetitions": 2, "roofline_bytes": 2**16, "roofline_side": 32},
+    "speed": {"batch_size": 2, "num_repetitions": 2, "roofline_bytes": 2**16, "roofline_side": 32},
 }
 
 

@@ -218,7 +218,9 @@ class Reference:
             yttm: Any = importlib.import_module("youtokentome")
             wrapper: Any = importlib.import_module("rudalle.tokenizer").YTTMTokenizerWrapper
             tokenizer = wrapper(yttm.BPE(model=str(self.folder / "bpe.model")))
-        specials = {name: vocabulary["bpe_size"] + k for k, name in enumerate(TASK_TOKENS)}
+        specials = {
+            name: vocabulary["bpe_size"] + k for k, name in enumerate(REFERENCE_TASK_TOKENS)
+        }
         self.api = package.ruDolphApi(
             self.decoder,
             tokenizer,
@@ -350,7 +352,7 @@ WORKS = {
     ("vqgan", "train"): Reference.train_vqgan,
     ("upscaler", "upscale"): Reference.upscale,
 }
-TASK_TOKENS = ("<LT_UNK>", "<RT_UNK>", "<LT_T2I>", "<LT_I2T>", "<LT_T2T>", "<RT_I2T>")
+REFERENCE_TASK_TOKENS = ("<LT_UNK>", "<RT_UNK>", "<LT_T2I>", "<LT_I2T>", "<LT_T2T>", "<RT_I2T>")
 
 
 def load_by_path(name: str) -> Any:

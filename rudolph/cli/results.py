@@ -103,7 +103,9 @@ def write_results(loaded: Any, folders: Any) -> Path:
     source = loaded.path
     if source.resolve().is_relative_to(Path.cwd()):
         source = source.resolve().relative_to(Path.cwd())
-    runs = all_runs(loaded, folders)
+    runs, missing = all_runs(loaded, folders), missing_runs(loaded, folders)
+    # An unfinished run may describe a model that cannot even be built.
+    finished = [run.config for run in runs if run.name not in missing]
     grid = sorted({key for run in loaded.runs for key in run.grid})
     names = ("variant",) if any(run.variant for run in runs) else ()
     rows = (*names, *grid) or ("run",)
@@ -119,8 +121,8 @@ def write_results(loaded: Any, folders: Any) -> Path:
         effects=loaded.report.effects,
         against=loaded.report.against,
         search=loaded.search,
-        missing=missing_runs(loaded, folders),
-        scale=scale_of([run.config for run in runs]),
+        missing=missing,
+        scale=scale_of(finished) if finished else "",
         same_pairs=groups_sharing_pairs(loaded),
     )
     run_keys = {(run.name, run.config.digest) for run in runs}

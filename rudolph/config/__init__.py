@@ -1,0 +1,1 @@
+"""Configuration: YAML settings to checked, frozen runs, and experiment files to runs."""

@@ -1,8 +1,8 @@
-"""Experiment file to runs.
+"""Expand an experiment file into runs.
 
-An experiment file has the keys of ``EXPERIMENT_KEYS``.  ``base`` names one file of settings;
-``settings`` stand over it, a variant over those, a point of the grid over that, and the command
-line over all.  So at most two files tell a run.
+An experiment file has the keys of ``EXPERIMENT_KEYS``. Later settings override earlier ones:
+the ``base`` file, ``settings``, the variant, the grid point, the command line. So at most two
+files define a run.
 """
 
 import itertools
@@ -39,11 +39,16 @@ from rudolph.reports.search_tables import REGION_PREFIX, Search
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which metrics the results' table, the curves' figure and the report card show.
+    """Metrics that an experiment's result page shows.
 
-    ``best_of`` are rankings whose curves are drawn, such as ``rerank_clip``; ``pareto`` are two
-    metrics that are drawn against each other.  In each of the
-    metrics ``effects`` the variants, or points of the grid, are compared with the one ``against``.
+    Attributes:
+        table: Metrics of the table.
+        curves: Training curves of the curve figure.
+        card: Metrics of the report card.
+        best_of: Rankings whose best-of-n curves are drawn, such as ``rerank_clip``.
+        pareto: Two metrics that are drawn against each other.
+        effects: Metrics in which variants or grid points are compared with ``against``.
+        against: Baseline of ``effects``.
     """
 
     __pydantic_config__ = STRICT
@@ -57,6 +62,7 @@ class ReportConfig:
     against: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for incomplete comparisons."""
         if bool(self.effects) != (self.against is not None):
             raise ValueError("against and effects belong together: give both or none")
         if len(self.pareto) not in (0, 2):
@@ -65,7 +71,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of an experiment: its name, how it differs from the others, its configuration."""
+    """One run of an experiment: its name, variant, grid point and configuration."""
 
     name: str
     variant: str
@@ -75,10 +81,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file, resolved.
+    """A resolved experiment file.
 
-    ``targets`` say what a metric should at least reach, ``claim`` what the source claims.
-    ``settings`` are those that all runs share; a ``search`` makes more runs of them.
+    Attributes:
+        path: The experiment file.
+        name: Path of its results below ``results/``.
+        title: Title of its result page.
+        question: Question that the experiment answers.
+        source: Paper or repository that the experiment reproduces.
+        targets: Value that each metric should at least reach.
+        claim: The claim of the source.
+        report: Metrics of the result page.
+        runs: Runs of all variants, grid points and seeds.
+        settings: Settings that all runs share.
+        seeds: Seeds of every variant.
+        search: Search that adds runs, if any.
     """
 
     path: Path
@@ -115,10 +132,14 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     """Read an experiment file and expand its runs.
 
     Args:
+        path: The experiment file.
         overrides: ``key=value`` settings of the command line, values in YAML.
 
+    Returns:
+        The resolved experiment.
+
     Raises:
-        ConfigError: one line for the first mistake.
+        ConfigError: If the file has a mistake; names the first one in one line.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -129,15 +150,15 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     report = validate(path, ReportConfig, content.get("report", {}), "report")
     targets = validate(path, dict[str, float], content.get("targets", {}), "targets")
     claim = validate(path, Claim, content["claim"], "claim") if "claim" in content else None
-    given = overrides_of(overrides)
-    runs, search = tuple(_expand(path, content, given)), _search(path, content)
+    changes = overrides_of(overrides)
+    runs, search = tuple(_expand(path, content, changes)), _search(path, content)
     groups = {group_of(run.name, run.config.seed) for run in runs}
     groups |= (
         set() if search is None else {f"{REGION_PREFIX}{domain}" for domain in search.domains}
     )
     _check_compared(path, claim, report, groups)
-    if not given:
-        # With other questions on the command line nothing of the report is made.
+    if not changes:
+        # A command line that changes settings may drop metrics that the report names.
         _check_metrics(path, runs, report, targets, claim)
     if search is not None:
         _check_domains(path, content, search, runs)
@@ -151,7 +172,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         claim=claim,
         report=report,
         runs=runs,
-        settings=layered(_shared_settings(path, content), given),
+        settings=layered(_shared_settings(path, content), changes),
         seeds=tuple(content.get("seeds", [0])),
         search=search,
     )
@@ -199,14 +220,14 @@ def _check_metrics(
 
 def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
     metric = name.rpartition("/")[0]
-    is_asked = any(each.startswith(f"{metric}/") for each in legal)
-    asks = [
+    is_reported = any(name.startswith(f"{metric}/") for name in legal)
+    evaluators = [
         evaluator
         for evaluator, metrics in EVALUATOR_METRICS.items()
-        if metric in (each.name for each in metrics)
+        if metric in (member.name for member in metrics)
     ]
-    if asks and not is_asked:
-        hint = f"; {asks[0]} is not among evaluation.evaluators"
+    if evaluators and not is_reported:
+        hint = f"; {evaluators[0]} is not among evaluation.evaluators"
     else:
         others = ", ..." if len(legal) > 8 else ""
         known = f"; legal are {', '.join(legal[:8]) or 'none'}{others}"
@@ -217,7 +238,7 @@ def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigE
 def _check_domains(
     path: Path, content: Mapping[str, Any], search: Search, runs: Sequence[Run]
 ) -> None:
-    """Raise ``ConfigError`` for a domain that is not one metric of trials and of their tests."""
+    """Raise ``ConfigError`` for a domain that is not one metric of trials and test runs."""
     flat = layered(_shared_settings(path, content), search.settings)
     trial = resolve_run(path, flat | {name: axis.low for name, axis in search.space.items()})
     tested = resolve_run(path, _shared_settings(path, content))
@@ -230,57 +251,58 @@ def _check_domains(
                 without = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
                 raise _no_metric(path, key, metric, without)
             if len(splits) > 1:
-                rule = "must be a metric without its split, asked on one split"
+                rule = "must be a metric without its split, evaluated on one split"
                 raise setting_error(path, key, rule, ", ".join(splits))
 
 
 def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -> list[Run]:
-    """Every combination of variant, point of the grid and seed, in the order of the file."""
+    """Return the runs of all variants, grid points and seeds in the order of the file."""
     shared = _shared_settings(path, content)
     variants = content.get("variants") or {"": {}}
     grid = _grid(path, content, overrides)
     seeds = content.get("seeds", [0])
     settings.require_distinct(path, "seeds", seeds)
     labels = [value_labels(path, key, values) for key, values in grid.items()]
-    found: dict[tuple[str, str], Run] = {}
+    expanded: dict[tuple[str, str], Run] = {}
     for variant, changes in variants.items():
         own = _variant(path, variant, changes, is_searched="search" in content)
         changed = layered(shared, own)
         points = zip(itertools.product(*grid.values()), itertools.product(*labels), strict=True)
         for point, label in points:
-            place = dict(zip(grid, point, strict=True))
+            values = dict(zip(grid, point, strict=True))
             named = dict(zip(grid, label, strict=True))
             for seed in seeds:
-                config = resolve_run(path, layered(changed, place, {"seed": seed}, overrides))
-                run = Run(run_name(variant, named, config.seed), variant, place, config)
-                # With a seed on the command line all seeds of the file are one.
-                found.setdefault((run.name, config.digest), run)
-    require_own_names(path, [(run.name, run.config.seed) for run in found.values()])
-    return list(found.values())
+                config = resolve_run(path, layered(changed, values, {"seed": seed}, overrides))
+                run = Run(run_name(variant, named, config.seed), variant, values, config)
+                # A seed on the command line makes all seeds of the file equal.
+                expanded.setdefault((run.name, config.digest), run)
+    require_own_names(path, [(run.name, run.config.seed) for run in expanded.values()])
+    return list(expanded.values())
 
 
 def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
-    """The search of a file, if it has one, with the names of its settings checked."""
+    """Return the checked search of an experiment file, or None."""
     if "search" not in content:
         return None
-    found = validate(path, Search, content["search"], "search")
-    least = {name: axis.low for name, axis in found.space.items()}
-    _seedless(path, least, "search.space")
-    flat = _seedless(path, found.settings, "search.settings")
-    require_domains(path, found.domains)
+    search = validate(path, Search, content["search"], "search")
+    lowest = {name: axis.low for name, axis in search.space.items()}
+    highest = {name: axis.high for name, axis in search.space.items()}
+    _without_seed(path, lowest, "search.space")
+    flat = _without_seed(path, search.settings, "search.settings")
+    require_domains(path, search.domains)
     shared = _shared_settings(path, content)
-    for place in (least, {name: axis.high for name, axis in found.space.items()}):
-        resolve_run(path, layered(shared, flat, place))
-    return replace(found, settings=flat)
+    for corner in (lowest, highest):
+        resolve_run(path, layered(shared, flat, corner))
+    return replace(search, settings=flat)
 
 
 def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     if "base" in content:
         base = path.parent / content["base"]
-        shared = _seedless(base, read_yaml(base))
+        shared = _without_seed(base, read_yaml(base))
         resolve_run(base, shared)
-    return layered(shared, _seedless(path, content.get("settings", {}), "settings"))
+    return layered(shared, _without_seed(path, content.get("settings", {}), "settings"))
 
 
 def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> dict[str, Any]:
@@ -289,22 +311,22 @@ def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> di
     require_variant(path, variant, is_searched=is_searched)
     if not isinstance(changes, dict):
         raise setting_error(path, f"variants.{variant}", "must be a mapping of settings", changes)
-    return _seedless(path, changes, f"variants.{variant}")
+    return _without_seed(path, changes, f"variants.{variant}")
 
 
 def _grid(
     path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
-    """The values of each setting of the grid; of one on the command line that alone."""
-    grid = _seedless(path, content.get("grid", {}), "grid")
+    """Return the values of each grid setting; the command line replaces them by one value."""
+    grid = _without_seed(path, content.get("grid", {}), "grid")
     for key, values in grid.items():
         settings.require_distinct(path, f"grid.{key}", values)
     return {key: [overrides[key]] if key in overrides else grid[key] for key in grid}
 
 
-def _seedless(path: Path, content: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Flat settings of a file, in which seeds have a key of their own."""
+def _without_seed(path: Path, content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return flat settings; raise ``ConfigError`` for a seed, which belongs under ``seeds``."""
     if "seed" in content:
-        where = f"{place}.seed" if place else "seed"
-        raise setting_error(path, where, "seeds are listed under `seeds:`", content["seed"])
-    return flat_settings(path, RunConfig, content, place)
+        key = f"{prefix}.seed" if prefix else "seed"
+        raise setting_error(path, key, "seeds are listed under `seeds:`", content["seed"])
+    return flat_settings(path, RunConfig, content, prefix)

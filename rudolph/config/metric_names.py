@@ -1,11 +1,11 @@
-"""Names of all metrics and curves of a run, known before it starts.
+"""Names of all metrics and curves that a run can report, known before it starts.
 
-``metric_names`` are columns of ``runs.csv`` and scores of the report card; ``curve_names`` are
-what trainings log.  A run may lack a name, such as that of a scene family without examples, but it
-reports no name that is not here.
+``metric_names`` gives the columns of ``runs.csv`` and the scores of the report card;
+``curve_names`` gives the training curves. A run may report fewer names, for example if a scene
+family has no examples, but never others.
 
-The metrics of an evaluator stand in ``config.metrics``, or in ``evaluator_metrics`` where they
-depend on the configuration.
+``config.metrics`` lists the metrics of an evaluator; ``evaluator_metrics`` adds those that depend
+on the configuration.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,47 +25,49 @@ WITHOUT_IMAGES = ("arithmetic", "paragraphs")
 
 
 def metric_names(config: RunConfig) -> list[str]:
-    """Return the names of all metrics that a run can report, the likeliest first."""
+    """Return the names of all metrics that a run can report, with their splits."""
     if config.speed.workload is not None:
         return list(_speed_metrics(config.speed))
     own = [
         f"{dataset}/{metric}" if dataset else metric
-        for dataset, _, question in (
-            place.rpartition("/") for place in config.evaluation.evaluators
+        for dataset, _, evaluator in (
+            name.rpartition("/") for name in config.evaluation.evaluators
         )
-        for metric in evaluator_metrics(question, dataset, config)
+        for metric in evaluator_metrics(evaluator, dataset, config)
     ]
     return [f"{name}/{split}" for split in config.evaluation.splits for name in own]
 
 
-def evaluator_metrics(question: str, dataset: str, config: RunConfig) -> list[str]:
-    """Return the metrics of a question, without their split, about pairs of a dataset.
+def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[str]:
+    """Return the metrics of an evaluator, without their split.
 
     Args:
-        dataset: empty for that of the run.
+        evaluator: Name of the evaluator.
+        dataset: Dataset of the evaluator; empty for the dataset of the run.
+        config: The run.
     """
-    dataset, found = (
-        dataset or config.data.dataset,
-        [metric.name for metric in EVALUATOR_METRICS[question]],
-    )
-    if question == "scene_accuracy":
-        found += [f"{SCENE_ACCURACY}_{family}" for family in config.data.shapes.families]
-    elif question == "caption_f1" and dataset == "shapes":
-        found.append("image_to_text/caption_accuracy")
-    elif question == "multiple_choice":
+    dataset = dataset or config.data.dataset
+    metrics = [metric.name for metric in EVALUATOR_METRICS[evaluator]]
+    if evaluator == "scene_accuracy":
+        metrics += [f"{SCENE_ACCURACY}_{family}" for family in config.data.shapes.families]
+    elif evaluator == "caption_f1" and dataset == "shapes":
+        metrics.append("image_to_text/caption_accuracy")
+    elif evaluator == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
-        # Those of other datasets have images or not, as their files say.
+        # In these datasets only the files tell whether questions have images.
         known = dataset in WITHOUT_IMAGES if dataset not in ("manifest", "fusion_brain") else None
-        found += [f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)]
-    elif question == "rerank_curve":
+        metrics += [
+            f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)
+        ]
+    elif evaluator == "rerank_curve":
         for ranking in RANKINGS + (("clip",) if config.evaluation.clip is not None else ()):
-            found += [f"rerank_{ranking}/best_of_{number}" for number in CANDIDATE_COUNTS]
-            found += [f"rerank_{ranking}/gain_at_{number}" for number in CANDIDATE_COUNTS[1:]]
-    return found
+            metrics += [f"rerank_{ranking}/best_of_{number}" for number in CANDIDATE_COUNTS]
+            metrics += [f"rerank_{ranking}/gain_at_{number}" for number in CANDIDATE_COUNTS[1:]]
+    return metrics
 
 
 def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
-    """Names of what ``rudolph.benchmarks.metrics`` computes of a contest."""
+    """Yield the metrics that ``rudolph.benchmarks.metrics`` computes of a comparison."""
     measure = WORKLOADS[speed.workload or ""]
     for implementation in speed.implementations:
         # Only the machine that runs the benchmark knows which parts it can measure.
@@ -75,7 +77,7 @@ def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
             yield f"{name}/{unit}s_per_second"
             if implementation != ROOFLINE:
                 own = _quantities(speed, implementation)
-                yield from (f"{name}/{each}" for each in (f"seconds_per_{unit}", *own))
+                yield from (f"{name}/{metric}" for metric in (f"seconds_per_{unit}", *own))
         if implementation != ROOFLINE:
             yield from (f"{implementation}/{size}_bytes" for size in ("weights", "cache"))
     if REFERENCE in speed.implementations:
@@ -93,17 +95,17 @@ def _quantities(speed: SpeedConfig, implementation: str) -> Iterator[str]:
 
 
 def curve_names(config: RunConfig) -> list[str]:
-    """Return the names of everything that the trainings of a run log."""
+    """Return the names of all curves that the trainings of a run log."""
     family = family_of(config.model)
     names: list[str] = []
     if "vqgan_optim" in config.trainings:
-        names += [f"vqgan/{name}" for name in _of_vqgan(config)]
+        names += [f"vqgan/{name}" for name in _vqgan_curves(config)]
     if "optim" in config.trainings:
         names += [f"{family.stage}/{name}" for name in family.curve_names(config)]
     return names
 
 
-def _of_vqgan(config: RunConfig) -> Iterator[str]:
+def _vqgan_curves(config: RunConfig) -> Iterator[str]:
     losses = ["reconstruction", "quantizer"]
     if config.vqgan_losses.discriminator_start is not None:
         losses += ["adversary", "discriminator"]
@@ -113,7 +115,7 @@ def _of_vqgan(config: RunConfig) -> Iterator[str]:
 
 
 def all_names(configs: Iterable[RunConfig]) -> tuple[list[str], list[str]]:
-    """Return the metrics and the curves of some runs, each name once."""
+    """Return the distinct names of the metrics and of the curves of runs."""
     metrics: dict[str, None] = {}
     curves: dict[str, None] = {}
     for config in configs:

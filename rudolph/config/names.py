@@ -1,7 +1,7 @@
-"""Names made from paths and settings: of experiments, and of the runs of one experiment.
+"""Names of experiments and runs, made from paths and settings.
 
-Each names a folder, so it must be legal on every file system: not too long, and different from
-all others by more than the case of its letters.
+Each name is a folder, so it must be legal on every file system: short enough, and different from
+all others in more than letter case.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ EXPERIMENTS = "experiments"
 # Folders inside ``results/<experiment>`` that every export replaces.
 RESERVED = frozenset({"samples", "profiles", "figures"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Cells that pandas reads as missing.
-READ_AS_NOTHING = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
-# The name of a run is followed by a digest, or by the name of a sample and its suffix.
+# Table cells that pandas reads as missing values.
+MISSING_WORDS = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
+# Files append a digest or a sample name with its suffix to the name of a run.
 LONGEST = 160
 LONGEST_VALUE = 60
 DIGITS = 8
@@ -32,7 +32,8 @@ DIGITS = 8
 def experiment_name(path: Path) -> str:
     """Return the path of an experiment file below ``experiments/``, without its suffix.
 
-    Elsewhere it is the path below the working directory, and outside of that the file's name.
+    Outside ``experiments/`` it is the path below the working directory; outside of that, the
+    file name.
 
     >>> experiment_name(Path("experiments/speed/decode.yaml"))
     'speed/decode'
@@ -40,7 +41,7 @@ def experiment_name(path: Path) -> str:
     'mine/decode'
 
     Raises:
-        ConfigError: for a path that would name a folder which has another use.
+        ConfigError: If the path names a reserved or hidden folder, or is too long.
     """
     parts = _parts_below(path)
     name = "/".join((*parts[:-1], Path(parts[-1]).stem))
@@ -58,10 +59,10 @@ def experiment_name(path: Path) -> str:
 def _parts_below(path: Path) -> tuple[str, ...]:
     """Return the parts of a path below ``experiments``, or below the working directory."""
     here = Path.cwd()
-    # A link names what it lies in, but the working directory may be reached through a link too.
-    for given in (Path(os.path.abspath(path)), path.resolve()):
-        if given.is_relative_to(here):
-            parts = given.relative_to(here).parts
+    # Keep a symlink in its folder; resolve it only if the working directory is a symlink.
+    for candidate in (Path(os.path.abspath(path)), path.resolve()):
+        if candidate.is_relative_to(here):
+            parts = candidate.relative_to(here).parts
             break
     else:
         parts = path.resolve().parts
@@ -74,12 +75,12 @@ def _parts_below(path: Path) -> tuple[str, ...]:
 
 
 def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
-    """Return what stands for each value of a grid in the names of runs.
+    """Return the labels of grid values in run names.
 
-    Values that would read alike, or are long, get digits of their SHA-256.
+    Long values, and values with the same label, get digits of their SHA-256.
 
     Raises:
-        ConfigError: for values that tables cannot tell apart.
+        ConfigError: If tables would show two values as equal.
     """
     cells: dict[str, Any] = {}
     for value in values:
@@ -99,11 +100,11 @@ def value_labels(path: Path, key: str, values: Sequence[Any]) -> list[str]:
 
 
 def _read_back(text: str) -> str:
-    """Return the text of a cell as a table that is read has it: nothing, a number or the text."""
+    """Return a table cell as pandas reads it: empty, a rounded number or the text."""
     try:
         number = float(text)
     except ValueError:
-        return "" if text in READ_AS_NOTHING else text
+        return "" if text in MISSING_WORDS else text
     return "" if number != number else f"{number:.6g}"
 
 
@@ -114,31 +115,31 @@ def _with_digits(label: str, value: Any) -> str:
 
 
 def run_name(variant: str, labels: Mapping[str, str], seed: int) -> str:
-    """Return the name of a run from its variant, the labels of its grid point and its seed."""
+    """Return the name of a run: its variant, the labels of its grid point, its seed."""
     points = [f"{key.rpartition('.')[2]}={label}" for key, label in labels.items()]
     return "-".join([*([variant] if variant else []), *points, f"seed{seed}"])
 
 
 def require_variant(path: Path, variant: str, *, is_searched: bool) -> None:
-    """Raise ``ConfigError`` for a variant whose name cannot be part of a run's."""
+    """Raise ``ConfigError`` for a variant name that cannot be part of a run name."""
     if not NAME.fullmatch(variant) or re.search(r"-seed\d+(-|$)", variant):
         rule = "names must be letters, digits, _ . - and no -seed0"
         raise setting_error(path, "variants", rule, variant)
-    if variant in READ_AS_NOTHING:
-        rule = f"names must not be {', '.join(sorted(READ_AS_NOTHING))}, empty cells of tables"
+    if variant in MISSING_WORDS:
+        rule = f"names must not be {', '.join(sorted(MISSING_WORDS))}, empty cells of tables"
         raise setting_error(path, "variants", rule, variant)
-    is_own = variant.casefold().startswith((TRIAL, REGION_PREFIX))
-    if is_searched and is_own:
-        rule = f"names must not start with {TRIAL} or {REGION_PREFIX} beside a search"
+    is_search_name = variant.casefold().startswith((TRIAL, REGION_PREFIX))
+    if is_searched and is_search_name:
+        rule = f"names must not start with {TRIAL} or {REGION_PREFIX} in a file with a search"
         raise setting_error(path, "variants", rule, variant)
 
 
 def require_domains(path: Path, domains: Iterable[str]) -> None:
-    """Raise ``ConfigError`` for a domain of a search whose name cannot be part of a run's."""
+    """Raise ``ConfigError`` for a domain name that cannot be part of a run name."""
     known: dict[str, str] = {}
     for domain in domains:
-        if not NAME.fullmatch(domain) or domain in READ_AS_NOTHING:
-            rule = "names must be letters, digits, _ . -, and no word for an empty cell"
+        if not NAME.fullmatch(domain) or domain in MISSING_WORDS:
+            rule = "names must be letters, digits, _ . - and no empty cell of tables"
             raise setting_error(path, "search.domains", rule, domain)
         if known.setdefault(domain.casefold(), domain) != domain:
             rule = "names must differ in more than case"
@@ -146,7 +147,7 @@ def require_domains(path: Path, domains: Iterable[str]) -> None:
 
 
 def require_own_names(path: Path, runs: Iterable[tuple[str, int]]) -> None:
-    """Raise ``ConfigError`` for runs, each a name and a seed, that would share a folder."""
+    """Raise ``ConfigError`` for runs, given by name and seed, that would share a folder."""
     known: dict[str, str] = {}
     for name, seed in runs:
         group = group_of(name, seed) or name
@@ -154,7 +155,7 @@ def require_own_names(path: Path, runs: Iterable[tuple[str, int]]) -> None:
             rule = f"run names must have at most {LONGEST} characters"
             raise ConfigError(f"{path}: {rule}, got {len(name)} in {short_repr(group)}")
         if name.casefold() in known:
-            rule = "names of runs must differ in more than the case of letters"
+            rule = "run names must differ in more than letter case"
             both = f"{short_repr(known[name.casefold()])} and {short_repr(name)}"
             raise ConfigError(f"{path}: {rule}, got {both}")
         known[name.casefold()] = name

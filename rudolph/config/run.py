@@ -1,4 +1,4 @@
-"""The configuration of a run: typed, frozen, checked before anything starts, named by digest."""
+"""The configuration of a run: typed, frozen, checked before a run starts, identified by digest."""
 
 import hashlib
 import json
@@ -36,11 +36,11 @@ from rudolph.training.adversary import min_image_size
 from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
-# Counted up whenever a default, or what a setting means, changes: earlier runs are then others.
+# Increase it if a default or the meaning of a setting changes: old runs then have other digests.
 CONFIG_VERSION = 2
-# The window of SSIM is mirrored at the edges of an image, which must be larger than half of it.
+# SSIM mirrors an image by half of its window, so images must be larger than that.
 SSIM_SIDE = 6
-# The family that most experiments train needs no line of its own.
+# A file without ``model.family`` describes a masked decoder.
 FAMILY, DEFAULT_FAMILY = "model.family", "rudolph"
 
 
@@ -49,14 +49,15 @@ class TextLengths:
     """Lengths of both texts.
 
     Attributes:
-        left_text_length: tokens of the left text, with ``BOS``, task token and ``EOS``.
-        right_text_length: tokens of the right text, with ``BOS``, task token and ``EOS``.
+        left_text_length: Tokens of the left text, with ``BOS``, task token and ``EOS``.
+        right_text_length: Tokens of the right text, with ``BOS``, task token and ``EOS``.
     """
 
     left_text_length: Annotated[int, Bounds(ge=4)] = 64
     right_text_length: Annotated[int, Bounds(ge=4)] = 64
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a length out of bounds."""
         check(self)
 
 
@@ -98,11 +99,13 @@ class RunConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for settings that contradict each other."""
         check(self)
         self._take_parts_of_init()
-        # A VQ-GAN that is taken as it is reads images of any size that its factor divides.
-        is_any = self.vqgan.init is not None and self.data.image_size % self.vqgan.factor == 0
-        if self.needs_vqgan and self.vqgan.resolution != self.data.image_size and not is_any:
+        # A pretrained VQ-GAN encodes images of any size that is a multiple of its factor.
+        is_multiple = self.data.image_size % self.vqgan.factor == 0
+        fits = self.vqgan.init is not None and is_multiple
+        if self.needs_vqgan and self.vqgan.resolution != self.data.image_size and not fits:
             raise ValueError(
                 f"vqgan.resolution: must equal data.image_size ({self.data.image_size}), "
                 f"got {self.vqgan.resolution}"
@@ -118,47 +121,48 @@ class RunConfig:
             )
 
     def _take_parts_of_init(self) -> None:
-        """Take tokenizer and VQ-GAN from ``model.init``, unless others are named.
+        """Set tokenizer and VQ-GAN to those of ``model.init``, unless the settings name others.
 
-        The embeddings of a model fit the ids of its own tokenizer and the codes of its VQ-GAN.
+        The embeddings of a model belong to the ids of its tokenizer and the codes of its VQ-GAN.
         """
         source = self.model.init
         if source is None or not self.needs_vqgan or self.speed.workload is not None:
             return
-        # The class is frozen for its users.
+        # The dataclass is frozen, so ``object.__setattr__`` sets the fields.
         if self.tokenizer.path is None:
             object.__setattr__(self, "tokenizer", replace(self.tokenizer, path=source))
         if self.vqgan.init is None:
             object.__setattr__(self, "vqgan", replace(self.vqgan, init=source))
 
     def _check_evaluators(self) -> None:
-        """Raise ``ValueError`` for an evaluator that does not suit its dataset or the model."""
+        """Raise ``ValueError`` for an evaluator that its dataset or the model does not support."""
         provided = family_of(self.model).capabilities.provided()
-        for place in self.evaluation.evaluators:
-            named, _, question = place.rpartition("/")
-            dataset = named or self.data.dataset
-            if DATASET_OF_EVALUATOR.get(question, dataset) != dataset:
+        for name in self.evaluation.evaluators:
+            other, _, evaluator = name.rpartition("/")
+            dataset = other or self.data.dataset
+            if DATASET_OF_EVALUATOR.get(evaluator, dataset) != dataset:
                 raise ValueError(
-                    f"evaluation.evaluators: {question} needs data.dataset "
-                    f"{DATASET_OF_EVALUATOR[question]}, got {dataset!r}"
+                    f"evaluation.evaluators: {evaluator} needs data.dataset "
+                    f"{DATASET_OF_EVALUATOR[evaluator]}, got {dataset!r}"
                 )
-            member = MEMBER_OF_EVALUATOR.get(question)
+            member = MEMBER_OF_EVALUATOR.get(evaluator)
             if member is not None and not hasattr(DATASETS[dataset], member):
                 able = ", ".join(name for name, kind in DATASETS.items() if hasattr(kind, member))
                 raise ValueError(
-                    f"evaluation.evaluators: {question} needs a dataset of {able}, got {dataset!r}"
+                    f"evaluation.evaluators: {evaluator} needs a dataset of {able}, "
+                    f"got {dataset!r}"
                 )
-            lacking = [name for name in NEEDS[question] if name not in provided]
+            lacking = [name for name in NEEDS[evaluator] if name not in provided]
             if lacking:
                 raise ValueError(
-                    f"evaluation.evaluators: {question} needs a model with {lacking[0]}; family "
+                    f"evaluation.evaluators: {evaluator} needs a model with {lacking[0]}; family "
                     f"{self.model.family} has {', '.join(provided)}"
                 )
-            if question == "clip_score" and self.evaluation.clip is None:
+            if evaluator == "clip_score" and self.evaluation.clip is None:
                 raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
 
     def _check_side(self) -> None:
-        """Raise ``ValueError`` for images that are too small for what judges a VQ-GAN."""
+        """Raise ``ValueError`` for images too small for SSIM or the discriminator."""
         if "vqgan_optim" not in self.trainings:
             return
         start, side = self.vqgan_losses.discriminator_start, self.data.image_size
@@ -173,7 +177,7 @@ class RunConfig:
             )
 
     def _check_codes(self) -> None:
-        """Raise ``ValueError`` for code samples of a quantizer without a distribution."""
+        """Raise ``ValueError`` for code samples of a quantizer that has no distribution."""
         if self.data.num_code_samples and self.vqgan.quantizer.kind != "gumbel":
             raise ValueError(
                 "data.num_code_samples: must be 0 but for vqgan.quantizer.kind gumbel, "
@@ -181,7 +185,7 @@ class RunConfig:
             )
 
     def _check_steps(self) -> None:
-        """Raise ``ValueError`` for a model without training steps that starts from no weights."""
+        """Raise ``ValueError`` for a model with neither training steps nor pretrained weights."""
         for name, init in (("vqgan_optim", "vqgan.init"), ("optim", "model.init")):
             source = self.vqgan.init if name == "vqgan_optim" else self.model.init
             if getattr(self, name).num_steps == 0 and source is None:
@@ -189,7 +193,7 @@ class RunConfig:
 
     @property
     def trainings(self) -> dict[str, OptimConfig]:
-        """The settings of every training of this run, by their key."""
+        """Optimizer settings of each training of this run, by their key."""
         if self.speed.workload is not None:
             return {}
         trainings = {}
@@ -209,7 +213,7 @@ class RunConfig:
         """The ``model`` section of a masked decoder.
 
         Raises:
-            ValueError: for a run of another family.
+            ValueError: If the run has another family.
         """
         if not isinstance(self.model, RudolphConfig):
             raise ValueError(f"model.family: expected rudolph, got {self.model.family}")
@@ -217,15 +221,18 @@ class RunConfig:
 
     @property
     def seed_of_vqgan(self) -> int:
+        """Seed of the VQ-GAN training."""
         return self.seed if self.vqgan_seed is None else self.vqgan_seed
 
     @property
     def sequence_layout(self) -> SequenceLayout:
+        """Lengths of left text, image and right text."""
         side = self.data.image_size // self.vqgan.factor
         return SequenceLayout(self.layout.left_text_length, side, self.layout.right_text_length)
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """Sizes of the text and image vocabularies."""
         return Vocabulary(
             bpe_size=self.tokenizer.vocab_size,
             num_text_specials=self.tokenizer.num_specials,
@@ -235,20 +242,20 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole run; equal digests ask the same question."""
+        """SHA-256 of the configuration; runs with equal digests have equal results."""
         return digest_of(self)
 
 
 def to_plain(config: Any) -> Any:
-    """A dataclass as JSON holds it: mappings, lists, numbers and text."""
+    """Return a dataclass as JSON data: mappings, lists, numbers and text."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def digest_of(*parts: Any) -> str:
-    """SHA-256 of dataclasses, or of what JSON holds, in hexadecimal.
+    """Return the SHA-256 of dataclasses and JSON data in hexadecimal.
 
-    Of a dataclass it takes what differs from the defaults, so that a setting which is new, and by
-    default leaves all as it was, changes no digest.
+    A dataclass contributes the fields that differ from their defaults. So a new setting with a
+    neutral default changes no digest.
     """
     content = [_changes(part) if is_dataclass(part) else part for part in parts]
     text = json.dumps([CONFIG_VERSION, content], sort_keys=True)
@@ -256,45 +263,45 @@ def digest_of(*parts: Any) -> str:
 
 
 def _changes(config: Any, usual: Any = None) -> dict[str, Any]:
-    """Fields that differ from those of ``usual``, or from their defaults, nested ones too."""
-    found: dict[str, Any] = {}
-    for each in fields(config):
-        value = getattr(config, each.name)
-        default = _default(each) if usual is None else getattr(usual, each.name)
+    """Return the fields, nested ones too, that differ from ``usual`` or from their defaults."""
+    changed: dict[str, Any] = {}
+    for member in fields(config):
+        value = getattr(config, member.name)
+        default = _default(member) if usual is None else getattr(usual, member.name)
         if is_dataclass(value) and type(default) is type(value):
             nested = _changes(value, default)
-            found |= {each.name: nested} if nested else {}
+            changed |= {member.name: nested} if nested else {}
         elif isinstance(value, ModelSection):
-            found[each.name] = {"family": value.family, **_changes(value)}
+            changed[member.name] = {"family": value.family, **_changes(value)}
         elif value != default:
-            found[each.name] = to_plain(value) if is_dataclass(value) else value
-    return found
+            changed[member.name] = to_plain(value) if is_dataclass(value) else value
+    return changed
 
 
-def _default(each: Field[Any]) -> Any:
-    return each.default if each.default_factory is MISSING else each.default_factory()
+def _default(member: Field[Any]) -> Any:
+    return member.default if member.default_factory is MISSING else member.default_factory()
 
 
 def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A resolved configuration as ``run_yaml`` wrote it, with ``key=value`` settings over it.
+    """Read a configuration that ``run_yaml`` wrote and apply ``key=value`` overrides.
 
     Raises:
-        ConfigError: when the file is missing or no such configuration.
+        ConfigError: If the file is missing or invalid.
     """
     return run_of(path, read_yaml(path), overrides)
 
 
 def run_of(path: Path, content: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """Return the run of a resolved configuration; ``path`` is named in messages."""
+    """Return the run of a resolved configuration; error messages name ``path``."""
     written = flat_settings(path, RunConfig, content)
     return resolve_run(path, layered(written, overrides_of(overrides)))
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flat settings in which later layers win.
+    """Merge flat settings; later layers override earlier ones.
 
-    A layer that names another ``model.family`` also removes the model settings below it, which
-    belong to the family before.
+    A layer that sets another ``model.family`` also removes the earlier ``model`` settings, because
+    they belong to the earlier family.
 
     >>> layered({"model.num_layers": 2, "seed": 1}, {"model.family": "clip"})
     {'seed': 1, 'model.family': 'clip'}
@@ -309,22 +316,22 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_yaml(config: RunConfig) -> str:
-    """The resolved configuration, every default written out."""
+    """Return the configuration as YAML, with all defaults."""
     return settings.dump_yaml(to_plain(config))
 
 
 def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
-    """Flat settings from ``key=value``, values in YAML, as the command line has them."""
+    """Parse ``key=value`` settings of the command line; values are YAML."""
     source = Path("command line")
-    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{source}: {text!r}: must be key=value, as in model.num_layers=8")
-        given |= flat_settings(source, RunConfig, {key: settings.parse_yaml(value)})
-    return given
+        overrides |= flat_settings(source, RunConfig, {key: settings.parse_yaml(value)})
+    return overrides
 
 
 def resolve_run(path: Path, flat: Mapping[str, Any]) -> RunConfig:
-    """A run of flat settings; ``path`` is named in messages."""
+    """Return the checked run of flat settings; error messages name ``path``."""
     return validate(path, RunConfig, settings.nest_settings({FAMILY: DEFAULT_FAMILY} | dict(flat)))

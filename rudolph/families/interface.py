@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rudolph.data.splits import DataConfig, Split, Splits
+from rudolph.generation.answering import OnToken
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 from rudolph.generation.trained_models import ImageTokenizer
@@ -27,8 +28,6 @@ from rudolph.training.optim import OptimConfig
 if TYPE_CHECKING:
     # Lightning takes seconds to import, and only trainings need it.
     from rudolph.training.steps import ManualStepModule
-
-OnToken = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

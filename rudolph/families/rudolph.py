@@ -15,12 +15,12 @@ from rudolph.data.splits import MixtureEntry, Splits
 from rudolph.families.interface import (
     Capabilities,
     ModelSection,
-    OnToken,
     Parts,
     RunSettings,
     TrainingFlags,
 )
 from rudolph.generation.answering import (
+    OnToken,
     answer_prompts,
     ids_spelling,
     sample_answers,

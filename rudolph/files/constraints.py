@@ -4,6 +4,7 @@
 words.  A configuration calls ``check(self)`` in ``__post_init__``.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -20,13 +21,13 @@ class Bounds:
     lt: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Return whether a number lies within the bounds; NaN never does."""
+        """Return whether a number lies within the bounds; NaN and infinities never do."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
-            and value == value
+            and -math.inf < value < math.inf
         )
 
     def __str__(self) -> str:
@@ -87,7 +88,8 @@ def check(config: Any) -> None:
             continue
         or_null = " or null" if is_optional else ""
         if isinstance(rule, Bounds) and not rule.holds(value):
-            raise ValueError(f"{name} must be {rule}{or_null}, got {value!r}")
+            finite = "" if -math.inf < value < math.inf else "finite and "
+            raise ValueError(f"{name} must be {finite}{rule}{or_null}, got {value!r}")
         if legal and value not in legal:
             raise ValueError(f"{name} must be {one_of(legal)}{or_null}, got {value!r}")
 

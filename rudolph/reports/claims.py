@@ -9,7 +9,7 @@ the experiment.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -166,6 +166,44 @@ def _effect(
     than: str,
     minimum: float,
 ) -> Effect:
+    pairs = _paired_differences(runs, groups, metric, group, than)
+    value = float(pairs.mean()) if len(pairs) else np.nan
+    if len(pairs) < 2:
+        # A single pair has no spread and thus no interval.
+        unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
+        return Effect(metric, group, than, minimum, len(pairs), value, p_value=1.0, **unknown)
+    if ONE_OUTCOME_PER_RUN.search(metric):
+        # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
+        exact = exact_paired(pairs)
+        bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
+        return Effect(metric, group, than, minimum, len(pairs), exact.value, *bounds)
+    difference, spread = paired_t(pairs), float(pairs.std(ddof=1))
+    # Equal differences estimate no spread, so they tell nothing about other numbers of seeds.
+    detectable = minimum_detectable_effect(spread, len(pairs)) if spread else np.nan
+    needed = _seeds_needed(spread, abs(value)) if spread else np.nan
+    return Effect(
+        metric,
+        group,
+        than,
+        minimum,
+        len(pairs),
+        difference.value,
+        difference.low,
+        difference.high,
+        paired_t(pairs - minimum).p_value,
+        detectable,
+        needed,
+    )
+
+
+def _paired_differences(
+    runs: pd.DataFrame, groups: "pd.Series[str]", metric: str, group: str, than: str
+) -> np.ndarray[Any, Any]:
+    """Return the margins by which one group is better than another, one per common seed.
+
+    Raises:
+        ValueError: If the runs lack the metric or one of the groups.
+    """
     if metric not in runs:
         raise ValueError(
             f"claim.metric: expected one of {', '.join(runs.columns)}, got {metric!r}"
@@ -179,32 +217,7 @@ def _effect(
         for name in (group, than)
     ]
     pairs = (values[0] - values[1]).dropna().to_numpy()
-    if LESS_IS_BETTER.search(metric):
-        pairs = -pairs
-    value = float(pairs.mean()) if len(pairs) else np.nan
-    if len(pairs) < 2:
-        # A single pair has no spread and thus no interval.
-        unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
-        return Effect(metric, group, than, minimum, len(pairs), value, p_value=1.0, **unknown)
-    if ONE_OUTCOME_PER_RUN.search(metric):
-        # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
-        exact = exact_paired(pairs)
-        bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
-        return Effect(metric, group, than, minimum, len(pairs), exact.value, *bounds)
-    difference, spread = paired_t(pairs), float(pairs.std(ddof=1))
-    return Effect(
-        metric,
-        group,
-        than,
-        minimum,
-        len(pairs),
-        difference.value,
-        difference.low,
-        difference.high,
-        paired_t(pairs - minimum).p_value,
-        minimum_detectable_effect(spread, len(pairs)),
-        _seeds_needed(spread, abs(value)),
-    )
+    return -pairs if LESS_IS_BETTER.search(metric) else pairs
 
 
 def _seeds_needed(spread: float, effect: float) -> float:
@@ -218,8 +231,8 @@ def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
 
     Args:
         claim: The claim.
-        found: The measured effect.
-        number: Number of comparisons that the experiment makes.
+        effect: The measured effect.
+        number: Number of comparisons in the experiment.
     """
     margin = f" by at least {claim.at_least:g}" if claim.at_least else ""
     yield f"**Claim.** `{claim.better}` is better than `{claim.than}` in `{claim.metric}`{margin}."
@@ -231,6 +244,9 @@ def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
     correction = f" (Holm, {number} comparisons)" if number > 1 else ""
     line += f"Effect {effect.value:.3g} (95 % CI {effect.low:.3g} to {effect.high:.3g}, "
     line += f"n = {effect.pairs} seeds), p = {effect.p_value:.2g}{correction}."
+    if effect.low == effect.high:
+        yield f"{line} All seeds have this difference, so its spread is unknown."
+        return
     if np.isnan(effect.detectable):
         yield f"{line} Outcomes are 0 or 1 per run, so test and interval are exact."
         return

@@ -144,12 +144,7 @@ def _write_experiment(
     export_timings(runs, folder)
     export_cards(runs, folder)
     report = available_report(report, folder)
-    content = asdict(report)
-    if not report.missing:
-        del content["missing"]
-    if report.search is None:
-        del content["same_pairs"]
-    write_json(folder / "report.json", content)
+    _write_report(folder, report)
     if report.search is not None:
         write_regions(folder, report.search, read_runs(folder))
     _draw(folder, folder / "figures")
@@ -157,6 +152,15 @@ def _write_experiment(
         digests = set(read_runs(folder)["digest"])
         _keep_answer_apart(folder / "README.md", previous, report, digests)
     _write_page(folder)
+
+
+def _write_report(folder: Path, report: Report) -> None:
+    content = asdict(report)
+    if not report.missing:
+        del content["missing"]
+    if report.search is None:
+        del content["same_pairs"]
+    write_json(folder / "report.json", content)
 
 
 def _copy_samples(

@@ -260,7 +260,7 @@ def missing_runs(experiment: Experiment, folders: Folders) -> tuple[str, ...]:
         search = experiment.search
         num_expected = search.trials + len(search.domains) * len(experiment.seeds)
         num_left = num_expected - len(search_runs)
-        missing += [f"{num_left} more of its search"] if num_left else []
+        missing += [f"{num_left} more runs of its search"] if num_left else []
     return tuple(missing)
 
 
