@@ -62,19 +62,18 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
         row = row_of(run)
         if row is not None:
             rows.append(row)
-    yield [
-        _run(
-            experiment, f"{REGION_PREFIX}{domain}", "", settings_at(search.space, point), seed, {}
-        )
-        for domain in domains
-        for point, seed in zip(
-            points_within(
-                find_domain_region(search, domain, pd.DataFrame(rows)), len(seeds)
-            ).tolist(),
-            seeds,
-            strict=True,
-        )
-    ]
+    yield list(_region_tests(experiment, search, pd.DataFrame(rows)))
+
+
+def _region_tests(experiment: Experiment, search: Search, rows: pd.DataFrame) -> Iterator[Run]:
+    """Yield one run per domain and seed at points of the domain's region."""
+    seeds = experiment.seeds
+    for domain in search.domains:
+        region = find_domain_region(search, domain, rows)
+        points = points_within(region, len(seeds)).tolist()
+        for point, seed in zip(points, seeds, strict=True):
+            variant = f"{REGION_PREFIX}{domain}"
+            yield _run(experiment, variant, "", settings_at(search.space, point), seed, {})
 
 
 def _run(
