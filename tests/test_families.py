@@ -94,3 +94,5 @@ def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
         find_folder("experiment:tiny:seed9", **source)
     with pytest.raises(ValueError, match=r"Train it with `rudolph run experiments/other\.yaml`"):
         find_folder("experiment:other", **source)
+    with pytest.raises(ValueError, match=r"; did you mean tiny\?$"):
+        find_folder("experiment:tyny", **source)

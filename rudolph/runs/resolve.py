@@ -22,6 +22,7 @@ from rudolph.families.rudolph import FILES as RUN_FILES
 from rudolph.families.rudolph import RudolphCapabilities
 from rudolph.families.vqgan import VQGANCapabilities
 from rudolph.files.atomic import rename_damaged, require_disjoint_paths, warn_once, write_atomic
+from rudolph.files.settings import did_you_mean
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -191,9 +192,14 @@ def run_of_experiment(name: str, runs: Path) -> Path:
         return finished[run]
     if not finished or run:
         known = f", only {', '.join(sorted(finished))}" if finished else ""
+        others = {
+            path.parents[1].relative_to(runs).as_posix() for path in runs.glob("**/summary.json")
+        }
+        advice = did_you_mean(experiment, others - {experiment}) or (
+            f". Train it with `rudolph run experiments/{experiment}.yaml`"
+        )
         raise ValueError(
-            f"experiment:{name}: no finished run in {runs / experiment}{known}. "
-            f"Train it with `rudolph run experiments/{experiment}.yaml`"
+            f"experiment:{name}: no finished run in {runs / experiment}{known}{advice}"
         )
     if len(finished) > 1:
         names = ", ".join(f"experiment:{experiment}:{run_name}" for run_name in sorted(finished))
