@@ -142,7 +142,7 @@ def test_a_domain_of_a_search_is_one_metric_on_one_split(tmp_path: Path) -> None
     assert load_experiment(write(tmp_path, **searched(right, ["test"]))).search is not None
     for metric, splits, words in (
         ("text_to_image/scene_rigt", ["test"], f"did you mean {right}?"),
-        (right, ["train", "test"], "must be a metric without its split, asked on one split"),
+        (right, ["train", "test"], "must be a metric without its split, evaluated on one split"),
         ("text_to_image", ["test"], "must be a metric without its split"),
     ):
         with pytest.raises(ConfigError, match=r"search\.domains\.scenes: ") as error:

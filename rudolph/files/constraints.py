@@ -30,6 +30,13 @@ class Bounds:
             and -math.inf < value < math.inf
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one side has no bound."""
+        has_low = self.ge is not None or self.gt is not None
+        has_high = self.le is not None or self.lt is not None
+        return not (has_low and has_high)
+
     def __str__(self) -> str:
         """Return the bounds as they stand in messages.
 
@@ -88,7 +95,8 @@ def check(config: Any) -> None:
             continue
         or_null = " or null" if is_optional else ""
         if isinstance(rule, Bounds) and not rule.holds(value):
-            finite = "" if -math.inf < value < math.inf else "finite and "
+            is_finite = -math.inf < value < math.inf
+            finite = "finite and " if rule.is_open and not is_finite else ""
             raise ValueError(f"{name} must be {finite}{rule}{or_null}, got {value!r}")
         if legal and value not in legal:
             raise ValueError(f"{name} must be {one_of(legal)}{or_null}, got {value!r}")
