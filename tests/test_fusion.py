@@ -27,7 +27,7 @@ TEXTS = st.lists(st.sampled_from([0, 1, END, TAG]), min_size=1, max_size=12)
 
 
 def visible_media(text: list[int], present: list[bool], rule: str) -> list[list[bool]]:
-    """Which media each token attends to, one token after another."""
+    """Return the media that each token attends to, one token after another."""
     order = [media for media, is_present in enumerate(present) if is_present]
     lines, seen = [], []
     for token in text:

@@ -132,7 +132,7 @@ def test_students_quantile_is_that_of_scipy() -> None:
 def test_outcomes_of_zero_and_one_are_compared_exactly() -> None:
     """p is McNemar's by counting; the interval stays in [-1, 1] and covers at least 95 %."""
     found = exact_paired([1, 1, 1, -1, 0])
-    # Of 4 pairs that differ, 3 or 1 in favour are as extreme as what was seen: all but 2.
+    # If 4 pairs differ, outcomes of 1 and 3 in favour are equally extreme; only 2 is less so.
     assert found.value == pytest.approx(0.4) and found.p_value == pytest.approx(10 / 16)
     assert exact_paired([0, 0, 0]).p_value == 1
     for differences in ([1, 1, 1], [0, 1, 0, 0, 0], [-1] * 8):

@@ -205,7 +205,7 @@ class RunConfig:
 
     @property
     def needs_vqgan(self) -> bool:
-        """Whether the model's family needs a VQ-GAN."""
+        """True if the model's family needs a VQ-GAN."""
         return "vqgan" in family_of(self.model).needs
 
     @property

@@ -32,7 +32,7 @@ class Bounds:
 
     @property
     def is_open(self) -> bool:
-        """Whether one side has no bound."""
+        """True if the lower or the upper bound is missing."""
         has_low = self.ge is not None or self.gt is not None
         has_high = self.le is not None or self.lt is not None
         return not (has_low and has_high)

@@ -226,7 +226,7 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
     paths = []
     for folder in folders:
         new_paths = _draw(folder, folder / "figures")
-        # A figure that the report no longer asks for would stay beside the others.
+        # Remove figures that the report no longer includes.
         for path in set((folder / "figures").glob("*")) - set(new_paths):
             path.unlink()
         paths += new_paths

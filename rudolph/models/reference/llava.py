@@ -61,7 +61,7 @@ VISION_NAMES = {
 # Buffers of older files, computed here.
 LEFT_OUT = ("rotary_emb.inv_freq", "embeddings.position_ids")
 QKV = ("q_proj", "k_proj", "v_proj")
-# What Hugging Face fills in where a text config of model type ``llama`` says nothing.
+# Values that Hugging Face assumes if a text config of type ``llama`` omits them.
 LLAMA_DEFAULTS = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -241,7 +241,7 @@ def config_of_llava(model: LLaVA) -> dict[str, Any]:
 
 
 def is_reference_llava(model: nn.Module, *, has_canvases: bool) -> bool:
-    """Whether Hugging Face has the module's vision encoder, connector and language model."""
+    """Return whether Hugging Face supports the vision encoder, connector and language model."""
     return (
         isinstance(model, LLaVA)
         and isinstance(model.vision, ViTFeatures)
