@@ -18,7 +18,7 @@ from rudolph.models.fusion.connectors import (
 WIDTH_IN, WIDTH_OUT, GRID = 6, 10, (4, 6)
 SHAPE = ConnectorShape(WIDTH_IN, WIDTH_OUT, GRID)
 NUM_IN = 24
-SQUARES = {"abstractor": 9, "tome": 7}
+SQUARES = {"abstractor": 9, "tome": 7, "resampler": 5}
 
 
 def config_of(kind: str, **changes) -> ConnectorConfig:
@@ -106,6 +106,12 @@ PARAMETERS = {
         + mlp_parameters(config.width, WIDTH_OUT)
     ),
     "tome": lambda config: mlp_parameters(WIDTH_IN, WIDTH_OUT),
+    "resampler": lambda config: (
+        config.num_out * WIDTH_IN
+        + config.depth * (4 * WIDTH_IN + 4 * WIDTH_IN**2 + 2 * WIDTH_IN + 8 * WIDTH_IN**2)
+        + 2 * WIDTH_IN
+        + (WIDTH_IN + 1) * WIDTH_OUT
+    ),
 }
 
 

@@ -18,6 +18,14 @@ from rudolph.models.weights import read_weights
 from rudolph.runs.resolve import find_folder, open_run
 
 FILE = Path("x.yaml")
+# Settings that a family needs besides its defaults.
+TEXTS = {"data.tasks": {"text_question_answering": 1.0}}
+WORDS = {"model.language_model.vocab_size": 16385}
+OF_FAMILY = {
+    "language_model": {"model.vocab_size": 16385, **TEXTS},
+    "flamingo": {**WORDS, **TEXTS},
+    "llava": {**WORDS, **TEXTS},
+}
 SMALL = {"vqgan.resolution": 32, "vqgan.channels": [32, 32], "vqgan.quantizer.num_codes": 8}
 
 
@@ -32,6 +40,7 @@ def test_each_family_has_its_section_and_needs_known_parts() -> None:
     for name in CAPABILITIES:
         arguments = {"generate_image": ([""],), "generate_text": ("",), "embed_image": (None,)}
         arguments |= {"loglikelihood": ("", []), "embed_text": ([],)}
+        arguments |= {"loglikelihood_after_shots": ("", [], [])}
         keywords = {} if not name.startswith("generate") else {"config": None, "seeds": []}
         with pytest.raises(NotImplementedError):
             getattr(Capabilities(), name)(*arguments.get(name, ()), **keywords)
@@ -39,7 +48,7 @@ def test_each_family_has_its_section_and_needs_known_parts() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_builds_on_the_meta_device(name: str) -> None:
-    config = resolve_run(FILE, {"model.family": name, **SMALL})
+    config = resolve_run(FILE, {"model.family": name, **SMALL, **OF_FAMILY.get(name, {})})
     with torch.device("meta"):
         model = family_of(config.model).empty(config)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
@@ -52,8 +61,11 @@ def test_an_evaluator_is_refused_where_the_family_lacks_what_it_needs() -> None:
         for evaluator, needs in NEEDS.items():
             lacking = set(needs) - set(family.capabilities.provided())
             if lacking:
-                settings = {"model.family": name, "evaluation.evaluators": [evaluator], **SMALL}
-                with pytest.raises(ConfigError, match=rf"{evaluator} needs a model with|needs d"):
+                settings = {"model.family": name, **SMALL, **OF_FAMILY.get(name, {})}
+                settings |= {"evaluation.evaluators": [evaluator]}
+                with pytest.raises(
+                    ConfigError, match=rf"{evaluator} needs a model with|needs (a )?d"
+                ):
                     resolve_run(FILE, settings)
                 refused += 1
     assert refused > 20

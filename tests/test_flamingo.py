@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.models.flamingo.flamingo import (
-    TRAINED_PARTS,
     Flamingo,
     FlamingoCache,
     FlamingoConfig,
@@ -395,7 +394,7 @@ def test_a_vit_reads_images_of_its_size_alone() -> None:
         replace(config, dropout=1.0)
 
 
-@pytest.mark.parametrize("parts", TRAINED_PARTS)
+@pytest.mark.parametrize("parts", Flamingo.trained_choices)
 def test_a_step_changes_exactly_the_trained_parts(parts: str) -> None:
     model = model_of()
     model.train_only(parts)
@@ -408,11 +407,11 @@ def test_a_step_changes_exactly_the_trained_parts(parts: str) -> None:
     optimizer.step()
     held = {id(value) for group in optimizer.param_groups for value in group["params"]}
     for name, value in model.named_parameters():
-        is_trained = name.split(".")[0] in TRAINED_PARTS[parts]
+        is_trained = name.split(".")[0] in Flamingo.trained_choices[parts]
         assert (id(value) in held) == is_trained
         assert torch.equal(value, before[name]) != is_trained, name
     assert model.training and all(
-        module.training == (name in TRAINED_PARTS[parts])
+        module.training == (name in Flamingo.trained_choices[parts])
         for name, module in model.named_children()
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rudolph.models.layers.multi_head import multi_head_attention
-from rudolph.models.lm.greedy import decode_greedily
+from rudolph.models.lm.decode import decode_tokens
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
 from rudolph.models.reference import from_reference, to_reference
 
@@ -214,13 +214,13 @@ def test_a_row_that_ended_repeats_its_end_until_every_row_has() -> None:
         return F.one_hot(following[tokens[:, 0]], 7).float()
 
     start = F.one_hot(torch.tensor([0, 2]), 7).float()
-    tokens = decode_greedily(start, step, num_tokens=9, end_id=4)
+    tokens = decode_tokens(start, step, num_tokens=9, end_id=4)
     assert tokens.tolist() == [[0, 1, 2, 3, 4], [2, 3, 4, 4, 4]]
     assert len(steps) == 4
-    tokens = decode_greedily(start, step, num_tokens=3)
+    tokens = decode_tokens(start, step, num_tokens=3)
     assert tokens.tolist() == [[0, 1, 2], [2, 3, 4]]
     with pytest.raises(ValueError, match="num_tokens must be at least 1, got 0"):
-        decode_greedily(start, step, num_tokens=0)
+        decode_tokens(start, step, num_tokens=0)
 
 
 @tiny

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rudolph.data.datasets.emoji import GROUPS
+from rudolph.evaluation.evaluators.few_shot import FEW_SHOT, FEW_SHOT_TEXT, SHOT_COUNTS
 from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.generation.clip_ranking import RECALLS_AT
 
@@ -77,6 +78,13 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("text_to_text/sentence_accuracy", chance="words in random order"),
     ),
     "multiple_choice": (),
+    "few_shot": tuple(
+        Metric(f"{FEW_SHOT}_{case}", chance="1 / words")
+        for case in (*SHOT_COUNTS, "shuffled", "blank")
+    ),
+    "few_shot_text": tuple(
+        Metric(f"{FEW_SHOT_TEXT}_{number}", chance="1 / words") for number in SHOT_COUNTS
+    ),
     "zero_shot_classification": (
         Metric("zero_shot_classification/accuracy", chance="1 / classes"),
         Metric("zero_shot_classification/calibration_error", is_lower_better=True),

@@ -125,13 +125,13 @@ class RunConfig:
 
         The embeddings of a model belong to the ids of its tokenizer and the codes of its VQ-GAN.
         """
-        source = self.model.init
-        if source is None or not self.needs_vqgan or self.speed.workload is not None:
+        source = self.model.tokenizer_source
+        if source is None or self.speed.workload is not None:
             return
         # The dataclass is frozen, so ``object.__setattr__`` sets the fields.
         if self.tokenizer.path is None:
             object.__setattr__(self, "tokenizer", replace(self.tokenizer, path=source))
-        if self.vqgan.init is None:
+        if self.needs_vqgan and self.vqgan.init is None:
             object.__setattr__(self, "vqgan", replace(self.vqgan, init=source))
 
     def _check_evaluators(self) -> None:

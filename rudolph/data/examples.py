@@ -8,7 +8,6 @@ L and R are the lengths of the left and right text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rudolph.data.cache import cached_array
+from rudolph.data.mixture import Mixture
 from rudolph.data.seeds import mixed_seed, shuffled_pairs, uniform_per_example
 from rudolph.data.splits import DataConfig, MixtureEntry, Split
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
@@ -209,8 +209,8 @@ class TokenExamples:
     ) -> None:
         self.entries, self.config, self.seed = list(entries), config, seed
         self.layout, self.vocabulary, self.num_examples = layout, vocabulary, num_examples
-        entry_weights = np.array([entry.source.weight for entry in entries])
-        self.bounds = (entry_weights / entry_weights.sum()).cumsum()
+        self.sizes = [len(entry.texts.left) for entry in entries]
+        self.mixture = Mixture([entry.source.weight for entry in entries], self.sizes, seed=seed)
         weights_by_task = task_weights or {}
         self.weights = torch.tensor(
             [
@@ -218,18 +218,6 @@ class TokenExamples:
                 for entry in entries
             ]
         )
-        self.sizes = [len(entry.texts.left) for entry in entries]
-
-    @cached_property
-    def validation_entries(self) -> np.ndarray[Any, Any]:
-        """Return the (pair, entry) indices of all validation examples, ``(num_whole, 2)``.
-
-        They are sorted by pair; a pair index occurs once for every entry that has as many pairs.
-        """
-        pairs_and_rows = [
-            (pair, row) for row, size in enumerate(self.sizes) for pair in range(size)
-        ]
-        return np.array(sorted(pairs_and_rows))
 
     @property
     def num_whole(self) -> int:
@@ -249,9 +237,8 @@ class TokenExamples:
         """Return the training batch of these example numbers, with dropout and noise."""
         size = self.layout.num_image_tokens
         uniform = uniform_per_example(numbers, self.seed, 4 + 2 * size)
-        # Rounding can make the last bound smaller than a sampled number, so it is not compared.
-        rows = np.searchsorted(self.bounds[:-1], uniform[:, 0], side="right")
-        pairs = self._pairs(numbers, rows)
+        rows = self.mixture.rows(uniform[:, 0])
+        pairs = self.mixture.pairs(numbers, rows)
         is_dropped = uniform[:, 1] < self.config.caption_dropout
         texts = [
             self._texts(number, pair, self.entries[row], is_dropped=drops_caption)
@@ -270,23 +257,14 @@ class TokenExamples:
         """Return validation examples, without dropout and noise.
 
         Args:
-            indices: Rows of ``validation_entries``.
+            indices: Rows of ``mixture.validation_entries``.
         """
-        pairs, rows = self.validation_entries[np.asarray(indices)].T
+        pairs, rows = self.mixture.validation_entries[np.asarray(indices)].T
         texts = [
             (self.entries[row].texts.left[pair], self.entries[row].texts.right[pair])
             for pair, row in zip(pairs, rows, strict=True)
         ]
         return self._tokens(texts, pairs, rows, indices)
-
-    def _pairs(self, numbers: Sequence[int], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the pair index of each example; every epoch of an entry is a new permutation."""
-        pair_of_example = {
-            size: shuffled_pairs(numbers, size, self.seed) for size in set(self.sizes)
-        }
-        return np.array(
-            [pair_of_example[self.sizes[row]][index] for index, row in enumerate(rows)]
-        )
 
     def _with_unknown_task_tokens(
         self, batch: TokenBatch, uniform: np.ndarray[Any, Any]

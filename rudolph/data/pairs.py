@@ -7,7 +7,7 @@ To add a dataset, write a class with the three members of ``PairDataset`` and ad
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -76,6 +76,35 @@ class HasClasses(Protocol):
 
     def class_index(self, index: int) -> int | None:
         """Return the pair's class as an index of ``classes``, or None if it has none."""
+        ...
+
+
+class Shot(NamedTuple):
+    """An image of the same split with another caption, shown before a pair.
+
+    Attributes:
+        pair: Index of the pair whose image and question are shown.
+        caption: Caption that replaces that pair's own.
+    """
+
+    pair: int
+    caption: str
+
+
+@runtime_checkable
+class HasShots(Protocol):
+    """A dataset whose pairs are the last of an episode of several images."""
+
+    @property
+    def max_shots(self) -> int:
+        """Return the number of shots of a training episode."""
+        ...
+
+    def shots(self, index: int, number: int) -> list[Shot]:
+        """Return ``number`` shots that precede the pair at ``index``.
+
+        A shorter list is a prefix of a longer one.
+        """
         ...
 
 

@@ -24,6 +24,7 @@ from rudolph.data.datasets.emoji import Emoji, EmojiConfig
 from rudolph.data.datasets.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
 from rudolph.data.datasets.fusion_brain import FusionBrain, FusionBrainConfig
 from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.new_words import NewWords, NewWordsConfig
 from rudolph.data.datasets.paragraphs import Paragraphs, ParagraphsConfig
 from rudolph.data.datasets.shapes import Shapes, ShapesConfig
 from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
@@ -81,6 +82,7 @@ class DataConfig:
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
     emoji_questions: EmojiQuestionsConfig = field(default_factory=EmojiQuestionsConfig)
     shapes_questions: ShapesQuestionsConfig = field(default_factory=ShapesQuestionsConfig)
+    new_words: NewWordsConfig = field(default_factory=NewWordsConfig)
     words: WordsConfig = field(default_factory=WordsConfig)
     paragraphs: ParagraphsConfig = field(default_factory=ParagraphsConfig)
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
@@ -129,6 +131,7 @@ DATASETS: dict[str, Callable[..., PairDataset]] = {
     "manifest": Manifest,
     "emoji_questions": EmojiQuestions,
     "shapes_questions": ShapesQuestions,
+    "new_words": NewWords,
     "words": Words,
     "paragraphs": Paragraphs,
     "arithmetic": Arithmetic,

@@ -22,6 +22,7 @@ from rudolph.evaluation.evaluators.choices import (
     zero_shot_classification,
 )
 from rudolph.evaluation.evaluators.distributions import clip_score_evaluator, fid_kid
+from rudolph.evaluation.evaluators.few_shot import few_shot, few_shot_text
 from rudolph.evaluation.evaluators.images import (
     image_variation,
     inpainting,
@@ -110,6 +111,8 @@ MEMBER_OF_EVALUATOR = {
     "zero_shot_classification": "class_index",
     "text_ranking": "hard_negatives",
     "image_ranking": "hard_negatives",
+    "few_shot": "shots",
+    "few_shot_text": "shots",
 }
 EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "nearest_image": nearest_image,
@@ -125,6 +128,8 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "text_recognition": text_recognition,
     "text_continuation": text_continuation,
     "multiple_choice": multiple_choice,
+    "few_shot": few_shot,
+    "few_shot_text": few_shot_text,
     "zero_shot_classification": zero_shot_classification,
     "text_ranking": text_ranking,
     "image_ranking": image_ranking,
@@ -153,6 +158,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "text_recognition": ("generate_text",),
     "text_continuation": ("token_pipeline",),
     "multiple_choice": ("loglikelihood",),
+    "few_shot": ("loglikelihood_after_shots",),
+    "few_shot_text": ("loglikelihood_after_shots",),
     "zero_shot_classification": ("loglikelihood",),
     "text_ranking": ("loglikelihood",),
     "image_ranking": ("loglikelihood",),

@@ -22,6 +22,7 @@ from rudolph.families.interface import (
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, RECALLS_AT, ClipRanker
 from rudolph.models.reference import to_reference
 from rudolph.models.vision.clip import CLIP, CLIPConfig
+from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.clip_losses import CLIPLossConfig, require_bias
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class CLIPFamily:
             model, run.model.losses, run.optim, num_accumulated=flags.num_accumulated
         )
 
-    def open(self, model: Any, parts: Parts) -> CLIPCapabilities:
+    def open(self, run: RunSettings, model: Any, parts: Parts) -> CLIPCapabilities:
         """Return the capabilities of a trained CLIP."""
         assert parts.tokenizer is not None
         return CLIPCapabilities(
@@ -152,3 +153,9 @@ class CLIPFamily:
         store.write_checkpoint(target, tensors, family=family, config=config, origin=origin)
         parts.tokenizer.save(target / store.TOKENIZER_FILE)
         return sorted(target.iterdir())
+
+    def restore(self, folder: Path, run: RunSettings) -> tuple[CLIP, Parts]:
+        """Load the CLIP and the tokenizer of a run on the CPU."""
+        model = store.load_weights(folder / FOLDER)
+        assert isinstance(model, CLIP)
+        return model, Parts(Tokenizer(folder / FOLDER / store.TOKENIZER_FILE))

@@ -8,13 +8,14 @@ Shapes: B texts or images, I image tokens, C choices, E embedding size, H and W 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from rudolph.data.documents import Panel
 from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.generation.answering import OnToken
 from rudolph.generation.filters import TokenSamplingConfig
@@ -41,6 +42,16 @@ class ModelSection:
 
     family: str
     init: str | None = None
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Return the source of the tokenizer whose ids the model knows; None to train one."""
+        return None
+
+    @property
+    def part_sources(self) -> dict[str, tuple[str, type[nn.Module]]]:
+        """Return source and class of each trained part to start from, by name."""
+        return {}
 
 
 class RunSettings(Protocol):
@@ -99,11 +110,13 @@ class Parts:
         vqgan: The image tokenizer; None if the family needs none.
         image_indices: Returns the image tokens of a split, ``(N, I)`` or ``(N, S, I)`` for S code
             samples.
+        models: Trained parts to start from, by the names of ``ModelSection.part_sources``.
     """
 
     tokenizer: Tokenizer | None = None
     vqgan: VQGAN | None = None
     image_indices: Callable[[Split], np.ndarray[Any, Any]] | None = None
+    models: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -203,6 +216,22 @@ class Capabilities:
         """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
         raise NotImplementedError
 
+    def loglikelihood_after_shots(
+        self,
+        task: str,
+        choices: Sequence[Sequence[str]],
+        shots: Sequence[Sequence[Panel]],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        on_batch: OnToken | None = None,
+    ) -> Tensor:
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots.
+
+        ``shots`` has the answered panels that precede each prompt, an empty list for none.
+        """
+        raise NotImplementedError
+
     def embed_image(self, images: Tensor) -> Tensor:
         """Embed images ``(B, 3, H, W)`` in [0, 1] as unit vectors ``(B, E)``."""
         raise NotImplementedError
@@ -231,6 +260,7 @@ CAPABILITIES = (
     "generate_image",
     "generate_text",
     "loglikelihood",
+    "loglikelihood_after_shots",
     "embed_image",
     "embed_text",
     "image_tokenizer",
@@ -317,8 +347,20 @@ class Family(Protocol):
         """Return the Lightning module that computes the losses and updates the model."""
         ...
 
-    def open(self, model: Any, parts: Parts) -> Capabilities:
+    def open(self, run: RunSettings, model: Any, parts: Parts) -> Capabilities:
         """Return the capabilities of a trained model."""
+        ...
+
+    def restore(self, folder: Path, run: RunSettings) -> tuple[Any, Parts]:
+        """Load the model and the parts of a run on the CPU.
+
+        Args:
+            folder: The ``checkpoints`` folder of the run.
+            run: Its configuration.
+
+        Raises:
+            ValueError: If a file is missing or does not fit.
+        """
         ...
 
     def save(

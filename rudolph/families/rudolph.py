@@ -30,11 +30,14 @@ from rudolph.generation.answering import (
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
 from rudolph.generation.trained_models import ImageTokenizer
+from rudolph.models.cpu.int8 import unpack_int8
 from rudolph.models.rudolph.adapt import adapt
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
-from rudolph.models.weights import save_weights
+from rudolph.models.vqgan.model import VQGAN
+from rudolph.models.weights import load_exactly, read_weights, save_weights
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
+from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.losses import DecoderLossConfig
 from rudolph.training.tuning import TuningConfig, apply_tuning
 
@@ -56,6 +59,11 @@ class RudolphConfig(DecoderConfig, ModelSection):
     family: Literal["rudolph"] = "rudolph"
     losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Return the source of the tokenizer: that of the trained decoder."""
+        return self.init
 
     @property
     def architecture(self) -> DecoderConfig:
@@ -244,7 +252,7 @@ class RudolphFamily:
             sources=[each.source.name for each in examples.entries],
         )
 
-    def open(self, model: Any, parts: Parts) -> RudolphCapabilities:
+    def open(self, run: RunSettings, model: Any, parts: Parts) -> RudolphCapabilities:
         """Return the capabilities of a trained decoder."""
         assert parts.tokenizer is not None and parts.vqgan is not None
         return RudolphCapabilities(Pipeline(parts.tokenizer, parts.vqgan, model))
@@ -258,6 +266,16 @@ class RudolphFamily:
         save_weights(parts.vqgan, vqgan)
         parts.tokenizer.save(tokenizer)
         return [decoder, vqgan, tokenizer]
+
+    def restore(self, folder: Path, run: RunSettings) -> tuple[MaskedDecoder, Parts]:
+        """Load the decoder, the VQ-GAN and the tokenizer of a run, in float32 on the CPU."""
+        decoder, vqgan = self.empty(run), VQGAN(run.vqgan)
+        for module, name in ((decoder, FILES[0]), (vqgan, FILES[1])):
+            tensors = unpack_int8(read_weights(folder / name))
+            load_exactly(module, tensors, family=str(folder / name))
+            # A packed run stores 16 or 8 bits per weight.
+            module.float()
+        return decoder, Parts(Tokenizer(folder / FILES[2]), vqgan)
 
 
 def _scored_segments(entry: MixtureEntry, run: RunSettings) -> list[str]:

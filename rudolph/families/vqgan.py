@@ -17,10 +17,13 @@ from rudolph.families.interface import (
 )
 from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.vqgan.model import VQGAN
-from rudolph.models.weights import save_weights
+from rudolph.models.weights import load_exactly, read_weights, save_weights
 
 if TYPE_CHECKING:
     from rudolph.training.steps import ManualStepModule
+
+# The weights in a run's ``checkpoints``.
+VQGAN_FILE = "vqgan.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class VQGANFamily:
         """
         raise NotImplementedError("a run of family vqgan trains its part alone")
 
-    def open(self, model: Any, parts: Parts) -> VQGANCapabilities:
+    def open(self, run: RunSettings, model: Any, parts: Parts) -> VQGANCapabilities:
         """Return the capabilities of a trained VQ-GAN."""
         return VQGANCapabilities(model)
 
@@ -104,6 +107,12 @@ class VQGANFamily:
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
         """Write the weights of the VQ-GAN and return the file."""
-        path = folder / "vqgan.safetensors"
+        path = folder / VQGAN_FILE
         save_weights(model, path)
         return [path]
+
+    def restore(self, folder: Path, run: RunSettings) -> tuple[VQGAN, Parts]:
+        """Load the VQ-GAN of a run on the CPU."""
+        vqgan, path = VQGAN(run.vqgan), folder / VQGAN_FILE
+        load_exactly(vqgan, read_weights(path), family=str(path))
+        return vqgan.eval(), Parts()

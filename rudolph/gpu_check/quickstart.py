@@ -207,7 +207,7 @@ class Quickstart:
         """Score images and captions; the notes give the scores reached on two CPU cores."""
         model = self.decoder.requires_grad_(False).to(self.execution.hardware.device)
         self.vqgan.to(self.execution.hardware.device)
-        capabilities = family_of(self.config.model).open(model, self.parts)
+        capabilities = family_of(self.config.model).open(self.config, model, self.parts)
         cpu_scores = scores_on_cpu()
         scores = run_evaluators(
             self.config,

@@ -16,24 +16,23 @@ from torch import nn
 from rudolph.checkpoints import store
 from rudolph.checkpoints.releases import IMAGE_TOKENIZER, TOKENIZER
 from rudolph.config.run import RunConfig, SamplingConfig, read_run
-from rudolph.families.clip import CLIPCapabilities
 from rudolph.families.interface import Capabilities
+from rudolph.families.registry import family_of
 from rudolph.families.rudolph import FILES as RUN_FILES
-from rudolph.families.rudolph import RudolphCapabilities
-from rudolph.families.vqgan import VQGANCapabilities
+from rudolph.families.rudolph import RudolphFamily
 from rudolph.files.atomic import rename_damaged, require_disjoint_paths, warn_once, write_atomic
 from rudolph.files.settings import did_you_mean
 from rudolph.generation.clip_ranking import PLAIN_TEMPLATES, TEMPLATES, ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
-from rudolph.models.cpu.int8 import unpack_int8, use_int8
+from rudolph.models.cpu.int8 import use_int8
 from rudolph.models.layers.native_types import has_native_bfloat16
 from rudolph.models.reference import to_reference
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vision.clip import CLIP
 from rudolph.models.vqgan.model import VQGAN
-from rudolph.models.weights import load_exactly, read_weights, weights_error
+from rudolph.models.weights import weights_error
 from rudolph.runs.execution import Hardware, is_finished
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.artifacts import fetch_run, local_run
@@ -223,14 +222,9 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
         if not (checkpoints / name).is_file():
             raise ValueError(f"{folder}: expected a trained run, got no checkpoints/{name}")
     config = read_run(folder / "config.yaml")
-    vqgan = VQGAN(config.vqgan)
-    decoder = MaskedDecoder(config.decoder.architecture, config.sequence_layout, config.vocabulary)
-    for module, name in ((decoder, RUN_FILES[0]), (vqgan, RUN_FILES[1])):
-        tensors = read_weights(checkpoints / name)
-        load_exactly(module, unpack_int8(tensors), family=str(checkpoints / name))
-        # A packed run stores 16 or 8 bits per weight.
-        module.float()
-    return Pipeline(Tokenizer(checkpoints / RUN_FILES[2]), vqgan, decoder), config
+    decoder, parts = RudolphFamily().restore(checkpoints, config)
+    assert parts.tokenizer is not None and parts.vqgan is not None
+    return Pipeline(parts.tokenizer, parts.vqgan, decoder), config
 
 
 def _load_run_model(folder: Path, precision: Precision) -> LoadedModel:
@@ -314,25 +308,19 @@ def open_weights(source: str, kind: type[Kind], *, runs: Path, uri: str) -> Kind
     folder = find_folder(source, runs=runs, uri=uri)
     if not is_run(folder):
         return _require_kind(store.load_weights(folder), kind, source)
-    if kind is CLIP:
-        return _require_kind(open_clip(str(folder)).clip, kind, source)
-    return _require_kind(load_run(folder)[0].decoder, kind, source)
+    config = read_run(folder / "config.yaml")
+    model, _ = family_of(config.model).restore(folder / "checkpoints", config)
+    return _require_kind(model, kind, source)
 
 
 def open_run(folder: Path) -> tuple[Capabilities, RunConfig]:
     """Return the capabilities of a finished run's model, on this device, and its configuration."""
     config, device = read_run(folder / "config.yaml"), Hardware().device
-    if config.model.family == "rudolph":
-        pipeline, _ = load_run(folder)
-        return RudolphCapabilities(pipeline.to(device)), config
-    if config.model.family == "clip":
-        ranker = open_clip(str(folder))
-        ranker.clip.to(device)
-        return CLIPCapabilities(ranker), config
-    vqgan = VQGAN(config.vqgan)
-    path = folder / "checkpoints" / RUN_FILES[1]
-    load_exactly(vqgan, read_weights(path), family=str(path))
-    return VQGANCapabilities(vqgan.eval().to(device)), config
+    family = family_of(config.model)
+    model, parts = family.restore(folder / "checkpoints", config)
+    if parts.vqgan is not None:
+        parts.vqgan.to(device)
+    return family.open(config, model.to(device), parts), config
 
 
 def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:

@@ -197,8 +197,10 @@ class MetricLogger(Logger):
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's hints and its warning about resuming in the middle of an epoch."""
+    """Silence Lightning's hints and two warnings: of resumed epochs and of frozen parts."""
     # Lightning sets its log level on import.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # The example stream resumes by its own count, which Lightning does not know of.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")
+    # Frozen parts stay in evaluation mode (``models.layers.partly_trained``).
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")

@@ -175,13 +175,19 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
 
     Muon trains hidden matrices and kernels.  AdamW trains vectors, embeddings, and the layers from
     and to pixels or tokens.  Weight decay applies to matrices and kernels alone, not to norms,
-    biases, embeddings or a codebook.
+    biases, gates, embeddings, a codebook, or the tables that a module names in ``undecayed``.
     """
     embeddings = {
         parameter
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or name == "to_logits"
         for parameter in module.parameters(recurse=False)
+    }
+    embeddings |= {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in getattr(module, "undecayed", ())
     }
     pixels = {
         parameter

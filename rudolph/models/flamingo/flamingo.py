@@ -8,7 +8,7 @@
   to media.
 - The gates start at 0, so a new Flamingo returns the logits of its language model.
 
-``TRAINED_PARTS`` lists which parts can be trained together.
+``Flamingo.trained_choices`` lists which parts can be trained together.
 
 Source: Alayrac 2022 (arXiv:2204.14198); flamingo-pytorch 0.1.2; open_flamingo 2.0.1.
 
@@ -17,7 +17,7 @@ image, R latents per media, E vision width, D text width, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from rudolph.models.fusion.media_mask import (
     number_media,
 )
 from rudolph.models.fusion.resampler import PerceiverResampler, ResamplerConfig
-from rudolph.models.lm.greedy import at_last_token, decode_greedily
+from rudolph.models.layers.partly_trained import PartlyTrained
+from rudolph.models.lm.decode import at_last_token, decode_tokens
 from rudolph.models.lm.language_model import (
     LanguageModel,
     LanguageModelCache,
@@ -108,6 +109,16 @@ class MediaMemory(NamedTuple):
     numbers: Tensor
     num_latents: int
 
+    def repeat(self, number: int) -> "MediaMemory":
+        """Return the memory with every row ``number`` times, copies next to each other."""
+        keys_values = {
+            layer: (key.repeat_interleave(number, 0), value.repeat_interleave(number, 0))
+            for layer, (key, value) in self.keys_values.items()
+        }
+        return MediaMemory(
+            keys_values, self.numbers.repeat_interleave(number, 0), self.num_latents
+        )
+
 
 class FlamingoCache:
     """State of cached decoding: the language model's cache and the tags so far."""
@@ -116,8 +127,15 @@ class FlamingoCache:
         self.text = text
         self.counts: TagCounts | None = None
 
+    def repeat(self, number: int) -> "FlamingoCache":
+        """Return a cache with every row ``number`` times, copies next to each other."""
+        copy = FlamingoCache(self.text.repeat(number))
+        if self.counts is not None:
+            copy.counts = TagCounts(*(part.repeat_interleave(number, 0) for part in self.counts))
+        return copy
 
-class Flamingo(nn.Module):
+
+class Flamingo(PartlyTrained):
     """``model(text, images) -> logits``.
 
     Args:
@@ -126,10 +144,17 @@ class Flamingo(nn.Module):
             resampler's width.  None for a model that only reads features.
     """
 
+    # The paper freezes the vision encoder and the language model and trains the fusion parts.
+    # flamingo-pytorch trains all parts without images, and the fusion parts with images.
+    trained_choices: ClassVar = {
+        "all": ("vision", "language_model", "resampler", "cross_blocks"),
+        "language_model": ("language_model",),
+        "fusion": ("resampler", "cross_blocks"),
+    }
+
     def __init__(self, config: FlamingoConfig, vision: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        self.trained_parts: tuple[str, ...] = TRAINED_PARTS["all"]
         self.vision = vision
         self.language_model = LanguageModel(config.language_model)
         self.resampler = PerceiverResampler(config.resampler)
@@ -305,7 +330,7 @@ class Flamingo(nn.Module):
         attention_mask: Tensor | None = None,
         end_id: int | None = None,
     ) -> Tensor:
-        """Continue prompts greedily; return the new tokens ``(B, S)``, see ``decode_greedily``.
+        """Continue prompts greedily; return the new tokens ``(B, S)``, see ``decode_tokens``.
 
         A media tag is never generated, since no media would belong to it.
 
@@ -326,44 +351,9 @@ class Flamingo(nn.Module):
             return logits
 
         hidden = self.hidden(text, memory, attention_mask, cache)
-        return decode_greedily(
+        return decode_tokens(
             logits_after(at_last_token(hidden, attention_mask)),
             lambda token: logits_after(self.hidden(token, memory, cache=cache)[:, -1]),
             num_tokens=num_tokens,
             end_id=end_id,
         )
-
-    def train_only(self, parts: str) -> None:
-        """Train some parts and freeze the others, without dropout.
-
-        Call it before building the optimizer, which takes the parameters that require a gradient.
-
-        Args:
-            parts: A name in ``TRAINED_PARTS``.
-
-        Raises:
-            ValueError: If the name is unknown.
-        """
-        if parts not in TRAINED_PARTS:
-            raise ValueError(f"parts must be one of {', '.join(TRAINED_PARTS)}, got {parts!r}")
-        self.trained_parts = TRAINED_PARTS[parts]
-        for name, module in self.named_children():
-            module.requires_grad_(name in self.trained_parts)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode of the trained parts; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        for name, module in self.named_children():
-            if name not in self.trained_parts:
-                module.eval()
-        return self
-
-
-# The paper freezes the vision encoder and the language model and trains the fusion parts.
-# flamingo-pytorch trains all parts without images, and the fusion parts with images.
-TRAINED_PARTS: dict[str, tuple[str, ...]] = {
-    "all": ("vision", "language_model", "resampler", "cross_blocks"),
-    "language_model": ("language_model",),
-    "fusion": ("resampler", "cross_blocks"),
-}

@@ -11,6 +11,8 @@ output tokens, and ``connector.grid_out`` their rows and columns, None if they f
                 tokens side by side as channels, then an MLP
 ``abstractor``  convolutions, adaptive pooling, convolutions     M = ``num_out``
 ``tome``        the most similar tokens merged, then an MLP      M = ``num_out``
+``resampler``   latents that attend to the tokens (Flamingo),    M = ``num_out``
+                then one linear layer
 ==============  ===============================================  =================
 
 A mask ``(B, N)`` is true for real tokens.  Padded tokens never change an output, whatever their
@@ -34,7 +36,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.models.fusion.resampler import PerceiverResampler, ResamplerConfig
 from rudolph.models.vision.conv import ConvBlock
+
+RESAMPLER_HEAD_SIZE = 64
 
 
 class Tokens(NamedTuple):
@@ -70,9 +75,10 @@ class ConnectorConfig:
     Args:
         kind: A name in ``CONNECTORS``.
         factor: Side of a cell of ``pool`` and ``shuffle``, in tokens.
-        num_out: Output tokens of ``abstractor`` (a square number) and ``tome``.
+        num_out: Output tokens of ``abstractor`` (a square number), ``tome`` and ``resampler``.
         width: Channels inside ``abstractor``.
-        depth: Convolutional blocks before and after the pooling of ``abstractor``.
+        depth: Convolutional blocks before and after the pooling of ``abstractor``, or layers of
+            ``resampler``.
     """
 
     kind: str = "mlp"
@@ -345,6 +351,33 @@ def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
     return torch.where(is_merged, destination, place)
 
 
+class ResamplerConnector(nn.Module):
+    """Perceiver resampler and a linear layer: ``(B, N, Dv) -> (B, num_out, D)``."""
+
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
+        super().__init__()
+        self.num_in, self.num_tokens, self.grid_out = shape.num_tokens, config.num_out, None
+        num_heads = max(shape.width_in // RESAMPLER_HEAD_SIZE, 1)
+        self.resampler = PerceiverResampler(
+            ResamplerConfig(
+                width=shape.width_in,
+                num_layers=config.depth,
+                num_latents=config.num_out,
+                num_heads=num_heads,
+                head_size=shape.width_in // num_heads,
+            )
+        )
+        self.project = nn.Linear(shape.width_in, shape.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Map tokens ``(B, N, Dv)`` to ``(B, num_out, D)``."""
+        require_tokens(features, self.num_in)
+        features = zero_padding(features, mask)
+        latents = self.resampler(features[:, None], None if mask is None else mask[:, None])
+        is_real = None if mask is None else mask.any(1, keepdim=True).expand(-1, self.num_tokens)
+        return Tokens(self.project(latents[:, 0]), is_real)
+
+
 # Connector classes by name, each built from a config and a shape (see ``build_connector``).
 CONNECTORS: dict[str, Any] = {
     "linear": LinearConnector,
@@ -353,4 +386,5 @@ CONNECTORS: dict[str, Any] = {
     "shuffle": PixelShuffle,
     "abstractor": Abstractor,
     "tome": TokenMerging,
+    "resampler": ResamplerConnector,
 }

@@ -93,6 +93,7 @@ class PerceiverResampler(nn.Module):
 
     media_pos_emb: nn.Parameter | None
     frame_embs: nn.Parameter | None
+    undecayed = ("latents", "media_pos_emb", "frame_embs")
 
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ With ``canvases`` an image is a whole view and tiles (LLaVA-NeXT, see ``anyres``
 (LLaVA-1.5).  A row may have any number of images, or none.  ``input_ids`` repeat the image token
 ``num_image_tokens`` times per image, so lengths are known before the model runs.
 
-Nothing is frozen here: training decides which parameters learn.
+``LLaVA.trained_choices`` lists which parts can be trained together.
 
 Source: Liu 2023 (arXiv:2304.08485; arXiv:2310.03744); LLaVA, ``model/llava_arch.py``;
 transformers, ``models/llava`` and ``models/llava_next``.
@@ -18,12 +18,13 @@ the language model, V vocabulary.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
+from rudolph.models.layers.partly_trained import PartlyTrained
 from rudolph.models.llava.anyres import (
     LLAVA_CANVASES,
     Size,
@@ -82,7 +83,7 @@ class LLaVAConfig:
     canvases: tuple[Size, ...] = ()
 
 
-class LLaVA(nn.Module):
+class LLaVA(PartlyTrained):
     """``model(input_ids, attention_mask, pixel_values, image_sizes) -> logits``.
 
     Args:
@@ -96,6 +97,12 @@ class LLaVA(nn.Module):
     """
 
     image_newline: nn.Parameter | None
+    # LLaVA's first stage trains the connector, its second stage all but the vision encoder.
+    trained_choices: ClassVar = {
+        "all": ("vision", "connector", "image_newline", "language_model"),
+        "connector": ("connector", "image_newline"),
+        "without_vision": ("connector", "image_newline", "language_model"),
+    }
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.models.layers.multi_head import multi_head_attention, split_heads
-from rudolph.models.lm.greedy import at_last_token, decode_greedily
+from rudolph.models.lm.decode import at_last_token, decode_tokens
 
 INIT_STD = 0.02
 
@@ -115,6 +115,14 @@ class LanguageModelCache:
                 full[:, self.start :] = attention_mask
             self.is_token = full
         return self.is_token
+
+    def repeat(self, number: int) -> "LanguageModelCache":
+        """Return a cache with every row ``number`` times, copies next to each other."""
+        copy = LanguageModelCache(self.memory.repeat_interleave(number, dim=2))
+        copy.start, copy.length = self.start, self.length
+        if self.is_token is not None:
+            copy.is_token = self.is_token.repeat_interleave(number, dim=0)
+        return copy
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values ``(B, G, T, H)``; return those so far, ``(B, G, S, H)``."""
@@ -340,10 +348,10 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         end_id: int | None = None,
     ) -> Tensor:
-        """Continue prompts greedily; return new tokens ``(B, S)``, see ``decode_greedily``."""
+        """Continue prompts greedily; return new tokens ``(B, S)``, see ``decode_tokens``."""
         cache = self.new_cache(len(inputs), num_positions=inputs.shape[1] + num_tokens)
         hidden = self.hidden(inputs, attention_mask=attention_mask, cache=cache)
-        return decode_greedily(
+        return decode_tokens(
             self.logits(at_last_token(hidden, attention_mask)),
             lambda token: self(token, cache=cache)[:, -1],
             num_tokens=num_tokens,

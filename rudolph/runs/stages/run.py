@@ -16,12 +16,13 @@ from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution, is_main_process
+from rudolph.runs.resolve import open_weights
 from rudolph.runs.samples import save_samples, warn_of_unknown
 from rudolph.runs.stages.evaluation import evaluate
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
 from rudolph.runs.stages.model import make_model
 from rudolph.runs.stages.origins import warn_of_other_parts
-from rudolph.runs.stages.tokenizer import open_data
+from rudolph.runs.stages.tokenizer import open_data, source_locations
 
 
 def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
@@ -36,12 +37,13 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         digests["tokenizer"] = parts.tokenizer.digest
     if parts.vqgan is not None:
         digests["vqgan"] = weights_digest(parts.vqgan)
+    digests |= {name: weights_digest(part) for name, part in parts.models.items()}
     made_of = digest_of(digests)
     model = make_model(execution, splits, parts, made_of=made_of)
     if not is_main_process():
         return [], {}
     model.to(execution.hardware.device)
-    capabilities = family.open(model, parts)
+    capabilities = family.open(config, model, parts)
     save_model(execution, model, parts)
     scores = evaluate(execution, capabilities, splits)
     save_samples(execution, capabilities, splits, made_of=made_of)
@@ -57,7 +59,7 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
         warn_of_unknown(config, tokenizer)
     execution.tracker.log_tags(splits.digests)
     if "vqgan" not in needs:
-        return Parts(tokenizer)
+        return Parts(tokenizer, models=trained_parts(execution))
     vqgan = make_vqgan(execution, splits).to(execution.hardware.device)
     if tokenizer is not None and is_main_process():
         warn_of_other_parts(execution, tokenizer, vqgan)
@@ -67,6 +69,14 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
             for split in splits.with_images(name):
                 indices(split)
     return Parts(tokenizer, vqgan, indices)
+
+
+def trained_parts(execution: Execution) -> dict[str, nn.Module]:
+    """Return the trained parts that the model starts from, by name."""
+    sources, locations = execution.config.model.part_sources, source_locations(execution)
+    return {
+        name: open_weights(source, kind, **locations) for name, (source, kind) in sources.items()
+    }
 
 
 def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:

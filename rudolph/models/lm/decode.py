@@ -1,4 +1,4 @@
-"""Greedy decoding for any model that returns the logits of the next position.
+"""Decoding for any language model that returns the logits of the next position.
 
 Shapes: B batch, T positions, V vocabulary.
 """
@@ -9,27 +9,38 @@ import torch
 from torch import Tensor
 
 
-def decode_greedily(
-    logits: Tensor, step: Callable[[Tensor], Tensor], *, num_tokens: int, end_id: int | None = None
+def most_likely(logits: Tensor, _: int) -> Tensor:
+    """Return the most likely token ``(B,)`` of logits ``(B, V)``: greedy decoding."""
+    return logits.argmax(-1)
+
+
+def decode_tokens(
+    logits: Tensor,
+    step: Callable[[Tensor], Tensor],
+    *,
+    num_tokens: int,
+    end_id: int | None = None,
+    choose: Callable[[Tensor, int], Tensor] = most_likely,
 ) -> Tensor:
-    """Decode greedily; return tokens ``(B, S)`` with S at most ``num_tokens``.
+    """Decode token by token; return tokens ``(B, S)`` with S at most ``num_tokens``.
 
     Args:
         logits: Logits after the prompt, ``(B, V)``.
         step: Appends tokens ``(B, 1)`` and returns the logits ``(B, V)`` after them.
         num_tokens: Maximum number of new tokens.
         end_id: Id that ends a row and is then repeated; decoding stops when every row has ended.
+        choose: Returns the tokens ``(B,)`` of logits ``(B, V)`` and their number, counted from 0.
 
     Raises:
         ValueError: If ``num_tokens`` is below 1.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-    tokens = [logits.argmax(-1)]
+    tokens = [choose(logits, 0)]
     while len(tokens) < num_tokens:
         if end_id is not None and bool((tokens[-1] == end_id).all()):
             break
-        token = step(tokens[-1][:, None]).argmax(-1)
+        token = choose(step(tokens[-1][:, None]), len(tokens))
         if end_id is not None:
             token = torch.where(tokens[-1] == end_id, tokens[-1], token)
         tokens.append(token)

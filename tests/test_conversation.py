@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rudolph.models.llava.conversation import (
+from rudolph.sequence.conversation import (
     CONVERSATION_TEMPLATES,
     IGNORE,
     ConversationTokenizer,

@@ -1,0 +1,235 @@
+"""Documents of interleaved images and texts, as ids with labels.
+
+``[image] question answer EOS``, repeated for every shot and at last for the pair itself.  The task
+decides what a document has: captions have no question, and text tasks no image.  Ids and labels
+are built segment by segment (``sequence.conversation``).
+
+Shapes: B documents, T positions, M images per document, S pixels a side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudolph.data.mixture import Mixture
+from rudolph.data.pairs import HasShots, Shot
+from rudolph.data.seeds import uniform_per_example
+from rudolph.data.splits import MixtureEntry, Split
+from rudolph.sequence.conversation import (
+    IGNORE,
+    ConversationTokenizer,
+    Example,
+    ImagePart,
+    Template,
+    Turn,
+    build_example,
+    pad_examples,
+)
+from rudolph.sequence.layout import BOS, EOS, PAD
+from rudolph.sequence.tasks import TASKS
+from rudolph.sequence.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class DocumentFormat:
+    """How a model reads documents.
+
+    Attributes:
+        image_token_id: Id of every image token.
+        num_image_tokens: Image tokens per image.
+        max_length: Maximum number of positions.
+    """
+
+    image_token_id: int
+    num_image_tokens: int
+    max_length: int
+
+    def tokenizer(self, tokenizer: Tokenizer) -> ConversationTokenizer:
+        """Return the settings with which ``sequence.conversation`` builds documents."""
+        return ConversationTokenizer(
+            tokenizer.encode, self.image_token_id, BOS, EOS, PAD, self.max_length
+        )
+
+
+class Panel(NamedTuple):
+    """One image of a document with its texts.
+
+    Attributes:
+        image: ``(3, H, W)`` in [0, 1]; None without an image.
+        question: Text before the answer; "" for none.
+        answer: Text to learn; None if the model is to give it.
+    """
+
+    image: Tensor | None
+    question: str
+    answer: str | None
+
+
+class DocumentBatch(NamedTuple):
+    """A batch of documents.
+
+    Attributes:
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``, 1 at tokens and 0 at padding.
+        labels: ``(B, T)``, not shifted; ``IGNORE`` at positions that are not scored.
+        images: ``(B, M, 3, S, S)`` in [0, 1]; None if no document has one.
+        present: ``(B, M)`` bool, false where a document has fewer images than others.
+        sources: ``(B,)``, indices of mixture entries.
+        examples: ``(B,)``, indices of pairs.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    images: Tensor | None
+    present: Tensor | None
+    sources: Tensor
+    examples: Tensor
+
+    def to(self, device: torch.device) -> "DocumentBatch":
+        """Return the batch on a device."""
+        moved: Any = [None if part is None else part.to(device) for part in self]
+        return DocumentBatch(*moved)
+
+
+def document_of(
+    panels: Sequence[Panel], tokenizer: ConversationTokenizer, num_image_tokens: int
+) -> Example:
+    """Return the ids and labels of a document, which is a prompt if the last answer is None.
+
+    Raises:
+        ValueError: If the document does not fit into ``tokenizer.max_length``.
+    """
+    turns = []
+    for panel in panels:
+        image = [] if panel.image is None else [ImagePart(num_image_tokens)]
+        question = [panel.question] if panel.question else []
+        turns.append(Turn(False, (*image, *question)))
+        if panel.answer is not None:
+            turns.append(Turn(True, (panel.answer,)))
+    example = build_example(turns, tokenizer, Template())
+    if example.num_turns < len(turns):
+        raise ValueError(
+            f"model.max_length: expected room for {len(panels)} images with their texts, "
+            f"got {tokenizer.max_length} positions"
+        )
+    return example
+
+
+def batch_documents(
+    documents: Sequence[Sequence[Panel]],
+    tokenizer: ConversationTokenizer,
+    *,
+    num_image_tokens: int,
+    side: str,
+) -> DocumentBatch:
+    """Return documents as one batch, padded on the ``right`` to train or ``left`` to generate.
+
+    Images of one batch have one size.
+    """
+    examples = [document_of(panels, tokenizer, num_image_tokens) for panels in documents]
+    padded = pad_examples(examples, tokenizer, side=side)
+    images = [[panel.image for panel in panels if panel.image is not None] for panels in documents]
+    most, size = max(map(len, images)), len(documents)
+    stacked = present = None
+    if most:
+        shape = next(row[0] for row in images if row).shape
+        stacked, present = torch.zeros(size, most, *shape), torch.zeros(size, most).bool()
+        for index, row in enumerate(images):
+            if row:
+                stacked[index, : len(row)], present[index, : len(row)] = torch.stack(row), True
+    zeros = torch.zeros(size, dtype=torch.long)
+    mask = padded.attention_mask
+    return DocumentBatch(padded.input_ids, mask, padded.labels, stacked, present, zeros, zeros)
+
+
+def document_panels(
+    split: Split, task: str, index: int, *, shots: Sequence[Shot] = ()
+) -> list[Panel]:
+    """Return the panels of a pair for a task, after those of its shots.
+
+    Raises:
+        ValueError: If the task generates images, or the pairs lack what it needs.
+    """
+    row = TASKS[task]
+    if row.image == "drawn":
+        raise ValueError(f"data.tasks: {task} generates images, which a language model cannot")
+    has_image = row.image == "given"
+    if has_image and split.images is None:
+        raise ValueError(f"data.tasks: {task} needs images, which {split.dataset_name} lacks")
+    panels = []
+    for shown, caption in [*shots, Shot(index, split.captions[index])]:
+        question = split.questions[shown] if row.has_question else ""
+        if row.has_question and not question:
+            raise ValueError(f"data.tasks: {task} needs questions; {split.dataset_name} has none")
+        image = split.image_batch([shown])[0] if has_image else None
+        panels.append(Panel(image, question, caption))
+    return panels
+
+
+def training_shots(split: Split, index: int) -> list[Shot]:
+    """Return the shots of a training document: all of its episode, or none."""
+    if not isinstance(split.dataset, HasShots):
+        return []
+    return split.dataset.shots(index, split.dataset.max_shots)
+
+
+class DocumentExamples:
+    """Training documents sampled from the mixture; see ``families.interface.Examples``.
+
+    Args:
+        entries: Mixture entries with the split of their dataset.
+        tokenizer: Text tokenizer.
+        document_format: How the model reads documents.
+        seed: Seed of the mixture and of the order of the pairs.
+        scores_questions: Whether questions are labels too, not only answers.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[MixtureEntry, Split]],
+        tokenizer: Tokenizer,
+        document_format: DocumentFormat,
+        *,
+        seed: int,
+        scores_questions: bool,
+    ) -> None:
+        self.entries, self.seed, self.scores_questions = list(entries), seed, scores_questions
+        self.format, self.tokenizer = document_format, document_format.tokenizer(tokenizer)
+        sizes = [len(split) for _, split in entries]
+        self.mixture = Mixture([entry.weight for entry, _ in entries], sizes, seed=seed)
+        self.num_whole = sum(sizes)
+
+    def note(self) -> str:
+        """Return one line with the numbers of pairs."""
+        return ", ".join(f"{len(split)} pairs of {entry.name}" for entry, split in self.entries)
+
+    def batch(self, numbers: Sequence[int]) -> DocumentBatch:
+        """Return the training batch of these example numbers."""
+        rows = self.mixture.rows(uniform_per_example(numbers, self.seed, 1)[:, 0])
+        return self._batch(self.mixture.pairs(numbers, rows), rows)
+
+    def whole(self, indices: Sequence[int]) -> DocumentBatch:
+        """Return validation documents; ``indices`` are rows of ``mixture.validation_entries``."""
+        return self._batch(*self.mixture.validation_entries[np.asarray(indices)].T)
+
+    def _batch(self, pairs: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> DocumentBatch:
+        documents = []
+        for pair, row in zip(pairs.tolist(), rows, strict=True):
+            entry, split = self.entries[row]
+            shots = training_shots(split, pair)
+            documents.append(document_panels(split, entry.task, pair, shots=shots))
+        make = partial(batch_documents, num_image_tokens=self.format.num_image_tokens)
+        batch = make(documents, self.tokenizer, side="right")
+        labels = batch.labels
+        if self.scores_questions:
+            is_scored = batch.attention_mask.bool()
+            is_scored &= batch.input_ids != self.format.image_token_id
+            labels = torch.where(is_scored, batch.input_ids, IGNORE)
+        sources, examples = torch.from_numpy(rows.copy()), torch.from_numpy(pairs.copy())
+        return batch._replace(labels=labels, sources=sources, examples=examples)

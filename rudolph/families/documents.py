@@ -1,0 +1,467 @@
+"""What families that read documents share: sections, parts, examples, training, capabilities.
+
+A family of this kind adds its ``model`` section, builds its network from the parts, and returns a
+``DocumentReader`` of it.  See ``families/flamingo.py``.
+
+Shapes: B documents, M images per document, C choices, S pixels a side, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rudolph.checkpoints import store
+from rudolph.data.documents import (
+    DocumentBatch,
+    DocumentExamples,
+    DocumentFormat,
+    Panel,
+    batch_documents,
+)
+from rudolph.data.seeds import mixed_seed
+from rudolph.data.splits import Splits
+from rudolph.families.interface import (
+    Capabilities,
+    ModelSection,
+    Parts,
+    RunSettings,
+    TrainingFlags,
+)
+from rudolph.files.constraints import Count
+from rudolph.generation.answering import OnToken
+from rudolph.generation.documents import (
+    DocumentReader,
+    sample_document_answers,
+    score_document_choices,
+)
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.lm.decode import at_last_token
+from rudolph.models.lm.language_model import LanguageModel, LanguageModelCache
+from rudolph.models.vision.clip import CLIP, VisionEncoder, pixel_values
+from rudolph.models.weights import load_exactly, read_weights
+from rudolph.sequence.layout import EOS
+from rudolph.sequence.tasks import TASKS
+from rudolph.sequence.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rudolph.training.language import LanguageTraining
+
+
+@dataclass(frozen=True)
+class PartSources:
+    """Trained parts to start from; null for a new part.
+
+    Attributes:
+        vision: A run or release of a CLIP, whose image encoder is taken.
+        language_model: A run of family ``language_model``, whose tokenizer is taken too.
+    """
+
+    vision: str | None = None
+    language_model: str | None = None
+
+
+@dataclass(frozen=True)
+class DocumentSection(ModelSection):
+    """Fields of the ``model`` section of every family that reads documents.
+
+    Attributes:
+        max_length: Maximum number of positions of a document, image tokens included.
+        max_new_tokens: Maximum number of tokens of a generated answer.
+        scores_questions: Whether training also predicts questions, not only answers.
+    """
+
+    max_length: Count = 512
+    max_new_tokens: Count = 24
+    scores_questions: bool = False
+
+
+@dataclass(frozen=True)
+class VisionLanguageSection(DocumentSection):
+    """Fields of the ``model`` section of families with a vision encoder and a language model.
+
+    Attributes:
+        parts: Trained parts to start from.
+    """
+
+    parts: PartSources = field(default_factory=PartSources)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Return the source of the tokenizer: that of the language model's ids."""
+        return self.init or self.parts.language_model
+
+    @property
+    def part_sources(self) -> dict[str, tuple[str, type[nn.Module]]]:
+        """Return source and class of each trained part to start from, by name."""
+        kinds = {"vision": CLIP, "language_model": LanguageModel}
+        sources = {name: getattr(self.parts, name) for name in kinds}
+        return {
+            name: (source, kinds[name]) for name, source in sources.items() if source is not None
+        }
+
+
+class TextState:
+    """The state of a language model that has read documents; see ``DocumentState``."""
+
+    def __init__(self, model: LanguageModel, cache: LanguageModelCache, logits: Tensor) -> None:
+        self.model, self.cache, self.logits = model, cache, logits
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Read tokens ``(B, S)`` and return the logits after each, ``(B, S, V)``."""
+        return self.model(tokens, cache=self.cache)
+
+    def repeat(self, number: int) -> "TextState":
+        """Return the state with every document ``number`` times, copies next to each other."""
+        logits = self.logits.repeat_interleave(number, 0)
+        return TextState(self.model, self.cache.repeat(number), logits)
+
+
+class EmbeddingReader:
+    """A language model that reads embeddings of documents; see ``DocumentReader``.
+
+    Args:
+        model: The language model.
+        embed: Returns the inputs of the language model: tokens ``(B, T)`` or embeddings.
+    """
+
+    def __init__(self, model: LanguageModel, embed: Callable[[DocumentBatch], Tensor]) -> None:
+        self.model, self.embed = model, embed
+
+    def logits(self, documents: DocumentBatch) -> Tensor:
+        """Return the logits of all positions, ``(B, T, V)``."""
+        return self.model(self.embed(documents), attention_mask=documents.attention_mask)
+
+    def read(self, documents: DocumentBatch, *, num_new: int) -> TextState:
+        """Read documents and return a state with room for ``num_new`` more tokens."""
+        size, length = documents.input_ids.shape
+        cache = self.model.new_cache(size, num_positions=length + num_new)
+        mask = documents.attention_mask
+        hidden = self.model.hidden(self.embed(documents), attention_mask=mask, cache=cache)
+        return TextState(self.model, cache, self.model.logits(at_last_token(hidden, mask)))
+
+
+def encoder_pixels(images: Tensor, size: int) -> Tensor:
+    """Return images ``(..., 3, H, W)`` in [0, 1] as an encoder's input ``(..., 3, S, S)``."""
+    pixels = pixel_values(images.flatten(0, -4), size)
+    return pixels.view(*images.shape[:-3], *pixels.shape[1:])
+
+
+class DocumentCapabilities(Capabilities):
+    """Answers to documents: generated, or the likelihood of given choices.
+
+    Args:
+        reader: The model.
+        tokenizer: Its tokenizer.
+        document_format: How it reads documents.
+        device: Where it computes.
+        max_new_tokens: Maximum number of tokens of a generated answer.
+        batch_size: Documents per batch.
+    """
+
+    def __init__(
+        self,
+        reader: DocumentReader,
+        tokenizer: Tokenizer,
+        document_format: DocumentFormat,
+        *,
+        device: torch.device,
+        max_new_tokens: int,
+        batch_size: int = 64,
+    ) -> None:
+        self.reader, self.tokenizer, self.format = reader, tokenizer, document_format
+        self.device, self.max_new_tokens, self.batch_size = device, max_new_tokens, batch_size
+
+    def generate_text(
+        self,
+        task: str,
+        *,
+        config: TokenSamplingConfig,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        allowed_characters: str | None = None,
+        missing_image: TokenSamplingConfig | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[str]:
+        """Generate one text per seed; see ``Capabilities.generate_text``."""
+        prompts = self.prompts(task, len(seeds), images=images, questions=questions)
+        allowed = self.allowed_ids(allowed_characters)
+        texts: list[str] = []
+        for rows in self.batches(prompts):
+            tokens = sample_document_answers(
+                self.reader,
+                self.documents(prompts[rows]),
+                config=config,
+                seeds=seeds[rows],
+                num_tokens=self.max_new_tokens,
+                allowed=allowed,
+            )
+            texts += [self.tokenizer.decode(row) for row in tokens.tolist()]
+            if on_token is not None:
+                on_token(len(texts), len(prompts))
+        return texts
+
+    def loglikelihood(
+        self,
+        task: str,
+        choices: Sequence[Sequence[str]],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        on_batch: OnToken | None = None,
+    ) -> Tensor:
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
+        no_shots: list[list[Panel]] = [[] for _ in choices]
+        return self.loglikelihood_after_shots(
+            task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
+        )
+
+    def loglikelihood_after_shots(
+        self,
+        task: str,
+        choices: Sequence[Sequence[str]],
+        shots: Sequence[Sequence[Panel]],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        on_batch: OnToken | None = None,
+    ) -> Tensor:
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots."""
+        prompts = self.prompts(task, len(choices), images=images, questions=questions)
+        documents = [[*shown, *prompt] for shown, prompt in zip(shots, prompts, strict=True)]
+        ids = [[[*self.tokenizer.encode(text), EOS] for text in row] for row in choices]
+        scores = []
+        for rows in self.batches(documents):
+            batch = self.documents(documents[rows])
+            scores.append(score_document_choices(self.reader, batch, ids[rows]).cpu())
+            if on_batch is not None:
+                on_batch(min(rows.stop, len(documents)), len(documents))
+        return torch.cat(scores)
+
+    def prompts(
+        self,
+        task: str,
+        number: int,
+        *,
+        images: Tensor | None,
+        questions: Sequence[str] | None,
+    ) -> list[list[Panel]]:
+        """Return the prompt of each document of a task: one panel without an answer.
+
+        Raises:
+            ValueError: If images or questions are missing or superfluous.
+        """
+        row = TASKS[task]
+        for name, given, is_needed in (
+            ("images", images, row.image == "given"),
+            ("questions", questions, row.has_question),
+        ):
+            if (given is not None) != is_needed:
+                expected, got = (name, "none") if is_needed else (f"no {name}", "some")
+                raise ValueError(f"{task}: expected {expected}, got {got}")
+        return [
+            [
+                Panel(
+                    None if images is None else images[index],
+                    "" if questions is None else questions[index],
+                    None,
+                )
+            ]
+            for index in range(number)
+        ]
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[slice]:
+        """Yield the slices of the batches."""
+        for first in range(0, len(rows), self.batch_size):
+            yield slice(first, first + self.batch_size)
+
+    def documents(self, prompts: Sequence[Sequence[Panel]]) -> DocumentBatch:
+        """Return prompts as one batch, padded on the left, on the model's device."""
+        tokenizer, number = self.format.tokenizer(self.tokenizer), self.format.num_image_tokens
+        batch = batch_documents(prompts, tokenizer, num_image_tokens=number, side="left")
+        return batch.to(self.device)
+
+    def allowed_ids(self, characters: str | None) -> Tensor:
+        """Return the ids ``(V,)``, bool, that an answer may contain: words and ``EOS``.
+
+        Args:
+            characters: The only characters that words may have besides spaces; None allows all.
+        """
+        is_allowed = torch.zeros(self.format.image_token_id + 1, dtype=torch.bool)
+        is_allowed[EOS : self.tokenizer.vocab_size] = True
+        if characters is not None:
+            for token in range(EOS + 1, self.tokenizer.vocab_size):
+                is_allowed[token] = set(self.tokenizer.decode([token])) <= {*characters, " "}
+        return is_allowed
+
+
+class DocumentFamily:
+    """The members of ``families.interface.Family`` that all readers of documents share."""
+
+    needs: tuple[str, ...] = ("tokenizer",)
+    is_trained = True
+    capabilities: type[Capabilities] = DocumentCapabilities
+    reads_images: ClassVar[bool] = True
+    stage: str
+
+    @property
+    def weights_file(self) -> str:
+        """Return the file of the weights in ``checkpoints``."""
+        return f"{self.stage}.safetensors"
+
+    def empty(self, run: RunSettings) -> Any:
+        """Construct the model without a seed, as for counting on the meta device."""
+        raise NotImplementedError
+
+    def reader(self, model: Any) -> DocumentReader:
+        """Return the reader of a model."""
+        raise NotImplementedError
+
+    def document_format(self, run: RunSettings) -> DocumentFormat:
+        """Return how the model reads documents; the image token follows the BPE ids."""
+        return DocumentFormat(run.tokenizer.vocab_size, 1, run.model.max_length)
+
+    def check(self, run: RunSettings) -> None:
+        """Check that the model has an embedding per id, and that it can learn the tasks.
+
+        Raises:
+            ValueError: If it does not; the message names the setting.
+        """
+        key, config = self.language_model_config(run.model)
+        expected = run.tokenizer.vocab_size + 1
+        if config.vocab_size != expected:
+            raise ValueError(
+                f"{key}.vocab_size: expected {expected}, one more than tokenizer.vocab_size for "
+                f"images, got {config.vocab_size}"
+            )
+        for entry in run.data.mixture:
+            image = TASKS[entry.task].image
+            if image == "drawn" or (image == "given" and not self.reads_images):
+                verb = "generate" if image == "drawn" else "read"
+                raise ValueError(
+                    f"data.tasks.{entry.name}: family {self.stage} cannot {verb} images"
+                )
+
+    def language_model_config(self, section: Any) -> tuple[str, Any]:
+        """Return the key and the config of the language model in a ``model`` section."""
+        return "model.language_model", section.language_model
+
+    def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
+        """Check that no flag of another family is set.
+
+        Raises:
+            ValueError: If one is; the message names it.
+        """
+        for name in ("checkpointing", "block_masks", "compile"):
+            if getattr(flags, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected family rudolph, got {self.stage}"
+                )
+
+    def curve_names(self, run: RunSettings) -> Iterator[str]:
+        """Yield the names of the logged curves, by mixture entry."""
+        yield from ("train/loss", "val/loss")
+        if len(run.data.mixture) > 1:
+            yield from (f"val/loss/{entry.name}" for entry in run.data.mixture)
+
+    def build(self, run: RunSettings, parts: Parts) -> Any:
+        """Build the model from the run's seed and the trained parts."""
+        torch.manual_seed(mixed_seed(run.seed, self.stage))
+        model = self.empty(run)
+        load_parts(model, run, parts)
+        return model
+
+    def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
+        """Copy trained weights into a model of the same shape."""
+        load_exactly(target, source.state_dict(), family="model.init")
+        return []
+
+    def examples(
+        self, run: RunSettings, splits: Splits, name: str, parts: Parts
+    ) -> DocumentExamples:
+        """Return the documents of the data mixture in a split."""
+        assert parts.tokenizer is not None
+        return DocumentExamples(
+            [(entry, splits(name, entry.dataset)) for entry in run.data.mixture],
+            parts.tokenizer,
+            self.document_format(run),
+            seed=run.seed,
+            scores_questions=run.model.scores_questions,
+        )
+
+    def training(
+        self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
+    ) -> "LanguageTraining":
+        """Return the Lightning module that trains the model."""
+        from rudolph.training.language import LanguageTraining
+
+        return LanguageTraining(
+            model,
+            self.reader(model),
+            run.optim,
+            num_accumulated=flags.num_accumulated,
+            sources=[entry.name for entry in run.data.mixture],
+        )
+
+    def open(self, run: RunSettings, model: Any, parts: Parts) -> DocumentCapabilities:
+        """Return the capabilities of a trained model."""
+        assert parts.tokenizer is not None
+        return DocumentCapabilities(
+            self.reader(model),
+            parts.tokenizer,
+            self.document_format(run),
+            device=next(model.parameters()).device,
+            max_new_tokens=run.model.max_new_tokens,
+        )
+
+    def save(
+        self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
+    ) -> list[Path]:
+        """Write the tokenizer; return its file and that of the weights."""
+        assert parts.tokenizer is not None
+        tokenizer = folder / store.TOKENIZER_FILE
+        parts.tokenizer.save(tokenizer)
+        return [folder / self.weights_file, tokenizer]
+
+    def restore(self, folder: Path, run: RunSettings) -> tuple[Any, Parts]:
+        """Load the model and the tokenizer that ``save`` wrote, on the CPU."""
+        model, path = self.empty(run), folder / self.weights_file
+        load_exactly(model, read_weights(path), family=str(path))
+        return model.eval(), Parts(Tokenizer(folder / store.TOKENIZER_FILE))
+
+
+def load_parts(model: Any, run: RunSettings, parts: Parts) -> None:
+    """Copy the trained parts of a run into its model.
+
+    Raises:
+        ValueError: If a part has another shape than the settings; the message names both.
+    """
+    for name, part in parts.models.items():
+        source = run.model.part_sources[name][0]
+        if isinstance(part, CLIP):
+            copy_vision(model.vision.encoder, part, source)
+            continue
+        target = getattr(model, name)
+        if part.config != target.config:
+            raise ValueError(
+                f"model.{name}: expected the settings of {source}, {part.config}, "
+                f"got {target.config}"
+            )
+        target.load_state_dict(part.state_dict())
+
+
+def copy_vision(encoder: VisionEncoder, clip: CLIP, source: str) -> None:
+    """Copy the image encoder of a CLIP, without its projection.
+
+    Raises:
+        ValueError: If its shape differs; the message names both.
+    """
+    given, config = encoder.vision_config, clip.visual.vision_config
+    if given != config:
+        raise ValueError(f"model.vision: expected {config}, the encoder of {source}, got {given}")
+    own = encoder.state_dict()
+    encoder.load_state_dict({name: clip.visual.state_dict()[name] for name in own})

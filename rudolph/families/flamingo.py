@@ -1,0 +1,145 @@
+"""Flamingo: a language model with gated cross-attention to images between its blocks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rudolph.data.documents import DocumentBatch
+from rudolph.families.documents import DocumentFamily, VisionLanguageSection, encoder_pixels
+from rudolph.families.interface import Parts, RunSettings
+from rudolph.files.constraints import Count, NonNegativeInt, check
+from rudolph.models.flamingo.flamingo import Flamingo, FlamingoCache, FlamingoConfig, MediaMemory
+from rudolph.models.fusion.cross_attention import CrossAttentionConfig
+from rudolph.models.fusion.resampler import ResamplerConfig
+from rudolph.models.lm.decode import at_last_token
+from rudolph.models.lm.language_model import LanguageModelConfig
+from rudolph.models.vision.clip import VisionConfig, VisionEncoder
+from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+
+
+@dataclass(frozen=True)
+class FlamingoSection(VisionLanguageSection):
+    """The ``model`` section of family ``flamingo``; see ``FlamingoConfig`` for the architecture.
+
+    Attributes:
+        trained: ``fusion`` trains the resampler and the cross-attention alone, ``language_model``
+            the language model, ``all`` everything.
+        features: Hidden states of the vision encoder that the resampler reads.
+    """
+
+    family: Literal["flamingo"] = "flamingo"
+    trained: Literal["fusion", "language_model", "all"] = "fusion"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    every: Count = 4
+    offset: NonNegativeInt = 0
+    place: Literal["before", "after"] = "before"
+    attend_to: Literal["immediate", "all_previous"] = "immediate"
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
+        check(self)
+        width = self.vision.width * len(self.features.layers)
+        if self.resampler.width != width:
+            raise ValueError(
+                f"resampler.width must equal the {width} channels of vision and features, "
+                f"got {self.resampler.width}"
+            )
+
+    @property
+    def architecture(self) -> FlamingoConfig:
+        """Return the settings that determine the shape of the model."""
+        return FlamingoConfig(
+            self.language_model,
+            self.resampler,
+            self.cross_attention,
+            every=self.every,
+            offset=self.offset,
+            place=self.place,
+            attend_to=self.attend_to,
+            # The image token follows the BPE ids.
+            media_token_id=self.language_model.vocab_size - 1,
+        )
+
+
+class FlamingoState:
+    """A Flamingo that has read documents; see ``DocumentState``."""
+
+    def __init__(
+        self, model: Flamingo, memory: MediaMemory | None, cache: FlamingoCache, logits: Tensor
+    ) -> None:
+        self.model, self.memory, self.cache, self.logits = model, memory, cache, logits
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Read tokens ``(B, S)`` and return the logits after each, ``(B, S, V)``."""
+        hidden = self.model.hidden(tokens, self.memory, cache=self.cache)
+        return self.model.language_model.logits(hidden)
+
+    def repeat(self, number: int) -> "FlamingoState":
+        """Return the state with every document ``number`` times, copies next to each other."""
+        memory = None if self.memory is None else self.memory.repeat(number)
+        logits = self.logits.repeat_interleave(number, 0)
+        return FlamingoState(self.model, memory, self.cache.repeat(number), logits)
+
+
+class FlamingoReader:
+    """A Flamingo as a ``DocumentReader``; each image is one tag in the text."""
+
+    def __init__(self, model: Flamingo) -> None:
+        self.model = model
+
+    def memory(self, documents: DocumentBatch) -> MediaMemory | None:
+        """Return the keys and values of all images."""
+        if documents.images is None:
+            return None
+        encoder: Any = self.model.vision
+        pixels = encoder_pixels(documents.images, encoder.encoder.vision_config.image_size)
+        return self.model.memory(self.model.latents(pixels, None), documents.present)
+
+    def logits(self, documents: DocumentBatch) -> Tensor:
+        """Return the logits of all positions, ``(B, T, V)``."""
+        memory = self.memory(documents)
+        hidden = self.model.hidden(documents.input_ids, memory, documents.attention_mask)
+        return self.model.language_model.logits(hidden)
+
+    def read(self, documents: DocumentBatch, *, num_new: int) -> FlamingoState:
+        """Read documents and return a state with room for ``num_new`` more tokens."""
+        size, length = documents.input_ids.shape
+        text = self.model.language_model.new_cache(size, num_positions=length + num_new)
+        memory, cache = self.memory(documents), FlamingoCache(text)
+        mask = documents.attention_mask
+        hidden = self.model.hidden(documents.input_ids, memory, mask, cache)
+        logits = self.model.language_model.logits(at_last_token(hidden, mask))
+        return FlamingoState(self.model, memory, cache, logits)
+
+
+class FlamingoFamily(DocumentFamily):
+    """Flamingo as a ``families.interface.Family``."""
+
+    config = FlamingoSection
+    stage = "flamingo"
+
+    def empty(self, run: RunSettings) -> Flamingo:
+        """Construct the model without a seed, as for counting on the meta device."""
+        vision = ViTFeatures(VisionEncoder(run.model.vision), run.model.features)
+        return Flamingo(run.model.architecture, vision)
+
+    def build(self, run: RunSettings, parts: Parts) -> Flamingo:
+        """Build the model from the run's seed and the trained parts, and freeze the others."""
+        model: Flamingo = super().build(run, parts)
+        model.train_only(run.model.trained)
+        return model
+
+    def reader(self, model: Flamingo) -> FlamingoReader:
+        """Return the reader of a model."""
+        return FlamingoReader(model)
+
+    def curve_names(self, run: RunSettings) -> Iterator[str]:
+        """Yield the names of the logged curves, those of the gates included."""
+        yield from super().curve_names(run)
+        yield from ("train/attn_gate", "train/ff_gate")

@@ -1,0 +1,91 @@
+"""Training of language models that read documents of images and texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rudolph.data.documents import DocumentBatch
+from rudolph.generation.documents import DocumentReader
+from rudolph.sequence.conversation import IGNORE
+from rudolph.training.callbacks import require_finite
+from rudolph.training.optim import OptimConfig
+from rudolph.training.steps import ManualStepModule
+
+
+class LanguageTraining(ManualStepModule):
+    """The training of a document reader; logs the loss per label in nats.
+
+    Args:
+        model: The trained network.
+        reader: Computes its logits.
+        optim: The optimizer settings.
+        num_accumulated: Micro-batches per optimizer step.
+        sources: Names of the mixture entries.  With more than one, the validation loss of each
+            is logged too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: DocumentReader,
+        optim: OptimConfig,
+        *,
+        num_accumulated: int = 1,
+        sources: Sequence[str] = ("",),
+    ) -> None:
+        super().__init__(optim, num_accumulated=num_accumulated)
+        self.model, self.reader, self.sources = model, reader, list(sources)
+
+    def networks(self) -> list[nn.Module]:
+        """Return the model."""
+        return [self.model]
+
+    def training_step(self, batch: DocumentBatch, batch_index: int) -> None:
+        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
+        losses, _ = self.label_losses(batch)
+        loss = losses.mean()
+        require_finite({"text": loss}, step=self.step_index(batch_index), examples=batch.examples)
+        self.backward_and_step(loss, batch_index)
+        self.log("train/loss", loss)
+        self.log_dict({f"train/{name}": value for name, value in gate_sizes(self.model).items()})
+
+    def label_losses(self, batch: DocumentBatch) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy ``(L,)`` of all labels and the document of each, ``(L,)``."""
+        logits, labels = self.reader.logits(batch)[:, :-1], batch.labels[:, 1:]
+        is_label = labels != IGNORE
+        losses = F.cross_entropy(logits[is_label].float(), labels[is_label], reduction="none")
+        return losses, is_label.nonzero()[:, 0]
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the sums of losses and the counts of labels."""
+        self.totals = torch.zeros(2, len(self.sources), dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: DocumentBatch, batch_index: int) -> None:
+        """Add the losses and label counts of a validation batch."""
+        losses, rows = self.label_losses(batch)
+        sources, number = batch.sources[rows], len(self.sources)
+        sums = torch.bincount(sources, losses.double(), minlength=number)
+        self.totals += torch.stack([sums, torch.bincount(sources, minlength=number)])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss over all devices, in all and per mixture entry."""
+        totals: Any = self.trainer.strategy.reduce(self.totals, reduce_op="sum")
+        sums, counts = totals
+        # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
+        self.log("val/loss", sums.sum() / counts.sum(), sync_dist=True)
+        if len(self.sources) > 1:
+            means = zip(self.sources, sums / counts.clamp(min=1), strict=True)
+            self.log_dict({f"val/loss/{name}": mean for name, mean in means}, sync_dist=True)
+
+
+def gate_sizes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the mean absolute value of each kind of tanh gate of a model, by its name."""
+    gates: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        kind = name.rpartition(".")[2]
+        if kind.endswith("_gate"):
+            gates.setdefault(kind, []).append(parameter.detach().tanh().abs().mean())
+    return {name: torch.stack(values).mean() for name, values in gates.items()}

@@ -1,0 +1,395 @@
+"""Families that read documents: caches, training of some parts, runs, and few-shot evaluation."""
+
+import json
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import run_tiny
+from torch.nn import functional as F
+
+from rudolph.config.run import resolve_run
+from rudolph.data.documents import DocumentFormat, Panel, batch_documents
+from rudolph.data.splits import DataConfig, Splits
+from rudolph.evaluation.context import EvaluationContext
+from rudolph.evaluation.evaluators.few_shot import SHOT_COUNTS, few_shot, few_shot_text
+from rudolph.families.interface import Capabilities
+from rudolph.families.registry import family_of
+from rudolph.files.settings import ConfigError
+from rudolph.generation.documents import sample_document_answers, score_document_choices
+from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.weights import read_weights
+from rudolph.reports.report_cards import CARD, read_card
+from rudolph.runs.resolve import open_clip, open_run
+from rudolph.sequence.layout import EOS, PAD
+from rudolph.training.language import gate_sizes
+from rudolph.training.optim import OptimConfig, parameter_groups
+
+VOCABULARY = 120
+SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_size": 8, "mlp_size": 24}
+LANGUAGE_MODEL = {"vocab_size": VOCABULARY + 1, "num_key_value_heads": 1, **SMALL}
+VISION = {
+    "vision": {
+        "image_size": 24,
+        "patch_size": 8,
+        "width": 16,
+        "num_layers": 1,
+        "num_heads": 1,
+        "mlp_width": 64,
+    },
+    "features": {"layers": [-1]},
+    "language_model": LANGUAGE_MODEL,
+}
+RESAMPLER = {"width": 16, "num_layers": 1, "num_latents": 3, "num_heads": 2, "head_size": 4}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "language_model": LANGUAGE_MODEL,
+    "flamingo": {
+        **VISION,
+        "resampler": RESAMPLER,
+        "cross_attention": {"num_heads": 2, "head_size": 4, "mlp_ratio": 2},
+        "every": 1,
+    },
+    "llava": {**VISION, "connector": {"kind": "pool", "factor": 3}},
+}
+READS_IMAGES = ["flamingo", "llava"]
+TASKS = {
+    "language_model": {"new_words/text_question_answering": 1, "shapes/text_to_text": 1},
+    "flamingo": {"new_words/image_captioning": 1, "shapes/image_captioning": 1},
+    "llava": {"new_words/image_captioning": 1, "shapes/image_captioning": 1},
+}
+
+
+def settings(family: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"family": family, **SECTIONS[family], **changes},
+        "data.tasks": TASKS[family],
+        "tokenizer": {"vocab_size": VOCABULARY, "num_specials": 0},
+    }
+
+
+@cache
+def reader_of(family: str) -> Any:
+    config = resolve_run(Path("x"), {"data.image_size": 24, **flat(settings(family))})
+    adapter = family_of(config.model)
+    torch.manual_seed(0)
+    model = adapter.empty(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Open gates, and logits that differ between tokens.
+            if name.endswith("_gate"):
+                parameter.fill_(0.7)
+            elif "language_model" in name or family == "language_model":
+                parameter.mul_(4)
+    return adapter.reader(model.eval()), adapter.document_format(config)
+
+
+def flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings with dotted keys, as overrides have them."""
+    rows = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "data.tasks":
+            rows |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            rows[key] = value
+    return rows
+
+
+class Letters:
+    """A tokenizer with one id per character."""
+
+    vocab_size = VOCABULARY
+
+    def encode(self, text: str) -> list[int]:
+        return [4 + ord(character) % 100 for character in text]
+
+
+def documents(family: str, *, number: int = 3) -> Any:
+    """Return prompts of different lengths, the first with two images."""
+    reads = family != "language_model"
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(number + 1, 3, 24, 24, generator=generator)
+    prompts = [[Panel(images[row] if reads else None, "ab" * row, None)] for row in range(number)]
+    prompts[0] = [Panel(images[-1] if reads else None, "", "cd"), *prompts[0]]
+    form: DocumentFormat = reader_of(family)[1]
+    return batch_documents(
+        prompts, form.tokenizer(Letters()), num_image_tokens=form.num_image_tokens, side="left"
+    )
+
+
+def row_of(batch: Any, row: int) -> Any:
+    """Return one document of a batch, without its padding."""
+    is_token = batch.attention_mask[row].bool()
+    parts = {
+        name: getattr(batch, name)[row : row + 1][:, is_token]
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+    if batch.images is not None:
+        present = batch.present[row]
+        parts |= {
+            "images": batch.images[row : row + 1, present],
+            "present": present[None, present],
+        }
+    return batch._replace(**parts)
+
+
+@pytest.mark.parametrize("family", SECTIONS)
+def test_choices_score_what_a_whole_forward_pass_gives_them(family: str) -> None:
+    reader, _ = reader_of(family)
+    batch = documents(family)
+    choices = [[[5, 6, EOS], [7, EOS]], [[8, EOS], [9, 10, 11, EOS]], [[5, EOS], [6, 6, EOS]]]
+    found = score_document_choices(reader, batch, choices)
+    for row, options in enumerate(choices):
+        prompt = row_of(batch, row)
+        length = prompt.input_ids.shape[1]
+        for column, ids in enumerate(options):
+            tokens = torch.cat([prompt.input_ids, torch.tensor([ids])], dim=1)
+            whole = prompt._replace(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            logits = reader.logits(whole)[0, length - 1 : -1]
+            expected = -F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+            torch.testing.assert_close(found[row, column], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", SECTIONS)
+def test_sampled_answers_are_those_of_a_loop_without_a_cache(family: str) -> None:
+    reader, form = reader_of(family)
+    batch, allowed = documents(family), torch.ones(form.image_token_id + 1, dtype=torch.bool)
+    allowed[[PAD, form.image_token_id]] = False
+    shared = {"num_tokens": 5, "allowed": allowed}
+    greedy = TokenSamplingConfig(top_k=1)
+    found = sample_document_answers(reader, batch, config=greedy, seeds=[1, 2, 3], **shared)
+    for row in range(3):
+        whole = row_of(batch, row)
+        for step in range(found.shape[1]):
+            logits = reader.logits(whole)[0, -1].masked_fill(~allowed, -torch.inf)
+            token = int(logits.argmax())
+            assert token == int(found[row, step])
+            if token == EOS:
+                break
+            tokens = F.pad(whole.input_ids, (0, 1), value=token)
+            whole = whole._replace(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+
+
+@pytest.mark.parametrize("family", SECTIONS)
+def test_an_answer_depends_on_its_seed_and_not_on_the_batch(family: str) -> None:
+    reader, form = reader_of(family)
+    allowed = torch.ones(form.image_token_id + 1, dtype=torch.bool)
+    shared = {"config": TokenSamplingConfig(temperature=2.0), "num_tokens": 6, "allowed": allowed}
+    batch = documents(family)
+    together = sample_document_answers(reader, batch, seeds=[5, 6, 7], **shared)
+    for row in range(3):
+        alone = sample_document_answers(reader, row_of(batch, row), seeds=[5 + row], **shared)
+        length = min(alone.shape[1], together.shape[1])
+        assert torch.equal(alone[0, :length], together[row, :length])
+    other = sample_document_answers(reader, batch, seeds=[8, 9, 10], **shared)
+    assert not torch.equal(other, together)
+
+
+@pytest.mark.parametrize("family", READS_IMAGES)
+def test_an_answer_depends_on_the_image(family: str) -> None:
+    reader, _ = reader_of(family)
+    batch = documents(family)
+    changed = batch._replace(images=1 - batch.images)
+    assert not torch.allclose(reader.logits(batch), reader.logits(changed), atol=1e-3)
+
+
+def test_gates_latents_and_norms_have_no_weight_decay() -> None:
+    model = reader_of("flamingo")[0].model
+    groups = parameter_groups(model, OptimConfig(optimizer="muon"))
+    kept = {id(parameter) for parameter in groups.kept}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_gate", "latents")) or "norm" in name:
+            assert id(parameter) in kept, name
+    assert gate_sizes(model)["attn_gate"] == pytest.approx(np.tanh(0.7))
+
+
+TINY = (
+    "data.dataset=new_words",
+    'data.new_words={"num_train": 70, "num_validation": 70, "num_test": 70, "max_shots": 2}',
+    "evaluation.splits=[test]",
+    "evaluation.num_examples=6",
+    "evaluation.grid_prompts=[]",
+)
+
+
+def tiny(folder: Path, family: str, evaluators: list[str], **changes: Any) -> Path:
+    """Return the folder of a finished tiny run of a family."""
+    overrides = [
+        f"{key}={json.dumps(value)}" for key, value in settings(family, **changes).items()
+    ]
+    overrides += ["tokenizer.bpe_dropout=0", f"evaluation.evaluators={json.dumps(evaluators)}"]
+    return run_tiny(folder, (*TINY, *overrides, "optim.ema_decay=null"))
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    return tiny(folder, "language_model", ["few_shot_text", "text_answers"])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    section = {
+        "family": "clip",
+        "embed_dim": 16,
+        "image_resolution": 24,
+        "vision_layers": 1,
+        "vision_width": 16,
+        "vision_patch_size": 8,
+        "context_length": 24,
+        "vocab_size": VOCABULARY,
+        "transformer_width": 16,
+        "transformer_heads": 2,
+        "transformer_layers": 1,
+    }
+    overrides = (f"model={json.dumps(section)}", "evaluation.evaluators=[]")
+    return run_tiny(tmp_path_factory.mktemp("clip"), (*overrides, "optim.ema_decay=null"))
+
+
+def test_a_language_model_run_scores_its_episodes(language_model: Path) -> None:
+    card = read_card(language_model / CARD).set_index("score")
+    names = {f"few_shot_text/accuracy_{number}/test" for number in SHOT_COUNTS}
+    assert names < set(card.index)
+    assert all(card.loc[name, "chance"] == pytest.approx(1 / 8) for name in names)
+    capabilities, config = open_run(language_model)
+    assert config.model.family == "language_model"
+    scores = capabilities.loglikelihood(
+        "text_question_answering", [["дакс", "вуг"]], questions=["красный круг"]
+    )
+    assert scores.shape == (1, 2) and (scores < 0).all()
+
+
+@pytest.mark.parametrize("family", READS_IMAGES)
+def test_a_run_trains_only_what_its_stage_trains(
+    family: str, language_model: Path, clip: Path, tmp_path: Path
+) -> None:
+    parts = {"vision": str(clip), "language_model": str(language_model)}
+    folder = tiny(tmp_path, family, ["few_shot", "caption_f1"], parts=parts)
+    weights = read_weights(folder / "checkpoints" / f"{family}.safetensors")
+    frozen = read_weights(language_model / "checkpoints" / "language_model.safetensors")
+    for name, value in frozen.items():
+        assert torch.equal(weights[f"language_model.{name}"], value), name
+    vision = open_clip(str(clip)).clip.state_dict()
+    copied = [name for name in weights if name.startswith("vision.encoder.")]
+    assert copied
+    for name in copied:
+        assert torch.equal(weights[name], vision["visual." + name.removeprefix("vision.encoder.")])
+    if family == "flamingo":
+        assert all(weights[name].abs() > 0 for name in weights if name.endswith("_gate"))
+    card = read_card(folder / CARD).set_index("score")
+    assert "few_shot/accuracy_shuffled/test" in card.index
+    assert (folder / "checkpoints" / "bpe.model").read_bytes() == (
+        language_model / "checkpoints" / "bpe.model"
+    ).read_bytes()
+    capabilities, _ = open_run(folder)
+    images = torch.rand(2, 3, 24, 24)
+    greedy = {"config": TokenSamplingConfig(top_k=1), "seeds": [1, 2]}
+    assert len(capabilities.generate_text("image_captioning", images=images, **greedy)) == 2
+    with pytest.raises(ValueError, match="image_captioning: expected images, got none"):
+        capabilities.generate_text("image_captioning", **greedy)
+
+
+def test_parts_of_another_shape_are_refused(
+    language_model: Path, clip: Path, tmp_path: Path
+) -> None:
+    parts = {"vision": None, "language_model": str(language_model)}
+    wide = {**LANGUAGE_MODEL, "mlp_size": 32}
+    with pytest.raises(ValueError, match=r"model\.language_model: expected the settings of .*24"):
+        tiny(tmp_path, "flamingo", [], parts=parts, language_model=wide)
+    deep = {**VISION["vision"], "num_layers": 2}
+    parts = {"vision": str(clip), "language_model": None}
+    with pytest.raises(ValueError, match=r"model\.vision: expected VisionConfig\(.*num_layers=1"):
+        tiny(tmp_path, "llava", [], parts=parts, vision=deep)
+    parts = {"vision": str(language_model), "language_model": None}
+    with pytest.raises(ValueError, match="expected a CLIP, got a LanguageModel"):
+        tiny(tmp_path, "llava", [], parts=parts)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    def resolve(family: str, **changes: Any) -> None:
+        resolve_run(Path("x"), {"data.image_size": 24, **flat(settings(family)), **changes})
+
+    with pytest.raises(ConfigError, match=r"model\.language_model\.vocab_size: expected 121, one"):
+        resolve("flamingo", **{"model.language_model.vocab_size": 120})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: expected 121"):
+        resolve("language_model", **{"model.vocab_size": 120})
+    with pytest.raises(ConfigError, match=r"data\.tasks\.image_captioning: .* cannot read images"):
+        resolve("language_model", **{"data.tasks": {"image_captioning": 1}})
+    with pytest.raises(ConfigError, match=r"data\.tasks\.text_to_image: .* cannot generate im"):
+        resolve("llava", **{"data.tasks": {"text_to_image": 1}})
+    with pytest.raises(ConfigError, match=r"resampler\.width must equal the 16 channels"):
+        resolve("flamingo", **{"model.resampler.width": 8})
+    with pytest.raises(ConfigError, match=r"few_shot needs a model with loglikelihood_after"):
+        resolve_run(
+            Path("x"),
+            {"data.dataset": "new_words", "data.image_size": 256}
+            | {"evaluation.evaluators": ["few_shot"]},
+        )
+
+
+class Oracle(Capabilities):
+    """A model that compares colours and shapes exactly and guesses evenly otherwise."""
+
+    def loglikelihood_after_shots(
+        self,
+        task: str,
+        choices: Any,
+        shots: Any,
+        *,
+        images: Any = None,
+        questions: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        rows = []
+        for row, (options, shown) in enumerate(zip(choices, shots, strict=True)):
+            known = {panel.question or None: panel.answer for panel in shown}
+            words = [known.get(questions[row])] if questions[row] in known else options
+            excluded = set(known.values()) - set(words) if words is not options else set()
+            if words is options:
+                excluded = set(known.values())
+            rows.append(
+                [0.0 if word in words and word not in excluded else -9.0 for word in options]
+            )
+        return torch.tensor(rows)
+
+
+def test_the_shot_curve_of_an_oracle_is_that_of_an_ideal_observer(tmp_path: Path) -> None:
+    data = DataConfig(dataset="new_words", image_size=24, tasks={"image_captioning": 1.0})
+    split = Splits(data, tmp_path)("test")
+    context = EvaluationContext(
+        Oracle(), TokenSamplingConfig(), TokenSamplingConfig(), num_examples=500, seed=0
+    )
+    scores = {score.metric: score for score in few_shot_text(context, split)}
+    for number in SHOT_COUNTS:
+        unseen = 0.5**number
+        other = 1 / 8 if number == 0 else 1 / 7
+        expected = 1 - unseen + unseen * other
+        score = scores[f"few_shot_text/accuracy_{number}"]
+        assert score.value == pytest.approx(expected, abs=0.05)
+        assert score.chance == 1 / 8
+
+
+def test_controls_change_images_alone(tmp_path: Path) -> None:
+    data = DataConfig(dataset="new_words", image_size=24, tasks={"image_captioning": 1.0})
+    split = Splits(data, tmp_path)("test")
+    calls: list[Any] = []
+
+    def record(task: str, choices: Any, shots: Any, **rest: Any) -> torch.Tensor:
+        calls.append((shots, rest["images"]))
+        return torch.zeros(len(choices), len(choices[0]))
+
+    model: Any = SimpleNamespace(loglikelihood_after_shots=record)
+    context = EvaluationContext(
+        model, TokenSamplingConfig(), TokenSamplingConfig(), num_examples=7, seed=0
+    )
+    scores = few_shot(context, split)
+    assert [score.metric.rpartition("_")[2] for score in scores[-2:]] == ["shuffled", "blank"]
+    plain, shuffled, blank = calls[SHOT_COUNTS.index(8)], *calls[-2:]
+    assert torch.equal(shuffled[1], plain[1].roll(-1, 0))
+    assert (blank[1] == 0.5).all()
+    for control in (shuffled, blank):
+        for before, after in zip(plain[0], control[0], strict=True):
+            assert [panel.answer for panel in before] == [panel.answer for panel in after]
