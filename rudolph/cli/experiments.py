@@ -76,7 +76,7 @@ def run_experiment(args: Any) -> int:
         ValueError: If a flag or the experiment file is invalid.
     """
     from rudolph.config.experiment_file import load_experiment
-    from rudolph.runs.runner import Job, experiment_files, keep_owner, require_own_experiments
+    from rudolph.runs.runner import Job, experiment_files, require_own_experiments, write_owner
 
     for flag in (*HARDWARE_FLAGS, "index", "jobs"):
         # argparse turns the value "--" into an empty list.
@@ -107,7 +107,7 @@ def run_experiment(args: Any) -> int:
         print_runs(list(runs_of_jobs.values()), list(loaded.values()))
         return 0
     for file in dict.fromkeys(job.file for job in runs_of_jobs):
-        keep_owner(loaded[file], folders_here())
+        write_owner(loaded[file], folders_here())
     failed = execute_jobs(runs_of_jobs, args, is_only=len(runs_of_jobs) == 1)
     if args.index is None:
         for file, experiment in loaded.items():
@@ -138,7 +138,7 @@ def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict
         ValueError: If the only run has a user error, or if the first run has one that all share.
         OSError: In the same cases, if a file cannot be read or written.
     """
-    from rudolph.runs.runner import run_at_once
+    from rudolph.runs.runner import run_parallel
 
     context = run_context(args)
     failed: dict[Any, str] = {}
@@ -151,7 +151,7 @@ def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict
         return failed
     with stage_progress() as progress:
         for done, (job, error) in enumerate(
-            run_at_once(list(runs_of_jobs), context, number=args.jobs), 1
+            run_parallel(list(runs_of_jobs), context, number=args.jobs), 1
         ):
             experiment, run = runs_of_jobs[job]
             failed |= {job: error} if error else {}
@@ -267,7 +267,7 @@ def execute_run(
     """
     from rudolph.reports.run_files import read_summary
     from rudolph.runs.execution import is_finished, is_main_process, run_folder
-    from rudolph.runs.runner import failure_of, is_shared_mistake
+    from rudolph.runs.runner import is_shared_error, run_or_error
 
     folder = run_folder(context.folders, experiment, run)
     print_line(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
@@ -276,9 +276,9 @@ def execute_run(
         return ""
     try:
         with stage_progress() as progress:
-            message = failure_of(experiment, run, context, progress)
+            message = run_or_error(experiment, run, context, progress)
     except (ValueError, OSError) as error:
-        if is_only or (others and is_shared_mistake(folder, run, others)):
+        if is_only or (others and is_shared_error(folder, run, others)):
             raise
         message = error_message(error)
     if message:

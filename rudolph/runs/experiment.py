@@ -7,7 +7,6 @@ run's configuration, summary and environment and tracks the run.
 import os
 import platform
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def execute(
     """
     folder = run_folder(folders, experiment, run)
     if not is_main_process():
-        work_of(run)(Execution(run, folder, folders, hardware, NullRecorder(), progress))
+        train_or_benchmark(Execution(run, folder, folders, hardware, NullRecorder(), progress))
         return _summary(experiment, run)
     with file_lock(folder / "running.lock", 0) as is_alone:
         if not is_alone:
@@ -101,7 +100,7 @@ def _execute_alone(
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
         _write_summary(folder, summary, "running", execution)
         try:
-            scores, digests = outcome_of(execution)
+            scores, digests = scores_and_digests(execution)
         except BaseException:
             # Errors and Ctrl-C alike must not lose the durations of the stages so far.
             _write_summary(folder, summary, "failed", execution)
@@ -116,7 +115,7 @@ def _execute_alone(
     return summary
 
 
-def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+def scores_and_digests(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     """Execute a run and return its scores and the digests of its data, parts and model.
 
     With the evaluator ``convergence``, a diverged loss is a score and not an error.
@@ -124,13 +123,13 @@ def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     Raises:
         NonFiniteLossError: If the loss diverged and ``convergence`` is not evaluated.
     """
-    run = execution.run
+    evaluation = execution.config.evaluation
     try:
-        return work_of(run)(execution)
+        return train_or_benchmark(execution)
     except NonFiniteLossError:
-        if "convergence" not in run.config.evaluation.evaluators:
+        if "convergence" not in evaluation.evaluators:
             raise
-        return [diverged_score(split) for split in run.config.evaluation.splits], {}
+        return [diverged_score(split) for split in evaluation.splits], {}
 
 
 def _add_overhead(
@@ -141,11 +140,10 @@ def _add_overhead(
     seconds[OVERHEAD] = round(earlier_seconds.get(OVERHEAD, 0.0) + elapsed - in_stages, 3)
 
 
-def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
-    """Return the function that computes the scores of a run: its stages or its benchmark."""
-    if run.config.speed.workload is not None:
-        return run_benchmark
-    return run_stages
+def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+    """Execute the benchmark of a run or its stages; return the scores and the digests."""
+    is_benchmark = execution.config.speed.workload is not None
+    return run_benchmark(execution) if is_benchmark else run_stages(execution)
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _has_same_runs(experiment: Experiment, path: Path) -> bool:
     return contents[0] == contents[1]
 
 
-def keep_owner(experiment: Experiment, folders: Folders) -> None:
+def write_owner(experiment: Experiment, folders: Folders) -> None:
     """Write the path of an experiment file into the folder of the experiment's runs."""
     path = experiment.path.resolve()
     checkout = folders.checkout.resolve()
@@ -151,7 +151,7 @@ def keep_owner(experiment: Experiment, folders: Folders) -> None:
     write_text(folders.runs / experiment.name / OWNER, f"{owner.as_posix()}\n")
 
 
-def failure_of(
+def run_or_error(
     experiment: Experiment, run: Run, context: RunContext, progress: ProgressCallback
 ) -> str:
     """Run unless already finished. Return the error message if the run failed, else "".
@@ -199,7 +199,7 @@ def failure_of(
     return message
 
 
-def is_shared_mistake(folder: Path, run: Run, others: Sequence[Run]) -> bool:
+def is_shared_error(folder: Path, run: Run, others: Sequence[Run]) -> bool:
     """Return whether a user error in a run's first stage would end all other runs too.
 
     By the end of that stage a run has read its data, its tokenizer and a VQ-GAN named as
@@ -275,7 +275,7 @@ def _runs_of_search(experiment: Experiment, folders: Folders) -> list[Run]:
     return runs
 
 
-def run_at_once(
+def run_parallel(
     jobs: Sequence[Job], context: RunContext, *, number: int
 ) -> Iterator[tuple[Job, str]]:
     """Execute jobs in parallel processes; yield each finished job and its error message or "".
@@ -353,7 +353,7 @@ def _exit_with_parent() -> None:
 
 def _execute_job(job: Job, context: RunContext) -> str:
     try:
-        return failure_of(*job.load(), context, _discard_progress)
+        return run_or_error(*job.load(), context, _discard_progress)
     except OSError as error:
         return explain_os_error(error)
     except ValueError as error:

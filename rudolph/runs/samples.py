@@ -57,7 +57,7 @@ def save_masks(execution: Execution, model: nn.Module) -> None:
 
 
 def save_samples(
-    execution: Execution, model: Capabilities, splits: Splits, *, made_of: str
+    execution: Execution, model: Capabilities, splits: Splits, *, digest: str
 ) -> None:
     """Save reconstructions, captions of each split and the grid of fixed prompts.
 
@@ -67,11 +67,11 @@ def save_samples(
         execution: The run.
         model: Capabilities of the trained model.
         splits: Splits of the run's datasets.
-        made_of: Digest of the data and the parts.
+        digest: Digest of the data and the parts.
     """
     folder, provided = execution.folder / "samples", type(model).provided()
     if "image_tokenizer" in provided:
-        save_reconstructions(execution, model.image_tokenizer(), splits, made_of=made_of)
+        save_reconstructions(execution, model.image_tokenizer(), splits, digest=digest)
     tasks = {(row.dataset, row.task) for row in splits.config.mixture}
     if "token_pipeline" in provided:
         if (splits.config.dataset, "image_captioning") in tasks:
@@ -84,7 +84,7 @@ def save_samples(
 
 
 def save_reconstructions(
-    execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, made_of: str
+    execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, digest: str
 ) -> None:
     """Save ``NUM_SHOWN`` validation images, their reconstructions and the differences."""
 
@@ -99,7 +99,7 @@ def save_reconstructions(
         image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
     path = execution.folder / "samples" / "reconstructions.png"
-    save_once(execution, path, draw, decided_by=(made_of,))
+    save_once(execution, path, draw, decided_by=(digest,))
 
 
 def save_once(

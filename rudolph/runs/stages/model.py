@@ -26,7 +26,7 @@ from rudolph.sequence.layout import SEGMENTS
 SCORED_TABLE = "scored.csv"
 
 
-def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: str) -> nn.Module:
+def make_model(execution: Execution, splits: Splits, parts: Parts, *, digest: str) -> nn.Module:
     """Return the model of a run in evaluation mode, from the cache or trained now.
 
     Without training steps, the model is that of ``model.init``.  The weights are written to the
@@ -36,7 +36,7 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: s
         execution: The run.
         splits: Splits of the run's datasets.
         parts: Tokenizer and VQ-GAN of the run.
-        made_of: Digest of the data and the parts.
+        digest: Digest of the data and the parts.
     """
     config = execution.config
     family = family_of(config.model)
@@ -49,7 +49,7 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: s
         weights = None
     else:
         decides = (config.data, config.tokenizer, config.layout, config.seed)
-        name = digest_of(*decides, config.model, config.optim, made_of, start)[:16]
+        name = digest_of(*decides, config.model, config.optim, digest, start)[:16]
 
         def train(weights: Path) -> None:
             train_model(execution, family, model, splits, parts, weights)
@@ -107,7 +107,7 @@ def train_model(
             stage=family.stage,
             advance=advance,
             weights=weights,
-            made_of=weights.parent.name,
+            digest=weights.parent.name,
             seed=config.seed,
         )
     if isinstance(model, MaskedDecoder):

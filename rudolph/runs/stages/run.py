@@ -36,15 +36,15 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         digests["tokenizer"] = parts.tokenizer.digest
     if parts.vqgan is not None:
         digests["vqgan"] = weights_digest(parts.vqgan)
-    made_of = digest_of(digests)
-    model = make_model(execution, splits, parts, made_of=made_of)
+    digest = digest_of(digests)
+    model = make_model(execution, splits, parts, digest=digest)
     if not is_main_process():
         return [], {}
     model.to(execution.hardware.device)
     capabilities = family.open(model, parts)
     save_model(execution, model, parts)
     scores = evaluate(execution, capabilities, splits)
-    save_samples(execution, capabilities, splits, made_of=made_of)
+    save_samples(execution, capabilities, splits, digest=digest)
     return scores, digests | splits.digests | {family.stage: weights_digest(model)}
 
 

@@ -49,7 +49,7 @@ def shared_weights(
         # Waiting for another run's training must not count as overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
-        if not are_whole(weights, model):
+        if not are_intact(weights, model):
             if is_main_process():
                 checksum_of(weights).unlink(missing_ok=True)
             train(weights)
@@ -63,11 +63,11 @@ def shared_weights(
     return weights
 
 
-def are_whole(weights: Path, model: nn.Module) -> bool:
+def are_intact(weights: Path, model: nn.Module) -> bool:
     """Return whether cached weights exist and are intact; rename damaged ones."""
     if not os.path.lexists(weights):
         return False
-    fault = weights_error(weights, model) or checksum_fault(weights)
+    fault = weights_error(weights, model) or checksum_error(weights)
     if fault and is_main_process():
         with suppress(FileNotFoundError):
             renamed = rename_damaged(weights)
@@ -86,7 +86,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def checksum_fault(weights: Path) -> str:
+def checksum_error(weights: Path) -> str:
     """Return an error message if weights differ from their recorded checksum, else ""."""
     path = checksum_of(weights)
     text = path.read_text("utf-8", errors="replace").strip() if path.is_file() else ""
