@@ -265,9 +265,9 @@ def execute_run(
         ValueError: For a user error in the only run, or in all ``others``.
         OSError: In the same cases, if a file cannot be read or written.
     """
-    from rudolph.reports.run_files import read_summary
     from rudolph.runs.execution import is_finished, is_main_process, run_folder
     from rudolph.runs.runner import is_shared_error, run_or_error
+    from rudolph.tracking.run_directory import RunDirectory
 
     folder = run_folder(context.folders, experiment, run)
     print_line(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
@@ -285,7 +285,7 @@ def execute_run(
         print_line(f"  failed: {message}")
         return message
     if is_main_process():
-        print_scores(read_summary(folder))
+        print_scores(RunDirectory(folder).read_summary())
     print_line(f"  weights, samples and metrics: {folder}")
     return ""
 

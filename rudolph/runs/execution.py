@@ -23,6 +23,7 @@ from rudolph.models.layers.native_types import native_types
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.weights import weights_error
 from rudolph.reports.run_files import RERUN_ADVICE, finished_summary
+from rudolph.tracking.run_directory import RunDirectory
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
 
 ProgressCallback = Callable[[str, int, int, str], None]
@@ -319,7 +320,7 @@ def is_finished(folder: Path) -> bool:
     """
     if finished_summary(folder) is None:
         return False
-    for path in sorted((folder / "checkpoints").rglob("*.safetensors")):
+    for path in RunDirectory(folder).weights():
         fault = weights_error(path)
         if fault:
             warn_once(f"{path}: damaged ({fault}); the run counts as unfinished, {RERUN_ADVICE}")
@@ -398,6 +399,11 @@ class Execution:
     progress: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Return the files of the run."""
+        return RunDirectory(self.folder)
 
     @property
     def config(self) -> RunConfig:

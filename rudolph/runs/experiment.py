@@ -20,7 +20,6 @@ from rudolph.evaluation.evaluators.numerics import diverged_score
 from rudolph.files.atomic import DamagedFileError, warn_once, write_json, write_text
 from rudolph.models.layers.native_types import native_product_names
 from rudolph.reports.report import OVERHEAD
-from rudolph.reports.run_files import CONFIG, ENVIRONMENT, SUMMARY, read_summary
 from rudolph.runs.benchmark_run import run_benchmark
 from rudolph.runs.execution import (
     Execution,
@@ -32,8 +31,8 @@ from rudolph.runs.execution import (
     run_folder,
 )
 from rudolph.runs.stages.run import run_stages
-from rudolph.runs.stages.shared import TAKEN
 from rudolph.tracking.event_log import file_lock
+from rudolph.tracking.run_directory import RunDirectory
 from rudolph.tracking.tracker import Tracker, git_state
 from rudolph.training.callbacks import NonFiniteLossError
 
@@ -60,7 +59,7 @@ def execute(
     if not is_main_process():
         train_or_benchmark(Execution(run, folder, folders, hardware, NullRecorder(), progress))
         return _summary(experiment, run)
-    with file_lock(folder / "running.lock", 0) as is_alone:
+    with file_lock(RunDirectory(folder).running_lock, 0) as is_alone:
         if not is_alone:
             raise ValueError(f"{folder}: another process executes this run")
         return _execute_alone(
@@ -78,7 +77,8 @@ def _execute_alone(
     progress: ProgressCallback,
 ) -> dict[str, Any]:
     folder, started = run_folder(folders, experiment, run), time.monotonic()
-    write_text(folder / CONFIG, run_yaml(run.config))
+    directory = RunDirectory(folder)
+    write_text(directory.config, run_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
@@ -92,26 +92,26 @@ def _execute_alone(
         tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
             # Curves of stages trained by other runs are missing too, so they are logged again.
-            (folder / TAKEN).unlink(missing_ok=True)
-        tracker.log_artifact(folder / CONFIG)
+            directory.shared.unlink(missing_ok=True)
+        tracker.log_artifact(directory.config)
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
-        seconds = _earlier_seconds(folder)
+        seconds = _earlier_seconds(directory)
         earlier_seconds = dict(seconds)
         execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
-        _write_summary(folder, summary, "running", execution)
+        directory.write_summary(summary, status="running", seconds=seconds)
         try:
             scores, digests = scores_and_digests(execution)
         except BaseException:
             # Errors and Ctrl-C alike must not lose the durations of the stages so far.
-            _write_summary(folder, summary, "failed", execution)
+            directory.write_summary(summary, status="failed", seconds=seconds)
             raise
         _add_scores(summary, scores)
         tracker.log_metrics(summary["metrics"], step=run.config.optim.num_steps)
         _write_environment(execution, commit, digests)
-        tracker.log_artifact(folder / ENVIRONMENT)
+        tracker.log_artifact(directory.environment)
         _add_overhead(seconds, earlier_seconds, time.monotonic() - started)
-        _write_summary(folder, summary, "finished", execution)
-        tracker.log_artifact(folder / SUMMARY)
+        directory.write_summary(summary, status="finished", seconds=seconds)
+        tracker.log_artifact(directory.summary)
     return summary
 
 
@@ -170,23 +170,16 @@ def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
             summary["chance"][score.name] = score.chance
 
 
-def _earlier_seconds(folder: Path) -> dict[str, float]:
+def _earlier_seconds(directory: RunDirectory) -> dict[str, float]:
     """Return the stage durations of earlier attempts at this run; empty if they were lost."""
-    if not (folder / SUMMARY).exists():
+    if not directory.summary.exists():
         return {}
     try:
-        seconds: dict[str, float] = read_summary(folder)["seconds"]
+        seconds: dict[str, float] = directory.read_summary()["seconds"]
     except (DamagedFileError, OSError) as error:
         warn_once(f"{error}; the seconds of earlier attempts are lost")
         return {}
     return seconds
-
-
-def _write_summary(
-    folder: Path, summary: dict[str, Any], status: str, execution: Execution
-) -> None:
-    content = summary | {"status": status, "seconds": execution.seconds}
-    write_json(folder / SUMMARY, content)
 
 
 def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
@@ -209,7 +202,7 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
         | {"precision": execution.hardware.used_precision},
         "digests": digests,
     }
-    write_json(execution.folder / ENVIRONMENT, content)
+    write_json(execution.directory.environment, content)
 
 
 def _processor() -> str:

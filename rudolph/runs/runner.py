@@ -25,15 +25,13 @@ from rudolph.config.experiment_file import Experiment, Run, load_experiment
 from rudolph.files.atomic import DamagedFileError, explain_os_error, write_text
 from rudolph.files.settings import ConfigError
 from rudolph.reports.report import read_report
-from rudolph.reports.run_files import SUMMARY, read_summary
 from rudolph.reports.store import finished_row
 from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
+from rudolph.tracking.run_directory import RunDirectory
 
 BASES = "base"
 # In the folder of an experiment's runs: the path of the experiment file.
 OWNER = "experiment.txt"
-# In a run's folder: the traceback of the error that ended the run.
-TRACEBACK = "traceback.txt"
 KILLED = "the process was killed, perhaps because memory ran out"
 # Seconds that parallel runs get to stop after Ctrl-C, and the exit code of their processes.
 SECONDS_TO_STOP = 3.0
@@ -169,7 +167,7 @@ def run_or_error(
     folder = run_folder(context.folders, experiment, run)
     if is_finished(folder):
         return ""
-    traceback_path = folder / TRACEBACK
+    traceback_path = RunDirectory(folder).traceback
     traceback_path.unlink(missing_ok=True)
     try:
         execute(
@@ -216,7 +214,8 @@ def is_shared_error(folder: Path, run: Run, others: Sequence[Run]) -> bool:
 
     if any(inputs(other) != inputs(run) for other in others):
         return False
-    return (folder / SUMMARY).is_file() and set(read_summary(folder)["seconds"]) <= {"data"}
+    directory = RunDirectory(folder)
+    return directory.summary.is_file() and set(directory.read_summary()["seconds"]) <= {"data"}
 
 
 def error_line(error: Exception) -> str:
@@ -268,8 +267,8 @@ def _runs_of_search(experiment: Experiment, folders: Folders) -> list[Run]:
     """Return the runs of a search up to the first round that has not begun."""
     runs: list[Run] = []
     for search_round in search_of(experiment, folders):
-        paths = (run_folder(folders, experiment, run) / SUMMARY for run in search_round)
-        if not any(path.exists() for path in paths):
+        paths = (run_folder(folders, experiment, run) for run in search_round)
+        if not any(RunDirectory(path).summary.exists() for path in paths):
             break
         runs += search_round
     return runs

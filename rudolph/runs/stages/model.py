@@ -56,7 +56,7 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, digest: st
 
         weights = shared_weights(execution, f"{family.stage}-{name}", model, train)
     if family.weights_file is not None and is_main_process():
-        path = execution.folder / "checkpoints" / family.weights_file
+        path = execution.directory.checkpoints / family.weights_file
         path.parent.mkdir(exist_ok=True)
         if weights is None:
             save_weights(model, path)

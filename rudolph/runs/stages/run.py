@@ -71,7 +71,7 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
 
 def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:
     """Write the model and its parts into the run's folder, so that it can be moved alone."""
-    checkpoints = execution.folder / "checkpoints"
+    checkpoints = execution.directory.checkpoints
     checkpoints.mkdir(exist_ok=True)
     origin = {"run": execution.run.name, "digest": execution.config.digest}
     family = family_of(execution.config.model)

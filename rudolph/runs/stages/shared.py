@@ -17,8 +17,6 @@ from rudolph.runs.trainer import CURVES
 from rudolph.tracking.event_log import file_lock
 
 SHARED_WEIGHTS = "weights.safetensors"
-# In a run's folder: the names of the cache folders that the run used, one per line.
-TAKEN = "shared.txt"
 DAY = 24 * 3600
 
 
@@ -41,9 +39,9 @@ def shared_weights(
     folder.mkdir(parents=True, exist_ok=True)
     # In a multi-device run only the main process takes the lock; the others train with it.
     lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
-    taken_path = execution.folder / TAKEN
-    taken_names = (
-        taken_path.read_text("utf-8", errors="replace").split() if taken_path.is_file() else []
+    names_path = execution.directory.shared
+    known_names = (
+        names_path.read_text("utf-8", errors="replace").split() if names_path.is_file() else []
     )
     with ExitStack() as stack:
         # Waiting for another run's training must not count as overhead of this one.
@@ -55,10 +53,10 @@ def shared_weights(
             train(weights)
             if is_main_process():
                 write_text(checksum_of(weights), sha256_of(weights) + "\n")
-        elif name not in taken_names:
+        elif name not in known_names:
             replay_curves(execution, folder / CURVES)
-    if is_main_process() and name not in taken_names:
-        write_text(taken_path, "\n".join([*taken_names, name]) + "\n")
+    if is_main_process() and name not in known_names:
+        write_text(names_path, "\n".join([*known_names, name]) + "\n")
     model.load_state_dict(read_weights(weights))
     return weights
 
