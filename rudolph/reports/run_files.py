@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.files.atomic import DamagedFileError, naming_file, warn_once
-from rudolph.reports.report_cards import CARD
-from rudolph.reports.report_cards import CARD_COLUMNS as CARD_COLUMNS
+from rudolph.reports.report_cards import CARD, CARD_COLUMNS
 from rudolph.reports.timings import REPETITION_COLUMNS, SPEED_FOLDER, TIMINGS_FILE
 from rudolph.tracking.event_log import read_event_log, read_header
 from rudolph.tracking.run_directory import RunDirectory, started_runs

@@ -56,48 +56,39 @@ def execute(
             the same run.
     """
     folder = run_folder(folders, experiment, run)
+    execution = Execution(run, folder, folders, hardware, NullRecorder(), progress)
     if not is_main_process():
-        train_or_benchmark(Execution(run, folder, folders, hardware, NullRecorder(), progress))
+        train_or_benchmark(execution)
         return _summary(experiment, run)
-    with file_lock(RunDirectory(folder).running_lock, 0) as is_alone:
+    with file_lock(execution.directory.running_lock, 0) as is_alone:
         if not is_alone:
             raise ValueError(f"{folder}: another process executes this run")
-        return _execute_alone(
-            experiment, run, folders=folders, hardware=hardware, uri=uri, progress=progress
-        )
+        return _execute_alone(experiment, execution, uri)
 
 
-def _execute_alone(
-    experiment: Experiment,
-    run: Run,
-    *,
-    folders: Folders,
-    hardware: Hardware,
-    uri: str,
-    progress: ProgressCallback,
-) -> dict[str, Any]:
-    folder, started = run_folder(folders, experiment, run), time.monotonic()
-    directory = RunDirectory(folder)
+def _execute_alone(experiment: Experiment, execution: Execution, uri: str) -> dict[str, Any]:
+    run, directory, folders = execution.run, execution.directory, execution.folders
+    seconds, started = execution.seconds, time.monotonic()
     write_text(directory.config, run_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
-        folder,
+        execution.folder,
         uri,
         experiment=experiment.name,
         run=run.name,
         digest=run.config.digest,
         runs_folder=folders.runs,
     ) as tracker:
+        execution.tracker = tracker
         tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
             # Curves of stages trained by other runs are missing too, so they are logged again.
             directory.shared.unlink(missing_ok=True)
         tracker.log_artifact(directory.config)
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
-        seconds = _earlier_seconds(directory)
-        earlier_seconds = dict(seconds)
-        execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
+        earlier_seconds = _earlier_seconds(directory)
+        seconds |= earlier_seconds
         directory.write_summary(summary, status="running", seconds=seconds)
         try:
             scores, digests = scores_and_digests(execution)

@@ -71,7 +71,7 @@ def pack_run_folder(
         raise ValueError(f"{run}: expected a finished run, got status {summary['status']}")
     _require_packable_target(target, run)
     with _staged_folder(target) as staged:
-        _write(source, RunDirectory(staged), int8=int8, settings=settings)
+        _pack(source, RunDirectory(staged), int8=int8, settings=settings)
         evaluate_again(staged, folders, progress)
         generate_samples(staged)
         card_path = target / MODEL_CARD
@@ -110,9 +110,7 @@ def _staged_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _write(
-    run: RunDirectory, target: RunDirectory, *, int8: bool, settings: Sequence[str]
-) -> None:
+def _pack(run: RunDirectory, target: RunDirectory, *, int8: bool, settings: Sequence[str]) -> None:
     """Write the packed weights of a run, its configuration and its origin."""
     summary, environment = run.read_summary(), run.read_environment()
     pipeline, config = load_run(run.path)

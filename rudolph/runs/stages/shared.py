@@ -39,10 +39,8 @@ def shared_weights(
     folder.mkdir(parents=True, exist_ok=True)
     # In a multi-device run only the main process takes the lock; the others train with it.
     lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
-    names_path = execution.directory.shared
-    known_names = (
-        names_path.read_text("utf-8", errors="replace").split() if names_path.is_file() else []
-    )
+    shared = execution.directory.shared
+    known_names = shared.read_text("utf-8", errors="replace").split() if shared.is_file() else []
     with ExitStack() as stack:
         # Waiting for another run's training must not count as overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
@@ -56,7 +54,7 @@ def shared_weights(
         elif name not in known_names:
             replay_curves(execution, folder / CURVES)
     if is_main_process() and name not in known_names:
-        write_text(names_path, "\n".join([*known_names, name]) + "\n")
+        write_text(shared, "\n".join([*known_names, name]) + "\n")
     model.load_state_dict(read_weights(weights))
     return weights
 
