@@ -10,7 +10,7 @@ from torch import nn
 from rudolph.config.run import digest_of
 from rudolph.data.examples import TokenExamples
 from rudolph.data.splits import Splits
-from rudolph.families.interface import Family, Parts, TrainingFlags
+from rudolph.families.interface import Family, Parts
 from rudolph.families.registry import family_of
 from rudolph.files.atomic import write_text
 from rudolph.models.rudolph.decoder import MaskedDecoder
@@ -101,7 +101,7 @@ def train_model(
     with execution.stage(family.stage) as advance:
         fit(
             execution,
-            family.training(config, model, train, training_flags(execution)),
+            family.training(config, model, train, execution.hardware.training_flags(config.optim)),
             config.optim,
             examples=(train.batch, validation.whole, validation.num_whole),
             stage=family.stage,
@@ -113,11 +113,6 @@ def train_model(
     if isinstance(model, MaskedDecoder):
         # Evaluation uses many other shapes, each of which would be compiled again.
         model.has_compiled_layers = False
-
-
-def training_flags(execution: Execution) -> TrainingFlags:
-    """Return the hardware flags that the training module needs."""
-    return execution.hardware.training_flags(execution.config.optim)
 
 
 def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
