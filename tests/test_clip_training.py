@@ -293,7 +293,7 @@ def test_a_few_pairs_are_learned_by_fit_and_each_finds_its_own(
         stage="clip",
         advance=lambda done, total, note: None,
         weights=weights,
-        made_of="these",
+        digest="these",
         seed=0,
     )
     curves = (tmp_path / "clip" / "curves.jsonl").read_text()

@@ -14,19 +14,14 @@ from damage import NUM_CASES, copy_run, damage, files_of
 from rudolph.files.atomic import DamagedFileError, explain_os_error, write_json
 from rudolph.reports.report import Report, read_runs
 from rudolph.reports.report_cards import CARD, read_card
-from rudolph.reports.run_files import (
-    CONFIG,
-    ENVIRONMENT,
-    SUMMARY,
-    finished_runs,
-    read_summary,
-)
+from rudolph.reports.run_files import finished_runs
 from rudolph.reports.share import pack_runs
 from rudolph.reports.store import export_results
 from rudolph.runs.execution import is_finished
 from rudolph.runs.resolve import load_run, newest_run
 from rudolph.tracking.artifacts import local_run
 from rudolph.tracking.event_log import JOURNAL, SENT, pending_folders
+from rudolph.tracking.run_directory import CONFIG, ENVIRONMENT, SUMMARY, RunDirectory
 
 REPORT = Report("tiny", "Tiny", "Does it hold?", "tiny.yaml", rows=("run",))
 
@@ -93,23 +88,23 @@ def test_a_summary_with_other_values_is_damaged(
     two_runs: tuple[Path, Path], key: str, value: object, words: str
 ) -> None:
     _, other = two_runs
-    content = read_summary(other) | {key: value}
+    content = RunDirectory(other).read_summary() | {key: value}
     (other / SUMMARY).unlink()
     (other / SUMMARY).write_text(json.dumps(content))
     with pytest.raises(DamagedFileError, match=words):
-        read_summary(other)
+        RunDirectory(other).read_summary()
 
 
 def test_a_number_that_json_has_no_word_for_is_read_back(two_runs: tuple[Path, Path]) -> None:
     whole, other = two_runs
     shutil.rmtree(other)
-    content = read_summary(whole)
+    content = RunDirectory(whole).read_summary()
     content["metrics"] |= {"lost": math.nan, "far": math.inf}
     content["intervals"] |= {"lost": [math.nan, math.nan], "far": [-math.inf, 1.0]}
     write_json(whole / SUMMARY, content)
     json.loads((whole / SUMMARY).read_text(), parse_constant=pytest.fail)
     # Compared as text, because NaN differs from NaN.
-    assert str(read_summary(whole)) == str(content)
+    assert str(RunDirectory(whole).read_summary()) == str(content)
     assert is_finished(whole)
     exported = export_results(whole.parent.parent, whole.parent.parent / "results", report=REPORT)
     row = read_runs(exported).set_index("run").iloc[0]

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ import yaml
 from tiny_run import OPTIM, TINY
 
 from rudolph.cli import main
-from rudolph.config.experiment_file import Run
 from rudolph.evaluation.context import Score
 from rudolph.files.settings import ConfigError
 from rudolph.reports.report import UNANSWERED, finding_of, section_of
@@ -147,18 +145,16 @@ def test_a_search_by_two_processes_finds_what_one_finds(
     pd.testing.assert_frame_equal(*found)
 
 
-def work_without_training(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
+def work_without_training(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     """Score a run by its settings; a temperature above 2 raises an internal error."""
-
-    def work(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-        temperature = run.config.sampling.image.temperature
-        if temperature > 2:
-            raise RuntimeError(f"boom\nat {temperature}")
-        split = run.config.evaluation.splits[0]
-        value = 0.5 + 0.1 * temperature
-        return [Score(METRIC, split, value, value - 0.1, value + 0.1, None, 4)], {}
-
-    return work
+    config = execution.config
+    temperature = config.sampling.image.temperature
+    if temperature > 2:
+        raise RuntimeError(f"boom\nat {temperature}")
+    value = 0.5 + 0.1 * temperature
+    return [
+        Score(METRIC, config.evaluation.splits[0], value, value - 0.1, value + 0.1, None, 4)
+    ], {}
 
 
 @pytest.fixture
@@ -172,7 +168,7 @@ def untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def worked(untracked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("rudolph.runs.experiment.work_of", work_without_training)
+    monkeypatch.setattr("rudolph.runs.experiment.train_or_benchmark", work_without_training)
     return untracked
 
 
@@ -247,12 +243,12 @@ def test_an_error_in_a_shared_stage_is_that_of_the_runs_that_need_it(
     def failing(execution: Execution, *given: Any, **named: Any) -> None:
         raise RuntimeError(f"no VQ-GAN of {execution.config.vqgan.z_channels} channels")
 
-    def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
-        needs = run.config.vqgan.z_channels == 6
-        return run_stages if needs else work_without_training(run)
+    def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+        needs = execution.config.vqgan.z_channels == 6
+        return run_stages(execution) if needs else work_without_training(execution)
 
     monkeypatch.setattr("rudolph.runs.stages.image_tokenizer.fit", failing)
-    monkeypatch.setattr("rudolph.runs.experiment.work_of", work_of)
+    monkeypatch.setattr("rudolph.runs.experiment.train_or_benchmark", train_or_benchmark)
     variants = {"shared": {"vqgan.z_channels": 6}, "own": {}}
     ask(untracked, variants=variants, seeds=[0, 1])
     assert main(["run", "some.yaml"]) == 1
@@ -304,7 +300,7 @@ def test_a_process_that_is_killed_costs_one_run(monkeypatch: pytest.MonkeyPatch)
     names = ["first", "killer", "third", "fourth"]
     jobs: Any = [SimpleNamespace(name=name) for name in names]
     place: Any = None
-    ended = {job.name: why for job, why in runner.run_at_once(jobs, place, number=2)}
+    ended = {job.name: why for job, why in runner.run_parallel(jobs, place, number=2)}
     assert ended == dict.fromkeys(names, "") | {"killer": runner.KILLED}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rudolph.files.atomic import write_text
 from rudolph.models.weights import save_weights
-from rudolph.runs.stages.shared import are_whole, checksum_of, replay_curves, sha256_of
+from rudolph.runs.stages.shared import are_intact, checksum_of, replay_curves, sha256_of
 
 
 class Recorder:
@@ -26,9 +26,9 @@ class Recorder:
 
 def test_whole_weights_are_used_and_missing_ones_trained(tmp_path: Path) -> None:
     weights, model = tmp_path / "weights.safetensors", nn.Linear(3, 2)
-    assert not are_whole(weights, model)
+    assert not are_intact(weights, model)
     save_weights(model, weights)
-    assert are_whole(weights, nn.Linear(3, 2)) and weights.is_file()
+    assert are_intact(weights, nn.Linear(3, 2)) and weights.is_file()
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "another", "folder", "flipped"])
@@ -42,12 +42,12 @@ def test_damaged_weights_are_set_aside_and_named(
         weights.mkdir()
     elif kind == "flipped":
         write_text(checksum_of(weights), sha256_of(weights) + "\n")
-        assert are_whole(weights, nn.Linear(3, 2))
+        assert are_intact(weights, nn.Linear(3, 2))
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     elif kind != "another":
         weights.write_bytes(b"" if kind == "empty" else weights.read_bytes()[:-8])
     with caplog.at_level(logging.WARNING, "rudolph"):
-        assert not are_whole(weights, nn.Linear(3, 2))
+        assert not are_intact(weights, nn.Linear(3, 2))
     [line] = caplog.messages
     assert line.startswith(f"{weights}: damaged (") and "training again" in line
     assert not weights.exists() and (tmp_path / "weights.safetensors.damaged").exists()
@@ -75,4 +75,4 @@ def test_weights_of_a_shape_are_checked_without_their_numbers(tmp_path: Path) ->
     weights = tmp_path / "weights.safetensors"
     save_weights(nn.Linear(3, 2), weights)
     with torch.device("meta"):
-        assert are_whole(weights, nn.Linear(3, 2))
+        assert are_intact(weights, nn.Linear(3, 2))

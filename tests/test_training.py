@@ -23,11 +23,11 @@ from rudolph.training.vqgan import VQGANTraining
 
 
 def test_a_checkpoint_refuses_another_training_and_weights_that_are_not_finite() -> None:
-    first = ResumeCheckpoint(Path("last.ckpt"), 2, num_batches=9, made_of="one")
+    first = ResumeCheckpoint(Path("last.ckpt"), 2, num_batches=9, digest="one")
     first.load_state_dict(first.state_dict())
     for other, words in (
-        (ResumeCheckpoint(first.path, 2, num_batches=8, made_of="one"), "8 batches, got 9"),
-        (ResumeCheckpoint(first.path, 2, num_batches=9, made_of="two"), "other data"),
+        (ResumeCheckpoint(first.path, 2, num_batches=8, digest="one"), "8 batches, got 9"),
+        (ResumeCheckpoint(first.path, 2, num_batches=9, digest="two"), "other data"),
     ):
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(first.state_dict())

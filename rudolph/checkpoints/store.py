@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rudolph.checkpoints.checkpoint_files import ConvertedTensors, first_sentence, read_tensors
 from rudolph.checkpoints.hub import FetchedFile, fetch
 from rudolph.checkpoints.releases import RELEASED, Release
-from rudolph.files.atomic import json_text, read_json, require_disjoint_paths
+from rudolph.files.atomic import json_text, read_json, require_disjoint_paths, write_atomic
 from rudolph.models.cpu.int8 import use_int8
 from rudolph.models.reference import (
     REFERENCE_FAMILIES,
@@ -158,10 +158,7 @@ def copy_atomic(file: Path, path: Path) -> None:
     """
     if path.name == TOKENIZER_FILE:
         read_model(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    shutil.copyfile(file, new)
-    os.replace(new, path)
+    write_atomic(path, lambda new: shutil.copyfile(file, new))
 
 
 def convert_checkpoint(

@@ -8,19 +8,7 @@ from typing import Any
 from rudolph.cli.results import RESULTS_FOLDER, folders_here, write_results
 from rudolph.files.atomic import explain_os_error
 from rudolph.runs.console import print_line, stage_progress
-
-HARDWARE_FLAGS = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "precision",
-    "micro_batch_size",
-    "num_workers",
-    "activation_checkpointing",
-    "block_masks",
-    "compile",
-)
+from rudolph.training.hardware_flags import add_flags, flags_of, option_of
 
 
 def add_run(commands: Any) -> None:
@@ -32,25 +20,7 @@ def add_run(commands: Any) -> None:
     run.add_argument("--jobs", type=int, default=1, help="parallel runs, which share the cores")
     run.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     run.add_argument("--no-export", action="store_true", help="leave results/ as it is")
-    hardware = run.add_argument_group("hardware (recorded, but not part of the experiment)")
-    hardware.add_argument("--accelerator", default="auto")
-    hardware.add_argument(
-        "--devices", default="1", help="a number, auto, -1 for all, or indices such as 0,1"
-    )
-    hardware.add_argument("--num-nodes", type=int, default=1)
-    hardware.add_argument("--strategy", default="auto", help="auto, ddp, ddp_fork (Lightning)")
-    hardware.add_argument("--precision", help="32-true, bf16-mixed, ... (default: the machine's)")
-    hardware.add_argument("--micro-batch-size", type=int, help="examples per pass and device")
-    hardware.add_argument("--num-workers", type=int, default=0)
-    hardware.add_argument(
-        "--activation-checkpointing", action="store_true", help="less memory, a third more time"
-    )
-    hardware.add_argument(
-        "--block-masks", action="store_true", help="FlexAttention (CUDA, no attention dropout)"
-    )
-    hardware.add_argument(
-        "--compile", action="store_true", help="compile the decoder's layers (no gain on a CPU)"
-    )
+    add_flags(run.add_argument_group("hardware (recorded, but not part of the experiment)"))
     run.set_defaults(command=run_experiment)
 
 
@@ -59,10 +29,8 @@ def add_show(commands: Any) -> None:
     show = commands.add_parser("show", help="print the resolved runs of an experiment file")
     show.add_argument("file", type=Path)
     show.add_argument("settings", nargs="*", metavar="key=value")
-    show.add_argument(
-        "--micro-batch-size", type=int, help="micro-batch size for the memory estimate"
-    )
-    show.add_argument("--activation-checkpointing", dest="checkpointing", action="store_true")
+    memory = show.add_argument_group("hardware for the memory estimate")
+    add_flags(memory, ("micro_batch_size", "activation_checkpointing"))
     show.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of the settings"
     )
@@ -76,12 +44,12 @@ def run_experiment(args: Any) -> int:
         ValueError: If a flag or the experiment file is invalid.
     """
     from rudolph.config.experiment_file import load_experiment
-    from rudolph.runs.runner import Job, experiment_files, keep_owner, require_own_experiments
+    from rudolph.runs.runner import Job, experiment_files, require_own_experiments, write_owner
 
-    for flag in (*HARDWARE_FLAGS, "index", "jobs"):
+    for name, value in (flags_of(args) | {"index": args.index, "jobs": args.jobs}).items():
         # argparse turns the value "--" into an empty list.
-        if getattr(args, flag) == []:
-            raise ValueError(f"--{flag.replace('_', '-')}: expected a value, got '--'")
+        if value == []:
+            raise ValueError(f"{option_of(name)}: expected a value, got '--'")
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     files = experiment_files(args.file)
@@ -107,7 +75,7 @@ def run_experiment(args: Any) -> int:
         print_runs(list(runs_of_jobs.values()), list(loaded.values()))
         return 0
     for file in dict.fromkeys(job.file for job in runs_of_jobs):
-        keep_owner(loaded[file], folders_here())
+        write_owner(loaded[file], folders_here())
     failed = execute_jobs(runs_of_jobs, args, is_only=len(runs_of_jobs) == 1)
     if args.index is None:
         for file, experiment in loaded.items():
@@ -138,7 +106,7 @@ def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict
         ValueError: If the only run has a user error, or if the first run has one that all share.
         OSError: In the same cases, if a file cannot be read or written.
     """
-    from rudolph.runs.runner import run_at_once
+    from rudolph.runs.runner import run_parallel
 
     context = run_context(args)
     failed: dict[Any, str] = {}
@@ -151,7 +119,7 @@ def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict
         return failed
     with stage_progress() as progress:
         for done, (job, error) in enumerate(
-            run_at_once(list(runs_of_jobs), context, number=args.jobs), 1
+            run_parallel(list(runs_of_jobs), context, number=args.jobs), 1
         ):
             experiment, run = runs_of_jobs[job]
             failed |= {job: error} if error else {}
@@ -191,7 +159,7 @@ def hardware_of(args: Any) -> Any:
     """
     from rudolph.runs.execution import Hardware
 
-    hardware = Hardware(**{name: getattr(args, name) for name in HARDWARE_FLAGS})
+    hardware = Hardware(**flags_of(args))
     if args.jobs > 1 and hardware.world > 1:
         raise ValueError(
             f"--jobs: expected 1 with {hardware.world} devices, got {args.jobs}. "
@@ -265,9 +233,9 @@ def execute_run(
         ValueError: For a user error in the only run, or in all ``others``.
         OSError: In the same cases, if a file cannot be read or written.
     """
-    from rudolph.reports.run_files import read_summary
     from rudolph.runs.execution import is_finished, is_main_process, run_folder
-    from rudolph.runs.runner import failure_of, is_shared_mistake
+    from rudolph.runs.runner import is_shared_error, run_or_error
+    from rudolph.tracking.run_directory import RunDirectory
 
     folder = run_folder(context.folders, experiment, run)
     print_line(f"{experiment.name} / {run.name} ({run.config.digest[:8]})")
@@ -276,16 +244,16 @@ def execute_run(
         return ""
     try:
         with stage_progress() as progress:
-            message = failure_of(experiment, run, context, progress)
+            message = run_or_error(experiment, run, context, progress)
     except (ValueError, OSError) as error:
-        if is_only or (others and is_shared_mistake(folder, run, others)):
+        if is_only or (others and is_shared_error(folder, run, others)):
             raise
         message = error_message(error)
     if message:
         print_line(f"  failed: {message}")
         return message
     if is_main_process():
-        print_scores(read_summary(folder))
+        print_scores(RunDirectory(folder).read_summary())
     print_line(f"  weights, samples and metrics: {folder}")
     return ""
 
@@ -317,7 +285,9 @@ def show_experiment(args: Any) -> int:
     loaded = load_experiment(args.file, args.settings)
     for number, run in enumerate(loaded.runs):
         print(f"# {number}: {run.name}, digest {run.config.digest}")
-        for line in memory_lines(run.config, micro, has_checkpointing=args.checkpointing):
+        for line in memory_lines(
+            run.config, micro, has_checkpointing=args.activation_checkpointing
+        ):
             print(f"# {line}")
         print(run_yaml(run.config))
     return 0

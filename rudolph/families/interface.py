@@ -24,6 +24,7 @@ from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer, TokenizerConfig
+from rudolph.training.hardware_flags import HardwareFlags
 from rudolph.training.optim import OptimConfig
 
 if TYPE_CHECKING:
@@ -121,21 +122,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """Hardware flags of ``rudolph run`` that affect a training module.
+    """Hardware flags of a run with the micro-batches that they give a training.
 
     Attributes:
+        hardware: The flags.
         num_accumulated: Micro-batches per optimizer step on each device.
         micro_batch_size: Examples per micro-batch on each device.
-        checkpointing: Recompute activations in the backward pass.
-        block_masks: Skip empty blocks of the attention masks (FlexAttention).
-        compile: Compile the layers.
     """
 
-    num_accumulated: int = 1
-    micro_batch_size: int = 1
-    checkpointing: bool = False
-    block_masks: bool = False
-    compile: bool = False
+    hardware: HardwareFlags
+    num_accumulated: int
+    micro_batch_size: int
 
 
 class Examples(Protocol):

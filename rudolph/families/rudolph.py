@@ -174,11 +174,11 @@ class RudolphFamily:
             ValueError: If they do not; the message names the setting.
         """
         dropout, rank = run.model.attention_dropout, run.model.tuning.lora_rank
-        if flags.block_masks and dropout:
+        if flags.hardware.block_masks and dropout:
             raise ValueError(
                 f"model.attention_dropout must be 0 with --block-masks, got {dropout:g}"
             )
-        if flags.compile and rank is not None:
+        if flags.hardware.compile and rank is not None:
             # Each low-rank layer is a class of its own, so torch would compile each of them.
             raise ValueError(f"model.tuning.lora_rank must be null with --compile, got {rank}")
 
@@ -241,9 +241,9 @@ class RudolphFamily:
         from rudolph.training.decoder import DecoderTraining
 
         apply_tuning(model, run.model.tuning)
-        model.has_checkpointing = flags.checkpointing
-        model.has_block_masks = flags.block_masks
-        model.has_compiled_layers = flags.compile
+        model.has_checkpointing = flags.hardware.activation_checkpointing
+        model.has_block_masks = flags.hardware.block_masks
+        model.has_compiled_layers = flags.hardware.compile
         return DecoderTraining(
             model,
             run.model.losses,

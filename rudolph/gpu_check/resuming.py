@@ -109,7 +109,7 @@ def train_checked(
         stage="decoder",
         advance=advance,
         weights=folder / "weights.safetensors",
-        made_of="random tokens",
+        digest="random tokens",
         seed=0,
     )
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
+from rudolph.tracking.run_directory import RunDirectory
 
 CARD = "report_card.csv"
 CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "protocol")
@@ -57,7 +58,7 @@ def require_same_data(folder: Path, other: Path, splits: Iterable[str]) -> None:
     Raises:
         ValueError: if the data of a split differ.
     """
-    paths = [run_folder / "environment.json" for run_folder in (folder, other)]
+    paths = [RunDirectory(run_folder).environment for run_folder in (folder, other)]
     if not all(path.is_file() for path in paths):
         return
     own_digests, other_digests = (read_mapping(path, digests=dict)["digests"] for path in paths)

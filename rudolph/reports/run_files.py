@@ -10,69 +10,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rudolph.files.atomic import DamagedFileError, naming_file, read_mapping, warn_once
-from rudolph.reports.report_cards import CARD
-from rudolph.reports.report_cards import CARD_COLUMNS as CARD_COLUMNS
+from rudolph.files.atomic import DamagedFileError, naming_file, warn_once
+from rudolph.reports.report_cards import CARD, CARD_COLUMNS
 from rudolph.reports.timings import REPETITION_COLUMNS, SPEED_FOLDER, TIMINGS_FILE
-from rudolph.tracking.event_log import JOURNAL, STATUSES, read_event_log, read_header
+from rudolph.tracking.event_log import read_event_log, read_header
+from rudolph.tracking.run_directory import RunDirectory, started_runs
 
-SUMMARY, ENVIRONMENT, CONFIG = "summary.json", "environment.json", "config.yaml"
 RERUN_ADVICE = "run its experiment again to repair it"
-FINITE_NUMBER = (int, float)
-# The texts that ``json_number`` writes.
-NOT_FINITE = ("nan", "inf", "-inf")
-NUMERIC_COLUMNS = ("metrics", "chance", "target", "seconds")
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the ``summary.json`` of a run.
-
-    Raises:
-        DamagedFileError: if it is not a valid summary.
-        OSError: if it cannot be read.
-    """
-    path = folder / SUMMARY
-    texts = dict.fromkeys(("run", "variant", "digest", "commit", "status"), str)
-    content = read_mapping(path, seed=int, dirty=bool, metrics=dict, seconds=dict, **texts)
-    if content["status"] not in STATUSES:
-        raise DamagedFileError(path, f"unknown status {content['status'][:20]!r}")
-    for name in (*NUMERIC_COLUMNS, "grid", "intervals"):
-        values = content.get(name, {})
-        if not isinstance(values, dict):
-            raise DamagedFileError(path, f"{name} is a {type(values).__name__}")
-        if name in NUMERIC_COLUMNS:
-            content[name] = values = {key: _number(value) for key, value in values.items()}
-            if None in values.values():
-                raise DamagedFileError(path, f"{name} must hold numbers")
-    for key, bounds in content.get("intervals", {}).items():
-        numbers = [_number(end) for end in bounds] if isinstance(bounds, list) else []
-        if len(numbers) != 2 or None in numbers:
-            raise DamagedFileError(path, "intervals must hold pairs of numbers")
-        content["intervals"][key] = numbers
-    return content
-
-
-def _number(value: Any) -> Any:
-    """Return a number of a JSON file, including NaN and infinities as text; None otherwise."""
-    if isinstance(value, str) and value in NOT_FINITE:
-        return float(value)
-    return value if isinstance(value, FINITE_NUMBER) else None
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """Return the ``environment.json`` of a run.
-
-    Raises:
-        DamagedFileError: if it is not a valid environment.
-        OSError: if it cannot be read.
-    """
-    path = folder / ENVIRONMENT
-    content = read_mapping(path, machine=dict)
-    if not isinstance(content["machine"].get("threads"), FINITE_NUMBER):
-        raise DamagedFileError(path, "machine.threads must be a number")
-    if not isinstance(content.get("digests", {}), dict):
-        raise DamagedFileError(path, "digests must be a mapping")
-    return content
 
 
 def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, Any] | None:
@@ -84,13 +28,14 @@ def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, A
         folder: folder of the run.
         advice: end of the warning, after the file and its fault.
     """
-    if not (folder / SUMMARY).exists():
+    directory = RunDirectory(folder)
+    if not directory.summary.exists():
         return None
     try:
-        summary = read_summary(folder)
+        summary = directory.read_summary()
         if summary["status"] != "finished":
             return None
-        check_files(folder, summary)
+        check_files(directory, summary)
     except FileNotFoundError as error:
         warn_once(f"{error.filename}: is missing; the run counts as unfinished, {advice}")
     except OSError as error:
@@ -110,33 +55,32 @@ def finished_runs(runs: Path, *, advice: str = RERUN_ADVICE) -> list[tuple[Path,
         runs: the folder that holds the runs.
         advice: end of a warning about a damaged file, see ``finished_summary``.
     """
-    folders = sorted(path.parent for path in runs.glob(f"*/{SUMMARY}"))
+    folders = [directory.path for directory in started_runs(runs)]
     summaries = [(folder, finished_summary(folder, advice=advice)) for folder in folders]
     return [(folder, summary) for folder, summary in summaries if summary is not None]
 
 
-def check_files(folder: Path, summary: Mapping[str, Any]) -> None:
+def check_files(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
     """Check the files that results are made from.
 
     Args:
-        folder: folder of the run.
+        directory: files of the run.
         summary: content of its ``summary.json``.
 
     Raises:
         DamagedFileError: for the first damaged file.
         OSError: for the first file that is missing or cannot be read.
     """
-    read_environment(folder)
-    header = read_header(folder / JOURNAL)
-    if header["digest"] != summary["digest"]:
-        raise DamagedFileError(folder / JOURNAL, "it belongs to another run")
-    for _ in read_event_log(folder / JOURNAL):
+    directory.read_environment()
+    if read_header(directory.event_log)["digest"] != summary["digest"]:
+        raise DamagedFileError(directory.event_log, "it belongs to another run")
+    for _ in read_event_log(directory.event_log):
         # Reading a record checks it.
         pass
-    check_config(folder / CONFIG)
-    check_table(folder / CARD, CARD_COLUMNS, numbers=("value", "low", "high", "count"))
+    check_config(directory.config)
+    check_table(directory.path / CARD, CARD_COLUMNS, numbers=("value", "low", "high", "count"))
     check_table(
-        folder / SPEED_FOLDER / TIMINGS_FILE,
+        directory.path / SPEED_FOLDER / TIMINGS_FILE,
         REPETITION_COLUMNS,
         numbers=("seconds", "units", "peak_bytes"),
     )

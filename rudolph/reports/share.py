@@ -16,11 +16,11 @@ from pathlib import Path
 
 from rudolph.files.atomic import DAMAGED, DamagedFileError, require_disjoint_paths, write_atomic
 from rudolph.reports.run_files import RERUN_ADVICE, finished_runs
-from rudolph.tracking.event_log import JOURNAL, SENT, SendMarker, pending_folders, read_header
+from rudolph.tracking.event_log import SENT, SendMarker, pending_folders, read_header
+from rudolph.tracking.run_directory import CHECKPOINTS, RunDirectory
 from rudolph.tracking.tracker import send_pending, send_results
 
 RESULT_FILES = "results"
-WEIGHT_PATTERNS = "checkpoints"
 # Files that belong to the machine on which a run was executed.
 PARTIAL = ("*.new", "*.part", f"*{DAMAGED}*")
 NOT_COPIED = (SENT, "*.lock", "*.lock-journal", *PARTIAL, "last.ckpt", "previous.ckpt")
@@ -48,16 +48,16 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
     sources = {folder.name: folder for folder in finished}
     if results.is_dir():
         sources[RESULT_FILES] = results
-    folder = _target_folder(target, finished[0] / JOURNAL)
+    folder = _target_folder(target, RunDirectory(finished[0]).event_log)
     for source in (runs, *sources.values()):
         require_disjoint_paths(folder, source, "--to")
-    not_copied = NOT_COPIED if has_weights else (*NOT_COPIED, WEIGHT_PATTERNS)
+    not_copied = NOT_COPIED if has_weights else (*NOT_COPIED, CHECKPOINTS)
     with _swapped_in(folder) as new:
         for name, source in sources.items():
             ignored = () if name == RESULT_FILES else not_copied
             shutil.copytree(source, new / name, ignore=shutil.ignore_patterns(*ignored))
             if not has_weights and name != RESULT_FILES:
-                _forget_weights(new / name / JOURNAL)
+                _forget_weights(RunDirectory(new / name).event_log)
     return [folder / run.name for run in finished]
 
 
@@ -87,7 +87,7 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
     waiting = send_pending(runs, uri).waiting
     if waiting:
         raise ValueError(f"{uri}: {waiting} of {len(folders)} runs were not accepted")
-    header = read_header(folders[0] / JOURNAL)
+    header = read_header(RunDirectory(folders[0]).event_log)
     if results.is_dir() and not send_results(header["experiment"], results, uri):
         raise ValueError(f"{uri}: {results} was not accepted")
     return {folder.name: SendMarker(folder, uri).read()[0] for folder in folders}
@@ -139,4 +139,4 @@ def _forget_weights(journal: Path) -> None:
 
 
 def _is_of_weights(record: dict[str, str]) -> bool:
-    return record["kind"] == "artifact" and record["path"].startswith(f"{WEIGHT_PATTERNS}/")
+    return record["kind"] == "artifact" and record["path"].startswith(f"{CHECKPOINTS}/")

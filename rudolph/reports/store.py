@@ -63,16 +63,11 @@ from rudolph.reports.report import (
 )
 from rudolph.reports.report_cards import CARD, export_cards, read_card
 from rudolph.reports.run_configs import CONFIG_LINES, read_configs, write_configs
-from rudolph.reports.run_files import (
-    CONFIG,
-    RERUN_ADVICE,
-    finished_runs,
-    finished_summary,
-    read_environment,
-)
+from rudolph.reports.run_files import RERUN_ADVICE, finished_runs, finished_summary
 from rudolph.reports.search_tables import read_regions, write_regions
 from rudolph.reports.timings import export_timings
-from rudolph.tracking.event_log import JOURNAL, file_lock, read_event_log
+from rudolph.tracking.event_log import file_lock, read_event_log
+from rudolph.tracking.run_directory import RunDirectory
 
 INDEX_HEAD = "# Results\n\nOne row per experiment; each folder has its answer, tables and figures."
 POINTS_PER_CURVE = 200
@@ -138,7 +133,7 @@ def _write_experiment(
     runs = {str(summary["run"]): run_folder for run_folder, summary in finished}
     write_configs(
         folder,
-        {name: run_folder / CONFIG for name, run_folder in runs.items()},
+        {name: RunDirectory(run_folder).config for name, run_folder in runs.items()},
         {str(summary["run"]): str(summary["digest"]) for _, summary in finished},
     )
     export_timings(runs, folder)
@@ -175,7 +170,7 @@ def _copy_samples(
         first_runs.setdefault(variant, name)
     for run_folder, summary in finished:
         if summary["run"] in first_runs.values():
-            for sample in _last_samples(run_folder / "samples"):
+            for sample in _last_samples(RunDirectory(run_folder).samples):
                 samples[f"{summary['run']}-{sample.name}"] = sample
     for name in sorted(samples, key=lambda name: sample_rank(Path(name).stem))[:num_samples]:
         shutil.copyfile(samples[name], folder / "samples" / name)
@@ -346,7 +341,7 @@ def _curve_rows(
     yield ["run", "metric", "step", "value"]
     for folder, summary in sorted(finished, key=lambda pair: str(pair[1]["run"])):
         points: dict[str, dict[int, float]] = {}
-        for _, record in read_event_log(folder / JOURNAL):
+        for _, record in read_event_log(RunDirectory(folder).event_log):
             # A run that was continued repeats steps: the later value is the one that counted.
             for name, value in record.get("metrics", {}).items():
                 points.setdefault(name, {})[record["step"]] = value
@@ -376,7 +371,7 @@ def _environments(finished: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """Return the JSON of each distinct environment, with the runs executed in it."""
     runs_of_environment: dict[str, list[str]] = {}
     for folder, summary in finished:
-        environment = read_environment(folder)
+        environment = RunDirectory(folder).read_environment()
         key = json.dumps(environment, sort_keys=True, ensure_ascii=False)
         runs_of_environment.setdefault(key, []).append(summary["run"])
     entries = [

@@ -24,7 +24,7 @@ from rudolph.benchmarks.config import REFERENCE, ROOFLINE
 from rudolph.benchmarks.metrics import metrics_of
 from rudolph.evaluation.context import Score
 from rudolph.models.weights import weights_digest
-from rudolph.reports.timings import write_profile, write_timings
+from rudolph.reports.timings import SPEED_FOLDER, write_profile, write_timings
 from rudolph.runs.execution import Execution
 
 # Logits and images have size about 1 in float32; a larger difference means another model.
@@ -41,7 +41,7 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     case = measurable(benchmark_case_of(execution))
     execution.hardware.check(execution.config)
     require_implementations(case.speed.implementations)
-    folder = execution.folder / "speed" / "weights"
+    folder = execution.folder / SPEED_FOLDER / "weights"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -138,7 +138,7 @@ def record_timings(execution: Execution, result: ComparisonResult) -> None:
         write_profile(execution.folder, name, rows) for name, rows in result.profiles.items()
     ]
     for path in paths:
-        execution.tracker.log_artifact(path, "speed")
+        execution.tracker.log_artifact(path, SPEED_FOLDER)
 
 
 def scores_of(

@@ -6,15 +6,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from rudolph.config.experiment_file import Experiment, Run
-from rudolph.config.run import RunConfig, to_plain
+from rudolph.config.run import RunConfig
 from rudolph.families.interface import TrainingFlags
 from rudolph.families.registry import family_of
 from rudolph.files.atomic import warn_once, write_atomic
@@ -23,6 +23,8 @@ from rudolph.models.layers.native_types import native_types
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.weights import weights_error
 from rudolph.reports.run_files import RERUN_ADVICE, finished_summary
+from rudolph.tracking.run_directory import RunDirectory
+from rudolph.training.hardware_flags import HardwareFlags, option_of
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
 
 ProgressCallback = Callable[[str, int, int, str], None]
@@ -45,40 +47,15 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 FORKING = ("ddp_fork", "ddp_notebook")
 UNUSED = ("_find_unused_parameters_false", "_find_unused_parameters_true")
 STRATEGIES = ("auto", "ddp", *(f"ddp{ending}" for ending in UNUSED), *FORKING)
-LEAST = {"num_nodes": 1, "micro_batch_size": 1, "num_workers": 0}
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """Hardware flags of a run: recorded, but not part of its digest.
-
-    Attributes:
-        accelerator: One of ``ACCELERATORS``.
-        devices: As in Lightning: a number, ``auto``, ``-1`` (all) or GPU indices such as ``0,1``.
-            Stored as a number or as indices.
-        num_nodes: Number of machines.
-        strategy: One of ``STRATEGIES``, by Lightning's names.
-        precision: Lightning's name of a precision; None for the machine's default.
-        micro_batch_size: Examples per forward pass and device; None for the whole batch.
-        num_workers: Data-loading processes.
-        activation_checkpointing: Recompute the decoder's layers in the backward pass.
-        block_masks: Skip empty blocks of the attention masks on CUDA.
-        compile: Compile the decoder's layers with ``torch.compile``.
+class Hardware(HardwareFlags):
+    """Checked hardware flags; ``devices`` is a number or indices, ``precision`` a Lightning name.
 
     Raises:
         ValueError: If this machine or this package does not support a flag.
     """
-
-    accelerator: str = "auto"
-    devices: int | str = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    precision: str | None = None
-    micro_batch_size: int | None = None
-    num_workers: int = 0
-    activation_checkpointing: bool = False
-    block_masks: bool = False
-    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check every flag and normalise ``devices`` and ``precision``."""
@@ -98,11 +75,11 @@ class Hardware:
             raise ValueError(f"--block-masks: expected CUDA, got {self.kind}. Leave it out")
         if self.compile:
             check_compiler(self.device.type)
-        for name, bound in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {bound}, got {value}")
+        for declared in fields(self):
+            value, least = getattr(self, declared.name), declared.metadata["least"]
+            if None not in (value, least) and value < least:
+                option = option_of(declared.name)
+                raise ValueError(f"{option} must be at least {least}, got {value}")
 
     def _check_accelerator(self) -> None:
         accelerator, kind = self.accelerator, self.kind
@@ -153,12 +130,6 @@ class Hardware:
         return self.precision or machine_precision(self.kind)
 
     @property
-    def record(self) -> dict[str, Any]:
-        """Return all flags with the devices and precision that are used, for ``environment``."""
-        used = {"devices": self.num_devices, "precision": self.used_precision}
-        return {**to_plain(self), **used}
-
-    @property
     def warning(self) -> str:
         """Return a warning if this machine only emulates the chosen precision, else ""."""
         dtype = LIGHTNING_PRECISIONS[self.used_precision]
@@ -203,13 +174,7 @@ class Hardware:
     def training_flags(self, optim: OptimConfig) -> TrainingFlags:
         """Return what a training module needs to know of this hardware."""
         micro, num_accumulated = self.batches(optim)
-        return TrainingFlags(
-            num_accumulated=num_accumulated,
-            micro_batch_size=micro,
-            checkpointing=self.activation_checkpointing,
-            block_masks=self.block_masks,
-            compile=self.compile,
-        )
+        return TrainingFlags(self, num_accumulated, micro)
 
     @property
     def device(self) -> torch.device:
@@ -319,7 +284,7 @@ def is_finished(folder: Path) -> bool:
     """
     if finished_summary(folder) is None:
         return False
-    for path in sorted((folder / "checkpoints").rglob("*.safetensors")):
+    for path in RunDirectory(folder).weights():
         fault = weights_error(path)
         if fault:
             warn_once(f"{path}: damaged ({fault}); the run counts as unfinished, {RERUN_ADVICE}")
@@ -398,6 +363,11 @@ class Execution:
     progress: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Return the files of the run."""
+        return RunDirectory(self.folder)
 
     @property
     def config(self) -> RunConfig:

@@ -7,7 +7,6 @@ run's configuration, summary and environment and tracks the run.
 import os
 import platform
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from rudolph.evaluation.evaluators.numerics import diverged_score
 from rudolph.files.atomic import DamagedFileError, warn_once, write_json, write_text
 from rudolph.models.layers.native_types import native_product_names
 from rudolph.reports.report import OVERHEAD
-from rudolph.reports.run_files import CONFIG, ENVIRONMENT, SUMMARY, read_summary
 from rudolph.runs.benchmark_run import run_benchmark
 from rudolph.runs.execution import (
     Execution,
@@ -33,8 +31,8 @@ from rudolph.runs.execution import (
     run_folder,
 )
 from rudolph.runs.stages.run import run_stages
-from rudolph.runs.stages.shared import TAKEN
 from rudolph.tracking.event_log import file_lock
+from rudolph.tracking.run_directory import RunDirectory
 from rudolph.tracking.tracker import Tracker, git_state
 from rudolph.training.callbacks import NonFiniteLossError
 
@@ -58,65 +56,57 @@ def execute(
             the same run.
     """
     folder = run_folder(folders, experiment, run)
+    execution = Execution(run, folder, folders, hardware, NullRecorder(), progress)
     if not is_main_process():
-        work_of(run)(Execution(run, folder, folders, hardware, NullRecorder(), progress))
+        train_or_benchmark(execution)
         return _summary(experiment, run)
-    with file_lock(folder / "running.lock", 0) as is_alone:
+    with file_lock(execution.directory.running_lock, 0) as is_alone:
         if not is_alone:
             raise ValueError(f"{folder}: another process executes this run")
-        return _execute_alone(
-            experiment, run, folders=folders, hardware=hardware, uri=uri, progress=progress
-        )
+        return _execute_alone(experiment, execution, uri)
 
 
-def _execute_alone(
-    experiment: Experiment,
-    run: Run,
-    *,
-    folders: Folders,
-    hardware: Hardware,
-    uri: str,
-    progress: ProgressCallback,
-) -> dict[str, Any]:
-    folder, started = run_folder(folders, experiment, run), time.monotonic()
-    write_text(folder / CONFIG, run_yaml(run.config))
+def _execute_alone(experiment: Experiment, execution: Execution, uri: str) -> dict[str, Any]:
+    run, directory, folders = execution.run, execution.directory, execution.folders
+    seconds, started = execution.seconds, time.monotonic()
+    write_text(directory.config, run_yaml(run.config))
     commit, dirty = git_state(folders.checkout)
     summary = _summary(experiment, run) | {"commit": commit, "dirty": dirty}
     with Tracker(
-        folder,
+        execution.folder,
         uri,
         experiment=experiment.name,
         run=run.name,
         digest=run.config.digest,
         runs_folder=folders.runs,
     ) as tracker:
+        execution.tracker = tracker
         tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
             # Curves of stages trained by other runs are missing too, so they are logged again.
-            (folder / TAKEN).unlink(missing_ok=True)
-        tracker.log_artifact(folder / CONFIG)
+            directory.shared.unlink(missing_ok=True)
+        tracker.log_artifact(directory.config)
         tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
-        seconds = _earlier_seconds(folder)
-        earlier_seconds = dict(seconds)
-        execution = Execution(run, folder, folders, hardware, tracker, progress, seconds)
-        _write_summary(folder, summary, "running", execution)
+        earlier_seconds = _earlier_seconds(directory)
+        seconds |= earlier_seconds
+        directory.write_summary(summary, status="running", seconds=seconds)
         try:
-            scores, digests = outcome_of(execution)
+            scores, digests = scores_and_digests(execution)
         except BaseException:
             # Errors and Ctrl-C alike must not lose the durations of the stages so far.
-            _write_summary(folder, summary, "failed", execution)
+            directory.write_summary(summary, status="failed", seconds=seconds)
             raise
         _add_scores(summary, scores)
         tracker.log_metrics(summary["metrics"], step=run.config.optim.num_steps)
         _write_environment(execution, commit, digests)
-        tracker.log_artifact(folder / ENVIRONMENT)
+        tracker.log_artifact(directory.environment)
         _add_overhead(seconds, earlier_seconds, time.monotonic() - started)
-        _write_summary(folder, summary, "finished", execution)
-        tracker.log_artifact(folder / SUMMARY)
+        directory.write_summary(summary, status="finished", seconds=seconds)
+        tracker.log_artifact(directory.summary)
     return summary
 
 
-def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+def scores_and_digests(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     """Execute a run and return its scores and the digests of its data, parts and model.
 
     With the evaluator ``convergence``, a diverged loss is a score and not an error.
@@ -124,13 +114,13 @@ def outcome_of(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     Raises:
         NonFiniteLossError: If the loss diverged and ``convergence`` is not evaluated.
     """
-    run = execution.run
+    evaluation = execution.config.evaluation
     try:
-        return work_of(run)(execution)
+        return train_or_benchmark(execution)
     except NonFiniteLossError:
-        if "convergence" not in run.config.evaluation.evaluators:
+        if "convergence" not in evaluation.evaluators:
             raise
-        return [diverged_score(split) for split in run.config.evaluation.splits], {}
+        return [diverged_score(split) for split in evaluation.splits], {}
 
 
 def _add_overhead(
@@ -141,11 +131,10 @@ def _add_overhead(
     seconds[OVERHEAD] = round(earlier_seconds.get(OVERHEAD, 0.0) + elapsed - in_stages, 3)
 
 
-def work_of(run: Run) -> Callable[[Execution], tuple[list[Score], dict[str, str]]]:
-    """Return the function that computes the scores of a run: its stages or its benchmark."""
-    if run.config.speed.workload is not None:
-        return run_benchmark
-    return run_stages
+def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
+    """Execute the benchmark of a run or its stages; return the scores and the digests."""
+    is_benchmark = execution.config.speed.workload is not None
+    return run_benchmark(execution) if is_benchmark else run_stages(execution)
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:
@@ -172,23 +161,16 @@ def _add_scores(summary: dict[str, Any], scores: list[Score]) -> None:
             summary["chance"][score.name] = score.chance
 
 
-def _earlier_seconds(folder: Path) -> dict[str, float]:
+def _earlier_seconds(directory: RunDirectory) -> dict[str, float]:
     """Return the stage durations of earlier attempts at this run; empty if they were lost."""
-    if not (folder / SUMMARY).exists():
+    if not directory.summary.exists():
         return {}
     try:
-        seconds: dict[str, float] = read_summary(folder)["seconds"]
+        seconds: dict[str, float] = directory.read_summary()["seconds"]
     except (DamagedFileError, OSError) as error:
         warn_once(f"{error}; the seconds of earlier attempts are lost")
         return {}
     return seconds
-
-
-def _write_summary(
-    folder: Path, summary: dict[str, Any], status: str, execution: Execution
-) -> None:
-    content = summary | {"status": status, "seconds": execution.seconds}
-    write_json(folder / SUMMARY, content)
 
 
 def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
@@ -211,7 +193,7 @@ def _write_environment(execution: Execution, commit: str, digests: dict[str, str
         | {"precision": execution.hardware.used_precision},
         "digests": digests,
     }
-    write_json(execution.folder / ENVIRONMENT, content)
+    write_json(execution.directory.environment, content)
 
 
 def _processor() -> str:

@@ -20,11 +20,11 @@ from rudolph.models.weights import save_tensors
 from rudolph.reports.markdown import table_row
 from rudolph.reports.report import fill
 from rudolph.reports.report_cards import CARD, card_table, read_card
-from rudolph.reports.run_files import ENVIRONMENT, SUMMARY, read_environment, read_summary
 from rudolph.runs.execution import Folders, ProgressCallback
 from rudolph.runs.resolve import load_run
 from rudolph.runs.samples import generate_prompts
 from rudolph.runs.stages.evaluation import evaluate_again
+from rudolph.tracking.run_directory import RunDirectory
 
 MADE = "made.json"
 MODEL_CARD = "README.md"
@@ -62,17 +62,20 @@ def pack_run_folder(
     for setting in settings:
         if not setting.startswith("sampling."):
             raise ValueError(f"settings: expected sampling.key=value, got {setting}")
-    _require_file(run / SUMMARY), _require_file(run / ENVIRONMENT)
-    status = read_summary(run)["status"]
-    if status != "finished":
-        raise ValueError(f"{run}: expected a finished run, got status {status}")
+    source = RunDirectory(run)
+    for path in (source.summary, source.environment):
+        if not path.is_file():
+            raise ValueError(f"{run}: expected a finished run, got no {path.name}")
+    summary = source.read_summary()
+    if summary["status"] != "finished":
+        raise ValueError(f"{run}: expected a finished run, got status {summary['status']}")
     _require_packable_target(target, run)
     with _staged_folder(target) as staged:
-        _write(run, staged, int8=int8, settings=settings)
+        _pack(source, RunDirectory(staged), int8=int8, settings=settings)
         evaluate_again(staged, folders, progress)
         generate_samples(staged)
         card_path = target / MODEL_CARD
-        new_card = NEW_CARD.format(name=read_summary(run)["experiment"])
+        new_card = NEW_CARD.format(name=summary["experiment"])
         text = card_path.read_text("utf-8") if card_path.is_file() else new_card
         write_text(staged / MODEL_CARD, fill(text, {"card": model_card(staged)}))
 
@@ -80,7 +83,7 @@ def pack_run_folder(
 def _require_packable_target(target: Path, run: Path) -> None:
     """Raise ``ValueError`` if the target holds weights that were not packed."""
     require_disjoint_paths(target, run, "folder")
-    if (target / "config.yaml").exists() and not (target / MADE).exists():
+    if RunDirectory(target).config.exists() and not (target / MADE).exists():
         raise ValueError(
             f"folder: expected a new folder or one that `rudolph pack` wrote, got {target}, "
             f"a run without {MADE}. Give another path"
@@ -107,23 +110,23 @@ def _staged_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _write(run: Path, target: Path, *, int8: bool, settings: Sequence[str]) -> None:
+def _pack(run: RunDirectory, target: RunDirectory, *, int8: bool, settings: Sequence[str]) -> None:
     """Write the packed weights of a run, its configuration and its origin."""
-    summary, environment = read_summary(run), read_environment(run)
-    pipeline, config = load_run(run)
+    summary, environment = run.read_summary(), run.read_environment()
+    pipeline, config = load_run(run.path)
     if not config.evaluation.evaluators:
-        raise ValueError(f"{run}/config.yaml: expected evaluation.evaluators, got none")
-    checkpoints = target / "checkpoints"
+        raise ValueError(f"{run.config}: expected evaluation.evaluators, got none")
+    checkpoints = target.checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     decoder = pipeline.decoder.state_dict()
     save_tensors(pack_int8(decoder) if int8 else _to_half(decoder), checkpoints / RUN_FILES[0])
     save_tensors(_to_half(pipeline.vqgan.state_dict()), checkpoints / RUN_FILES[1])
     pipeline.tokenizer.save(checkpoints / RUN_FILES[2])
-    write_text(target / "config.yaml", run_yaml(read_run(run / "config.yaml", settings)))
+    write_text(target.config, run_yaml(read_run(run.config, settings)))
     copied = ("experiment", "run", "digest", "commit", "dirty", "seconds")
     made = {name: summary[name] for name in copied} | {"machine": environment["machine"]}
     made["bits"] = 8 if int8 else 16
-    write_json(target / MADE, made)
+    write_json(target.path / MADE, made)
 
 
 def generate_samples(folder: Path) -> None:
@@ -157,7 +160,7 @@ def _facts(folder: Path, made: dict[str, object]) -> list[tuple[str, str]]:
     machine_text = ", ".join(
         [f"{machine['cores']} cores ({machine['processor']})", *machine["gpus"]]
     )
-    size = sum((folder / "checkpoints" / name).stat().st_size for name in RUN_FILES)
+    size = sum((RunDirectory(folder).checkpoints / name).stat().st_size for name in RUN_FILES)
     return [
         ("decoder", f"{_decoder_shape(config)}, {_millions(pipeline.decoder)}"),
         (
@@ -191,9 +194,3 @@ def _to_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name: (value.half() if value.ndim > 1 else value).contiguous()
         for name, value in tensors.items()
     }
-
-
-def _require_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: expected a finished run, got no {path.name}")
-    return path

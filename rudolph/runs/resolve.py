@@ -36,6 +36,7 @@ from rudolph.models.weights import weights_error
 from rudolph.runs.execution import Hardware, is_finished
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.artifacts import fetch_run, local_run
+from rudolph.tracking.run_directory import CHECKPOINTS, RunDirectory, started_runs
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -45,7 +46,7 @@ SHIPPED, NEWEST = "shipped", "newest"
 # Prefix of a source ``experiment:NAME`` or ``experiment:NAME:RUN``.
 OF_EXPERIMENT = "experiment:"
 # Folder of a trained CLIP within a run.
-CLIP_FOLDER = ("checkpoints", "clip")
+CLIP_FOLDER = (CHECKPOINTS, "clip")
 # Default sampling settings of the reference implementations.
 RELEASED_SAMPLING = {
     "rudolph": SamplingConfig(
@@ -135,11 +136,12 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
 
 def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
     """Return the cached folder of an MLflow run; download it if missing or damaged."""
-    paths = sorted((folder / "checkpoints").rglob("*.safetensors"))
+    directory = RunDirectory(folder)
+    paths = directory.weights()
     faults = [f"{path}: damaged ({fault})" for path in paths if (fault := weights_error(path))]
-    if (folder / "config.yaml").is_file():
+    if directory.config.is_file():
         try:
-            read_run(folder / "config.yaml")
+            read_run(directory.config)
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -150,7 +152,7 @@ def fetched_run(run_id: str, uri: str, folder: Path) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is that of a run."""
-    return (folder / "config.yaml").is_file()
+    return RunDirectory(folder).config.is_file()
 
 
 def newest_run(runs: Path) -> Path:
@@ -159,16 +161,14 @@ def newest_run(runs: Path) -> Path:
     Raises:
         ValueError: If no run has finished.
     """
-    paths = (
-        path
-        for path in runs.rglob("summary.json")
-        if not any(part.startswith(".") for part in path.relative_to(runs).parts)
-    )
-    summaries = sorted(paths, key=lambda path: path.stat().st_mtime)
-    for path in reversed(summaries):
-        folder = path.parent
-        if (folder / "checkpoints" / RUN_FILES[0]).is_file() and is_finished(folder):
-            return folder
+    started = [
+        run
+        for run in started_runs(runs, "**")
+        if not any(part.startswith(".") for part in run.path.relative_to(runs).parts)
+    ]
+    for run in sorted(started, key=RunDirectory.summary_time, reverse=True):
+        if (run.checkpoints / RUN_FILES[0]).is_file() and is_finished(run.path):
+            return run.path
     raise ValueError(
         f"{runs}: expected a finished run, got none. Train one with `make quickstart`, or give "
         "--model"
@@ -182,18 +182,16 @@ def run_of_experiment(name: str, runs: Path) -> Path:
         ValueError: If no run has finished, or if several have and the name selects none.
     """
     experiment, _, run = name.partition(":")
-    folders = sorted(
-        (runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime
-    )
-    finished = {path.parent.name.rpartition("-")[0]: path.parent for path in folders}
+    started = sorted(started_runs(runs / experiment), key=RunDirectory.summary_time)
+    folders = [directory.path for directory in started]
+    finished = {folder.name.rpartition("-")[0]: folder for folder in folders}
     finished = {name: folder for name, folder in finished.items() if is_finished(folder)}
     if run and run in finished:
         return finished[run]
     if not finished or run:
         known = f", only {', '.join(sorted(finished))}" if finished else ""
-        others = {
-            path.parents[1].relative_to(runs).as_posix() for path in runs.glob("**/summary.json")
-        }
+        folders = [directory.path.parent for directory in started_runs(runs, "**")]
+        others = {folder.relative_to(runs).as_posix() for folder in folders}
         advice = did_you_mean(experiment, others - {experiment}) or (
             f". Train it with `rudolph run experiments/{experiment}.yaml`"
         )
@@ -217,11 +215,12 @@ def load_run(folder: Path) -> tuple[Pipeline, RunConfig]:
     Raises:
         ValueError: If the folder holds no finished training.
     """
-    checkpoints = folder / "checkpoints"
+    directory = RunDirectory(folder)
+    checkpoints = directory.checkpoints
     for name in RUN_FILES:
         if not (checkpoints / name).is_file():
-            raise ValueError(f"{folder}: expected a trained run, got no checkpoints/{name}")
-    config = read_run(folder / "config.yaml")
+            raise ValueError(f"{folder}: expected a trained run, got no {CHECKPOINTS}/{name}")
+    config = read_run(directory.config)
     decoder, parts = RudolphFamily().restore(checkpoints, config)
     assert parts.tokenizer is not None and parts.vqgan is not None
     return Pipeline(parts.tokenizer, parts.vqgan, decoder), config
@@ -308,16 +307,18 @@ def open_weights(source: str, kind: type[Kind], *, runs: Path, uri: str) -> Kind
     folder = find_folder(source, runs=runs, uri=uri)
     if not is_run(folder):
         return _require_kind(store.load_weights(folder), kind, source)
-    config = read_run(folder / "config.yaml")
-    model, _ = family_of(config.model).restore(folder / "checkpoints", config)
+    directory = RunDirectory(folder)
+    config = read_run(directory.config)
+    model, _ = family_of(config.model).restore(directory.checkpoints, config)
     return _require_kind(model, kind, source)
 
 
 def open_run(folder: Path) -> tuple[Capabilities, RunConfig]:
     """Return the capabilities of a finished run's model, on this device, and its configuration."""
-    config, device = read_run(folder / "config.yaml"), Hardware().device
+    directory, device = RunDirectory(folder), Hardware().device
+    config = read_run(directory.config)
     family = family_of(config.model)
-    model, parts = family.restore(folder / "checkpoints", config)
+    model, parts = family.restore(directory.checkpoints, config)
     if parts.vqgan is not None:
         parts.vqgan.to(device)
     return family.open(config, model.to(device), parts), config
@@ -345,7 +346,7 @@ def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
     if Path(source).is_file() or source.endswith(".model"):
         return Path(source)
     folder = find_folder(source, runs=runs, uri=uri)
-    tokenizer_folder = folder / "checkpoints" if is_run(folder) else folder
+    tokenizer_folder = RunDirectory(folder).checkpoints if is_run(folder) else folder
     path = tokenizer_folder / store.TOKENIZER_FILE
     return path if path.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
 

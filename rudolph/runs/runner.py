@@ -25,15 +25,13 @@ from rudolph.config.experiment_file import Experiment, Run, load_experiment
 from rudolph.files.atomic import DamagedFileError, explain_os_error, write_text
 from rudolph.files.settings import ConfigError
 from rudolph.reports.report import read_report
-from rudolph.reports.run_files import SUMMARY, read_summary
 from rudolph.reports.store import finished_row
 from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
+from rudolph.tracking.run_directory import RunDirectory
 
 BASES = "base"
 # In the folder of an experiment's runs: the path of the experiment file.
 OWNER = "experiment.txt"
-# In a run's folder: the traceback of the error that ended the run.
-TRACEBACK = "traceback.txt"
 KILLED = "the process was killed, perhaps because memory ran out"
 # Seconds that parallel runs get to stop after Ctrl-C, and the exit code of their processes.
 SECONDS_TO_STOP = 3.0
@@ -143,7 +141,7 @@ def _has_same_runs(experiment: Experiment, path: Path) -> bool:
     return contents[0] == contents[1]
 
 
-def keep_owner(experiment: Experiment, folders: Folders) -> None:
+def write_owner(experiment: Experiment, folders: Folders) -> None:
     """Write the path of an experiment file into the folder of the experiment's runs."""
     path = experiment.path.resolve()
     checkout = folders.checkout.resolve()
@@ -151,7 +149,7 @@ def keep_owner(experiment: Experiment, folders: Folders) -> None:
     write_text(folders.runs / experiment.name / OWNER, f"{owner.as_posix()}\n")
 
 
-def failure_of(
+def run_or_error(
     experiment: Experiment, run: Run, context: RunContext, progress: ProgressCallback
 ) -> str:
     """Run unless already finished. Return the error message if the run failed, else "".
@@ -169,7 +167,7 @@ def failure_of(
     folder = run_folder(context.folders, experiment, run)
     if is_finished(folder):
         return ""
-    traceback_path = folder / TRACEBACK
+    traceback_path = RunDirectory(folder).traceback
     traceback_path.unlink(missing_ok=True)
     try:
         execute(
@@ -199,7 +197,7 @@ def failure_of(
     return message
 
 
-def is_shared_mistake(folder: Path, run: Run, others: Sequence[Run]) -> bool:
+def is_shared_error(folder: Path, run: Run, others: Sequence[Run]) -> bool:
     """Return whether a user error in a run's first stage would end all other runs too.
 
     By the end of that stage a run has read its data, its tokenizer and a VQ-GAN named as
@@ -216,7 +214,8 @@ def is_shared_mistake(folder: Path, run: Run, others: Sequence[Run]) -> bool:
 
     if any(inputs(other) != inputs(run) for other in others):
         return False
-    return (folder / SUMMARY).is_file() and set(read_summary(folder)["seconds"]) <= {"data"}
+    directory = RunDirectory(folder)
+    return directory.summary.is_file() and set(directory.read_summary()["seconds"]) <= {"data"}
 
 
 def error_line(error: Exception) -> str:
@@ -268,14 +267,14 @@ def _runs_of_search(experiment: Experiment, folders: Folders) -> list[Run]:
     """Return the runs of a search up to the first round that has not begun."""
     runs: list[Run] = []
     for search_round in search_of(experiment, folders):
-        paths = (run_folder(folders, experiment, run) / SUMMARY for run in search_round)
-        if not any(path.exists() for path in paths):
+        paths = (run_folder(folders, experiment, run) for run in search_round)
+        if not any(RunDirectory(path).summary.exists() for path in paths):
             break
         runs += search_round
     return runs
 
 
-def run_at_once(
+def run_parallel(
     jobs: Sequence[Job], context: RunContext, *, number: int
 ) -> Iterator[tuple[Job, str]]:
     """Execute jobs in parallel processes; yield each finished job and its error message or "".
@@ -353,7 +352,7 @@ def _exit_with_parent() -> None:
 
 def _execute_job(job: Job, context: RunContext) -> str:
     try:
-        return failure_of(*job.load(), context, _discard_progress)
+        return run_or_error(*job.load(), context, _discard_progress)
     except OSError as error:
         return explain_os_error(error)
     except ValueError as error:

@@ -30,6 +30,7 @@ from rudolph.runs.execution import Execution, copy_to_run, is_main_process
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.texts import UnknownTextWarning
 from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.tracking.run_directory import SAMPLES
 
 GRID_COLUMNS = 8
 NUM_SHOWN = 10
@@ -50,14 +51,14 @@ def save_masks(execution: Execution, model: nn.Module) -> None:
         tables = {name: mask_table(rule, model.layout).numpy() for name, rule in rules.items()}
         image_grids.draw_masks_image(tables, path, segments=model.layout.segment_lengths)
 
-    path = execution.folder / "samples" / "masks.png"
+    path = execution.directory.samples / "masks.png"
     save_once(execution, path, draw, decided_by=(names, attends_left, to_plain(model.layout)))
     if path.is_file():
         execution.tracker.log_artifact(path)
 
 
 def save_samples(
-    execution: Execution, model: Capabilities, splits: Splits, *, made_of: str
+    execution: Execution, model: Capabilities, splits: Splits, *, digest: str
 ) -> None:
     """Save reconstructions, captions of each split and the grid of fixed prompts.
 
@@ -67,11 +68,11 @@ def save_samples(
         execution: The run.
         model: Capabilities of the trained model.
         splits: Splits of the run's datasets.
-        made_of: Digest of the data and the parts.
+        digest: Digest of the data and the parts.
     """
-    folder, provided = execution.folder / "samples", type(model).provided()
+    folder, provided = execution.directory.samples, type(model).provided()
     if "image_tokenizer" in provided:
-        save_reconstructions(execution, model.image_tokenizer(), splits, made_of=made_of)
+        save_reconstructions(execution, model.image_tokenizer(), splits, digest=digest)
     tasks = {(row.dataset, row.task) for row in splits.config.mixture}
     if "token_pipeline" in provided:
         if (splits.config.dataset, "image_captioning") in tasks:
@@ -80,11 +81,11 @@ def save_samples(
         if grid_prompts_of(execution.config):
             save_grid(execution, model.token_pipeline())
     for path in sorted(folder.glob("*.png")):
-        execution.tracker.log_artifact(path, "samples")
+        execution.tracker.log_artifact(path, SAMPLES)
 
 
 def save_reconstructions(
-    execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, made_of: str
+    execution: Execution, tokenizer: ImageTokenizer, splits: Splits, *, digest: str
 ) -> None:
     """Save ``NUM_SHOWN`` validation images, their reconstructions and the differences."""
 
@@ -98,8 +99,8 @@ def save_reconstructions(
         decoded = tokenizer.decode(tokenizer.encode(originals))
         image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
-    path = execution.folder / "samples" / "reconstructions.png"
-    save_once(execution, path, draw, decided_by=(made_of,))
+    path = execution.directory.samples / "reconstructions.png"
+    save_once(execution, path, draw, decided_by=(digest,))
 
 
 def save_once(
@@ -142,7 +143,7 @@ def save_captions(execution: Execution, pipeline: Pipeline, split: Split) -> Non
     images = split.image_batch(_evenly_spaced(split))
     sampling = execution.config.sampling.text
     captions = pipeline.caption(images, config=sampling, seeds=range(len(images)))
-    path = execution.folder / "samples" / f"captions-{split.name}.png"
+    path = execution.directory.samples / f"captions-{split.name}.png"
     with warned_drawing():
         labels = [text or "-" for text in captions]
         image_grids.sample_grid(to_bytes(images), labels, path, columns=5)
@@ -165,7 +166,7 @@ def warn_of_unknown(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def save_grid(execution: Execution, pipeline: Pipeline) -> None:
     """Save generated images of the fixed prompts, for a visual comparison of runs."""
-    path = execution.folder / "samples" / "grid.png"
+    path = execution.directory.samples / "grid.png"
     with execution.stage("samples") as advance:
         generate_prompts(pipeline, execution.config, path, on_token=partial(ignore_notes, advance))
 

@@ -39,7 +39,7 @@ def fit(
     stage: str,
     advance: Callable[[int, int, str], None],
     weights: Path,
-    made_of: str,
+    digest: str,
     seed: int,
 ) -> None:
     """Train a module to its last step and write its weights.
@@ -56,7 +56,7 @@ def fit(
         stage: Name of the training in curves and seeds.
         advance: Progress callback ``advance(done, total, note)``.
         weights: File to write.
-        made_of: Digest of everything that determines the training; only a checkpoint with the
+        digest: Digest of everything that determines the training; only a checkpoint with the
             same digest is resumed.
         seed: Seed of the training.
     """
@@ -66,10 +66,10 @@ def fit(
     folder = weights.parent
     last = folder / CHECKPOINT
     start = find_checkpoint(
-        last, num_batches=num_batches, made_of=made_of, is_main=is_main_process()
+        last, num_batches=num_batches, digest=digest, is_main=is_main_process()
     )
     checkpoint = ResumeCheckpoint(
-        last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, made_of=made_of
+        last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, digest=digest
     )
     seeds, progress = StepSeed(mixed_seed(seed, stage)), ReportProgress(advance, num_batches)
     logger = MetricLogger(

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from rudolph.files.atomic import DamagedFileError, warn_once
 from rudolph.tracking.event_log import SENT, read_markers
-
-NEEDED = ("config.yaml", "checkpoints")
+from rudolph.tracking.run_directory import CHECKPOINTS, CONFIG
 
 
 def local_run(run_id: str, runs: Path) -> Path | None:
@@ -31,11 +30,11 @@ def fetch_run(run_id: str, uri: str, folder: Path) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    if (folder / NEEDED[0]).is_file():
+    if (folder / CONFIG).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     # The configuration is fetched last, so that a folder that holds it is complete.
-    for name in reversed(NEEDED):
+    for name in (CHECKPOINTS, CONFIG):
         try:
             downloaded = download_artifacts(
                 run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=uri

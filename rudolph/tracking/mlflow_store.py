@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from rudolph.files.atomic import DamagedFileError
 from rudolph.tracking.event_log import (
-    JOURNAL,
     VALUE_KINDS,
     SendMarker,
     file_lock,
@@ -27,6 +26,7 @@ from rudolph.tracking.event_log import (
     without_user,
 )
 from rudolph.tracking.mlflow_database import SlowStoreError, prepare_database
+from rudolph.tracking.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -113,10 +113,10 @@ class MLflowStore:
             OSError: if the server cannot be used now; ``SlowStoreError`` if it is slow.
             DamagedFileError: at a record that cannot be read; those before it are sent.
         """
-        marker = SendMarker(folder, self.uri)
+        marker, directory = SendMarker(folder, self.uri), RunDirectory(folder)
         if not (again or marker.is_pending()):
             return SendProgress()
-        with file_lock(folder / "journal.lock", 0.5) as is_held, _as_os_error():
+        with file_lock(directory.sending_lock, 0.5) as is_held, _as_os_error():
             if not is_held:
                 return SendProgress()
             known_id, offset = marker.read()
@@ -124,7 +124,7 @@ class MLflowStore:
             self._run_ids[folder] = run_id
             start = offset if run_id == known_id and not again else 0
             num_sent = num_rejected = 0
-            for end, records in read_batches(folder / JOURNAL, start):
+            for end, records in read_batches(directory.event_log, start):
                 num_rejected += len(self._log(run_id, records, folder))
                 marker.write(run_id, end)
                 num_sent += len(records)
@@ -139,7 +139,7 @@ class MLflowStore:
         """
         from mlflow.entities import ViewType
 
-        header = read_header(folder / JOURNAL)
+        header = read_header(RunDirectory(folder).event_log)
         experiment_id = self._experiment_id(header["experiment"])
         runs = self._client.search_runs(
             [experiment_id], f"tags.`{RUN_KEY}` = '{header['key']}'", ViewType.ALL

@@ -64,19 +64,19 @@ class ResumeCheckpoint(pl.Callback):
     """
 
     def __init__(
-        self, path: Path, every_num_batches: int, *, num_batches: int, made_of: str
+        self, path: Path, every_num_batches: int, *, num_batches: int, digest: str
     ) -> None:
         self.path, self.every = path, every_num_batches
-        self.num_batches, self.made_of = num_batches, made_of
+        self.num_batches, self.digest = num_batches, digest
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the training."""
-        return {"num_batches": self.num_batches, "made_of": self.made_of}
+        return {"num_batches": self.num_batches, "made_of": self.digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if the checkpoint is that of another training."""
         require_same_training(
-            self.path, state_dict, num_batches=self.num_batches, made_of=self.made_of
+            self.path, state_dict, num_batches=self.num_batches, digest=self.digest
         )
 
     def on_train_batch_start(

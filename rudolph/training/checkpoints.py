@@ -49,13 +49,13 @@ def remove_checkpoints(last: Path) -> None:
     previous_of(last).unlink(missing_ok=True)
 
 
-def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool) -> Path | None:
+def find_checkpoint(last: Path, *, num_batches: int, digest: str, is_main: bool) -> Path | None:
     """Return the newest intact checkpoint of a training, or None.
 
     Args:
         last: the path of ``last.ckpt``.
         num_batches: the number of batches of this training.
-        made_of: the identity of its data, tokenizer and VQ-GAN.
+        digest: digest of its data, tokenizer and VQ-GAN.
         is_main: whether this process renames and reports damaged checkpoints.  Every process finds
             the same checkpoint, before and after the renaming.
 
@@ -69,7 +69,7 @@ def find_checkpoint(last: Path, *, num_batches: int, made_of: str, is_main: bool
             continue
         error, state = read_state(path)
         if not error:
-            require_same_training(path, state, num_batches=num_batches, made_of=made_of)
+            require_same_training(path, state, num_batches=num_batches, digest=digest)
             intact = path
             break
         damaged.append((path, error))
@@ -108,7 +108,7 @@ def read_state(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def require_same_training(
-    path: Path, state: Mapping[str, Any], *, num_batches: int, made_of: str
+    path: Path, state: Mapping[str, Any], *, num_batches: int, digest: str
 ) -> None:
     """Raise ``ValueError`` if a checkpoint's training has other batches or other data."""
     if state["num_batches"] != num_batches:
@@ -117,7 +117,7 @@ def require_same_training(
             f"got {state['num_batches']}. Give the same --micro-batch-size, --devices and "
             "--num-nodes, or delete it to train from the beginning"
         )
-    if state["made_of"] != made_of:
+    if state["made_of"] != digest:
         raise ValueError(
             f"{path}: written with other data, another tokenizer or another VQ-GAN. "
             "Delete it to train from the beginning"

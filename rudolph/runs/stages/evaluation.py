@@ -13,6 +13,7 @@ from rudolph.families.interface import Capabilities
 from rudolph.reports.report_cards import CARD, write_card
 from rudolph.runs.execution import Execution, Folders, Hardware, ProgressCallback
 from rudolph.runs.resolve import open_clip, open_run
+from rudolph.tracking.run_directory import CONFIG
 
 
 def evaluate(execution: Execution, capabilities: Capabilities, splits: Splits) -> list[Score]:
@@ -73,5 +74,5 @@ def evaluate_again(folder: Path, folders: Folders, progress: ProgressCallback) -
     splits = Splits(config.data, folders.cache)
     scores = run_evaluators(config, capabilities, splits, stage, runs=folders.runs)
     if not scores:
-        raise ValueError(f"{folder}/config.yaml: expected evaluation.evaluators, got none")
+        raise ValueError(f"{folder / CONFIG}: expected evaluation.evaluators, got none")
     write_card(folder / CARD, card_rows(scores))

@@ -98,7 +98,7 @@ def train_vqgan(
             stage="vqgan",
             advance=advance,
             weights=weights,
-            made_of=weights.parent.name,
+            digest=weights.parent.name,
             seed=config.seed_of_vqgan,
         )
 

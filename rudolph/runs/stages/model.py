@@ -10,7 +10,7 @@ from torch import nn
 from rudolph.config.run import digest_of
 from rudolph.data.examples import TokenExamples
 from rudolph.data.splits import Splits
-from rudolph.families.interface import Family, Parts, TrainingFlags
+from rudolph.families.interface import Family, Parts
 from rudolph.families.registry import family_of
 from rudolph.files.atomic import write_text
 from rudolph.models.rudolph.decoder import MaskedDecoder
@@ -26,7 +26,7 @@ from rudolph.sequence.layout import SEGMENTS
 SCORED_TABLE = "scored.csv"
 
 
-def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: str) -> nn.Module:
+def make_model(execution: Execution, splits: Splits, parts: Parts, *, digest: str) -> nn.Module:
     """Return the model of a run in evaluation mode, from the cache or trained now.
 
     Without training steps, the model is that of ``model.init``.  The weights are written to the
@@ -36,7 +36,7 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: s
         execution: The run.
         splits: Splits of the run's datasets.
         parts: Tokenizer and VQ-GAN of the run.
-        made_of: Digest of the data and the parts.
+        digest: Digest of the data and the parts.
     """
     config = execution.config
     family = family_of(config.model)
@@ -49,14 +49,14 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, made_of: s
         weights = None
     else:
         decides = (config.data, config.tokenizer, config.layout, config.seed)
-        name = digest_of(*decides, config.model, config.optim, made_of, start)[:16]
+        name = digest_of(*decides, config.model, config.optim, digest, start)[:16]
 
         def train(weights: Path) -> None:
             train_model(execution, family, model, splits, parts, weights)
 
         weights = shared_weights(execution, f"{family.stage}-{name}", model, train)
     if family.weights_file is not None and is_main_process():
-        path = execution.folder / "checkpoints" / family.weights_file
+        path = execution.directory.checkpoints / family.weights_file
         path.parent.mkdir(exist_ok=True)
         if weights is None:
             save_weights(model, path)
@@ -101,23 +101,18 @@ def train_model(
     with execution.stage(family.stage) as advance:
         fit(
             execution,
-            family.training(config, model, train, training_flags(execution)),
+            family.training(config, model, train, execution.hardware.training_flags(config.optim)),
             config.optim,
             examples=(train.batch, validation.whole, validation.num_whole),
             stage=family.stage,
             advance=advance,
             weights=weights,
-            made_of=weights.parent.name,
+            digest=weights.parent.name,
             seed=config.seed,
         )
     if isinstance(model, MaskedDecoder):
         # Evaluation uses many other shapes, each of which would be compiled again.
         model.has_compiled_layers = False
-
-
-def training_flags(execution: Execution) -> TrainingFlags:
-    """Return the hardware flags that the training module needs."""
-    return execution.hardware.training_flags(execution.config.optim)
 
 
 def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:

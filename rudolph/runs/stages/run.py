@@ -38,15 +38,15 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     if parts.vqgan is not None:
         digests["vqgan"] = weights_digest(parts.vqgan)
     digests |= {name: weights_digest(part) for name, part in parts.models.items()}
-    made_of = digest_of(digests)
-    model = make_model(execution, splits, parts, made_of=made_of)
+    digest = digest_of(digests)
+    model = make_model(execution, splits, parts, digest=digest)
     if not is_main_process():
         return [], {}
     model.to(execution.hardware.device)
     capabilities = family.open(config, model, parts)
     save_model(execution, model, parts)
     scores = evaluate(execution, capabilities, splits)
-    save_samples(execution, capabilities, splits, made_of=made_of)
+    save_samples(execution, capabilities, splits, digest=digest)
     return scores, digests | splits.digests | {family.stage: weights_digest(model)}
 
 
@@ -81,7 +81,7 @@ def trained_parts(execution: Execution) -> dict[str, nn.Module]:
 
 def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:
     """Write the model and its parts into the run's folder, so that it can be moved alone."""
-    checkpoints = execution.folder / "checkpoints"
+    checkpoints = execution.directory.checkpoints
     checkpoints.mkdir(exist_ok=True)
     origin = {"run": execution.run.name, "digest": execution.config.digest}
     family = family_of(execution.config.model)

@@ -17,8 +17,6 @@ from rudolph.runs.trainer import CURVES
 from rudolph.tracking.event_log import file_lock
 
 SHARED_WEIGHTS = "weights.safetensors"
-# In a run's folder: the names of the cache folders that the run used, one per line.
-TAKEN = "shared.txt"
 DAY = 24 * 3600
 
 
@@ -41,33 +39,31 @@ def shared_weights(
     folder.mkdir(parents=True, exist_ok=True)
     # In a multi-device run only the main process takes the lock; the others train with it.
     lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
-    taken_path = execution.folder / TAKEN
-    taken_names = (
-        taken_path.read_text("utf-8", errors="replace").split() if taken_path.is_file() else []
-    )
+    shared = execution.directory.shared
+    known_names = shared.read_text("utf-8", errors="replace").split() if shared.is_file() else []
     with ExitStack() as stack:
         # Waiting for another run's training must not count as overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
-        if not are_whole(weights, model):
+        if not are_intact(weights, model):
             if is_main_process():
                 checksum_of(weights).unlink(missing_ok=True)
             train(weights)
             if is_main_process():
                 write_text(checksum_of(weights), sha256_of(weights) + "\n")
-        elif name not in taken_names:
+        elif name not in known_names:
             replay_curves(execution, folder / CURVES)
-    if is_main_process() and name not in taken_names:
-        write_text(taken_path, "\n".join([*taken_names, name]) + "\n")
+    if is_main_process() and name not in known_names:
+        write_text(shared, "\n".join([*known_names, name]) + "\n")
     model.load_state_dict(read_weights(weights))
     return weights
 
 
-def are_whole(weights: Path, model: nn.Module) -> bool:
+def are_intact(weights: Path, model: nn.Module) -> bool:
     """Return whether cached weights exist and are intact; rename damaged ones."""
     if not os.path.lexists(weights):
         return False
-    fault = weights_error(weights, model) or checksum_fault(weights)
+    fault = weights_error(weights, model) or checksum_error(weights)
     if fault and is_main_process():
         with suppress(FileNotFoundError):
             renamed = rename_damaged(weights)
@@ -86,7 +82,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def checksum_fault(weights: Path) -> str:
+def checksum_error(weights: Path) -> str:
     """Return an error message if weights differ from their recorded checksum, else ""."""
     path = checksum_of(weights)
     text = path.read_text("utf-8", errors="replace").strip() if path.is_file() else ""

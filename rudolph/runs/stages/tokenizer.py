@@ -58,10 +58,10 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
     texts = [text for split in train for text in (*split.captions, *split.questions) if text]
     # The digest of a tokenizer of captions only is older and must not change.
     has_captions_only = len(train) == 1 and not any(train[0].questions)
-    made_of = (
+    texts_digest = (
         train[0].digest if has_captions_only else ["texts", *(split.digest for split in train)]
     )
-    path = cache / f"tokenizer-{digest_of([size, made_of])[:16]}.model"
+    path = cache / f"tokenizer-{digest_of([size, texts_digest])[:16]}.model"
     if os.path.lexists(path):
         try:
             return Tokenizer(path)
