@@ -161,6 +161,8 @@ def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
         yield Figure("card", report.card, x="score", by="run")
     if report.best_of:
         yield Figure("best_of", report.best_of, x="score", by="run")
+    if report.shots:
+        yield Figure("shots", report.shots, x="score", by="run")
 
 
 def export_experiment(args: Any) -> int:

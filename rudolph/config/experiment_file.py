@@ -33,7 +33,7 @@ from rudolph.files.settings import (
     short_repr,
     validate,
 )
-from rudolph.reports.claims import Claim, group_of
+from rudolph.reports.claims import Claim, group_of, without_number
 from rudolph.reports.search_tables import REGION_PREFIX, Search
 
 
@@ -46,6 +46,8 @@ class ReportConfig:
         curves: Training curves of the curve figure.
         card: Metrics of the report card.
         best_of: Rankings whose best-of-n curves are drawn, such as ``rerank_clip``.
+        shots: Few-shot scores whose curves are drawn, with ``*`` for the number of shots, such as
+            ``few_shot/accuracy_*/test``.
         pareto: Two metrics that are drawn against each other.
         effects: Metrics in which variants or grid points are compared with ``against``.
         against: Baseline of ``effects``.
@@ -57,6 +59,7 @@ class ReportConfig:
     curves: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
     best_of: tuple[str, ...] = ()
+    shots: tuple[str, ...] = ()
     pareto: tuple[str, ...] = ()
     effects: tuple[str, ...] = ()
     against: str | None = None
@@ -208,6 +211,7 @@ def _check_metrics(
         ("report.curves", report.curves, [*curves, *metrics]),
         ("report.card", report.card, metrics),
         ("report.best_of", report.best_of, list(dict.fromkeys(rankings))),
+        ("report.shots", report.shots, list(dict.fromkeys(map(without_number, metrics)))),
         ("report.pareto", report.pareto, columns),
         ("report.effects", report.effects, columns),
         ("targets", tuple(targets), metrics),

@@ -52,6 +52,9 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
         metrics += [f"{SCENE_ACCURACY}_{family}" for family in config.data.shapes.families]
     elif evaluator == "caption_f1" and dataset == "shapes":
         metrics.append("image_to_text/caption_accuracy")
+    elif evaluator == "answer_f1" and dataset == "shapes_questions":
+        families = config.data.shapes_questions.families
+        metrics += [f"answers/exact_match_{family}" for family in families]
     elif evaluator == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
         # In these datasets only the files tell whether questions have images.

@@ -46,6 +46,7 @@ from rudolph.models.weights import load_exactly, read_weights
 from rudolph.sequence.layout import EOS
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.tokenizer import Tokenizer
+from rudolph.training.hardware_flags import option_of
 
 if TYPE_CHECKING:
     from rudolph.training.language import LanguageTraining
@@ -356,11 +357,9 @@ class DocumentFamily:
         Raises:
             ValueError: If one is; the message names it.
         """
-        for name in ("checkpointing", "block_masks", "compile"):
-            if getattr(flags, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: expected family rudolph, got {self.stage}"
-                )
+        for name in ("activation_checkpointing", "block_masks", "compile"):
+            if getattr(flags.hardware, name):
+                raise ValueError(f"{option_of(name)}: expected family rudolph, got {self.stage}")
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
         """Yield the names of the logged curves, by mixture entry."""

@@ -117,6 +117,15 @@ def group_of(run: str, seed: int) -> str:
     return run.removesuffix(f"seed{seed}").rstrip("-")
 
 
+def without_number(name: str) -> str:
+    """Return the name of a score with ``*`` for a number at the end of its metric.
+
+    >>> without_number("few_shot/accuracy_16/test")
+    'few_shot/accuracy_*/test'
+    """
+    return re.sub(r"_\d+(?=/[^/]*$)", "_*", name)
+
+
 def natural_order(name: str) -> str:
     """Return a key that sorts names by the numbers in them, ``k=2`` before ``k=10``."""
     numbers = re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):024.9f}", name)

@@ -8,7 +8,7 @@ To add a kind, write it with these arguments, decorate it with ``report_figure``
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -282,19 +283,51 @@ def best_of_n(
     ``frame`` is a report card of one split, see ``card``.  ``y`` names the rankings;
     ``group_column`` distinguishes runs.
     """
+    patterns = {ranking: rf"^{re.escape(ranking)}/best_of_(\d+)/" for ranking in y}
+    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("candidate images")
+    save_with_legend(figure, [axes], path, title="ranked by")
+
+
+@report_figure
+def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str) -> None:
+    """Draw few-shot accuracy: a curve with its interval over shots, and the chance level.
+
+    ``frame`` is a report card, see ``card``.  ``y`` names scores with ``*`` for the number of
+    shots; ``group_column`` distinguishes runs.
+    """
+    patterns = {name: "^" + re.escape(name).replace(re.escape("*"), r"(\d+)") + "$" for name in y}
+    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
+    is_drawn = frame[x].str.match("|".join(patterns.values()))
+    for chance in sorted(set(frame["chance"][is_drawn].dropna())):
+        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+    # Linear up to 1, so that 0 shots have a place.
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set(xlabel="shots", ylim=(0, 1.02))
+    save_with_legend(figure, [axes], path, title="dotted: chance")
+
+
+def _number_curves(
+    frame: pd.DataFrame, patterns: Mapping[str, str], *, x: str, group_column: str
+) -> tuple[Figure, Axes]:
+    """Draw scores over the number in their names; return the figure and its axes.
+
+    ``patterns`` has a regular expression per curve whose group is the number.
+    """
     _require(frame, [x, group_column, "value", "low", "high"])
     figure, [axes] = panels_of(1)
     palette, has_one_run = seaborn.color_palette("colorblind"), frame[group_column].nunique() == 1
-    candidate_counts: set[int] = set()
-    for ranking in y:
-        counts = frame[x].str.extract(rf"^{re.escape(ranking)}/best_of_(\d+)/", expand=False)
-        points = frame.assign(N=counts)[counts.notna()].astype({"N": int})
+    numbers: set[int] = set()
+    for label, pattern in patterns.items():
+        matched = frame[x].str.extract(pattern, expand=False)
+        points = frame.assign(N=matched)[matched.notna()].astype({"N": int})
         if points.empty:
             raise ValueError(
-                f"figure: expected a score {ranking}/best_of_N, got only {_names(frame[x])}"
+                f"figure: expected scores of {label} by number, got only {_names(frame[x])}"
             )
         for run, run_points in points.sort_values("N").groupby(group_column, sort=True):
-            index, name = len(axes.lines), ranking if has_one_run else f"{ranking}: {run}"
+            index, name = len(axes.lines), label if has_one_run else f"{label}: {run}"
             axes.fill_between(
                 run_points["N"],
                 run_points["low"],
@@ -309,11 +342,10 @@ def best_of_n(
                 name=name,
                 number=index,
             )
-            candidate_counts |= set(run_points["N"])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(candidate_counts), [str(number) for number in sorted(candidate_counts)])
-    axes.set(xlabel="candidate images", ylabel="accuracy, 95 % interval")
-    save_with_legend(figure, [axes], path, title="ranked by")
+            numbers |= set(run_points["N"])
+    axes.set_xticks(sorted(numbers), [str(number) for number in sorted(numbers)])
+    axes.set_ylabel("accuracy, 95 % interval")
+    return figure, axes
 
 
 @report_figure
@@ -469,4 +501,5 @@ FIGURES = {
     "regions": regions,
     "card": card,
     "best_of": best_of_n,
+    "shots": shots,
 }

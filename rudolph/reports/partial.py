@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rudolph.reports.claims import group_of
+from rudolph.reports.claims import group_of, without_number
 from rudolph.reports.report import Figure, Report, read_curves, read_runs
 from rudolph.reports.report_cards import CARD, read_card
 from rudolph.reports.search_tables import is_trial
@@ -55,9 +55,10 @@ def _available_figure(
         known = {*report.effects, *(() if report.claim is None else (report.claim.metric,))}
     elif figure.kind == "curves":
         known = set(read_curves(folder)["metric"])
-    elif figure.kind in ("card", "best_of"):
+    elif figure.kind in ("card", "best_of", "shots"):
         scores = set(read_card(folder / CARD)["score"]) if (folder / CARD).is_file() else set()
         known = scores | {score.partition("/best_of_")[0] for score in scores}
+        known |= {without_number(score) for score in scores}
     elif any(name not in runs for name in (figure.x, figure.by)):
         return None
     kept = tuple(_known(figure.y, known))

@@ -395,6 +395,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),
     "best_of": lambda folder: read_card(folder / CARD),
+    "shots": lambda folder: read_card(folder / CARD),
     "regions": read_regions,
     "forest": lambda folder: pd.DataFrame(read_effects(folder)),
 }

@@ -17,7 +17,7 @@ from torch import nn
 
 from rudolph.config.run import RunConfig, digest_of, to_plain
 from rudolph.data.seeds import mixed_seed
-from rudolph.data.splits import Split, Splits
+from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.evaluation.context import ignore_notes
 from rudolph.families.interface import Capabilities
 from rudolph.files.atomic import rename_damaged, warn_once
@@ -28,12 +28,15 @@ from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.runs.execution import Execution, copy_to_run, is_main_process
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
+from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.texts import UnknownTextWarning
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.run_directory import SAMPLES
 
 GRID_COLUMNS = 8
 NUM_SHOWN = 10
+# Tasks whose generated texts are shown with their images, and the names of the files.
+SHOWN_TASKS = {"image_captioning": "captions", "question_answering": "answers"}
 
 
 def save_masks(execution: Execution, model: nn.Module) -> None:
@@ -60,7 +63,7 @@ def save_masks(execution: Execution, model: nn.Module) -> None:
 def save_samples(
     execution: Execution, model: Capabilities, splits: Splits, *, digest: str
 ) -> None:
-    """Save reconstructions, captions of each split and the grid of fixed prompts.
+    """Save reconstructions, texts of each split and the grid of fixed prompts.
 
     Samples that need a capability which the model lacks are skipped.
 
@@ -73,13 +76,12 @@ def save_samples(
     folder, provided = execution.directory.samples, type(model).provided()
     if "image_tokenizer" in provided:
         save_reconstructions(execution, model.image_tokenizer(), splits, digest=digest)
-    tasks = {(row.dataset, row.task) for row in splits.config.mixture}
-    if "token_pipeline" in provided:
-        if (splits.config.dataset, "image_captioning") in tasks:
+    if "generate_text" in provided:
+        for task, dataset in shown_datasets(splits.config).items():
             for name in execution.config.evaluation.splits:
-                save_captions(execution, model.token_pipeline(), splits(name))
-        if grid_prompts_of(execution.config):
-            save_grid(execution, model.token_pipeline())
+                save_texts(execution, model, task, splits(name, dataset))
+    if "token_pipeline" in provided and grid_prompts_of(execution.config):
+        save_grid(execution, model.token_pipeline())
     for path in sorted(folder.glob("*.png")):
         execution.tracker.log_artifact(path, SAMPLES)
 
@@ -135,17 +137,38 @@ def save_once(
         copy_to_run(path, cached_path)
 
 
-def save_captions(execution: Execution, pipeline: Pipeline, split: Split) -> None:
-    """Save ``NUM_SHOWN`` images of a split with generated captions."""
+def shown_datasets(config: DataConfig) -> dict[str, str]:
+    """Return the dataset whose images are shown for each task in ``SHOWN_TASKS``.
+
+    The main dataset comes before the others of the mixture.
+    """
+    rows = sorted(config.mixture, key=lambda row: row.dataset == config.dataset)
+    return {row.task: row.dataset for row in rows if row.task in SHOWN_TASKS}
+
+
+def save_texts(execution: Execution, model: Capabilities, task: str, split: Split) -> None:
+    """Save ``NUM_SHOWN`` images of a split with generated captions, or with answered questions."""
     from rudolph.reports import image_grids
     from rudolph.reports.style import warned_drawing
 
-    images = split.image_batch(_evenly_spaced(split))
-    sampling = execution.config.sampling.text
-    captions = pipeline.caption(images, config=sampling, seeds=range(len(images)))
-    path = execution.directory.samples / f"captions-{split.name}.png"
+    indices = _evenly_spaced(split)
+    images, questions = split.image_batch(indices), None
+    if TASKS[task].has_question:
+        questions = [split.questions[index] for index in indices]
+    texts = model.generate_text(
+        task,
+        config=execution.config.sampling.text,
+        seeds=range(len(indices)),
+        images=images,
+        questions=questions,
+    )
+    path = execution.directory.samples / f"{SHOWN_TASKS[task]}-{split.name}.png"
     with warned_drawing():
-        labels = [text or "-" for text in captions]
+        asked = questions or [""] * len(texts)
+        labels = [
+            f"{question} {text or '-'}".strip()
+            for question, text in zip(asked, texts, strict=True)
+        ]
         image_grids.sample_grid(to_bytes(images), labels, path, columns=5)
 
 

@@ -4,12 +4,14 @@ Shapes: N examples.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rudolph.data.datasets.shapes import Shapes, is_sentence
+from rudolph.data.datasets.shapes_questions import ShapesQuestions
 from rudolph.data.splits import Split
 from rudolph.evaluation.context import (
     EvaluationContext,
@@ -32,13 +34,52 @@ ARITHMETIC_CHARACTERS = "0123456789-абвгд"
 def answer_f1(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate question answering about images: token F1 and exact match.
 
+    For ``shapes_questions`` also score the exact match of each family of questions.
+
     Raises:
         ValueError: if a pair has no question.
     """
     if not all(split.questions):
         raise ValueError("evaluator answer_f1 needs pairs with questions")
     answered = answer_pairs("question_answering", context, split)
-    return answer_scores(answered, context, split, name="answers")
+    scores = answer_scores(answered, context, split, name="answers")
+    if isinstance(split.dataset, ShapesQuestions):
+        scores += scores_by_family(answered, context, split, name="answers/exact_match")
+    return scores
+
+
+def scores_by_family(
+    answered: "AnsweredPairs", context: EvaluationContext, split: Split, *, name: str
+) -> list[Score]:
+    """Return the exact match of each family of questions, as ``name`` with the family."""
+    positions: dict[str, list[int]] = {}
+    for position, index in enumerate(answered.indices):
+        family = split.dataset[index].attributes["family"]
+        positions.setdefault(family, []).append(position)
+    scores = []
+    for family, rows in sorted(positions.items()):
+        answers, truths = ([texts[row] for row in rows] for texts in answered[1:3])
+        chance = chance_level(partial(_swapped_match, answers, truths), len(rows))
+        values = np.array([exact_match(*pair) for pair in zip(answers, truths, strict=True)])
+        indices = [answered.indices[row] for row in rows]
+        protocol = MetricProtocol("exact", normalization=str(ANSWER))
+        scores.append(
+            mean_score(
+                f"{name}_{family}",
+                split,
+                indices,
+                values,
+                context,
+                chance=chance,
+                protocol=protocol,
+            )
+        )
+    return scores
+
+
+def _swapped_match(answers: list[str], truths: list[str], row: int, other: int) -> float:
+    """Return the exact match of the answer to another prompt."""
+    return exact_match(answers[other], truths[row])
 
 
 def text_answers(context: EvaluationContext, split: Split) -> list[Score]:
