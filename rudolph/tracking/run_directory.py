@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.files.atomic import DamagedFileError, read_mapping, write_json
-from rudolph.tracking.event_log import JOURNAL, SENT, STATUSES
+from rudolph.tracking.event_log import JOURNAL, STATUSES
 
 CONFIG, SUMMARY, ENVIRONMENT = "config.yaml", "summary.json", "environment.json"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
@@ -35,7 +35,7 @@ class RunDirectory:
         self.path = path
         self.config, self.summary = path / CONFIG, path / SUMMARY
         self.environment = path / ENVIRONMENT
-        self.event_log, self.sent = path / JOURNAL, path / SENT
+        self.event_log = path / JOURNAL
         self.sending_lock, self.running_lock = path / "journal.lock", path / "running.lock"
         self.checkpoints, self.samples = path / CHECKPOINTS, path / SAMPLES
         self.shared, self.traceback = path / "shared.txt", path / "traceback.txt"
