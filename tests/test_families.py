@@ -96,3 +96,5 @@ def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
         find_folder("experiment:other", **source)
     with pytest.raises(ValueError, match=r"; did you mean tiny\?$"):
         find_folder("experiment:tyny", **source)
+    with pytest.raises(ValueError, match=r"^tiny: .*; did you mean experiment:tiny\?$"):
+        find_folder("tiny", **source)
