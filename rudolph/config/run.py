@@ -63,7 +63,7 @@ class TextLengths:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How image tokens and how right-text tokens are drawn."""
+    """Sampling parameters of image tokens and of right-text tokens."""
 
     image: TokenSamplingConfig = field(default_factory=TokenSamplingConfig)
     text: TokenSamplingConfig = field(default_factory=lambda: TokenSamplingConfig(top_k=1))
