@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny_run import run_tiny
 
+from rudolph.config.experiment_file import load_experiment
 from rudolph.config.run import RunConfig, resolve_run
 from rudolph.evaluation.report_card import NEEDS
 from rudolph.families.interface import CAPABILITIES, PARTS, Capabilities
@@ -80,6 +82,23 @@ def test_a_misspelt_family_and_a_setting_of_another_are_named() -> None:
         assert RunConfig(model=FAMILIES["clip"].config()).decoder
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("is_override", [False, True])
+def test_an_unknown_key_is_answered_with_the_keys_of_its_family(
+    tmp_path: Path, family: str, is_override: bool
+) -> None:
+    settings = {"model": {"family": family}} if family != "rudolph" else {}
+    wrong = {} if is_override else {"variants": {"a": {"model.initt": None}}}
+    content = {"title": "t", "question": "q", "settings": settings, **wrong}
+    file = tmp_path / "test.yaml"
+    file.write_text(json.dumps(content))
+    names = ", ".join(field.name for field in fields(FAMILIES[family].config))
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(file, ["model.initt=null"] if is_override else [])
+    message = f"model.initt: unknown key; legal are {names}; did you mean model.init?"
+    assert str(caught.value).endswith(message)
+
+
 def test_a_vqgan_alone_is_the_part_that_a_decoder_trains(finished: Path, tmp_path: Path) -> None:
     folder = run_tiny(tmp_path, ("model.family=vqgan", "evaluation.evaluators=[reconstruction]"))
     alone, part = (
@@ -108,3 +127,5 @@ def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
         find_folder("experiment:other", **source)
     with pytest.raises(ValueError, match=r"; did you mean tiny\?$"):
         find_folder("experiment:tyny", **source)
+    with pytest.raises(ValueError, match=r"^tiny: .*; did you mean experiment:tiny\?$"):
+        find_folder("tiny", **source)

@@ -15,7 +15,7 @@ from rudolph.reports.figures import FIGURES, curves, intervals, pareto_front
 from rudolph.reports.image_grids import (
     draw_codebook_usage,
     draw_masks_image,
-    reconstructions,
+    draw_reconstructions,
     sample_grid,
 )
 
@@ -213,7 +213,7 @@ def test_a_sample_without_a_caption_is_refused(tmp_path: Path) -> None:
 
 def test_a_perfect_reconstruction_leaves_a_white_difference(tmp_path: Path) -> None:
     broken = [255 - IMAGES[0], *IMAGES[1:]]
-    reconstructions(IMAGES, broken, tmp_path / "x.png")
+    draw_reconstructions(IMAGES, broken, tmp_path / "x.png")
     sheet = np.asarray(Image.open(tmp_path / "x.png"))
     height = (sheet.shape[0] - 8) // 3
     last = sheet[8 + 2 * height : 8 + 2 * height + 128]

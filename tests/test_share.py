@@ -199,7 +199,7 @@ def test_mistakes_are_one_line(lab: Path, capsys: pytest.CaptureFixture[str]) ->
     for arguments, words in (
         (
             ["nothing", "--to", "given"],
-            "nothing: expected an experiment in runs/ or a folder, got neither",
+            "nothing: no experiment has this name in runs; there are masks/ряд",
         ),
         (["empty", "--to", "given"], "no finished run to share"),
         (["empty", "--to", "sqlite:///x.db"], "no run to share"),

@@ -34,7 +34,7 @@ from rudolph.config.experiment_file import load_experiment
 from rudolph.models.layers.native_types import has_native_bfloat16
 from rudolph.reports.report import Report, experiment_parts, fill
 from rudolph.reports.store import check_results_folder, export_results
-from rudolph.runs.benchmark_run import compare_outputs, measurable
+from rudolph.runs.benchmark_run import compare_outputs, drop_emulated_implementations
 from rudolph.runs.execution import Folders, Hardware, run_folder
 from rudolph.runs.experiment import execute
 
@@ -71,7 +71,7 @@ def no_process_is_left() -> Iterator[set[int]]:
     assert children() <= before
 
 
-def limit_parts() -> list[str]:
+def roofline_parts() -> list[str]:
     """Return the parts of the roofline, with bfloat16 only if it is native."""
     return (
         ["read", "bfloat16", "packed", "float32"] if has_native_bfloat16() else ["read", "float32"]
@@ -80,7 +80,7 @@ def limit_parts() -> list[str]:
 
 def test_implementations_take_turns_and_every_part_has_its_own(tmp_path: Path) -> None:
     turns = list(turns_of(speed_subject(tmp_path, "vqgan", "float32", ROOFLINE, "bfloat16")))
-    limits = [(ROOFLINE, part) for part in limit_parts()]
+    limits = [(ROOFLINE, part) for part in roofline_parts()]
     parts = [(name, p) for p in ("encode", "decode", "train") for name in ("float32", "bfloat16")]
     assert turns == [(k, name, part) for k in range(2) for name, part in [*limits, *parts]]
 
@@ -109,7 +109,7 @@ def test_a_run_measures_in_turns_and_leaves_repetitions_and_profiles(
 ) -> None:
     folder, summary, told = measured
     table = pd.read_csv(folder / "speed" / "repetitions.csv", keep_default_na=False)
-    limits = [(ROOFLINE, part) for part in limit_parts()]
+    limits = [(ROOFLINE, part) for part in roofline_parts()]
     order = [*limits, ("half", "")]
     assert list(zip(table["implementation"], table["part"], strict=True)) == order * 2
     assert (table["seconds"] > 0).all() and (table["peak_bytes"] > 2**20).all()
@@ -158,12 +158,15 @@ def test_a_implementation_in_emulated_bfloat16_is_left_out_and_said(
     monkeypatch.setattr(speed_config, "has_native_bfloat16", lambda: is_native)
     case = speed_subject(tmp_path, "train", ROOFLINE, "float32", "bfloat16")
     if is_native:
-        assert measurable(case) == case
+        assert drop_emulated_implementations(case) == case
     else:
         with pytest.warns(UserWarning, match="left out bfloat16: this processor emulates"):
-            assert measurable(case).speed.implementations == (ROOFLINE, "float32")
+            assert drop_emulated_implementations(case).speed.implementations == (
+                ROOFLINE,
+                "float32",
+            )
         with pytest.raises(ValueError, match="no implementation left to measure"):
-            measurable(speed_subject(tmp_path, "train", ROOFLINE, "bfloat16"))
+            drop_emulated_implementations(speed_subject(tmp_path, "train", ROOFLINE, "bfloat16"))
 
 
 def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
@@ -178,10 +181,10 @@ def test_avx2_is_a_setting_of_the_experiment(tmp_path: Path) -> None:
         speed_subject(tmp_path, "decode", "half", instruction_set="sse")
 
 
-def prepared(folder: Path, asked: BenchmarkCase) -> Path:
+def prepared(folder: Path, case: BenchmarkCase) -> Path:
     weights = folder / "weights"
     weights.mkdir()
-    prepare_case(asked, weights)
+    prepare_case(case, weights)
     return weights
 
 
@@ -200,8 +203,8 @@ def prepared(folder: Path, asked: BenchmarkCase) -> Path:
 def test_a_repetition_does_all_that_it_counts(
     tmp_path: Path, workload: str, name: str, units: int
 ) -> None:
-    asked = speed_subject(tmp_path, workload, name)
-    implementation = IMPLEMENTATIONS[workload][name](asked, name, prepared(tmp_path, asked))
+    case = speed_subject(tmp_path, workload, name)
+    implementation = IMPLEMENTATIONS[workload][name](case, name, prepared(tmp_path, case))
     before = {key: value.clone() for key, value in weights_of(implementation).items()}
     for part in WORKLOADS[workload].units:
         for is_short in (True, False):
@@ -224,12 +227,12 @@ def weights_of(implementation: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> None:
-    asked = speed_subject(tmp_path, "memory", "float32", num_tokens=3)
-    folder = prepared(tmp_path, asked)
-    implementation = IMPLEMENTATIONS["memory"]["float32"](asked, "float32", folder)
+def test_fewer_tokens_are_sampled_where_fewer_are_requested(tmp_path: Path) -> None:
+    case = speed_subject(tmp_path, "memory", "float32", num_tokens=3)
+    folder = prepared(tmp_path, case)
+    implementation = IMPLEMENTATIONS["memory"]["float32"](case, "float32", folder)
     assert implementation.run("decode", is_short=False).units == 2 * 3
-    model = load_case_decoder(asked, folder)
+    model = load_case_decoder(case, folder)
     assert (
         implementation.weights_bytes
         == sum(value.numel() * 4 for value in model.parameters()) + model.mask_tables.numel()
@@ -237,7 +240,7 @@ def test_fewer_tokens_are_drawn_where_fewer_are_asked_for(tmp_path: Path) -> Non
 
 
 # An implementation that logs its requests and takes no time.
-TALKER = """
+LOGGING_IMPLEMENTATION = """
 import json, sys
 name = json.loads(sys.stdin.readline())["implementation"]
 answer = {"seconds": 1.0, "units": 5, "peak_bytes": 7, "cache_bytes": 0, "operations": []}
@@ -251,10 +254,10 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Replace implementations by processes that log their requests to the returned file."""
-    log = tmp_path / "talk"
-    code = TALKER.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
+    log = tmp_path / "requests"
+    code = LOGGING_IMPLEMENTATION.replace("LOG", repr(str(log))).replace("FAILING", "'half'")
     monkeypatch.setattr(
         comparison, "implementation_command", lambda name: [sys.executable, "-c", code]
     )
@@ -266,18 +269,18 @@ def quiet(done: int, total: int, note: str) -> None:
     """Ignore progress."""
 
 
-def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: Path) -> None:
-    asked = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", num_repetitions=3)
+def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, requests: Path) -> None:
+    case = speed_subject(tmp_path, "decode", "float32", REFERENCE, "int8", num_repetitions=3)
     checked: list[str] = []
     found = compare_implementations(
-        asked,
+        case,
         tmp_path / "weights",
         report_progress=quiet,
         check=lambda worker: checked.append(worker.name),
     )
     names = [
         line.split()[0]
-        for line in talk.read_text(encoding="utf-8").splitlines()
+        for line in requests.read_text(encoding="utf-8").splitlines()
         if "'is_short': False" in line
     ]
     assert names == ["float32", REFERENCE, "int8"] * 3
@@ -285,29 +288,29 @@ def test_repetition_k_of_all_comes_before_the_next_of_any(tmp_path: Path, talk: 
     assert found.versions == dict.fromkeys(("float32", REFERENCE, "int8"), "1")
 
 
-def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, talk: Path) -> None:
-    asked = speed_subject(tmp_path, "memory", REFERENCE, "float32")
+def test_memory_is_that_of_a_process_a_repetition(tmp_path: Path, requests: Path) -> None:
+    case = speed_subject(tmp_path, "memory", REFERENCE, "float32")
     found = compare_memory(
-        asked, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
+        case, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
     )
     turns = [(each.implementation, each.part) for each in found.timings]
     assert turns == [(n, part) for n in (REFERENCE, "float32") for part in ("load", "decode")] * 2
     assert {each.units for each in found.timings} == {1, 5}
-    assert "True" not in talk.read_text(encoding="utf-8")
+    assert "True" not in requests.read_text(encoding="utf-8")
 
 
-def test_a_implementation_that_fails_ends_all_the_others(tmp_path: Path, talk: Path) -> None:
-    asked = speed_subject(tmp_path, "decode", "float32", "half")
+def test_a_implementation_that_fails_ends_all_the_others(tmp_path: Path, requests: Path) -> None:
+    case = speed_subject(tmp_path, "decode", "float32", "half")
     with pytest.raises(ValueError, match=r"^implementation half: out of luck$"):
         compare_implementations(
-            asked, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
+            case, tmp_path / "weights", report_progress=quiet, check=lambda worker: None
         )
 
 
 def test_a_key_press_leaves_no_process(
-    tmp_path: Path, talk: Path, no_process_is_left: set[int]
+    tmp_path: Path, requests: Path, no_process_is_left: set[int]
 ) -> None:
-    asked = speed_subject(tmp_path, "decode", "float32", "int8")
+    case = speed_subject(tmp_path, "decode", "float32", "int8")
 
     def press(done: int, total: int, note: str) -> None:
         if done == 1:
@@ -316,7 +319,7 @@ def test_a_key_press_leaves_no_process(
 
     with pytest.raises(KeyboardInterrupt):
         compare_implementations(
-            asked, tmp_path / "weights", report_progress=press, check=lambda worker: None
+            case, tmp_path / "weights", report_progress=press, check=lambda worker: None
         )
 
 
@@ -345,8 +348,8 @@ def test_a_reference_that_is_missing_is_one_line_with_the_command(
 
 
 def test_weights_that_say_something_else_stop_the_run(tmp_path: Path) -> None:
-    asked = speed_subject(tmp_path, "decode", "float32")
-    expected, _ = prepare_case(asked, tmp_path)
+    case = speed_subject(tmp_path, "decode", "float32")
+    expected, _ = prepare_case(case, tmp_path)
     outputs = {"logits": expected["logits"] + 0.02}
 
     class FakeWorker:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from rudolph.cli import main
 from rudolph.config.run import run_of
 from rudolph.reports.report import (
     MAX_PAGE_IMAGES,
@@ -406,3 +407,33 @@ def test_numbers_survive_the_csv_files(tmp_path: Path) -> None:
     assert isinstance(frame, pd.DataFrame)
     assert {name: frame[name][0] for name in values} == pytest.approx(values, rel=1e-5)
     assert frame["d"][0] == 10_000_019
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("masks/pattern", "; did you mean masks/patterns?"),
+        ("masks", "; there are masks/patterns"),
+        ("nothing", "; there are masks/patterns"),
+    ],
+)
+def test_an_unknown_experiment_is_answered_with_the_known_ones(
+    tmp_path: Path, monkeypatch, capsys, name: str, advice: str
+) -> None:
+    (tmp_path / "results" / REPORT.experiment).mkdir(parents=True)
+    (tmp_path / "results" / REPORT.experiment / "report.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--png", "slides"]):
+        assert main(["figures", name, *flags]) == 2
+        message = capsys.readouterr().err
+        assert message == f"rudolph: {name}: no experiment has this name in results{advice}\n"
+
+
+@pytest.mark.parametrize("command", ["check", "figures"])
+def test_a_command_for_results_asks_for_their_folder(
+    tmp_path: Path, monkeypatch, capsys, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command]) == 2
+    assert capsys.readouterr().err.startswith("rudolph: results: no such folder")
+    assert list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ def test_a_convolution_moves_its_tokens_with_the_image() -> None:
     images = torch.randn(1, 3, 32, 32)
     moved = images.roll((config.factor, 2 * config.factor), dims=(2, 3))
     before, after = (model(x).unflatten(1, (side, side)) for x in (images, moved))
-    # Away from the border, whose zero padding a convolution can tell.
+    # Away from the border, whose zero padding changes a convolution.
     torch.testing.assert_close(after[:, 3:-2, 4:-2], before[:, 2:-3, 2:-4])
     assert not torch.allclose(after[:, 2:-2, 3:-2], before[:, 2:-2, 2:-3])
 

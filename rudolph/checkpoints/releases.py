@@ -17,6 +17,7 @@ TOKENIZER = "rudalle-tokenizer"
 IMAGE_TOKENIZER = "Sber-VQGAN"
 NUM_BPE = 16384
 NUM_CODES = 8192
+DECODER_NEEDS = (IMAGE_TOKENIZER, TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Release:
     is_gated: bool = False
     licence: str = "Apache-2.0"
     note: str = ""
+
+
+def decoder_shape(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, int]:
+    """Return the shape of a decoder under the reference's names."""
+    return {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_heads,
+    }
 
 
 def rudolph_release(
@@ -66,9 +76,7 @@ def rudolph_release(
     """
     left, side, right = lengths
     config = {
-        "num_layers": shape[0],
-        "hidden_size": shape[1],
-        "num_attention_heads": shape[2],
+        **decoder_shape(*shape),
         "l_text_seq_length": left,
         "image_tokens_per_dim": side,
         "r_text_seq_length": right,
@@ -86,7 +94,7 @@ def rudolph_release(
         megabytes,
         config,
         num_parameters,
-        needs=(IMAGE_TOKENIZER, TOKENIZER),
+        needs=DECODER_NEEDS,
         note=note,
     )
 
@@ -115,9 +123,7 @@ def rudalle_release(
         note: a remark for the user.
     """
     config = {
-        "num_layers": shape[0],
-        "hidden_size": shape[1],
-        "num_attention_heads": shape[2],
+        **decoder_shape(*shape),
         "text_seq_length": 128,
         "image_tokens_per_dim": 32,
         "vocab_size": NUM_BPE + 128,
@@ -134,7 +140,7 @@ def rudalle_release(
         megabytes,
         config,
         num_parameters,
-        needs=(IMAGE_TOKENIZER, TOKENIZER),
+        needs=DECODER_NEEDS,
         is_gated=is_gated,
         note=note,
     )

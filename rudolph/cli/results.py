@@ -291,14 +291,16 @@ def sync_runs(args: Any) -> int:
 def share_runs(args: Any) -> int:
     """Run ``rudolph share`` and return the exit code."""
     from rudolph.reports import share
+    from rudolph.reports.experiment_names import experiments_with_runs, unknown_experiment
 
-    runs, results = folders_here().runs / args.experiment, RESULTS_FOLDER / args.experiment
+    all_runs = folders_here().runs
+    runs, results = all_runs / args.experiment, RESULTS_FOLDER / args.experiment
     if not runs.is_dir():
         runs = Path(args.experiment)
         results = runs / share.RESULT_FILES
     if not runs.is_dir():
-        raise ValueError(
-            f"{args.experiment}: expected an experiment in runs/ or a folder, got neither"
+        raise unknown_experiment(
+            args.experiment, all_runs.relative_to(Path.cwd()), experiments_with_runs(all_runs)
         )
     if "://" in args.to:
         for name, run_id in share.send_runs(runs, results, args.to).items():

@@ -142,7 +142,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         The resolved experiment.
 
     Raises:
-        ConfigError: If the file has a mistake; names the first one in one line.
+        ConfigError: If the file has an error; names the first one in one line.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -153,7 +153,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     report = validate(path, ReportConfig, content.get("report", {}), "report")
     targets = validate(path, dict[str, float], content.get("targets", {}), "targets")
     claim = validate(path, Claim, content["claim"], "claim") if "claim" in content else None
-    changes = overrides_of(overrides)
+    changes = overrides_of(overrides, _shared_settings(path, content))
     runs, search = tuple(_expand(path, content, changes)), _search(path, content)
     groups = {group_of(run.name, run.config.seed) for run in runs}
     groups |= (
@@ -263,13 +263,13 @@ def _expand(path: Path, content: Mapping[str, Any], overrides: dict[str, Any]) -
     """Return the runs of all variants, grid points and seeds in the order of the file."""
     shared = _shared_settings(path, content)
     variants = content.get("variants") or {"": {}}
-    grid = _grid(path, content, overrides)
+    grid = _grid(path, content, overrides, shared)
     seeds = content.get("seeds", [0])
     settings.require_distinct(path, "seeds", seeds)
     labels = [value_labels(path, key, values) for key, values in grid.items()]
     expanded: dict[tuple[str, str], Run] = {}
     for variant, changes in variants.items():
-        own = _variant(path, variant, changes, is_searched="search" in content)
+        own = _variant(path, variant, changes, shared, is_searched="search" in content)
         changed = layered(shared, own)
         points = zip(itertools.product(*grid.values()), itertools.product(*labels), strict=True)
         for point, label in points:
@@ -291,10 +291,10 @@ def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
     search = validate(path, Search, content["search"], "search")
     lowest = {name: axis.low for name, axis in search.space.items()}
     highest = {name: axis.high for name, axis in search.space.items()}
-    _without_seed(path, lowest, "search.space")
-    flat = _without_seed(path, search.settings, "search.settings")
-    require_domains(path, search.domains)
     shared = _shared_settings(path, content)
+    _without_seed(path, lowest, "search.space", shared)
+    flat = _without_seed(path, search.settings, "search.settings", shared)
+    require_domains(path, search.domains)
     for corner in (lowest, highest):
         resolve_run(path, layered(shared, flat, corner))
     return replace(search, settings=flat)
@@ -306,31 +306,41 @@ def _shared_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         base = path.parent / content["base"]
         shared = _without_seed(base, read_yaml(base))
         resolve_run(base, shared)
-    return layered(shared, _without_seed(path, content.get("settings", {}), "settings"))
+    return layered(shared, _without_seed(path, content.get("settings", {}), "settings", shared))
 
 
-def _variant(path: Path, variant: str, changes: Any, *, is_searched: bool) -> dict[str, Any]:
+def _variant(
+    path: Path, variant: str, changes: Any, shared: Mapping[str, Any], *, is_searched: bool
+) -> dict[str, Any]:
     if not variant and not changes:
         return {}
     require_variant(path, variant, is_searched=is_searched)
     if not isinstance(changes, dict):
         raise setting_error(path, f"variants.{variant}", "must be a mapping of settings", changes)
-    return _without_seed(path, changes, f"variants.{variant}")
+    return _without_seed(path, changes, f"variants.{variant}", shared)
 
 
 def _grid(
-    path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]
+    path: Path,
+    content: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    shared: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
     """Return the values of each grid setting; the command line replaces them by one value."""
-    grid = _without_seed(path, content.get("grid", {}), "grid")
+    grid = _without_seed(path, content.get("grid", {}), "grid", shared)
     for key, values in grid.items():
         settings.require_distinct(path, f"grid.{key}", values)
     return {key: [overrides[key]] if key in overrides else grid[key] for key in grid}
 
 
-def _without_seed(path: Path, content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _without_seed(
+    path: Path,
+    content: Mapping[str, Any],
+    prefix: str = "",
+    lower: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return flat settings; raise ``ConfigError`` for a seed, which belongs under ``seeds``."""
     if "seed" in content:
         key = f"{prefix}.seed" if prefix else "seed"
         raise setting_error(path, key, "seeds are listed under `seeds:`", content["seed"])
-    return flat_settings(path, RunConfig, content, prefix)
+    return flat_settings(path, RunConfig, content, prefix, lower=lower)

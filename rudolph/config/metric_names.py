@@ -57,7 +57,7 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
         metrics += [f"answers/exact_match_{family}" for family in families]
     elif evaluator == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
-        # In these datasets only the files tell whether questions have images.
+        # In these datasets only the files show whether questions have images.
         known = dataset in WITHOUT_IMAGES if dataset not in ("manifest", "fusion_brain") else None
         metrics += [
             f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)

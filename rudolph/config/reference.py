@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, get_args, get_type_hints
 
 from rudolph.config.metrics import EVALUATOR_METRICS
@@ -61,11 +62,10 @@ def _sections(kind: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
                 yield from _sections(member, below)
                 continue
             tag = get_args(get_type_hints(member)["family"])[0]
-            found = list(_sections(member, below))
             yield f"`{prefix}{field.name}` of family `{tag}`", member, below
-            yield from (
-                (f"{title} of family `{tag}`", inner, path) for title, inner, path in found[1:]
-            )
+            # The first one is the member itself.
+            for title, inner, path in islice(_sections(member, below), 1, None):
+                yield f"{title} of family `{tag}`", inner, path
 
 
 def _rows(kind: Any, prefix: str) -> Iterator[list[str]]:
@@ -104,7 +104,7 @@ def _type_name(hint: Any) -> str:
     or_null = " or null" if is_optional else ""
     if legal:
         return f"{one_of(legal)}{or_null}"
-    members = [each for each in get_args(hint) if each is not type(None)] or [hint]
+    members = [member for member in get_args(hint) if member is not type(None)] or [hint]
     inner = members[0] if is_optional or bounds else hint
     while get_args(inner) and get_args(inner)[0] in TYPE_NAMES and bounds:
         inner = get_args(inner)[0]
@@ -128,9 +128,9 @@ def _meanings(kind: Any) -> dict[str, str]:
             continue
         name = ""
         for line in block[1].splitlines():
-            if found := re.match(r"    (\w+): (.+)", line):
-                name = found[1]
-                meanings[name] = found[2]
+            if entry := re.match(r"    (\w+): (.+)", line):
+                name = entry[1]
+                meanings[name] = entry[2]
             elif name and line.startswith("        "):
                 meanings[name] += f" {line.strip()}"
             elif line and not line.startswith(" "):

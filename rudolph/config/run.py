@@ -63,7 +63,7 @@ class TextLengths:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How image tokens and how right-text tokens are drawn."""
+    """Sampling parameters of image tokens and of right-text tokens."""
 
     image: TokenSamplingConfig = field(default_factory=TokenSamplingConfig)
     text: TokenSamplingConfig = field(default_factory=lambda: TokenSamplingConfig(top_k=1))
@@ -294,7 +294,7 @@ def read_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 def run_of(path: Path, content: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """Return the run of a resolved configuration; error messages name ``path``."""
     written = flat_settings(path, RunConfig, content)
-    return resolve_run(path, layered(written, overrides_of(overrides)))
+    return resolve_run(path, layered(written, overrides_of(overrides, written)))
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,15 +320,22 @@ def run_yaml(config: RunConfig) -> str:
     return settings.dump_yaml(to_plain(config))
 
 
-def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
-    """Parse ``key=value`` settings of the command line; values are YAML."""
+def overrides_of(texts: Iterable[str], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse ``key=value`` settings of the command line; values are YAML.
+
+    Args:
+        texts: The settings.
+        lower: Flat settings that they override; their family decides which keys an error lists.
+    """
     source = Path("command line")
     overrides: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{source}: {text!r}: must be key=value, as in model.num_layers=8")
-        overrides |= flat_settings(source, RunConfig, {key: settings.parse_yaml(value)})
+        overrides |= flat_settings(
+            source, RunConfig, {key: settings.parse_yaml(value)}, lower={**lower, **overrides}
+        )
     return overrides
 
 

@@ -349,10 +349,10 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDiffe
 def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
     """Compare paired outcomes of 0 or 1 exactly, for runs that succeed or fail as a whole.
 
-    p is that of McNemar's exact test: a binomial test of the pairs that differ.  The interval of
-    the difference of both proportions joins Clopper-Pearson intervals of the proportions of pairs
-    that differ in either direction, at 97.5 % each (Bonferroni), so it covers at least 95 % and
-    stays within [-1, 1].
+    p is that of McNemar's exact test: a binomial test of the pairs that differ.  The interval
+    joins two Clopper-Pearson intervals at 97.5 %: of the pairs that differ in one direction and of
+    those that differ in the other.  By Bonferroni it covers at least 95 %, and it stays within
+    [-1, 1].
 
     Args:
         differences: of each pair, -1, 0 or 1.

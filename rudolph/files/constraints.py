@@ -111,12 +111,12 @@ def one_of(legal: tuple[Any, ...]) -> str:
 def _constraints(kind: Any) -> tuple[tuple[str, Bounds | None, tuple[Any, ...], bool], ...]:
     """Return name, bounds, legal values and optionality of the constrained fields of a class."""
     hints = get_type_hints(kind, include_extras=True)
-    found = []
+    constraints = []
     for field in fields(kind):
         bounds, legal, is_optional = constraint_of(hints[field.name])
         if bounds or legal:
-            found.append((field.name, bounds, legal, is_optional))
-    return tuple(found)
+            constraints.append((field.name, bounds, legal, is_optional))
+    return tuple(constraints)
 
 
 def constraint_of(hint: Any) -> tuple[Bounds | None, tuple[Any, ...], bool]:

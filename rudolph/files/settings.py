@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -149,16 +149,21 @@ def require_keys(path: Path, content: Mapping[str, Any], kinds: Mapping[str, typ
             raise setting_error(path, key, f"must be a {KIND_NAMES[kinds[key]]}", value)
 
 
-def require_distinct(path: Path, place: str, values: Any) -> None:
+def require_distinct(path: Path, key: str, values: Any) -> None:
     """Raise ``ConfigError`` unless ``values`` is a non-empty list of distinct values."""
     if not isinstance(values, list) or not values:
-        raise setting_error(path, place, "must be a list with at least one value", values)
+        raise setting_error(path, key, "must be a list with at least one value", values)
     if len({json.dumps(value, default=str) for value in values}) < len(values):
-        raise setting_error(path, place, "must not hold a value twice", values)
+        raise setting_error(path, key, "must not hold a value twice", values)
 
 
 def flat_settings(
-    path: Path, kind: Any, content: Mapping[str, Any], place: str = ""
+    path: Path,
+    kind: Any,
+    content: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    lower: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the settings of a dataclass by dotted key, for nested and for dotted files.
 
@@ -166,7 +171,8 @@ def flat_settings(
         path: file to name in errors.
         kind: dataclass that defines the legal keys.
         content: mapping from the file.
-        place: dotted key of the mapping itself, as a prefix in errors.
+        prefix: dotted key of the mapping itself, for errors.
+        lower: flat settings that ``content`` overrides; their tags choose the keys in an error.
 
     Raises:
         ConfigError: if a key is unknown or given twice, or a section is not a mapping.
@@ -175,16 +181,17 @@ def flat_settings(
     flat: dict[str, Any] = {}
 
     def add(key: str, value: Any) -> None:
-        where = f"{place}.{key}" if place else key
+        full_key = f"{prefix}.{key}" if prefix else key
         if key not in known:
-            raise unknown_key_error(path, where, key, known)
+            legal = _leaf_paths(kind, chosen_by=(content, lower or {}))
+            raise unknown_key_error(path, full_key, key, legal)
         if known[key]:
             if not isinstance(value, dict):
-                raise setting_error(path, where, "must be a mapping", value)
-            for inner, below in value.items():
-                add(f"{key}.{inner}", below)
+                raise setting_error(path, full_key, "must be a mapping", value)
+            for inner_key, inner_value in value.items():
+                add(f"{key}.{inner_key}", inner_value)
         elif key in flat:
-            raise ConfigError(f"{path}: {where}: is given twice, dotted and nested")
+            raise ConfigError(f"{path}: {full_key}: is given twice, dotted and nested")
         else:
             flat[key] = value
 
@@ -193,14 +200,14 @@ def flat_settings(
     return flat
 
 
-def validate(path: Path, kind: Any, content: Any, place: str = "") -> Any:
+def validate(path: Path, kind: Any, content: Any, prefix: str = "") -> Any:
     """Return ``content`` as an instance of ``kind``.
 
     Args:
         path: file to name in the error.
         kind: type to validate against, usually a dataclass.
         content: value from the file.
-        place: dotted key of ``content``, as a prefix in the error.
+        prefix: dotted key of ``content``, for the error.
 
     Raises:
         ConfigError: for the first error, including NaN and infinities.
@@ -210,24 +217,23 @@ def validate(path: Path, kind: Any, content: Any, place: str = "") -> Any:
 
     try:
         # Strict mode converts lists to tuples only for JSON input, and still rejects "5" for 5.
-        found = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        config = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{path}: {_line(first, kind, place)}") from error
-    for where, value in _leaves(content, place):
+        raise ConfigError(f"{path}: {_line(error.errors()[0], kind, prefix)}") from error
+    for key, value in _leaves(content, prefix):
         if isinstance(value, float) and not math.isfinite(value):
-            raise setting_error(path, where, "must be a finite number", value)
-    return found
+            raise setting_error(path, key, "must be a finite number", value)
+    return config
 
 
-def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
+def _leaves(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield the values of nested mappings and lists, each with its dotted key."""
     if isinstance(content, dict | list):
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         for key, value in pairs:
-            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield place, content
+        yield prefix, content
 
 
 def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,37 +248,37 @@ def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def unknown_key_error(path: Path, place: str, key: str, legal: Iterable[str]) -> ConfigError:
+def unknown_key_error(path: Path, full_key: str, key: str, legal: Iterable[str]) -> ConfigError:
     """Return the ``ConfigError`` for an unknown key, with the legal keys next to it.
 
     Args:
         path: file to name in the error.
-        place: full dotted key, for the message.
+        full_key: dotted key with its prefix, for the message.
         key: dotted key to compare with the legal ones.
         legal: all legal dotted keys.
     """
     legal = list(legal)
     parent = key.rpartition(".")[0]
-    beside = [each for each in legal if each.rpartition(".")[0] == parent]
-    beside = beside or [each for each in legal if "." not in each]
-    names = ", ".join(each.rpartition(".")[2] for each in beside)
+    siblings = [name for name in legal if name.rpartition(".")[0] == parent]
+    siblings = siblings or [name for name in legal if "." not in name]
+    names = ", ".join(name.rpartition(".")[2] for name in siblings)
     return ConfigError(
-        f"{path}: {place}: unknown key; legal are {names}{did_you_mean(key, legal)}"
+        f"{path}: {full_key}: unknown key; legal are {names}{did_you_mean(key, legal)}"
     )
 
 
-def setting_error(path: Path, place: str, rule: str, value: Any) -> ConfigError:
+def setting_error(path: Path, key: str, rule: str, value: Any) -> ConfigError:
     """Return the ``ConfigError`` for a value that breaks a rule."""
-    return ConfigError(f"{path}: {place}: {rule}, got {short_repr(value)}")
+    return ConfigError(f"{path}: {key}: {rule}, got {short_repr(value)}")
 
 
-def did_you_mean(given: str, legal: Iterable[str]) -> str:
+def did_you_mean(name: str, legal: Iterable[str]) -> str:
     """Return ``; did you mean ...?`` with the closest legal name, or "" if none is close."""
     legal = list(legal)
-    close = difflib.get_close_matches(given, legal, n=1, cutoff=0.6)
-    last = given.rpartition(".")[2]
-    same = [each for each in legal if each.rpartition(".")[2] == last and each != given]
-    best = close or same[:1]
+    close = difflib.get_close_matches(name, legal, n=1, cutoff=0.6)
+    last = name.rpartition(".")[2]
+    same_end = [other for other in legal if other.rpartition(".")[2] == last and other != name]
+    best = close or same_end[:1]
     return f"; did you mean {best[0]}?" if best else ""
 
 
@@ -284,16 +290,16 @@ def short_repr(value: Any) -> str:
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent
-    names = [each.name for each in folder.glob("*.y*ml")] if folder.is_dir() else []
+    names = [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {folder / close[0]}?" if close else ""
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-    return f"{place}{' '.join(str(problem).split())}"
+    return f"{position}{' '.join(str(problem).split())}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -323,16 +329,50 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _leaf_paths(kind: type, prefix: str = "") -> list[str]:
-    """Return every dotted key of a configuration, sections included."""
+def _leaf_paths(
+    kind: type, prefix: str = "", *, chosen_by: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """Return every dotted key of a configuration, sections included.
+
+    Args:
+        kind: dataclass of the configuration.
+        prefix: start of every key.
+        chosen_by: settings, highest layer first.  Their tags choose one member of each tagged
+            union; without settings, the keys of all members are returned.
+    """
     paths: dict[str, None] = {}
-    hints = get_type_hints(kind)
-    for each in fields(kind):
-        path = f"{prefix}{each.name}"
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        path = f"{prefix}{field.name}"
         paths[path] = None
-        for member in sections_of(hints[each.name]):
-            paths |= dict.fromkeys(_leaf_paths(member, f"{path}."))
+        sections = sections_of(get_type_hints(kind)[field.name])
+        if chosen_by and len(sections) > 1:
+            sections = _chosen_sections(field, hints[field.name], path, chosen_by)
+        for section in sections:
+            paths |= dict.fromkeys(_leaf_paths(section, f"{path}.", chosen_by=chosen_by))
     return list(paths)
+
+
+def _chosen_sections(
+    field: Field[Any], hint: Any, path: str, layers: Sequence[Mapping[str, Any]]
+) -> list[type]:
+    """Return the member of a tagged union that settings choose, or all for an unknown tag."""
+    union, marker = get_args(hint)
+    values = (_setting(layer, f"{path}.{marker.name}") for layer in layers)
+    tag = next((value for value in values if value is not None), None)
+    if tag is None and callable(field.default_factory):
+        return [type(field.default_factory())]
+    sections = sections_of(union)
+    return [section for section in sections if tag in _tags(section)] or sections
+
+
+def _setting(content: Mapping[str, Any], key: str) -> Any:
+    """Return the setting of a dotted key in nested or dotted settings, or None."""
+    if key in content:
+        return content[key]
+    first, _, rest = key.partition(".")
+    section = content.get(first)
+    return _setting(section, rest) if rest and isinstance(section, Mapping) else None
 
 
 def sections_of(hint: Any) -> list[type]:
@@ -345,7 +385,7 @@ def sections_of(hint: Any) -> list[type]:
 def _known_keys(kind: Any) -> dict[str, bool]:
     """Return the dotted keys of a dataclass, each with whether it has keys below it."""
     paths = _leaf_paths(kind)
-    return {path: any(each.startswith(f"{path}.") for each in paths) for path in paths}
+    return {path: any(other.startswith(f"{path}.") for other in paths) for path in paths}
 
 
 @cache
@@ -355,38 +395,38 @@ def _adapter(kind: Any) -> "TypeAdapter[Any]":
     return TypeAdapter(kind)
 
 
-def _line(found: Any, kind: Any, place: str) -> str:
+def _line(error: Any, kind: Any, prefix: str) -> str:
     """Return one line for one of pydantic's errors."""
-    names, kind = _without_tags(kind, found["loc"])
-    parts = [*([place] if place else []), *names]
+    names, kind = _without_tags(kind, error["loc"])
+    parts = [*([prefix] if prefix else []), *names]
     key = ".".join(parts)
-    if found["type"] == "value_error":
-        message = re.sub(r"'([^']{80})[^']*'", r"'\1...'", str(found["ctx"]["error"]))
+    if error["type"] == "value_error":
+        message = re.sub(r"'([^']{80})[^']*'", r"'\1...'", str(error["ctx"]["error"]))
         return f"{key}.{message}{_nearest_value(message)}" if key else message
-    if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = [each.name for each in fields(kind)]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = [field.name for field in fields(kind)]
         return f"{key}: unknown key; legal are {', '.join(names)}{did_you_mean(parts[-1], names)}"
-    if found["type"] == "union_tag_invalid":
+    if error["type"] == "union_tag_invalid":
         tag, legal = (
-            found["ctx"]["tag"],
-            found["ctx"]["expected_tags"].replace("'", "").split(", "),
+            error["ctx"]["tag"],
+            error["ctx"]["expected_tags"].replace("'", "").split(", "),
         )
-        name = found["ctx"]["discriminator"].strip("'")
+        name = error["ctx"]["discriminator"].strip("'")
         return (
             f"{key}.{name}: must be one of {', '.join(legal)}, got {short_repr(tag)}"
             f"{did_you_mean(tag, legal)}"
         )
-    if found["type"] == "literal_error":
-        legal = re.findall(r"'([^']*)'|(\d+)", found["ctx"]["expected"])
+    if error["type"] == "literal_error":
+        legal = re.findall(r"'([^']*)'|(\d+)", error["ctx"]["expected"])
         names = [word or number for word, number in legal]
         hint = get_type_hints(kind, include_extras=True).get(parts[-1])
         or_null = " or null" if constraint_of(hint)[2] else ""
         return (
-            f"{key} must be one of {', '.join(names)}{or_null}, got {short_repr(found['input'])}"
-            f"{did_you_mean(str(found['input']), names)}"
+            f"{key} must be one of {', '.join(names)}{or_null}, got {short_repr(error['input'])}"
+            f"{did_you_mean(str(error['input']), names)}"
         )
-    expected = found["msg"].removeprefix("Input should be ")
-    return f"{key}: must be {expected}, got {short_repr(found['input'])}"
+    expected = error["msg"].removeprefix("Input should be ")
+    return f"{key}: must be {expected}, got {short_repr(error['input'])}"
 
 
 def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
@@ -401,7 +441,7 @@ def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
         part = waiting.pop(0)
         members = sections_of(hint)
         if isinstance(hint, UnionType) and len(members) > 1:
-            tags = {tag: each for each in members for tag in _tags(each)}
+            tags = {tag: member for member in members for tag in _tags(member)}
             hint = tags.get(part, members[0])
             if part in tags:
                 continue

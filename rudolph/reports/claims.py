@@ -187,7 +187,7 @@ def _effect(
         bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
         return Effect(metric, group, than, minimum, len(pairs), exact.value, *bounds)
     difference, spread = paired_t(pairs), float(pairs.std(ddof=1))
-    # Equal differences estimate no spread, so they tell nothing about other numbers of seeds.
+    # Equal differences estimate no spread, so they say nothing about other numbers of seeds.
     detectable = minimum_detectable_effect(spread, len(pairs)) if spread else np.nan
     needed = _seeds_needed(spread, abs(value)) if spread else np.nan
     return Effect(

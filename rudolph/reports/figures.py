@@ -172,7 +172,7 @@ def intervals(
 def forest(
     frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str
 ) -> None:
-    """Draw how much better groups of runs are than another, with intervals; right of 0 is better.
+    """Draw differences between groups of runs with intervals; right of 0 is better.
 
     A filled marker is a significant difference after Holm's correction.  A full line is the least
     difference that a claim states.  ``frame`` has one row per comparison, see ``claims.Effect``;
@@ -183,7 +183,7 @@ def forest(
     # A common reference is named below the axis, different ones in a second line of each row.
     has_one_baseline = frame["than"].nunique() == 1
     lines_per_row = 1 if has_one_baseline else 2
-    figure, panels = panels_of(len(y), height=1.1 + (0.15 + 0.15 * lines_per_row) * rows)
+    figure, panels = panels_of(len(y), height=1.25 + (0.15 + 0.15 * lines_per_row) * rows)
     longest = max(map(len, frame[group_column])) + 5 * (not has_one_baseline)
     figure.set_figwidth(figure.get_figwidth() + 0.08 * len(y) * max(0, longest - 16))
     for axes, metric in zip(panels, y, strict=True):
@@ -203,13 +203,12 @@ def forest(
                     [record["at_least"]] * 2, [row - 0.4, row + 0.4], **LEVEL_STYLES["target"]
                 )
         axes.axvline(0, **LEVEL_STYLES["chance"])
-        baseline = f" than {frame['than'].iloc[0]}" if has_one_baseline else ""
-        axes.set(xlabel=f"{metric}\nbetter{baseline} by, 95 % interval", ylim=(rows - 0.4, -0.6))
+        baseline = f" to {frame['than'].iloc[0]}" if has_one_baseline else ""
+        difference = f"difference{baseline} (95 % CI)"
+        axes.set(xlabel=f"{metric}\n{difference}\nright is better", ylim=(rows - 0.4, -0.6))
         axes.locator_params(axis="x", nbins=5)
         tick_labels = [
-            item[group_column]
-            if has_one_baseline
-            else f"{item[group_column]}\nthan {item['than']}"
+            item[group_column] if has_one_baseline else f"{item[group_column]}\nvs. {item['than']}"
             for item in records
         ]
         axes.set_yticks(range(len(records)), tick_labels)

@@ -118,7 +118,7 @@ def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: in
     return sheet
 
 
-def reconstructions(
+def draw_reconstructions(
     originals: Sequence[ImageArray], decoded: Sequence[ImageArray], path: Path
 ) -> None:
     """Write three rows: originals, reconstructions, and 4 times their difference (white for none).

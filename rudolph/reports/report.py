@@ -35,9 +35,9 @@ UNANSWERED = "_Not written yet: the effect with its interval, and the number of 
 SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
 # A page shows at most so many images, figures first.
 MAX_PAGE_IMAGES = 4
-# The images of a run that tell most about it, first.
+# The most informative images of a run first.
 SAMPLE_ORDER = ("grid", "captions", "masks", "reconstructions")
-# Of a run's seconds those that no stage took.
+# The seconds of a run that no stage took.
 OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
 # Fields of a report that JSON has as lists.
@@ -86,8 +86,8 @@ class Report:
         search: what was searched for, if anything.
         missing: the runs that have not finished.
         scale: parameters, steps, tokens and seeds of the runs, in one line.
-        same_pairs: groups of a search's tests that its trials may have been asked the same pairs;
-            None where that is not known.
+        same_pairs: groups of a search's tests that may share pairs with its trials; None if
+            unknown.
     """
 
     experiment: str
@@ -322,7 +322,7 @@ def _unique_value(runs: pd.DataFrame, column: str) -> str:
 
 
 def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
-    """Return the exported images, the most telling first."""
+    """Return the exported images, the most informative first."""
     return sorted((folder / "samples").glob("*.png"), key=lambda path: sample_rank(path.stem))
 
 

@@ -38,6 +38,7 @@ from rudolph.files.atomic import (
     write_text,
 )
 from rudolph.reports.check import known_numbers, unverified_on_page
+from rudolph.reports.experiment_names import results_folders
 from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
@@ -46,7 +47,6 @@ from rudolph.reports.report import (
     SECTIONS,
     UNANSWERED,
     Report,
-    experiment_folders,
     experiment_parts,
     fill,
     finding_of,
@@ -103,7 +103,7 @@ def export_results(
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
     require_disjoint_paths(folder, runs_folder / report.experiment, "results")
-    # Made whole beside the runs before it takes its place: what fails half-way changes nothing.
+    # The new folder is completed next to the runs first: a failed export changes nothing.
     with (
         file_lock(runs_folder / "export.lock", EXPORT_TIMEOUT),
         tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch,
@@ -216,10 +216,12 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
 
     Returns:
         The paths of the figures.
+
+    Raises:
+        ValueError: if there are no results, or none of this name.
     """
-    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
     paths = []
-    for folder in folders:
+    for folder in results_folders(results_folder, experiment):
         new_paths = _draw(folder, folder / "figures")
         # Remove figures that the report no longer includes.
         for path in set((folder / "figures").glob("*")) - set(new_paths):
@@ -231,8 +233,12 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
 
 
 def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = None) -> list[Path]:
-    """Draw the same figures as PNG, for slides, in a folder per experiment below ``target``."""
-    folders = [results_folder / experiment] if experiment else experiment_folders(results_folder)
+    """Draw the same figures as PNG, for slides, in a folder per experiment below ``target``.
+
+    Raises:
+        ValueError: if there are no results, none of this name, or ``target`` overlaps with them.
+    """
+    folders = results_folders(results_folder, experiment)
     targets = {folder: target / folder.relative_to(results_folder) for folder in folders}
     for target_folder, folder in itertools.product(targets.values(), folders):
         require_disjoint_paths(target_folder, folder, "--png")
@@ -260,9 +266,12 @@ def check_results_folder(
         results_folder: the folder of all results.
         digest: computes the digest of a configuration, to compare with ``runs.csv``; its path
             argument is named in messages.
+
+    Raises:
+        ValueError: if there is no folder of results.
     """
     tables = {path.parent for path in results_folder.rglob("runs.csv")}
-    folders = sorted(tables | set(experiment_folders(results_folder)))
+    folders = sorted(tables | set(results_folders(results_folder, None)))
     problems = [line for folder in folders for line in _check(folder, digest)]
     if not problems:
         # Each page may name any experiment.
@@ -390,7 +399,7 @@ def _last_samples(folder: Path) -> list[Path]:
     return [max(images)[1] for _, images in sorted(series.items())]
 
 
-# What a figure is drawn from, where it is not ``runs.csv``.
+# The table that a figure is drawn from, unless it is ``runs.csv``.
 FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),

@@ -38,7 +38,7 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         ValueError: If an implementation is missing or fails, or if its outputs differ from ours on
             the same weights.
     """
-    case = measurable(benchmark_case_of(execution))
+    case = drop_emulated_implementations(benchmark_case_of(execution))
     execution.hardware.check(execution.config)
     require_implementations(case.speed.implementations)
     folder = execution.folder / SPEED_FOLDER / "weights"
@@ -64,7 +64,7 @@ def run_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     return scores_of(case, result, differences), digests
 
 
-def measurable(case: BenchmarkCase) -> BenchmarkCase:
+def drop_emulated_implementations(case: BenchmarkCase) -> BenchmarkCase:
     """Return the case without implementations that emulate bfloat16 on this processor.
 
     Raises:

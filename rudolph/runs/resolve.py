@@ -33,6 +33,7 @@ from rudolph.models.upscaler import Upscaler
 from rudolph.models.vision.clip import CLIP
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import weights_error
+from rudolph.reports.experiment_names import experiments_with_runs
 from rudolph.runs.execution import Hardware, is_finished
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.artifacts import fetch_run, local_run
@@ -129,8 +130,11 @@ def find_folder(source: str, *, runs: Path, uri: str) -> Path:
     if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists():
         local_folder = local_run(source, runs)
         return local_folder or fetched_run(source, uri, runs / ".cache" / f"mlflow-{source}")
-    if not Path(source).exists() and not store.is_released(source) and "/" in source:
-        raise ValueError(f"{source}: no such folder")
+    if not Path(source).exists() and not store.is_released(source):
+        if source in experiments_with_runs(runs):
+            raise ValueError(f"{source}: no such folder; did you mean {OF_EXPERIMENT}{source}?")
+        if "/" in source:
+            raise ValueError(f"{source}: no such folder")
     return store.locate(source)
 
 
@@ -190,9 +194,8 @@ def run_of_experiment(name: str, runs: Path) -> Path:
         return finished[run]
     if not finished or run:
         known = f", only {', '.join(sorted(finished))}" if finished else ""
-        folders = [directory.path.parent for directory in started_runs(runs, "**")]
-        others = {folder.relative_to(runs).as_posix() for folder in folders}
-        advice = did_you_mean(experiment, others - {experiment}) or (
+        others = experiments_with_runs(runs) - {experiment}
+        advice = did_you_mean(experiment, others) or (
             f". Train it with `rudolph run experiments/{experiment}.yaml`"
         )
         raise ValueError(

@@ -99,7 +99,7 @@ def save_reconstructions(
             [split.image_batch(_evenly_spaced(split, len(image_splits))) for split in image_splits]
         )
         decoded = tokenizer.decode(tokenizer.encode(originals))
-        image_grids.reconstructions(to_bytes(originals), to_bytes(decoded), path)
+        image_grids.draw_reconstructions(to_bytes(originals), to_bytes(decoded), path)
 
     path = execution.directory.samples / "reconstructions.png"
     save_once(execution, path, draw, decided_by=(digest,))

@@ -12,20 +12,31 @@ from rudolph.models.fusion.cross_attention import CrossAttentionConfig
 from rudolph.models.fusion.resampler import ResamplerConfig
 from rudolph.models.lm.language_model import LanguageModelConfig
 
+HEAD_SIZE = 128
+
+
+def llama_size(
+    *, vocab_size: int, num_layers: int, num_heads: int, mlp_size: int
+) -> LanguageModelConfig:
+    """Return a language model with heads of 128 channels and as many key-value heads."""
+    return LanguageModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=HEAD_SIZE * num_heads,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_key_value_heads=num_heads,
+        mlp_size=mlp_size,
+    )
+
 
 def flamingo_size(*, num_layers: int, num_heads: int, mlp_size: int, every: int) -> FlamingoConfig:
-    """Return a config of the paper: heads of 128 channels; media at blocks 0, every, ..."""
+    """Return a config of the paper, with media at blocks 0, every, ..."""
     return FlamingoConfig(
-        language_model=LanguageModelConfig(
-            vocab_size=32_000,
-            hidden_size=128 * num_heads,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_key_value_heads=num_heads,
-            mlp_size=mlp_size,
+        language_model=llama_size(
+            vocab_size=32_000, num_layers=num_layers, num_heads=num_heads, mlp_size=mlp_size
         ),
         resampler=ResamplerConfig(width=1536, num_heads=16, head_size=96, num_frame_embeddings=8),
-        cross_attention=CrossAttentionConfig(num_heads=num_heads, head_size=128),
+        cross_attention=CrossAttentionConfig(num_heads=num_heads, head_size=HEAD_SIZE),
         every=every,
     )
 
@@ -38,13 +49,8 @@ def open_flamingo_size(
     The last of each ``every`` blocks attends to media.
     """
     return FlamingoConfig(
-        language_model=LanguageModelConfig(
-            vocab_size=50_432,
-            hidden_size=128 * num_heads,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_key_value_heads=num_heads,
-            mlp_size=mlp_size,
+        language_model=llama_size(
+            vocab_size=50_432, num_layers=num_layers, num_heads=num_heads, mlp_size=mlp_size
         ),
         resampler=ResamplerConfig(),
         cross_attention=CrossAttentionConfig(),

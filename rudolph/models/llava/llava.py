@@ -12,8 +12,8 @@ With ``canvases`` an image is a whole view and tiles (LLaVA-NeXT, see ``anyres``
 Source: Liu 2023 (arXiv:2304.08485; arXiv:2310.03744); LLaVA, ``model/llava_arch.py``;
 transformers, ``models/llava`` and ``models/llava_next``.
 
-Shapes: B rows, T positions, P images, C crops per image, S pixels a side, M vectors, D channels of
-the language model, V vocabulary.
+Shapes: B rows, T positions, P images, C crops per image, S pixels per side, M vectors, D channels
+of the language model, V vocabulary.
 """
 
 import math

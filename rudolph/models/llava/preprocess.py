@@ -7,7 +7,7 @@ on black (LLaVA-NeXT).
 
 Source: LLaVA, ``llava/mm_utils.py``.
 
-Shapes: H and W pixels of an image, S pixels a side of a view, P images, C crops per image.
+Shapes: H and W pixels of an image, S pixels per side of a view, P images, C crops per image.
 """
 
 from collections.abc import Callable, Sequence

@@ -112,8 +112,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     """Nearest-code quantizer whose codes are moving averages of their latents.
 
     Dead codes are revived from latents of the batch.  The codebook and its statistics stay in
-    float32 when the model is converted to half precision, because steps of 1 - decay would round
-    to 0.
+    float32 in a half-precision model, where steps of 1 - decay would round to 0.
 
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
