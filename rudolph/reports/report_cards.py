@@ -13,9 +13,7 @@ import pandas as pd
 
 from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
-
-CARD = "report_card.csv"
-CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "protocol")
+from rudolph.reports.schema import CARD, CARD_COLUMNS
 
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
