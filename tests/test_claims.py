@@ -14,13 +14,12 @@ from rudolph.reports.claims import (
     CONTRADICTED,
     INCONCLUSIVE,
     REPRODUCED,
-    Claim,
     claim_lines,
     effects,
-    group_of,
     natural_order,
 )
-from rudolph.reports.report import Report, generated_part, read_effects
+from rudolph.reports.report import generated_part, read_effects
+from rudolph.reports.schema import Claim, Report, group_of
 from rudolph.reports.store import check_results_folder, export_results, write_index
 from rudolph.tracking.event_log import EventLog
 

@@ -12,7 +12,8 @@ from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.evaluators.retrieval import retrieval
 from rudolph.families.clip import CLIPCapabilities
 from rudolph.generation.filters import TokenSamplingConfig
-from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.report_cards import read_card
+from rudolph.reports.schema import CARD
 from rudolph.runs.resolve import load_run, newest_run, open_clip
 
 CLIP = {

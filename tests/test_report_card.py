@@ -29,7 +29,8 @@ from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.vision.clip import CLIP
 from rudolph.reports.report import generated_part
-from rudolph.reports.report_cards import CARD, card_table, export_cards, read_card
+from rudolph.reports.report_cards import card_table, export_cards, read_card
+from rudolph.reports.schema import CARD
 from rudolph.runs.packing import MODEL_CARD, model_card
 from rudolph.runs.resolve import RUN_FILES, load_run
 

@@ -12,9 +12,10 @@ import pytest
 from damage import NUM_CASES, copy_run, damage, files_of
 
 from rudolph.files.atomic import DamagedFileError, explain_os_error, write_json
-from rudolph.reports.report import Report, read_runs
-from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.report import read_runs
+from rudolph.reports.report_cards import read_card
 from rudolph.reports.run_files import finished_runs
+from rudolph.reports.schema import CARD, Report
 from rudolph.reports.share import pack_runs
 from rudolph.reports.store import export_results
 from rudolph.runs.execution import is_finished

@@ -10,8 +10,9 @@ import pytest
 
 from rudolph.config.experiment_file import Experiment, Run, load_experiment
 from rudolph.files.settings import ConfigError
-from rudolph.reports.report import Figure, Report, generated_part
-from rudolph.reports.search_tables import REGIONS, TRIAL, _tests_table, read_regions
+from rudolph.reports.report import generated_part
+from rudolph.reports.schema import TRIAL, Figure, Report
+from rudolph.reports.search_tables import REGIONS, _tests_table, read_regions
 from rudolph.reports.store import check_results_folder, export_results, write_index
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.runner import all_runs, search_of

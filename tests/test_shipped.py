@@ -12,7 +12,8 @@ from rudolph.cli import main
 from rudolph.config.run import read_run
 from rudolph.data.datasets.emoji import Emoji
 from rudolph.reports.report import generated_part
-from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.report_cards import read_card
+from rudolph.reports.schema import CARD
 from rudolph.runs.packing import MODEL_CARD, model_card
 from rudolph.runs.resolve import SHIPPED_RUN
 

@@ -32,7 +32,8 @@ from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS
 from rudolph.benchmarks.worker import IMPLEMENTATIONS
 from rudolph.config.experiment_file import load_experiment
 from rudolph.models.layers.native_types import has_native_bfloat16
-from rudolph.reports.report import Report, experiment_parts, fill
+from rudolph.reports.report import experiment_parts, fill
+from rudolph.reports.schema import Report
 from rudolph.reports.store import check_results_folder, export_results
 from rudolph.runs.benchmark_run import compare_outputs, drop_emulated_implementations
 from rudolph.runs.execution import Folders, Hardware, run_folder

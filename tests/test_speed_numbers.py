@@ -25,7 +25,8 @@ from rudolph.evaluation.statistics import ratio_interval, student_quantile
 from rudolph.files.settings import ConfigError
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
-from rudolph.reports.timings import Timing, mebibytes_text
+from rudolph.reports.schema import Timing
+from rudolph.reports.timings import mebibytes_text
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,16 @@ from rudolph.config.run import run_of
 from rudolph.reports.report import (
     MAX_PAGE_IMAGES,
     UNANSWERED,
-    Figure,
-    Report,
     fill,
     finding_of,
     marked,
     read_curves,
-    read_report,
     read_runs,
     with_finding,
     without_generated,
 )
 from rudolph.reports.run_configs import CONFIG_LINES, read_configs
+from rudolph.reports.schema import Figure, Report, read_report
 from rudolph.reports.store import (
     POINTS_PER_CURVE,
     check_results_folder,

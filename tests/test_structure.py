@@ -222,6 +222,16 @@ def test_the_help_is_printed_without_any_library_of_other_people() -> None:
     assert loaded_by("rudolph.cli") - before - allowed == set()
 
 
+@pytest.mark.parametrize(
+    "module", ["rudolph.config.experiment_file", "rudolph.runs.runner", "rudolph.training.memory"]
+)
+def test_an_experiment_is_loaded_without_libraries_of_tables_or_training(module: str) -> None:
+    """Otherwise ``run --dry-run``, ``show`` and an error message take seconds longer."""
+    later = {"pandas", "pyarrow", "matplotlib", "seaborn", "scipy", "sklearn", "optuna"}
+    later |= {"pytorch_lightning", "torchmetrics", "torchvision", "mlflow", "rich", "nltk"}
+    assert loaded_by(module) & later == set()
+
+
 def test_a_mask_is_drawn_without_the_training_libraries():
     loaded = loaded_by("rudolph.sequence.masks")
     assert "torch" in loaded

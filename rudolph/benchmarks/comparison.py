@@ -28,7 +28,7 @@ from rudolph.benchmarks.config import (
     WORKLOADS,
 )
 from rudolph.data.seeds import mixed_seed
-from rudolph.reports.timings import Timing
+from rudolph.reports.schema import Timing
 
 REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
 REFERENCE_FOLDER = Path("data/reference")

@@ -21,7 +21,7 @@ from rudolph.benchmarks.flops import (
     vqgan_operations,
 )
 from rudolph.evaluation.statistics import Estimate, geometric_mean_interval, ratio_interval
-from rudolph.reports.timings import Timing
+from rudolph.reports.schema import Timing
 
 # Implementation and part -> its repetitions, in order.
 Groups = Mapping[tuple[str, str], Sequence[Timing]]

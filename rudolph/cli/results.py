@@ -93,7 +93,7 @@ def write_results(loaded: Any, folders: Any) -> Path:
     Raises:
         ConfigError: If another experiment file has results of this name.
     """
-    from rudolph.reports.report import Report
+    from rudolph.reports.schema import Report
     from rudolph.reports.store import export_results, write_index
     from rudolph.runs.runner import all_runs, missing_runs, require_own_experiments
     from rudolph.runs.scale import scale_of
@@ -137,7 +137,7 @@ def _figures(loaded: Any, grid: list[str], *, by: str) -> Iterator[Any]:
     The metrics of the table become lines over a one-dimensional grid and heat maps over a
     two-dimensional one.
     """
-    from rudolph.reports.report import Figure
+    from rudolph.reports.schema import Figure
 
     report = loaded.report
     claim_metrics = () if loaded.claim is None else (loaded.claim.metric,)
@@ -201,7 +201,8 @@ def writable(folder: Path) -> Path:
 
 def _card(folder: Path, *, again: bool) -> Any:
     """Return the report card of a run; evaluate the run first if it has none or ``again``."""
-    from rudolph.reports.report_cards import CARD, draw_card, read_card
+    from rudolph.reports.report_cards import draw_card, read_card
+    from rudolph.reports.schema import CARD
     from rudolph.runs.stages.evaluation import evaluate_again
 
     path = folder / CARD

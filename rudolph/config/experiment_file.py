@@ -33,8 +33,7 @@ from rudolph.files.settings import (
     short_repr,
     validate,
 )
-from rudolph.reports.claims import Claim, group_of, without_number
-from rudolph.reports.search_tables import REGION_PREFIX, Search
+from rudolph.reports.schema import REGION_PREFIX, Claim, Search, group_of, without_number
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from rudolph.config.metrics import EVALUATOR_METRICS, SCENE_ACCURACY
 from rudolph.config.run import RunConfig
 from rudolph.evaluation.evaluators.reranking import CANDIDATE_COUNTS
 from rudolph.families.registry import family_of
-from rudolph.reports.report import OVERHEAD
-from rudolph.reports.timings import implementation_name
+from rudolph.reports.schema import OVERHEAD, implementation_name
 
 # Columns of ``runs.csv`` that every run has.
 COST = ("seconds", OVERHEAD)

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.files.settings import ConfigError, setting_error, short_repr
-from rudolph.reports.claims import group_of
-from rudolph.reports.report import format_cell_value
-from rudolph.reports.search_tables import REGION_PREFIX, TRIAL
+from rudolph.reports.schema import REGION_PREFIX, TRIAL, format_cell_value, group_of
 
 EXPERIMENTS = "experiments"
 # Folders inside ``results/<experiment>`` that every export replaces.

@@ -20,7 +20,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from rudolph.evaluation.statistics import geometric_mean_interval, student_quantile
-from rudolph.reports.claims import group_of
 from rudolph.reports.report import (
     experiment_folders,
     generated_part,
@@ -28,9 +27,10 @@ from rudolph.reports.report import (
     read_runs,
     without_generated,
 )
-from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.report_cards import read_card
 from rudolph.reports.run_configs import BASE_CONFIG, CONFIG_LINES
-from rudolph.reports.timings import PROFILES, TIMINGS_FILE
+from rudolph.reports.schema import CARD, TIMINGS_FILE, group_of
+from rudolph.reports.timings import PROFILES
 
 RUNS, README = "runs.csv", "README.md"
 

@@ -8,7 +8,6 @@ the experiment.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from rudolph.evaluation.statistics import (
     pairs_needed,
 )
 from rudolph.reports.markdown import table_row
+from rudolph.reports.schema import Claim, group_of
 
 # Name parts that mark a metric of which lower is better.
 LESS_IS_BETTER = re.compile(
@@ -39,32 +39,6 @@ EFFECT_NOTE = (
 )
 # More seeds than anybody will run.
 MAX_SEEDS = 1000
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The claim that ``better`` beats ``than`` in ``metric`` by at least ``at_least``.
-
-    Both are variants or, in a grid, run names without the seed.  Lower is better for losses,
-    errors and costs, higher for all other metrics.  A negative ``at_least`` claims that ``better``
-    is worse by no more than that.
-
-    Attributes:
-        metric: column of ``runs.csv``.
-        better: the group that is claimed to be better.
-        than: the group that it is compared with.
-        at_least: claimed difference, in the unit of the metric.
-    """
-
-    metric: str
-    better: str
-    than: str
-    at_least: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` if a group is compared with itself."""
-        if self.better == self.than:
-            raise ValueError(f"better and than must differ, got {self.than!r} twice")
 
 
 class Effect(NamedTuple):
@@ -106,24 +80,6 @@ class Effect(NamedTuple):
         if not self.p_value <= SIGNIFICANCE_LEVEL:
             return INCONCLUSIVE
         return REPRODUCED if self.value > self.at_least else CONTRADICTED
-
-
-def group_of(run: str, seed: int) -> str:
-    """Return the name of a run without its seed, which is the same for all seeds.
-
-    >>> group_of("causal-top_k=8-seed3", 3), group_of("seed3", 3)
-    ('causal-top_k=8', '')
-    """
-    return run.removesuffix(f"seed{seed}").rstrip("-")
-
-
-def without_number(name: str) -> str:
-    """Return the name of a score with ``*`` for a number at the end of its metric.
-
-    >>> without_number("few_shot/accuracy_16/test")
-    'few_shot/accuracy_*/test'
-    """
-    return re.sub(r"_\d+(?=/[^/]*$)", "_*", name)
 
 
 def natural_order(name: str) -> str:

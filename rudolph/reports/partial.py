@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from rudolph.reports.claims import group_of, without_number
-from rudolph.reports.report import Figure, Report, read_curves, read_runs
-from rudolph.reports.report_cards import CARD, read_card
+from rudolph.reports.report import read_curves, read_runs
+from rudolph.reports.report_cards import read_card
+from rudolph.reports.schema import CARD, Figure, Report, group_of, without_number
 from rudolph.reports.search_tables import is_trial
 
 

@@ -4,31 +4,20 @@ Every page has the sections Finding, Setup, Numbers, Limitations and Reproduce. 
 hand; the generated parts stand between markers and come from ``report.json`` and the CSV files.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rudolph.evaluation.regions import Axis
 from rudolph.evaluation.statistics import mean_over_seeds, rank_correlation
-from rudolph.files.atomic import DamagedFileError, read_json, read_mapping
-from rudolph.reports.claims import (
-    Claim,
-    Effect,
-    claim_lines,
-    effects,
-    effects_table,
-    format_interval,
-    group_of,
-)
+from rudolph.files.atomic import read_json
+from rudolph.reports.claims import Effect, claim_lines, effects, effects_table, format_interval
 from rudolph.reports.markdown import table_row
-from rudolph.reports.report_cards import CARD, card_table, read_card
-from rudolph.reports.search_tables import Search, is_trial, search_lines
+from rudolph.reports.report_cards import card_table, read_card
+from rudolph.reports.schema import CARD, OVERHEAD, Report, format_cell_value, group_of, read_report
+from rudolph.reports.search_tables import is_trial, search_lines
 from rudolph.reports.timings import is_speed, speed_tables
 
 UNANSWERED = "_Not written yet: the effect with its interval, and the number of seeds._"
@@ -37,102 +26,9 @@ SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
 MAX_PAGE_IMAGES = 4
 # The most informative images of a run first.
 SAMPLE_ORDER = ("grid", "captions", "masks", "reconstructions")
-# The seconds of a run that no stage took.
-OVERHEAD = "overhead"
 BOUNDS = ("low", "high", "chance", "target")
-# Fields of a report that JSON has as lists.
-TUPLES = ("rows", "columns", "effects", "missing")
 # The page names at most so many missing runs.
 MAX_NAMED_RUNS = 20
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of a report; ``figures.FIGURES`` lists the kinds.
-
-    Attributes:
-        kind: a key of ``figures.FIGURES``.
-        y: the metrics, one panel each.
-        x: the column along the axis.
-        by: the column that distinguishes variants.
-    """
-
-    kind: str
-    y: tuple[str, ...]
-    x: str = "step"
-    by: str = "variant"
-
-    @property
-    def file(self) -> str:
-        """The file name from kind, metrics and axis: ``curves-val-loss-image-and-2-more.svg``."""
-        axis = [] if self.x == "step" else [self.x]
-        others = [f"and-{len(self.y) - 1}-more"] if len(self.y) > 1 else []
-        return re.sub(r"[^\w.]+", "-", "-".join([self.kind, self.y[0], *others, *axis])) + ".svg"
-
-
-@dataclass(frozen=True)
-class Report:
-    """The content of an experiment's README.
-
-    Attributes:
-        experiment: name of the experiment.
-        title: title of the page.
-        question: the question that the experiment answers.
-        source: the experiment file, relative to the checkout.
-        rows: columns of ``runs.csv`` whose values make the rows of the table.
-        columns: its metrics; none means all of them.
-        claim: what the experiment claims, if anything.
-        effects: metrics in which all other runs are compared with those ``against``.
-        search: what was searched for, if anything.
-        missing: the runs that have not finished.
-        scale: parameters, steps, tokens and seeds of the runs, in one line.
-        same_pairs: groups of a search's tests that may share pairs with its trials; None if
-            unknown.
-    """
-
-    experiment: str
-    title: str
-    question: str
-    source: str
-    rows: tuple[str, ...] = ("variant",)
-    columns: tuple[str, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    claim: Claim | None = None
-    effects: tuple[str, ...] = ()
-    against: str | None = None
-    search: Search | None = None
-    missing: tuple[str, ...] = ()
-    scale: str = ""
-    same_pairs: tuple[str, ...] | None = None
-
-
-def read_report(folder: Path) -> Report:
-    """Return the report that an experiment's folder was exported with.
-
-    Raises:
-        DamagedFileError: if ``report.json`` is not a valid report.
-    """
-    path = folder / "report.json"
-    fields = read_mapping(path, figures=list)
-    try:
-        return _report_of(fields)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedFileError(path, f"no report: {error}") from error
-
-
-def _report_of(fields: dict[str, Any]) -> Report:
-    figures = [
-        Figure(figure["kind"], tuple(figure["y"]), figure["x"], figure["by"])
-        for figure in fields.pop("figures")
-    ]
-    fields |= {name: tuple(fields.get(name, ())) for name in TUPLES}
-    if fields.get("same_pairs") is not None:
-        fields["same_pairs"] = tuple(fields["same_pairs"])
-    claim, search = fields.pop("claim", None), fields.pop("search", None)
-    if search is not None:
-        space = {name: Axis(**axis) for name, axis in search.pop("space").items()}
-        search = Search(space, **search)
-    return Report(**fields, figures=tuple(figures), claim=claim and Claim(**claim), search=search)
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
@@ -445,18 +341,3 @@ def generated_text(page: str) -> str:
 
 def _commits(runs: pd.DataFrame) -> str:
     return ", ".join(f"`{commit[:10]}`" for commit in sorted(runs["commit"].unique()))
-
-
-def format_cell_value(value: object) -> str:
-    """Format a value for CSV files and tables: floats with six digits, None as empty."""
-    if value is None:
-        return ""
-    if isinstance(value, bool | np.bool_):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return (
-        str(value)
-        if isinstance(value, str | int | np.integer)
-        else json.dumps(value, ensure_ascii=False)
-    )

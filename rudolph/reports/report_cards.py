@@ -13,10 +13,8 @@ import pandas as pd
 
 from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
+from rudolph.reports.schema import CARD, CARD_COLUMNS
 from rudolph.tracking.run_directory import RunDirectory
-
-CARD = "report_card.csv"
-CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "protocol")
 
 
 def write_card(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

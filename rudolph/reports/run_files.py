@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from rudolph.files.atomic import DamagedFileError, naming_file, warn_once
-from rudolph.reports.report_cards import CARD, CARD_COLUMNS
-from rudolph.reports.timings import REPETITION_COLUMNS, SPEED_FOLDER, TIMINGS_FILE
+from rudolph.reports.schema import (
+    CARD,
+    CARD_COLUMNS,
+    OVERHEAD,
+    REPETITION_COLUMNS,
+    SPEED_FOLDER,
+    TIMINGS_FILE,
+    format_cell_value,
+)
 from rudolph.tracking.event_log import read_event_log, read_header
 from rudolph.tracking.run_directory import RunDirectory, started_runs
 
 RERUN_ADVICE = "run its experiment again to repair it"
+FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
 
 
 def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, Any] | None:
@@ -46,6 +54,31 @@ def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, A
     else:
         return summary
     return None
+
+
+def finished_row(folder: Path) -> dict[str, Any] | None:
+    """Return a run's row of ``runs.csv`` as it is read; None if the run has not finished."""
+    summary = finished_summary(folder)
+    if summary is None:
+        return None
+    return {
+        name: float(format_cell_value(value)) if isinstance(value, float) else value
+        for name, value in run_row(summary).items()
+    }
+
+
+def run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of ``runs.csv`` of a finished run, from its summary."""
+    row = {name: summary[name] for name in FIXED[:-1]}
+    row |= {"seconds": float(sum(summary["seconds"].values()))}
+    if OVERHEAD in summary["seconds"]:
+        row[OVERHEAD] = summary["seconds"][OVERHEAD]
+    row |= summary.get("grid", {}) | summary["metrics"]
+    for name, (low, high) in summary.get("intervals", {}).items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    for bound in ("chance", "target"):
+        row |= {f"{name}_{bound}": value for name, value in summary.get(bound, {}).items()}
+    return row
 
 
 def finished_runs(runs: Path, *, advice: str = RERUN_ADVICE) -> list[tuple[Path, dict[str, Any]]]:

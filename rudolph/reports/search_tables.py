@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from rudolph.evaluation.regions import (
-    Axis,
     Region,
     as_rows,
     find_region,
@@ -22,59 +20,9 @@ from rudolph.evaluation.regions import (
 from rudolph.evaluation.statistics import NORMAL_QUANTILE, mean_over_seeds
 from rudolph.files.atomic import write_text
 from rudolph.reports.markdown import table_row
+from rudolph.reports.schema import TRIAL, Search
 
 REGIONS = "regions.csv"
-# The variant of a search's trials, and the start of the variants that test a domain's region.
-TRIAL, REGION_PREFIX = "trial", "region_"
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search for settings, domain by domain, and the regions that are then tested.
-
-    Half of the trials fill ``space`` evenly; the others are proposed for one domain after the
-    other.  A region holds the settings within ``tolerance`` of the best of its domain.  Each seed
-    tests one point of it with the settings of the experiment file.
-
-    Attributes:
-        space: axis of each setting that is searched.
-        domains: metric of each domain, without its split.
-        trials: number of trial runs.
-        tolerance: largest loss of a good setting against the best, in units of the metric.
-        settings: settings of the trials, which override those of the experiment file.
-    """
-
-    space: dict[str, Axis]
-    domains: dict[str, str]
-    trials: int = 64
-    tolerance: float = 0.05
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a setting that is out of range."""
-        if not self.space or not self.domains:
-            raise ValueError("space and domains must each name at least one")
-        if self.trials < 8:
-            raise ValueError(f"trials must be at least 8, got {self.trials}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}")
-
-    def score(self, domain: str, runs: pd.DataFrame) -> str:
-        """Return the column of a domain's score, whatever split the runs were evaluated on.
-
-        Raises:
-            ValueError: if there is none, or more than one.
-        """
-        start = f"{self.domains[domain]}/"
-        ends = ("_low", "_high", "_chance", "_target")
-        columns = list(map(str, runs.dropna(axis=1, how="all").columns))
-        scores = [name for name in columns if name.startswith(start) and not name.endswith(ends)]
-        if len(scores) != 1:
-            names = ", ".join(scores) or "none"
-            raise ValueError(
-                f"search.domains.{domain}: expected the scores of one split, got {names}"
-            )
-        return scores[0]
 
 
 def find_domain_region(search: Search, domain: str, trials: pd.DataFrame) -> Region:

@@ -43,27 +43,29 @@ from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
     MAX_PAGE_IMAGES,
-    OVERHEAD,
     SECTIONS,
     UNANSWERED,
-    Report,
     experiment_parts,
     fill,
     finding_of,
-    format_cell_value,
     index_page,
     new_page,
     read_curves,
     read_effects,
-    read_report,
     read_runs,
     sample_rank,
     section_of,
     with_finding,
 )
-from rudolph.reports.report_cards import CARD, export_cards, read_card
+from rudolph.reports.report_cards import export_cards, read_card
 from rudolph.reports.run_configs import CONFIG_LINES, read_configs, write_configs
-from rudolph.reports.run_files import RERUN_ADVICE, finished_runs, finished_summary
+from rudolph.reports.run_files import (
+    FIXED,
+    RERUN_ADVICE,
+    finished_runs,
+    run_row,
+)
+from rudolph.reports.schema import CARD, OVERHEAD, Report, format_cell_value, read_report
 from rudolph.reports.search_tables import read_regions, write_regions
 from rudolph.reports.timings import export_timings
 from rudolph.tracking.event_log import file_lock, read_event_log
@@ -74,7 +76,6 @@ POINTS_PER_CURVE = 200
 # Jobs of one array may finish together; seconds that one waits for another's export.
 EXPORT_TIMEOUT = 300
 _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
-FIXED = ("run", "variant", "seed", "digest", "commit", "dirty", "seconds")
 
 
 def export_results(
@@ -305,7 +306,7 @@ def _finished(
 def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     grid = sorted({name for summary in summaries for name in summary.get("grid", {})})
     metrics = sorted({name for summary in summaries for name in summary["metrics"]})
-    rows = [_run_row(summary) for summary in summaries]
+    rows = [run_row(summary) for summary in summaries]
     present = {name for row in rows for name in row}
     values = [f"{metric}{bound}" for metric in metrics for bound in ("", *_BOUND_ENDS)]
     overhead = [OVERHEAD] if OVERHEAD in present else []
@@ -314,30 +315,6 @@ def _run_rows(summaries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     yield header
     for row in sorted(rows, key=lambda row: str(row["run"])):
         yield [format_cell_value(row.get(name)) for name in header]
-
-
-def finished_row(folder: Path) -> dict[str, Any] | None:
-    """Return a run's row of ``runs.csv`` as it is read; None if the run has not finished."""
-    summary = finished_summary(folder)
-    if summary is None:
-        return None
-    return {
-        name: float(format_cell_value(value)) if isinstance(value, float) else value
-        for name, value in _run_row(summary).items()
-    }
-
-
-def _run_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    row = {name: summary[name] for name in FIXED[:-1]}
-    row |= {"seconds": float(sum(summary["seconds"].values()))}
-    if OVERHEAD in summary["seconds"]:
-        row[OVERHEAD] = summary["seconds"][OVERHEAD]
-    row |= summary.get("grid", {}) | summary["metrics"]
-    for name, (low, high) in summary.get("intervals", {}).items():
-        row |= {f"{name}_low": low, f"{name}_high": high}
-    for bound in ("chance", "target"):
-        row |= {f"{name}_{bound}": value for name, value in summary.get(bound, {}).items()}
-    return row
 
 
 def _curve_rows(

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,15 @@ import pandas as pd
 
 from rudolph.files.atomic import write_text
 from rudolph.reports.markdown import table_row
+from rudolph.reports.schema import (
+    REPETITION_COLUMNS,
+    SPEED_FOLDER,
+    TIMINGS_FILE,
+    Timing,
+    implementation_name,
+)
 
-SPEED_FOLDER, TIMINGS_FILE, PROFILES = "speed", "repetitions.csv", "profiles"
+PROFILES = "profiles"
 PROFILE_COLUMNS = ("part", "operation", "calls", "milliseconds", "share")
 PROFILE_END = ".profile.csv"
 OPERATIONS_SHOWN = 12
@@ -35,42 +42,6 @@ ROOFLINE_NOTE = (
     "the bytes that a token must read against `roofline/read`, or the operations per unit against "
     "the fastest matrix product."
 )
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One repetition, in which ``units`` of ``unit`` were processed in ``seconds``.
-
-    Attributes:
-        implementation: name of the implementation.
-        part: timed part of the implementation; empty for the whole.
-        unit: what is counted, such as ``token``.
-        repetition: number of the repetition, from 0.
-        seconds: duration of the repetition.
-        units: number of units processed.
-        peak_bytes: peak memory of the implementation's process during the repetition.
-    """
-
-    implementation: str
-    part: str
-    unit: str
-    repetition: int
-    seconds: float
-    units: int
-    peak_bytes: int
-
-    @property
-    def label(self) -> str:
-        """The name of the implementation and its part in metric names."""
-        return implementation_name(self.implementation, self.part)
-
-
-REPETITION_COLUMNS = tuple(field.name for field in fields(Timing))
-
-
-def implementation_name(implementation: str, part: str) -> str:
-    """Return ``implementation/part``, or ``implementation`` if the part is empty."""
-    return f"{implementation}/{part}" if part else implementation
 
 
 def write_timings(run_folder: Path, timings: Sequence[Timing]) -> Path:

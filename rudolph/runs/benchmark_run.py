@@ -24,7 +24,8 @@ from rudolph.benchmarks.config import REFERENCE, ROOFLINE
 from rudolph.benchmarks.metrics import metrics_of
 from rudolph.evaluation.context import Score
 from rudolph.models.weights import weights_digest
-from rudolph.reports.timings import SPEED_FOLDER, write_profile, write_timings
+from rudolph.reports.schema import SPEED_FOLDER
+from rudolph.reports.timings import write_profile, write_timings
 from rudolph.runs.execution import Execution
 
 # Logits and images have size about 1 in float32; a larger difference means another model.

@@ -19,7 +19,7 @@ from rudolph.evaluation.context import Score
 from rudolph.evaluation.evaluators.numerics import diverged_score
 from rudolph.files.atomic import DamagedFileError, warn_once, write_json, write_text
 from rudolph.models.layers.native_types import native_product_names
-from rudolph.reports.report import OVERHEAD
+from rudolph.reports.schema import OVERHEAD
 from rudolph.runs.benchmark_run import run_benchmark
 from rudolph.runs.execution import (
     Execution,

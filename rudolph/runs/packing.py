@@ -19,7 +19,8 @@ from rudolph.models.cpu.int8 import pack_int8
 from rudolph.models.weights import save_tensors
 from rudolph.reports.markdown import table_row
 from rudolph.reports.report import fill
-from rudolph.reports.report_cards import CARD, card_table, read_card
+from rudolph.reports.report_cards import card_table, read_card
+from rudolph.reports.schema import CARD
 from rudolph.runs.execution import Folders, ProgressCallback
 from rudolph.runs.resolve import load_run
 from rudolph.runs.samples import generate_prompts

@@ -24,8 +24,8 @@ import torch
 from rudolph.config.experiment_file import Experiment, Run, load_experiment
 from rudolph.files.atomic import DamagedFileError, explain_os_error, write_text
 from rudolph.files.settings import ConfigError
-from rudolph.reports.report import read_report
-from rudolph.reports.store import finished_row
+from rudolph.reports.run_files import finished_row
+from rudolph.reports.schema import read_report
 from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
 from rudolph.tracking.run_directory import RunDirectory
 

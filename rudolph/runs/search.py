@@ -14,7 +14,8 @@ import pandas as pd
 from rudolph.config.experiment_file import Experiment, Run
 from rudolph.config.run import RunConfig, resolve_run
 from rudolph.evaluation.regions import Axis, low_discrepancy_points, points_within, settings_at
-from rudolph.reports.search_tables import REGION_PREFIX, TRIAL, Search, find_domain_region
+from rudolph.reports.schema import REGION_PREFIX, TRIAL, Search
+from rudolph.reports.search_tables import find_domain_region
 
 # Optuna has no seed per proposal, so each proposal gets a sampler with its own seed.
 SEEDS_APART = 1000

@@ -10,7 +10,8 @@ from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
 from rudolph.evaluation.report_card import Stage, card_rows, evaluate_all
 from rudolph.families.interface import Capabilities
-from rudolph.reports.report_cards import CARD, write_card
+from rudolph.reports.report_cards import write_card
+from rudolph.reports.schema import CARD
 from rudolph.runs.execution import Execution, Folders, Hardware, ProgressCallback
 from rudolph.runs.resolve import open_clip, open_run
 from rudolph.tracking.run_directory import CONFIG
