@@ -64,7 +64,7 @@ def test_devices_are_counted_as_lightning_counts_them(
     assert (hardware.num_devices, hardware.world) == (number, 2 * number)
     assert hardware.device_indices == indices
     assert hardware.device == torch.device("cuda", indices[0] if indices else 0)
-    assert dataclasses.replace(hardware, precision="32").record["devices"] == number
+    assert dataclasses.replace(hardware, precision="32").num_devices == number
 
 
 @pytest.mark.parametrize(("given", "number"), [("auto", 1), ("-1", 1), (1, 1), ("64", 64)])
