@@ -390,7 +390,7 @@ def test_a_vit_reads_images_of_its_size_alone() -> None:
         ViT(config)(torch.zeros(2, 3, 8, 4))
     with pytest.raises(ValueError, match=r"image_size must be a multiple of patch_size \(3\)"):
         replace(config, patch_size=3)
-    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         replace(config, dropout=1.0)
 
 
@@ -434,7 +434,7 @@ def test_frozen_parts_have_no_dropout_however_the_model_is_switched() -> None:
     [
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"offset": 4}, r"offset must lie in \[0, 4\), got 4"),
-        ({"place": "inside"}, "place must be before or after, got 'inside'"),
+        ({"place": "inside"}, "place must be one of before, after, got 'inside'"),
         ({"attend_to": "next"}, "attend_to must be one of immediate, all_previous, got 'next'"),
         ({"media_token_id": 20}, r"media_token_id must lie in \[0, 20\), got 20"),
     ],

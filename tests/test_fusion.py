@@ -211,7 +211,7 @@ def test_more_media_or_frames_than_embeddings_are_an_error() -> None:
 def test_configs_that_cannot_be_built_are_refused() -> None:
     with pytest.raises(ValueError, match="num_latents must be at least 1, got 0"):
         replace(RESAMPLER, num_latents=0)
-    with pytest.raises(ValueError, match="gate must be scalar or vector, got 'none'"):
+    with pytest.raises(ValueError, match="gate must be one of scalar, vector, got 'none'"):
         CrossAttentionConfig(gate="none")
     with pytest.raises(ValueError, match="head_size must be at least 1, got 0"):
         CrossAttentionConfig(head_size=0)

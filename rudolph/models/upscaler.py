@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.cpu.tiled_conv import fast_memory_format, upsample_conv
 
 UPSCALER_SCALES = (2, 4, 8)
@@ -34,17 +35,15 @@ class UpscalerConfig:
     """
 
     scale: int = 4
-    num_channels: int = 64
-    num_blocks: int = 23
-    growth: int = 32
+    num_channels: Count = 64
+    num_blocks: Count = 23
+    growth: Count = 32
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
         if self.scale not in UPSCALER_SCALES:
             raise ValueError(f"scale must be one of 2, 4, 8, got {self.scale}")
-        for name in ("num_channels", "num_blocks", "growth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self)
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:

@@ -22,6 +22,7 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.fusion.cross_attention import (
     CrossAttentionConfig,
     GatedCrossAttentionBlock,
@@ -65,7 +66,7 @@ class FlamingoConfig:
     language_model: LanguageModelConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
-    every: int = 4
+    every: Count = 4
     offset: int = 0
     place: Literal["before", "after"] = "before"
     attend_to: str = "immediate"
@@ -75,12 +76,9 @@ class FlamingoConfig:
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
         num_layers, vocab_size = self.language_model.num_layers, self.language_model.vocab_size
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        check(self)
         if not 0 <= self.offset < num_layers:
             raise ValueError(f"offset must lie in [0, {num_layers}), got {self.offset}")
-        if self.place not in ("before", "after"):
-            raise ValueError(f"place must be before or after, got {self.place!r}")
         if self.attend_to not in MEDIA_RULES:
             raise ValueError(
                 f"attend_to must be one of {', '.join(MEDIA_RULES)}, got {self.attend_to!r}"

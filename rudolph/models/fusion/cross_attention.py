@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.layers.feed_forward import feed_forward
 from rudolph.models.layers.multi_head import multi_head_attention, split_heads
 
@@ -37,18 +38,14 @@ class CrossAttentionConfig:
         gate: One gate per block (``scalar``) or one per channel (``vector``).
     """
 
-    num_heads: int = 8
-    head_size: int = 64
-    mlp_ratio: int = 4
+    num_heads: Count = 8
+    head_size: Count = 64
+    mlp_ratio: Count = 4
     gate: Literal["scalar", "vector"] = "scalar"
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        for name in ("num_heads", "head_size", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gate not in ("scalar", "vector"):
-            raise ValueError(f"gate must be scalar or vector, got {self.gate!r}")
+        check(self)
 
 
 class MaskedCrossAttention(nn.Module):

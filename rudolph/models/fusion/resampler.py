@@ -11,11 +11,12 @@ the mask.
 Shapes: B batch, M media per row, F frames, P features per image, R latents, D width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.layers.feed_forward import feed_forward
 from rudolph.models.layers.multi_head import multi_head_attention, split_heads
 
@@ -35,21 +36,18 @@ class ResamplerConfig:
         num_frame_embeddings: Maximum frames per video, each with a learnt position; None for none.
     """
 
-    width: int = 1024
-    num_layers: int = 6
-    num_latents: int = 64
-    num_heads: int = 8
-    head_size: int = 64
-    mlp_ratio: int = 4
-    num_media_embeddings: int | None = None
-    num_frame_embeddings: int | None = None
+    width: Count = 1024
+    num_layers: Count = 6
+    num_latents: Count = 64
+    num_heads: Count = 8
+    head_size: Count = 64
+    mlp_ratio: Count = 4
+    num_media_embeddings: Count | None = None
+    num_frame_embeddings: Count | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        check(self)
 
 
 class ResamplerAttention(nn.Module):

@@ -17,13 +17,14 @@ key-value heads, H head size, L layers, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rudolph.files.constraints import Count, check
 from rudolph.models.layers.multi_head import multi_head_attention, split_heads
 from rudolph.models.lm.decode import at_last_token, decode_tokens
 
@@ -52,13 +53,13 @@ class LanguageModelConfig:
         tied_embeddings: Use the token embeddings as the output projection.
     """
 
-    vocab_size: int = 32_000
-    hidden_size: int = 4096
-    num_layers: int = 32
-    num_heads: int = 32
-    num_key_value_heads: int = 32
-    head_size: int = 128
-    mlp_size: int = 11_008
+    vocab_size: Count = 32_000
+    hidden_size: Count = 4096
+    num_layers: Count = 32
+    num_heads: Count = 32
+    num_key_value_heads: Count = 32
+    head_size: Count = 128
+    mlp_size: Count = 11_008
     block: Literal["sequential", "parallel"] = "sequential"
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -67,10 +68,7 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        check(self)
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_key_value_heads "
@@ -78,10 +76,6 @@ class LanguageModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"head_size must be even for rotations, got {self.head_size}")
-        if self.block not in ("sequential", "parallel"):
-            raise ValueError(f"block must be sequential or parallel, got {self.block!r}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
 
 
 class LanguageModelCache:

@@ -7,12 +7,16 @@ Source: Dosovitskiy 2020 (arXiv:2010.11929), as in vit-pytorch, ``vit_pytorch/vi
 Shapes: B images, S side in pixels, P features per image, D width, N heads, H head size.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from rudolph.files.constraints import Bounds, Count, check
 from rudolph.models.layers.multi_head import multi_head_attention, split_heads
+
+DropoutProbability = Annotated[float, Bounds(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,20 @@ class ViTConfig:
         num_classes: Outputs of a classification head; None for no head.
     """
 
-    image_size: int = 256
-    patch_size: int = 32
-    width: int = 1024
-    num_layers: int = 6
-    num_heads: int = 16
-    head_size: int = 64
-    mlp_size: int = 2048
-    dropout: float = 0.0
-    embedding_dropout: float = 0.0
-    num_classes: int | None = None
+    image_size: Count = 256
+    patch_size: Count = 32
+    width: Count = 1024
+    num_layers: Count = 6
+    num_heads: Count = 16
+    head_size: Count = 64
+    mlp_size: Count = 2048
+    dropout: DropoutProbability = 0.0
+    embedding_dropout: DropoutProbability = 0.0
+    num_classes: Count | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and not 0 <= value < 1:
-                raise ValueError(f"{field.name} must lie in [0, 1), got {value}")
-            if field.type is not float and value is not None and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        check(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size ({self.patch_size}), "
