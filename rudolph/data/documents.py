@@ -4,7 +4,7 @@
 decides what a document has: captions have no question, and text tasks no image.  Ids and labels
 are built segment by segment (``sequence.conversation``).
 
-Shapes: B documents, T positions, M images per document, S pixels a side.
+Shapes: B documents, T positions, M images per document, S x S pixels.
 """
 
 from collections.abc import Sequence

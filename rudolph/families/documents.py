@@ -1,9 +1,9 @@
-"""What families that read documents share: sections, parts, examples, training, capabilities.
+"""The shared base of families that read documents: settings, examples, training, capabilities.
 
 A family of this kind adds its ``model`` section, builds its network from the parts, and returns a
 ``DocumentReader`` of it.  See ``families/flamingo.py``.
 
-Shapes: B documents, M images per document, C choices, S pixels a side, V vocabulary.
+Shapes: B documents, M images per document, C choices, S x S pixels, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -22,7 +22,7 @@ from rudolph.sequence.layout import EOS, PAD
 
 
 class DocumentState(Protocol):
-    """What a model knows after reading documents: its caches."""
+    """The state of a model that has read documents: its caches and the logits that follow."""
 
     @property
     def logits(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Few-shot episodes with new words, whose meaning only the shots before a pair give.
 
-Each image shows one object.  An episode names two *kinds* of object, such as red circles and blue
-crosses, by two new words, and every episode gives the words other meanings:
+Each image shows one object.  An episode names two *kinds* of object by two new words, such as red
+circles and blue crosses.  Every episode gives the words other meanings:
 
     <image of a red circle> дакс <image of a blue cross> вуг <image of a red circle> -> дакс
 
