@@ -1,6 +1,7 @@
 """The experiment files of the repository: each loads, samples and trains two steps."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 from rudolph.config.experiment_file import Experiment, load_experiment
 from rudolph.config.run import RunConfig
 from rudolph.data.examples import TokenBatch
-from rudolph.data.splits import open_dataset
+from rudolph.data.splits import Splits, open_dataset
+from rudolph.families.documents import DocumentSection, PartSources
+from rudolph.families.interface import ModelSection, Parts
+from rudolph.families.registry import family_of
 from rudolph.generation.filters import next_probabilities
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vision.clip import CLIP
 from rudolph.sequence.tasks import TASKS
+from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.decoder import DecoderTraining
+from rudolph.training.language import LanguageTraining
 from rudolph.training.losses import compute_losses, reduce_losses, segment_means
 from rudolph.training.optim import build_optimizers, clip_gradients
 
@@ -97,6 +103,47 @@ def train_two_steps(config: RunConfig) -> list[float]:
     return losses
 
 
+def train_two_steps_on_documents(config: RunConfig, folder: Path) -> list[float]:
+    """Train a family that reads documents without its trained parts, and open its gates first."""
+    data = config.data
+    worlds = {
+        name: replace(getattr(data, name), num_train=80, num_validation=80)
+        for name in data.datasets
+    }
+    config = replace(config, data=replace(data, **worlds), model=new_parts(config.model))
+    splits, family = Splits(config.data, folder), family_of(config.model)
+    texts = [text for split in splits.all("train") for text in (*split.captions, *split.questions)]
+    size = config.tokenizer.vocab_size
+    parts = Parts(Tokenizer.train(filter(None, texts), vocab_size=size, path=folder / "bpe.model"))
+    model = family.build(config, parts)
+    examples = family.examples(config, splits, "train", parts)
+    module = LanguageTraining(model, family.reader(model), config.optim)
+    optimizers, batch, losses = build_optimizers(model, config.optim), examples.batch(range(8)), []
+    for _ in range(2):
+        loss = module.label_losses(batch)[0].mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def new_parts(section: ModelSection) -> ModelSection:
+    """Return a ``model`` section that starts from no run."""
+    without = {"parts": PartSources()} if hasattr(section, "parts") else {}
+    return replace(section, init=None, **without)
+
+
+def test_every_reader_of_documents_that_it_trains_learns_in_two_steps(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    for run in experiment.runs:
+        if isinstance(run.config.model, DocumentSection):
+            first, second = train_two_steps_on_documents(run.config, tmp_path)
+            assert math.isfinite(first) and second < first
+
+
 def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment) -> None:
     different = {}
     for run in experiment.runs:
@@ -104,7 +151,7 @@ def test_every_decoder_that_it_trains_learns_in_two_steps(experiment: Experiment
         if config.model.family == "clip":
             model = CLIP(config.model.architecture)
             assert sum(parameter.numel() for parameter in model.parameters()) > 0
-        elif config.speed.workload is None and config.optim.num_steps > 0:
+        elif config.model.family == "rudolph" and "optim" in config.trainings:
             decides = str((config.model, config.optim, config.layout, config.vocabulary))
             different[decides] = config
     for config in different.values():

@@ -25,7 +25,7 @@ SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
 # A page shows at most so many images, figures first.
 MAX_PAGE_IMAGES = 4
 # The most informative images of a run first.
-SAMPLE_ORDER = ("grid", "captions", "masks", "reconstructions")
+SAMPLE_ORDER = ("grid", "captions", "answers", "masks", "reconstructions")
 BOUNDS = ("low", "high", "chance", "target")
 # The page names at most so many missing runs.
 MAX_NAMED_RUNS = 20
