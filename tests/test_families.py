@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_run import run_tiny
 
+from rudolph.cli import main
 from rudolph.config.experiment_file import load_experiment
 from rudolph.config.run import RunConfig, resolve_run
 from rudolph.evaluation.report_card import NEEDS
@@ -129,3 +130,18 @@ def test_an_experiment_names_its_run(finished: Path, tmp_path: Path) -> None:
         find_folder("experiment:tyny", **source)
     with pytest.raises(ValueError, match=r"^tiny: .*; did you mean experiment:tiny\?$"):
         find_folder("tiny", **source)
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "hyper_tasking/shapes_clip", "fusion/flamingo_shapes"]
+)
+def test_show_counts_the_parameters_of_every_family(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parents[1] / "experiments" / f"{name}.yaml"
+    assert main(["show", str(path)]) == 0
+    config = load_experiment(path).runs[0].config
+    with torch.device("meta"):
+        model = family_of(config.model).empty(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,} parameters" in capsys.readouterr().out

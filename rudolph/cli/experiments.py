@@ -294,27 +294,30 @@ def show_experiment(args: Any) -> int:
 
 
 def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> list[str]:
-    """Return the parameter counts and the estimated training memory per device, in MiB.
+    """Return the parameter counts, and for a decoder the training memory per device in MiB.
 
-    Nothing is allocated: the decoder is built on the meta device.
+    Nothing is allocated: the model is built on the meta device.
     """
     import torch
 
+    from rudolph.families.registry import family_of
     from rudolph.models.rudolph.decoder import MaskedDecoder
     from rudolph.training.memory import training_memory
     from rudolph.training.optim import machine_precision
     from rudolph.training.tuning import apply_tuning
 
+    family = family_of(config.model)
     with torch.device("meta"):
-        model = MaskedDecoder(
-            config.decoder.architecture, config.sequence_layout, config.vocabulary
-        )
-        apply_tuning(model, config.decoder.tuning)
+        model = family.empty(config)
+        if not isinstance(model, MaskedDecoder):
+            total = sum(parameter.numel() for parameter in model.parameters())
+            return [f"{family.stage}: {total:,} parameters"]
+        apply_tuning(model, config.model.tuning)
     model.has_checkpointing = has_checkpointing
     batch_size = micro or config.optim.global_batch_size
     memory = training_memory(
         model,
-        config.decoder.losses,
+        config.model.losses,
         config.optim,
         micro_batch_size=batch_size,
         activation_bytes=4 if machine_precision() == "32-true" else 2,
