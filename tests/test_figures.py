@@ -57,6 +57,9 @@ CARD = pd.DataFrame(
 BEST_OF = pd.concat(
     [CARD.assign(score=f"{LOSS}/best_of_{number}/test", value=number / 9) for number in (1, 2, 8)]
 )
+SHOTS = pd.concat(
+    [CARD.assign(score=f"{LOSS}_{number}/test", value=number / 9) for number in (0, 1, 8)]
+)
 REGIONS = CARD.assign(setting=LOSS, low=[0.2, 2], high=[0.5, 9], least=0.1, greatest=10, log=True)
 EFFECTS = CARD.assign(metric=LOSS, than="col", p_value=0.01, at_least=0.1)
 # Data and x-axis column of each kind of figure that is not drawn from the runs.
@@ -64,10 +67,11 @@ FRAMES = {
     "curves": (CURVES, "step"),
     "card": (CARD, "score"),
     "best_of": (BEST_OF, "score"),
+    "shots": (SHOTS, "score"),
     "forest": (EFFECTS, "metric"),
     "regions": (REGIONS, "setting"),
 }
-METRICS = {"pareto": (LOSS, "rate")}
+METRICS = {"pareto": (LOSS, "rate"), "shots": (f"{LOSS}_*/test",)}
 CAUSAL = np.tril(np.ones((9, 9), bool))
 RANDOM = np.random.default_rng(0)
 IMAGES = [RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3)]

@@ -296,9 +296,9 @@ def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_co
     ``frame`` is a report card, see ``card``.  ``y`` names scores with ``*`` for the number of
     shots; ``group_column`` distinguishes runs.
     """
-    patterns = {name: "^" + re.escape(name).replace(re.escape("*"), r"(\d+)") + "$" for name in y}
+    patterns = {name: f"^{re.escape(name)}$".replace(re.escape("*"), r"(\d+)") for name in y}
     figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
-    is_drawn = frame[x].str.match("|".join(patterns.values()))
+    is_drawn = frame[x].str.fullmatch("|".join(patterns.values()))
     for chance in sorted(set(frame["chance"][is_drawn].dropna())):
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
     # Linear up to 1, so that 0 shots have a place.
