@@ -17,6 +17,7 @@ from rudolph.data.documents import DocumentFormat, Panel, batch_documents
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.evaluators.few_shot import SHOT_COUNTS, few_shot, few_shot_text
+from rudolph.families.documents import encoder_pixels
 from rudolph.families.interface import Capabilities
 from rudolph.families.registry import family_of
 from rudolph.files.settings import ConfigError
@@ -393,3 +394,22 @@ def test_controls_change_images_alone(tmp_path: Path) -> None:
     for control in (shuffled, blank):
         for before, after in zip(plain[0], control[0], strict=True):
             assert [panel.answer for panel in before] == [panel.answer for panel in after]
+
+
+def test_images_that_a_document_lacks_are_not_encoded() -> None:
+    reader, _ = reader_of("flamingo")
+    batch = documents("flamingo")
+    memory = reader.memory(batch)
+    padded = reader.model.memory(
+        reader.model.latents(encoder_pixels(batch.images, 24), None), batch.present
+    )
+    assert torch.equal(memory.numbers, padded.numbers)
+    encoded: list[int] = []
+    hook = reader.model.vision.register_forward_hook(
+        lambda module, inputs, output: encoded.append(len(inputs[0]))
+    )
+    logits = reader.logits(batch)
+    hook.remove()
+    assert encoded == [int(batch.present.sum())] and encoded[0] < batch.present.numel()
+    hidden = reader.model.hidden(batch.input_ids, padded, batch.attention_mask)
+    torch.testing.assert_close(logits, reader.model.language_model.logits(hidden))

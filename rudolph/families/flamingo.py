@@ -99,7 +99,16 @@ class FlamingoReader:
             return None
         encoder: Any = self.model.vision
         pixels = encoder_pixels(documents.images, encoder.encoder.vision_config.image_size)
-        return self.model.memory(self.model.latents(pixels, None), documents.present)
+        present = documents.present
+        assert present is not None
+        if bool(present.all()) or self.model.resampler.media_pos_emb is not None:
+            return self.model.memory(self.model.latents(pixels, None), present)
+        # Most documents have one image, so padding would be most of the work.
+        shown = self.model.latents(pixels[present][None], None)
+        assert shown is not None
+        latents = shown.new_zeros(*present.shape, *shown.shape[2:])
+        latents[present] = shown[0]
+        return self.model.memory(latents, present)
 
     def logits(self, documents: DocumentBatch) -> Tensor:
         """Return the logits of all positions, ``(B, T, V)``."""
