@@ -323,6 +323,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolve("llava", **{"data.tasks": {"text_to_image": 1}})
     with pytest.raises(ConfigError, match=r"resampler\.width must equal the 16 channels"):
         resolve("flamingo", **{"model.resampler.width": 8})
+    with pytest.raises(ConfigError, match=r"missing_image: legacy needs a model that generates"):
+        resolve("llava", **{"evaluation.missing_image": "legacy"})
     with pytest.raises(ConfigError, match=r"few_shot needs a model with loglikelihood_after"):
         resolve_run(
             Path("x"),

@@ -137,6 +137,11 @@ class RunConfig:
     def _check_evaluators(self) -> None:
         """Raise ``ValueError`` for an evaluator that its dataset or the model does not support."""
         provided = family_of(self.model).capabilities.provided()
+        if self.evaluation.missing_image == "legacy" and "generate_image" not in provided:
+            raise ValueError(
+                "evaluation.missing_image: legacy needs a model that generates images, "
+                f"got family {self.model.family}"
+            )
         for name in self.evaluation.evaluators:
             other, _, evaluator = name.rpartition("/")
             dataset = other or self.data.dataset
