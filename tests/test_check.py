@@ -15,7 +15,8 @@ from rudolph.reports.check import (
     known_numbers,
     unverified_numbers,
 )
-from rudolph.reports.report import experiment_folders, without_generated
+from rudolph.reports.report import without_generated
+from rudolph.reports.schema import experiment_folders
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTS = KnownNumbers(

@@ -254,7 +254,8 @@ def test_a_language_model_run_scores_its_episodes(language_model: Path) -> None:
     card = read_card(language_model / CARD).set_index("score")
     names = {f"few_shot_text/accuracy_{number}/test" for number in SHOT_COUNTS}
     assert names < set(card.index)
-    assert all(card.loc[name, "chance"] == pytest.approx(1 / 8) for name in names)
+    assert card.loc["few_shot_text/accuracy_0/test", "chance"] == pytest.approx(1 / 8)
+    assert card.loc["few_shot_text/accuracy_8/test", "chance"] == pytest.approx(1 / 2)
     capabilities, config = open_run(language_model)
     assert config.model.family == "language_model"
     scores = capabilities.loglikelihood(
@@ -293,6 +294,37 @@ def test_a_run_trains_only_what_its_stage_trains(
         capabilities.generate_text("image_captioning", **greedy)
 
 
+def test_a_second_stage_starts_from_the_first_and_keeps_its_tokenizer(
+    language_model: Path, tmp_path: Path
+) -> None:
+    first = tiny(tmp_path, "llava", [], parts={"language_model": str(language_model)})
+    second = tiny(tmp_path, "llava", [], init=str(first), trained="without_vision")
+    before, after = (
+        read_weights(run / "checkpoints" / "llava.safetensors") for run in (first, second)
+    )
+    for name, value in before.items():
+        is_kept = name.startswith("vision.")
+        assert torch.equal(value, after[name]) == is_kept, name
+    tokenizers = [(run / "checkpoints" / "bpe.model").read_bytes() for run in (first, second)]
+    assert (
+        tokenizers[0]
+        == tokenizers[1]
+        == (language_model / "checkpoints" / "bpe.model").read_bytes()
+    )
+    again = tiny(tmp_path, "language_model", [], init=str(language_model))
+    assert (again / "checkpoints" / "bpe.model").read_bytes() == tokenizers[0]
+
+
+def test_choices_must_be_equally_many_for_each_text(language_model: Path) -> None:
+    capabilities, _ = open_run(language_model)
+    with pytest.raises(
+        ValueError, match=r"choices: expected equally many for each text, got \[1, 2"
+    ):
+        capabilities.loglikelihood(
+            "text_question_answering", [["дакс"], ["дакс", "вуг"]], questions=["круг", "круг"]
+        )
+
+
 def test_parts_of_another_shape_are_refused(
     language_model: Path, clip: Path, tmp_path: Path
 ) -> None:
@@ -323,6 +355,24 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolve("llava", **{"data.tasks": {"text_to_image": 1}})
     with pytest.raises(ConfigError, match=r"resampler\.width must equal the 16 channels"):
         resolve("flamingo", **{"model.resampler.width": 8})
+    with pytest.raises(ConfigError, match=r"question_answering: expected a task with images, sin"):
+        resolve("llava", **{"data.tasks": {"shapes_questions/text_question_answering": 1}})
+    resolve(
+        "llava",
+        **{"model.trained": "all", "data.tasks": {"shapes_questions/text_question_answering": 1}},
+    )
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.bpe_dropout: must be 0 for family flamingo"
+    ):
+        resolve("flamingo", **{"tokenizer.bpe_dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"parts: expected none with init"):
+        resolve("flamingo", **{"model.init": "runs/x", "model.parts": {"vision": "runs/y"}})
+    with pytest.raises(ConfigError, match=r"model\.offset must lie in \[0, 2\), got 2"):
+        resolve("flamingo", **{"model.offset": 2})
+    with pytest.raises(ConfigError, match=r"model\.factor: expected a divisor of the grid 3x3"):
+        resolve("llava", **{"model.connector.factor": 2})
+    with pytest.raises(ConfigError, match=r"caption_f1 shows images, which family language_model"):
+        resolve("language_model", **{"evaluation.evaluators": ["caption_f1"]})
     with pytest.raises(ConfigError, match=r"missing_image: legacy needs a model that generates"):
         resolve("llava", **{"evaluation.missing_image": "legacy"})
     with pytest.raises(ConfigError, match=r"few_shot needs a model with loglikelihood_after"):
@@ -372,7 +422,7 @@ def test_the_shot_curve_of_an_oracle_is_that_of_an_ideal_observer(tmp_path: Path
         expected = 1 - unseen + unseen * other
         score = scores[f"few_shot_text/accuracy_{number}"]
         assert score.value == pytest.approx(expected, abs=0.05)
-        assert score.chance == 1 / 8
+        assert score.chance == (1 / 8 if number == 0 else 1 / 2)
 
 
 def test_controls_change_images_alone(tmp_path: Path) -> None:
@@ -396,6 +446,12 @@ def test_controls_change_images_alone(tmp_path: Path) -> None:
     for control in (shuffled, blank):
         for before, after in zip(plain[0], control[0], strict=True):
             assert [panel.answer for panel in before] == [panel.answer for panel in after]
+    for row, shown in enumerate(plain[0]):
+        others = shuffled[0][row - 1]
+        assert all(
+            torch.equal(*(p.image for p in pair)) for pair in zip(shown, others, strict=True)
+        )
+        assert all((panel.image == 0.5).all() for panel in blank[0][row])
 
 
 def test_images_that_a_document_lacks_are_not_encoded() -> None:

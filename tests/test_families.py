@@ -23,11 +23,12 @@ from rudolph.runs.resolve import find_folder, open_run
 FILE = Path("x.yaml")
 # Settings that a family needs besides its defaults.
 TEXTS = {"data.tasks": {"text_question_answering": 1.0}}
+IMAGES = {"data.tasks": {"image_captioning": 1.0}}
 WORDS = {"model.language_model.vocab_size": 16385}
 OF_FAMILY = {
     "language_model": {"model.vocab_size": 16385, **TEXTS},
-    "flamingo": {**WORDS, **TEXTS},
-    "llava": {**WORDS, **TEXTS},
+    "flamingo": {**WORDS, **IMAGES},
+    "llava": {**WORDS, **IMAGES},
 }
 SMALL = {"vqgan.resolution": 32, "vqgan.channels": [32, 32], "vqgan.quantizer.num_codes": 8}
 

@@ -242,7 +242,7 @@ def write_checkpoint(
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether ``rudolph convert`` wrote a folder of weights."""
+    """Return whether ``rudolph convert`` wrote this folder."""
     try:
         content = read_json(folder / WEIGHTS_CONFIG_FILE)
         return "from" in content["origin"]

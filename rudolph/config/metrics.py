@@ -79,11 +79,12 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
     ),
     "multiple_choice": (),
     "few_shot": tuple(
-        Metric(f"{FEW_SHOT}_{case}", chance="1 / words")
+        Metric(f"{FEW_SHOT}_{case}", chance="words of the shots, without images")
         for case in (*SHOT_COUNTS, "shuffled", "blank")
     ),
     "few_shot_text": tuple(
-        Metric(f"{FEW_SHOT_TEXT}_{number}", chance="1 / words") for number in SHOT_COUNTS
+        Metric(f"{FEW_SHOT_TEXT}_{number}", chance="words of the shots, without images")
+        for number in SHOT_COUNTS
     ),
     "zero_shot_classification": (
         Metric("zero_shot_classification/accuracy", chance="1 / classes"),

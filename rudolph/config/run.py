@@ -13,6 +13,7 @@ from rudolph.evaluation.report_card import (
     DATASET_OF_EVALUATOR,
     MEMBER_OF_EVALUATOR,
     NEEDS,
+    SHOWS_IMAGES,
     EvaluationConfig,
 )
 from rudolph.families.interface import ModelSection
@@ -125,14 +126,14 @@ class RunConfig:
 
         The embeddings of a model belong to the ids of its tokenizer and the codes of its VQ-GAN.
         """
-        source = self.model.tokenizer_source
-        if source is None or self.speed.workload is not None:
+        if self.speed.workload is not None:
             return
+        tokenizer, model = self.model.tokenizer_source, self.model.init
         # The dataclass is frozen, so ``object.__setattr__`` sets the fields.
-        if self.tokenizer.path is None:
-            object.__setattr__(self, "tokenizer", replace(self.tokenizer, path=source))
-        if self.needs_vqgan and self.vqgan.init is None:
-            object.__setattr__(self, "vqgan", replace(self.vqgan, init=source))
+        if tokenizer is not None and self.tokenizer.path is None:
+            object.__setattr__(self, "tokenizer", replace(self.tokenizer, path=tokenizer))
+        if model is not None and self.needs_vqgan and self.vqgan.init is None:
+            object.__setattr__(self, "vqgan", replace(self.vqgan, init=model))
 
     def _check_evaluators(self) -> None:
         """Raise ``ValueError`` for an evaluator that its dataset or the model does not support."""
@@ -156,6 +157,11 @@ class RunConfig:
                 raise ValueError(
                     f"evaluation.evaluators: {evaluator} needs a dataset of {able}, "
                     f"got {dataset!r}"
+                )
+            if evaluator in SHOWS_IMAGES and not family_of(self.model).reads_images:
+                raise ValueError(
+                    f"evaluation.evaluators: {evaluator} shows images, which family "
+                    f"{self.model.family} cannot read"
                 )
             lacking = [name for name in NEEDS[evaluator] if name not in provided]
             if lacking:

@@ -1,6 +1,6 @@
 """Documents of interleaved images and texts, as ids with labels.
 
-``[image] question answer EOS``, repeated for every shot and at last for the pair itself.  The task
+``[image] question answer EOS``, repeated for every shot and finally for the pair itself.  The task
 decides what a document has: captions have no question, and text tasks no image.  Ids and labels
 are built segment by segment (``sequence.conversation``).
 

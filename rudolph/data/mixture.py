@@ -51,7 +51,7 @@ class Mixture:
     def validation_entries(self) -> Indices:
         """Return the (pair, entry) indices of all validation examples, ``(sum of sizes, 2)``.
 
-        They are sorted by pair; a pair index occurs once for every entry that has as many pairs.
+        They are sorted by pair.  Pair i occurs once for every entry that has more than i pairs.
         """
         pairs_and_rows = [
             (pair, row) for row, size in enumerate(self.sizes) for pair in range(size)

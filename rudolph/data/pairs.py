@@ -107,6 +107,10 @@ class HasShots(Protocol):
         """
         ...
 
+    def chance(self, number: int) -> float:
+        """Return the accuracy of answers after ``number`` shots that ignore all images."""
+        ...
+
 
 def hash_fraction(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone, so that hash splits are stable."""

@@ -143,6 +143,19 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "reconstruction": reconstruction,
     "retrieval": retrieval,
 }
+# Evaluators that show images to a model that generates or scores texts.
+SHOWS_IMAGES = frozenset(
+    (
+        "caption_f1",
+        "caption_metrics",
+        "answer_f1",
+        "text_recognition",
+        "few_shot",
+        "zero_shot_classification",
+        "text_ranking",
+        "image_ranking",
+    )
+)
 # Capabilities of the model that each evaluator needs, see ``families.interface``.
 NEEDS: dict[str, tuple[str, ...]] = {
     "nearest_image": ("generate_image",),

@@ -66,6 +66,7 @@ class CLIPFamily:
     config = CLIPModelConfig
     needs = ("tokenizer",)
     stage = "clip"
+    reads_images = True
     is_trained = True
     weights_file = None
     capabilities = CLIPCapabilities

@@ -9,7 +9,7 @@ Shapes: B documents, M images per document, C choices, S x S pixels, V vocabular
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from rudolph.families.interface import (
     RunSettings,
     TrainingFlags,
 )
-from rudolph.files.constraints import Count
+from rudolph.files.constraints import Count, check
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import (
     DocumentReader,
@@ -79,6 +79,11 @@ class DocumentSection(ModelSection):
     max_new_tokens: Count = 24
     scores_questions: bool = False
 
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Return the source of the tokenizer whose ids the model knows."""
+        return self.init
+
 
 @dataclass(frozen=True)
 class VisionLanguageSection(DocumentSection):
@@ -89,6 +94,17 @@ class VisionLanguageSection(DocumentSection):
     """
 
     parts: PartSources = field(default_factory=PartSources)
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
+        check(self)
+        if self.init is not None and self.parts != PartSources():
+            raise ValueError("parts: expected none with init, which has all parts of the model")
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Return whether training changes the language model."""
+        raise NotImplementedError
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -236,7 +252,10 @@ class DocumentCapabilities(Capabilities):
         documents = [[*shown, *prompt] for shown, prompt in zip(shots, prompts, strict=True)]
         ids = [[[*self.tokenizer.encode(text), EOS] for text in row] for row in choices]
         scores = []
-        for rows in self.batches(documents):
+        counts = {len(row) for row in choices}
+        if len(counts) > 1:
+            raise ValueError(f"choices: expected equally many for each text, got {sorted(counts)}")
+        for rows in self.batches(documents, copies=max(counts, default=1)):
             batch = self.documents(documents[rows])
             scores.append(score_document_choices(self.reader, batch, ids[rows]).cpu())
             if on_batch is not None:
@@ -275,10 +294,11 @@ class DocumentCapabilities(Capabilities):
             for index in range(number)
         ]
 
-    def batches(self, rows: Sequence[Any]) -> Iterator[slice]:
-        """Yield the slices of the batches."""
-        for first in range(0, len(rows), self.batch_size):
-            yield slice(first, first + self.batch_size)
+    def batches(self, rows: Sequence[Any], *, copies: int = 1) -> Iterator[slice]:
+        """Yield the slices of batches of at most ``batch_size`` rows, copies counted."""
+        size = max(self.batch_size // copies, 1)
+        for first in range(0, len(rows), size):
+            yield slice(first, first + size)
 
     def documents(self, prompts: Sequence[Sequence[Panel]]) -> DocumentBatch:
         """Return prompts as one batch, padded on the left, on the model's device."""
@@ -306,7 +326,7 @@ class DocumentFamily:
     needs: tuple[str, ...] = ("tokenizer",)
     is_trained = True
     capabilities: type[Capabilities] = DocumentCapabilities
-    reads_images: ClassVar[bool] = True
+    reads_images = True
     stage: str
 
     @property
@@ -346,6 +366,34 @@ class DocumentFamily:
                 raise ValueError(
                     f"data.tasks.{entry.name}: family {self.stage} cannot {verb} images"
                 )
+            if image == "none" and not self.trains_on_texts(run.model):
+                raise ValueError(
+                    f"data.tasks.{entry.name}: expected a task with images, since model.trained "
+                    f"{run.model.trained} leaves the language model as it is"
+                )
+        self.check_unused(run)
+        try:
+            with torch.device("meta"):
+                self.empty(run)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
+
+    def check_unused(self, run: RunSettings) -> None:
+        """Check that no setting is set which documents do not use.
+
+        Raises:
+            ValueError: If one is; the message names it.
+        """
+        for key, value in (
+            ("tokenizer.bpe_dropout", run.tokenizer.bpe_dropout),
+            ("data.unknown_task_probability", run.data.unknown_task_probability),
+        ):
+            if value:
+                raise ValueError(f"{key}: must be 0 for family {self.stage}, got {value:g}")
+
+    def trains_on_texts(self, section: Any) -> bool:
+        """Return whether a document without images changes any weight in training."""
+        return True
 
     def language_model_config(self, section: Any) -> tuple[str, Any]:
         """Return the key and the config of the language model in a ``model`` section."""

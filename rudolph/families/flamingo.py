@@ -9,7 +9,7 @@ from torch import Tensor
 from rudolph.data.documents import DocumentBatch
 from rudolph.families.documents import DocumentFamily, VisionLanguageSection, encoder_pixels
 from rudolph.families.interface import Parts, RunSettings
-from rudolph.files.constraints import Count, NonNegativeInt, check
+from rudolph.files.constraints import Count, NonNegativeInt
 from rudolph.models.flamingo.flamingo import Flamingo, FlamingoCache, FlamingoConfig, MediaMemory
 from rudolph.models.fusion.cross_attention import CrossAttentionConfig
 from rudolph.models.fusion.resampler import ResamplerConfig
@@ -43,13 +43,18 @@ class FlamingoSection(VisionLanguageSection):
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
-        check(self)
+        super().__post_init__()
         width = self.vision.width * len(self.features.layers)
         if self.resampler.width != width:
             raise ValueError(
                 f"resampler.width must equal the {width} channels of vision and features, "
                 f"got {self.resampler.width}"
             )
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Return whether training changes the language model."""
+        return self.trained != "fusion"
 
     @property
     def architecture(self) -> FlamingoConfig:
@@ -132,6 +137,10 @@ class FlamingoFamily(DocumentFamily):
 
     config = FlamingoSection
     stage = "flamingo"
+
+    def trains_on_texts(self, section: FlamingoSection) -> bool:
+        """Return whether a document without images changes any weight in training."""
+        return section.trains_language_model
 
     def empty(self, run: RunSettings) -> Flamingo:
         """Construct the model without a seed, as for counting on the meta device."""

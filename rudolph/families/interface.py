@@ -196,7 +196,7 @@ class Capabilities:
             questions: One per text if the task has questions.
             allowed_characters: The only characters that a text may contain; None allows all.
             missing_image: How to generate an image for a question without one, as fbc2_aij2022
-                does (``inference.py``). None uses indices of zero, as in training.
+                does (``inference.py``). None fills the image with code 0, as in training.
             on_token: Called with the number of generated tokens and the total.
         """
         raise NotImplementedError
@@ -276,6 +276,11 @@ class Family(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the parts, from ``PARTS``, that a run trains or loads first."""
+        ...
+
+    @property
+    def reads_images(self) -> bool:
+        """Return whether the model can be given images."""
         ...
 
     @property

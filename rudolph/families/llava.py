@@ -14,7 +14,6 @@ from rudolph.families.documents import (
     encoder_pixels,
 )
 from rudolph.families.interface import Parts, RunSettings
-from rudolph.files.constraints import check
 from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
 from rudolph.models.llava.llava import ImageTokenConfig, LLaVA
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
@@ -39,9 +38,10 @@ class LLaVASection(VisionLanguageSection):
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
 
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a setting that is out of range."""
-        check(self)
+    @property
+    def trains_language_model(self) -> bool:
+        """Return whether training changes the language model."""
+        return self.trained != "connector"
 
 
 class LLaVAFamily(DocumentFamily):
@@ -49,6 +49,10 @@ class LLaVAFamily(DocumentFamily):
 
     config = LLaVASection
     stage = "llava"
+
+    def trains_on_texts(self, section: LLaVASection) -> bool:
+        """Return whether a document without images changes any weight in training."""
+        return section.trains_language_model
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
         """Return how the model reads documents: a token for every image vector."""

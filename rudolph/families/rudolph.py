@@ -150,6 +150,7 @@ class RudolphFamily:
     config = RudolphConfig
     needs = ("tokenizer", "vqgan")
     stage = "decoder"
+    reads_images = True
     is_trained = True
     weights_file = FILES[0]
     capabilities = RudolphCapabilities

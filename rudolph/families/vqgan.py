@@ -50,6 +50,7 @@ class VQGANFamily:
     config = VQGANOnlyConfig
     needs = ("vqgan",)
     stage = "vqgan"
+    reads_images = True
     is_trained = False
     weights_file = None
     capabilities = VQGANCapabilities

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from rudolph.evaluation.statistics import geometric_mean_interval, student_quantile
 from rudolph.reports.report import (
-    experiment_folders,
     generated_part,
     read_curves,
     read_runs,
@@ -29,7 +28,7 @@ from rudolph.reports.report import (
 )
 from rudolph.reports.report_cards import read_card
 from rudolph.reports.run_configs import BASE_CONFIG, CONFIG_LINES
-from rudolph.reports.schema import CARD, TIMINGS_FILE, group_of
+from rudolph.reports.schema import CARD, TIMINGS_FILE, experiment_folders, group_of
 from rudolph.reports.timings import PROFILES
 
 RUNS, README = "runs.csv", "README.md"

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rudolph.files.settings import did_you_mean
-from rudolph.reports.report import experiment_folders
+from rudolph.reports.schema import experiment_folders
 from rudolph.tracking.run_directory import started_runs
 
 

@@ -298,9 +298,10 @@ def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_co
     """
     patterns = {name: f"^{re.escape(name)}$".replace(re.escape("*"), r"(\d+)") for name in y}
     figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
-    is_drawn = frame[x].str.fullmatch("|".join(patterns.values()))
-    for chance in sorted(set(frame["chance"][is_drawn].dropna())):
-        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+    chances = frame.assign(N=frame[x].str.extract("|".join(patterns.values())).bfill(axis=1)[0])
+    chances = chances.dropna(subset=["N", "chance"]).astype({"N": int}).groupby("N")["chance"]
+    for level in (chances.min(), chances.max()):
+        axes.plot(level.index, level, color="grey", linestyle=":", linewidth=1)
     # Linear up to 1, so that 0 shots have a place.
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set(xlabel="shots", ylim=(0, 1.02))

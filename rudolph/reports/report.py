@@ -16,7 +16,15 @@ from rudolph.files.atomic import read_json
 from rudolph.reports.claims import Effect, claim_lines, effects, effects_table, format_interval
 from rudolph.reports.markdown import table_row
 from rudolph.reports.report_cards import card_table, read_card
-from rudolph.reports.schema import CARD, OVERHEAD, Report, format_cell_value, group_of, read_report
+from rudolph.reports.schema import (
+    CARD,
+    OVERHEAD,
+    Report,
+    experiment_folders,
+    format_cell_value,
+    group_of,
+    read_report,
+)
 from rudolph.reports.search_tables import is_trial, search_lines
 from rudolph.reports.timings import is_speed, speed_tables
 
@@ -276,11 +284,6 @@ def _experiments_table(results_folder: Path) -> list[str]:
         cells = [link, report.question, finding_of(folder / "README.md"), str(len(runs))]
         lines.append(table_row([*cells, f"{runs['seconds'].sum() / 60:.3g}", _commits(runs)]))
     return lines
-
-
-def experiment_folders(results_folder: Path) -> list[Path]:
-    """Return the folders of the exported experiments, sorted by name."""
-    return sorted(path.parent for path in results_folder.rglob("report.json"))
 
 
 def finding_of(readme: Path) -> str:

@@ -228,6 +228,11 @@ def implementation_name(implementation: str, part: str) -> str:
     return f"{implementation}/{part}" if part else implementation
 
 
+def experiment_folders(results_folder: Path) -> list[Path]:
+    """Return the folders of the exported experiments, sorted by name."""
+    return sorted(path.parent for path in results_folder.rglob("report.json"))
+
+
 def without_number(name: str) -> str:
     """Return the name of a score with ``*`` for a number at the end of its metric.
 

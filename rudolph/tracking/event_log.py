@@ -257,7 +257,7 @@ class SendMarker:
 
 
 def read_markers(path: Path) -> dict[str, Any]:
-    """Return the marker of each server in a ``journal.sent``.
+    """Return, for each server, how far the log was sent.
 
     Raises:
         DamagedFileError: if the file holds anything else.

@@ -1,4 +1,4 @@
-"""Losses of reconstructions beyond pixels: a patch discriminator and LPIPS.
+"""Reconstruction losses beyond the pixel loss: a patch discriminator and LPIPS.
 
 Source: taming-transformers, ``modules/discriminator/model.py`` and ``modules/losses/lpips.py``;
 Isola 2017 (PatchGAN) and Zhang 2018 (LPIPS).

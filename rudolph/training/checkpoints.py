@@ -50,7 +50,7 @@ def remove_checkpoints(last: Path) -> None:
 
 
 def find_checkpoint(last: Path, *, num_batches: int, digest: str, is_main: bool) -> Path | None:
-    """Return the newest intact checkpoint of a training, or None.
+    """Return the newest intact checkpoint of a training run, or None.
 
     Args:
         last: the path of ``last.ckpt``.

@@ -49,8 +49,8 @@ class DecoderLossConfig:
             and need ``reduction: batch`` (Kendall 2018, arXiv:1705.07115).
         reduction: ``batch`` takes each segment's mean over all examples that score it (ru-dolph);
             ``task`` takes it per mixture entry with the weights of its task, and averages entries
-            in proportion to their examples (fbc2_aij2022); ``token`` takes one mean over all
-            labels, each weighted by its task's weight of its segment.
+            in proportion to their examples (fbc2_aij2022); ``token`` averages over all labels.
+            Each label then has the weight that its task gives to its segment.
         task_weights: weights of left text, image and right text by task, instead of ``TASKS``.
 
     Raises:

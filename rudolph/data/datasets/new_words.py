@@ -1,7 +1,7 @@
-"""Few-shot episodes with new words, whose meaning only the shots before a pair give.
+"""Few-shot episodes with new words, whose meaning is given only by the preceding shots.
 
-Each image shows one object.  An episode names two *kinds* of object by two new words, such as red
-circles and blue crosses.  Every episode gives the words other meanings:
+Each image shows one object.  An episode gives two *kinds* of object, such as red
+circles and blue crosses, a new word each.  Every episode gives the words other meanings:
 
     <image of a red circle> дакс <image of a blue cross> вуг <image of a red circle> -> дакс
 
@@ -9,13 +9,13 @@ The pair is the last image of its episode: its caption is the new word, and its 
 the object ("красный круг").  A model that reads the questions instead of the images solves the
 same task in text.
 
-Without shots, one of ``words`` is right by chance.  With shots of its kind, a pair is solved by
-comparing images.  If all shots show the other kind, only the other word is excluded.
+Without shots, chance accuracy is one over the number of words.  With shots, a model that reads the
+words but no image is right half of the time.
 
 Source: Tsimpoukelli 2021 (arXiv:2106.13884), section 3.2, open-ended miniImageNet.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from random import Random
@@ -158,19 +158,23 @@ class NewWords:
     def shots(self, index: int, number: int) -> list[Shot]:
         """Return the first ``number`` shots of the episode of a pair.
 
-        Each shows one of the episode's kinds, at random.
+        Each shows one of the episode's kinds, at random, and never an object with the size and
+        the cell of the pair's own.
         """
         kinds, words, rng = self._episode(index)
+        own = self._object(index)
         shots = []
-        for _ in range(number):
+        while len(shots) < number:
             which = choose(rng, range(NUM_KINDS))
-            # Pairs of a kind are every len(kinds)-th pair; the pair itself is never its own shot.
-            same_kind = range(kinds[which], len(self), len(self.kinds))
-            shown = choose(rng, same_kind)
-            if shown == index:
-                shown = same_kind[(same_kind.index(shown) + 1) % len(same_kind)]
-            shots.append(Shot(shown, words[which]))
+            # Pairs of a kind are every len(kinds)-th pair.
+            shown = choose(rng, range(kinds[which], len(self), len(self.kinds)))
+            if replace(self._object(shown), shift=own.shift) != own:
+                shots.append(Shot(shown, words[which]))
         return shots
+
+    def chance(self, number: int) -> float:
+        """Return the accuracy of a model that reads the words of the shots but no image."""
+        return 1 / (len(self.config.words) if number == 0 else NUM_KINDS)
 
     def _episode(self, index: int) -> tuple[list[int], list[str], Random]:
         """Return kinds, their words and the generator of the shots; the pair's kind is first."""

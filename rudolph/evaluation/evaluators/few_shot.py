@@ -32,10 +32,15 @@ def few_shot(context: EvaluationContext, split: Split) -> list[Score]:
         ValueError: If the dataset has no shots.
     """
     scores = _shot_curve(FEW_SHOT, "image_captioning", context, split)
-    indices = context.eval_indices(split)
-    for name, replace_images in (("shuffled", _other_images), ("blank", _grey_images)):
+    indices, dataset = context.eval_indices(split), dataset_with_shots(split)
+    if len(indices) < 2:
+        # The images of another episode need one.
+        return scores
+    chance = dataset.chance(CONTROL_SHOTS)
+    for case, replace_images in (("shuffled", _other_images), ("blank", _grey_images)):
         episodes = replace_images(_episodes(split, "image_captioning", indices, CONTROL_SHOTS))
-        scores.append(_accuracy(f"{FEW_SHOT}_{name}", context, split, indices, episodes))
+        name = f"{FEW_SHOT}_{case}"
+        scores.append(_accuracy(name, context, split, indices, episodes, chance=chance))
     return scores
 
 
@@ -48,22 +53,32 @@ def few_shot_text(context: EvaluationContext, split: Split) -> list[Score]:
     return _shot_curve(FEW_SHOT_TEXT, "text_question_answering", context, split)
 
 
+def dataset_with_shots(split: Split) -> HasShots:
+    """Return the dataset of a split.
+
+    Raises:
+        ValueError: If it has no shots.
+    """
+    if not isinstance(split.dataset, HasShots):
+        raise ValueError(f"few-shot evaluators need shots, which {split.dataset_name} lacks")
+    return split.dataset
+
+
 def _shot_curve(name: str, task: str, context: EvaluationContext, split: Split) -> list[Score]:
     """Return the accuracy after each number of ``SHOT_COUNTS``."""
-    indices = context.eval_indices(split)
-    return [
-        _accuracy(
-            f"{name}_{number}", context, split, indices, _episodes(split, task, indices, number)
+    indices, dataset = context.eval_indices(split), dataset_with_shots(split)
+    scores = []
+    for number in SHOT_COUNTS:
+        episodes, chance = _episodes(split, task, indices, number), dataset.chance(number)
+        scores.append(
+            _accuracy(f"{name}_{number}", context, split, indices, episodes, chance=chance)
         )
-        for number in SHOT_COUNTS
-    ]
+    return scores
 
 
 def _episodes(split: Split, task: str, indices: Sequence[int], number: int) -> Episodes:
     """Return the panels of each pair's episode for a task, the pair itself last."""
-    dataset = split.dataset
-    if not isinstance(dataset, HasShots):
-        raise ValueError(f"evaluator few_shot needs shots, which {split.dataset_name} lacks")
+    dataset = dataset_with_shots(split)
     return [
         document_panels(split, task, index, shots=dataset.shots(index, number))
         for index in indices
@@ -97,6 +112,8 @@ def _accuracy(
     split: Split,
     indices: Sequence[int],
     episodes: Episodes,
+    *,
+    chance: float,
 ) -> Score:
     """Score how often the right one of a pair's choices is the likeliest after its shots."""
     choices = [split.dataset[index].choices for index in indices]
@@ -114,6 +131,5 @@ def _accuracy(
         row.index(split.captions[index]) for index, row in zip(indices, choices, strict=True)
     ]
     hits = choice_hits(likelihoods, np.array(truths))
-    number = likelihoods.shape[1]
-    protocol, chance = MetricProtocol("accuracy", settings=f"choices:{number}"), 1 / number
+    protocol = MetricProtocol("accuracy", settings=f"choices:{likelihoods.shape[1]}")
     return mean_score(name, split, indices, hits, context, chance=chance, protocol=protocol)

@@ -81,7 +81,7 @@ def rouge_l(
 
 @dataclass(frozen=True)
 class _Synset:
-    """Synonyms in the interface through which NLTK reads a WordNet."""
+    """A set of synonyms with the methods that NLTK expects of WordNet."""
 
     names: Iterable[str]
 

@@ -59,8 +59,8 @@ class FlamingoConfig:
         place: Whether the cross-attention comes ``before`` or ``after`` its block.
         attend_to: A rule in ``MEDIA_RULES``.
         media_token_id: Id of a media tag.
-        document_end_id: Id after which a text attends to no media until its next tag; None if a
-            row is one document.
+        document_end_id: Id that ends a document.  Later tokens attend to no media until the next
+            tag.  None if a row is one document.
     """
 
     language_model: LanguageModelConfig

@@ -29,7 +29,7 @@ def decode_tokens(
         step: Appends tokens ``(B, 1)`` and returns the logits ``(B, V)`` after them.
         num_tokens: Maximum number of new tokens.
         end_id: Id that ends a row and is then repeated; decoding stops when every row has ended.
-        choose: Returns the tokens ``(B,)`` of logits ``(B, V)`` and their number, counted from 0.
+        choose: Called with logits ``(B, V)`` and the position, from 0; returns tokens ``(B,)``.
 
     Raises:
         ValueError: If ``num_tokens`` is below 1.

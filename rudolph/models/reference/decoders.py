@@ -182,8 +182,8 @@ def load_reference_decoder(
 def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family: str) -> None:
     """Use the masks of a checkpoint file; warn about those that differ from their rules.
 
-    If they equal the rules without attention from right to left text, ``right_attends_left``
-    becomes False; otherwise the tables replace the rules.
+    If they equal the rules in which right text does not attend to left text,
+    ``right_attends_left`` becomes False; otherwise the tables replace the rules.
 
     Args:
         model: decoder whose masks are replaced.

@@ -74,9 +74,15 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
 def trained_parts(execution: Execution) -> dict[str, nn.Module]:
     """Return the trained parts that the model starts from, by name."""
     sources, locations = execution.config.model.part_sources, source_locations(execution)
-    return {
-        name: open_weights(source, kind, **locations) for name, (source, kind) in sources.items()
-    }
+    if not sources:
+        return {}
+    with execution.stage("parts") as advance:
+        parts = {
+            name: open_weights(source, kind, **locations)
+            for name, (source, kind) in sources.items()
+        }
+        advance(1, 1, ", ".join(source for source, _ in sources.values()))
+    return parts
 
 
 def save_model(execution: Execution, model: nn.Module, parts: Parts) -> None:
