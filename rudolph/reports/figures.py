@@ -298,8 +298,9 @@ def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_co
     """
     patterns = {name: f"^{re.escape(name)}$".replace(re.escape("*"), r"(\d+)") for name in y}
     figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
-    chances = frame.assign(N=frame[x].str.extract("|".join(patterns.values())).bfill(axis=1)[0])
-    chances = chances.dropna(subset=["N", "chance"]).astype({"N": int}).groupby("N")["chance"]
+    numbered = frame.assign(N=frame[x].str.extract("|".join(patterns.values())).bfill(axis=1)[0])
+    numbered = numbered.dropna(subset=["N", "chance"]).astype({"N": int})
+    chances = numbered.groupby("N")["chance"]
     for level in (chances.min(), chances.max()):
         axes.plot(level.index, level, color="grey", linestyle=":", linewidth=1)
     # Linear up to 1, so that 0 shots have a place.

@@ -163,7 +163,7 @@ class NewWords:
         """
         kinds, words, rng = self._episode(index)
         own = self._object(index)
-        shots = []
+        shots: list[Shot] = []
         while len(shots) < number:
             which = choose(rng, range(NUM_KINDS))
             # Pairs of a kind are every len(kinds)-th pair.
