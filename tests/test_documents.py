@@ -32,7 +32,7 @@ def new_words(split: str = "train", **changes: Any) -> NewWords:
 @pytest.mark.parametrize("split", ["train", "validation", "test", "compositional"])
 def test_a_word_means_one_kind_within_an_episode(split: str) -> None:
     dataset = new_words(split)
-    seen = set()
+    seen, num_both = set(), 0
     for index in range(len(dataset)):
         pair, shots = dataset[index], dataset.shots(index, 12)
         assert dataset.shots(index, 5) == shots[:5]
@@ -43,9 +43,12 @@ def test_a_word_means_one_kind_within_an_episode(split: str) -> None:
             assert meanings.setdefault(shot.caption, dataset[shot.pair].question) == (
                 dataset[shot.pair].question
             )
-        assert len(meanings) == 2 and len(set(meanings.values())) == 2
+        # Rarely, all shots are of the pair's own kind.
+        assert 1 <= len(meanings) == len(set(meanings.values())) <= 2
+        num_both += len(meanings) == 2
         assert set(meanings) <= set(pair.choices)
         seen.add((pair.caption, pair.question))
+    assert num_both > 0.9 * len(dataset)
     # Words change their meaning between episodes.
     assert len({word for word, _ in seen}) < len(seen) / 2
 

@@ -27,6 +27,10 @@ class FlamingoSection(VisionLanguageSection):
         trained: ``fusion`` trains the resampler and the cross-attention alone, ``language_model``
             the language model, ``all`` everything.
         features: Hidden states of the vision encoder that the resampler reads.
+        every: Distance between blocks with a gated cross-attention.
+        offset: First block with a gated cross-attention.
+        place: Whether the cross-attention comes ``before`` or ``after`` its block.
+        attend_to: ``immediate``, the image of the last tag, or ``all_previous``.
     """
 
     family: Literal["flamingo"] = "flamingo"

@@ -164,12 +164,14 @@ class NewWords:
         kinds, words, rng = self._episode(index)
         own = self._object(index)
         shots: list[Shot] = []
-        while len(shots) < number:
+        for _ in range(number):
             which = choose(rng, range(NUM_KINDS))
             # Pairs of a kind are every len(kinds)-th pair.
-            shown = choose(rng, range(kinds[which], len(self), len(self.kinds)))
-            if replace(self._object(shown), shift=own.shift) != own:
-                shots.append(Shot(shown, words[which]))
+            same_kind = range(kinds[which], len(self), len(self.kinds))
+            shown = choose(rng, same_kind)
+            while replace(self._object(shown), shift=own.shift) == own:
+                shown = choose(rng, same_kind)
+            shots.append(Shot(shown, words[which]))
         return shots
 
     def chance(self, number: int) -> float:
@@ -187,8 +189,11 @@ class NewWords:
     def _object(self, index: int) -> SceneObject:
         """Return the object of the pair at ``index``."""
         rng = example_rng(index, seed=self.config.seed, split=self.split, length=len(self))
-        colour, shape = self.kinds[index % len(self.kinds)]
-        size, cell = choose(rng, placements(colour, shape, self.split))
+        number, kind = divmod(index, len(self.kinds))
+        colour, shape = self.kinds[kind]
+        # In turn, so that two pairs of a kind never have the same size and cell.
+        legal = placements(colour, shape, self.split)
+        size, cell = legal[number % len(legal)]
         return SceneObject(shape, colour, size, *cell, shift=sample_shift(self.config.jitter, rng))
 
 
