@@ -315,6 +315,15 @@ def test_a_second_stage_starts_from_the_first_and_keeps_its_tokenizer(
     assert (again / "checkpoints" / "bpe.model").read_bytes() == tokenizers[0]
 
 
+@pytest.mark.parametrize("key", ["init", "parts"])
+def test_a_missing_run_is_named_before_any_data_is_read(key: str, tmp_path: Path) -> None:
+    source = "experiment:fusion/llava_shapes_stage1"
+    changes = {"init": source} if key == "init" else {"parts": {"vision": source}}
+    with pytest.raises(ValueError, match=r"llava_shapes_stage1\. Train it with `rudolph run exp"):
+        tiny(tmp_path, "llava", [], **changes)
+    assert not list((tmp_path / "runs" / ".cache").glob("*.npy"))
+
+
 def test_choices_must_be_equally_many_for_each_text(language_model: Path) -> None:
     capabilities, _ = open_run(language_model)
     with pytest.raises(

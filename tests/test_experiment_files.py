@@ -104,7 +104,7 @@ def train_two_steps(config: RunConfig) -> list[float]:
 
 
 def train_two_steps_on_documents(config: RunConfig, folder: Path) -> list[float]:
-    """Train a family that reads documents without its trained parts, and open its gates first."""
+    """Train two steps of a family that reads documents, with new instead of trained parts."""
     data = config.data
     worlds = {
         name: replace(getattr(data, name), num_train=80, num_validation=80)

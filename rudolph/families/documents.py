@@ -84,6 +84,11 @@ class DocumentSection(ModelSection):
         """Return the source of the tokenizer whose ids the model knows."""
         return self.init
 
+    @property
+    def trains_on_texts(self) -> bool:
+        """Return whether a document without images changes any weight in training."""
+        return True
+
 
 @dataclass(frozen=True)
 class VisionLanguageSection(DocumentSection):
@@ -100,11 +105,6 @@ class VisionLanguageSection(DocumentSection):
         check(self)
         if self.init is not None and self.parts != PartSources():
             raise ValueError("parts: expected none with init, which has all parts of the model")
-
-    @property
-    def trains_language_model(self) -> bool:
-        """Return whether training changes the language model."""
-        raise NotImplementedError
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -366,7 +366,7 @@ class DocumentFamily:
                 raise ValueError(
                     f"data.tasks.{entry.name}: family {self.stage} cannot {verb} images"
                 )
-            if image == "none" and not self.trains_on_texts(run.model):
+            if image == "none" and not run.model.trains_on_texts:
                 raise ValueError(
                     f"data.tasks.{entry.name}: expected a task with images, since model.trained "
                     f"{run.model.trained} leaves the language model as it is"
@@ -390,10 +390,6 @@ class DocumentFamily:
         ):
             if value:
                 raise ValueError(f"{key}: must be 0 for family {self.stage}, got {value:g}")
-
-    def trains_on_texts(self, section: Any) -> bool:
-        """Return whether a document without images changes any weight in training."""
-        return True
 
     def language_model_config(self, section: Any) -> tuple[str, Any]:
         """Return the key and the config of the language model in a ``model`` section."""
@@ -479,6 +475,16 @@ class DocumentFamily:
         model, path = self.empty(run), folder / self.weights_file
         load_exactly(model, read_weights(path), family=str(path))
         return model.eval(), Parts(Tokenizer(folder / store.TOKENIZER_FILE))
+
+
+class VisionLanguageFamily(DocumentFamily):
+    """A family whose network is a ``PartlyTrained`` of which ``model.trained`` parts learn."""
+
+    def build(self, run: RunSettings, parts: Parts) -> Any:
+        """Build the model from the run's seed and the trained parts, and freeze the others."""
+        model = super().build(run, parts)
+        model.train_only(run.model.trained)
+        return model
 
 
 def load_parts(model: Any, run: RunSettings, parts: Parts) -> None:

@@ -7,8 +7,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rudolph.data.documents import DocumentBatch
-from rudolph.families.documents import DocumentFamily, VisionLanguageSection, encoder_pixels
-from rudolph.families.interface import Parts, RunSettings
+from rudolph.families.documents import (
+    VisionLanguageFamily,
+    VisionLanguageSection,
+    encoder_pixels,
+)
+from rudolph.families.interface import RunSettings
 from rudolph.files.constraints import Count, NonNegativeInt
 from rudolph.models.flamingo.flamingo import Flamingo, FlamingoCache, FlamingoConfig, MediaMemory
 from rudolph.models.fusion.cross_attention import CrossAttentionConfig
@@ -56,8 +60,8 @@ class FlamingoSection(VisionLanguageSection):
             )
 
     @property
-    def trains_language_model(self) -> bool:
-        """Return whether training changes the language model."""
+    def trains_on_texts(self) -> bool:
+        """Return whether a document without images changes any weight in training."""
         return self.trained != "fusion"
 
     @property
@@ -136,26 +140,16 @@ class FlamingoReader:
         return FlamingoState(self.model, memory, cache, logits)
 
 
-class FlamingoFamily(DocumentFamily):
+class FlamingoFamily(VisionLanguageFamily):
     """Flamingo as a ``families.interface.Family``."""
 
     config = FlamingoSection
     stage = "flamingo"
 
-    def trains_on_texts(self, section: FlamingoSection) -> bool:
-        """Return whether a document without images changes any weight in training."""
-        return section.trains_language_model
-
     def empty(self, run: RunSettings) -> Flamingo:
         """Construct the model without a seed, as for counting on the meta device."""
         vision = ViTFeatures(VisionEncoder(run.model.vision), run.model.features)
         return Flamingo(run.model.architecture, vision)
-
-    def build(self, run: RunSettings, parts: Parts) -> Flamingo:
-        """Build the model from the run's seed and the trained parts, and freeze the others."""
-        model: Flamingo = super().build(run, parts)
-        model.train_only(run.model.trained)
-        return model
 
     def reader(self, model: Flamingo) -> FlamingoReader:
         """Return the reader of a model."""

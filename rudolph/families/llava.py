@@ -8,12 +8,12 @@ from torch import Tensor
 
 from rudolph.data.documents import DocumentBatch, DocumentFormat
 from rudolph.families.documents import (
-    DocumentFamily,
     EmbeddingReader,
+    VisionLanguageFamily,
     VisionLanguageSection,
     encoder_pixels,
 )
-from rudolph.families.interface import Parts, RunSettings
+from rudolph.families.interface import RunSettings
 from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
 from rudolph.models.llava.llava import ImageTokenConfig, LLaVA
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
@@ -39,20 +39,16 @@ class LLaVASection(VisionLanguageSection):
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
 
     @property
-    def trains_language_model(self) -> bool:
-        """Return whether training changes the language model."""
+    def trains_on_texts(self) -> bool:
+        """Return whether a document without images changes any weight in training."""
         return self.trained != "connector"
 
 
-class LLaVAFamily(DocumentFamily):
+class LLaVAFamily(VisionLanguageFamily):
     """LLaVA as a ``families.interface.Family``."""
 
     config = LLaVASection
     stage = "llava"
-
-    def trains_on_texts(self, section: LLaVASection) -> bool:
-        """Return whether a document without images changes any weight in training."""
-        return section.trains_language_model
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
         """Return how the model reads documents: a token for every image vector."""
@@ -72,12 +68,6 @@ class LLaVAFamily(DocumentFamily):
             # The image token follows the BPE ids.
             ImageTokenConfig(section.language_model.vocab_size - 1, section.vision.image_size),
         )
-
-    def build(self, run: RunSettings, parts: Parts) -> LLaVA:
-        """Build the model from the run's seed and the trained parts, and freeze the others."""
-        model: LLaVA = super().build(run, parts)
-        model.train_only(run.model.trained)
-        return model
 
     def reader(self, model: LLaVA) -> EmbeddingReader:
         """Return the reader of a model."""

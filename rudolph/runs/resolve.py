@@ -195,9 +195,10 @@ def run_of_experiment(name: str, runs: Path) -> Path:
     if not finished or run:
         known = f", only {', '.join(sorted(finished))}" if finished else ""
         others = experiments_with_runs(runs) - {experiment}
-        advice = did_you_mean(experiment, others) or (
-            f". Train it with `rudolph run experiments/{experiment}.yaml`"
-        )
+        file = Path("experiments", f"{experiment}.yaml")
+        # A file that exists is no misspelling, even if another experiment has a similar name.
+        closest = "" if file.is_file() else did_you_mean(experiment, others)
+        advice = closest or f". Train it with `rudolph run {file.as_posix()}`"
         raise ValueError(
             f"experiment:{name}: no finished run in {runs / experiment}{known}{advice}"
         )

@@ -210,7 +210,9 @@ def is_shared_error(folder: Path, run: Run, others: Sequence[Run]) -> bool:
     """
 
     def inputs(run: Run) -> tuple[Any, ...]:
-        return run.config.model.family, run.config.data, run.config.tokenizer, run.config.vqgan
+        config, model = run.config, run.config.model
+        sources = model.init, sorted(source for source, _ in model.part_sources.values())
+        return model.family, sources, config.data, config.tokenizer, config.vqgan
 
     if any(inputs(other) != inputs(run) for other in others):
         return False

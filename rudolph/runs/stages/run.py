@@ -16,7 +16,7 @@ from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution, is_main_process
-from rudolph.runs.resolve import open_weights
+from rudolph.runs.resolve import OF_EXPERIMENT, find_folder, open_weights
 from rudolph.runs.samples import save_samples, warn_of_unknown
 from rudolph.runs.stages.evaluation import evaluate
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
@@ -30,6 +30,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     config = execution.config
     family = family_of(config.model)
     pl.seed_everything(config.seed, verbose=False)
+    require_named_runs(execution)
     splits = Splits(config.data, execution.folders.cache)
     parts = make_parts(execution, splits)
     digests = dict(splits.digests)
@@ -69,6 +70,21 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
             for split in splits.with_images(name):
                 indices(split)
     return Parts(tokenizer, vqgan, indices)
+
+
+def require_named_runs(execution: Execution) -> None:
+    """Check that the runs of all sources ``experiment:NAME`` exist, before any data is read.
+
+    Raises:
+        ValueError: If one does not; the message says how to train it.
+    """
+    config = execution.config
+    parts = [source for source, _ in config.model.part_sources.values()]
+    own = config.model.init, config.tokenizer.path, config.evaluation.clip
+    vqgan = config.vqgan.init if config.needs_vqgan else None
+    for source in (*parts, *own, vqgan):
+        if source is not None and source.startswith(OF_EXPERIMENT):
+            find_folder(source, **source_locations(execution))
 
 
 def trained_parts(execution: Execution) -> dict[str, nn.Module]:
