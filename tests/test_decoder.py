@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rudolph.models.layers import attention as attention_module
 from rudolph.models.layers.attention import (
     PB_RELAX_MAXIMA,
     PB_RELAX_SCALE,
@@ -204,6 +205,23 @@ def test_half_precision_attention_equals_the_fused_kernel(
     seen = [KeyValue(*half[1:], mask)]
     found = attention(half[0], seen, pb_relax=pb_relax, dropout=0.0)
     torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("masks", [None, "one", "per sample"])
+def test_short_sequences_attend_as_in_the_fused_kernel(
+    masks: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = [torch.randn(6, 11, 5, requires_grad=True) for _ in range(3)]
+    shape = (3, 11, 11) if masks == "per sample" else (11, 11)
+    mask = None if masks is None else (torch.rand(shape) < 0.5) | torch.eye(11, dtype=torch.bool)
+    results = []
+    for longest in (attention_module.MAX_UNFUSED_LENGTH, 0):
+        monkeypatch.setattr(attention_module, "MAX_UNFUSED_LENGTH", longest)
+        query, key, value = leaves
+        out = attention(query, [KeyValue(key, value, mask)], pb_relax=None, dropout=0.0)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused, atol=1e-5, rtol=1e-5)
 
 
 def test_pb_relax_survives_scores_that_overflow_float16() -> None:
