@@ -40,11 +40,15 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, NUM_IN, WIDTH_IN), mask
 
 
+# Connectors of features; the others read codes, or nothing.
+READERS = [kind for kind in CONNECTORS if kind not in ("table", "blank")]
+
+
 def test_every_connector_is_tested() -> None:
     assert CONNECTORS.keys() == PARAMETERS.keys()
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("kind", READERS)
 def test_the_number_of_tokens_is_known_before_the_model_runs(kind: str) -> None:
     model = connector(kind)
     values, mask = model(torch.randn(3, NUM_IN, WIDTH_IN))
@@ -57,7 +61,7 @@ def test_the_number_of_tokens_is_known_before_the_model_runs(kind: str) -> None:
     torch.testing.assert_close(whole.values, model(padded()[0]).values)
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("kind", READERS)
 def test_what_padding_holds_changes_no_real_token(kind: str) -> None:
     model, (features, mask) = connector(kind), padded()
     found = model(features, mask)
@@ -69,7 +73,7 @@ def test_what_padding_holds_changes_no_real_token(kind: str) -> None:
     assert not torch.equal(model(other).values, model(features).values)
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("kind", READERS)
 def test_a_batch_gives_what_its_images_give_alone(kind: str) -> None:
     model, (features, mask) = connector(kind), padded()
     together = model(features, mask)
@@ -79,7 +83,7 @@ def test_a_batch_gives_what_its_images_give_alone(kind: str) -> None:
         torch.testing.assert_close(alone.values[0], together.values[index])
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("kind", READERS)
 def test_a_gradient_reaches_parameters_and_real_features_alone(kind: str) -> None:
     model, (features, mask) = connector(kind), padded()
     features.requires_grad_()
@@ -106,6 +110,8 @@ PARAMETERS = {
         + mlp_parameters(config.width, WIDTH_OUT)
     ),
     "tome": lambda config: mlp_parameters(WIDTH_IN, WIDTH_OUT),
+    "table": lambda config: WIDTH_IN * WIDTH_OUT,
+    "blank": lambda config: config.num_out * WIDTH_OUT,
     "resampler": lambda config: (
         config.num_out * WIDTH_IN
         + config.depth * (4 * WIDTH_IN + 4 * WIDTH_IN**2 + 2 * WIDTH_IN + 8 * WIDTH_IN**2)
@@ -119,6 +125,18 @@ PARAMETERS = {
 def test_parameters_are_those_of_the_formula(kind: str) -> None:
     count = sum(parameter.numel() for parameter in connector(kind, depth=2).parameters())
     assert count == PARAMETERS[kind](config_of(kind, depth=2))
+
+
+def test_a_table_embeds_codes_and_a_blank_ignores_the_image() -> None:
+    table, blank = connector("table"), connector("blank", num_out=3)
+    codes = torch.arange(NUM_IN)[None] % WIDTH_IN
+    assert torch.equal(table(codes).values[0, 7], table.embedding.weight[1])
+    features = padded()[0]
+    values = blank(features).values
+    assert values.shape == (2, blank.num_tokens, WIDTH_OUT) and blank.num_tokens == 3
+    assert torch.equal(values, blank(1 - features).values)
+    with pytest.raises(ValueError, match="expected 24 tokens per image, got 23"):
+        table(codes[:, 1:])
 
 
 @pytest.mark.parametrize(("width", "count"), [(4096, 20_979_712), (5120, 31_467_520)])
@@ -245,7 +263,7 @@ def test_a_config_that_cannot_work_is_named(kind: str, changes: dict, words: str
         connector(kind, **changes)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "tome"])
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind != "tome"])
 def test_another_number_of_tokens_is_named(kind: str) -> None:
     with pytest.raises(ValueError, match="expected 24 tokens per image, got 23"):
         connector(kind)(torch.zeros(1, 23, WIDTH_IN))

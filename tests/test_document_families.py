@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from tiny_run import run_tiny
 from torch.nn import functional as F
@@ -17,12 +18,15 @@ from rudolph.data.documents import DocumentFormat, Panel, batch_documents
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.evaluators.few_shot import SHOT_COUNTS, few_shot, few_shot_text
-from rudolph.families.documents import encoder_pixels
+from rudolph.families.documents import DocumentCapabilities
 from rudolph.families.interface import Capabilities
+from rudolph.families.llava import image_of_question
 from rudolph.families.registry import family_of
+from rudolph.families.vision_language import encoder_pixels
 from rudolph.files.settings import ConfigError
 from rudolph.generation.documents import sample_document_answers, score_document_choices
 from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.vision.vqgan_features import VQGANLatents
 from rudolph.models.weights import read_weights
 from rudolph.reports.report_cards import CARD, read_card
 from rudolph.runs.resolve import open_clip, open_run
@@ -55,26 +59,43 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "every": 1,
     },
     "llava": {**VISION, "connector": {"kind": "pool", "factor": 3}},
+    "codes": {
+        "family": "llava",
+        "encoders": ["codes"],
+        "connector": {"kind": "table"},
+        "language_model": LANGUAGE_MODEL,
+    },
+    "latents and conv": {
+        "family": "llava",
+        "encoders": ["latents", "conv"],
+        "conv": {"image_size": 24, "widths": [8, 8], "depths": [1, 1], "kernel_size": 3},
+        "connector": {"kind": "shuffle", "factor": 3},
+        "language_model": LANGUAGE_MODEL,
+    },
+    "late fusion": {
+        "family": "llava",
+        **VISION,
+        "connector": {"kind": "pool", "factor": 3},
+        "late_fusion": {"kind": "gated"},
+    },
 }
-READS_IMAGES = ["flamingo", "llava"]
-TASKS = {
-    "language_model": {"new_words/text_question_answering": 1, "shapes/text_to_text": 1},
-    "flamingo": {"new_words/image_captioning": 1, "shapes/image_captioning": 1},
-    "llava": {"new_words/image_captioning": 1, "shapes/image_captioning": 1},
-}
+READS_IMAGES = [name for name in SECTIONS if name != "language_model"]
+TEXT_TASKS = {"new_words/text_question_answering": 1, "shapes/text_to_text": 1}
+IMAGE_TASKS = {"new_words/image_captioning": 1, "shapes/image_captioning": 1}
 
 
-def settings(family: str, **changes: Any) -> dict[str, Any]:
+def settings(case: str, **changes: Any) -> dict[str, Any]:
     return {
-        "model": {"family": family, **SECTIONS[family], **changes},
-        "data.tasks": TASKS[family],
+        "model": {"family": case, **SECTIONS[case], **changes},
+        "data.tasks": TEXT_TASKS if case == "language_model" else IMAGE_TASKS,
         "tokenizer": {"vocab_size": VOCABULARY, "num_specials": 0},
     }
 
 
 @cache
 def reader_of(family: str) -> Any:
-    config = resolve_run(Path("x"), {"data.image_size": 24, **flat(settings(family))})
+    vqgan = flat({"vqgan": tiny_run.TINY["settings"]["vqgan"]})
+    config = resolve_run(Path("x"), {"data.image_size": 24, **vqgan, **flat(settings(family))})
     adapter = family_of(config.model)
     torch.manual_seed(0)
     model = adapter.empty(config)
@@ -97,6 +118,12 @@ def flat(content: dict[str, Any]) -> dict[str, Any]:
         else:
             rows[key] = value
     return rows
+
+
+def model_of(reader: Any) -> Any:
+    """Return the LLaVA that embeds the documents of a reader."""
+    models = [cell.cell_contents for cell in reader.embed.__closure__]
+    return next(model for model in models if hasattr(model, "vision"))
 
 
 class Letters:
@@ -148,7 +175,11 @@ def test_choices_score_what_a_whole_forward_pass_gives_them(family: str) -> None
         length = prompt.input_ids.shape[1]
         for column, ids in enumerate(options):
             tokens = torch.cat([prompt.input_ids, torch.tensor([ids])], dim=1)
-            whole = prompt._replace(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            whole = prompt._replace(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                labels=torch.cat([prompt.labels, torch.tensor([ids])], dim=1),
+            )
             logits = reader.logits(whole)[0, length - 1 : -1]
             expected = -F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
             torch.testing.assert_close(found[row, column], expected, atol=1e-4, rtol=1e-5)
@@ -171,7 +202,11 @@ def test_sampled_answers_are_those_of_a_loop_without_a_cache(family: str) -> Non
             if token == EOS:
                 break
             tokens = F.pad(whole.input_ids, (0, 1), value=token)
-            whole = whole._replace(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            whole = whole._replace(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                labels=F.pad(whole.labels, (0, 1), value=token),
+            )
 
 
 @pytest.mark.parametrize("family", SECTIONS)
@@ -195,6 +230,65 @@ def test_an_answer_depends_on_the_image(family: str) -> None:
     batch = documents(family)
     changed = batch._replace(images=1 - batch.images)
     assert not torch.allclose(reader.logits(batch), reader.logits(changed), atol=1e-3)
+
+
+def test_a_fused_vector_depends_on_its_question_alone() -> None:
+    reader, form = reader_of("late fusion")
+    image = torch.rand(3, 24, 24)
+    rows = [
+        [Panel(image, "ab", "cd"), Panel(image, "ef", None)],
+        [Panel(image, "ab", None)],
+        [Panel(image, "", "cd"), Panel(image, "ba", None)],
+    ]
+    batch = batch_documents(rows, form.tokenizer(Letters()), num_image_tokens=1, side="left")
+    owners = image_of_question(batch, form.image_token_id)
+    assert [owners[0].tolist().count(image) for image in range(5)] == [2, 2, 0, 0, 0]
+    assert [row[row >= 0].tolist() for row in owners] == [[0, 0, 1, 1], [2, 2], [4, 4]]
+    vectors = reader.embed(batch)[batch.input_ids == form.image_token_id]
+    # The mean of word embeddings ignores the order of the words.
+    torch.testing.assert_close(vectors[0], vectors[2])
+    torch.testing.assert_close(vectors[0], vectors[4])
+    assert not torch.allclose(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[3])
+
+
+def test_codes_are_read_as_rudolph_reads_them() -> None:
+    reader, form = reader_of("codes")
+    batch = documents("codes")
+    embedded = reader.embed(batch)
+    model = model_of(reader)
+    images = batch.images[batch.present]
+    codes = model.vision.vqgan.encode_indices(images)
+    expected = model.connector.embedding.weight[codes].flatten(0, 1)
+    is_image = batch.input_ids == form.image_token_id
+    torch.testing.assert_close(embedded[is_image], expected)
+    latents = VQGANLatents(model.vision.vqgan)(encoder_pixels(images, 24))
+    of_encoder = model.vision.vqgan.encoder(2 * images - 1)
+    torch.testing.assert_close(latents[:, 4], of_encoder[:, :, 0, 4], atol=1e-5, rtol=1e-4)
+
+
+def test_operations_are_those_of_the_weights_that_train() -> None:
+    """Count by hand: 2 per weight and token forward, 2 for inputs and 2 for trained weights."""
+    counts = {}
+    for trained in ("connector", "without_vision"):
+        reader, form = reader_of("llava")
+        model = model_of(reader)
+        model.train_only(trained)
+        capabilities = DocumentCapabilities(
+            reader, Letters(), form, device=torch.device("cpu"), max_new_tokens=3
+        )
+        counts[trained] = capabilities.count_operations(
+            "image_captioning", ["abc", "abc"], images=torch.rand(2, 3, 24, 24)
+        )
+        model.zero_grad()
+    length = 1 + form.num_image_tokens + 4
+    layers = sum(
+        p.numel() for n, p in model.language_model.layers.named_parameters() if p.dim() == 2
+    )
+    difference = counts["without_vision"][0] - counts["connector"][0]
+    head = model.language_model.config.hidden_size * (VOCABULARY + 1)
+    assert difference == 2 * length * (layers + head)
+    assert counts["without_vision"][1] == counts["connector"][1] < counts["connector"][0]
 
 
 def test_gates_latents_and_norms_have_no_weight_decay() -> None:
@@ -264,7 +358,7 @@ def test_a_language_model_run_scores_its_episodes(language_model: Path) -> None:
     assert scores.shape == (1, 2) and (scores < 0).all()
 
 
-@pytest.mark.parametrize("family", READS_IMAGES)
+@pytest.mark.parametrize("family", ["flamingo", "llava"])
 def test_a_run_trains_only_what_its_stage_trains(
     family: str, language_model: Path, clip: Path, tmp_path: Path
 ) -> None:
@@ -362,7 +456,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolve("language_model", **{"data.tasks": {"image_captioning": 1}})
     with pytest.raises(ConfigError, match=r"data\.tasks\.text_to_image: .* cannot generate im"):
         resolve("llava", **{"data.tasks": {"text_to_image": 1}})
-    with pytest.raises(ConfigError, match=r"resampler\.width must equal the 16 channels"):
+    with pytest.raises(ConfigError, match=r"model\.resampler\.width: expected 16, the channels"):
         resolve("flamingo", **{"model.resampler.width": 8})
     with pytest.raises(ConfigError, match=r"question_answering: expected a task with images, sin"):
         resolve("llava", **{"data.tasks": {"shapes_questions/text_question_answering": 1}})
@@ -380,6 +474,26 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolve("flamingo", **{"model.offset": 2})
     with pytest.raises(ConfigError, match=r"model\.factor: expected a divisor of the grid 3x3"):
         resolve("llava", **{"model.connector.factor": 2})
+    for changes, message in (
+        ({"encoders": []}, "encoders: expected different encoders, got"),
+        ({"encoders": ["codes", "vit"]}, "encoders: expected codes alone, got"),
+        ({"encoders": ["codes"]}, "connector.kind: expected table for encoder codes, got pool"),
+        ({"connector.kind": "table"}, "connector.kind: table needs encoder codes, got"),
+        (
+            {"late_fusion.kind": "gated", "scores_questions": True},
+            "scores_questions: expected f",
+        ),
+        (
+            {"late_fusion.kind": "gated", "connector.kind": "mlp"},
+            "connector: expected one vec",
+        ),
+        ({"late_fusion.kind": "sum"}, "kind: expected one of additive, .*got 'sum'"),
+        ({"encoders": ["conv", "vit"]}, "encoders: expected one image size for all, got"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve("llava", **{f"model.{key}": value for key, value in changes.items()})
+    with pytest.raises(ConfigError, match=r"encoders: expected none of codes, which family llava"):
+        resolve("flamingo", **{"model.encoders": ["codes"]})
     with pytest.raises(ConfigError, match=r"caption_f1 shows images, which family language_model"):
         resolve("language_model", **{"evaluation.evaluators": ["caption_f1"]})
     with pytest.raises(ConfigError, match=r"missing_image: legacy needs a model that generates"):

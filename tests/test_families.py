@@ -36,15 +36,15 @@ SMALL = {"vqgan.resolution": 32, "vqgan.channels": [32, 32], "vqgan.quantizer.nu
 def test_each_family_has_its_section_and_needs_known_parts() -> None:
     tags = [get_args(get_type_hints(section)["family"])[0] for section in get_args(ModelConfig)]
     assert tags == list(FAMILIES)
-    for section, family in zip(get_args(ModelConfig), FAMILIES.values(), strict=True):
+    for section, (name, family) in zip(get_args(ModelConfig), FAMILIES.items(), strict=True):
         assert family.config is section
-        assert set(family.needs) <= set(PARTS)
+        assert set(family.needs(section(family=name))) <= set(PARTS)
         assert family.capabilities.provided()
     assert Capabilities.provided() == ()
     for name in CAPABILITIES:
         arguments = {"generate_image": ([""],), "generate_text": ("",), "embed_image": (None,)}
         arguments |= {"loglikelihood": ("", []), "embed_text": ([],)}
-        arguments |= {"loglikelihood_after_shots": ("", [], [])}
+        arguments |= {"loglikelihood_after_shots": ("", [], []), "count_operations": ("", [])}
         keywords = {} if not name.startswith("generate") else {"config": None, "seeds": []}
         with pytest.raises(NotImplementedError):
             getattr(Capabilities(), name)(*arguments.get(name, ()), **keywords)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rudolph.data.datasets.emoji import GROUPS
+from rudolph.evaluation.evaluators.cost import ANSWER_COST, TRAINING_COST
 from rudolph.evaluation.evaluators.few_shot import FEW_SHOT, FEW_SHOT_TEXT, SHOT_COUNTS
 from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.generation.clip_ranking import RECALLS_AT
@@ -85,6 +86,10 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
     "few_shot_text": tuple(
         Metric(f"{FEW_SHOT_TEXT}_{number}", chance="words of the shots, without images")
         for number in SHOT_COUNTS
+    ),
+    "cost": (
+        Metric(TRAINING_COST, "MFLOP per example", True),
+        Metric(ANSWER_COST, "MFLOP per example", True),
     ),
     "zero_shot_classification": (
         Metric("zero_shot_classification/accuracy", chance="1 / classes"),

@@ -217,7 +217,7 @@ class RunConfig:
     @property
     def needs_vqgan(self) -> bool:
         """True if the model's family needs a VQ-GAN."""
-        return "vqgan" in family_of(self.model).needs
+        return "vqgan" in family_of(self.model).needs(self.model)
 
     @property
     def decoder(self) -> RudolphConfig:

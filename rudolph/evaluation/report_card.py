@@ -21,6 +21,7 @@ from rudolph.evaluation.evaluators.choices import (
     text_ranking,
     zero_shot_classification,
 )
+from rudolph.evaluation.evaluators.cost import cost
 from rudolph.evaluation.evaluators.distributions import clip_score_evaluator, fid_kid
 from rudolph.evaluation.evaluators.few_shot import few_shot, few_shot_text
 from rudolph.evaluation.evaluators.images import (
@@ -130,6 +131,7 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "multiple_choice": multiple_choice,
     "few_shot": few_shot,
     "few_shot_text": few_shot_text,
+    "cost": cost,
     "zero_shot_classification": zero_shot_classification,
     "text_ranking": text_ranking,
     "image_ranking": image_ranking,
@@ -151,6 +153,7 @@ SHOWS_IMAGES = frozenset(
         "answer_f1",
         "text_recognition",
         "few_shot",
+        "cost",
         "zero_shot_classification",
         "text_ranking",
         "image_ranking",
@@ -168,6 +171,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "answer_f1": ("generate_text",),
     "text_answers": ("generate_text",),
     "math_answers": ("generate_text",),
+    "cost": ("count_operations",),
     "text_recognition": ("generate_text",),
     "text_continuation": ("token_pipeline",),
     "multiple_choice": ("loglikelihood",),

@@ -64,12 +64,15 @@ class CLIPFamily:
     """CLIP as a ``families.interface.Family``."""
 
     config = CLIPModelConfig
-    needs = ("tokenizer",)
     stage = "clip"
     reads_images = True
     is_trained = True
     weights_file = None
     capabilities = CLIPCapabilities
+
+    def needs(self, section: Any) -> tuple[str, ...]:
+        """Return the parts that a run trains or loads first."""
+        return ("tokenizer",)
 
     def check(self, run: RunSettings) -> None:
         """Check that the loss and the logit bias fit together.

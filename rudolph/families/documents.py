@@ -1,18 +1,19 @@
 """The shared base of families that read documents: settings, examples, training, capabilities.
 
-A family of this kind adds its ``model`` section, builds its network from the parts, and returns a
-``DocumentReader`` of it.  See ``families/flamingo.py``.
+A family of this kind adds its ``model`` section, builds its network, and returns a
+``DocumentReader`` of it.  ``families/vision_language.py`` has the base of those that read images.
 
 Shapes: B documents, M images per document, C choices, S x S pixels, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rudolph.checkpoints import store
 from rudolph.data.documents import (
@@ -31,17 +32,17 @@ from rudolph.families.interface import (
     RunSettings,
     TrainingFlags,
 )
-from rudolph.files.constraints import Count, check
+from rudolph.files.constraints import Count
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import (
     DocumentReader,
+    label_losses,
     sample_document_answers,
     score_document_choices,
 )
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.lm.decode import at_last_token
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelCache
-from rudolph.models.vision.clip import CLIP, VisionEncoder, pixel_values
 from rudolph.models.weights import load_exactly, read_weights
 from rudolph.sequence.layout import EOS
 from rudolph.sequence.tasks import TASKS
@@ -50,19 +51,6 @@ from rudolph.training.hardware_flags import option_of
 
 if TYPE_CHECKING:
     from rudolph.training.language import LanguageTraining
-
-
-@dataclass(frozen=True)
-class PartSources:
-    """Trained parts to start from; null for a new part.
-
-    Attributes:
-        vision: A run or release of a CLIP, whose image encoder is taken.
-        language_model: A run of family ``language_model``, whose tokenizer is taken too.
-    """
-
-    vision: str | None = None
-    language_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,37 +76,6 @@ class DocumentSection(ModelSection):
     def trains_on_texts(self) -> bool:
         """Return whether a document without images changes any weight in training."""
         return True
-
-
-@dataclass(frozen=True)
-class VisionLanguageSection(DocumentSection):
-    """Fields of the ``model`` section of families with a vision encoder and a language model.
-
-    Attributes:
-        parts: Trained parts to start from.
-    """
-
-    parts: PartSources = field(default_factory=PartSources)
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a setting that is out of range."""
-        check(self)
-        if self.init is not None and self.parts != PartSources():
-            raise ValueError("parts: expected none with init, which has all parts of the model")
-
-    @property
-    def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer: that of the language model's ids."""
-        return self.init or self.parts.language_model
-
-    @property
-    def part_sources(self) -> dict[str, tuple[str, type[nn.Module]]]:
-        """Return source and class of each trained part to start from, by name."""
-        kinds = {"vision": CLIP, "language_model": LanguageModel}
-        sources = {name: getattr(self.parts, name) for name in kinds}
-        return {
-            name: (source, kinds[name]) for name, source in sources.items() if source is not None
-        }
 
 
 class TextState:
@@ -159,12 +116,6 @@ class EmbeddingReader:
         mask = documents.attention_mask
         hidden = self.model.hidden(self.embed(documents), attention_mask=mask, cache=cache)
         return TextState(self.model, cache, self.model.logits(at_last_token(hidden, mask)))
-
-
-def encoder_pixels(images: Tensor, size: int) -> Tensor:
-    """Return images ``(..., 3, H, W)`` in [0, 1] as an encoder's input ``(..., 3, S, S)``."""
-    pixels = pixel_values(images.flatten(0, -4), size)
-    return pixels.view(*images.shape[:-3], *pixels.shape[1:])
 
 
 class DocumentCapabilities(Capabilities):
@@ -262,6 +213,29 @@ class DocumentCapabilities(Capabilities):
                 on_batch(min(rows.stop, len(documents)), len(documents))
         return torch.cat(scores)
 
+    def count_operations(
+        self,
+        task: str,
+        answers: Sequence[str],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+    ) -> tuple[float, float]:
+        """Count the operations per example; see ``Capabilities.count_operations``."""
+        prompts = self.prompts(task, len(answers), images=images, questions=questions)
+        answered = [
+            [panel._replace(answer=answer) for panel in prompt]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        with torch.enable_grad(), FlopCounterMode(display=False) as training:
+            loss: Any = label_losses(self.reader, self.documents(answered))[0].mean()
+            loss.backward()
+        ids = [[[*self.tokenizer.encode(answer), EOS]] for answer in answers]
+        with FlopCounterMode(display=False) as answering:
+            score_document_choices(self.reader, self.documents(prompts), ids)
+        number = len(answers)
+        return training.get_total_flops() / number, answering.get_total_flops() / number
+
     def prompts(
         self,
         task: str,
@@ -323,7 +297,6 @@ class DocumentCapabilities(Capabilities):
 class DocumentFamily:
     """The members of ``families.interface.Family`` that all readers of documents share."""
 
-    needs: tuple[str, ...] = ("tokenizer",)
     is_trained = True
     capabilities: type[Capabilities] = DocumentCapabilities
     reads_images = True
@@ -333,6 +306,10 @@ class DocumentFamily:
     def weights_file(self) -> str:
         """Return the file of the weights in ``checkpoints``."""
         return f"{self.stage}.safetensors"
+
+    def needs(self, section: Any) -> tuple[str, ...]:
+        """Return the parts that a run trains or loads first."""
+        return ("tokenizer",)
 
     def empty(self, run: RunSettings) -> Any:
         """Construct the model without a seed, as for counting on the meta device."""
@@ -412,11 +389,9 @@ class DocumentFamily:
             yield from (f"val/loss/{entry.name}" for entry in run.data.mixture)
 
     def build(self, run: RunSettings, parts: Parts) -> Any:
-        """Build the model from the run's seed and the trained parts."""
+        """Build the model, initialised from the run's seed."""
         torch.manual_seed(mixed_seed(run.seed, self.stage))
-        model = self.empty(run)
-        load_parts(model, run, parts)
-        return model
+        return self.empty(run)
 
     def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
         """Copy trained weights into a model of the same shape."""
@@ -475,46 +450,3 @@ class DocumentFamily:
         model, path = self.empty(run), folder / self.weights_file
         load_exactly(model, read_weights(path), family=str(path))
         return model.eval(), Parts(Tokenizer(folder / store.TOKENIZER_FILE))
-
-
-class VisionLanguageFamily(DocumentFamily):
-    """A family whose network is a ``PartlyTrained`` of which ``model.trained`` parts learn."""
-
-    def build(self, run: RunSettings, parts: Parts) -> Any:
-        """Build the model from the run's seed and the trained parts, and freeze the others."""
-        model = super().build(run, parts)
-        model.train_only(run.model.trained)
-        return model
-
-
-def load_parts(model: Any, run: RunSettings, parts: Parts) -> None:
-    """Copy the trained parts of a run into its model.
-
-    Raises:
-        ValueError: If a part has another shape than the settings; the message names both.
-    """
-    for name, part in parts.models.items():
-        source = run.model.part_sources[name][0]
-        if isinstance(part, CLIP):
-            copy_vision(model.vision.encoder, part, source)
-            continue
-        target = getattr(model, name)
-        if part.config != target.config:
-            raise ValueError(
-                f"model.{name}: expected the settings of {source}, {part.config}, "
-                f"got {target.config}"
-            )
-        target.load_state_dict(part.state_dict())
-
-
-def copy_vision(encoder: VisionEncoder, clip: CLIP, source: str) -> None:
-    """Copy the image encoder of a CLIP, without its projection.
-
-    Raises:
-        ValueError: If its shape differs; the message names both.
-    """
-    given, config = encoder.vision_config, clip.visual.vision_config
-    if given != config:
-        raise ValueError(f"model.vision: expected {config}, the encoder of {source}, got {given}")
-    own = encoder.state_dict()
-    encoder.load_state_dict({name: clip.visual.state_dict()[name] for name in own})

@@ -7,20 +7,19 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rudolph.data.documents import DocumentBatch
-from rudolph.families.documents import (
+from rudolph.families.interface import RunSettings
+from rudolph.families.vision_language import (
     VisionLanguageFamily,
     VisionLanguageSection,
+    build_vision,
     encoder_pixels,
 )
-from rudolph.families.interface import RunSettings
 from rudolph.files.constraints import Count, NonNegativeInt
 from rudolph.models.flamingo.flamingo import Flamingo, FlamingoCache, FlamingoConfig, MediaMemory
 from rudolph.models.fusion.cross_attention import CrossAttentionConfig
 from rudolph.models.fusion.resampler import ResamplerConfig
 from rudolph.models.lm.decode import at_last_token
 from rudolph.models.lm.language_model import LanguageModelConfig
-from rudolph.models.vision.clip import VisionConfig, VisionEncoder
-from rudolph.models.vision.features import FeatureConfig, ViTFeatures
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class FlamingoSection(VisionLanguageSection):
     Attributes:
         trained: ``fusion`` trains the resampler and the cross-attention alone, ``language_model``
             the language model, ``all`` everything.
-        features: Hidden states of the vision encoder that the resampler reads.
         every: Distance between blocks with a gated cross-attention.
         offset: First block with a gated cross-attention.
         place: Whether the cross-attention comes ``before`` or ``after`` its block.
@@ -39,8 +37,6 @@ class FlamingoSection(VisionLanguageSection):
 
     family: Literal["flamingo"] = "flamingo"
     trained: Literal["fusion", "language_model", "all"] = "fusion"
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    features: FeatureConfig = field(default_factory=FeatureConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
@@ -52,12 +48,8 @@ class FlamingoSection(VisionLanguageSection):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
         super().__post_init__()
-        width = self.vision.width * len(self.features.layers)
-        if self.resampler.width != width:
-            raise ValueError(
-                f"resampler.width must equal the {width} channels of vision and features, "
-                f"got {self.resampler.width}"
-            )
+        if "codes" in self.encoders:
+            raise ValueError("encoders: expected none of codes, which family llava embeds")
 
     @property
     def trains_on_texts(self) -> bool:
@@ -111,7 +103,7 @@ class FlamingoReader:
         if documents.images is None:
             return None
         encoder: Any = self.model.vision
-        pixels = encoder_pixels(documents.images, encoder.encoder.vision_config.image_size)
+        pixels = encoder_pixels(documents.images, encoder.image_size)
         present = documents.present
         assert present is not None
         if bool(present.all()) or self.model.resampler.media_pos_emb is not None:
@@ -148,7 +140,12 @@ class FlamingoFamily(VisionLanguageFamily):
 
     def empty(self, run: RunSettings) -> Flamingo:
         """Construct the model without a seed, as for counting on the meta device."""
-        vision = ViTFeatures(VisionEncoder(run.model.vision), run.model.features)
+        vision, width = build_vision(run), run.model.resampler.width
+        if vision.width != width:
+            raise ValueError(
+                f"resampler.width: expected {vision.width}, the channels of the encoders, "
+                f"got {width}"
+            )
         return Flamingo(run.model.architecture, vision)
 
     def reader(self, model: Flamingo) -> FlamingoReader:

@@ -229,6 +229,21 @@ class Capabilities:
         """
         raise NotImplementedError
 
+    def count_operations(
+        self,
+        task: str,
+        answers: Sequence[str],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+    ) -> tuple[float, float]:
+        """Count the floating-point operations per example: of training on it, and of answering.
+
+        Training is a forward and a backward pass.  Answering reads the prompt and generates an
+        answer of the given length.
+        """
+        raise NotImplementedError
+
     def embed_image(self, images: Tensor) -> Tensor:
         """Embed images ``(B, 3, H, W)`` in [0, 1] as unit vectors ``(B, E)``."""
         raise NotImplementedError
@@ -258,6 +273,7 @@ CAPABILITIES = (
     "generate_text",
     "loglikelihood",
     "loglikelihood_after_shots",
+    "count_operations",
     "embed_image",
     "embed_text",
     "image_tokenizer",
@@ -273,9 +289,12 @@ class Family(Protocol):
         """Return the class of the ``model`` section."""
         ...
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Return the parts, from ``PARTS``, that a run trains or loads first."""
+    def needs(self, section: Any) -> tuple[str, ...]:
+        """Return the parts, from ``PARTS``, that a run trains or loads first.
+
+        Args:
+            section: The run's ``model`` section.
+        """
         ...
 
     @property
@@ -380,4 +399,4 @@ class Family(Protocol):
 
 
 # The parts that a family may need before its own model.
-PARTS = ("tokenizer", "vqgan")
+PARTS = ("tokenizer", "vqgan", "image_indices")

@@ -1,24 +1,55 @@
-"""LLaVA: image vectors of a connector among the word embeddings of a language model."""
+"""LLaVA: image vectors of a connector among the word embeddings of a language model.
 
-from dataclasses import dataclass, field, replace
+Its settings also give early fusion as in RUDOLPH, with VQ codes as image tokens, and late fusion,
+where one vector of image and question is the only image token.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rudolph.data.documents import DocumentBatch, DocumentFormat
-from rudolph.families.documents import (
-    EmbeddingReader,
+from rudolph.families.documents import EmbeddingReader
+from rudolph.families.interface import RunSettings
+from rudolph.families.vision_language import (
     VisionLanguageFamily,
     VisionLanguageSection,
+    build_vision,
     encoder_pixels,
 )
-from rudolph.families.interface import RunSettings
+from rudolph.files.constraints import Count
 from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
+from rudolph.models.fusion.late_fusion import FusionConfig, build_fusion
+from rudolph.models.llava.late_fusion import LateFusionLLaVA
 from rudolph.models.llava.llava import ImageTokenConfig, LLaVA
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
-from rudolph.models.vision.clip import VisionConfig, VisionEncoder
-from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+from rudolph.sequence.conversation import IGNORE
+
+
+@dataclass(frozen=True)
+class LateFusion:
+    """How the image and the question become one vector; see ``models/fusion/late_fusion.py``.
+
+    Attributes:
+        kind: A name in ``FUSIONS``; null for early fusion, where the connector's vectors stay.
+        rank: Rank of ``low_rank``.
+        hidden: Hidden channels of ``concat``.
+        gate: Kind of the gates of ``gated``.
+        gate_size: One gate per modality, or one per modality and channel.
+    """
+
+    kind: str | None = None
+    rank: Count = 128
+    hidden: Count = 128
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    gate_size: Literal["scalar", "vector"] = "vector"
+
+    def fusion(self, width: int) -> FusionConfig:
+        """Return the fusion of two vectors of ``width`` channels into one."""
+        settings: dict[str, Any] = asdict(self)
+        return FusionConfig(width=width, widths=(width, width), **settings)
 
 
 @dataclass(frozen=True)
@@ -26,17 +57,33 @@ class LLaVASection(VisionLanguageSection):
     """The ``model`` section of family ``llava``.
 
     Attributes:
-        trained: ``connector`` trains the connector alone (LLaVA's first stage),
-            ``without_vision`` the language model too (its second stage), ``all`` everything.
-        features: Hidden states of the vision encoder that the connector reads.
+        trained: ``connector`` trains the connector and the late fusion alone (LLaVA's first
+            stage), ``without_vision`` the language model too (its second stage), ``all``
+            everything.
+        connector: The connector, with one vector per image for late fusion.
+        late_fusion: Fusion of each image vector with its question.
     """
 
     family: Literal["llava"] = "llava"
     trained: Literal["connector", "without_vision", "all"] = "connector"
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    features: FeatureConfig = field(default_factory=FeatureConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    late_fusion: LateFusion = field(default_factory=LateFusion)
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for a setting that is out of range."""
+        super().__post_init__()
+        embeds, reads_codes = self.connector.kind in ("table", "blank"), "codes" in self.encoders
+        if reads_codes and not embeds:
+            raise ValueError(
+                f"connector.kind: expected table for encoder codes, got {self.connector.kind}"
+            )
+        if self.connector.kind == "table" and not reads_codes:
+            raise ValueError(
+                f"connector.kind: table needs encoder codes, got encoders {list(self.encoders)}"
+            )
+        if self.late_fusion.kind is not None and self.scores_questions:
+            raise ValueError("scores_questions: expected false with late_fusion, got true")
 
     @property
     def trains_on_texts(self) -> bool:
@@ -58,16 +105,18 @@ class LLaVAFamily(VisionLanguageFamily):
 
     def empty(self, run: RunSettings) -> LLaVA:
         """Construct the model without a seed, as for counting on the meta device."""
-        section = run.model
-        vision = ViTFeatures(VisionEncoder(section.vision), section.features)
-        shape = ConnectorShape(vision.width, section.language_model.hidden_size, vision.grid)
-        return LLaVA(
-            vision,
-            build_connector(section.connector, shape),
-            LanguageModel(section.language_model),
-            # The image token follows the BPE ids.
-            ImageTokenConfig(section.language_model.vocab_size - 1, section.vision.image_size),
+        section, vision = run.model, build_vision(run)
+        width = section.language_model.hidden_size
+        connector = build_connector(
+            section.connector, ConnectorShape(vision.width, width, vision.grid)
         )
+        language_model = LanguageModel(section.language_model)
+        # The image token follows the BPE ids.
+        images = ImageTokenConfig(section.language_model.vocab_size - 1, vision.image_size)
+        if section.late_fusion.kind is None:
+            return LLaVA(vision, connector, language_model, images)
+        fusion = build_fusion(section.late_fusion.fusion(width))
+        return LateFusionLLaVA(vision, connector, language_model, images, fusion)
 
     def reader(self, model: LLaVA) -> EmbeddingReader:
         """Return the reader of a model."""
@@ -78,6 +127,22 @@ class LLaVAFamily(VisionLanguageFamily):
                 # Images of a batch in the order of their rows, without padding.
                 shown = documents.images[documents.present]
                 pixels = encoder_pixels(shown, model.images.image_size)
+            if isinstance(model, LateFusionLLaVA):
+                owners = image_of_question(documents, model.images.token_id)
+                return model.embed_fused(documents.input_ids, pixels, owners)
             return model.embed(documents.input_ids, pixels)
 
         return EmbeddingReader(model.language_model, embed)
+
+
+def image_of_question(documents: DocumentBatch, image_token_id: int) -> Tensor:
+    """Return the image that each token of a question follows, ``(B, T)`` int64.
+
+    Images are numbered from 0 in the order of the rows, with one token each.  All other tokens,
+    such as those of answers, have -1.
+    """
+    is_image = documents.input_ids == image_token_id
+    numbers = is_image.flatten().cumsum(0).view_as(is_image) - 1
+    is_question = documents.attention_mask.bool() & ~is_image & (documents.labels == IGNORE)
+    has_image = is_image.cumsum(1) > 0
+    return torch.where(is_question & has_image, numbers, -1)

@@ -148,12 +148,15 @@ class RudolphFamily:
     """The masked decoder as a ``families.interface.Family``."""
 
     config = RudolphConfig
-    needs = ("tokenizer", "vqgan")
     stage = "decoder"
     reads_images = True
     is_trained = True
     weights_file = FILES[0]
     capabilities = RudolphCapabilities
+
+    def needs(self, section: Any) -> tuple[str, ...]:
+        """Return the parts that a run trains or loads first."""
+        return ("tokenizer", "vqgan", "image_indices")
 
     def check(self, run: RunSettings) -> None:
         """Check that the legacy loss of the first image token can score every code as a text id.

@@ -48,12 +48,15 @@ class VQGANFamily:
     """The VQ-GAN as a ``families.interface.Family``, trained as a part of the run."""
 
     config = VQGANOnlyConfig
-    needs = ("vqgan",)
     stage = "vqgan"
     reads_images = True
     is_trained = False
     weights_file = None
     capabilities = VQGANCapabilities
+
+    def needs(self, section: Any) -> tuple[str, ...]:
+        """Return the parts that a run trains or loads first."""
+        return ("vqgan",)
 
     def check(self, run: RunSettings) -> None:
         """Check nothing: the settings are checked with the part."""

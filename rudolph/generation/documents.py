@@ -1,4 +1,4 @@
-"""Answers after documents of images and texts: sampled, or scored among given choices.
+"""Answers after documents of images and texts: learnt, sampled, or scored among given choices.
 
 A model reads the documents of a batch once.  Sampling then appends tokens to its state, and
 scoring repeats the state for every choice, so shots and images are never read again.
@@ -18,6 +18,7 @@ from rudolph.data.documents import DocumentBatch
 from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
 from rudolph.generation.noise import uniform_numbers
 from rudolph.models.lm.decode import decode_tokens
+from rudolph.sequence.conversation import IGNORE
 from rudolph.sequence.layout import EOS, PAD
 
 
@@ -48,6 +49,14 @@ class DocumentReader(Protocol):
     def read(self, documents: DocumentBatch, *, num_new: int) -> DocumentState:
         """Read documents and return a state with room for ``num_new`` more tokens."""
         ...
+
+
+def label_losses(reader: DocumentReader, documents: DocumentBatch) -> tuple[Tensor, Tensor]:
+    """Return the loss ``(L,)`` in nats of all labels and the document of each, ``(L,)``."""
+    logits, labels = reader.logits(documents)[:, :-1], documents.labels[:, 1:]
+    is_label = labels != IGNORE
+    losses = F.cross_entropy(logits[is_label].float(), labels[is_label], reduction="none")
+    return losses, is_label.nonzero()[:, 0]
 
 
 @torch.inference_mode()

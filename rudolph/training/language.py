@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rudolph.data.documents import DocumentBatch
-from rudolph.generation.documents import DocumentReader
-from rudolph.sequence.conversation import IGNORE
+from rudolph.generation.documents import DocumentReader, label_losses
 from rudolph.training.callbacks import require_finite
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import ManualStepModule
@@ -45,19 +43,12 @@ class LanguageTraining(ManualStepModule):
 
     def training_step(self, batch: DocumentBatch, batch_index: int) -> None:
         """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
-        losses, _ = self.label_losses(batch)
+        losses, _ = label_losses(self.reader, batch)
         loss = losses.mean()
         require_finite({"text": loss}, step=self.step_index(batch_index), examples=batch.examples)
         self.backward_and_step(loss, batch_index)
         self.log("train/loss", loss)
         self.log_dict({f"train/{name}": value for name, value in gate_sizes(self.model).items()})
-
-    def label_losses(self, batch: DocumentBatch) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy ``(L,)`` of all labels and the document of each, ``(L,)``."""
-        logits, labels = self.reader.logits(batch)[:, :-1], batch.labels[:, 1:]
-        is_label = labels != IGNORE
-        losses = F.cross_entropy(logits[is_label].float(), labels[is_label], reduction="none")
-        return losses, is_label.nonzero()[:, 0]
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of losses and the counts of labels."""
@@ -65,7 +56,7 @@ class LanguageTraining(ManualStepModule):
 
     def validation_step(self, batch: DocumentBatch, batch_index: int) -> None:
         """Add the losses and label counts of a validation batch."""
-        losses, rows = self.label_losses(batch)
+        losses, rows = label_losses(self.reader, batch)
         sources, number = batch.sources[rows], len(self.sources)
         sums = torch.bincount(sources, losses.double(), minlength=number)
         self.totals += torch.stack([sums, torch.bincount(sources, minlength=number)])

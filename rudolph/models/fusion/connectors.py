@@ -13,6 +13,10 @@ output tokens, and ``connector.grid_out`` their rows and columns, None if they f
 ``tome``        the most similar tokens merged, then an MLP      M = ``num_out``
 ``resampler``   latents that attend to the tokens (Flamingo),    M = ``num_out``
                 then one linear layer
+``table``       an embedding per VQ code (RUDOLPH); the tokens   M = N
+                are codes ``(B, N)``
+``blank``       learnt vectors that ignore the image: a blind    M = ``num_out``
+                control
 ==============  ===============================================  =================
 
 A mask ``(B, N)`` is true for real tokens.  Padded tokens never change an output, whatever their
@@ -75,7 +79,8 @@ class ConnectorConfig:
     Args:
         kind: A name in ``CONNECTORS``.
         factor: Side of a cell of ``pool`` and ``shuffle``, in tokens.
-        num_out: Output tokens of ``abstractor`` (a square number), ``tome`` and ``resampler``.
+        num_out: Output tokens of ``abstractor`` (a square number), ``tome``, ``resampler`` and
+            ``blank``.
         width: Channels inside ``abstractor``.
         depth: Convolutional blocks before and after the pooling of ``abstractor``, or layers of
             ``resampler``.
@@ -378,6 +383,35 @@ class ResamplerConnector(nn.Module):
         return Tokens(self.project(latents[:, 0]), is_real)
 
 
+class CodeTable(nn.Module):
+    """An embedding of each VQ code: ``(B, N)`` int64 to ``(B, N, D)``."""
+
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
+        super().__init__()
+        self.num_tokens, self.grid_out = shape.num_tokens, shape.grid
+        self.embedding = nn.Embedding(shape.width_in, shape.width_out)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Embed codes ``(B, N)`` as ``(B, N, D)``; the mask ``(B, N)`` stays."""
+        require_tokens(features, self.num_tokens)
+        return Tokens(self.embedding(features), mask)
+
+
+class Blank(nn.Module):
+    """Learnt vectors ``(num_out, D)`` for every image, whatever it shows."""
+
+    def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
+        super().__init__()
+        self.num_tokens, self.grid_out = config.num_out, None
+        self.vectors = nn.Parameter(torch.randn(config.num_out, shape.width_out))
+
+    undecayed = ("vectors",)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Return the learnt vectors ``(B, num_out, D)``, all real."""
+        return Tokens(self.vectors.expand(len(features), -1, -1), None)
+
+
 # Connector classes by name, each built from a config and a shape (see ``build_connector``).
 CONNECTORS: dict[str, Any] = {
     "linear": LinearConnector,
@@ -387,4 +421,6 @@ CONNECTORS: dict[str, Any] = {
     "abstractor": Abstractor,
     "tome": TokenMerging,
     "resampler": ResamplerConnector,
+    "table": CodeTable,
+    "blank": Blank,
 }

@@ -92,6 +92,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, config: ConvEncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.image_size = config.image_size
         side = config.image_size // config.factor
         self.width, self.grid, self.num_tokens = config.widths[-1], (side, side), side**2
         first = config.widths[0]
@@ -113,7 +114,7 @@ class ConvEncoder(nn.Module):
         Raises:
             ValueError: If the images have another shape than ``(P, 3, image_size, image_size)``.
         """
-        side = self.config.image_size
+        side = self.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
                 f"pixel_values: expected (P, 3, {side}, {side}), got {tuple(pixel_values.shape)}"

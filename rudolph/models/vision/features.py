@@ -1,13 +1,15 @@
 """Image features for connectors: tokens of any layers of a vision encoder.
 
 An encoder has ``width`` (channels per token), ``grid`` (rows and columns of patches),
-``num_tokens`` and ``encoder(pixel_values) -> (P, N, width)``, with tokens in row-major order.
+``num_tokens``, ``image_size`` and ``encoder(pixel_values) -> (P, N, width)``, with tokens in
+row-major order.
 Tokens without a grid form one row, and ``grid`` is (1, N).  ``encoders.py`` builds encoders from
 their configs:
 
 * ``ViTFeatures``: a CLIP vision transformer, such as LLaVA's, or the tower of a trained CLIP
 * ``conv.ConvEncoder``: a convolutional network
-* ``merge.MergedEncoders``: several encoders as one
+* ``vqgan_features.VQGANCodes`` and ``VQGANLatents``: a VQ-GAN
+* ``merge.py``: several encoders as one
 
 Layers are numbered as Hugging Face's ``hidden_states``: 0 is the input of the first layer, L the
 output of the last, and -1 is L.  No output norm is applied to patches, as in LLaVA.
@@ -65,6 +67,7 @@ class ViTFeatures(nn.Module):
                 raise ValueError(f"layers: expected -{depth + 1} to {depth}, got {layer}")
         self.layers = [layer % (depth + 1) for layer in config.layers]
         self.width = encoder.vision_config.width * len(config.layers)
+        self.image_size = encoder.vision_config.image_size
         rows, columns = encoder.vision_config.grid
         # The class token has no position in the grid.
         grids = {"patch": (rows, columns), "full": (1, rows * columns + 1), "class": (1, 1)}
@@ -73,7 +76,7 @@ class ViTFeatures(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return tokens ``(P, N, width)`` of normalised images ``(P, 3, H, W)``."""
-        side = self.encoder.vision_config.image_size
+        side = self.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
                 f"pixel_values: expected (P, 3, {side}, {side}), got {tuple(pixel_values.shape)}"

@@ -35,6 +35,7 @@ class ChannelMerge(nn.Module):
         super().__init__()
         require_equal_grids(encoders, "channels")
         self.encoders = nn.ModuleList(encoders)
+        self.image_size: int = encoders[0].image_size
         self.grid, self.num_tokens = encoders[0].grid, encoders[0].num_tokens
         self.width: int = sum(encoder.width for encoder in encoders)
 
@@ -52,6 +53,7 @@ class TokenMerge(nn.Module):
     def __init__(self, encoders: Sequence[Any]) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
+        self.image_size: int = encoders[0].image_size
         self.width: int = encoders[0].width
         self.project = projections(encoders, self.width)
         self.num_tokens: int = sum(encoder.num_tokens for encoder in encoders)
@@ -69,6 +71,7 @@ class SumMerge(nn.Module):
         super().__init__()
         require_equal_grids(encoders, "sum")
         self.encoders = nn.ModuleList(encoders)
+        self.image_size: int = encoders[0].image_size
         self.width: int = encoders[0].width
         self.project = projections(encoders, self.width)
         self.grid, self.num_tokens = encoders[0].grid, encoders[0].num_tokens

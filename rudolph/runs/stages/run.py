@@ -54,7 +54,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
 def make_parts(execution: Execution, splits: Splits) -> Parts:
     """Train or load the parts that the run's family needs, the tokenizer first."""
     config = execution.config
-    needs = family_of(config.model).needs
+    needs = family_of(config.model).needs(config.model)
     tokenizer = open_data(execution, splits, has_tokenizer="tokenizer" in needs)
     if tokenizer is not None and is_main_process():
         warn_of_unknown(config, tokenizer)
@@ -64,12 +64,15 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
     vqgan = make_vqgan(execution, splits).to(execution.hardware.device)
     if tokenizer is not None and is_main_process():
         warn_of_other_parts(execution, tokenizer, vqgan)
+    models = trained_parts(execution)
+    if "image_indices" not in needs:
+        return Parts(tokenizer, vqgan, models=models)
     indices = partial(image_indices, execution, vqgan)
-    if family_of(config.model).is_trained and config.optim.num_steps:
+    if config.optim.num_steps:
         for name in ("train", "validation"):
             for split in splits.with_images(name):
                 indices(split)
-    return Parts(tokenizer, vqgan, indices)
+    return Parts(tokenizer, vqgan, indices, models)
 
 
 def require_named_runs(execution: Execution) -> None:
