@@ -275,12 +275,12 @@ def test_operations_are_those_of_the_weights_that_train() -> None:
         model = model_of(reader)
         model.train_only(trained)
         capabilities = DocumentCapabilities(
-            reader, Letters(), form, device=torch.device("cpu"), max_new_tokens=3
+            model, reader, Letters(), form, device=torch.device("cpu"), max_new_tokens=3
         )
         counts[trained] = capabilities.count_operations(
             "image_captioning", ["abc", "abc"], images=torch.rand(2, 3, 24, 24)
         )
-        model.zero_grad()
+        assert not any(parameter.requires_grad for parameter in model.parameters())
     length = 1 + form.num_image_tokens + 4
     layers = sum(
         p.numel() for n, p in model.language_model.layers.named_parameters() if p.dim() == 2

@@ -41,6 +41,7 @@ from rudolph.generation.documents import (
     score_document_choices,
 )
 from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.layers.partly_trained import PartlyTrained
 from rudolph.models.lm.decode import at_last_token
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelCache
 from rudolph.models.weights import load_exactly, read_weights
@@ -122,7 +123,8 @@ class DocumentCapabilities(Capabilities):
     """Answers to documents: generated, or the likelihood of given choices.
 
     Args:
-        reader: The model.
+        model: The model.
+        reader: Its reader.
         tokenizer: Its tokenizer.
         document_format: How it reads documents.
         device: Where it computes.
@@ -132,6 +134,7 @@ class DocumentCapabilities(Capabilities):
 
     def __init__(
         self,
+        model: nn.Module,
         reader: DocumentReader,
         tokenizer: Tokenizer,
         document_format: DocumentFormat,
@@ -140,7 +143,8 @@ class DocumentCapabilities(Capabilities):
         max_new_tokens: int,
         batch_size: int = 64,
     ) -> None:
-        self.reader, self.tokenizer, self.format = reader, tokenizer, document_format
+        self.model, self.reader = model, reader
+        self.tokenizer, self.format = tokenizer, document_format
         self.device, self.max_new_tokens, self.batch_size = device, max_new_tokens, batch_size
 
     def generate_text(
@@ -227,9 +231,15 @@ class DocumentCapabilities(Capabilities):
             [panel._replace(answer=answer) for panel in prompt]
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+        # After training no part computes gradients; for the count, the trained parts do again.
+        self.model.requires_grad_(True)
+        if isinstance(self.model, PartlyTrained):
+            self.model.train_only(self.model.trained)
         with torch.enable_grad(), FlopCounterMode(display=False) as training:
             loss: Any = label_losses(self.reader, self.documents(answered))[0].mean()
             loss.backward()
+        self.model.requires_grad_(False)
+        self.model.zero_grad()
         ids = [[[*self.tokenizer.encode(answer), EOS]] for answer in answers]
         with FlopCounterMode(display=False) as answering:
             score_document_choices(self.reader, self.documents(prompts), ids)
@@ -429,6 +439,7 @@ class DocumentFamily:
         """Return the capabilities of a trained model."""
         assert parts.tokenizer is not None
         return DocumentCapabilities(
+            model,
             self.reader(model),
             parts.tokenizer,
             self.document_format(run),

@@ -28,7 +28,7 @@ class FlamingoSection(VisionLanguageSection):
 
     Attributes:
         trained: ``fusion`` trains the resampler and the cross-attention alone, ``language_model``
-            the language model, ``all`` everything.
+            the language model, ``without_vision`` both, ``all`` everything.
         every: Distance between blocks with a gated cross-attention.
         offset: First block with a gated cross-attention.
         place: Whether the cross-attention comes ``before`` or ``after`` its block.
@@ -36,7 +36,7 @@ class FlamingoSection(VisionLanguageSection):
     """
 
     family: Literal["flamingo"] = "flamingo"
-    trained: Literal["fusion", "language_model", "all"] = "fusion"
+    trained: Literal["fusion", "without_vision", "language_model", "all"] = "fusion"
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)

@@ -146,6 +146,7 @@ class Flamingo(PartlyTrained):
     # flamingo-pytorch trains all parts without images, and the fusion parts with images.
     trained_choices: ClassVar = {
         "all": ("vision", "language_model", "resampler", "cross_blocks"),
+        "without_vision": ("language_model", "resampler", "cross_blocks"),
         "language_model": ("language_model",),
         "fusion": ("resampler", "cross_blocks"),
     }
