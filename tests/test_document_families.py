@@ -388,6 +388,22 @@ def test_a_run_trains_only_what_its_stage_trains(
         capabilities.generate_text("image_captioning", **greedy)
 
 
+@pytest.mark.parametrize("family", ["flamingo", "llava"])
+def test_low_rank_updates_change_the_blocks_of_the_language_model_alone(
+    family: str, language_model: Path, tmp_path: Path
+) -> None:
+    parts = {"language_model": str(language_model)}
+    folder = tiny(tmp_path, family, [], parts=parts, lora_rank=2, lora_alpha=64)
+    weights = read_weights(folder / "checkpoints" / f"{family}.safetensors")
+    frozen = read_weights(language_model / "checkpoints" / "language_model.safetensors")
+    for name, before in frozen.items():
+        change = weights[f"language_model.{name}"] - before
+        is_target = name.endswith("_proj.weight")
+        assert bool(change.abs().max() > 0) == is_target, name
+        if is_target:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) <= 2, name
+
+
 def test_a_second_stage_starts_from_the_first_and_keeps_its_tokenizer(
     language_model: Path, tmp_path: Path
 ) -> None:
@@ -487,6 +503,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
             {"late_fusion.kind": "gated", "connector.kind": "mlp"},
             "connector: expected one vec",
         ),
+        ({"lora_rank": 2, "trained": "all"}, "lora_rank: expected null where trained includes"),
         ({"late_fusion.kind": "sum"}, "kind: expected one of additive, .*got 'sum'"),
         ({"encoders": ["conv", "vit"]}, "encoders: expected one image size for all, got"),
     ):

@@ -52,8 +52,8 @@ class FlamingoSection(VisionLanguageSection):
             raise ValueError("encoders: expected none of codes, which family llava embeds")
 
     @property
-    def trains_on_texts(self) -> bool:
-        """Return whether a document without images changes any weight in training."""
+    def trains_language_model(self) -> bool:
+        """Return whether the weights of the language model are trained."""
         return self.trained != "fusion"
 
     @property

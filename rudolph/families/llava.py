@@ -86,8 +86,8 @@ class LLaVASection(VisionLanguageSection):
             raise ValueError("scores_questions: expected false with late_fusion, got true")
 
     @property
-    def trains_on_texts(self) -> bool:
-        """Return whether a document without images changes any weight in training."""
+    def trains_language_model(self) -> bool:
+        """Return whether the weights of the language model are trained."""
         return self.trained != "connector"
 
 

@@ -9,14 +9,17 @@ Shapes: B documents, M images per document, P images, S x S pixels.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from rudolph.data.seeds import mixed_seed
 from rudolph.families.documents import DocumentFamily, DocumentSection
-from rudolph.families.interface import Parts, RunSettings
+from rudolph.families.interface import Parts, RunSettings, TrainingFlags
 from rudolph.families.vqgan import VQGAN_FILE
-from rudolph.files.constraints import check
+from rudolph.files.constraints import Count, Positive, check
+from rudolph.models.layers.lora import add_low_rank
 from rudolph.models.lm.language_model import LanguageModel
 from rudolph.models.vision.clip import CLIP, VisionConfig, VisionEncoder, pixel_values
 from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
@@ -25,6 +28,9 @@ from rudolph.models.vision.merge import MERGES
 from rudolph.models.vision.vqgan_features import VQGANCodes, VQGANFeatures, VQGANLatents
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import save_weights
+
+if TYPE_CHECKING:
+    from rudolph.training.language import LanguageTraining
 
 Encoder = Literal["vit", "conv", "codes", "latents"]
 
@@ -54,6 +60,9 @@ class VisionLanguageSection(DocumentSection):
         features: Hidden states of ``vit`` to read.
         conv: Shape of ``conv``.
         merge: How several encoders become one, a name in ``MERGES``.
+        lora_rank: Rank of updates (LoRA) of a frozen language model's blocks, which are trained
+            with the fusion and merged at the end; null for none.
+        lora_alpha: The updates are scaled by ``lora_alpha / lora_rank``.
     """
 
     parts: PartSources = field(default_factory=PartSources)
@@ -62,6 +71,8 @@ class VisionLanguageSection(DocumentSection):
     features: FeatureConfig = field(default_factory=FeatureConfig)
     conv: ConvEncoderConfig = field(default_factory=ConvEncoderConfig)
     merge: Literal["channels", "tokens", "sum"] = "channels"
+    lora_rank: Count | None = None
+    lora_alpha: Positive = 16.0
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
@@ -73,8 +84,20 @@ class VisionLanguageSection(DocumentSection):
             raise ValueError(f"encoders: expected different encoders, got {names}")
         if "codes" in names and len(names) > 1:
             raise ValueError(f"encoders: expected codes alone, got {names}")
+        if self.lora_rank is not None and self.trains_language_model:
+            raise ValueError("lora_rank: expected null where trained includes the language model")
         if self.parts.vision is not None and "vit" not in names:
             raise ValueError(f"parts.vision: expected vit among encoders, got {names}")
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Return whether the weights of the language model are trained."""
+        raise NotImplementedError
+
+    @property
+    def trains_on_texts(self) -> bool:
+        """Return whether a document without images changes any weight in training."""
+        return self.trains_language_model or self.lora_rank is not None
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -133,6 +156,18 @@ class VisionLanguageFamily(DocumentFamily):
         load_parts(model, run, parts)
         model.train_only(run.model.trained)
         return model
+
+    def training(
+        self, run: RunSettings, model: Any, examples: Any, flags: TrainingFlags
+    ) -> "LanguageTraining":
+        """Return the Lightning module that trains the model, with its low-rank updates."""
+        rank, alpha = run.model.lora_rank, run.model.lora_alpha
+        if rank is not None:
+            torch.manual_seed(mixed_seed(run.seed, self.stage, "lora"))
+            for layer in list(model.language_model.layers.modules()):
+                if isinstance(layer, nn.Linear):
+                    add_low_rank(layer, rank=rank, alpha=alpha)
+        return super().training(run, model, examples, flags)
 
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]

@@ -398,7 +398,12 @@ class CodeTable(nn.Module):
 
 
 class Blank(nn.Module):
-    """Learnt vectors ``(num_out, D)`` for every image, whatever it shows."""
+    """Learnt vectors ``(num_out, D)`` for every image, whatever it shows.
+
+    Its features may have no tokens, so a model need not encode the images.
+    """
+
+    reads_features = False
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()

@@ -195,7 +195,9 @@ class LLaVA(PartlyTrained):
 
     def encode_views(self, views: Tensor) -> Tensor:
         """Encode normalised views ``(P, 3, S, S)`` as vectors ``(P, M, D)``."""
-        return self.connector(self.vision(views)).values
+        if getattr(self.connector, "reads_features", True):
+            return self.connector(self.vision(views)).values
+        return self.connector(views.new_zeros(len(views), 0)).values
 
     def tiles_of(self, size: Size) -> tuple[int, int]:
         """Return rows and columns of tiles of an image (height, width)."""
