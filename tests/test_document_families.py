@@ -18,7 +18,7 @@ from rudolph.data.documents import DocumentFormat, Panel, batch_documents
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.evaluators.few_shot import SHOT_COUNTS, few_shot, few_shot_text
-from rudolph.families.documents import DocumentCapabilities
+from rudolph.families.documents import DocumentCapabilities, EmbeddingReader
 from rudolph.families.interface import Capabilities
 from rudolph.families.llava import image_of_question
 from rudolph.families.registry import family_of
@@ -26,6 +26,8 @@ from rudolph.families.vision_language import encoder_pixels
 from rudolph.files.settings import ConfigError
 from rudolph.generation.documents import sample_document_answers, score_document_choices
 from rudolph.generation.filters import TokenSamplingConfig
+from rudolph.models.vision.clip import VisionConfig
+from rudolph.models.vision.features import PatchPixels
 from rudolph.models.vision.vqgan_features import VQGANLatents
 from rudolph.models.weights import read_weights
 from rudolph.reports.report_cards import CARD, read_card
@@ -72,6 +74,14 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "connector": {"kind": "shuffle", "factor": 3},
         "language_model": LANGUAGE_MODEL,
     },
+    "patches": {
+        "family": "llava",
+        **VISION,
+        "encoders": ["patches"],
+        "connector": {"kind": "linear"},
+        "image_attention": "bidirectional",
+        "question_first": True,
+    },
     "late fusion": {
         "family": "llava",
         **VISION,
@@ -106,7 +116,7 @@ def reader_of(family: str) -> Any:
                 parameter.fill_(0.7)
             elif "language_model" in name or family == "language_model":
                 parameter.mul_(4)
-    return adapter.reader(model.eval()), adapter.document_format(config)
+    return adapter.reader(config, model.eval()), adapter.document_format(config)
 
 
 def flat(content: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +153,7 @@ def documents(family: str, *, number: int = 3) -> Any:
     prompts = [[Panel(images[row] if reads else None, "ab" * row, None)] for row in range(number)]
     prompts[0] = [Panel(images[-1] if reads else None, "", "cd"), *prompts[0]]
     form: DocumentFormat = reader_of(family)[1]
-    return batch_documents(
-        prompts, form.tokenizer(Letters()), num_image_tokens=form.num_image_tokens, side="left"
-    )
+    return batch_documents(prompts, form, Letters(), side="left")
 
 
 def row_of(batch: Any, row: int) -> Any:
@@ -240,7 +248,7 @@ def test_a_fused_vector_depends_on_its_question_alone() -> None:
         [Panel(image, "ab", None)],
         [Panel(image, "", "cd"), Panel(image, "ba", None)],
     ]
-    batch = batch_documents(rows, form.tokenizer(Letters()), num_image_tokens=1, side="left")
+    batch = batch_documents(rows, form, Letters(), side="left")
     owners = image_of_question(batch, form.image_token_id)
     assert [owners[0].tolist().count(image) for image in range(5)] == [2, 2, 0, 0, 0]
     assert [row[row >= 0].tolist() for row in owners] == [[0, 0, 1, 1], [2, 2], [4, 4]]
@@ -250,6 +258,34 @@ def test_a_fused_vector_depends_on_its_question_alone() -> None:
     torch.testing.assert_close(vectors[0], vectors[4])
     assert not torch.allclose(vectors[0], vectors[1])
     assert not torch.allclose(vectors[0], vectors[3])
+
+
+def test_vectors_of_an_image_see_later_ones_only_under_bidirectional_attention() -> None:
+    reader, form = reader_of("patches")
+    batch = documents("patches")
+    changed = batch.images.clone()
+    changed[1, 0, :, -8:, -8:] += 0.5
+    first = int((batch.input_ids[1] == form.image_token_id).nonzero()[0])
+    differences = {}
+    for name, spans in (("causal", None), ("bidirectional", reader.spans)):
+        model = EmbeddingReader(reader.model, reader.embed, spans)
+        before, after = (
+            model.logits(batch._replace(images=x))[1] for x in (batch.images, changed)
+        )
+        differences[name] = (before - after).abs().amax(-1)
+    assert differences["causal"][first] == 0 < differences["bidirectional"][first]
+    # The question comes before the image and attends to none of its vectors.
+    assert (differences["bidirectional"][:first] == 0).all() and first > 1
+    assert (differences["causal"][-1] > 0).all()
+
+
+def test_patches_are_the_pixels_of_the_image() -> None:
+    config = VisionConfig(image_size=12, patch_size=4, width=8, num_heads=1, num_layers=1)
+    images = torch.rand(2, 3, 12, 12)
+    features = PatchPixels(config)(images)
+    assert features.shape == (2, 9, 48)
+    expected = images[1, :, 4:8, 8:12]
+    assert torch.equal(features[1, 5].view(3, 4, 4), expected)
 
 
 def test_codes_are_read_as_rudolph_reads_them() -> None:
@@ -503,6 +539,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
             {"late_fusion.kind": "gated", "connector.kind": "mlp"},
             "connector: expected one vec",
         ),
+        ({"late_fusion.kind": "gmu", "question_first": True}, "question_first: expected false"),
         ({"lora_rank": 2, "trained": "all"}, "lora_rank: expected null where trained includes"),
         ({"late_fusion.kind": "sum"}, "kind: expected one of additive, .*got 'sum'"),
         ({"encoders": ["conv", "vit"]}, "encoders: expected one image size for all, got"),

@@ -117,7 +117,7 @@ def train_two_steps_on_documents(config: RunConfig, folder: Path) -> list[float]
     parts = Parts(Tokenizer.train(filter(None, texts), vocab_size=size, path=folder / "bpe.model"))
     model = family.build(config, parts)
     examples = family.examples(config, splits, "train", parts)
-    module = LanguageTraining(model, family.reader(model), config.optim)
+    module = LanguageTraining(model, family.reader(config, model), config.optim)
     optimizers, batch, losses = build_optimizers(model, config.optim), examples.batch(range(8)), []
     for _ in range(2):
         loss = module.label_losses(batch)[0].mean()

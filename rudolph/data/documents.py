@@ -9,7 +9,6 @@ Shapes: B documents, T positions, M images per document, S x S pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,11 +42,13 @@ class DocumentFormat:
         image_token_id: Id of every image token.
         num_image_tokens: Image tokens per image.
         max_length: Maximum number of positions.
+        question_first: Whether a question comes before its image.
     """
 
     image_token_id: int
     num_image_tokens: int
     max_length: int
+    question_first: bool = False
 
     def tokenizer(self, tokenizer: Tokenizer) -> ConversationTokenizer:
         """Return the settings with which ``sequence.conversation`` builds documents."""
@@ -98,7 +99,7 @@ class DocumentBatch(NamedTuple):
 
 
 def document_of(
-    panels: Sequence[Panel], tokenizer: ConversationTokenizer, num_image_tokens: int
+    panels: Sequence[Panel], form: DocumentFormat, tokenizer: ConversationTokenizer
 ) -> Example:
     """Return the ids and labels of a document, which is a prompt if the last answer is None.
 
@@ -107,9 +108,12 @@ def document_of(
     """
     turns = []
     for panel in panels:
-        image = [] if panel.image is None else [ImagePart(num_image_tokens)]
-        question = [panel.question] if panel.question else []
-        turns.append(Turn(False, (*image, *question)))
+        parts: list[str | ImagePart] = []
+        if panel.image is not None:
+            parts.append(ImagePart(form.num_image_tokens))
+        if panel.question:
+            parts.insert(0 if form.question_first else len(parts), panel.question)
+        turns.append(Turn(False, tuple(parts)))
         if panel.answer is not None:
             turns.append(Turn(True, (panel.answer,)))
     example = build_example(turns, tokenizer, Template())
@@ -122,18 +126,15 @@ def document_of(
 
 
 def batch_documents(
-    documents: Sequence[Sequence[Panel]],
-    tokenizer: ConversationTokenizer,
-    *,
-    num_image_tokens: int,
-    side: str,
+    documents: Sequence[Sequence[Panel]], form: DocumentFormat, tokenizer: Any, *, side: str
 ) -> DocumentBatch:
     """Return documents as one batch, padded on the ``right`` to train or ``left`` to generate.
 
     Images of one batch have one size.
     """
-    examples = [document_of(panels, tokenizer, num_image_tokens) for panels in documents]
-    padded = pad_examples(examples, tokenizer, side=side)
+    conversation = form.tokenizer(tokenizer)
+    examples = [document_of(panels, form, conversation) for panels in documents]
+    padded = pad_examples(examples, conversation, side=side)
     images = [[panel.image for panel in panels if panel.image is not None] for panels in documents]
     most, size = max(map(len, images)), len(documents)
     stacked = present = None
@@ -200,7 +201,7 @@ class DocumentExamples:
         scores_questions: bool,
     ) -> None:
         self.entries, self.seed, self.scores_questions = list(entries), seed, scores_questions
-        self.format, self.tokenizer = document_format, document_format.tokenizer(tokenizer)
+        self.format, self.tokenizer = document_format, tokenizer
         sizes = [len(split) for _, split in entries]
         self.mixture = Mixture([entry.weight for entry, _ in entries], sizes, seed=seed)
         self.num_whole = sum(sizes)
@@ -224,8 +225,7 @@ class DocumentExamples:
             entry, split = self.entries[row]
             shots = training_shots(split, pair)
             documents.append(document_panels(split, entry.task, pair, shots=shots))
-        make = partial(batch_documents, num_image_tokens=self.format.num_image_tokens)
-        batch = make(documents, self.tokenizer, side="right")
+        batch = batch_documents(documents, self.format, self.tokenizer, side="right")
         labels = batch.labels
         if self.scores_questions:
             is_scored = batch.attention_mask.bool()

@@ -62,11 +62,14 @@ class DocumentSection(ModelSection):
         max_length: Maximum number of positions of a document, image tokens included.
         max_new_tokens: Maximum number of tokens of a generated answer.
         scores_questions: Whether training also predicts questions, not only answers.
+        question_first: Whether a question comes before its image.  The image's tokens then see it
+            under a causal mask.
     """
 
     max_length: Count = 512
     max_new_tokens: Count = 24
     scores_questions: bool = False
+    question_first: bool = False
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -101,22 +104,37 @@ class EmbeddingReader:
     Args:
         model: The language model.
         embed: Returns the inputs of the language model: tokens ``(B, T)`` or embeddings.
+        spans: Returns the positions that attend in both directions, ``(B, T)``, see
+            ``causal_mask``; None for a causal model.
     """
 
-    def __init__(self, model: LanguageModel, embed: Callable[[DocumentBatch], Tensor]) -> None:
-        self.model, self.embed = model, embed
+    def __init__(
+        self,
+        model: LanguageModel,
+        embed: Callable[[DocumentBatch], Tensor],
+        spans: Callable[[DocumentBatch], Tensor] | None = None,
+    ) -> None:
+        self.model, self.embed, self.spans = model, embed, spans
+
+    def hidden(self, documents: DocumentBatch, cache: LanguageModelCache | None = None) -> Tensor:
+        """Return the output of the last block, ``(B, T, D)``."""
+        return self.model.hidden(
+            self.embed(documents),
+            attention_mask=documents.attention_mask,
+            cache=cache,
+            spans=None if self.spans is None else self.spans(documents),
+        )
 
     def logits(self, documents: DocumentBatch) -> Tensor:
         """Return the logits of all positions, ``(B, T, V)``."""
-        return self.model(self.embed(documents), attention_mask=documents.attention_mask)
+        return self.model.logits(self.hidden(documents))
 
     def read(self, documents: DocumentBatch, *, num_new: int) -> TextState:
         """Read documents and return a state with room for ``num_new`` more tokens."""
         size, length = documents.input_ids.shape
         cache = self.model.new_cache(size, num_positions=length + num_new)
-        mask = documents.attention_mask
-        hidden = self.model.hidden(self.embed(documents), attention_mask=mask, cache=cache)
-        return TextState(self.model, cache, self.model.logits(at_last_token(hidden, mask)))
+        last = at_last_token(self.hidden(documents, cache), documents.attention_mask)
+        return TextState(self.model, cache, self.model.logits(last))
 
 
 class DocumentCapabilities(Capabilities):
@@ -286,9 +304,7 @@ class DocumentCapabilities(Capabilities):
 
     def documents(self, prompts: Sequence[Sequence[Panel]]) -> DocumentBatch:
         """Return prompts as one batch, padded on the left, on the model's device."""
-        tokenizer, number = self.format.tokenizer(self.tokenizer), self.format.num_image_tokens
-        batch = batch_documents(prompts, tokenizer, num_image_tokens=number, side="left")
-        return batch.to(self.device)
+        return batch_documents(prompts, self.format, self.tokenizer, side="left").to(self.device)
 
     def allowed_ids(self, characters: str | None) -> Tensor:
         """Return the ids ``(V,)``, bool, that an answer may contain: words and ``EOS``.
@@ -325,13 +341,16 @@ class DocumentFamily:
         """Construct the model without a seed, as for counting on the meta device."""
         raise NotImplementedError
 
-    def reader(self, model: Any) -> DocumentReader:
+    def reader(self, run: RunSettings, model: Any) -> DocumentReader:
         """Return the reader of a model."""
         raise NotImplementedError
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
         """Return how the model reads documents; the image token follows the BPE ids."""
-        return DocumentFormat(run.tokenizer.vocab_size, 1, run.model.max_length)
+        section = run.model
+        return DocumentFormat(
+            run.tokenizer.vocab_size, 1, section.max_length, section.question_first
+        )
 
     def check(self, run: RunSettings) -> None:
         """Check that the model has an embedding per id, and that it can learn the tasks.
@@ -429,7 +448,7 @@ class DocumentFamily:
 
         return LanguageTraining(
             model,
-            self.reader(model),
+            self.reader(run, model),
             run.optim,
             num_accumulated=flags.num_accumulated,
             sources=[entry.name for entry in run.data.mixture],
@@ -440,7 +459,7 @@ class DocumentFamily:
         assert parts.tokenizer is not None
         return DocumentCapabilities(
             model,
-            self.reader(model),
+            self.reader(run, model),
             parts.tokenizer,
             self.document_format(run),
             device=next(model.parameters()).device,

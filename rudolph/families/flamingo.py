@@ -148,7 +148,7 @@ class FlamingoFamily(VisionLanguageFamily):
             )
         return Flamingo(run.model.architecture, vision)
 
-    def reader(self, model: Flamingo) -> FlamingoReader:
+    def reader(self, run: RunSettings, model: Flamingo) -> FlamingoReader:
         """Return the reader of a model."""
         return FlamingoReader(model)
 

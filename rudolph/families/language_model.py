@@ -39,7 +39,7 @@ class LanguageModelFamily(DocumentFamily):
         """Construct the model without a seed, as for counting on the meta device."""
         return LanguageModel(run.model.architecture)
 
-    def reader(self, model: LanguageModel) -> EmbeddingReader:
+    def reader(self, run: RunSettings, model: LanguageModel) -> EmbeddingReader:
         """Return the reader of a model."""
         return EmbeddingReader(model, input_ids)
 

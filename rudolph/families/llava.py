@@ -62,6 +62,8 @@ class LLaVASection(VisionLanguageSection):
             everything.
         connector: The connector, with one vector per image for late fusion.
         late_fusion: Fusion of each image vector with its question.
+        image_attention: Whether the vectors of an image attend to each other in both directions
+            (``bidirectional``) or only backwards (``causal``).
     """
 
     family: Literal["llava"] = "llava"
@@ -69,6 +71,7 @@ class LLaVASection(VisionLanguageSection):
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     late_fusion: LateFusion = field(default_factory=LateFusion)
+    image_attention: Literal["causal", "bidirectional"] = "causal"
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
@@ -84,6 +87,8 @@ class LLaVASection(VisionLanguageSection):
             )
         if self.late_fusion.kind is not None and self.scores_questions:
             raise ValueError("scores_questions: expected false with late_fusion, got true")
+        if self.late_fusion.kind is not None and self.question_first:
+            raise ValueError("question_first: expected false with late_fusion, got true")
 
     @property
     def trains_language_model(self) -> bool:
@@ -118,7 +123,7 @@ class LLaVAFamily(VisionLanguageFamily):
         fusion = build_fusion(section.late_fusion.fusion(width))
         return LateFusionLLaVA(vision, connector, language_model, images, fusion)
 
-    def reader(self, model: LLaVA) -> EmbeddingReader:
+    def reader(self, run: RunSettings, model: LLaVA) -> EmbeddingReader:
         """Return the reader of a model."""
 
         def embed(documents: DocumentBatch) -> Tensor:
@@ -132,7 +137,21 @@ class LLaVAFamily(VisionLanguageFamily):
                 return model.embed_fused(documents.input_ids, pixels, owners)
             return model.embed(documents.input_ids, pixels)
 
-        return EmbeddingReader(model.language_model, embed)
+        def spans(documents: DocumentBatch) -> Tensor:
+            return image_spans(documents.input_ids, model.images.token_id, model.num_view_tokens)
+
+        is_causal = run.model.image_attention == "causal"
+        return EmbeddingReader(model.language_model, embed, None if is_causal else spans)
+
+
+def image_spans(input_ids: Tensor, image_token_id: int, num_tokens: int) -> Tensor:
+    """Return the number of each image token's image in its row, from 1; 0 at other tokens.
+
+    >>> image_spans(torch.tensor([[5, 9, 9, 9, 9, 6]]), 9, 2).tolist()
+    [[0, 1, 1, 2, 2, 0]]
+    """
+    is_image = input_ids == image_token_id
+    return torch.where(is_image, (is_image.cumsum(1) - 1) // num_tokens + 1, 0)
 
 
 def image_of_question(documents: DocumentBatch, image_token_id: int) -> Tensor:

@@ -23,7 +23,7 @@ from rudolph.models.layers.lora import add_low_rank
 from rudolph.models.lm.language_model import LanguageModel
 from rudolph.models.vision.clip import CLIP, VisionConfig, VisionEncoder, pixel_values
 from rudolph.models.vision.conv import ConvEncoder, ConvEncoderConfig
-from rudolph.models.vision.features import FeatureConfig, ViTFeatures
+from rudolph.models.vision.features import FeatureConfig, PatchPixels, ViTFeatures
 from rudolph.models.vision.merge import MERGES
 from rudolph.models.vision.vqgan_features import VQGANCodes, VQGANFeatures, VQGANLatents
 from rudolph.models.vqgan.model import VQGAN
@@ -32,7 +32,7 @@ from rudolph.models.weights import save_weights
 if TYPE_CHECKING:
     from rudolph.training.language import LanguageTraining
 
-Encoder = Literal["vit", "conv", "codes", "latents"]
+Encoder = Literal["vit", "conv", "patches", "codes", "latents"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class VisionLanguageSection(DocumentSection):
     Attributes:
         parts: Trained parts to start from.
         encoders: Encoders of each image: ``vit``, a vision transformer; ``conv``, a convolutional
-            network; ``codes`` or ``latents`` of the run's VQ-GAN, which is trained first.
+            network; ``patches``, the pixels of each patch of ``vit`` themselves; ``codes`` or
+            ``latents`` of the run's VQ-GAN, which is trained first.
         vision: Shape of ``vit``.
         features: Hidden states of ``vit`` to read.
         conv: Shape of ``conv``.
@@ -118,6 +119,7 @@ class VisionLanguageSection(DocumentSection):
 ENCODERS: dict[str, Callable[[RunSettings], Any]] = {
     "vit": lambda run: ViTFeatures(VisionEncoder(run.model.vision), run.model.features),
     "conv": lambda run: ConvEncoder(run.model.conv),
+    "patches": lambda run: PatchPixels(run.model.vision),
     "codes": lambda run: VQGANCodes(VQGAN(run.vqgan)),
     "latents": lambda run: VQGANLatents(VQGAN(run.vqgan)),
 }

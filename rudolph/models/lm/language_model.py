@@ -143,7 +143,12 @@ class SequenceContext(NamedTuple):
 
 
 def causal_mask(
-    start: int, end: int, is_token: Tensor | None, device: torch.device | None = None
+    start: int,
+    end: int,
+    is_token: Tensor | None,
+    device: torch.device | None = None,
+    *,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """Return the causal mask ``(T, S)`` or ``(B, T, S)`` of positions ``start`` to ``end``.
 
@@ -154,6 +159,8 @@ def causal_mask(
         end: Number of key positions, S.
         is_token: ``(B, S)`` bool, false at padding; None for no padding.
         device: Device of the mask.
+        spans: ``(B, S)``, equal numbers above 0 for positions that attend to each other in both
+            directions, such as those of one image; None for no such positions.
 
     >>> mask = causal_mask(0, 4, torch.tensor([[False, True, True, True]]))
     >>> for row in mask[0].tolist():
@@ -162,12 +169,23 @@ def causal_mask(
     .#..
     .##.
     .###
+    >>> mask = causal_mask(0, 4, None, spans=torch.tensor([[0, 1, 1, 0]]))
+    >>> for row in mask[0].tolist():
+    ...     print("".join("#" if attends else "." for attends in row))
+    #...
+    ###.
+    ###.
+    ####
     """
     key = torch.arange(end, device=device)
     query = key[start:, None]
+    attends = key <= query
+    if spans is not None:
+        own = spans[:, start:, None]
+        attends = attends | (own == spans[:, None]) & (own > 0)
     if is_token is None:
-        return key <= query
-    return (key <= query) & is_token[:, None] | (key == query)
+        return attends
+    return attends & is_token[:, None] | (key == query)
 
 
 def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -285,16 +303,25 @@ class LanguageModel(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         cache: LanguageModelCache | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
-        """Return the output of the last block before the final norm, ``(B, T, D)``."""
+        """Return the output of the last block before the final norm, ``(B, T, D)``.
+
+        ``spans`` ``(B, T)`` has the positions that attend in both directions, see ``causal_mask``;
+        they must come before those of other calls with the same cache.
+        """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
-        context = self.context(x, attention_mask, cache)
+        context = self.context(x, attention_mask, cache, spans)
         for layer in self.layers:
             x = layer(x, context)
         return x
 
     def context(
-        self, x: Tensor, attention_mask: Tensor | None, cache: LanguageModelCache | None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cache: LanguageModelCache | None,
+        spans: Tensor | None = None,
     ) -> SequenceContext:
         """Return rotations and mask of new positions ``(B, T, D)``, and extend the cache.
 
@@ -317,7 +344,9 @@ class LanguageModel(nn.Module):
             positions = (is_token.cumsum(1) - 1).clamp(min=0)[:, start:]
         cos, sin = rotations(positions, self.config.head_size, self.config.rope_theta)
         attends_to_all = length == 1 and is_token is None
-        mask = None if attends_to_all else causal_mask(start, end, is_token, x.device)
+        mask = None
+        if not attends_to_all:
+            mask = causal_mask(start, end, is_token, x.device, spans=spans)
         return SequenceContext(cos[:, None], sin[:, None], mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Tokens without a grid form one row, and ``grid`` is (1, N).  ``encoders.py`` bui
 their configs:
 
 * ``ViTFeatures``: a CLIP vision transformer, such as LLaVA's, or the tower of a trained CLIP
+* ``PatchPixels``: the pixels of each patch, for models without an encoder
 * ``conv.ConvEncoder``: a convolutional network
 * ``vqgan_features.VQGANCodes`` and ``VQGANLatents``: a VQ-GAN
 * ``merge.py``: several encoders as one
@@ -25,8 +26,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rudolph.models.vision.clip import VisionEncoder
+from rudolph.models.vision.clip import VisionConfig, VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,26 @@ class ViTFeatures(nn.Module):
             states.append(block(states[-1], None))
         select = SELECTIONS[self.config.select]
         return torch.cat([select(self.encoder, states[layer]) for layer in self.layers], dim=-1)
+
+
+class PatchPixels(nn.Module):
+    """The pixels of each patch as its features; it has no weights.
+
+    A linear connector then makes a decoder-only model that reads patches, as Fuyu does.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_size, self.image_size, self.grid = (
+            config.patch_size,
+            config.image_size,
+            config.grid,
+        )
+        self.width, self.num_tokens = 3 * config.patch_size**2, math.prod(config.grid)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the pixels ``(P, N, width)`` of normalised images ``(P, 3, H, W)``."""
+        return F.pixel_unshuffle(pixel_values, self.patch_size).flatten(2).mT
 
 
 # Tokens of a hidden state (P, 1 + N, W) whose first is the class token.
