@@ -15,7 +15,7 @@ from rudolph.families.documents import DocumentSection
 from rudolph.families.interface import ModelSection, Parts
 from rudolph.families.registry import family_of
 from rudolph.families.vision_language import PartSources
-from rudolph.generation.documents import label_losses
+from rudolph.generation.documents import answer_losses
 from rudolph.generation.filters import next_probabilities
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.vision.clip import CLIP
@@ -126,7 +126,7 @@ def train_two_steps_on_documents(
     reader = family.reader(config, model)
     optimizers, batch, losses = build_optimizers(model, config.optim), examples.batch(range(8)), []
     for _ in range(2):
-        loss = label_losses(reader, batch)[0].mean()
+        loss = answer_losses(reader, batch)[0].mean()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

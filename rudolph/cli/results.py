@@ -8,6 +8,8 @@ from typing import Any
 from rudolph.runs.console import print_line, stage_progress
 
 RESULTS_FOLDER = Path("results")
+# Prefix of a Hugging Face model to evaluate, ``hf:FOLDER``.
+HUGGING_FACE = "hf:"
 EXPERIMENTS_PAGE = Path("experiments/README.md")
 # Endings of the metrics whose implementations share one axis in a figure.
 ON_ONE_AXIS = ("/speedup", "/peak_bytes")
@@ -51,9 +53,18 @@ def add_report_card(commands: Any) -> None:
     card = commands.add_parser(
         "report-card", help="print every score of a run with interval, chance level and count"
     )
-    card.add_argument("run", help="a run's folder, or the id of an MLflow run")
+    card.add_argument(
+        "run",
+        help="a run's folder, the id of an MLflow run, or hf:FOLDER for a Hugging Face model",
+    )
     card.add_argument("other", nargs="?", help="another run to compare score by score")
     card.add_argument("--again", action="store_true", help="run all evaluators again")
+    model = card.add_argument_group("evaluation of hf:FOLDER")
+    model.add_argument(
+        "--experiment", type=Path, metavar="FILE", help="experiment file with data and evaluation"
+    )
+    model.add_argument("settings", nargs="*", metavar="key=value", help="override the file")
+    model.add_argument("--output", type=Path, metavar="FILE.csv", help="also write the scores")
     card.set_defaults(command=report_card)
 
 
@@ -177,6 +188,15 @@ def report_card(args: Any) -> int:
     """Run ``rudolph report-card`` and return the exit code."""
     from rudolph.reports.report_cards import require_same_data
 
+    if args.run.startswith(HUGGING_FACE):
+        return hugging_face_card(args)
+    for option, value in (
+        ("--experiment", args.experiment),
+        ("--output", args.output),
+        ("key=value", args.settings),
+    ):
+        if value:
+            raise ValueError(f"{option}: expected hf:FOLDER to evaluate, got the run {args.run}")
     folders = [writable(local_run_folder(run)) for run in (args.run, args.other) if run]
     cards = [_card(folder, again=args.again) for folder in folders]
     if args.other:
@@ -185,6 +205,38 @@ def report_card(args: Any) -> int:
         require_same_data(folders[0], folders[1], set(common_rows["split"]))
     for line in _score_lines(*cards):
         print_line(line)
+    return 0
+
+
+def hugging_face_card(args: Any) -> int:
+    """Run ``rudolph report-card hf:FOLDER`` and return the exit code.
+
+    Raises:
+        ValueError: If an argument is missing or does not suit a model of Hugging Face.
+    """
+    import pandas as pd
+
+    from rudolph.config.experiment_file import load_experiment
+    from rudolph.evaluation.report_card import card_rows
+    from rudolph.reports.report_cards import write_card
+    from rudolph.runs.stages.evaluation import evaluate_hugging_face
+
+    settings = [text for text in (args.other, *args.settings) if text is not None]
+    if args.other is not None and "=" not in args.other:
+        raise ValueError(f"{args.run}: expected no other run to compare with, got {args.other}")
+    if args.experiment is None:
+        raise ValueError("--experiment: expected a file with data and evaluation, got none")
+    if args.output is not None and (args.output.suffix != ".csv" or args.output.is_dir()):
+        raise ValueError(f"--output: expected a file FILE.csv, got {args.output}")
+    loaded = load_experiment(args.experiment, settings)
+    folder = Path(args.run.removeprefix(HUGGING_FACE))
+    with stage_progress() as progress:
+        rows = card_rows(evaluate_hugging_face(folder, loaded, folders_here(), progress))
+    for line in _score_lines(pd.DataFrame(rows).astype({"chance": float})):
+        print_line(line)
+    if args.output is not None:
+        write_card(args.output, rows)
+        print_line(f"report card: {args.output}")
     return 0
 
 

@@ -12,7 +12,6 @@ from rudolph.data.splits import DATASETS, DataConfig
 from rudolph.evaluation.report_card import (
     DATASET_OF_EVALUATOR,
     MEMBER_OF_EVALUATOR,
-    NEEDS,
     SHOWS_IMAGES,
     EvaluationConfig,
 )
@@ -138,11 +137,6 @@ class RunConfig:
     def _check_evaluators(self) -> None:
         """Raise ``ValueError`` for an evaluator that its dataset or the model does not support."""
         provided = family_of(self.model).capabilities.provided()
-        if self.evaluation.missing_image == "legacy" and "generate_image" not in provided:
-            raise ValueError(
-                "evaluation.missing_image: legacy needs a model that generates images, "
-                f"got family {self.model.family}"
-            )
         for name in self.evaluation.evaluators:
             other, _, evaluator = name.rpartition("/")
             dataset = other or self.data.dataset
@@ -163,14 +157,10 @@ class RunConfig:
                     f"evaluation.evaluators: {evaluator} shows images, which family "
                     f"{self.model.family} cannot read"
                 )
-            lacking = [name for name in NEEDS[evaluator] if name not in provided]
-            if lacking:
-                raise ValueError(
-                    f"evaluation.evaluators: {evaluator} needs a model with {lacking[0]}; family "
-                    f"{self.model.family} has {', '.join(provided)}"
-                )
-            if evaluator == "clip_score" and self.evaluation.clip is None:
-                raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
+        self.evaluation.require_capabilities(provided, f"family {self.model.family}")
+        evaluators = {name.rpartition("/")[2] for name in self.evaluation.evaluators}
+        if "clip_score" in evaluators and self.evaluation.clip is None:
+            raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
 
     def _check_side(self) -> None:
         """Raise ``ValueError`` for images too small for SSIM or the discriminator."""

@@ -98,6 +98,40 @@ class DocumentBatch(NamedTuple):
         return DocumentBatch(*moved)
 
 
+def prompt_panels(
+    task: str, number: int, *, images: Tensor | None, questions: Sequence[str] | None
+) -> list[list[Panel]]:
+    """Return the prompt of each document of a task: one panel without an answer.
+
+    Args:
+        task: A name in ``TASKS``.
+        number: Number of documents.
+        images: ``(B, 3, H, W)`` in [0, 1] if the task has images.
+        questions: One per document if the task has questions.
+
+    Raises:
+        ValueError: If images or questions are missing or superfluous.
+    """
+    row = TASKS[task]
+    for name, given, is_needed in (
+        ("images", images, row.image == "given"),
+        ("questions", questions, row.has_question),
+    ):
+        if (given is not None) != is_needed:
+            expected, got = (name, "none") if is_needed else (f"no {name}", "some")
+            raise ValueError(f"{task}: expected {expected}, got {got}")
+    return [
+        [
+            Panel(
+                None if images is None else images[index],
+                "" if questions is None else questions[index],
+                None,
+            )
+        ]
+        for index in range(number)
+    ]
+
+
 def document_of(
     panels: Sequence[Panel], form: DocumentFormat, tokenizer: ConversationTokenizer
 ) -> Example:

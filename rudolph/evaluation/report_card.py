@@ -5,7 +5,7 @@ To add an evaluator, write a function ``(EvaluationContext, Split) -> list[Score
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +94,30 @@ class EvaluationConfig:
                 raise ValueError(f"splits must be of {', '.join(SPLITS)}, got {name!r}")
         for index, prompt in enumerate(self.grid_prompts):
             require_text(prompt, f"grid_prompts[{index}]")
+
+    def require_capabilities(self, provided: Sequence[str], owner: str) -> None:
+        """Check that a model can do what the evaluators need.
+
+        Args:
+            provided: Names of the model's capabilities.
+            owner: Name of the model for the message.
+
+        Raises:
+            ValueError: If it cannot; the message names the setting.
+        """
+        if self.missing_image == "legacy" and "generate_image" not in provided:
+            raise ValueError(
+                "evaluation.missing_image: legacy needs a model that generates images, "
+                f"got {owner}"
+            )
+        for name in self.evaluators:
+            evaluator = name.rpartition("/")[2]
+            lacking = [need for need in NEEDS[evaluator] if need not in provided]
+            if lacking:
+                raise ValueError(
+                    f"evaluation.evaluators: {evaluator} needs a model with {lacking[0]}; "
+                    f"{owner} has {', '.join(provided)}"
+                )
 
 
 # Evaluators that need the pairs of one dataset.

@@ -22,6 +22,7 @@ from rudolph.data.documents import (
     DocumentFormat,
     Panel,
     batch_documents,
+    prompt_panels,
 )
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Splits
@@ -36,7 +37,8 @@ from rudolph.files.constraints import Count
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import (
     DocumentReader,
-    label_losses,
+    answer_losses,
+    count_choices,
     sample_document_answers,
     score_document_choices,
 )
@@ -178,7 +180,7 @@ class DocumentCapabilities(Capabilities):
         on_token: OnToken | None = None,
     ) -> list[str]:
         """Generate one text per seed; see ``Capabilities.generate_text``."""
-        prompts = self.prompts(task, len(seeds), images=images, questions=questions)
+        prompts = prompt_panels(task, len(seeds), images=images, questions=questions)
         allowed = self.allowed_ids(allowed_characters)
         texts: list[str] = []
         for rows in self.batches(prompts):
@@ -221,14 +223,11 @@ class DocumentCapabilities(Capabilities):
         on_batch: OnToken | None = None,
     ) -> Tensor:
         """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots."""
-        prompts = self.prompts(task, len(choices), images=images, questions=questions)
+        prompts = prompt_panels(task, len(choices), images=images, questions=questions)
         documents = [[*shown, *prompt] for shown, prompt in zip(shots, prompts, strict=True)]
         ids = [[[*self.tokenizer.encode(text), EOS] for text in row] for row in choices]
         scores = []
-        counts = {len(row) for row in choices}
-        if len(counts) > 1:
-            raise ValueError(f"choices: expected equally many for each text, got {sorted(counts)}")
-        for rows in self.batches(documents, copies=max(counts, default=1)):
+        for rows in self.batches(documents, copies=count_choices(choices)):
             batch = self.documents(documents[rows])
             scores.append(score_document_choices(self.reader, batch, ids[rows]).cpu())
             if on_batch is not None:
@@ -244,7 +243,7 @@ class DocumentCapabilities(Capabilities):
         questions: Sequence[str] | None = None,
     ) -> tuple[float, float]:
         """Count the operations per example; see ``Capabilities.count_operations``."""
-        prompts = self.prompts(task, len(answers), images=images, questions=questions)
+        prompts = prompt_panels(task, len(answers), images=images, questions=questions)
         answered = [
             [panel._replace(answer=answer) for panel in prompt]
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -254,7 +253,7 @@ class DocumentCapabilities(Capabilities):
         if isinstance(self.model, PartlyTrained):
             self.model.train_only(self.model.trained)
         with torch.enable_grad(), FlopCounterMode(display=False) as training:
-            loss: Any = label_losses(self.reader, self.documents(answered))[0].mean()
+            loss: Any = answer_losses(self.reader, self.documents(answered))[0].mean()
             loss.backward()
         self.model.requires_grad_(False)
         self.model.zero_grad()
@@ -263,38 +262,6 @@ class DocumentCapabilities(Capabilities):
             score_document_choices(self.reader, self.documents(prompts), ids)
         number = len(answers)
         return training.get_total_flops() / number, answering.get_total_flops() / number
-
-    def prompts(
-        self,
-        task: str,
-        number: int,
-        *,
-        images: Tensor | None,
-        questions: Sequence[str] | None,
-    ) -> list[list[Panel]]:
-        """Return the prompt of each document of a task: one panel without an answer.
-
-        Raises:
-            ValueError: If images or questions are missing or superfluous.
-        """
-        row = TASKS[task]
-        for name, given, is_needed in (
-            ("images", images, row.image == "given"),
-            ("questions", questions, row.has_question),
-        ):
-            if (given is not None) != is_needed:
-                expected, got = (name, "none") if is_needed else (f"no {name}", "some")
-                raise ValueError(f"{task}: expected {expected}, got {got}")
-        return [
-            [
-                Panel(
-                    None if images is None else images[index],
-                    "" if questions is None else questions[index],
-                    None,
-                )
-            ]
-            for index in range(number)
-        ]
 
     def batches(self, rows: Sequence[Any], *, copies: int = 1) -> Iterator[slice]:
         """Yield the slices of batches of at most ``batch_size`` rows, copies counted."""

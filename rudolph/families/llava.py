@@ -1,7 +1,7 @@
 """LLaVA: image vectors of a connector among the word embeddings of a language model.
 
-Its settings also give early fusion as in RUDOLPH, with VQ codes as image tokens, and late fusion,
-where one vector of image and question is the only image token.
+Its settings also give early fusion as in RUDOLPH, with VQ codes as image tokens.  In late fusion,
+one vector of image and question is the only image token.
 """
 
 from dataclasses import asdict, dataclass, field, replace

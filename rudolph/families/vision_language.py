@@ -32,7 +32,7 @@ from rudolph.models.weights import save_weights
 if TYPE_CHECKING:
     from rudolph.training.language import LanguageTraining
 
-Encoder = Literal["vit", "conv", "patches", "codes", "latents"]
+EncoderName = Literal["vit", "conv", "patches", "codes", "latents"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class VisionLanguageSection(DocumentSection):
     """
 
     parts: PartSources = field(default_factory=PartSources)
-    encoders: tuple[Encoder, ...] = ("vit",)
+    encoders: tuple[EncoderName, ...] = ("vit",)
     vision: VisionConfig = field(default_factory=VisionConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     conv: ConvEncoderConfig = field(default_factory=ConvEncoderConfig)

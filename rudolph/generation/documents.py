@@ -51,7 +51,19 @@ class DocumentReader(Protocol):
         ...
 
 
-def label_losses(reader: DocumentReader, documents: DocumentBatch) -> tuple[Tensor, Tensor]:
+def count_choices(choices: Sequence[Sequence[str]]) -> int:
+    """Return the number of choices of each text, 1 without texts.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    counts = {len(row) for row in choices}
+    if len(counts) > 1:
+        raise ValueError(f"choices: expected equally many for each text, got {sorted(counts)}")
+    return max(counts, default=1)
+
+
+def answer_losses(reader: DocumentReader, documents: DocumentBatch) -> tuple[Tensor, Tensor]:
     """Return the loss ``(L,)`` in nats of all labels and the document of each, ``(L,)``."""
     logits, labels = reader.logits(documents)[:, :-1], documents.labels[:, 1:]
     is_label = labels != IGNORE

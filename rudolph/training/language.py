@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.documents import DocumentBatch
-from rudolph.generation.documents import DocumentReader, label_losses
+from rudolph.generation.documents import DocumentReader, answer_losses
 from rudolph.training.callbacks import require_finite
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import ManualStepModule
@@ -43,7 +43,7 @@ class LanguageTraining(ManualStepModule):
 
     def training_step(self, batch: DocumentBatch, batch_index: int) -> None:
         """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
-        losses, _ = label_losses(self.reader, batch)
+        losses, _ = answer_losses(self.reader, batch)
         loss = losses.mean()
         require_finite({"text": loss}, step=self.step_index(batch_index), examples=batch.examples)
         self.backward_and_step(loss, batch_index)
@@ -56,7 +56,7 @@ class LanguageTraining(ManualStepModule):
 
     def validation_step(self, batch: DocumentBatch, batch_index: int) -> None:
         """Add the losses and label counts of a validation batch."""
-        losses, rows = label_losses(self.reader, batch)
+        losses, rows = answer_losses(self.reader, batch)
         sources, number = batch.sources[rows], len(self.sources)
         sums = torch.bincount(sources, losses.double(), minlength=number)
         self.totals += torch.stack([sums, torch.bincount(sources, minlength=number)])

@@ -24,6 +24,13 @@ class ConvEncoderConfig:
     """Shape of the encoder; ``widths`` and ``depths`` have one entry per level.
 
     ConvNeXt-T has widths 96, 192, 384, 768, depths 3, 3, 9, 3 and a stem of 4 pixels.
+
+    Attributes:
+        image_size: Side of the input images in pixels.
+        widths: Channels of each level; from level to level, the sides are halved.
+        depths: Blocks of each level.
+        stem_size: Pixels per side that the first convolution joins.
+        kernel_size: Side of the depthwise kernels, odd.
     """
 
     image_size: int = 64

@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from rudolph.config.experiment_file import Experiment
 from rudolph.config.run import RunConfig
 from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
 from rudolph.evaluation.report_card import Stage, card_rows, evaluate_all
+from rudolph.families.documents import DocumentSection
+from rudolph.families.hugging_face import HuggingFaceCapabilities, open_hugging_face
 from rudolph.families.interface import Capabilities
 from rudolph.reports.report_cards import write_card
 from rudolph.reports.schema import CARD
@@ -67,13 +70,53 @@ def evaluate_again(folder: Path, folders: Folders, progress: ProgressCallback) -
         ValueError: If the configuration names no evaluators.
     """
     capabilities, config = open_run(folder)
+    scores = _evaluate(config, capabilities, folders, progress)
+    if not scores:
+        raise ValueError(f"{folder / CONFIG}: expected evaluation.evaluators, got none")
+    write_card(folder / CARD, card_rows(scores))
+
+
+def evaluate_hugging_face(
+    folder: Path, experiment: Experiment, folders: Folders, progress: ProgressCallback
+) -> list[Score]:
+    """Run the evaluators of an experiment file on a Hugging Face model.
+
+    Data, evaluation, sampling and seed are those of the file's first run.  Its longest answer is
+    too if the run's family reads documents.
+
+    Args:
+        folder: Folder of the model, see ``open_hugging_face``.
+        experiment: The experiment.
+        folders: Folders of the command.
+        progress: Progress callback.
+
+    Raises:
+        ValueError: If the runs of the file differ in data, evaluation or sampling, if the model
+            lacks what an evaluator needs, or if there is no such model.
+    """
+    config, path = experiment.runs[0].config, experiment.path
+    for name in ("data", "evaluation", "sampling"):
+        if any(getattr(run.config, name) != getattr(config, name) for run in experiment.runs):
+            raise ValueError(f"{path}: {name}: expected the same in all runs, got different ones")
+    if not config.evaluation.evaluators:
+        raise ValueError(f"{path}: evaluation.evaluators: expected evaluators, got none")
+    provided = HuggingFaceCapabilities.provided()
+    config.evaluation.require_capabilities(provided, str(folder))
+    limits = {}
+    if isinstance(config.model, DocumentSection):
+        limits["max_new_tokens"] = config.model.max_new_tokens
+    capabilities = open_hugging_face(folder, device=Hardware().device, **limits)
+    return _evaluate(config, capabilities, folders, progress)
+
+
+def _evaluate(
+    config: RunConfig, capabilities: Capabilities, folders: Folders, progress: ProgressCallback
+) -> list[Score]:
+    """Run all evaluators of a configuration outside of a run."""
 
     @contextmanager
     def stage(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield partial(progress, name)
 
     splits = Splits(config.data, folders.cache)
-    scores = run_evaluators(config, capabilities, splits, stage, runs=folders.runs)
-    if not scores:
-        raise ValueError(f"{folder / CONFIG}: expected evaluation.evaluators, got none")
-    write_card(folder / CARD, card_rows(scores))
+    return run_evaluators(config, capabilities, splits, stage, runs=folders.runs)
