@@ -25,7 +25,7 @@ from rudolph.reports.schema import Claim, group_of
 
 # Name parts that mark a metric of which lower is better.
 LESS_IS_BETTER = re.compile(
-    r"loss|(?<!codebook_)perplexity|error|seconds|bytes|bits_per|attention_logit|overflows"
+    r"loss|(?<!codebook_)perplexity|error|seconds|bytes|mflops|bits_per|attention_logit|overflows"
     r"|(^|[/_])(fid|kid|cer|wer|nats)($|[/_])"
 )
 # Metrics of which a run has one outcome, 0 or 1, so that an exact test compares them.

@@ -38,6 +38,8 @@ from rudolph.reports.style import (
 
 # The axis of a numeric column is logarithmic if its maximum is this many times its minimum.
 LOG_AXIS_RATIO = 20
+# Characters of a metric's name that fit, with its direction, along the axis of one panel.
+MAX_LABEL_LENGTH = 40
 
 Draw = Callable[..., None]
 
@@ -420,9 +422,10 @@ def pareto(
     axes.plot(*front.T, color="0.5", linewidth=1, linestyle=":", zorder=0)
     better_directions = ["left" if LESS_IS_BETTER.search(y[0]) else "right"]
     better_directions.append("down" if LESS_IS_BETTER.search(y[1]) else "up")
+    separator = "\n" if len(y[1]) > MAX_LABEL_LENGTH else " "
     axes.set(
         xlabel=f"{y[0]} (better: {better_directions[0]})",
-        ylabel=f"{y[1]} (better: {better_directions[1]})",
+        ylabel=f"{y[1]}{separator}(better: {better_directions[1]})",
     )
     save_with_legend(figure, [axes], path, title=group_column)
 
