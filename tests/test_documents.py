@@ -1,5 +1,6 @@
 """Documents of images and texts: episodes with new words, ids, labels and the mixture."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rudolph.sequence.tokenizer import Tokenizer
 
 SIZES = {"num_train": 70, "num_validation": 70, "num_test": 70}
 IMAGE = torch.arange(12.0).view(3, 2, 2) / 12
+FORMAT = DocumentFormat(60, 3, 512)
 
 
 def new_words(split: str = "train", **changes: Any) -> NewWords:
@@ -89,25 +91,27 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.train(texts, vocab_size=60, path=path)
 
 
-def settings(tokenizer: Tokenizer, *, max_length: int = 64, number: int = 3) -> Any:
-    return DocumentFormat(60, number, max_length).tokenizer(tokenizer)
-
-
 def test_ids_are_those_of_the_segments_and_only_answers_are_labels(tokenizer: Tokenizer) -> None:
     panels = [Panel(IMAGE, "", "дакс"), Panel(None, "где круг?", "слева"), Panel(IMAGE, "", None)]
-    example = document_of(panels, settings(tokenizer), 3)
+    example = document_of(panels, FORMAT, FORMAT.tokenizer(tokenizer))
     dax, where, left = (tokenizer.encode(text) for text in ("дакс", "где круг?", "слева"))
     assert example.ids == [BOS, 60, 60, 60, *dax, EOS, *where, *left, EOS, 60, 60, 60]
     hidden = [IGNORE]
     assert example.labels == (
         hidden * 4 + [*dax, EOS] + hidden * len(where) + [*left, EOS] + hidden * 3
     )
+    asked = replace(FORMAT, question_first=True)
+    last = [Panel(IMAGE, "где круг?", "слева")]
+    example = document_of(last, asked, asked.tokenizer(tokenizer))
+    assert example.ids == [BOS, *where, 60, 60, 60, *left, EOS]
+    assert example.labels == hidden * (4 + len(where)) + [*left, EOS]
 
 
 def test_a_document_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
     panels = [Panel(IMAGE, "", "дакс")] * 9
     with pytest.raises(ValueError, match=r"max_length: expected room for 9 images .* got 20 pos"):
-        document_of(panels, settings(tokenizer, max_length=20), 3)
+        short = replace(FORMAT, max_length=20)
+        document_of(panels, short, short.tokenizer(tokenizer))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -119,7 +123,7 @@ def test_a_batch_holds_what_its_documents_hold_alone(tokenizer: Tokenizer, side:
     ]
 
     def batch(rows: list[list[Panel]]) -> Any:
-        return batch_documents(rows, settings(tokenizer), num_image_tokens=3, side=side)
+        return batch_documents(rows, FORMAT, tokenizer, side=side)
 
     together = batch(documents)
     assert together.images.shape == (3, 2, 3, 2, 2)
