@@ -384,7 +384,8 @@ def test_an_image_changes_nothing_before_it_and_no_other_row() -> None:
 
 
 @pytest.mark.parametrize("canvases", [(), CANVASES], ids=["one view", "anyres"])
-@pytest.mark.parametrize("connector", [*CONNECTORS])
+# A table reads codes instead of features, and a blank nothing.
+@pytest.mark.parametrize("connector", sorted(CONNECTORS.keys() - {"table", "blank"}))
 @pytest.mark.parametrize("encoders", [(CONV,), (CONV, VISION)], ids=["conv", "conv and vit"])
 def test_any_encoder_and_connector_train_together(
     encoders: Any, connector: str, canvases: Any
