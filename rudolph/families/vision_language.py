@@ -37,7 +37,7 @@ EncoderName = Literal["vit", "conv", "patches", "codes", "latents"]
 
 @dataclass(frozen=True)
 class PartSources:
-    """Trained parts to start from; null for a new part.
+    """Pretrained parts to start from; null for a new part.
 
     Attributes:
         vision: A run or release of a CLIP, whose image encoder is taken.
@@ -53,7 +53,7 @@ class VisionLanguageSection(DocumentSection):
     """Fields of the ``model`` section of families with a vision encoder and a language model.
 
     Attributes:
-        parts: Trained parts to start from.
+        parts: Pretrained parts to start from.
         encoders: Encoders of each image: ``vit``, a vision transformer; ``conv``, a convolutional
             network; ``patches``, the pixels of each patch of ``vit`` themselves; ``codes`` or
             ``latents`` of the run's VQ-GAN, which is trained first.

@@ -1,7 +1,7 @@
 """The cost of a model: floating-point operations per example, counted by torch.
 
-Times depend on the machine and the batch size; operations do not, so they compare models at an
-equal budget.
+Operations do not depend on the machine, so they compare costs between models.  Padding counts, so
+they depend slightly on the batch.
 """
 
 from rudolph.data.splits import Split
@@ -13,10 +13,10 @@ TRAINING_COST, ANSWER_COST = "cost/training_mflops", "cost/answer_mflops"
 
 
 def cost(context: EvaluationContext, split: Split) -> list[Score]:
-    """Count the operations per image: of a training step, and of answering.
+    """Count the operations per example: of one training step, and of giving the right answer.
 
     Images come with questions if the dataset has them, else with captions.  Trained weights need
-    more operations than frozen ones, since their gradients are computed too.  Padding counts.
+    more operations than frozen ones, since their gradients are computed too.
     """
     indices = context.eval_indices(split)[:NUM_COUNTED]
     questions = [split.questions[index] for index in indices]

@@ -46,7 +46,7 @@ class VQGANFeatures(nn.Module):
 
 
 class VQGANCodes(VQGANFeatures):
-    """Codebook indices of images; ``width`` is their number, K."""
+    """Codebook indices of images; ``width`` is the size of the codebook, K."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         super().__init__(vqgan, vqgan.config.quantizer.num_codes)
