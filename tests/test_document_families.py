@@ -200,7 +200,10 @@ def test_encoders_connectors_and_fusions_that_do_not_fit_are_refused() -> None:
         ),
         ({"late_fusion.kind": "gmu", "question_first": True}, "question_first: expected false"),
         ({"lora_rank": 2, "trained": "all"}, "lora_rank: expected null where trained includes"),
-        ({"late_fusion.kind": "sum"}, "kind: expected one of additive, .*got 'sum'"),
+        (
+            {"late_fusion.kind": "sum"},
+            r"model\.late_fusion\.kind: expected one of additive, .*got 'sum'",
+        ),
         ({"encoders": ["conv", "vit"]}, "encoders: expected one image size for all, got"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -234,7 +237,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolve("flamingo", **{"model.init": "runs/x", "model.parts": {"vision": "runs/y"}})
     with pytest.raises(ConfigError, match=r"model\.offset must lie in \[0, 2\), got 2"):
         resolve("flamingo", **{"model.offset": 2})
-    with pytest.raises(ConfigError, match=r"model\.factor: expected a divisor of the grid 3x3"):
+    with pytest.raises(
+        ConfigError, match=r"model\.connector\.factor: expected a divisor of the grid 3x3"
+    ):
         resolve("llava", **{"model.connector.factor": 2})
     with pytest.raises(ConfigError, match=r"caption_f1 shows images, which family language_model"):
         resolve("language_model", **{"evaluation.evaluators": ["caption_f1"]})

@@ -33,7 +33,7 @@ from rudolph.families.interface import (
     RunSettings,
     TrainingFlags,
 )
-from rudolph.files.constraints import Count
+from rudolph.files.constraints import Count, errors_under
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import (
     DocumentReader,
@@ -139,7 +139,26 @@ class EmbeddingReader:
         return TextState(self.model, cache, self.model.logits(last))
 
 
-class DocumentCapabilities(Capabilities):
+class AnswerCapabilities(Capabilities):
+    """Capabilities of a model that scores choices after shots, and so also after none."""
+
+    def loglikelihood(
+        self,
+        task: str,
+        choices: Sequence[Sequence[str]],
+        *,
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        on_batch: OnToken | None = None,
+    ) -> Tensor:
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
+        no_shots: list[list[Panel]] = [[] for _ in choices]
+        return self.loglikelihood_after_shots(
+            task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
+        )
+
+
+class DocumentCapabilities(AnswerCapabilities):
     """Answers to documents: generated, or the likelihood of given choices.
 
     Args:
@@ -196,21 +215,6 @@ class DocumentCapabilities(Capabilities):
             if on_token is not None:
                 on_token(len(texts), len(prompts))
         return texts
-
-    def loglikelihood(
-        self,
-        task: str,
-        choices: Sequence[Sequence[str]],
-        *,
-        images: Tensor | None = None,
-        questions: Sequence[str] | None = None,
-        on_batch: OnToken | None = None,
-    ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
-        no_shots: list[list[Panel]] = [[] for _ in choices]
-        return self.loglikelihood_after_shots(
-            task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
-        )
 
     def loglikelihood_after_shots(
         self,
@@ -345,11 +349,8 @@ class DocumentFamily:
                     f"{run.model.trained} leaves the language model as it is"
                 )
         self.check_unused(run)
-        try:
-            with torch.device("meta"):
-                self.empty(run)
-        except ValueError as error:
-            raise ValueError(f"model.{error}") from error
+        with errors_under("model"), torch.device("meta"):
+            self.empty(run)
 
     def check_unused(self, run: RunSettings) -> None:
         """Check that no setting is set which documents do not use.

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from rudolph.data.documents import Panel, prompt_panels
-from rudolph.families.interface import Capabilities
+from rudolph.families.documents import AnswerCapabilities
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import count_choices
 from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, sample_token
@@ -64,7 +64,7 @@ class TokenSampler:
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-class HuggingFaceCapabilities(Capabilities):
+class HuggingFaceCapabilities(AnswerCapabilities):
     """Answers of an image-text-to-text model: generated, or the likelihood of given choices.
 
     Args:
@@ -130,21 +130,6 @@ class HuggingFaceCapabilities(Capabilities):
             if on_token is not None:
                 on_token(len(texts), len(prompts))
         return texts
-
-    def loglikelihood(
-        self,
-        task: str,
-        choices: Sequence[Sequence[str]],
-        *,
-        images: Tensor | None = None,
-        questions: Sequence[str] | None = None,
-        on_batch: OnToken | None = None,
-    ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
-        no_shots: list[list[Panel]] = [[] for _ in choices]
-        return self.loglikelihood_after_shots(
-            task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
-        )
 
     def loglikelihood_after_shots(
         self,

@@ -19,7 +19,7 @@ from rudolph.families.vision_language import (
     build_vision,
     encoder_pixels,
 )
-from rudolph.files.constraints import Count
+from rudolph.files.constraints import Count, errors_under
 from rudolph.models.fusion.connectors import ConnectorConfig, ConnectorShape, build_connector
 from rudolph.models.fusion.late_fusion import FusionConfig, build_fusion
 from rudolph.models.llava.late_fusion import LateFusionLLaVA
@@ -112,15 +112,16 @@ class LLaVAFamily(VisionLanguageFamily):
         """Construct the model without a seed, as for counting on the meta device."""
         section, vision = run.model, build_vision(run)
         width = section.language_model.hidden_size
-        connector = build_connector(
-            section.connector, ConnectorShape(vision.width, width, vision.grid)
-        )
+        shape = ConnectorShape(vision.width, width, vision.grid)
+        with errors_under("connector"):
+            connector = build_connector(section.connector, shape)
         language_model = LanguageModel(section.language_model)
         # The image token follows the BPE ids.
         images = ImageTokenConfig(section.language_model.vocab_size - 1, vision.image_size)
         if section.late_fusion.kind is None:
             return LLaVA(vision, connector, language_model, images)
-        fusion = build_fusion(section.late_fusion.fusion(width))
+        with errors_under("late_fusion"):
+            fusion = build_fusion(section.late_fusion.fusion(width))
         return LateFusionLLaVA(vision, connector, language_model, images, fusion)
 
     def reader(self, run: RunSettings, model: LLaVA) -> EmbeddingReader:

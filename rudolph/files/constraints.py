@@ -5,6 +5,8 @@ words.  A configuration calls ``check(self)`` in ``__post_init__``.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -131,3 +133,12 @@ def constraint_of(hint: Any) -> tuple[Bounds | None, tuple[Any, ...], bool]:
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Bounds)]
         return (rules[0] if rules else None), (), False
     return None, (members if get_origin(hint) is Literal else ()), False
+
+
+@contextmanager
+def errors_under(key: str) -> Iterator[None]:
+    """Prefix the message of a ``ValueError``, which names a setting, with the key above it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from error

@@ -404,13 +404,12 @@ class Blank(nn.Module):
     """
 
     reads_features = False
+    undecayed = ("vectors",)
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
         super().__init__()
         self.num_tokens, self.grid_out = config.num_out, None
         self.vectors = nn.Parameter(torch.randn(config.num_out, shape.width_out))
-
-    undecayed = ("vectors",)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Return the learnt vectors ``(B, num_out, D)``, all real."""
