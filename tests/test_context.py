@@ -1,6 +1,8 @@
 """Selection of evaluated pairs: disjoint halves, and equally many emoji per group."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from rudolph.config.run import resolve_run
 from rudolph.data.datasets.emoji import Emoji, emoji_images
+from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.evaluation.context import EvaluationContext
 from rudolph.evaluation.report_card import EVALUATORS
@@ -82,6 +85,33 @@ def test_groups_are_asked_about_evenly_and_apart(tmp_path: Path) -> None:
         assert score.num_examples == len(own)
         assert score.value == pytest.approx(np.mean(hits))
     assert 0 < torch.tensor([score.value for score in scores]).mean() < 1
+
+
+class GridCopyist(Capabilities):
+    """A model that generates the true image of a caption for even seeds, else white."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def generate_image(self, captions: Any, *, seeds: Any, **_: Any) -> Tensor:
+        indices = [list(self.split.captions).index(caption) for caption in captions]
+        images = self.split.image_batch(indices)
+        is_white = torch.tensor(seeds)[:, None, None, None] % 2 == 1
+        return torch.where(is_white, torch.ones(()), images)
+
+
+def test_the_grid_is_scored_with_the_seeds_of_its_images(tmp_path: Path) -> None:
+    split = opened(tmp_path, "emoji", 12)
+    prompts = (split.captions[3], "a name of another split", split.captions[7], split.captions[11])
+    asked = EvaluationContext(
+        GridCopyist(split), SAMPLING, SAMPLING, 5, 4, grid_prompts=prompts, grid_samples=5
+    )
+    nearest, among = EVALUATORS["nearest_image_of_grid"](asked, split)
+    hits = [mixed_seed(4, prompt, k) % 2 == 0 for prompt in (0, 2, 3) for k in range(5)]
+    assert nearest.value == pytest.approx(np.mean(hits)) and 0 < nearest.value < 1
+    assert nearest.num_examples == among.num_examples == 15
+    assert among.value >= nearest.value and (nearest.chance, among.chance) == (1 / 3624, 36 / 3624)
+    assert EVALUATORS["nearest_image_of_grid"](replace(asked, grid_prompts=()), split) == []
 
 
 def test_a_half_that_is_none_is_told() -> None:

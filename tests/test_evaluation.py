@@ -8,7 +8,7 @@ from rudolph.data.datasets.shapes import Shapes, ShapesConfig
 from rudolph.evaluation.metrics.answers import nearest_ranks, token_f1
 from rudolph.evaluation.report_card import EVALUATORS, EvaluationConfig
 from rudolph.evaluation.statistics import mean_interval, proportion_interval
-from rudolph.models.image_metrics import psnr, ssim
+from rudolph.models.image_metrics import psnr, psnr_32px, ssim
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,10 @@ def test_psnr_and_ssim_of_known_images() -> None:
     truth = torch.rand(2, 3, 16, 16)
     off = (truth + 0.1).clamp(max=2)
     assert psnr(off, truth).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
+    # Averages of 2 x 2 pixels remove a checkerboard of errors, but not a constant one.
+    grey, board = torch.full((1, 3, 64, 64), 0.5), torch.ones(64, 64)
+    board[::2, ::2] = board[1::2, 1::2] = -1
+    assert psnr_32px(grey + 0.1 + board / 4, grey).item() == pytest.approx(20.0, abs=1e-3)
     assert ssim(truth, truth).tolist() == pytest.approx([1.0, 1.0])
     assert (ssim(torch.rand(2, 3, 16, 16), truth) < 0.5).all()
 

@@ -13,6 +13,7 @@ from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.generation.clip_ranking import RECALLS_AT
 
 NEAREST, SCENE_ACCURACY = "text_to_image/nearest_1_percent", "text_to_image/scene_accuracy"
+GRID_NEAREST = "text_to_image/grid_nearest"
 OTHER_PAIRS = "the same output scored for other pairs"
 
 
@@ -41,6 +42,10 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
     "nearest_image": (Metric(NEAREST, chance="1 %"),),
     "nearest_image_by_group": tuple(
         Metric(f"{NEAREST}_{group.split()[0].lower()}", chance="1 %") for group in GROUPS
+    ),
+    "nearest_image_of_grid": (
+        Metric(GRID_NEAREST, chance="1 of all emoji"),
+        Metric(f"{GRID_NEAREST}_1_percent", chance="1 %"),
     ),
     "scene_accuracy": (
         Metric(SCENE_ACCURACY, chance=OTHER_PAIRS),
@@ -115,6 +120,7 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
     ),
     "reconstruction": (
         Metric("vqgan/psnr", "dB"),
+        Metric("vqgan/psnr_32px", "dB"),
         Metric("vqgan/ssim", "at most 1"),
         Metric("vqgan/codebook_usage"),
         Metric("vqgan/codebook_perplexity", "codes"),

@@ -16,6 +16,15 @@ def mixed_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def grid_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
+    """Return the sampling seeds of a run's sample grid, prompt by prompt."""
+    return [
+        mixed_seed(seed, prompt, sample)
+        for prompt in range(num_prompts)
+        for sample in range(num_samples)
+    ]
+
+
 def shuffled_pairs(numbers: Sequence[int], num_pairs: int, seed: int) -> np.ndarray[Any, Any]:
     """Return the pair index of each example number.
 

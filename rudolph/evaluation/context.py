@@ -78,6 +78,8 @@ class EvaluationContext:
         ranker: CLIP that scores images; None if the evaluation names none.
         missing_image: ``zeros`` or ``legacy``, see ``EvaluationConfig``.
         eval_fold: evaluate only fold 0 or 1 of the pairs, the same for every seed; None for all.
+        grid_prompts: prompts of the sample grid.
+        grid_samples: number of images per prompt in the sample grid.
         on_token: progress callback ``(done, total)``.
         generated_cache: cache of generated images, shared by evaluators of the same captions.
     """
@@ -90,6 +92,8 @@ class EvaluationContext:
     ranker: ClipRanker | None = None
     missing_image: str = "zeros"
     eval_fold: int | None = None
+    grid_prompts: tuple[str, ...] = ()
+    grid_samples: int = 1
     on_token: Callable[[int, int], None] | None = None
     generated_cache: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 

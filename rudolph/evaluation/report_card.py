@@ -29,6 +29,7 @@ from rudolph.evaluation.evaluators.images import (
     inpainting,
     nearest_image,
     nearest_image_by_group,
+    nearest_image_of_grid,
     reconstruction,
     scene_accuracy,
     self_reranking,
@@ -124,6 +125,7 @@ class EvaluationConfig:
 DATASET_OF_EVALUATOR = {
     "nearest_image": "emoji",
     "nearest_image_by_group": "emoji",
+    "nearest_image_of_grid": "emoji",
     "scene_accuracy": "shapes",
     "inpainting": "shapes",
     "image_variation": "shapes",
@@ -142,6 +144,7 @@ MEMBER_OF_EVALUATOR = {
 EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "nearest_image": nearest_image,
     "nearest_image_by_group": nearest_image_by_group,
+    "nearest_image_of_grid": nearest_image_of_grid,
     "scene_accuracy": scene_accuracy,
     "caption_f1": caption_f1,
     "caption_metrics": caption_metrics,
@@ -187,6 +190,7 @@ SHOWS_IMAGES = frozenset(
 NEEDS: dict[str, tuple[str, ...]] = {
     "nearest_image": ("generate_image",),
     "nearest_image_by_group": ("generate_image",),
+    "nearest_image_of_grid": ("generate_image",),
     "scene_accuracy": ("generate_image",),
     "caption_f1": ("generate_text",),
     "caption_metrics": ("generate_text",),
@@ -255,6 +259,8 @@ def evaluate_all(
                     seed=seed,
                     missing_image=config.missing_image,
                     eval_fold=config.eval_fold,
+                    grid_prompts=config.grid_prompts,
+                    grid_samples=config.grid_samples,
                     on_token=partial(ignore_notes, advance),
                     generated_cache=generated_cache,
                 )
@@ -262,12 +268,18 @@ def evaluate_all(
                 new_scores = [
                     score.with_dataset(dataset) for score in EVALUATORS[evaluator](context, split)
                 ]
-                rate = context.num_examples / (time.monotonic() - started)
-                first = new_scores[0]
-                summary = f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}]"
-                advance(1, 1, f"{summary}, {rate:.3g} examples/s")
+                advance(1, 1, _summary(new_scores, time.monotonic() - started))
             scores += new_scores
     return scores
+
+
+def _summary(scores: list[Score], seconds: float) -> str:
+    """Return the first score of an evaluator and its speed, for the line of its stage."""
+    if not scores:
+        return "nothing to evaluate"
+    first = scores[0]
+    rate = first.num_examples / seconds
+    return f"{first.value:.3g} [{first.low:.3g}, {first.high:.3g}], {rate:.3g} examples/s"
 
 
 def card_rows(scores: list[Score]) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ Shapes: B batch, H and W pixels.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+COMPARED_SIZE = (32, 32)
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
@@ -18,6 +21,21 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
     """
     mse = (images - target).pow(2).mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
+
+
+def psnr_32px(images: Tensor, target: Tensor) -> Tensor:
+    """Return the PSNR in dB, ``(B,)``, after both are averaged down to 32 x 32 pixels.
+
+    It compares image tokenizers of different image sizes.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        target: the originals, of the same shape and range.
+    """
+    reduced, reduced_target = (
+        F.interpolate(each, size=COMPARED_SIZE, mode="area") for each in (images, target)
+    )
+    return psnr(reduced, reduced_target)
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rudolph.config.run import RunConfig, digest_of, to_plain
-from rudolph.data.seeds import mixed_seed
+from rudolph.data.seeds import grid_seeds
 from rudolph.data.splits import DataConfig, Split, Splits
 from rudolph.evaluation.context import ignore_notes
 from rudolph.families.interface import Capabilities
@@ -209,11 +209,7 @@ def generate_prompts(
     from rudolph.reports.style import warned_drawing
 
     prompts, num_samples = config.evaluation.grid_prompts, config.evaluation.grid_samples
-    seeds = [
-        mixed_seed(config.seed, index, sample)
-        for index in range(len(prompts))
-        for sample in range(num_samples)
-    ]
+    seeds = grid_seeds(config.seed, len(prompts), num_samples)
     images = pipeline.generate_images(
         prompts, config=config.sampling.image, seeds=seeds, on_token=on_token
     )

@@ -16,7 +16,7 @@ from rudolph.data.datasets.emoji import Emoji, emoji_images
 from rudolph.data.datasets.shapes import Shapes
 from rudolph.data.datasets.shapes_checker import SceneVerdict, check_scene, read_scene
 from rudolph.data.datasets.shapes_scenes import Scene
-from rudolph.data.seeds import mixed_seed
+from rudolph.data.seeds import grid_seeds, mixed_seed
 from rudolph.data.splits import Split
 from rudolph.evaluation.context import (
     EvaluationContext,
@@ -29,7 +29,7 @@ from rudolph.evaluation.metrics.answers import MetricProtocol, nearest_ranks
 from rudolph.evaluation.statistics import jackknife_interval
 from rudolph.generation.generate import TO_SAMPLE
 from rudolph.generation.ranking import rank_images
-from rudolph.models.image_metrics import psnr, ssim
+from rudolph.models.image_metrics import psnr, psnr_32px, ssim
 from rudolph.models.vqgan.codes import codebook_usage
 
 NEAREST_FRACTION = 0.01
@@ -56,17 +56,65 @@ def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Sco
     return _nearest(context, split, emoji, dict(sorted(groups.items())))
 
 
+def nearest_image_of_grid(context: EvaluationContext, split: Split) -> list[Score]:
+    """Evaluate the images of the sample grid whose prompts are names of this split.
+
+    Scores are how often the true image is the nearest of all emoji, and among the nearest 1 %.
+    A split without such a name has no score.
+    """
+    emoji = emoji_of(split, "nearest_image_of_grid")
+    captions, num_samples = list(split.captions), context.grid_samples
+    seeds = grid_seeds(context.seed, len(context.grid_prompts), num_samples)
+    rows = [
+        (captions.index(prompt), seeds[number * num_samples + sample])
+        for number, prompt in enumerate(context.grid_prompts)
+        if prompt in captions
+        for sample in range(num_samples)
+    ]
+    if not rows:
+        return []
+    indices = [index for index, _ in rows]
+    images = context.model.generate_image(
+        [captions[index] for index in indices],
+        config=context.image_sampling,
+        seeds=[seed for _, seed in rows],
+        on_token=context.on_token,
+    )
+    ranks, num_emoji = _ranks(images, split, emoji, indices)
+    protocol = MetricProtocol("nearest-rank", features="pixels", sample_size=num_emoji)
+    name = "text_to_image/grid_nearest"
+    return [
+        mean_score(
+            metric,
+            split,
+            indices,
+            (ranks <= limit).double().numpy(),
+            context,
+            chance=limit / num_emoji,
+            protocol=protocol,
+        )
+        for metric, limit in ((name, 1), (f"{name}_1_percent", int(NEAREST_FRACTION * num_emoji)))
+    ]
+
+
+def _ranks(
+    images: Tensor, split: Split, emoji: Emoji, indices: Sequence[int]
+) -> tuple[Tensor, int]:
+    """Return the rank of each image's true emoji among all emoji, and the number of these."""
+    keys, gallery = emoji_images(emoji.image_size, emoji.folder)
+    own_indices = torch.tensor([keys.index(split.keys[index]) for index in indices])
+    gallery_images = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
+    return nearest_ranks(images, gallery_images, own_indices), len(keys)
+
+
 def _nearest(
     context: EvaluationContext, split: Split, emoji: Emoji, groups: Mapping[str, list[int]]
 ) -> list[Score]:
     """Return one score per group of indices; the group's key is appended to the metric name."""
     indices = [index for group in groups.values() for index in group]
-    keys, gallery = emoji_images(emoji.image_size, emoji.folder)
-    own_indices = torch.tensor([keys.index(split.keys[index]) for index in indices])
-    images = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
-    ranks = nearest_ranks(context.generated_images(split, indices), images, own_indices)
-    limit = int(NEAREST_FRACTION * len(keys))
-    protocol = MetricProtocol("nearest-rank", features="pixels", sample_size=len(keys))
+    ranks, num_emoji = _ranks(context.generated_images(split, indices), split, emoji, indices)
+    limit = int(NEAREST_FRACTION * num_emoji)
+    protocol = MetricProtocol("nearest-rank", features="pixels", sample_size=num_emoji)
     ends = np.cumsum([len(group) for group in groups.values()])[:-1]
     hits = np.split((ranks <= limit).double().numpy(), ends)
     scored_groups = zip(groups.items(), hits, strict=True)
@@ -77,7 +125,7 @@ def _nearest(
             group_indices,
             group_hits,
             context,
-            chance=limit / len(keys),
+            chance=limit / num_emoji,
             protocol=protocol,
         )
         for (suffix, group_indices), group_hits in scored_groups
@@ -219,6 +267,8 @@ def self_reranking(context: EvaluationContext, split: Split) -> list[Score]:
 def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate the VQ-GAN: PSNR and SSIM of reconstructed images, and codebook usage.
 
+    ``psnr_32px`` compares VQ-GANs of different image sizes.
+
     Codebook usage is omitted if all pairs share one image.
     """
     indices = context.eval_indices(split)
@@ -234,7 +284,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
             context,
             protocol=MetricProtocol(name, settings=f"range-1:{images.shape[-1]}px"),
         )
-        for name, metric in (("psnr", psnr), ("ssim", ssim))
+        for name, metric in (("psnr", psnr), ("psnr_32px", psnr_32px), ("ssim", ssim))
     ]
     clusters = split.clusters(indices)
     if len(set(clusters.tolist())) < 2:
