@@ -68,14 +68,19 @@ def test_a_finished_run_is_skipped_exported_checked_and_redrawn(
     started = time.monotonic()
     assert main(["run", "tiny.yaml"]) == 0
     assert time.monotonic() - started < 20
-    assert "already finished" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "already finished" in said and "results/tiny has" not in said
+    for words in ("page: results/tiny/README.md", "images: results/tiny/samples/seed0-grid.png"):
+        assert Path(words.split()[1]).is_file() and words in said
+    assert 'next: rudolph generate "' in said
     results = folder / "results"
     exported = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert main(["export", "tiny.yaml"]) == 0
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
     assert main(["figures", "tiny"]) == 0
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == exported
-    capsys.readouterr()
+    assert main(["run", "tiny.yaml"]) == 0
+    assert "tiny: results/tiny has 1 run, " in capsys.readouterr().err
     # Without git every run counts as dirty, and nobody has written the page yet.
     assert main(["check"]) == 1
     problems = capsys.readouterr().err.splitlines()

@@ -76,11 +76,21 @@ def run_experiment(args: Any) -> int:
         return 0
     for file in dict.fromkeys(job.file for job in runs_of_jobs):
         write_owner(loaded[file], folders_here())
+        print_cost(loaded[file])
     failed = execute_jobs(runs_of_jobs, args, is_only=len(runs_of_jobs) == 1)
     if args.index is None:
         for file, experiment in loaded.items():
             failed |= execute_search(file, experiment, runs_of_jobs, args)
     return export_and_report(runs_of_jobs, failed, args)
+
+
+def print_cost(experiment: Any) -> None:
+    """Print what the runs in the results of an experiment cost, as an estimate of the time."""
+    from rudolph.reports.report import cost_of
+
+    folder = RESULTS_FOLDER / experiment.name
+    if cost := cost_of(folder):
+        print_line(f"{experiment.name}: {folder} has {cost}")
 
 
 def print_runs(runs: list[Any], experiments: list[Any]) -> None:
@@ -202,7 +212,7 @@ def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
                 # A failed export must not stop that of the other experiments.
                 export_errors[file] = error_message(error)
                 continue
-            print_line(f"results: {folder}")
+            print_results(experiments[file], folder)
             send_results(experiments[file].name, folder, tracking_uri(Path.cwd()))
     for job, message in failed.items():
         experiment, run = runs_of_jobs[job]
@@ -210,6 +220,23 @@ def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
     for file, message in export_errors.items():
         print_line(f"no results: {experiments[file].name}: {message}")
     return 1 if failed or export_errors else 0
+
+
+def print_results(experiment: Any, folder: Path) -> None:
+    """Print where the page, the images and the curves are, and a command that uses the model."""
+    from rudolph.runs.samples import grid_prompts_of
+    from rudolph.tracking.tracker import tracking_uri
+
+    print_line(f"results: {folder}")
+    print_line(f"  page: {folder / 'README.md'}")
+    for image in sorted((folder / "samples").glob("*-grid.png"))[:1]:
+        print_line(f"  images: {image}")
+    uri = tracking_uri(Path.cwd())
+    is_local = uri.startswith("sqlite:")
+    print_line(f"  curves: {'make mlflow, then http://127.0.0.1:5000' if is_local else uri}")
+    prompts = grid_prompts_of(experiment.runs[-1].config)
+    command = f'generate "{prompts[0]}" --model newest' if prompts else "report-card newest"
+    print_line(f"  next: rudolph {command}")
 
 
 def error_message(error: ValueError | OSError) -> str:

@@ -72,6 +72,14 @@ def core_minutes(folder: Path) -> float:
     )
 
 
+def cost_of(folder: Path) -> str:
+    """Return what the runs of a results folder cost and where; "" without readable results."""
+    try:
+        return f"{_cost(read_runs(folder))}, on {_machines(folder)}"
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
 def experiment_parts(folder: Path) -> dict[str, str]:
     """Return the generated parts of an experiment's page by the names of their markers."""
     report, runs = read_report(folder), read_runs(folder)
@@ -96,6 +104,11 @@ def new_page(title: str) -> str:
 
 def _scale(folder: Path, report: Report) -> str:
     """Return the scale of the runs and the processors or GPUs that they ran on."""
+    return f"Scale: {'; '.join(filter(None, (report.scale, _machines(folder))))}."
+
+
+def _machines(folder: Path) -> str:
+    """Return the processors or GPUs that the runs of an experiment ran on."""
     machines = [environment["machine"] for environment in read_json(folder / "environment.json")]
     names = {
         machine["gpus"][0]
@@ -103,7 +116,7 @@ def _scale(folder: Path, report: Report) -> str:
         else f"{machine.get('processor', 'unknown processor')}, threads: {machine['threads']}"
         for machine in machines
     }
-    return f"Scale: {'; '.join(filter(None, (report.scale, ' or '.join(sorted(names)))))}."
+    return " or ".join(sorted(names))
 
 
 def _setup(report: Report) -> str:
@@ -129,16 +142,20 @@ def _numbers(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
 
 def _reproduce(report: Report, runs: pd.DataFrame) -> str:
     """Return the command, and what the committed runs cost."""
-    minutes, overhead = runs["seconds"].sum() / 60, ""
+    overhead = ""
     if OVERHEAD in runs and runs[OVERHEAD].notna().all():
         fraction = runs[OVERHEAD].sum() / runs["seconds"].sum()
         overhead = f", {fraction:.1%} of it outside the stages"
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     return (
         f"```\nrudolph run {report.source}\n```\n\n"
-        f"{count}, {minutes:.3g} minutes in all{overhead}, commit {_commits(runs)}. "
+        f"{_cost(runs)}{overhead}, commit {_commits(runs)}. "
         "`configs.jsonl` has the settings of every run."
     )
+
+
+def _cost(runs: pd.DataFrame) -> str:
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return f"{count}, {runs['seconds'].sum() / 60:.3g} minutes in all"
 
 
 def _missing(report: Report) -> list[str]:
