@@ -28,17 +28,26 @@ from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 from rudolph.models.vqgan.model import VQGANConfig
 from rudolph.models.vqgan.quantizers import QuantizerConfig
+from rudolph.models.weights import load_exactly, read_weights
 from rudolph.runs.execution import Execution, Folders, Hardware, NullRecorder
+from rudolph.runs.resolve import SHIPPED, SHIPPED_RUN
 from rudolph.runs.stages.evaluation import run_evaluators
 from rudolph.runs.stages.image_tokenizer import image_indices, make_vqgan
 from rudolph.runs.stages.model import train_model
 from rudolph.runs.stages.tokenizer import open_data
 from rudolph.sequence.tokenizer import TokenizerConfig
+from rudolph.tracking.run_directory import RunDirectory
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
 QUICKSTART_RESULTS = Path(__file__).resolve().parents[2] / "results" / "quickstart" / "runs.csv"
-EVALUATORS_SCORED = ("reconstruction", "nearest_image", "caption_f1")
+EVALUATORS_SCORED = (
+    "reconstruction",
+    "nearest_image",
+    "nearest_image_of_grid",
+    "caption_f1",
+)
+SHIPPED_VQGAN = RunDirectory(SHIPPED_RUN).checkpoints / "vqgan.safetensors"
 SCORED_SPLITS = ("validation", "train", "compositional")
 
 
@@ -48,50 +57,52 @@ def quickstart_config() -> RunConfig:
     return RunConfig(
         data=DataConfig(
             dataset="emoji",
+            image_size=64,
             image_token_noise=1.0,
             tasks={"text_to_image": 0.7, "image_captioning": 0.3},
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
-        layout=TextLengths(16, 16),
+        layout=TextLengths(14, 14),
         vqgan=quickstart_vqgan(),
         vqgan_losses=ReconstructionLossConfig(l1_weight=0.0, l2_weight=2.0),
         vqgan_optim=replace(
             muon,
-            num_steps=2000,
-            global_batch_size=8,
-            learning_rate=0.0015,
-            muon_learning_rate=0.0045,
+            num_steps=1000,
+            global_batch_size=32,
+            learning_rate=0.003,
+            muon_learning_rate=0.008,
             warmup_steps=20,
             final_learning_rate_fraction=0.01,
             weight_decay=0.01,
-            validate_every=500,
+            validate_every=250,
             checkpoint_every=500,
         ),
         model=quickstart_decoder(),
         optim=replace(
             muon,
-            num_steps=2500,
+            num_steps=3200,
             global_batch_size=32,
             learning_rate=0.006,
-            muon_learning_rate=0.01,
+            muon_learning_rate=0.005,
             warmup_steps=30,
             final_learning_rate_fraction=0.02,
             weight_decay=0.05,
-            validate_every=625,
-            checkpoint_every=625,
+            validate_every=800,
+            checkpoint_every=800,
         ),
-        sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=1.5)),
+        sampling=SamplingConfig(image=TokenSamplingConfig(top_k=1, guidance=2.0)),
         evaluation=EvaluationConfig(EVALUATORS_SCORED, SCORED_SPLITS, grid_samples=1),
     )
 
 
 def quickstart_vqgan() -> VQGANConfig:
-    """Return the VQ-GAN configuration of the quickstart."""
+    """Return the VQ-GAN configuration of the quickstart, that of the demo model."""
     return VQGANConfig(
-        resolution=32,
-        channels=(16, 32, 64),
+        init=SHIPPED,
+        resolution=64,
+        channels=(32, 64, 96, 96),
         num_res_blocks=1,
-        attention_resolutions=(),
+        attention_resolutions=(8,),
         z_channels=32,
         norm_groups=4,
         quantizer=QuantizerConfig("ema", 2048, 8),
@@ -110,17 +121,28 @@ def quickstart_decoder() -> RudolphConfig:
         attention_dropout=0.0,
         output_dropout=0.0,
         position_init_std=0.5,
-        losses=DecoderLossConfig(0.1, 1.0, 0.5),
+        gelu="none",
+        image_embedding_init="codebook",
+        losses=DecoderLossConfig(0.0, 1.0, 0.8),
     )
 
 
 def smallest_config(config: RunConfig) -> RunConfig:
-    """Return the configuration with two steps per training and two images to score."""
+    """Return the configuration with two steps per training and two images to score.
+
+    Its VQ-GAN is that of the training stage.
+    """
     steps: dict[str, Any] = {"num_steps": 2, "global_batch_size": 2, "validate_every": 2}
     return replace(
         config,
         tokenizer=replace(config.tokenizer, vocab_size=300),
-        vqgan=replace(config.vqgan, channels=(4, 4, 8), z_channels=8, attention_resolutions=()),
+        vqgan=replace(
+            config.vqgan,
+            init=None,
+            channels=(4, 4, 4, 8),
+            z_channels=8,
+            attention_resolutions=(),
+        ),
         vqgan_optim=replace(config.vqgan_optim, **steps),
         model=replace(config.decoder, num_layers=1, hidden_size=32, num_heads=2),
         optim=replace(config.optim, **steps),
@@ -177,10 +199,16 @@ class Quickstart:
         yield CheckRow("BPE ids", self.tokenizer.vocab_size)
 
     def train_vqgan(self) -> Iterator[CheckRow]:
-        """Train the VQ-GAN."""
-        self.vqgan = make_vqgan(self.execution, self.splits)
-        seconds = self.execution.seconds["vqgan"]
+        """Train a VQ-GAN from scratch; later stages use that of the demo model if configured."""
+        config = replace(self.config, vqgan=replace(self.config.vqgan, init=None))
+        execution = replace(self.execution, run=Run("seed0", "", {}, config))
+        self.vqgan = make_vqgan(execution, self.splits)
+        seconds = execution.seconds["vqgan"]
         yield CheckRow("steps", self.config.vqgan_optim.num_steps / seconds, "steps/s")
+        if self.config.vqgan.init == SHIPPED:
+            # A bare machine cannot read the configuration next to these weights.
+            load_exactly(self.vqgan, read_weights(SHIPPED_VQGAN), family=str(SHIPPED_VQGAN))
+            self.vqgan.float()
 
     def encode_images(self) -> Iterator[CheckRow]:
         """Encode all images to image tokens."""
