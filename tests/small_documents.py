@@ -77,8 +77,8 @@ def settings(case: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-@cache
-def reader_of(family: str) -> Any:
+def build_reader(family: str) -> Any:
+    """Return a new model, its reader and the format of its documents."""
     vqgan = flat({"vqgan": tiny_run.TINY["settings"]["vqgan"]})
     config = resolve_run(Path("x"), {"data.image_size": 24, **vqgan, **flat(settings(family))})
     adapter = family_of(config.model)
@@ -91,7 +91,13 @@ def reader_of(family: str) -> Any:
                 parameter.fill_(0.7)
             elif "language_model" in name or family == "language_model":
                 parameter.mul_(4)
-    return adapter.reader(config, model.eval()), adapter.document_format(config)
+    return model, adapter.reader(config, model.eval()), adapter.document_format(config)
+
+
+@cache
+def reader_of(family: str) -> Any:
+    """Return the reader and the format of the documents of a model."""
+    return build_reader(family)[1:]
 
 
 def flat(content: dict[str, Any]) -> dict[str, Any]:

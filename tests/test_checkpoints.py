@@ -17,8 +17,8 @@ from rudolph.training.checkpoints import (
 )
 
 
-def write_checkpoint(path: Path, step: int, *, num_batches: int = 8, digest: str = "a") -> None:
-    state = {"num_batches": num_batches, "made_of": digest}
+def write_checkpoint(path: Path, step: int, *, num_steps: int = 8, digest: str = "a") -> None:
+    state = {"num_steps": num_steps, "made_of": digest}
     content = {
         "state_dict": {"weight": torch.full((40, 30), float(step))},
         "optimizer_states": [{"step": step}],
@@ -38,7 +38,7 @@ def write_two(folder: Path) -> Path:
 
 
 def found_step(last: Path) -> int | None:
-    found = find_checkpoint(last, num_batches=8, digest="a", is_main=True)
+    found = find_checkpoint(last, num_steps=8, digest="a", is_main=True)
     return found and int(torch.load(found, weights_only=True)["loops"]["step"])
 
 
@@ -86,7 +86,7 @@ def test_without_a_whole_checkpoint_training_starts_from_the_beginning_and_says_
     last.write_bytes(b"")
     previous_of(last).write_bytes(b"PK\x03\x04")
     # A process that does not report reaches the same result and changes no file.
-    assert find_checkpoint(last, num_batches=8, digest="a", is_main=False) is None
+    assert find_checkpoint(last, num_steps=8, digest="a", is_main=False) is None
     assert last.is_file()
     with caplog.at_level(logging.WARNING, "rudolph"):
         assert found_step(last) is None
@@ -101,8 +101,8 @@ def test_a_checkpoint_of_another_training_is_refused_and_stays(tmp_path: Path) -
         ValueError, match="other data, another tokenizer or another VQ-GAN\\. Delete it"
     ):
         found_step(last)
-    write_checkpoint(last, 3, num_batches=16)
-    with pytest.raises(ValueError, match="training of 8 batches, got 16"):
+    write_checkpoint(last, 3, num_steps=16)
+    with pytest.raises(ValueError, match="training of 8 steps, got 16"):
         found_step(last)
     assert last.is_file()
 

@@ -66,12 +66,12 @@ def train(
     module: CLIPTraining, examples: TextImageExamples, hardware: Hardware = CPU
 ) -> dict[str, float]:
     """Train to the last step and return the logged metrics."""
-    micro, _ = hardware.batches(module.optim)
     streams = Streams(
         examples.batch,
         examples.whole,
-        batch_size=micro,
-        num_batches=module.optim.num_steps,
+        global_batch_size=module.optim.global_batch_size,
+        micro_batch_size=hardware.batches(module.optim)[0],
+        num_steps=module.optim.num_steps,
         num_validation=examples.num_whole,
     )
     trainer = make_trainer(hardware, logger=False, callbacks=averaging(module.optim))
@@ -384,10 +384,15 @@ def test_what_does_not_fit_together_is_told(split, tokenizer) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             CLIPTraining(model, CLIPLossConfig(kind), OPTIM)
+    examples = TextImageExamples(split, tokenizer, biased.config, seed=0)
     with pytest.raises(
-        ValueError, match=r"global_batch_size: expected one micro-batch.* 3 parts of 6"
+        ValueError, match=r"global_batch_size: expected one micro-batch.* got 2 of 6 pairs"
     ):
-        CLIPTraining(biased, CLIPLossConfig("sigmoid"), OPTIM, num_accumulated=3)
+        train(
+            CLIPTraining(biased, CLIPLossConfig("sigmoid"), OPTIM),
+            examples,
+            replace(CPU, micro_batch_size=2),
+        )
     sigmoid = CLIPLossConfig("sigmoid", initial_scale=7.0, initial_bias=-3.0)
     CLIPTraining(biased, sigmoid, OPTIM)
     assert biased.logit_scale.exp().item() == pytest.approx(7)

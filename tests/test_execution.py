@@ -176,7 +176,12 @@ def test_a_codebook_follows_its_latents_in_every_precision(tmp_path: Path, preci
         Hardware(accelerator="cpu", precision=precision), logger=False, default_root_dir=tmp_path
     )
     streams = Streams(
-        lambda _: batch, lambda _: batch, batch_size=4, num_batches=3, num_validation=4
+        lambda _: batch,
+        lambda _: batch,
+        global_batch_size=4,
+        micro_batch_size=4,
+        num_steps=3,
+        num_validation=4,
     )
     trainer.fit(module, streams)
     quantizer = module.model.quantize

@@ -87,12 +87,14 @@ def test_the_same_run_again_gives_the_same_weights_and_numbers(
     assert one["metrics"] == other["metrics"]
 
 
-def test_micro_batches_and_workers_change_no_step(finished: Path, tmp_path: Path) -> None:
+def test_micro_batches_and_workers_change_no_image_tokenizer(
+    finished: Path, tmp_path: Path
+) -> None:
     again = run_tiny(tmp_path, micro_batch_size=2, num_workers=1)
-    # Segment losses are means per micro-batch, and the codebook follows each micro-batch. So the
-    # values differ, but the number of steps does not.
-    for name in ("vqgan/val/psnr", "decoder/val/loss"):
-        assert curves(again)[name].keys() == curves(finished)[name].keys() == {4, 8}
+    for name in ("vqgan/val/psnr", "vqgan/val/loss/reconstruction"):
+        assert curves(again)[name] == pytest.approx(curves(finished)[name], rel=1e-4)
+    # The decoder has dropout, which is drawn for each micro-batch.
+    assert curves(again)["decoder/val/loss"].keys() == curves(finished)["decoder/val/loss"].keys()
 
 
 RUNNER = """
@@ -119,8 +121,6 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob(pattern)), "killed too late"
-    with pytest.raises(ValueError, match=r"last.ckpt: .* Give the same --micro-batch-size"):
-        run_tiny(tmp_path, micro_batch_size=2)
     resumed = run_tiny(tmp_path)
     assert_equal_weights(finished, resumed)
     assert curves(resumed) == curves(finished)
@@ -197,7 +197,7 @@ def test_a_run_that_is_being_executed_is_not_started_again(tmp_path: Path) -> No
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss of \w+ is (nan|inf)"):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: loss[\w/]* is (nan|inf)"):
         run_tiny(tmp_path, ("optim.learning_rate=1e30", "optim.gradient_clip=null"))
     summary = json.loads(next(tmp_path.glob("runs/tiny/*/summary.json")).read_text())
     assert summary["status"] == "failed"

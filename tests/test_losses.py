@@ -13,12 +13,14 @@ from rudolph.training import losses as losses_module
 from rudolph.training.losses import (
     REDUCTIONS,
     DecoderLossConfig,
+    LabelTotals,
     LearnedWeights,
     ReconstructionLossConfig,
     adaptive_weight,
     compute_losses,
-    entry_means,
+    entry_sums,
     hinge_discriminator_loss,
+    label_totals,
     reconstruction_loss,
     reduce_losses,
     segment_losses,
@@ -253,6 +255,37 @@ def test_a_batch_of_several_tasks_is_averaged_as_it_is_said(reduction: str) -> N
     assert all(each.grad is not None for each in model.to_logits.parameters())
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("sizes", [(2, 3), (1, 1, 1, 1, 1), (4, 1)], ids=str)
+def test_losses_of_micro_batches_add_up_to_that_of_the_whole_batch(
+    reduction: str, sizes: tuple[int, ...]
+) -> None:
+    model, tokens, sources, weights = mixture()
+    config = DecoderLossConfig(reduction=reduction)
+
+    def loss_of(rows: slice, totals: LabelTotals | None = None) -> torch.Tensor:
+        found = compute_losses(model, tokens[rows], config, scored=scored_by(weights[rows]))
+        return reduce_losses(
+            found, config, weights=weights[rows], sources=sources[rows], totals=totals
+        )
+
+    whole = loss_of(slice(None))
+    whole.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    found = compute_losses(model, tokens, config, scored=scored_by(weights))
+    rows = {name: segment.rows for name, segment in found.items()}
+    totals = label_totals(rows, weights=weights, sources=sources, num_sources=3)
+    total, first = 0.0, 0
+    for size in sizes:
+        share = loss_of(slice(first, first + size), totals)
+        share.backward()
+        total, first = total + share.item(), first + size
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    for parameter, expected in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("leading_bos", [False, True])
 @pytest.mark.parametrize("whole", [(), (1, 4), (0, 1, 2, 3, 4)], ids=str)
 def test_skipped_right_texts_change_no_loss_and_no_gradient(
@@ -296,15 +329,21 @@ def test_losses_of_rows_of_a_mixture_are_those_of_their_examples() -> None:
     model, tokens, sources, weights = mixture()
     config = DecoderLossConfig(reduction="task")
     found = compute_losses(model, tokens, config, scored=scored_by(weights))
-    means, counts = entry_means(found, sources, 4)
-    assert counts[3].tolist() == [0, 0, 0] and means[3].tolist() == [0, 0, 0]
+    rows = {name: segment.rows for name, segment in found.items()}
+    totals = label_totals(rows, weights=weights, sources=sources, num_sources=4)
+    counts, sums = totals.counts, entry_sums(found, sources, 4)
+    assert totals.examples.tolist() == [2, 1, 2, 0]
+    assert counts[3].tolist() == [0, 0, 0] and sums[3].tolist() == [0, 0, 0]
     for row in range(3):
         own = tokens[sources == row]
         alone = segment_losses(model, own, config, scored=scored_by(weights[sources == row]))
         for at, name in enumerate(SEGMENTS):
             assert (counts[row, at] > 0) == (name in alone)
             if name in alone:
-                torch.testing.assert_close(means[row, at].float(), alone[name])
+                mean = sums[row, at] / counts[row, at]
+                torch.testing.assert_close(mean.float(), alone[name])
+                weight = totals.weights[row, at] / counts[row, at]
+                torch.testing.assert_close(weight.float(), weights[sources == row][0, at])
 
 
 def test_a_joint_softmax_is_over_all_ids_and_validation_over_those_of_the_segment() -> None:

@@ -23,17 +23,17 @@ from rudolph.training.vqgan import VQGANTraining
 
 
 def test_a_checkpoint_refuses_another_training_and_weights_that_are_not_finite() -> None:
-    first = ResumeCheckpoint(Path("last.ckpt"), 2, num_batches=9, digest="one")
+    first = ResumeCheckpoint(Path("last.ckpt"), 2, num_steps=9, digest="one")
     first.load_state_dict(first.state_dict())
     for other, words in (
-        (ResumeCheckpoint(first.path, 2, num_batches=8, digest="one"), "8 batches, got 9"),
-        (ResumeCheckpoint(first.path, 2, num_batches=9, digest="two"), "other data"),
+        (ResumeCheckpoint(first.path, 2, num_steps=8, digest="one"), "8 steps, got 9"),
+        (ResumeCheckpoint(first.path, 2, num_steps=9, digest="two"), "other data"),
     ):
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(first.state_dict())
     module = torch.nn.Linear(2, 2)
     module.weight.data[1, 0] = torch.inf
-    with pytest.raises(NonFiniteLossError, match="batch 4: the weights are not finite"):
+    with pytest.raises(NonFiniteLossError, match="step 4: the weights are not finite"):
         first.on_train_batch_start(None, module, None, 4)  # type: ignore[arg-type]
 
 
@@ -98,12 +98,10 @@ def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) 
     config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=QuantizerConfig("vq", 12, 4))
     optim = OptimConfig(num_steps=6, global_batch_size=4, warmup_steps=0, validate_every=6)
     on = Hardware(accelerator="cpu", precision="32-true", **hardware)
-    micro, parts = on.batches(optim)
     module = Kept(
         VQGAN(config),
         ReconstructionLossConfig(discriminator_start=2),
         optim,
-        num_accumulated=parts,
     )
     module.before = {name: each.detach().clone() for name, each in module.named_parameters()}
     module.path = folder / f"of_{on.devices}"
@@ -114,10 +112,15 @@ def train_with_adversary(folder: Path, *, num_validation: int, **hardware: Any) 
         return ImageBatch(images[chosen], chosen)
 
     trainer = make_trainer(
-        on, num_networks=2, logger=False, val_check_interval=6 * parts, default_root_dir=folder
+        on, num_networks=2, logger=False, val_check_interval=6, default_root_dir=folder
     )
     streams = Streams(
-        batch, batch, batch_size=micro, num_batches=6 * parts, num_validation=num_validation
+        batch,
+        batch,
+        global_batch_size=4,
+        micro_batch_size=on.batches(optim)[0],
+        num_steps=6,
+        num_validation=num_validation,
     )
     trainer.fit(module, streams)
     module.found = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -166,12 +166,12 @@ def test_a_code_that_nobody_takes_is_revived_from_the_batch() -> None:
     torch.manual_seed(0)
     quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 4, 2, decay=0.5, dead_code_threshold=0.2))
     z = torch.randn(1, 2, 6, 6)
-    quantizer(z)
+    quantizer.start(z)
     lost = torch.tensor([1, 3])
     quantizer.codebook[lost] = 100.0
     quantizer.sums[lost] = 100.0 * quantizer.counts[lost, None]
     for _ in range(5):
-        quantizer(z)
+        quantizer.update_codebook(z, quantizer.indices(z))
     assert quantizer.codebook.abs().max() <= z.abs().max()
     vectors = z.movedim(1, -1).flatten(0, -2)
     assert (quantizer.codebook[:, None] - vectors).norm(dim=-1).min(1).values.max() < 1.0
@@ -181,11 +181,11 @@ def test_a_revived_code_goes_where_the_codebook_errs_most() -> None:
     torch.manual_seed(0)
     quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 3, 1, decay=0.9))
     background = torch.zeros(1, 1, 10, 10)
-    quantizer(background)
+    quantizer.start(background)
     rare = background.clone()
     rare[0, 0, 3, 7] = 5.0
     quantizer.counts[2] = 0.0
-    quantizer(rare)
+    quantizer.update_codebook(rare, quantizer.indices(rare))
     assert quantizer.codebook.flatten()[2].item() == 5.0
 
 
@@ -203,8 +203,9 @@ def test_the_ema_codebook_settles_on_the_means_of_its_latents() -> None:
     torch.manual_seed(0)
     quantizer = QUANTIZERS["ema"](QuantizerConfig("ema", 2, 1, decay=0.8))
     z = torch.tensor([1.0, 1.2, 0.8, -2.0, -2.4, -1.6]).view(1, 1, 2, 3)
+    quantizer.start(z)
     for _ in range(60):
-        quantizer(z)
+        quantizer.update_codebook(z, quantizer.indices(z))
     torch.testing.assert_close(
         quantizer.codebook.flatten().sort().values, torch.tensor([-2.0, 1.0]), atol=1e-2, rtol=0
     )

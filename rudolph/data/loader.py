@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class _Batches(Dataset[Any]):
-    """A dataset whose items are whole batches, indexed by lists of example numbers."""
+    """A dataset whose items are made from whole lists of example numbers."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any]) -> None:
         self.make = make
@@ -17,40 +17,40 @@ class _Batches(Dataset[Any]):
         return self.make(numbers)
 
 
-class _StreamSampler(Sampler[Any]):
-    """A sampler of lists of example numbers that starts at batch ``start``.
+class _StepSampler(Sampler[Any]):
+    """A sampler of one device's example numbers of each step, from step ``start``.
 
-    Its length is that of the whole training, because the loop counts resumed batches as done.
+    Each device takes a contiguous part of a global batch.  The length is that of the whole
+    training, because the loop counts resumed steps as done.
     """
 
     def __init__(
-        self, batch_size: int, num_batches: int, *, rank: int, world_size: int, start: int
+        self, global_batch_size: int, num_steps: int, *, rank: int, world_size: int, start: int
     ) -> None:
-        self.batch_size, self.num_batches, self.rank, self.world_size, self.start = (
-            batch_size,
-            num_batches,
-            rank,
-            world_size,
-            start,
-        )
+        self.global_batch_size, self.num_steps, self.start = global_batch_size, num_steps, start
+        self.share = global_batch_size // world_size
+        self.offset = rank * self.share
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.num_steps
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.num_batches):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.start, self.num_steps):
+            first = step * self.global_batch_size + self.offset
+            yield range(first, first + self.share)
 
 
 class Streams(pl.LightningDataModule):
     """The data loaders of one training run.
 
+    A training batch is a list of micro-batches: one device's part of a global batch.
+
     Args:
         train: Returns the training batch of some example numbers.
         validation: Returns the validation batch of some pair indices.
-        batch_size: Examples per batch on one device.
-        num_batches: Batches on one device in the whole training.
+        global_batch_size: Examples per step on all devices together.
+        micro_batch_size: Examples per micro-batch.
+        num_steps: Steps in the whole training.
         num_validation: Number of validation examples on all devices together.
         num_workers: Worker processes per loader.
     """
@@ -60,32 +60,38 @@ class Streams(pl.LightningDataModule):
         train: Callable[[Sequence[int]], Any],
         validation: Callable[[Sequence[int]], Any],
         *,
-        batch_size: int,
-        num_batches: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        num_steps: int,
         num_validation: int,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.train, self.validation = train, validation
-        self.batch_size, self.num_batches = batch_size, num_batches
-        self.num_validation, self.num_workers = num_validation, num_workers
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.num_steps, self.num_validation = num_steps, num_validation
+        self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the training batches that are still to come."""
+        """Return the loader of the training steps that are still to come."""
         trainer: Any = self.trainer
-        start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        sampler = _StreamSampler(
-            self.batch_size,
-            self.num_batches,
+        sampler = _StepSampler(
+            self.global_batch_size,
+            self.num_steps,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            start=start,
+            start=trainer.fit_loop.epoch_loop.batch_progress.current.completed,
         )
-        return self._loader(self.train, sampler)
+        return self._loader(self._micro_batches, sampler)
+
+    def _micro_batches(self, numbers: Sequence[int]) -> list[Any]:
+        size = self.micro_batch_size
+        starts = range(0, len(numbers), size)
+        return [self.train(list(numbers[first : first + size])) for first in starts]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this device's validation loader, with at least 64 examples per full batch."""
-        size = max(self.batch_size, 64)
+        size = max(self.micro_batch_size, 64)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
         # A device without pairs would skip the validation in which the others wait for it.  It
         # evaluates all pairs instead, which leaves their relative weights unchanged.

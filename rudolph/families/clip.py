@@ -134,9 +134,7 @@ class CLIPFamily:
         """Return the Lightning module that trains a CLIP."""
         from rudolph.training.clip import CLIPTraining
 
-        return CLIPTraining(
-            model, run.model.losses, run.optim, num_accumulated=flags.num_accumulated
-        )
+        return CLIPTraining(model, run.model.losses, run.optim)
 
     def open(self, run: RunSettings, model: Any, parts: Parts) -> CLIPCapabilities:
         """Return the capabilities of a trained CLIP."""

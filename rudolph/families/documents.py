@@ -418,7 +418,6 @@ class DocumentFamily:
             model,
             self.reader(run, model),
             run.optim,
-            num_accumulated=flags.num_accumulated,
             sources=[entry.name for entry in run.data.mixture],
         )
 

@@ -252,7 +252,6 @@ class RudolphFamily:
             model,
             run.model.losses,
             run.optim,
-            num_accumulated=flags.num_accumulated,
             sources=[each.source.name for each in examples.entries],
         )
 

@@ -63,9 +63,14 @@ def count_choices(choices: Sequence[Sequence[str]]) -> int:
     return max(counts, default=1)
 
 
+def answer_labels(documents: DocumentBatch) -> Tensor:
+    """Return the label of each position's next token, ``(B, T - 1)``, or ``IGNORE``."""
+    return documents.labels[:, 1:]
+
+
 def answer_losses(reader: DocumentReader, documents: DocumentBatch) -> tuple[Tensor, Tensor]:
     """Return the loss ``(L,)`` in nats of all labels and the document of each, ``(L,)``."""
-    logits, labels = reader.logits(documents)[:, :-1], documents.labels[:, 1:]
+    logits, labels = reader.logits(documents)[:, :-1], answer_labels(documents)
     is_label = labels != IGNORE
     losses = F.cross_entropy(logits[is_label].float(), labels[is_label], reduction="none")
     return losses, is_label.nonzero()[:, 0]

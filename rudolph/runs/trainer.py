@@ -19,7 +19,6 @@ from rudolph.training.callbacks import (
     MetricLogger,
     ReportProgress,
     ResumeCheckpoint,
-    StepSeed,
     quiet_lightning,
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
@@ -61,17 +60,11 @@ def fit(
         seed: Seed of the training.
     """
     hardware = execution.hardware
-    micro, num_accumulated = hardware.batches(optim)
-    num_batches = optim.num_steps * num_accumulated
-    folder = weights.parent
+    num_steps, folder = optim.num_steps, weights.parent
     last = folder / CHECKPOINT
-    start = find_checkpoint(
-        last, num_batches=num_batches, digest=digest, is_main=is_main_process()
-    )
-    checkpoint = ResumeCheckpoint(
-        last, optim.checkpoint_every * num_accumulated, num_batches=num_batches, digest=digest
-    )
-    seeds, progress = StepSeed(mixed_seed(seed, stage)), ReportProgress(advance, num_batches)
+    start = find_checkpoint(last, num_steps=num_steps, digest=digest, is_main=is_main_process())
+    checkpoint = ResumeCheckpoint(last, optim.checkpoint_every, num_steps=num_steps, digest=digest)
+    module.seed = mixed_seed(seed, stage)
     logger = MetricLogger(
         execution.tracker.log_metrics,
         stage=stage,
@@ -83,14 +76,15 @@ def fit(
         hardware,
         num_networks=len(module.networks()),
         logger=logger,
-        callbacks=[seeds, checkpoint, *averaging(optim), progress],
-        val_check_interval=min(optim.validate_every * num_accumulated, num_batches),
+        callbacks=[checkpoint, *averaging(optim), ReportProgress(advance, num_steps)],
+        val_check_interval=min(optim.validate_every, num_steps),
         default_root_dir=folder,
     )
     streams = Streams(
         *examples[:2],
-        batch_size=micro,
-        num_batches=num_batches,
+        global_batch_size=optim.global_batch_size,
+        micro_batch_size=hardware.batches(optim)[0],
+        num_steps=num_steps,
         num_validation=examples[2],
         num_workers=hardware.num_workers,
     )

@@ -1,4 +1,4 @@
-"""Callbacks and logger of a training: step seeds, resume checkpoints, progress and metrics."""
+"""Callbacks and logger of a training: resume checkpoints, progress and metrics."""
 
 import logging
 import time
@@ -13,7 +13,6 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from rudolph.data.seeds import mixed_seed
 from rudolph.files.atomic import append_line, json_text, naming_file
 from rudolph.training.checkpoints import require_same_training, rotate_checkpoints
 
@@ -33,59 +32,42 @@ def require_finite(losses: Mapping[str, Tensor], *, step: int, examples: Tensor)
     for name, loss in losses.items():
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"step {step}: the loss of {name} is {loss.item()}; examples {examples.tolist()}"
+                f"step {step}: {name} is {loss.item()}; examples {examples.tolist()}"
             )
 
 
-class StepSeed(pl.Callback):
-    """A callback that seeds torch before every batch, so that a resumed run samples the same."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
-    ) -> None:
-        """Seed torch from the run's seed, the micro-batch and the rank."""
-        torch.manual_seed(mixed_seed(self.seed, batch_index, trainer.global_rank))
-
-
 class ResumeCheckpoint(pl.Callback):
-    """A callback that writes ``last.ckpt`` every so many batches, if the weights are finite.
+    """A callback that writes ``last.ckpt`` every so many steps, if the weights are finite.
 
     Writes are atomic.  The preceding checkpoint is kept as ``previous.ckpt``, in case the last one
-    is damaged.  A checkpoint is written at the start of the next batch, because only then have
-    Lightning's loops counted the last one.  It records the number of batches of its training and
-    what it was trained on.
+    is damaged.  A checkpoint is written at the start of the next step, because only then have
+    Lightning's loops counted the last one.  It records the number of steps of its training and
+    what it was trained on, and nothing of the hardware: any other may continue.
 
     Raises:
         ValueError: on loading a checkpoint of another training, whose steps would not match.
         NonFiniteLossError: before writing weights that are not finite.
     """
 
-    def __init__(
-        self, path: Path, every_num_batches: int, *, num_batches: int, digest: str
-    ) -> None:
-        self.path, self.every = path, every_num_batches
-        self.num_batches, self.digest = num_batches, digest
+    def __init__(self, path: Path, every_num_steps: int, *, num_steps: int, digest: str) -> None:
+        self.path, self.every = path, every_num_steps
+        self.num_steps, self.digest = num_steps, digest
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the training."""
-        return {"num_batches": self.num_batches, "made_of": self.digest}
+        return {"num_steps": self.num_steps, "made_of": self.digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if the checkpoint is that of another training."""
-        require_same_training(
-            self.path, state_dict, num_batches=self.num_batches, digest=self.digest
-        )
+        require_same_training(self.path, state_dict, num_steps=self.num_steps, digest=self.digest)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
-        """Write a checkpoint of the batches before this one, if one is due."""
+        """Write a checkpoint of the steps before this one, if one is due."""
         if batch_index % self.every == 0 and batch_index > 0:
             if not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
-                raise NonFiniteLossError(f"batch {batch_index}: the weights are not finite")
+                raise NonFiniteLossError(f"step {batch_index}: the weights are not finite")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new_path = self.path.with_suffix(".new")
             try:
@@ -99,14 +81,14 @@ class ResumeCheckpoint(pl.Callback):
 
 
 class ReportProgress(pl.Callback):
-    """A callback that calls ``advance(done, total, note)`` after every batch.
+    """A callback that calls ``advance(done, total, note)`` after every step.
 
     The note holds the newest loss, the newest validation result and the fraction of time spent
     waiting for data.
     """
 
-    def __init__(self, advance: Callable[[int, int, str], None], num_batches: int) -> None:
-        self.advance, self.num_batches = advance, num_batches
+    def __init__(self, advance: Callable[[int, int, str], None], num_steps: int) -> None:
+        self.advance, self.num_steps = advance, num_steps
         self.started = self.ended = 0.0
         self.seconds_waited = self.seconds_worked = 0.0
 
@@ -144,7 +126,7 @@ class ReportProgress(pl.Callback):
         self.seconds_worked += self.ended - self.started
         waiting_fraction = self.seconds_waited / (self.seconds_waited + self.seconds_worked)
         self.advance(
-            batch_index + 1, self.num_batches, f"{note}, {waiting_fraction:.1%} waiting for data"
+            batch_index + 1, self.num_steps, f"{note}, {waiting_fraction:.1%} waiting for data"
         )
 
 
@@ -190,7 +172,7 @@ class MetricLogger(Logger):
             if name != "epoch"
         }
         if values:
-            # Lightning's step counts micro-batches, and is one too high after resuming.
+            # Lightning's step counts the steps of all optimizers.
             num_steps = self.num_steps_done()
             self._log_metrics(values, step=num_steps)
             append_line(self.path, json_text([num_steps, values]))

@@ -49,12 +49,12 @@ def remove_checkpoints(last: Path) -> None:
     previous_of(last).unlink(missing_ok=True)
 
 
-def find_checkpoint(last: Path, *, num_batches: int, digest: str, is_main: bool) -> Path | None:
+def find_checkpoint(last: Path, *, num_steps: int, digest: str, is_main: bool) -> Path | None:
     """Return the newest intact checkpoint of a training run, or None.
 
     Args:
         last: the path of ``last.ckpt``.
-        num_batches: the number of batches of this training.
+        num_steps: the number of steps of this training.
         digest: digest of its data, tokenizer and VQ-GAN.
         is_main: whether this process renames and reports damaged checkpoints.  Every process finds
             the same checkpoint, before and after the renaming.
@@ -69,7 +69,7 @@ def find_checkpoint(last: Path, *, num_batches: int, digest: str, is_main: bool)
             continue
         error, state = read_state(path)
         if not error:
-            require_same_training(path, state, num_batches=num_batches, digest=digest)
+            require_same_training(path, state, num_steps=num_steps, digest=digest)
             intact = path
             break
         damaged.append((path, error))
@@ -102,20 +102,19 @@ def read_state(path: Path) -> tuple[str, dict[str, Any]]:
             return f"{part} is missing", {}
     callbacks = content["callbacks"]
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
-    if not isinstance(state, Mapping) or not {"num_batches", "made_of"} <= set(state):
+    if not isinstance(state, Mapping) or not {"num_steps", "made_of"} <= set(state):
         return f"the state of {STATE} is missing", {}
     return "", dict(state)
 
 
 def require_same_training(
-    path: Path, state: Mapping[str, Any], *, num_batches: int, digest: str
+    path: Path, state: Mapping[str, Any], *, num_steps: int, digest: str
 ) -> None:
-    """Raise ``ValueError`` if a checkpoint's training has other batches or other data."""
-    if state["num_batches"] != num_batches:
+    """Raise ``ValueError`` if a checkpoint's training has other steps or other data."""
+    if state["num_steps"] != num_steps:
         raise ValueError(
-            f"{path}: expected a checkpoint of a training of {num_batches} batches, "
-            f"got {state['num_batches']}. Give the same --micro-batch-size, --devices and "
-            "--num-nodes, or delete it to train from the beginning"
+            f"{path}: expected a checkpoint of a training of {num_steps} steps, "
+            f"got {state['num_steps']}. Delete it to train from the beginning"
         )
     if state["made_of"] != digest:
         raise ValueError(

@@ -12,6 +12,7 @@ Shapes: B pairs per batch, N pairs in all, E embedding dim.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 from rudolph.data.text_image import TextImageBatch
 from rudolph.generation.clip_ranking import retrieval_recalls
 from rudolph.models.vision.clip import CLIP
-from rudolph.training.callbacks import require_finite
 from rudolph.training.clip_losses import (
     CLIP_LOSSES,
     MAX_LOGIT_SCALE,
@@ -57,18 +57,12 @@ class CLIPTraining(ManualStepModule):
     of ``retrieval_recalls`` among all validation pairs.
 
     Raises:
-        ValueError: if a batch is split into micro-batches, or the model does not fit the loss.
+        ValueError: if the model does not fit the loss, or a device's part of a batch is split
+            into micro-batches.
     """
 
-    def __init__(
-        self, model: CLIP, losses: CLIPLossConfig, optim: OptimConfig, *, num_accumulated: int = 1
-    ) -> None:
-        super().__init__(optim, num_accumulated=num_accumulated)
-        if num_accumulated != 1:
-            raise ValueError(
-                "global_batch_size: expected one micro-batch, because all its pairs are compared, "
-                f"got {num_accumulated} parts of {optim.global_batch_size}"
-            )
+    def __init__(self, model: CLIP, losses: CLIPLossConfig, optim: OptimConfig) -> None:
+        super().__init__(optim)
         prepare_for(model, losses)
         self.model, self.losses = model, losses
         self.validated: list[tuple[Tensor, ...]] = []
@@ -77,17 +71,30 @@ class CLIPTraining(ManualStepModule):
         """Return the CLIP."""
         return [self.model]
 
-    def training_step(self, batch: TextImageBatch, batch_index: int) -> None:
-        """Compute the loss over all devices, step, bound the logit scale and log."""
+    def accumulate(self, batch: TextImageBatch, step: int, totals: Tensor) -> Tensor:
+        """Add a device's part of the loss to the gradients and return it, ``(1,)``."""
+        num_devices = self.trainer.world_size
+        if len(batch.examples) * num_devices != float(totals):
+            raise ValueError(
+                "global_batch_size: expected one micro-batch on each device, because all pairs "
+                f"are compared, got {len(batch.examples)} of {float(totals):.0f} pairs"
+            )
         images, texts = (self.gather_rows(each) for each in self.features(batch))
         numbers = (self.gather_rows(each) for each in (batch.image_ids, batch.captions))
-        loss = self.loss(images, texts, *numbers)
-        losses = {str(self.losses.kind): loss}
-        require_finite(losses, step=self.step_index(batch_index), examples=batch.examples)
-        self.backward_and_step(loss, batch_index)
+        # Every device computes the whole loss.
+        share = self.loss(images, texts, *numbers) / num_devices
+        self.add_gradients(share)
+        return share.detach().double().view(1)
+
+    def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
+        """Return the loss."""
+        return {"loss": sums[0]}
+
+    def finish_step(self, batches: Sequence[TextImageBatch], step: int) -> None:
+        """Bound the logit scale and log it."""
         if self.losses.kind == "softmax":
             self.model.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))
-        self.log_dict({"train/loss": loss, "train/logit_scale": self.model.logit_scale.exp()})
+        self.log("train/logit_scale", self.model.logit_scale.exp())
 
     def features(self, batch: TextImageBatch) -> tuple[Tensor, Tensor]:
         """Return normalised float32 features ``(B, E)`` of the images and of the captions."""

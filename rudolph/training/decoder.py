@@ -1,7 +1,6 @@
 """Training of the masked decoder."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +8,18 @@ from torch import Tensor, nn
 from rudolph.data.examples import TokenBatch
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SEGMENTS
-from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
+    ComputedLosses,
     DecoderLossConfig,
+    LabelTotals,
     LearnedWeights,
     compute_losses,
-    entry_means,
+    entry_sums,
+    label_rows,
+    label_totals,
     reduce_losses,
-    segment_means,
+    scored_labels,
+    segment_parts,
     weighted_mean,
 )
 from rudolph.training.optim import OptimConfig
@@ -30,7 +33,6 @@ class DecoderTraining(ManualStepModule):
         model: the decoder.
         losses: the losses and their weights.
         optim: the optimizer settings.
-        num_accumulated: micro-batches per optimizer step.
         sources: names of the mixture entries.  With more than one, the losses of each entry and
             its fraction of all examples so far are logged too.
     """
@@ -41,10 +43,9 @@ class DecoderTraining(ManualStepModule):
         losses: DecoderLossConfig,
         optim: OptimConfig,
         *,
-        num_accumulated: int = 1,
         sources: Sequence[str] = ("",),
     ) -> None:
-        super().__init__(optim, num_accumulated=num_accumulated)
+        super().__init__(optim)
         self.model, self.losses, self.sources = model, losses, list(sources)
         self.learned = LearnedWeights() if losses.weighting == "learned" else None
         self.register_buffer("num_seen", torch.zeros(len(self.sources), dtype=torch.long))
@@ -59,31 +60,65 @@ class DecoderTraining(ManualStepModule):
         """Return the learned loss weights, if there are any."""
         return [] if self.learned is None else list(self.learned.parameters())
 
-    def training_step(self, batch: TokenBatch, batch_index: int) -> None:
-        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
+    def count_labels(self, batch: TokenBatch) -> Tensor:
+        """Return the label totals of a micro-batch, ``(K, 7)``, K mixture entries."""
+        labels = scored_labels(self.model, batch.tokens, self.losses, scored=batch.scored)
+        rows = {name: label_rows(targets) for name, (_, targets) in labels.items()}
+        totals = label_totals(
+            rows, weights=batch.weights, sources=batch.sources, num_sources=len(self.sources)
+        )
+        return torch.cat([totals.counts, totals.weights, totals.examples[:, None]], dim=1)
+
+    def accumulate(self, batch: TokenBatch, step: int, totals: Tensor) -> Tensor:
+        """Add a micro-batch to the gradients; return the sums of its losses, ``(K, 4)``.
+
+        The first three columns are those of ``entry_sums``.  The last has the loss in its first
+        row.
+        """
         losses = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
         )
-        means = segment_means(losses)
-        require_finite(means, step=self.step_index(batch_index), examples=batch.examples)
+        loss = self._loss_part(losses, batch, _unpack(totals))
+        self.add_gradients(loss)
+        column = torch.zeros(len(self.sources), 1, dtype=torch.float64, device=self.device)
+        column[0] = loss.detach()
+        return torch.cat([entry_sums(losses, batch.sources, len(column)).detach(), column], dim=1)
+
+    def _loss_part(
+        self, losses: Mapping[str, ComputedLosses], batch: TokenBatch, totals: LabelTotals
+    ) -> Tensor:
+        """Return a micro-batch's part of the loss of the global batch, a scalar."""
         if self.learned is not None:
-            loss = self.learned(means)
+            parts = segment_parts(losses, totals)
+            fraction = len(batch.examples) / float(totals.examples.sum())
+            return self.learned(parts, scored=totals.scored, fraction=fraction)
+        if not losses and totals.scored:
+            return torch.zeros((), device=self.device)
+        return reduce_losses(
+            losses, self.losses, weights=batch.weights, sources=batch.sources, totals=totals
+        )
+
+    def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
+        """Return the loss, and the mean loss of each segment and mixture entry with labels."""
+        counts = _unpack(totals).counts
+        self.num_seen += _unpack(totals).examples.to(self.num_seen)
+        return {
+            **{f"loss/{name}": value for name, value in _means(sums[:, :3], counts).items()},
+            "loss": sums[0, 3],
+            **self._entry_losses(sums[:, :3], counts),
+        }
+
+    def start_step(self, batches: Sequence[TokenBatch], step: int) -> None:
+        """Log the learned weights of this step."""
+        if self.learned is not None:
             weights = self.learned.weights
             self.log_dict({f"train/weight/{name}": weight for name, weight in weights.items()})
-        else:
-            loss = reduce_losses(losses, self.losses, weights=batch.weights, sources=batch.sources)
-        self.backward_and_step(loss, batch_index)
-        self.log_dict({f"train/loss/{name}": value for name, value in means.items()})
-        self.log("train/loss", loss)
-        self.num_seen += torch.bincount(batch.sources, minlength=len(self.sources))
+
+    def finish_step(self, batches: Sequence[TokenBatch], step: int) -> None:
+        """Log the fraction of each mixture entry so far."""
         if len(self.sources) > 1:
-            entry_losses = entry_means(losses, batch.sources, len(self.sources))
-            self.log_dict(self._entry_metrics("train", *entry_losses))
-            fractions = self.num_seen / self.num_seen.sum()
-            named_fractions = zip(self.sources, fractions, strict=True)
-            self.log_dict(
-                {f"train/fraction/{name}": fraction for name, fraction in named_fractions}
-            )
+            fractions = zip(self.sources, self.num_seen / self.num_seen.sum(), strict=True)
+            self.log_dict({f"train/fraction/{name}": fraction for name, fraction in fractions})
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of losses and the counts of labels."""
@@ -96,34 +131,45 @@ class DecoderTraining(ManualStepModule):
         losses = compute_losses(
             self.model, batch.tokens, self.losses.for_validation, scored=batch.scored
         )
-        means, counts = entry_means(losses, batch.sources, len(self.sources))
-        self.totals += torch.stack([means * counts, counts])
+        counts = _unpack(self.count_labels(batch)).counts
+        self.totals += torch.stack([entry_sums(losses, batch.sources, len(counts)), counts])
 
     def on_validation_epoch_end(self) -> None:
         """Log validation losses over all devices, per segment and per mixture entry."""
-        totals: Any = self.trainer.strategy.reduce(self.totals, reduce_op="sum")
-        sums, counts = totals.sum(1)
-        means = {
-            name: total / count
-            for name, total, count in zip(SEGMENTS, sums, counts, strict=True)
-            if count > 0
-        }
+        sums, counts = self.sum_over_devices(self.totals)
+        means = _means(sums, counts)
         # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log_dict({f"val/loss/{name}": value for name, value in means.items()}, sync_dist=True)
         weights = (
             self.losses.weights if self.losses.reduction == "batch" else dict.fromkeys(means, 1)
         )
         self.log("val/loss", weighted_mean(means, weights), sync_dist=True)
-        if len(self.sources) > 1:
-            sums, counts = totals
-            entry_losses = self._entry_metrics("val", sums / counts.clamp(min=1), counts)
-            self.log_dict(entry_losses, sync_dist=True)
+        entries = self._entry_losses(sums, counts)
+        self.log_dict({f"val/{name}": value for name, value in entries.items()}, sync_dist=True)
 
-    def _entry_metrics(self, stage: str, means: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Return the losses of each mixture entry and segment with labels, by metric name."""
+    def _entry_losses(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Return the losses of each mixture entry and segment with labels, if there are several.
+
+        Args:
+            sums: ``(K, 3)``, the summed losses of each entry and segment.
+            counts: ``(K, 3)``, the numbers of labels.
+        """
+        if len(self.sources) == 1:
+            return {}
         return {
-            f"{stage}/loss/{source}/{segment}": means[row, column]
+            f"loss/{source}/{segment}": sums[row, column] / counts[row, column]
             for row, source in enumerate(self.sources)
             for column, segment in enumerate(SEGMENTS)
             if counts[row, column] > 0
         }
+
+
+def _unpack(totals: Tensor) -> LabelTotals:
+    """Return the label totals in the columns of ``DecoderTraining.count_labels``."""
+    return LabelTotals(totals[:, :3], totals[:, 3:6], totals[:, 6])
+
+
+def _means(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return the mean loss of each segment with labels from sums and counts ``(K, 3)``."""
+    segments = zip(SEGMENTS, sums.sum(0), counts.sum(0), strict=True)
+    return {name: total / count for name, total, count in segments if count > 0}

@@ -1,14 +1,13 @@
 """Training of language models that read documents of images and texts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rudolph.data.documents import DocumentBatch
-from rudolph.generation.documents import DocumentReader, answer_losses
-from rudolph.training.callbacks import require_finite
+from rudolph.generation.documents import DocumentReader, answer_labels, answer_losses
+from rudolph.sequence.conversation import IGNORE
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import ManualStepModule
 
@@ -20,7 +19,6 @@ class LanguageTraining(ManualStepModule):
         model: The trained network.
         reader: Computes its logits.
         optim: The optimizer settings.
-        num_accumulated: Micro-batches per optimizer step.
         sources: Names of the mixture entries.  With more than one, the validation loss of each
             is logged too.
     """
@@ -31,23 +29,32 @@ class LanguageTraining(ManualStepModule):
         reader: DocumentReader,
         optim: OptimConfig,
         *,
-        num_accumulated: int = 1,
         sources: Sequence[str] = ("",),
     ) -> None:
-        super().__init__(optim, num_accumulated=num_accumulated)
+        super().__init__(optim)
         self.model, self.reader, self.sources = model, reader, list(sources)
 
     def networks(self) -> list[nn.Module]:
         """Return the model."""
         return [self.model]
 
-    def training_step(self, batch: DocumentBatch, batch_index: int) -> None:
-        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
+    def count_labels(self, batch: DocumentBatch) -> Tensor:
+        """Return the number of labels of a micro-batch, ``(1,)``."""
+        return answer_labels(batch).ne(IGNORE).sum().double().view(1)
+
+    def accumulate(self, batch: DocumentBatch, step: int, totals: Tensor) -> Tensor:
+        """Add a micro-batch to the gradients; return the sum of its losses, ``(1,)``."""
         losses, _ = answer_losses(self.reader, batch)
-        loss = losses.mean()
-        require_finite({"text": loss}, step=self.step_index(batch_index), examples=batch.examples)
-        self.backward_and_step(loss, batch_index)
-        self.log("train/loss", loss)
+        total = losses.sum()
+        self.add_gradients(total / float(totals))
+        return total.detach().double().view(1)
+
+    def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss of the labels."""
+        return {"loss": sums[0] / totals[0]}
+
+    def finish_step(self, batches: Sequence[DocumentBatch], step: int) -> None:
+        """Log the sizes of tanh gates."""
         self.log_dict({f"train/{name}": value for name, value in gate_sizes(self.model).items()})
 
     def on_validation_epoch_start(self) -> None:
@@ -63,8 +70,7 @@ class LanguageTraining(ManualStepModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation loss over all devices, in all and per mixture entry."""
-        totals: Any = self.trainer.strategy.reduce(self.totals, reduce_op="sum")
-        sums, counts = totals
+        sums, counts = self.sum_over_devices(self.totals)
         # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log("val/loss", sums.sum() / counts.sum(), sync_dist=True)
         if len(self.sources) > 1:

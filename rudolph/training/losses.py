@@ -9,7 +9,7 @@ Source: RuDOLPH, ``rudolph/model/model.py``, for the decoder; taming-transformer
 Shapes: B batch, T tokens, M labels, K mixture entries, D hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -107,6 +107,47 @@ class ComputedLosses(NamedTuple):
     rows: Tensor
 
 
+class LabelTotals(NamedTuple):
+    """How much of a global batch falls to each mixture entry, in float64.
+
+    Attributes:
+        counts: ``(K, 3)``, labels of left text, image and right text.
+        weights: ``(K, 3)``, the sums of the labels' task weights.
+        examples: ``(K,)``, examples.
+    """
+
+    counts: Tensor
+    weights: Tensor
+    examples: Tensor
+
+    @property
+    def scored(self) -> dict[str, float]:
+        """The number of labels of each segment that has any."""
+        counts = zip(SEGMENTS, self.counts.sum(0).tolist(), strict=True)
+        return {name: count for name, count in counts if count > 0}
+
+
+def label_totals(
+    rows: Mapping[str, Tensor], *, weights: Tensor, sources: Tensor, num_sources: int
+) -> LabelTotals:
+    """Count the labels of a batch.
+
+    Args:
+        rows: ``(M,)`` per segment, the example of each label.
+        weights: ``(B, 3)``, the weights of each example's segments.
+        sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
+        num_sources: K.
+    """
+    totals = torch.zeros(2, num_sources, 3, dtype=torch.float64, device=sources.device)
+    for name, examples in rows.items():
+        column, entries = SEGMENTS.index(name), sources[examples]
+        label_weights = weights[examples, column].double()
+        parts = torch.stack([torch.ones_like(label_weights), label_weights])
+        totals[..., column] = totals[..., column].index_add(1, entries, parts)
+    examples = torch.bincount(sources, minlength=num_sources).double()
+    return LabelTotals(totals[0], totals[1], examples)
+
+
 def segment_losses(
     model: MaskedDecoder,
     tokens: Tensor,
@@ -159,8 +200,13 @@ def compute_losses(
             z_loss_weight=config.z_loss_weight,
         )
         if len(values):
-            computed[name] = ComputedLosses(values, (labels[1] != NOT_SCORED).nonzero()[:, 0])
+            computed[name] = ComputedLosses(values, label_rows(labels[1]))
     return computed
+
+
+def label_rows(labels: Tensor) -> Tensor:
+    """Return the example of each scored label of ``(B, M)`` labels, in row-major order."""
+    return (labels != NOT_SCORED).nonzero()[:, 0]
 
 
 def scored_hidden(
@@ -178,10 +224,8 @@ def scored_hidden(
         segments: the first position and the labels of each segment, as in ``scored_labels``.
     """
     end = model.layout.right_text_start
-    # Do not split the batch: layers are compiled for one batch size, and all ranks must run them
-    # equally often.
-    is_fixed = model.has_compiled_layers or torch.distributed.is_initialized()
-    if inputs.shape[1] <= end or is_fixed:
+    # Compiled layers have one batch size, so the batch is not split.
+    if inputs.shape[1] <= end or model.has_compiled_layers:
         return model.hidden(inputs)
     has_right_text = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     if "right_text" in segments:
@@ -236,13 +280,24 @@ def scored_labels(
     return selected
 
 
-def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def weighted_mean(
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    *,
+    scored: Iterable[str] | None = None,
+) -> Tensor:
     """Return the weighted mean of the losses of the scored segments, a scalar.
+
+    Args:
+        losses: The loss of each segment with labels.
+        weights: The weight of each segment.
+        scored: The segments whose weights count; None for those of ``losses``.  The rest of a
+            global batch may score more.
 
     Raises:
         ValueError: if every scored segment has weight 0.
     """
-    total = sum(weights[name] for name in losses)
+    total = sum(weights[name] for name in (losses if scored is None else scored))
     if total == 0:
         raise ValueError("no segment of weight above 0 has a label in this batch")
     weighted = [loss * weights[name] for name, loss in losses.items()]
@@ -261,11 +316,28 @@ class LearnedWeights(nn.Module):
         super().__init__()
         self.log_variances = nn.Parameter(torch.zeros(len(SEGMENTS)))
 
-    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss, a scalar, from the mean loss of each scored segment."""
-        indices = [SEGMENTS.index(name) for name in losses]
-        variances = self.log_variances[indices]
-        return ((-variances).exp() * torch.stack(list(losses.values())) + variances).sum()
+    def forward(
+        self,
+        losses: Mapping[str, Tensor],
+        *,
+        scored: Iterable[str] | None = None,
+        fraction: float = 1.0,
+    ) -> Tensor:
+        """Return the loss, a scalar, from the mean loss of each scored segment.
+
+        Args:
+            losses: The means, or a micro-batch's parts of them.
+            scored: The segments that the global batch scores; None for those of ``losses``.
+            fraction: The micro-batch's fraction of the logarithms; all fractions sum to 1.
+        """
+        total = (self._of(losses if scored is None else scored) * fraction).sum()
+        if not losses:
+            return total
+        precisions = (-self._of(losses)).exp()
+        return total + (precisions * torch.stack(list(losses.values()))).sum()
+
+    def _of(self, segments: Iterable[str]) -> Tensor:
+        return self.log_variances[[SEGMENTS.index(name) for name in segments]]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -274,26 +346,25 @@ class LearnedWeights(nn.Module):
         return dict(zip(SEGMENTS, weights, strict=True))
 
 
-def entry_means(
-    losses: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the mean loss and the number of labels of each mixture entry and segment.
+def segment_parts(losses: Mapping[str, ComputedLosses], totals: LabelTotals) -> dict[str, Tensor]:
+    """Return a micro-batch's part of each segment's mean loss; all parts add up to the mean."""
+    counts = totals.scored
+    return {name: segment.losses.sum() / counts[name] for name, segment in losses.items()}
+
+
+def entry_sums(losses: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int) -> Tensor:
+    """Return the summed loss of each mixture entry and segment, ``(K, 3)`` float64.
 
     Args:
         losses: the losses of each segment, see ``compute_losses``.
         sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
         num_sources: K.
-
-    Returns:
-        Means and counts, ``(K, 3)`` each; a mean without labels is 0.
     """
-    zeros = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
+    zeros = torch.zeros(num_sources, dtype=torch.float64, device=sources.device)
     columns = dict.fromkeys(SEGMENTS, zeros)
     for name, segment in losses.items():
-        values = torch.stack([segment.losses.double(), torch.ones_like(segment.losses).double()])
-        columns[name] = zeros.index_add(1, sources[segment.rows], values)
-    totals, counts = torch.stack([columns[name] for name in SEGMENTS], dim=-1)
-    return totals / counts.clamp(min=1), counts
+        columns[name] = zeros.index_add(0, sources[segment.rows], segment.losses.double())
+    return torch.stack([columns[name] for name in SEGMENTS], dim=-1)
 
 
 def reduce_losses(
@@ -302,6 +373,7 @@ def reduce_losses(
     *,
     weights: Tensor,
     sources: Tensor,
+    totals: LabelTotals | None = None,
 ) -> Tensor:
     """Reduce the losses of a batch of several tasks to a scalar, by ``config.reduction``.
 
@@ -310,23 +382,34 @@ def reduce_losses(
         config: the reduction and the weights of ``batch``.
         weights: ``(B, 3)``, the weights of each example's segments.
         sources: ``(B,)``, the mixture entry of each example.
+        totals: what the global batch has, if this is a micro-batch of it.  The losses of all
+            micro-batches then add up to that of the global batch.
     """
+    if totals is None:
+        rows = {name: segment.rows for name, segment in losses.items()}
+        number = int(sources.max()) + 1
+        totals = label_totals(rows, weights=weights, sources=sources, num_sources=number)
     if config.reduction == "batch":
-        return weighted_mean(segment_means(losses), config.weights)
+        parts = segment_parts(losses, totals)
+        return weighted_mean(parts, config.weights, scored=totals.scored)
     if config.reduction == "token":
-        parts = [
-            (segment.losses, weights[segment.rows, SEGMENTS.index(name)])
+        sums = [
+            (segment.losses * weights[segment.rows, SEGMENTS.index(name)]).sum()
             for name, segment in losses.items()
         ]
-        losses_per_label, label_weights = (torch.cat(part) for part in zip(*parts, strict=True))
-        return (losses_per_label * label_weights).sum() / label_weights.sum()
-    means, counts = entry_means(losses, sources, int(sources.max()) + 1)
-    fractions = torch.bincount(sources, minlength=len(means)) / len(sources)
-    entry_weights = torch.zeros_like(means).index_copy(0, sources, weights.to(means))
-    entry_weights = entry_weights * (counts > 0)
+        return torch.stack(sums).sum() / float(totals.weights.sum())
+    per_label = _task_weights_per_label(totals).to(sources.device)
+    return (per_label * entry_sums(losses, sources, len(per_label))).sum().float()
+
+
+def _task_weights_per_label(totals: LabelTotals) -> Tensor:
+    """Return the weight of one label of each entry and segment with ``reduction: task``."""
+    counts = totals.counts.clamp(min=1)
+    entry_weights = totals.weights / counts
     least = torch.finfo(entry_weights.dtype).tiny
-    entry_losses = (entry_weights * means).sum(1) / entry_weights.sum(1).clamp(min=least)
-    return (fractions * entry_losses).sum().float()
+    fractions = totals.examples / totals.examples.sum()
+    normalised = entry_weights / entry_weights.sum(1, keepdim=True).clamp(min=least)
+    return fractions[:, None] * normalised / counts
 
 
 @dataclass(frozen=True)

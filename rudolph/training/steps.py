@@ -1,24 +1,43 @@
 """The optimizer step that all training modules share: backward, clip, step, schedule.
 
+A Lightning batch is one device's part of a global batch, as a list of micro-batches.  Losses are
+divided by the counts of the whole global batch, so all gradients add up to those of one large
+batch.  The number of devices and the size of a micro-batch therefore change rounding alone.  Only
+dropout and other random numbers are drawn for each micro-batch.
+
 Optimization is manual.  A discriminator needs two networks to step on one batch, and Muon trains
 the matrices of a network while AdamW trains the rest.
 """
 
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from rudolph.data.seeds import mixed_seed
+from rudolph.training.callbacks import require_finite
 from rudolph.training.optim import OptimConfig, build_optimizers, clip_gradients, warmup_cosine
 
 
 class ManualStepModule(pl.LightningModule):
-    """A Lightning module whose networks step every ``num_accumulated`` micro-batches."""
+    """A Lightning module that takes one optimizer step per Lightning batch.
 
-    def __init__(self, optim: OptimConfig, *, num_accumulated: int = 1) -> None:
+    A subclass implements ``networks``, ``accumulate`` and ``step_losses``.
+
+    Attributes:
+        seed: seed of the random numbers of every micro-batch, such as dropout.
+    """
+
+    seed = 0
+
+    def __init__(self, optim: OptimConfig) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.optim, self.num_accumulated = optim, num_accumulated
+        self.optim = optim
         self.num_steps_done = 0
 
     def networks(self) -> list[nn.Module]:
@@ -29,38 +48,122 @@ class ManualStepModule(pl.LightningModule):
         """Return the parameters of the loss, which step with the first network without decay."""
         return []
 
-    def step_index(self, batch_index: int) -> int:
-        """Return the optimizer step that a micro-batch belongs to, counted from 0."""
-        return batch_index // self.num_accumulated
+    def count_labels(self, batch: Any) -> Tensor:
+        """Return what a micro-batch adds to the totals of the global batch: here its examples."""
+        return torch.tensor([len(batch.examples)], dtype=torch.float64, device=self.device)
 
-    def backward_and_step(self, loss: Tensor, batch_index: int, *, network: int = 0) -> None:
-        """Add a loss to the gradients of one network, and step it at the end of a global batch.
-
-        Other networks that take part in the loss must have ``requires_grad`` off.
+    def accumulate(self, batch: Any, step: int, totals: Tensor) -> Tensor:
+        """Add a micro-batch to the gradients, by ``add_gradients``.
 
         Args:
-            loss: the scalar loss of the micro-batch.
-            batch_index: the micro-batch, counted from 0.
-            network: an index into ``networks()``.
+            batch: the micro-batch.
+            step: the optimizer step, counted from 0.
+            totals: the sum of ``count_labels`` over the global batch, on the CPU.
+
+        Returns:
+            Float64 sums for ``step_losses``, of the same shape for every micro-batch.
         """
+        raise NotImplementedError
+
+    def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
+        """Return the scalar losses of a global batch by name, which must be finite.
+
+        Args:
+            sums: the sum of what ``accumulate`` returned over the global batch, on the CPU.
+            step: the optimizer step, counted from 0.
+            totals: as in ``accumulate``.
+        """
+        raise NotImplementedError
+
+    def start_step(self, batches: Sequence[Any], step: int) -> None:
+        """Prepare a step; called before its first micro-batch."""
+
+    def finish_step(self, batches: Sequence[Any], step: int) -> None:
+        """Complete a step; called after the optimizers, with torch seeded by the step."""
+
+    def training_step(self, batches: Sequence[Any], step: int) -> None:
+        """Accumulate the gradients of all micro-batches, step every network, and log.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite, before the weights change.
+        """
+        self._seed(step, 0)
+        self.start_step(batches, step)
+        counts = torch.stack([self.count_labels(batch) for batch in batches]).sum(0)
+        totals = self.sum_over_devices(counts).cpu()
+        position = self.global_rank * sum(len(batch.examples) for batch in batches)
+        all_sums = []
+        for index, batch in enumerate(batches):
+            # Seeded by the place in the global batch, which is that of no device.
+            self._seed(step, position)
+            position += len(batch.examples)
+            with self._synchronise_gradients(index + 1 == len(batches)):
+                all_sums.append(self.accumulate(batch, step, totals))
+        sums = self.sum_over_devices(torch.stack(all_sums).sum(0)).cpu()
+        losses = self.step_losses(sums, step, totals)
+        require_finite(losses, step=step, examples=_examples_at_fault(batches, all_sums))
+        self._step_optimizers(step)
+        self.num_steps_done = step + 1
+        self._seed(step, 0)
+        self.finish_step(batches, step)
+        self.log_dict({f"train/{name}": value.float() for name, value in losses.items()})
+
+    def add_gradients(self, loss: Tensor, *, network: int = 0) -> None:
+        """Add the gradients of a micro-batch's part of the loss.
+
+        The parts of all micro-batches and devices add up to the loss of the global batch.
+
+        Args:
+            loss: the part, a scalar.
+            network: the network that it trains, an index into ``networks()``.
+        """
+        world_size = self.trainer.world_size
+        if world_size > 1:
+            # Lightning's strategies average gradients over devices, and wait for one of every
+            # parameter.  A device without a right text or an image has none for some of them.
+            parameters = [*self.networks()[network].parameters(), *self.loss_parameters()]
+            loss = loss * world_size + _sum_of_zeros(parameters)
+        if loss.requires_grad:
+            self.manual_backward(loss)
+
+    def sum_over_devices(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all devices."""
+        strategy: Any = self.trainer.strategy
+        return strategy.reduce(values, reduce_op="sum")
+
+    def _seed(self, step: int, position: int) -> None:
+        torch.manual_seed(mixed_seed(self.seed, step, position))
+
+    def _synchronise_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients between devices in the backward passes of the last micro-batch."""
+        strategy = self.trainer.strategy
+        if is_last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
+
+    def _step_optimizers(self, step: int) -> None:
         optimizers: Any = self.optimizers()
         schedulers: Any = self.lr_schedulers()
         if not isinstance(optimizers, list):
             optimizers, schedulers = [optimizers], [schedulers]
-        indices = [
-            index for index, owner in enumerate(self.network_of_optimizer) if owner == network
-        ]
-        self.manual_backward(loss / self.num_accumulated)
-        if (batch_index + 1) % self.num_accumulated == 0:
-            # Under 16-mixed the gradients stay scaled until Lightning's step unscales them.
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            scale = 1.0 if scaler is None else scaler.get_scale()
+        # Under 16-mixed the gradients stay scaled until Lightning's step unscales them.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        for network in range(len(self.networks())):
+            if not self.trains(network, step):
+                continue
+            indices = [
+                index for index, owner in enumerate(self.network_of_optimizer) if owner == network
+            ]
             clip_gradients([optimizers[index] for index in indices], self.optim, scale=scale)
             for index in indices:
                 optimizers[index].step()
                 optimizers[index].zero_grad()
                 schedulers[index].step()
-            self.num_steps_done = self.step_index(batch_index) + 1
+
+    def trains(self, network: int, step: int) -> bool:
+        """Return whether a network, an index into ``networks()``, takes this step."""
+        return True
 
     def configure_optimizers(self) -> Any:
         """Create the optimizers of all networks, and one schedule per optimizer."""
@@ -74,3 +177,16 @@ class ManualStepModule(pl.LightningModule):
         ]
         optimizers = [optimizer for group in by_network for optimizer in group]
         return optimizers, [warmup_cosine(optimizer, self.optim) for optimizer in optimizers]
+
+
+def _sum_of_zeros(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return a zero with a gradient, zero too, for every trained parameter."""
+    return torch.stack([0 * each.sum() for each in parameters if each.requires_grad]).sum()
+
+
+def _examples_at_fault(batches: Sequence[Any], all_sums: Sequence[Tensor]) -> Tensor:
+    """Return the examples of the first micro-batch whose sums are not finite, of all if none."""
+    for batch, sums in zip(batches, all_sums, strict=True):
+        if not torch.isfinite(sums).all():
+            return batch.examples
+    return torch.cat([batch.examples for batch in batches])

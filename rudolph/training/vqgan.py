@@ -3,6 +3,8 @@
 Source: taming-transformers, ``models/vqgan.py``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,8 @@ from rudolph.data.examples import ImageBatch
 from rudolph.models.image_metrics import psnr, ssim
 from rudolph.models.vqgan.codes import codebook_usage
 from rudolph.models.vqgan.model import VQGAN, Reconstruction
+from rudolph.models.vqgan.quantizers import ExponentialMovingAverageQuantizer
 from rudolph.training.adversary import PatchDiscriminator, PerceptualDistance
-from rudolph.training.callbacks import require_finite
 from rudolph.training.losses import (
     ReconstructionLossConfig,
     adaptive_weight,
@@ -21,63 +23,94 @@ from rudolph.training.losses import (
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import ManualStepModule
 
+# The terms of the loss, in the order of the sums of ``VQGANTraining.accumulate``.
+LOSS_TERMS = ("reconstruction", "quantizer", "adversary", "discriminator")
+
 
 class VQGANTraining(ManualStepModule):
     """The training of a ``VQGAN``; with a discriminator, both networks step on every global batch.
 
     Logs PSNR in dB and SSIM of images in [0, 1], and the codebook's usage and perplexity.
+
+    The adaptive weight of the adversary, the entropy loss of ``lfq`` and the statistics of the
+    discriminator's batch normalisation are those of a micro-batch.
     """
 
-    def __init__(
-        self,
-        model: VQGAN,
-        losses: ReconstructionLossConfig,
-        optim: OptimConfig,
-        *,
-        num_accumulated: int = 1,
-    ) -> None:
-        super().__init__(optim, num_accumulated=num_accumulated)
+    def __init__(self, model: VQGAN, losses: ReconstructionLossConfig, optim: OptimConfig) -> None:
+        super().__init__(optim)
         self.model, self.losses = model, losses
         has_discriminator = losses.discriminator_start is not None
         self.discriminator = PatchDiscriminator() if has_discriminator else None
         lpips_path = losses.lpips_weights
         self.perceptual = PerceptualDistance(lpips_path) if lpips_path else None
-        # Not a buffer, because weight averaging swaps buffers before the counts are read.
+        # Latents and codes of the step, for a codebook that follows running statistics.
+        self.step_codes: list[tuple[Tensor, Tensor]] = []
+        # Not buffers, because weight averaging swaps buffers before the sums are read.
         self.code_counts = torch.zeros(model.config.quantizer.num_codes)
+        self.metric_sums = torch.zeros(4, dtype=torch.float64)
 
     def networks(self) -> list[nn.Module]:
         """Return the VQ-GAN and, if there is one, the discriminator."""
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
 
-    def training_step(self, batch: ImageBatch, batch_index: int) -> None:
-        """Accumulate gradients of a micro-batch, step at the end of a global batch, and log."""
+    def trains(self, network: int, step: int) -> bool:
+        """Return whether a network takes this step: the discriminator waits for its start."""
+        return network == 0 or self.uses_discriminator(step)
+
+    def start_step(self, batches: Sequence[ImageBatch], step: int) -> None:
+        """Initialise the codebook from the latents of the first global batch."""
+        quantizer = self.model.quantize
+        if isinstance(quantizer, ExponentialMovingAverageQuantizer) and not quantizer.is_started:
+            with torch.no_grad():
+                quantizer.start(torch.cat([self.model.latents(each.images) for each in batches]))
+
+    def accumulate(self, batch: ImageBatch, step: int, totals: Tensor) -> Tensor:
+        """Add a micro-batch to the gradients; return its part of each term of the loss."""
+        share = len(batch.images) / float(totals)
         if self.discriminator is not None:
             # The generator's loss passes through the discriminator, which must not learn from it.
             self.discriminator.requires_grad_(False)
-        result = self.model(batch.images)
-        losses = self.generator_losses(result, batch.images, batch_index)
-        require_finite(losses, step=self.step_index(batch_index), examples=batch.examples)
-        self.backward_and_step(torch.stack(list(losses.values())).sum(), batch_index)
+        latents = self.model.latents(batch.images)
+        result = self.model.reconstruct(latents)
+        losses = self.generator_losses(result, batch.images, step)
+        self.add_gradients(torch.stack(list(losses.values())).sum() * share)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
-        if self.discriminator is not None and self.uses_discriminator(batch_index):
+        if self.discriminator is not None and self.uses_discriminator(step):
             real, fake = batch.images, result.images.detach()
             discriminator_loss = hinge_discriminator_loss(
                 self.discriminator(real), self.discriminator(fake)
             )
-            self.backward_and_step(discriminator_loss, batch_index, network=1)
+            self.add_gradients(discriminator_loss * share, network=1)
             losses["discriminator"] = discriminator_loss
-        self.log_dict({f"train/loss/{name}": value for name, value in losses.items()})
+        if isinstance(self.model.quantize, ExponentialMovingAverageQuantizer):
+            self.step_codes.append((latents.detach(), result.indices))
+        zero = torch.zeros((), device=self.device)
+        terms = [losses.get(name, zero).detach().double() for name in LOSS_TERMS]
+        return torch.stack(terms) * share
+
+    def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the loss that this step has."""
+        number = len(LOSS_TERMS) if self.uses_discriminator(step) else 2
+        named = list(zip(LOSS_TERMS, sums, strict=True))[:number]
+        return {f"loss/{name}": value for name, value in named}
+
+    def finish_step(self, batches: Sequence[ImageBatch], step: int) -> None:
+        """Let the codebook follow the latents of the step, if it keeps running statistics."""
+        if self.step_codes:
+            latents, indices = (torch.cat(parts) for parts in zip(*self.step_codes, strict=True))
+            self.model.quantize.update_codebook(latents, indices)
+            self.step_codes = []
 
     def generator_losses(
-        self, result: Reconstruction, images: Tensor, batch_index: int
+        self, result: Reconstruction, images: Tensor, step: int
     ) -> dict[str, Tensor]:
         """Return each weighted term of the VQ-GAN's loss, a scalar by its name.
 
         Args:
             result: the reconstruction of ``images``.
             images: ``(B, 3, H, W)`` in [-1, 1].
-            batch_index: the micro-batch, which decides whether the discriminator takes part.
+            step: the optimizer step, which decides whether the discriminator takes part.
         """
         reconstruction = reconstruction_loss(result.images, images, self.losses)
         if self.perceptual is not None:
@@ -85,39 +118,40 @@ class VQGANTraining(ManualStepModule):
             reconstruction = reconstruction + self.losses.perceptual_weight * distance
         losses = {"reconstruction": reconstruction}
         losses["quantizer"] = self.losses.quantizer_weight * result.loss.float()
-        if self.discriminator is not None and self.uses_discriminator(batch_index):
+        if self.discriminator is not None and self.uses_discriminator(step):
             adversarial = -self.discriminator(result.images).float().mean()
             last_weight = self.model.decoder.conv_out.weight
             weight = adaptive_weight(reconstruction, adversarial, last_weight)
             losses["adversary"] = self.losses.discriminator_weight * weight * adversarial
         return losses
 
-    def uses_discriminator(self, batch_index: int) -> bool:
-        """Return whether the discriminator takes part in this micro-batch."""
+    def uses_discriminator(self, step: int) -> bool:
+        """Return whether the discriminator takes part in this step."""
         start = self.losses.discriminator_start
-        return start is not None and self.step_index(batch_index) >= start
+        return start is not None and step >= start
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the counts of codes and the sums of metrics."""
+        self.code_counts.zero_()
+        self.metric_sums.zero_()
 
     def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
-        """Log the metrics of a validation batch and count its codes."""
+        """Add the metrics and the codes of a validation batch."""
         result = self.model(batch.images)
         decoded = (result.images.float().clamp(-1, 1) + 1) / 2
         target, size = (batch.images + 1) / 2, len(batch.images)
-        values = {
-            "val/psnr": psnr(decoded, target).mean(),
-            "val/ssim": ssim(decoded, target).mean(),
-            "val/loss/reconstruction": reconstruction_loss(
-                result.images, batch.images, self.losses
-            ),
-        }
-        self.log_dict(values, batch_size=size, sync_dist=True)
+        loss = reconstruction_loss(result.images, batch.images, self.losses)
+        values = psnr(decoded, target).mean(), ssim(decoded, target).mean(), loss
+        self.metric_sums += torch.tensor([*(size * value.item() for value in values), size])
         counts = torch.bincount(result.indices.flatten(), minlength=len(self.code_counts))
         self.code_counts += counts.cpu()
 
     def on_validation_epoch_end(self) -> None:
-        """Log codebook usage and perplexity over all devices, and reset the counts."""
-        counts = self.trainer.strategy.reduce(self.code_counts.to(self.device), reduce_op="sum")
-        usage, perplexity = codebook_usage(counts)
+        """Log the mean metrics, codebook usage and perplexity over all devices."""
+        *sums, number = self.sum_over_devices(self.metric_sums.to(self.device))
+        usage, perplexity = codebook_usage(self.sum_over_devices(self.code_counts.to(self.device)))
+        names = "val/psnr", "val/ssim", "val/loss/reconstruction"
+        values = {name: (total / number).float() for name, total in zip(names, sums, strict=True)}
+        values |= {"val/codebook_usage": usage, "val/codebook_perplexity": perplexity}
         # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
-        values = {"val/codebook_usage": usage, "val/codebook_perplexity": perplexity}
         self.log_dict(values, sync_dist=True)
-        self.code_counts.zero_()

@@ -341,14 +341,22 @@ class VQGAN(nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruct images ``(B, 3, H, W)`` in [-1, 1]."""
-        quantized = self.quantize(self.quant_conv(self.encoder(images)))
+        return self.reconstruct(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Return latents ``(B, embedding_dim, h, w)`` of images ``(B, 3, H, W)`` in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def reconstruct(self, latents: Tensor) -> Reconstruction:
+        """Quantize latents and decode them."""
+        quantized = self.quantize(latents)
         decoded = self.decoder(self.post_quant_conv(quantized.z_q))
         return Reconstruction(decoded, quantized.indices, quantized.loss)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return latents ``(B, embedding_dim, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
         # Cast after the scaling, so that 8-bit pixel values are not rounded before it.
-        return self.quant_conv(self.encoder((2 * images - 1).to(self.quant_conv.weight.dtype)))
+        return self.latents((2 * images - 1).to(self.quant_conv.weight.dtype))
 
     @torch.no_grad()
     def encode_indices(

@@ -108,11 +108,25 @@ def _with_both_losses(z: Tensor, z_q: Tensor, indices: Tensor, beta: float) -> Q
     return Quantized(straight_through(z, z_q), indices, loss)
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _gather_over_devices(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all devices, in the order of their ranks."""
+    if not _is_distributed():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 class ExponentialMovingAverageQuantizer(nn.Module):
     """Nearest-code quantizer whose codes are moving averages of their latents.
 
-    Dead codes are revived from latents of the batch.  The codebook and its statistics stay in
-    float32 in a half-precision model, where steps of 1 - decay would round to 0.
+    Training calls ``start`` once and ``update_codebook`` after every step.  Dead codes are revived
+    from latents of the step.  The codebook and its statistics stay in float32 in a half-precision
+    model, where steps of 1 - decay would round to 0.
 
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
@@ -142,48 +156,52 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         return self
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents ``(B, E, H, W)``; update the codebook in training mode.
-
-        The first training batch initialises the codebook.
-        """
-        vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.codebook.dtype)
-        if self.training and not self.is_started:
-            all_codes = torch.arange(self.config.num_codes, device=z.device)
-            self._replace(all_codes, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))
-            self.is_started.fill_(True)
+        """Quantize latents ``(B, E, H, W)``."""
         indices = self.indices(z)
         z_q = self.codes(indices).to(z.dtype)
-        if self.training:
-            self.update_codebook(vectors, indices.flatten())
         loss = self.config.beta * F.mse_loss(z, z_q)
         return Quantized(straight_through(z, z_q), indices, loss)
 
     @torch.no_grad()
-    def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
-        """Update the running statistics and codes, and revive dead codes.
+    def start(self, latents: Tensor) -> None:
+        """Initialise the codebook from latents ``(B, E, H, W)`` of each device."""
+        vectors = _gather_over_devices(self._vectors(latents))
+        all_codes = torch.arange(self.config.num_codes, device=latents.device)
+        self._replace(all_codes, vectors, (vectors - vectors.mean(0)).pow(2).sum(1))
+        self.is_started.fill_(True)
+
+    @torch.no_grad()
+    def update_codebook(self, latents: Tensor, indices: Tensor) -> None:
+        """Update the running statistics and codes from one step, and revive dead codes.
+
+        Every device must have as many latents, and the same state of torch's generator.
 
         Args:
-            vectors: latents ``(M, E)``.
-            indices: their codes ``(M,)``.
+            latents: ``(B, E, H, W)``, those of this device.
+            indices: their codes ``(B, H, W)``.
         """
-        counts = torch.bincount(indices, minlength=self.config.num_codes).to(self.counts)
-        sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        vectors, codes = self._vectors(latents), indices.flatten()
+        counts = torch.bincount(codes, minlength=self.config.num_codes).to(self.counts)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+        if _is_distributed():
             # Sum over devices, so that every replica keeps the same codebook.
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
-        errors = (vectors - self.codebook[indices]).pow(2).sum(1)
+        errors = (vectors - self.codebook[codes]).pow(2).sum(1)
         total = self.counts.sum()
         smooth = (self.counts + 1e-5) / (total + self.config.num_codes * 1e-5) * total
         self.codebook.copy_(self.sums / smooth[:, None])
         is_dead = self.counts < self.config.dead_code_threshold * total / self.config.num_codes
-        self._replace(is_dead.nonzero().flatten(), vectors, errors)
+        if is_dead.any():
+            candidates = _gather_over_devices(vectors), _gather_over_devices(errors)
+            self._replace(is_dead.nonzero().flatten(), *candidates)
+
+    def _vectors(self, latents: Tensor) -> Tensor:
+        return latents.movedim(1, -1).flatten(0, -2).to(self.codebook.dtype)
 
     def _replace(self, codes: Tensor, vectors: Tensor, errors: Tensor) -> None:
-        if not len(codes):
-            return
         # As in k-means++, sample latents in proportion to their squared error; uniform sampling
         # would pick mostly background.
         chosen = torch.multinomial(errors + 1e-12, len(codes), replacement=True)

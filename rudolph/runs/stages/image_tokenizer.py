@@ -80,10 +80,7 @@ def train_vqgan(
     """Train a VQ-GAN on the images of the training splits and write ``weights``."""
     config = execution.config
     with execution.stage("vqgan") as advance:
-        _, num_accumulated = execution.hardware.batches(config.vqgan_optim)
-        module = VQGANTraining(
-            model, config.vqgan_losses, config.vqgan_optim, num_accumulated=num_accumulated
-        )
+        module = VQGANTraining(model, config.vqgan_losses, config.vqgan_optim)
         train = ImageExamples(
             *splits["train"],
             seed=config.seed_of_vqgan,

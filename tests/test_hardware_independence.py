@@ -1,0 +1,176 @@
+"""Devices and micro-batches change rounding alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_documents import Letters, build_reader
+
+from rudolph.data.documents import DocumentBatch, Panel, batch_documents
+from rudolph.data.examples import ImageBatch, TokenBatch
+from rudolph.data.loader import Streams
+from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vqgan.model import VQGAN, VQGANConfig
+from rudolph.models.vqgan.quantizers import QuantizerConfig
+from rudolph.runs.execution import Hardware
+from rudolph.runs.trainer import make_trainer
+from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.training.callbacks import ResumeCheckpoint, quiet_lightning
+from rudolph.training.decoder import DecoderTraining
+from rudolph.training.language import LanguageTraining
+from rudolph.training.losses import REDUCTIONS, DecoderLossConfig, ReconstructionLossConfig
+from rudolph.training.optim import OptimConfig
+from rudolph.training.steps import ManualStepModule
+from rudolph.training.vqgan import VQGANTraining
+
+NUM_STEPS, BATCH, CHECKPOINT_EVERY = 5, 8, 3
+OPTIM = OptimConfig(NUM_STEPS, BATCH, warmup_steps=0, validate_every=NUM_STEPS)
+# Loss weights of text-to-image, captioning, and a task that scores right texts alone.
+WEIGHTS = torch.tensor([[1.0, 7.0, 0.0], [0.5, 0.0, 3.0], [0.0, 0.0, 1.0]])
+TWO_DEVICES = {"devices": 2, "strategy": "ddp_fork"}
+
+
+def token_batch(numbers: Sequence[int]) -> TokenBatch:
+    """Return examples of three tasks, with captions of 0 to 5 tokens."""
+    rows, sources = [], []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        row = torch.randint(4, 9, (15,), generator=generator)
+        row[9 + number % 6 :] = 0
+        rows.append(row)
+        # The right text is rare, and absent from whole micro-batches.
+        sources.append({3: 1, 6: 2}.get(number % 8, 0))
+    entries, tokens = torch.tensor(sources), torch.stack(rows)
+    return TokenBatch(tokens, tokens, WEIGHTS[entries], entries, torch.tensor(numbers))
+
+
+def decoder_training(*, dropout: float = 0.0, **losses: Any) -> DecoderTraining:
+    torch.manual_seed(2)
+    rates = {"attention_dropout": dropout, "output_dropout": dropout}
+    model = MaskedDecoder(
+        DecoderConfig(2, 24, 3, **rates), SequenceLayout(5, 2, 6), Vocabulary(20, 3, 5, 9)
+    )
+    names = ("drawn", "captions", "texts")
+    return DecoderTraining(model, DecoderLossConfig(**losses), OPTIM, sources=names)
+
+
+def train(
+    module: ManualStepModule,
+    folder: Path,
+    *,
+    batch: Any = token_batch,
+    start: Path | None = None,
+    **hardware: Any,
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Train to the last step; return the logged metrics and the weights."""
+    quiet_lightning()
+    folder.mkdir()
+    on = Hardware(accelerator="cpu", precision="32-true", **hardware)
+    last, module.seed = folder / "last.ckpt", 11
+    checkpoint = ResumeCheckpoint(last, CHECKPOINT_EVERY, num_steps=NUM_STEPS, digest="same")
+    trainer = make_trainer(
+        on,
+        num_networks=len(module.networks()),
+        logger=False,
+        callbacks=[checkpoint],
+        val_check_interval=NUM_STEPS,
+        default_root_dir=folder,
+    )
+    streams = Streams(
+        batch,
+        batch,
+        global_batch_size=BATCH,
+        micro_batch_size=on.batches(OPTIM)[0],
+        num_steps=NUM_STEPS,
+        num_validation=13,
+    )
+    trainer.fit(module, streams, ckpt_path=start)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    weights = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return metrics, weights
+
+
+@pytest.mark.parametrize(
+    "losses", [*({"reduction": name} for name in REDUCTIONS), {"weighting": "learned"}], ids=str
+)
+def test_micro_batches_of_any_size_have_the_same_losses(
+    tmp_path: Path, losses: dict[str, str]
+) -> None:
+    whole, _ = train(decoder_training(**losses), tmp_path / "whole")
+    for size in (1, 2, 4):
+        found, _ = train(
+            decoder_training(**losses), tmp_path / f"size_{size}", micro_batch_size=size
+        )
+        assert found == pytest.approx(whole, rel=1e-6), size
+
+
+def test_two_devices_have_the_losses_of_one_whatever_their_micro_batches(tmp_path: Path) -> None:
+    one, _ = train(decoder_training(), tmp_path / "one")
+    two, _ = train(decoder_training(), tmp_path / "two", micro_batch_size=1, **TWO_DEVICES)
+    assert two == pytest.approx(one, rel=1e-6)
+    assert {"train/loss", "train/loss/drawn/image", "train/fraction/texts"} <= one.keys()
+
+
+def test_a_run_moves_between_one_device_and_two_with_the_same_bits(tmp_path: Path) -> None:
+    """With equal micro-batches even dropout is the same, and so are checkpoints."""
+
+    def run(name: str, **settings: Any) -> dict[str, torch.Tensor]:
+        return train(decoder_training(dropout=0.2), tmp_path / name, **settings)[1]
+
+    one = run("one", micro_batch_size=4)
+    two = run("two", **TWO_DEVICES)
+    from_two = run("from_two", micro_batch_size=4, start=tmp_path / "two" / "last.ckpt")
+    from_one = run("from_one", start=tmp_path / "one" / "last.ckpt", **TWO_DEVICES)
+    for name, weight in one.items():
+        for other in (two, from_two, from_one):
+            assert torch.equal(other[name], weight), name
+    without = train(decoder_training(), tmp_path / "without", micro_batch_size=4)[1]
+    assert not all(torch.equal(without[name], weight) for name, weight in one.items())
+
+
+def image_batch(numbers: Sequence[int]) -> ImageBatch:
+    images = [
+        torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(n % 24)) for n in numbers
+    ]
+    return ImageBatch(torch.stack(images) * 2 - 1, torch.tensor(numbers))
+
+
+def test_a_codebook_of_running_statistics_follows_whole_steps(tmp_path: Path) -> None:
+    found = {}
+    variants = {"whole": {}, "parts": {"micro_batch_size": 2}, "two": TWO_DEVICES}
+    for name, hardware in variants.items():
+        torch.manual_seed(0)
+        quantizer = QuantizerConfig("ema", 12, 4, dead_code_threshold=0.5)
+        config = VQGANConfig(24, (4, 8, 8), 1, (), 4, quantizer=quantizer)
+        module = VQGANTraining(VQGAN(config), ReconstructionLossConfig(), OPTIM)
+        found[name] = train(module, tmp_path / name, batch=image_batch, **hardware)
+    (metrics, weights), codebook = found["whole"], "model.quantize.codebook"
+    for other, other_weights in (found["parts"], found["two"]):
+        assert other == pytest.approx(metrics, rel=1e-3)
+        torch.testing.assert_close(other_weights[codebook], weights[codebook], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["language_model", "flamingo"])
+def test_documents_in_micro_batches_have_the_same_loss(tmp_path: Path, family: str) -> None:
+    found = []
+    for size in (BATCH, 2):
+        model, reader, form = build_reader(family)
+
+        def batch(numbers: Sequence[int], form: Any = form) -> DocumentBatch:
+            rows = []
+            for number in numbers:
+                generator = torch.Generator().manual_seed(number)
+                image = torch.rand(3, 24, 24, generator=generator)
+                # Answers of 1 to 5 letters; the language model reads no image.
+                shown = image if family == "flamingo" else None
+                rows.append([Panel(shown, "ab", "c" * (1 + number % 5))])
+            documents = batch_documents(rows, form, Letters(), side="right")
+            return documents._replace(examples=torch.tensor(numbers))
+
+        module = LanguageTraining(model.train(), reader, OPTIM)
+        found.append(train(module, tmp_path / f"of_{size}", batch=batch, micro_batch_size=size)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert {"train/loss", "val/loss"} <= found[0].keys()
