@@ -1,6 +1,7 @@
 """Command line of ``rudolph``: arguments, progress and messages.
 
-Exit codes: 0 for success, 1 for a failed run, 2 for a user error, which is printed as one line.
+Exit codes: 0 for success, 1 for a failed run, 2 for a user error, which is printed as one line,
+and 75 after SIGTERM or SIGUSR1, for schedulers that requeue.
 
 To add a command, write its parser and its function in a module of this package and name the parser
 in ``COMMANDS``.
@@ -20,6 +21,7 @@ from rudolph.cli.weights import add_weights
 from rudolph.files.atomic import explain_os_error
 from rudolph.runs.console import print_line, silence_libraries
 from rudolph.sequence.texts import decode_argument
+from rudolph.training.preemption import REQUEUE, PreemptedError
 
 COMMANDS = (
     add_run,
@@ -66,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_line("rudolph: interrupted. Run the same command again to resume")
         return 130
+    except PreemptedError as error:
+        print_line(f"rudolph: ended by {error}. Run the same command again to resume")
+        return REQUEUE
 
 
 def is_setting(argument: str) -> bool:

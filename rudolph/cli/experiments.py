@@ -192,10 +192,9 @@ def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
     Returns:
         The exit code.
     """
-    from rudolph.runs.execution import is_main_process
     from rudolph.tracking.tracker import send_results, tracking_uri
 
-    if not is_main_process():
+    if not hardware_of(args).is_main_process:
         return 0
     experiments = {job.file: experiment for job, (experiment, _) in runs_of_jobs.items()}
     finished_files = {job.file for job in runs_of_jobs if job not in failed}
@@ -260,7 +259,7 @@ def execute_run(
         ValueError: For a user error in the only run, or in all ``others``.
         OSError: In the same cases, if a file cannot be read or written.
     """
-    from rudolph.runs.execution import is_finished, is_main_process, run_folder
+    from rudolph.runs.execution import is_finished, run_folder
     from rudolph.runs.runner import is_shared_error, run_or_error
     from rudolph.tracking.run_directory import RunDirectory
 
@@ -279,7 +278,7 @@ def execute_run(
     if message:
         print_line(f"  failed: {message}")
         return message
-    if is_main_process():
+    if context.hardware.is_main_process:
         print_scores(RunDirectory(folder).read_summary())
     print_line(f"  weights, samples and metrics: {folder}")
     return ""

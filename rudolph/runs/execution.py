@@ -23,6 +23,7 @@ from rudolph.models.layers.native_types import native_types
 from rudolph.models.rudolph.compiled import check_compiler
 from rudolph.models.weights import weights_error
 from rudolph.reports.run_files import RERUN_ADVICE, finished_summary
+from rudolph.runs.launcher import Launch, read_launch
 from rudolph.tracking.run_directory import RunDirectory
 from rudolph.training.hardware_flags import HardwareFlags, option_of
 from rudolph.training.optim import OptimConfig, eight_bit_adamw, machine_precision
@@ -67,6 +68,7 @@ class Hardware(HardwareFlags):
         object.__setattr__(
             self, "devices", ",".join(map(str, indices)) + "," if indices else number
         )
+        self._join_launch()
         if self.precision is not None:
             name = PRECISION_ALIASES.get(self.precision, self.precision)
             _require_one_of("precision", name, legal_precisions(self.kind))
@@ -99,6 +101,40 @@ class Hardware(HardwareFlags):
             )
         if self.strategy != "auto" and kind == "mps":
             raise ValueError(f"--strategy: expected auto on mps, got {self.strategy!r}")
+
+    def _join_launch(self) -> None:
+        """Take the numbers of devices and machines that a launcher started processes for."""
+        started = self.launch
+        if started.launcher == "torchrun":
+            num_nodes = started.world_size // started.local_world_size
+            told = {"devices": started.local_world_size, "num_nodes": num_nodes}
+            for name, value in told.items():
+                # 1 is also the default: nobody has to repeat what torchrun was told.
+                given = self.num_devices if name == "devices" else self.num_nodes
+                if given not in (1, value):
+                    raise ValueError(
+                        f"{option_of(name)}: expected {value} as torchrun started, got {given}"
+                    )
+                if given != value:
+                    object.__setattr__(self, name, value)
+        if started.launcher == "slurm" and self.world > 1 and started.world_size != self.world:
+            raise ValueError(
+                f"--devices {self.num_devices} --num-nodes {self.num_nodes}: expected "
+                f"{started.world_size} processes in all as srun started, got {self.world}"
+            )
+
+    @property
+    def launch(self) -> Launch:
+        """Return how this process was started."""
+        return read_launch()
+
+    @property
+    def is_main_process(self) -> bool:
+        """Return whether this is the process that records, caches and evaluates the run.
+
+        Slurm may start many processes with a run each, which all are.
+        """
+        return self.world == 1 or self.launch.is_first
 
     @property
     def kind(self) -> str:
@@ -181,7 +217,7 @@ class Hardware(HardwareFlags):
         """Return the device that this process uses outside of training."""
         if self.kind != "cuda":
             return torch.device("cpu")
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        rank = self.launch.local_rank if self.world > 1 else 0
         return torch.device("cuda", self.device_indices[rank] if self.device_indices else rank)
 
     def batches(self, optim: OptimConfig) -> tuple[int, int]:
@@ -308,12 +344,6 @@ def copy_to_run(source: Path, path: Path) -> None:
     write_atomic(path, put)
 
 
-def is_main_process() -> bool:
-    """Return whether this is the process that records, caches and evaluates the run."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
-
-
 class Recorder(Protocol):
     """Log of metrics, tags and files of a run; ``tracking.tracker.Tracker`` implements it."""
 
@@ -368,6 +398,11 @@ class Execution:
     def directory(self) -> RunDirectory:
         """Return the files of the run."""
         return RunDirectory(self.folder)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Return whether this is the process that records, caches and evaluates the run."""
+        return self.hardware.is_main_process
 
     @property
     def config(self) -> RunConfig:

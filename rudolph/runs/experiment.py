@@ -27,7 +27,6 @@ from rudolph.runs.execution import (
     Hardware,
     NullRecorder,
     ProgressCallback,
-    is_main_process,
     run_folder,
 )
 from rudolph.runs.stages.run import run_stages
@@ -57,7 +56,7 @@ def execute(
     """
     folder = run_folder(folders, experiment, run)
     execution = Execution(run, folder, folders, hardware, NullRecorder(), progress)
-    if not is_main_process():
+    if not execution.is_main_process:
         train_or_benchmark(execution)
         return _summary(experiment, run)
     with file_lock(execution.directory.running_lock, 0) as is_alone:

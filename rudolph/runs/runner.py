@@ -28,6 +28,7 @@ from rudolph.reports.run_files import finished_row
 from rudolph.reports.schema import read_report
 from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
 from rudolph.tracking.run_directory import RunDirectory
+from rudolph.training.preemption import PreemptedError
 
 BASES = "base"
 # In the folder of an experiment's runs: the path of the experiment file.
@@ -359,7 +360,7 @@ def _execute_job(job: Job, context: RunContext) -> str:
         return explain_os_error(error)
     except ValueError as error:
         return " ".join(str(error).split())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PreemptedError):
         # Otherwise the pool would give this process its next job.
         os._exit(INTERRUPTED)
 

@@ -26,7 +26,7 @@ from rudolph.generation.pipeline import Pipeline
 from rudolph.generation.png import is_whole_png
 from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.rudolph.decoder import MaskedDecoder
-from rudolph.runs.execution import Execution, copy_to_run, is_main_process
+from rudolph.runs.execution import Execution, copy_to_run
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.texts import UnknownTextWarning
@@ -41,7 +41,7 @@ SHOWN_TASKS = {"image_captioning": "captions", "question_answering": "answers"}
 
 def save_masks(execution: Execution, model: nn.Module) -> None:
     """Save the distinct attention masks of a masked decoder as one image; skip other models."""
-    if not isinstance(model, MaskedDecoder) or not is_main_process():
+    if not isinstance(model, MaskedDecoder) or not execution.is_main_process:
         return
     names, attends_left = tuple(dict.fromkeys(model.config.masks)), model.config.right_attends_left
 

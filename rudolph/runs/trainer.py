@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
@@ -14,11 +17,12 @@ from rudolph.data.loader import Streams
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.layers.lora import merge_low_rank
 from rudolph.models.weights import save_weights
-from rudolph.runs.execution import Execution, Hardware, is_main_process
+from rudolph.runs.execution import Execution, Hardware
 from rudolph.training.callbacks import (
     MetricLogger,
     ReportProgress,
     ResumeCheckpoint,
+    StopOnSignal,
     quiet_lightning,
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
@@ -62,7 +66,9 @@ def fit(
     hardware = execution.hardware
     num_steps, folder = optim.num_steps, weights.parent
     last = folder / CHECKPOINT
-    start = find_checkpoint(last, num_steps=num_steps, digest=digest, is_main=is_main_process())
+    start = find_checkpoint(
+        last, num_steps=num_steps, digest=digest, is_main=execution.is_main_process
+    )
     checkpoint = ResumeCheckpoint(last, optim.checkpoint_every, num_steps=num_steps, digest=digest)
     module.seed = mixed_seed(seed, stage)
     logger = MetricLogger(
@@ -76,7 +82,12 @@ def fit(
         hardware,
         num_networks=len(module.networks()),
         logger=logger,
-        callbacks=[checkpoint, *averaging(optim), ReportProgress(advance, num_steps)],
+        callbacks=[
+            checkpoint,
+            StopOnSignal(checkpoint),
+            *averaging(optim),
+            ReportProgress(advance, num_steps),
+        ],
         val_check_interval=min(optim.validate_every, num_steps),
         default_root_dir=folder,
     )
@@ -90,7 +101,7 @@ def fit(
     )
     run_trainer(trainer, module, streams, start)
     keep_weights(module, weights)
-    if is_main_process():
+    if execution.is_main_process:
         remove_checkpoints(last)
     trainer.strategy.barrier()
 
@@ -102,7 +113,7 @@ def keep_weights(module: ManualStepModule, weights: Path) -> None:
     """
     network = module.networks()[0].float()
     merge_low_rank(network)
-    if is_main_process():
+    if module.trainer.is_global_zero:
         save_weights(network, weights)
 
 
@@ -134,6 +145,7 @@ def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) 
             num_nodes=hardware.num_nodes,
             strategy=hardware.strategy_for(num_networks),
             precision=hardware.used_precision,  # type: ignore[arg-type]
+            plugins=[*environment_plugins(hardware)],
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -144,6 +156,17 @@ def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) 
         )
     except (MisconfigurationException, ModuleNotFoundError) as error:
         raise ValueError(f"hardware: {' '.join(str(error).split())}") from error
+
+
+def environment_plugins(hardware: Hardware) -> list[ClusterEnvironment]:
+    """Return Lightning's view of the processes, where its own detection would be wrong."""
+    if hardware.world == 1:
+        # One process of Slurm's with a run of its own must not wait for the others.
+        return [LightningEnvironment()]
+    if hardware.launch.launcher == "slurm":
+        # Requeueing is the job script's: Lightning would write checkpoints of its own.
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def averaging(optim: OptimConfig) -> list[pl.Callback]:

@@ -1,6 +1,8 @@
 """Callbacks and logger of a training: resume checkpoints, progress and metrics."""
 
 import logging
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from rudolph.files.atomic import append_line, json_text, naming_file
 from rudolph.training.checkpoints import require_same_training, rotate_checkpoints
+from rudolph.training.preemption import PreemptedError
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -65,7 +68,12 @@ class ResumeCheckpoint(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
     ) -> None:
         """Write a checkpoint of the steps before this one, if one is due."""
-        if batch_index % self.every == 0 and batch_index > 0:
+        if batch_index % self.every == 0:
+            self.write(trainer, module, batch_index)
+
+    def write(self, trainer: pl.Trainer, module: pl.LightningModule, batch_index: int) -> None:
+        """Write a checkpoint of the steps before this one, if there are any."""
+        if batch_index > 0:
             if not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
                 raise NonFiniteLossError(f"step {batch_index}: the weights are not finite")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +86,52 @@ class ResumeCheckpoint(pl.Callback):
             finally:
                 if trainer.is_global_zero:
                     new_path.unlink(missing_ok=True)
+
+
+class StopOnSignal(pl.Callback):
+    """A callback that writes a checkpoint and ends the training after SIGTERM or SIGUSR1.
+
+    Schedulers send one of them before they end a job.  One device that received it is enough.
+
+    Args:
+        checkpoint: Writes the checkpoint.
+
+    Raises:
+        PreemptedError: At the next step, on every device.
+    """
+
+    SIGNALS = ("SIGTERM", "SIGUSR1")
+
+    def __init__(self, checkpoint: ResumeCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.received = 0
+        self.replaced: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Replace the handlers of the signals, which Lightning set before."""
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in self.SIGNALS if hasattr(signal, name)]
+            self.replaced = {each: signal.signal(each, self._receive) for each in numbers}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        """Write a checkpoint and raise ``PreemptedError`` if a device received a signal."""
+        strategy: Any = trainer.strategy
+        received = torch.tensor(self.received, device=module.device)
+        number = int(strategy.reduce(received, reduce_op="max"))
+        if number:
+            self.checkpoint.write(trainer, module, batch_index)
+            raise PreemptedError(f"{signal.Signals(number).name} after {batch_index} steps")
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Restore the handlers."""
+        for number, handler in self.replaced.items():
+            signal.signal(number, handler)
+        self.replaced = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
 
 
 class ReportProgress(pl.Callback):

@@ -15,7 +15,7 @@ from rudolph.families.registry import family_of
 from rudolph.files.atomic import write_text
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.weights import save_weights, weights_digest
-from rudolph.runs.execution import Execution, copy_to_run, is_main_process
+from rudolph.runs.execution import Execution, copy_to_run
 from rudolph.runs.resolve import open_weights
 from rudolph.runs.samples import save_masks
 from rudolph.runs.stages.shared import shared_weights
@@ -55,7 +55,7 @@ def make_model(execution: Execution, splits: Splits, parts: Parts, *, digest: st
             train_model(execution, family, model, splits, parts, weights)
 
         weights = shared_weights(execution, f"{family.stage}-{name}", model, train)
-    if family.weights_file is not None and is_main_process():
+    if family.weights_file is not None and execution.is_main_process:
         path = execution.directory.checkpoints / family.weights_file
         path.parent.mkdir(exist_ok=True)
         if weights is None:
@@ -117,7 +117,7 @@ def train_model(
 
 def print_scored_fraction(execution: Execution, examples: TokenExamples) -> None:
     """Print the fraction and the loss weights of each mixture entry and write them as CSV."""
-    if len(examples.entries) == 1 or not is_main_process():
+    if len(examples.entries) == 1 or not execution.is_main_process:
         return
     total_weight = sum(entry.source.weight for entry in examples.entries)
     rows: list[dict[str, Any]] = []

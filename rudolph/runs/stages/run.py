@@ -15,7 +15,7 @@ from rudolph.evaluation.context import Score
 from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
 from rudolph.models.weights import weights_digest
-from rudolph.runs.execution import Execution, is_main_process
+from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import OF_EXPERIMENT, find_folder, open_weights
 from rudolph.runs.samples import save_samples, warn_of_unknown
 from rudolph.runs.stages.evaluation import evaluate
@@ -41,7 +41,7 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     digests |= {name: weights_digest(part) for name, part in parts.models.items()}
     digest = digest_of(digests)
     model = make_model(execution, splits, parts, digest=digest)
-    if not is_main_process():
+    if not execution.is_main_process:
         return [], {}
     model.to(execution.hardware.device)
     capabilities = family.open(config, model, parts)
@@ -56,13 +56,13 @@ def make_parts(execution: Execution, splits: Splits) -> Parts:
     config = execution.config
     needs = family_of(config.model).needs(config.model)
     tokenizer = open_data(execution, splits, has_tokenizer="tokenizer" in needs)
-    if tokenizer is not None and is_main_process():
+    if tokenizer is not None and execution.is_main_process:
         warn_of_unknown(config, tokenizer)
     execution.tracker.log_tags(splits.digests)
     if "vqgan" not in needs:
         return Parts(tokenizer, models=trained_parts(execution))
     vqgan = make_vqgan(execution, splits).to(execution.hardware.device)
-    if tokenizer is not None and is_main_process():
+    if tokenizer is not None and execution.is_main_process:
         warn_of_other_parts(execution, tokenizer, vqgan)
     models = trained_parts(execution)
     if "image_indices" not in needs:

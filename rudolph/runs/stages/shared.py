@@ -12,7 +12,7 @@ from torch import nn
 
 from rudolph.files.atomic import naming_file, rename_damaged, warn_once, write_text
 from rudolph.models.weights import read_weights, weights_error
-from rudolph.runs.execution import Execution, is_main_process
+from rudolph.runs.execution import Execution
 from rudolph.runs.trainer import CURVES
 from rudolph.tracking.event_log import file_lock
 
@@ -38,33 +38,33 @@ def shared_weights(
     weights = folder / SHARED_WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
     # In a multi-device run only the main process takes the lock; the others train with it.
-    lock = file_lock(folder / "training.lock", DAY) if is_main_process() else nullcontext()
+    lock = file_lock(folder / "training.lock", DAY) if execution.is_main_process else nullcontext()
     shared = execution.directory.shared
     known_names = shared.read_text("utf-8", errors="replace").split() if shared.is_file() else []
     with ExitStack() as stack:
         # Waiting for another run's training must not count as overhead of this one.
         with execution.stage(f"waiting for {name.partition('-')[0]}"):
             stack.enter_context(lock)
-        if not are_intact(weights, model):
-            if is_main_process():
+        if not are_intact(weights, model, is_main=execution.is_main_process):
+            if execution.is_main_process:
                 checksum_of(weights).unlink(missing_ok=True)
             train(weights)
-            if is_main_process():
+            if execution.is_main_process:
                 write_text(checksum_of(weights), sha256_of(weights) + "\n")
         elif name not in known_names:
             replay_curves(execution, folder / CURVES)
-    if is_main_process() and name not in known_names:
+    if execution.is_main_process and name not in known_names:
         write_text(shared, "\n".join([*known_names, name]) + "\n")
     model.load_state_dict(read_weights(weights))
     return weights
 
 
-def are_intact(weights: Path, model: nn.Module) -> bool:
-    """Return whether cached weights exist and are intact; rename damaged ones."""
+def are_intact(weights: Path, model: nn.Module, *, is_main: bool = True) -> bool:
+    """Return whether cached weights are intact; the main process renames damaged ones."""
     if not os.path.lexists(weights):
         return False
     fault = weights_error(weights, model) or checksum_error(weights)
-    if fault and is_main_process():
+    if fault and is_main:
         with suppress(FileNotFoundError):
             renamed = rename_damaged(weights)
             warn_once(f"{weights}: damaged ({fault}), renamed {renamed.name}; training again")
