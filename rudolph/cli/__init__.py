@@ -1,7 +1,7 @@
 """Command line of ``rudolph``: arguments, progress and messages.
 
-Exit codes: 0 for success, 1 for a failed run, 2 for a user error, which is printed as one line,
-and 75 after SIGTERM or SIGUSR1, for schedulers that requeue.
+Exit codes: 0 for success, 1 for a failed run, and 2 for a user error, which is printed as one
+line.  After SIGTERM or SIGUSR1 the code is 75, for schedulers that requeue.
 
 To add a command, write its parser and its function in a module of this package and name the parser
 in ``COMMANDS``.

@@ -107,9 +107,9 @@ class Hardware(HardwareFlags):
         started = self.launch
         if started.launcher == "torchrun":
             num_nodes = started.world_size // started.local_world_size
-            told = {"devices": started.local_world_size, "num_nodes": num_nodes}
-            for name, value in told.items():
-                # 1 is also the default: nobody has to repeat what torchrun was told.
+            numbers = {"devices": started.local_world_size, "num_nodes": num_nodes}
+            for name, value in numbers.items():
+                # 1 is also the default, so that no flag repeats those of torchrun.
                 given = self.num_devices if name == "devices" else self.num_nodes
                 if given not in (1, value):
                     raise ValueError(

@@ -1,6 +1,6 @@
 """The place of this process among those that train one run together, from the environment.
 
-torchrun, Slurm's ``srun`` and Lightning start processes and tell each its rank by environment
+torchrun, Slurm's ``srun`` and Lightning start processes and give each its rank by environment
 variables.  Slurm also starts processes that each execute a run of their own, so its ranks count
 only where a run has several devices.
 """
@@ -19,8 +19,8 @@ class Launch:
         launcher: what started it; ``none`` for a process on its own.
         is_first: whether it is the first of all processes.
         local_rank: place among the processes of this machine.
-        world_size: number of all processes; 0 if the launcher does not tell.
-        local_world_size: number of processes on each machine; 0 if the launcher does not tell.
+        world_size: number of all processes; 0 if the launcher does not set it.
+        local_world_size: number of processes on each machine; 0 if the launcher does not set it.
     """
 
     launcher: Literal["none", "torchrun", "slurm", "lightning"] = "none"

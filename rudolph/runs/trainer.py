@@ -64,8 +64,7 @@ def fit(
         seed: Seed of the training.
     """
     hardware = execution.hardware
-    num_steps, folder = optim.num_steps, weights.parent
-    last = folder / CHECKPOINT
+    num_steps, last = optim.num_steps, weights.with_name(CHECKPOINT)
     start = find_checkpoint(
         last, num_steps=num_steps, digest=digest, is_main=execution.is_main_process
     )
@@ -74,7 +73,7 @@ def fit(
     logger = MetricLogger(
         execution.tracker.log_metrics,
         stage=stage,
-        path=folder / CURVES,
+        path=weights.with_name(CURVES),
         num_steps_done=lambda: module.num_steps_done,
     )
     quiet_lightning()
@@ -89,7 +88,7 @@ def fit(
             ReportProgress(advance, num_steps),
         ],
         val_check_interval=min(optim.validate_every, num_steps),
-        default_root_dir=folder,
+        default_root_dir=weights.parent,
     )
     streams = Streams(
         *examples[:2],
