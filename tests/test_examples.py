@@ -6,11 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rudolph.data.datasets.arithmetic import ArithmeticConfig
 from rudolph.data.datasets.shapes import ShapesConfig
 from rudolph.data.examples import ImageExamples, MixtureExamples, TokenExamples, task_texts
-from rudolph.data.seeds import mixed_seed, shuffled_pairs
+from rudolph.data.seeds import MAX_TABLE, mixed_seed, permuted, shuffled_pairs
 from rudolph.data.splits import DataConfig, Split
 from rudolph.sequence.layout import TASK_TOKENS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import TASKS, Texts, fill_texts
@@ -89,6 +91,31 @@ def test_every_epoch_is_another_permutation() -> None:
     assert sorted(first) == sorted(second) == list(range(13))
     assert list(first) != list(second)
     assert list(shuffled_pairs(range(13), 13, seed=1)) != list(first)
+
+
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**32), epoch=st.integers(0, 9))
+def test_a_permutation_without_a_table_has_every_number_once(
+    size: int, seed: int, epoch: int
+) -> None:
+    found = permuted(np.arange(size), size, seed, epoch)
+    assert np.array_equal(np.sort(found), np.arange(size))
+    alone = [permuted(np.array([place]), size, seed, epoch)[0] for place in (0, size // 2)]
+    assert alone == [found[0], found[size // 2]]
+
+
+def test_epochs_of_more_pairs_than_a_table_holds_are_permutations_too() -> None:
+    size = MAX_TABLE + 3
+    epochs = [shuffled_pairs(range(n * size, (n + 1) * size), size, seed=5) for n in (0, 1)]
+    for pairs in epochs:
+        assert np.array_equal(np.sort(pairs), np.arange(size))
+        # Like a random permutation: about one number stays, and neighbours move apart.
+        assert (pairs == np.arange(size)).sum() < 10
+        assert abs(np.corrcoef(pairs[:-1], pairs[1:])[0, 1]) < 0.01
+    assert (epochs[0] == epochs[1]).sum() < 10
+    middle = range(size - 7, size + 9)
+    assert np.array_equal(
+        shuffled_pairs(middle, size, seed=5), np.concatenate([epochs[0][-7:], epochs[1][:9]])
+    )
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 26])
