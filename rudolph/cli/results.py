@@ -1,4 +1,4 @@
-"""Commands for results: export, figures, check, sync, share and report-card."""
+"""Commands for results: export, figures, check, site, sync, share and report-card."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ ON_ONE_AXIS = ("/speedup", "/peak_bytes")
 
 
 def add_results(commands: Any) -> None:
-    """Add the parsers of ``rudolph export``, ``figures``, ``check``, ``sync`` and ``share``."""
+    """Add the parsers of all commands for results except ``rudolph report-card``."""
     export_results = commands.add_parser("export", help="write results/ from the finished runs")
     export_results.add_argument("file", type=Path)
     export_results.set_defaults(command=export_experiment)
@@ -32,6 +32,14 @@ def add_results(commands: Any) -> None:
         "check", help="recompute results/ and every number in its texts"
     )
     check_results_folder.set_defaults(command=check_results)
+    site = commands.add_parser(
+        "site", help="write results/ as web pages with search, which open from disk"
+    )
+    site.add_argument("folder", type=Path, metavar="FOLDER", help="an earlier site is replaced")
+    site.add_argument(
+        "--repository", metavar="URL", help="web address that commits link to [git's origin]"
+    )
+    site.set_defaults(command=write_site)
     sync = commands.add_parser("sync", help="send records to MLflow that the server missed")
     sync.add_argument(
         "--again", action="store_true", help="send everything again, for a lost store"
@@ -330,6 +338,22 @@ def check_results(args: Any) -> int:
         "\n".join([*problems, f"{len(problems)} problems"]) if problems else "results: no problems"
     )
     return 1 if problems else 0
+
+
+def write_site(args: Any) -> int:
+    """Run ``rudolph site`` and return the exit code.
+
+    Raises:
+        ValueError: If ``--repository`` is no web address.
+    """
+    from rudolph.reports.site import build_site, web_address
+
+    repository = args.repository and web_address(args.repository)
+    if args.repository is not None and not repository:
+        raise ValueError(f"--repository: expected https://..., got {args.repository!r}")
+    pages = build_site(RESULTS_FOLDER, args.folder, repository=repository)
+    print_line(f"{pages[0]}: {len(pages)} pages")
+    return 0
 
 
 def sync_runs(args: Any) -> int:

@@ -203,6 +203,43 @@ def _lineage(path: Path) -> list[tuple[int, int] | str]:
     return identities
 
 
+@contextmanager
+def swapped_in(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose entries replace those in ``folder`` once all are complete.
+
+    The replacement consists of renames only; if one fails, the previous entries are restored.
+    """
+    scratch = folder.with_name(f".{folder.name}.part")
+    new, before = scratch / "new", scratch / "before"
+    _restore_entries(before, folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    new.mkdir(parents=True)
+    before.mkdir()
+    moved_names: list[str] = []
+    try:
+        yield new
+        folder.mkdir(exist_ok=True)
+        for name in sorted(os.listdir(new)):
+            if os.path.lexists(folder / name):
+                os.replace(folder / name, before / name)
+            os.replace(new / name, folder / name)
+            moved_names.append(name)
+    except BaseException:
+        for name in moved_names:
+            os.replace(folder / name, new / name)
+        _restore_entries(before, folder)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _restore_entries(before: Path, folder: Path) -> None:
+    """Move back the entries of ``before`` that have no replacement in ``folder``."""
+    for name in os.listdir(before) if before.is_dir() else ():
+        if not os.path.lexists(folder / name):
+            os.replace(before / name, folder / name)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file, whole or not at all; drop an incomplete last line first.
 

@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from rudolph.reports.sample_sheets import GAP, LINE_HEIGHT
 from rudolph.reports.style import panels_of, protected_drawing, save, styled
 from rudolph.sequence.texts import clean_text, shorten
 
@@ -98,23 +99,22 @@ def _sheet(images: Sequence[ImageArray], captions: Sequence[str], *, columns: in
     font = _font(12)
     lines = {caption: _wrap(caption, font, width) for caption in dict.fromkeys(captions)}
     wrapped = [lines[caption] for caption in captions]
-    line_height, gap = 16, 8
-    text_height = line_height * max(len(text) for text in wrapped)
+    text_height = LINE_HEIGHT * max(len(text) for text in wrapped)
     columns = min(columns, len(images))
     num_rows = -(-len(images) // columns)
-    cell_height = height + text_height + 2 * gap
+    cell_height = height + text_height + 2 * GAP
     sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, num_rows * cell_height + gap), "white"
+        "RGB", (columns * (width + GAP) + GAP, num_rows * cell_height + GAP), "white"
     )
     drawing = ImageDraw.Draw(sheet)
     for index, (image, text) in enumerate(zip(images, wrapped, strict=True)):
         row, column = divmod(index, columns)
-        left, top = gap + column * (width + gap), gap + row * cell_height
+        left, top = GAP + column * (width + GAP), GAP + row * cell_height
         sheet.paste(
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
         )
         for line, words in enumerate(text):
-            drawing.text((left, top + height + 3 + line * line_height), words, "black", font)
+            drawing.text((left, top + height + 3 + line * LINE_HEIGHT), words, "black", font)
     return sheet
 
 

@@ -1,21 +1,27 @@
 """Sharing of runs: as a folder that can be moved, or through a tracking server.
 
     <folder>/<experiment>/<run>/       event log, configuration, summary, scores, samples, weights
-    <folder>/<experiment>/results/     what was exported: tables, figures, the answer
+    <folder>/<experiment>/results/     what was exported: tables, figures, the answer, index.html
 
 The folder has the layout of ``runs/``, so it can be shared again as it is.  A run keeps the key by
 which a server finds it, so a run that is sent twice is stored once.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from rudolph.files.atomic import DAMAGED, DamagedFileError, require_disjoint_paths, write_atomic
+from rudolph.files.atomic import (
+    DAMAGED,
+    DamagedFileError,
+    explain_os_error,
+    require_disjoint_paths,
+    swapped_in,
+    warn_once,
+    write_atomic,
+)
 from rudolph.reports.run_files import RERUN_ADVICE, finished_runs
+from rudolph.reports.site import write_single_page
 from rudolph.tracking.event_log import SENT, SendMarker, pending_folders, read_header
 from rudolph.tracking.run_directory import CHECKPOINTS, RunDirectory
 from rudolph.tracking.tracker import send_pending, send_results
@@ -52,13 +58,25 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
     for source in (runs, *sources.values()):
         require_disjoint_paths(folder, source, "--to")
     not_copied = NOT_COPIED if has_weights else (*NOT_COPIED, CHECKPOINTS)
-    with _swapped_in(folder) as new:
+    with swapped_in(folder) as new:
         for name, source in sources.items():
             ignored = () if name == RESULT_FILES else not_copied
             shutil.copytree(source, new / name, ignore=shutil.ignore_patterns(*ignored))
             if not has_weights and name != RESULT_FILES:
                 _forget_weights(RunDirectory(new / name).event_log)
+        if results.is_dir():
+            _write_page_unless_damaged(results, new / RESULT_FILES)
     return [folder / run.name for run in finished]
+
+
+def _write_page_unless_damaged(results: Path, target: Path) -> None:
+    """Write the page of exported results; leave it out with a warning if they are damaged."""
+    try:
+        write_single_page(results, target)
+    except OSError as error:
+        warn_once(f"{explain_os_error(error)}; its page is left out")
+    except ValueError as error:
+        warn_once(f"{error}; its page is left out")
 
 
 def _target_folder(target: Path, journal: Path) -> Path:
@@ -91,43 +109,6 @@ def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
     if results.is_dir() and not send_results(header["experiment"], results, uri):
         raise ValueError(f"{uri}: {results} was not accepted")
     return {folder.name: SendMarker(folder, uri).read()[0] for folder in folders}
-
-
-@contextmanager
-def _swapped_in(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder whose entries replace those in ``folder`` once all are complete.
-
-    The replacement consists of renames only; if one fails, the previous entries are restored.
-    """
-    scratch = folder.with_name(f".{folder.name}.part")
-    new, before = scratch / "new", scratch / "before"
-    _restore(before, folder)
-    shutil.rmtree(scratch, ignore_errors=True)
-    new.mkdir(parents=True)
-    before.mkdir()
-    moved_names: list[str] = []
-    try:
-        yield new
-        folder.mkdir(exist_ok=True)
-        for name in sorted(os.listdir(new)):
-            if os.path.lexists(folder / name):
-                os.replace(folder / name, before / name)
-            os.replace(new / name, folder / name)
-            moved_names.append(name)
-    except BaseException:
-        for name in moved_names:
-            os.replace(folder / name, new / name)
-        _restore(before, folder)
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _restore(before: Path, folder: Path) -> None:
-    """Move back the entries of ``before`` that have no replacement in ``folder``."""
-    for name in os.listdir(before) if before.is_dir() else ():
-        if not os.path.lexists(folder / name):
-            os.replace(before / name, folder / name)
 
 
 def _forget_weights(journal: Path) -> None:

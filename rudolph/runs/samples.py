@@ -26,17 +26,13 @@ from rudolph.generation.pipeline import Pipeline
 from rudolph.generation.png import is_whole_png
 from rudolph.generation.trained_models import ImageTokenizer
 from rudolph.models.rudolph.decoder import MaskedDecoder
+from rudolph.reports.sample_sheets import NUM_SHOWN, SHOWN_TASKS, TEXT_COLUMNS, grid_columns
 from rudolph.runs.execution import Execution, copy_to_run
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.texts import UnknownTextWarning
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.tracking.run_directory import SAMPLES
-
-GRID_COLUMNS = 8
-NUM_SHOWN = 10
-# Tasks whose generated texts are shown with their images, and the names of the files.
-SHOWN_TASKS = {"image_captioning": "captions", "question_answering": "answers"}
 
 
 def save_masks(execution: Execution, model: nn.Module) -> None:
@@ -169,7 +165,7 @@ def save_texts(execution: Execution, model: Capabilities, task: str, split: Spli
             f"{question} {text or '-'}".strip()
             for question, text in zip(asked, texts, strict=True)
         ]
-        image_grids.sample_grid(to_bytes(images), labels, path, columns=5)
+        image_grids.sample_grid(to_bytes(images), labels, path, columns=TEXT_COLUMNS)
 
 
 def grid_prompts_of(config: RunConfig) -> tuple[str, ...]:
@@ -214,9 +210,8 @@ def generate_prompts(
         prompts, config=config.sampling.image, seeds=seeds, on_token=on_token
     )
     labels = [prompt for prompt in prompts for _ in range(num_samples)]
-    columns = max(GRID_COLUMNS // num_samples, 1) * num_samples
     with warned_drawing():
-        image_grids.sample_grid(to_bytes(images), labels, path, columns=columns)
+        image_grids.sample_grid(to_bytes(images), labels, path, columns=grid_columns(num_samples))
 
 
 def _evenly_spaced(split: Split, num_splits: int = 1) -> list[int]:

@@ -1,0 +1,164 @@
+"""Sheets of sample images, and the parts cut out of them to compare runs at one prompt.
+
+A sheet is ``samples/<run>-<kind>.png``.  ``image_grids.sample_grid`` draws sheets of generated
+images (``grid``) and of generated texts (``captions-<split>``, ``answers-<split>``): square images
+in rows, each with its text below.  Other kinds, such as ``masks``, are compared as a whole.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from rudolph.files.atomic import naming_file
+from rudolph.reports.run_configs import read_configs
+from rudolph.tracking.run_directory import SAMPLES
+
+Box = tuple[int, int, int, int]
+
+GAP, LINE_HEIGHT = 8, 16  # pixels
+GRID = "grid"
+GRID_COLUMNS, TEXT_COLUMNS = 8, 5
+# Number of images of a sheet of texts.
+NUM_SHOWN = 10
+# Tasks whose generated texts are shown with their images, and the names of the files.
+SHOWN_TASKS = {"image_captioning": "captions", "question_answering": "answers"}
+# Folder of the parts that are cut out of sheets.
+PARTS = "compared"
+
+
+class Comparison(NamedTuple):
+    """Samples of several runs for one prompt, or their whole sheets.
+
+    Attributes:
+        label: the kind of the sheets and the prompt.
+        images: path of each run's image, relative to the experiment's page.
+    """
+
+    label: str
+    images: dict[str, str]
+
+
+def grid_columns(num_samples: int) -> int:
+    """Return the columns of a grid of prompts: all samples of a prompt lie in one row."""
+    return max(GRID_COLUMNS // num_samples, 1) * num_samples
+
+
+def cell_boxes(size: tuple[int, int], *, columns: int, count: int) -> list[Box]:
+    """Return the boxes (left, upper, right, lower) of a sheet's cells, with their texts.
+
+    Args:
+        size: width and height of the sheet, in pixels.
+        columns: number of images per full row.
+        count: number of images.
+
+    Returns:
+        One box per image; empty if a sheet of these images has another size.
+    """
+    if count < 1:
+        return []
+    columns = min(columns, count)
+    (width, width_rest), (height, height_rest) = (
+        divmod(side - GAP, number)
+        for side, number in zip(size, (columns, -(-count // columns)), strict=True)
+    )
+    text_height = height - (width - GAP) - 2 * GAP
+    if width_rest or height_rest or text_height < LINE_HEIGHT or text_height % LINE_HEIGHT:
+        return []
+    corners = [(i % columns * width + GAP, i // columns * height + GAP) for i in range(count)]
+    return [(left, top, left + width - GAP, top + height - GAP) for left, top in corners]
+
+
+def compare_samples(folder: Path, runs: Collection[str], target: Path) -> Iterator[Comparison]:
+    """Cut out the samples that several runs share and yield one comparison per prompt.
+
+    Args:
+        folder: results folder of the experiment.
+        runs: names of its runs.
+        target: folder of the experiment's page, to which the parts are written.
+
+    Raises:
+        OSError: if a sheet is no image, or a file cannot be read or written.
+        DamagedFileError: if the runs' configurations are damaged.
+    """
+    for kind, sheets in _sheets_by_kind(folder, runs).items():
+        if len(sheets) < 2:
+            continue
+        sizes = {run: _size(path) for run, path in sheets.items()}
+        boxes = _shared_boxes(folder, kind, sizes)
+        if not boxes:
+            files = {run: f"{SAMPLES}/{path.name}" for run, path in sheets.items()}
+            yield Comparison(kind, files)
+        for number, (label, box_of_run) in enumerate(boxes.items()):
+            parts = {run: f"{PARTS}/{path.stem}-{number:02d}.png" for run, path in sheets.items()}
+            for run, path in sheets.items():
+                _cut(path, box_of_run[run], target / parts[run])
+            yield Comparison(f"{kind}: {label}", parts)
+
+
+def _sheets_by_kind(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Path]]:
+    """Return the sheet of each run by kind; a run's name may be the start of another's."""
+    sheets: dict[str, dict[str, Path]] = {}
+    for path in sorted((folder / SAMPLES).glob("*.png")):
+        run = max((name for name in runs if path.stem.startswith(f"{name}-")), key=len, default="")
+        sheets.setdefault(path.stem.removeprefix(f"{run}-"), {})[run] = path
+    return sheets
+
+
+def _shared_boxes(
+    folder: Path, kind: str, sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, Box]]:
+    """Return the box of each run by prompt; empty if the sheets are compared as a whole."""
+    if kind == GRID:
+        return _prompt_boxes(folder, sizes)
+    if not kind.startswith(tuple(SHOWN_TASKS.values())):
+        return {}
+    boxes = {
+        run: cell_boxes(size, columns=TEXT_COLUMNS, count=NUM_SHOWN) for run, size in sizes.items()
+    }
+    if not all(boxes.values()):
+        return {}
+    return {
+        f"image {number + 1}": {run: cells[number] for run, cells in boxes.items()}
+        for number in range(NUM_SHOWN)
+    }
+
+
+def _prompt_boxes(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Box]]:
+    """Return the box of all samples of each prompt; empty unless all runs have equal prompts."""
+    settings = [
+        _grid_settings(content) for name, _, content in read_configs(folder) if name in sizes
+    ]
+    if any(other != settings[0] for other in settings):
+        return {}
+    prompts, num_samples = settings[0]
+    boxes: dict[str, dict[str, Box]] = {prompt: {} for prompt in prompts}
+    for run, size in sizes.items():
+        cells = cell_boxes(
+            size, columns=grid_columns(num_samples), count=len(prompts) * num_samples
+        )
+        if not cells:
+            return {}
+        for number, prompt in enumerate(prompts):
+            first, last = cells[number * num_samples], cells[(number + 1) * num_samples - 1]
+            boxes[prompt][run] = (*first[:2], *last[2:])
+    return boxes
+
+
+def _grid_settings(content: Mapping[str, Any]) -> tuple[list[str], int]:
+    evaluation = content.get("evaluation", {})
+    return evaluation.get("grid_prompts", []), evaluation.get("grid_samples", 1)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with naming_file(path), Image.open(path) as sheet:
+        return sheet.size
+
+
+def _cut(path: Path, box: Box, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    with naming_file(path), Image.open(path) as sheet:
+        part = sheet.crop(box)
+    with naming_file(target):
+        part.save(target, "PNG")
