@@ -6,12 +6,13 @@ in rows, each with its text below.  Other kinds, such as ``masks``, are compared
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from rudolph.files.atomic import naming_file
+from rudolph.files.atomic import DamagedFileError, write_atomic
 from rudolph.reports.run_configs import read_configs
 from rudolph.tracking.run_directory import SAMPLES
 
@@ -79,21 +80,22 @@ def compare_samples(folder: Path, runs: Collection[str], target: Path) -> Iterat
         target: folder of the experiment's page, to which the parts are written.
 
     Raises:
-        OSError: if a sheet is no image, or a file cannot be read or written.
-        DamagedFileError: if the runs' configurations are damaged.
+        DamagedFileError: if a sheet or the runs' configurations are damaged.
+        OSError: if a file cannot be read or written.
     """
-    for kind, sheets in _sheets_by_kind(folder, runs).items():
-        if len(sheets) < 2:
+    for kind, paths in _sheets_by_kind(folder, runs).items():
+        if len(paths) < 2:
             continue
-        sizes = {run: _size(path) for run, path in sheets.items()}
-        boxes = _shared_boxes(folder, kind, sizes)
+        sheets = {run: _read_image(path) for run, path in paths.items()}
+        boxes = _shared_boxes(folder, kind, {run: sheet.size for run, sheet in sheets.items()})
         if not boxes:
-            files = {run: f"{SAMPLES}/{path.name}" for run, path in sheets.items()}
+            files = {run: f"{SAMPLES}/{path.name}" for run, path in paths.items()}
             yield Comparison(kind, files)
         for number, (label, box_of_run) in enumerate(boxes.items()):
-            parts = {run: f"{PARTS}/{path.stem}-{number:02d}.png" for run, path in sheets.items()}
-            for run, path in sheets.items():
-                _cut(path, box_of_run[run], target / parts[run])
+            parts = {run: f"{PARTS}/{path.stem}-{number:02d}.png" for run, path in paths.items()}
+            for run, sheet in sheets.items():
+                part = sheet.crop(box_of_run[run])
+                write_atomic(target / parts[run], partial(part.save, format="PNG"))
             yield Comparison(f"{kind}: {label}", parts)
 
 
@@ -130,7 +132,7 @@ def _prompt_boxes(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[st
     settings = [
         _grid_settings(content) for name, _, content in read_configs(folder) if name in sizes
     ]
-    if any(other != settings[0] for other in settings):
+    if not settings or any(other != settings[0] for other in settings):
         return {}
     prompts, num_samples = settings[0]
     boxes: dict[str, dict[str, Box]] = {prompt: {} for prompt in prompts}
@@ -151,14 +153,18 @@ def _grid_settings(content: Mapping[str, Any]) -> tuple[list[str], int]:
     return evaluation.get("grid_prompts", []), evaluation.get("grid_samples", 1)
 
 
-def _size(path: Path) -> tuple[int, int]:
-    with naming_file(path), Image.open(path) as sheet:
-        return sheet.size
+def _read_image(path: Path) -> Image.Image:
+    """Read all pixels of an image.
 
-
-def _cut(path: Path, box: Box, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    with naming_file(path), Image.open(path) as sheet:
-        part = sheet.crop(box)
-    with naming_file(target):
-        part.save(target, "PNG")
+    Raises:
+        DamagedFileError: if it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow raises OSErrors without a number for files that it cannot decode.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedFileError(path, "no image that can be read") from error

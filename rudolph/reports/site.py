@@ -197,9 +197,11 @@ def build_site(results_folder: Path, target: Path, *, repository: str | None) ->
     with swapped_in(target) as new:
         ignored = shutil.ignore_patterns(README)
         shutil.copytree(results_folder, new, ignore=ignored, dirs_exist_ok=True)
-        names = sorted(name for name in site.files if posixpath.basename(name) == README)
-        pages = [_readme_page(site, name, new) for name in (README, *names) if name != README]
-        pages = [_readme_page(site, README, new), *pages, _runs_page(site)]
+        names = {posixpath.join(name, README) for name in site.experiments}
+        names |= {name for name in site.files if posixpath.basename(name) == README}
+        # The page of all claims comes first.
+        ordered = [README, *sorted(names - {README})]
+        pages = [*(_readme_page(site, name, new) for name in ordered), _runs_page(site)]
         for page in pages:
             _write_page(page, new, has_navigation=True)
         index = [

@@ -87,7 +87,7 @@ def render_markdown(
 def zoomable(source: str, label: str) -> str:
     """Return an image that opens on a click; ``source`` is a percent-encoded path."""
     path, text = html.escape(source), html.escape(label)
-    return f'<a class="zoom" href="{path}"><img src="{path}" alt="{text}" loading="lazy"></a>'
+    return f'<a class="zoom" href="{path}"><img src="{path}" alt="{text}"></a>'
 
 
 def link_html(address: str, label: str) -> str:

@@ -4,6 +4,7 @@
 
 const ROOT = document.currentScript.dataset.root;
 const FILTERED_ROWS = 8;  // shorter tables have no filters
+const SHOWN_ROWS = 500;  // layout of more rows takes seconds; filters and sorting reach the others
 const NUMBER = /^[-+]?\d[\d,]*\.?\d*(e[-+]?\d+)?(?=$|[\s%])/i;
 
 const element = (name, properties = {}, ...children) => {
@@ -31,6 +32,7 @@ function sortBy(table, header) {
   // Empty cells stay last in both directions.
   keyed.sort(([a], [b]) => (a === "") - (b === "") || direction * compareTexts(a, b));
   body.append(...keyed.map(([, row]) => row));
+  table.dispatchEvent(new Event("sorted"));
 }
 
 // The first folder of the page that a row links to.
@@ -62,13 +64,18 @@ function addFilters(table) {
   const bar = element("div", {className: "filters"}, input, ...selects.map(({select}) => select), count);
   const update = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const row of rows) {
+    let matches = 0;
+    for (const row of table.tBodies[0].rows) {
       const text = words.length ? row.textContent.toLowerCase() : "";
-      row.hidden = !(words.every((word) => text.includes(word)) && selects.every(({allows}) => allows(row)));
+      const isMatch = words.every((word) => text.includes(word)) && selects.every(({allows}) => allows(row));
+      matches += isMatch;
+      row.hidden = !isMatch || matches > SHOWN_ROWS;
     }
-    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+    const shown = matches > SHOWN_ROWS ? `, the first ${SHOWN_ROWS} are shown` : "";
+    count.textContent = `${matches} of ${rows.length} rows${shown}`;
   };
   bar.addEventListener("input", update);
+  table.addEventListener("sorted", update);
   update();
   table.parentElement.before(bar);
 }
