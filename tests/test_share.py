@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -192,6 +194,28 @@ def test_what_a_killed_process_moved_away_comes_back(lab: Path) -> None:
     pack_runs(runs, results, given, has_weights=True)
     names = {path.name for path in (given / EXPERIMENT).iterdir()}
     assert names == {"mine", "a-seed0", "a-seed1", "results"}
+
+
+def test_a_shared_experiment_has_a_web_page(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = lab / "results" / EXPERIMENT
+    (results / "report.json").write_text("{")
+    assert main(["share", EXPERIMENT, "--to", "damaged"]) == 0
+    page = Path("results", "index.html")
+    assert not (lab / "damaged" / EXPERIMENT / page).exists()
+    assert "report.json: damaged (not JSON at line 1); its page is left out" in caplog.text
+    shutil.rmtree(results)
+    committed = Path(__file__).parent.parent / "results" / "loss_weights" / "reduction"
+    shutil.copytree(committed, results)
+    assert main(["share", EXPERIMENT, "--to", "given"]) == 0
+    text = (lab / "given" / EXPERIMENT / page).read_text("utf-8")
+    assert "Averaging the loss per segment or per token" in text
+    addresses = re.findall(r'(?:href|src)="([^"]+)"', text)
+    assert len(addresses) > 40
+    folder = (lab / "given" / EXPERIMENT / page).parent
+    assert [name for name in addresses if not (folder / unquote(name)).is_file()] == []
+    before = contents(lab / "given")
+    assert main(["share", f"given/{EXPERIMENT}", "--to", "again"]) == 0
+    assert contents(lab / "again") == before
 
 
 def test_mistakes_are_one_line(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:

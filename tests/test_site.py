@@ -20,7 +20,7 @@ from PIL import Image
 
 from rudolph.cli import main
 from rudolph.reports.image_grids import sample_grid
-from rudolph.reports.sample_sheets import PARTS, cell_boxes, grid_columns
+from rudolph.reports.sample_sheets import COMPARED_PARTS, cell_boxes, grid_columns
 from rudolph.reports.site import build_site, web_address, write_single_page
 from rudolph.reports.site_markdown import text_of
 
@@ -174,7 +174,9 @@ def test_runs_are_compared_at_one_prompt(site: Path) -> None:
     for number, prompt in enumerate(("олень", "пожарный: темный тон кожи", "смеющийся кот")):
         row = page.split(f"<h3>grid: {prompt}</h3>")[1].split("<h3>")[0]
         sources = re.findall(r'<img src="(.*?)"', row)
-        assert sources == [f"{PARTS}/emojich-seed{k}-grid-{number:02d}.png" for k in (0, 1)]
+        assert sources == [
+            f"{COMPARED_PARTS}/emojich-seed{k}-grid-{number:02d}.png" for k in (0, 1)
+        ]
         captions = re.findall(r"<figcaption>(.*?)</figcaption>", row)
         assert captions == ["emojich-seed0", "emojich-seed1"]
     page = (site / CAPTIONED / "index.html").read_text("utf-8")

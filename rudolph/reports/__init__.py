@@ -1,1 +1,1 @@
-"""Results of experiments: exported tables, claims, figures, pages and their check."""
+"""Results of experiments: exported tables, claims, figures, pages, their check, web pages."""

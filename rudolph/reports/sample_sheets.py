@@ -16,17 +16,17 @@ from rudolph.files.atomic import DamagedFileError, write_atomic
 from rudolph.reports.run_configs import read_configs
 from rudolph.tracking.run_directory import SAMPLES
 
-Box = tuple[int, int, int, int]
+CellBox = tuple[int, int, int, int]
 
 GAP, LINE_HEIGHT = 8, 16  # pixels
-GRID = "grid"
+GRID_SHEET = "grid"
 GRID_COLUMNS, TEXT_COLUMNS = 8, 5
 # Number of images of a sheet of texts.
 NUM_SHOWN = 10
 # Tasks whose generated texts are shown with their images, and the names of the files.
 SHOWN_TASKS = {"image_captioning": "captions", "question_answering": "answers"}
 # Folder of the parts that are cut out of sheets.
-PARTS = "compared"
+COMPARED_PARTS = "compared"
 
 
 class Comparison(NamedTuple):
@@ -46,7 +46,7 @@ def grid_columns(num_samples: int) -> int:
     return max(GRID_COLUMNS // num_samples, 1) * num_samples
 
 
-def cell_boxes(size: tuple[int, int], *, columns: int, count: int) -> list[Box]:
+def cell_boxes(size: tuple[int, int], *, columns: int, count: int) -> list[CellBox]:
     """Return the boxes (left, upper, right, lower) of a sheet's cells, with their texts.
 
     Args:
@@ -92,7 +92,10 @@ def compare_samples(folder: Path, runs: Collection[str], target: Path) -> Iterat
             files = {run: f"{SAMPLES}/{path.name}" for run, path in paths.items()}
             yield Comparison(kind, files)
         for number, (label, box_of_run) in enumerate(boxes.items()):
-            parts = {run: f"{PARTS}/{path.stem}-{number:02d}.png" for run, path in paths.items()}
+            parts = {
+                run: f"{COMPARED_PARTS}/{path.stem}-{number:02d}.png"
+                for run, path in paths.items()
+            }
             for run, sheet in sheets.items():
                 part = sheet.crop(box_of_run[run])
                 write_atomic(target / parts[run], partial(part.save, format="PNG"))
@@ -110,9 +113,9 @@ def _sheets_by_kind(folder: Path, runs: Collection[str]) -> dict[str, dict[str, 
 
 def _shared_boxes(
     folder: Path, kind: str, sizes: Mapping[str, tuple[int, int]]
-) -> dict[str, dict[str, Box]]:
+) -> dict[str, dict[str, CellBox]]:
     """Return the box of each run by prompt; empty if the sheets are compared as a whole."""
-    if kind == GRID:
+    if kind == GRID_SHEET:
         return _prompt_boxes(folder, sizes)
     if not kind.startswith(tuple(SHOWN_TASKS.values())):
         return {}
@@ -127,7 +130,9 @@ def _shared_boxes(
     }
 
 
-def _prompt_boxes(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Box]]:
+def _prompt_boxes(
+    folder: Path, sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, CellBox]]:
     """Return the box of all samples of each prompt; empty unless all runs have equal prompts."""
     settings = [
         _grid_settings(content) for name, _, content in read_configs(folder) if name in sizes
@@ -135,7 +140,7 @@ def _prompt_boxes(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[st
     if not settings or any(other != settings[0] for other in settings):
         return {}
     prompts, num_samples = settings[0]
-    boxes: dict[str, dict[str, Box]] = {prompt: {} for prompt in prompts}
+    boxes: dict[str, dict[str, CellBox]] = {prompt: {} for prompt in prompts}
     for run, size in sizes.items():
         cells = cell_boxes(
             size, columns=grid_columns(num_samples), count=len(prompts) * num_samples

@@ -51,7 +51,7 @@ RUNS_TABLE = "runs.csv"
 RUN_COLUMNS = ("run", "variant", "seed", "digest", "commit", "seconds")
 SHORT_COMMIT = 10
 # The files of an experiment, and what they hold.
-FILES = {
+EXPERIMENT_FILES = {
     BASE_CONFIG: "all settings of the first run",
     CONFIG_LINES: "the differences of each run",
     RUNS_TABLE: "every score of every run",
@@ -301,7 +301,7 @@ def _experiment_parts(site: SiteSource, experiment: SiteExperiment, target: Path
         yield f"<li>{link_html(address, source)}: the experiment</li>"
     else:
         yield f"<li><code>{html.escape(source)}</code>: the experiment</li>"
-    for name, meaning in FILES.items():
+    for name, meaning in EXPERIMENT_FILES.items():
         if posixpath.normpath(posixpath.join(experiment.name, name)) in site.files:
             yield f"<li>{link_html(name, name)}: {meaning}</li>"
     yield "</ul>"
