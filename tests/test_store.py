@@ -200,9 +200,12 @@ def test_one_run_is_shown_with_its_interval(tmp_path: Path) -> None:
 
 def test_of_a_series_of_samples_the_last_is_kept(exported: tuple[Path, Path]) -> None:
     samples = exported[1] / REPORT.experiment / "samples"
-    names = [path.name.partition("-s0-")[2] for path in samples.iterdir()]
+    names = sorted(path.name for path in samples.iterdir())
+    # All variants have a sheet of prompts, so that a site can compare them.
+    assert names == [f"{variant}-layers=2-s0-grid-000900.png" for variant in VARIANTS]
     # The page has room for the figures and the most informative images alone.
-    assert names == ["grid-000900.png"] * (MAX_PAGE_IMAGES - len(REPORT.figures))
+    page = (samples.parent / "README.md").read_text("utf-8")
+    assert page.count("](samples/") == MAX_PAGE_IMAGES - len(REPORT.figures) == 1
 
 
 def test_the_index_has_question_answer_and_cost(exported: tuple[Path, Path]) -> None:

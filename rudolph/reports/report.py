@@ -135,7 +135,7 @@ def _numbers(folder: Path, report: Report, runs: pd.DataFrame) -> list[str]:
         if figure.kind == "pareto":
             lines += ["", *_ranked(runs, figure.y)]
         lines += ["", f"![{', '.join(figure.y)}](figures/{figure.file})"]
-    for sample in _shown_samples(folder, runs):
+    for sample in _ordered_samples(folder)[: max(MAX_PAGE_IMAGES - len(report.figures), 0)]:
         lines += ["", f"![{sample.stem}](samples/{sample.name})"]
     return lines
 
@@ -242,7 +242,7 @@ def _unique_value(runs: pd.DataFrame, column: str) -> str:
     return f"{values.pop():.4g}" if len(values) == 1 else ""
 
 
-def _shown_samples(folder: Path, runs: pd.DataFrame) -> list[Path]:
+def _ordered_samples(folder: Path) -> list[Path]:
     """Return the exported images, the most informative first."""
     return sorted((folder / "samples").glob("*.png"), key=lambda path: sample_rank(path.stem))
 

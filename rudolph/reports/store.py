@@ -43,6 +43,7 @@ from rudolph.reports.partial import available_report
 from rudolph.reports.report import (
     BOUNDS,
     MAX_PAGE_IMAGES,
+    SAMPLE_ORDER,
     SECTIONS,
     UNANSWERED,
     experiment_parts,
@@ -75,6 +76,9 @@ INDEX_HEAD = "# Results\n\nOne row per experiment; each folder has its answer, t
 POINTS_PER_CURVE = 200
 # Jobs of one array may finish together; seconds that one waits for another's export.
 EXPORT_TIMEOUT = 300
+# At most so many sheets of the first kinds in ``SAMPLE_ORDER``, which have one image per prompt.
+MAX_COMPARED_SAMPLES = 8
+COMPARED_RANKS = range(SAMPLE_ORDER.index("answers") + 1)
 _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
 
 
@@ -162,7 +166,10 @@ def _write_report(folder: Path, report: Report) -> None:
 def _copy_samples(
     folder: Path, finished: Sequence[tuple[Path, dict[str, Any]]], num_samples: int
 ) -> None:
-    """Copy the last images of the first run of each variant, at most ``num_samples``."""
+    """Copy the last images of the first run of each variant.
+
+    At most ``num_samples`` are for the page; sheets that compare the variants follow.
+    """
     samples: dict[str, Path] = {}
     first_runs: dict[str, str] = {}
     for name, variant in sorted(
@@ -173,7 +180,9 @@ def _copy_samples(
         if summary["run"] in first_runs.values():
             for sample in _last_samples(RunDirectory(run_folder).samples):
                 samples[f"{summary['run']}-{sample.name}"] = sample
-    for name in sorted(samples, key=lambda name: sample_rank(Path(name).stem))[:num_samples]:
+    ordered = sorted(samples, key=lambda name: sample_rank(Path(name).stem))
+    compared = [name for name in ordered if sample_rank(Path(name).stem)[0] in COMPARED_RANKS]
+    for name in {*ordered[:num_samples], *compared[:MAX_COMPARED_SAMPLES]}:
         shutil.copyfile(samples[name], folder / "samples" / name)
 
 
