@@ -29,8 +29,10 @@ test: setup ## all tests, a file per process; PYTEST="-k masks" chooses
 notebook: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab notebooks
 
+# SQLAlchemy's own pool of 5 connections turns 32 runs that write at once away.
 mlflow: setup ## the tracking server, light: one worker, no job queue
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=40 \
+	MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW=40 $(VENV)/bin/mlflow server \
 		--workers 1 --host 127.0.0.1 --backend-store-uri $(MLFLOW_TRACKING_URI)
 
 reference: setup ## the published packages that experiments/speed compare with

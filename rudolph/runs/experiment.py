@@ -85,7 +85,15 @@ def _execute_alone(experiment: Experiment, execution: Execution, uri: str) -> di
             # Curves of stages trained by other runs are missing too, so they are logged again.
             directory.shared.unlink(missing_ok=True)
         tracker.log_artifact(directory.config)
-        tracker.log_tags({"commit": commit, "dirty": dirty, "digest": run.config.digest})
+        tracker.log_tags(
+            {
+                "commit": commit,
+                "dirty": dirty,
+                "digest": run.config.digest,
+                "node": platform.node(),
+                "devices": f"{execution.hardware.world} {execution.hardware.kind}",
+            }
+        )
         earlier_seconds = _earlier_seconds(directory)
         seconds |= earlier_seconds
         directory.write_summary(summary, status="running", seconds=seconds)

@@ -7,6 +7,7 @@ MLflow is imported in the sending thread, so training neither waits for it nor n
 
 import logging
 import os
+import random
 import subprocess
 import threading
 import time
@@ -88,7 +89,7 @@ class Tracker:
         self._is_finished = self._has_warned = False
         # Opening imports MLflow and may create its tables, which is no sign of a slow server.
         self._is_opening, self._last_progress = True, time.monotonic()
-        self._stopping = threading.Event()
+        self._stopping, self._jitter = threading.Event(), random.Random(run)
         self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
         self._thread.start()
 
@@ -177,8 +178,10 @@ class Tracker:
                 store = store or MLflowStore(self._uri)
                 self._is_opening = False
                 self._progress()
+                started = time.monotonic()
                 store.send(self._folder, on_progress=self._progress)
-                pause, self._has_warned = SECONDS_BETWEEN_SENDS, False
+                pause = pause_after(time.monotonic() - started)
+                self._has_warned = False
                 self._send_others(store)
             except OSError as error:
                 self._is_opening = False
@@ -188,7 +191,8 @@ class Tracker:
                 warn_once(f"{error}; the records after it are not sent")
             if is_last:
                 return
-            self._stopping.wait(pause)
+            # Jitter keeps runs that started together from sending together.
+            self._stopping.wait(pause * self._jitter.uniform(0.75, 1.25))
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -200,6 +204,15 @@ class Tracker:
         for folder in pending_folders(runs_folder, self._uri) if runs_folder else []:
             if not self._stopping.is_set():
                 _send_one(store, folder)
+
+
+def pause_after(seconds: float) -> float:
+    """Return the seconds to wait after a send that took so long: a busy server gets rare sends.
+
+    >>> pause_after(0.1), pause_after(2.0), pause_after(1000.0) == MAX_BACK_OFF
+    (1.0, 8.0, True)
+    """
+    return min(max(SECONDS_BETWEEN_SENDS, 4 * seconds), MAX_BACK_OFF)
 
 
 def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendProgress:
