@@ -27,7 +27,7 @@ FLAGS = {
     "--accelerator": ["auto", "cpu", "gpu", "cuda", "mps", "tpu", "CPU"],
     "--devices": ["1", "2", "4", "auto", "-1", "0,1", "0,", ",", "64", "1e3"],
     "--num-nodes": ["1", "2", "4"],
-    "--strategy": ["auto", "ddp", "ddp_fork", "ddp_spawn", "fsdp", "deepspeed", "dp"],
+    "--strategy": ["auto", "ddp", "ddp_fork", "ddp_spawn", "fsdp", "fsdp2", "dp"],
     "--precision": ["16", "32", "64", "bf16", "16-true", "bf16-mixed", "16-mixed", "64-true"],
     "--micro-batch-size": ["1", "2", "4", "8"],
     "--num-workers": ["0", "2"],

@@ -102,6 +102,8 @@ REFUSED = [
     (["--accelerator", "cuda"], "--accelerator: expected cpu or auto, got 'cuda'"),
     (["--strategy", "fsdp"], "--strategy: expected one of auto, ddp"),
     (["--strategy", "dp"], "did you mean ddp?"),
+    (["--strategy", "fsdp2", "--precision", "64-true"], "--precision: expected 32-true or bf16"),
+    (["--strategy", "fsdp2"], "optim.ema_decay must be null with --strategy fsdp2, got 0.9"),
     (["--num-nodes", "0"], "--num-nodes must be at least 1, got 0"),
     (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
     (["--devices", "3"], "vqgan_optim.global_batch_size: expected a multiple of 3 devices"),

@@ -1,6 +1,10 @@
 """Devices and micro-batches change rounding alone."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from rudolph.runs.execution import Hardware
 from rudolph.runs.trainer import make_trainer
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.training.callbacks import ResumeCheckpoint, quiet_lightning
+from rudolph.training.checkpoints import find_checkpoint
 from rudolph.training.decoder import DecoderTraining
 from rudolph.training.language import LanguageTraining
 from rudolph.training.losses import REDUCTIONS, DecoderLossConfig, ReconstructionLossConfig
@@ -46,14 +51,17 @@ def token_batch(numbers: Sequence[int]) -> TokenBatch:
     return TokenBatch(tokens, tokens, WEIGHTS[entries], entries, torch.tensor(numbers))
 
 
-def decoder_training(*, dropout: float = 0.0, **losses: Any) -> DecoderTraining:
+def decoder_training(
+    *, dropout: float = 0.0, optimizer: str = "", **losses: Any
+) -> DecoderTraining:
     torch.manual_seed(2)
     rates = {"attention_dropout": dropout, "output_dropout": dropout}
     model = MaskedDecoder(
         DecoderConfig(2, 24, 3, **rates), SequenceLayout(5, 2, 6), Vocabulary(20, 3, 5, 9)
     )
     names = ("drawn", "captions", "texts")
-    return DecoderTraining(model, DecoderLossConfig(**losses), OPTIM, sources=names)
+    optim = replace(OPTIM, optimizer=optimizer or OPTIM.optimizer)
+    return DecoderTraining(model, DecoderLossConfig(**losses), optim, sources=names)
 
 
 def train(
@@ -62,17 +70,20 @@ def train(
     *,
     batch: Any = token_batch,
     start: Path | None = None,
+    shards: bool = False,
     **hardware: Any,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Train to the last step; return the logged metrics and the weights."""
     quiet_lightning()
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     on = Hardware(accelerator="cpu", precision="32-true", **hardware)
     last, module.seed = folder / "last.ckpt", 11
-    checkpoint = ResumeCheckpoint(last, CHECKPOINT_EVERY, num_steps=NUM_STEPS, digest="same")
+    identity = {"num_steps": NUM_STEPS, "digest": "same", "is_sharded": shards}
+    checkpoint = ResumeCheckpoint(last, CHECKPOINT_EVERY, **identity)
     trainer = make_trainer(
         on,
         num_networks=len(module.networks()),
+        shards=shards,
         logger=False,
         callbacks=[checkpoint],
         val_check_interval=NUM_STEPS,
@@ -174,3 +185,59 @@ def test_documents_in_micro_batches_have_the_same_loss(tmp_path: Path, family: s
         found.append(train(module, tmp_path / f"of_{size}", batch=batch, micro_batch_size=size)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert {"train/loss", "val/loss"} <= found[0].keys()
+
+
+SHARDED_TRAINING = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+import test_hardware_independence as t
+folder = Path({folder!r})
+for optimizer in ("adamw", "muon"):
+    t.OPTIM = t.replace(t.OPTIM, optimizer=optimizer)
+    module = t.decoder_training()
+    metrics, _ = t.train(module, folder / optimizer, shards=True, strategy="fsdp2")
+    whole = module.whole_network()
+    if module.global_rank == 0:
+        assert module.model.is_sharded and not whole.is_sharded
+        torch.save((metrics, whole.state_dict()), folder / (optimizer + ".pt"))
+"""
+
+
+def test_a_sharded_decoder_learns_what_a_whole_one_does(tmp_path: Path) -> None:
+    """FSDP2 on two processes; a checkpoint of it continues on one."""
+    code = SHARDED_TRAINING.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    for optimizer in ("adamw", "muon"):
+        metrics, weights = torch.load(tmp_path / f"{optimizer}.pt")
+        module = decoder_training(optimizer=optimizer)
+        before = {name: weight.clone() for name, weight in module.model.state_dict().items()}
+        expected, _ = train(module, tmp_path / f"one_{optimizer}", micro_batch_size=4)
+        assert metrics == pytest.approx(expected, rel=1e-6)
+        for name, weight in weights.items():
+            assert not torch.equal(weight, before[name]), name
+            torch.testing.assert_close(weight, module.model.state_dict()[name], atol=1e-4, rtol=0)
+    last = tmp_path / "adamw" / "last.ckpt"
+    found, _ = train(decoder_training(), tmp_path / "next", micro_batch_size=4, start=last)
+    metrics, _ = torch.load(tmp_path / "adamw.pt")
+    assert found["val/loss"] == pytest.approx(metrics["val/loss"], rel=1e-6)
+
+
+def test_a_sharded_training_continues_its_own_checkpoints_alone(tmp_path: Path) -> None:
+    train(decoder_training(), tmp_path / "one")
+    message = r"last\.ckpt: written without --strategy fsdp2\. Continue without it"
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(
+            tmp_path / "one" / "last.ckpt",
+            num_steps=NUM_STEPS,
+            digest="same",
+            is_main=True,
+            is_sharded=True,
+        )

@@ -64,6 +64,8 @@ def test_hardware_refuses_what_it_cannot_train(
     changed = "model.attention_dropout=0", "model.tuning.lora_rank=2"
     run = load_experiment(write(tmp_path), changed).runs[0]
     Hardware(block_masks=True).check(run.config)
+    with pytest.raises(ValueError, match=r"ema_decay must be null with --strategy fsdp2, got 0.9"):
+        Hardware(accelerator="cpu", strategy="fsdp2").check(run.config)
     monkeypatch.setattr("rudolph.runs.execution.check_compiler", lambda device: None)
     with pytest.raises(ValueError, match=r"lora_rank must be null with --compile, got 2$"):
         Hardware(compile=True).check(run.config)

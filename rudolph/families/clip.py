@@ -67,6 +67,7 @@ class CLIPFamily:
     stage = "clip"
     reads_images = True
     is_trained = True
+    can_shard = False
     weights_file = None
     capabilities = CLIPCapabilities
 

@@ -295,6 +295,7 @@ class DocumentFamily:
     """The members of ``families.interface.Family`` that all readers of documents share."""
 
     is_trained = True
+    can_shard = False
     capabilities: type[Capabilities] = DocumentCapabilities
     reads_images = True
     stage: str

@@ -313,6 +313,11 @@ class Family(Protocol):
         ...
 
     @property
+    def can_shard(self) -> bool:
+        """Return whether ``--strategy fsdp2`` can train the model."""
+        ...
+
+    @property
     def weights_file(self) -> str | None:
         """Return the file of the weights in ``checkpoints``; None if ``save`` writes them."""
         ...

@@ -151,6 +151,7 @@ class RudolphFamily:
     stage = "decoder"
     reads_images = True
     is_trained = True
+    can_shard = True
     weights_file = FILES[0]
     capabilities = RudolphCapabilities
 
@@ -172,7 +173,7 @@ class RudolphFamily:
             )
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
-        """Check that block masks run without dropout, and compilation without LoRA.
+        """Check that hardware flags fit the settings, such as block masks without dropout.
 
         Raises:
             ValueError: If they do not; the message names the setting.
@@ -182,6 +183,8 @@ class RudolphFamily:
             raise ValueError(
                 f"model.attention_dropout must be 0 with --block-masks, got {dropout:g}"
             )
+        if flags.hardware.strategy == "fsdp2":
+            _require_shardable(run)
         if flags.hardware.compile and rank is not None:
             # Each low-rank layer is a class of its own, so torch would compile each of them.
             raise ValueError(f"model.tuning.lora_rank must be null with --compile, got {rank}")
@@ -313,3 +316,15 @@ def mixture_examples(
     texts = task_texts(split, entry.task, tokenizer=tokenizer, **sizes)
     indices = parts.image_indices(split) if split.images is not None else None
     return MixtureExamples(entry, texts, indices, encode_again if dropout else None)
+
+
+def _require_shardable(run: RunSettings) -> None:
+    """Raise ``ValueError`` for settings that a decoder sharded by FSDP2 cannot train."""
+    for name, value, expected in (
+        ("optim.ema_decay", run.optim.ema_decay, None),
+        ("model.losses.weighting", run.model.losses.weighting, "fixed"),
+        ("model.tuning.lora_rank", run.model.tuning.lora_rank, None),
+    ):
+        if value != expected:
+            needed = "null" if expected is None else expected
+            raise ValueError(f"{name} must be {needed} with --strategy fsdp2, got {value}")

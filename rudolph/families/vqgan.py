@@ -51,6 +51,7 @@ class VQGANFamily:
     stage = "vqgan"
     reads_images = True
     is_trained = False
+    can_shard = False
     weights_file = None
     capabilities = VQGANCapabilities
 

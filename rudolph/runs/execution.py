@@ -47,7 +47,10 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # The strategies of Lightning that can train the models of this package.
 FORKING = ("ddp_fork", "ddp_notebook")
 UNUSED = ("_find_unused_parameters_false", "_find_unused_parameters_true")
-STRATEGIES = ("auto", "ddp", *(f"ddp{ending}" for ending in UNUSED), *FORKING)
+# Shards decoders over devices; other networks train by ddp.
+SHARDED = "fsdp2"
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
+STRATEGIES = ("auto", "ddp", SHARDED, *(f"ddp{ending}" for ending in UNUSED), *FORKING)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Hardware(HardwareFlags):
             name = PRECISION_ALIASES.get(self.precision, self.precision)
             _require_one_of("precision", name, legal_precisions(self.kind))
             object.__setattr__(self, "precision", name)
+        if self.strategy == SHARDED and self.used_precision not in SHARDED_PRECISIONS:
+            raise ValueError(
+                f"--precision: expected {' or '.join(SHARDED_PRECISIONS)} with --strategy "
+                f"{SHARDED}, got {self.used_precision}"
+            )
         if self.block_masks and self.device.type != "cuda":
             raise ValueError(f"--block-masks: expected CUDA, got {self.kind}. Leave it out")
         if self.compile:
@@ -185,9 +193,10 @@ class Hardware(HardwareFlags):
 
         A backward pass of one network leaves the parameters of the others unused.
         """
+        strategy = "auto" if self.strategy == SHARDED else self.strategy
         if num_networks == 1 or self.world == 1:
-            return self.strategy
-        plain_name = "ddp" if self.strategy == "auto" else self.strategy
+            return strategy
+        plain_name = "ddp" if strategy == "auto" else strategy
         for ending in UNUSED:
             plain_name = plain_name.removesuffix(ending)
         return f"{plain_name}{UNUSED[1]}"
@@ -205,6 +214,11 @@ class Hardware(HardwareFlags):
                     eight_bit_adamw(self.kind)
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
+        if self.strategy == SHARDED and not family_of(config.model).can_shard:
+            raise ValueError(
+                f"--strategy: expected auto or ddp for the family {config.model.family}, got "
+                f"{SHARDED}. It shards decoders of the family rudolph"
+            )
         family_of(config.model).check_flags(config, self.training_flags(config.optim))
 
     def training_flags(self, optim: OptimConfig) -> TrainingFlags:

@@ -85,15 +85,7 @@ def _execute_alone(experiment: Experiment, execution: Execution, uri: str) -> di
             # Curves of stages trained by other runs are missing too, so they are logged again.
             directory.shared.unlink(missing_ok=True)
         tracker.log_artifact(directory.config)
-        tracker.log_tags(
-            {
-                "commit": commit,
-                "dirty": dirty,
-                "digest": run.config.digest,
-                "node": platform.node(),
-                "devices": f"{execution.hardware.world} {execution.hardware.kind}",
-            }
-        )
+        tracker.log_tags({"commit": commit, "dirty": dirty, **_place_tags(execution)})
         earlier_seconds = _earlier_seconds(directory)
         seconds |= earlier_seconds
         directory.write_summary(summary, status="running", seconds=seconds)
@@ -142,6 +134,17 @@ def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str
     """Execute the benchmark of a run or its stages; return the scores and the digests."""
     is_benchmark = execution.config.speed.workload is not None
     return run_benchmark(execution) if is_benchmark else run_stages(execution)
+
+
+def _place_tags(execution: Execution) -> dict[str, str]:
+    """Return the tags that tell where a run is executed, and its digest."""
+    hardware = execution.hardware
+    devices = f"{hardware.world} {hardware.kind}"
+    return {
+        "digest": execution.config.digest,
+        "node": platform.node(),
+        "devices": devices,
+    }
 
 
 def _summary(experiment: Experiment, run: Run) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
 )
@@ -17,7 +18,7 @@ from rudolph.data.loader import Streams
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.layers.lora import merge_low_rank
 from rudolph.models.weights import save_weights
-from rudolph.runs.execution import Execution, Hardware
+from rudolph.runs.execution import SHARDED, Execution, Hardware
 from rudolph.training.callbacks import (
     MetricLogger,
     ReportProgress,
@@ -65,10 +66,11 @@ def fit(
     """
     hardware = execution.hardware
     num_steps, last = optim.num_steps, weights.with_name(CHECKPOINT)
-    start = find_checkpoint(
-        last, num_steps=num_steps, digest=digest, is_main=execution.is_main_process
-    )
-    checkpoint = ResumeCheckpoint(last, optim.checkpoint_every, num_steps=num_steps, digest=digest)
+    shards = hardware.strategy == SHARDED and module.can_shard
+    identity: dict[str, Any] = {"num_steps": num_steps, "digest": digest, "is_sharded": shards}
+    start = find_checkpoint(last, is_main=execution.is_main_process, **identity)
+    checkpoint = ResumeCheckpoint(last, optim.checkpoint_every, **identity)
+    callbacks: list[pl.Callback] = [checkpoint, StopOnSignal(checkpoint), *averaging(optim)]
     module.seed = mixed_seed(seed, stage)
     logger = MetricLogger(
         execution.tracker.log_metrics,
@@ -80,13 +82,9 @@ def fit(
     trainer = make_trainer(
         hardware,
         num_networks=len(module.networks()),
+        shards=shards,
         logger=logger,
-        callbacks=[
-            checkpoint,
-            StopOnSignal(checkpoint),
-            *averaging(optim),
-            ReportProgress(advance, num_steps),
-        ],
+        callbacks=[*callbacks, ReportProgress(advance, num_steps)],
         val_check_interval=min(optim.validate_every, num_steps),
         default_root_dir=weights.parent,
     )
@@ -110,7 +108,7 @@ def keep_weights(module: ManualStepModule, weights: Path) -> None:
 
     Weights are stored in float32 regardless of the training precision, as other runs read them.
     """
-    network = module.networks()[0].float()
+    network = module.whole_network().float()
     merge_low_rank(network)
     if module.trainer.is_global_zero:
         save_weights(network, weights)
@@ -127,7 +125,9 @@ def run_trainer(
         raise KeyboardInterrupt from exit_request
 
 
-def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) -> pl.Trainer:
+def make_trainer(
+    hardware: Hardware, *, num_networks: int = 1, shards: bool = False, **settings: Any
+) -> pl.Trainer:
     """Build a Lightning trainer for this hardware.
 
     Progress bars, summaries, checkpoints and samplers of Lightning are off: this package has its
@@ -136,13 +136,17 @@ def make_trainer(hardware: Hardware, *, num_networks: int = 1, **settings: Any) 
     Raises:
         ValueError: If the machine lacks the hardware.
     """
+    strategy: str | ModelParallelStrategy = hardware.strategy_for(num_networks)
+    if shards:
+        # One file of the whole training, which any number of devices reads.
+        strategy = ModelParallelStrategy(hardware.world, 1, save_distributed_checkpoint=False)
     try:
         return pl.Trainer(
             max_epochs=1,
             accelerator=hardware.accelerator,
             devices=list(hardware.device_indices) or hardware.num_devices,
             num_nodes=hardware.num_nodes,
-            strategy=hardware.strategy_for(num_networks),
+            strategy=strategy,
             precision=hardware.used_precision,  # type: ignore[arg-type]
             plugins=[*environment_plugins(hardware)],
             log_every_n_steps=10,

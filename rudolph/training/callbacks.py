@@ -52,17 +52,35 @@ class ResumeCheckpoint(pl.Callback):
         NonFiniteLossError: before writing weights that are not finite.
     """
 
-    def __init__(self, path: Path, every_num_steps: int, *, num_steps: int, digest: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every_num_steps: int,
+        *,
+        num_steps: int,
+        digest: str,
+        is_sharded: bool = False,
+    ) -> None:
         self.path, self.every = path, every_num_steps
-        self.num_steps, self.digest = num_steps, digest
+        self.num_steps, self.digest, self.is_sharded = num_steps, digest, is_sharded
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the training."""
-        return {"num_steps": self.num_steps, "made_of": self.digest}
+        return {
+            "num_steps": self.num_steps,
+            "made_of": self.digest,
+            "is_sharded": self.is_sharded,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if the checkpoint is that of another training."""
-        require_same_training(self.path, state_dict, num_steps=self.num_steps, digest=self.digest)
+        require_same_training(
+            self.path,
+            state_dict,
+            num_steps=self.num_steps,
+            digest=self.digest,
+            is_sharded=self.is_sharded,
+        )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
@@ -233,10 +251,12 @@ class MetricLogger(Logger):
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's hints and two warnings: of resumed epochs and of frozen parts."""
+    """Silence Lightning's hints, and its warnings of resumed epochs and of frozen parts."""
     # Lightning sets its log level on import.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # The example stream resumes by its own count, which Lightning does not know of.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")
+    # A sharded training refuses weight averaging, so the two never meet.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
     # Frozen parts stay in evaluation mode (``models.layers.partly_trained``).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")

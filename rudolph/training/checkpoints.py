@@ -49,13 +49,16 @@ def remove_checkpoints(last: Path) -> None:
     previous_of(last).unlink(missing_ok=True)
 
 
-def find_checkpoint(last: Path, *, num_steps: int, digest: str, is_main: bool) -> Path | None:
+def find_checkpoint(
+    last: Path, *, num_steps: int, digest: str, is_main: bool, is_sharded: bool = False
+) -> Path | None:
     """Return the newest intact checkpoint of a training run, or None.
 
     Args:
         last: the path of ``last.ckpt``.
         num_steps: the number of steps of this training.
         digest: digest of its data, tokenizer and VQ-GAN.
+        is_sharded: whether the training shards its optimizer states.
         is_main: whether this process renames and reports damaged checkpoints.  Every process finds
             the same checkpoint, before and after the renaming.
 
@@ -69,7 +72,9 @@ def find_checkpoint(last: Path, *, num_steps: int, digest: str, is_main: bool) -
             continue
         error, state = read_state(path)
         if not error:
-            require_same_training(path, state, num_steps=num_steps, digest=digest)
+            require_same_training(
+                path, state, num_steps=num_steps, digest=digest, is_sharded=is_sharded
+            )
             intact = path
             break
         damaged.append((path, error))
@@ -108,9 +113,18 @@ def read_state(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def require_same_training(
-    path: Path, state: Mapping[str, Any], *, num_steps: int, digest: str
+    path: Path,
+    state: Mapping[str, Any],
+    *,
+    num_steps: int,
+    digest: str,
+    is_sharded: bool = False,
 ) -> None:
-    """Raise ``ValueError`` if a checkpoint's training has other steps or other data."""
+    """Raise ``ValueError`` if a checkpoint does not fit a training.
+
+    It must have the same steps and data.  A training that shards continues its own kind alone,
+    because optimizer states are stored by name there.
+    """
     if state["num_steps"] != num_steps:
         raise ValueError(
             f"{path}: expected a checkpoint of a training of {num_steps} steps, "
@@ -120,4 +134,9 @@ def require_same_training(
         raise ValueError(
             f"{path}: written with other data, another tokenizer or another VQ-GAN. "
             "Delete it to train from the beginning"
+        )
+    if is_sharded and not state.get("is_sharded"):
+        raise ValueError(
+            f"{path}: written without --strategy fsdp2. Continue without it, or delete the "
+            "checkpoint to train from the beginning"
         )

@@ -1,5 +1,6 @@
 """Training of the masked decoder."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from rudolph.training.losses import (
     weighted_mean,
 )
 from rudolph.training.optim import OptimConfig
+from rudolph.training.sharding import gather_weights, is_sharded, shard_decoder
 from rudolph.training.steps import ManualStepModule
 
 
@@ -51,6 +53,23 @@ class DecoderTraining(ManualStepModule):
         self.register_buffer("num_seen", torch.zeros(len(self.sources), dtype=torch.long))
 
     num_seen: Tensor
+    can_shard = True
+
+    def configure_model(self) -> None:
+        """Shard a copy of the decoder over the devices, under a strategy that shards."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            self.whole = [self.model]
+            self.model = copy.deepcopy(self.model)
+            shard_decoder(self.model, self.device_mesh["data_parallel"])
+
+    def whole_network(self) -> nn.Module:
+        """Return the decoder with all its weights; every device must call it."""
+        if not is_sharded(self.model):
+            return self.model
+        weights = gather_weights(self.model)
+        if self.trainer.is_global_zero:
+            self.whole[0].load_state_dict(weights)
+        return self.whole[0]
 
     def networks(self) -> list[nn.Module]:
         """Return the decoder."""

@@ -22,7 +22,7 @@ class HardwareFlags:
     accelerator: str = _flag("auto", "auto, cpu, gpu, cuda or mps")
     devices: int | str = _flag(1, "a number, auto, -1 for all, or indices such as 0,1")
     num_nodes: int = _flag(1, "number of machines", least=1)
-    strategy: str = _flag("auto", "auto, ddp, ddp_fork (Lightning)")
+    strategy: str = _flag("auto", "auto, ddp, ddp_fork (Lightning) or fsdp2")
     precision: str | None = _flag(None, "32-true, bf16-mixed, ... (default: the machine's)")
     micro_batch_size: int | None = _flag(None, "examples per pass and device", least=1)
     num_workers: int = _flag(0, "data-loading processes", least=0)

@@ -22,6 +22,7 @@ from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.rudolph.scoring import NOT_SCORED, label_losses, segment_labels
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.sequence.tasks import TASKS
+from rudolph.training.sharding import is_sharded
 
 Reduction = Literal["batch", "task", "token"]
 REDUCTIONS = get_args(Reduction)
@@ -224,8 +225,9 @@ def scored_hidden(
         segments: the first position and the labels of each segment, as in ``scored_labels``.
     """
     end = model.layout.right_text_start
-    # Compiled layers have one batch size, so the batch is not split.
-    if inputs.shape[1] <= end or model.has_compiled_layers:
+    # Compiled layers have one batch size.  Sharded layers must run equally often on all devices.
+    is_whole = model.has_compiled_layers or is_sharded(model)
+    if inputs.shape[1] <= end or is_whole:
         return model.hidden(inputs)
     has_right_text = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     if "right_text" in segments:

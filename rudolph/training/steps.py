@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rudolph.data.seeds import mixed_seed
 from rudolph.training.callbacks import require_finite
 from rudolph.training.optim import OptimConfig, build_optimizers, clip_gradients, warmup_cosine
+from rudolph.training.sharding import is_sharded
 
 
 class ManualStepModule(pl.LightningModule):
@@ -30,9 +31,11 @@ class ManualStepModule(pl.LightningModule):
 
     Attributes:
         seed: seed of the random numbers of every micro-batch, such as dropout.
+        can_shard: whether ``configure_model`` shards the network over devices (FSDP2).
     """
 
     seed = 0
+    can_shard = False
 
     def __init__(self, optim: OptimConfig) -> None:
         super().__init__()
@@ -43,6 +46,10 @@ class ManualStepModule(pl.LightningModule):
     def networks(self) -> list[nn.Module]:
         """Return the trained networks; the first one is saved."""
         raise NotImplementedError
+
+    def whole_network(self) -> nn.Module:
+        """Return the first network with all its weights; every device must call it."""
+        return self.networks()[0]
 
     def loss_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the loss, which step with the first network without decay."""
@@ -119,10 +126,13 @@ class ManualStepModule(pl.LightningModule):
         """
         world_size = self.trainer.world_size
         if world_size > 1:
-            # Lightning's strategies average gradients over devices, and wait for one of every
-            # parameter.  A device without a right text or an image has none for some of them.
+            # Lightning's strategies average gradients over devices.
+            loss = loss * world_size
+        if world_size > 1 and not is_sharded(self.networks()[network]):
+            # DDP waits for a gradient of every parameter.  A device without a right text or an
+            # image has none for some of them.
             parameters = [*self.networks()[network].parameters(), *self.loss_parameters()]
-            loss = loss * world_size + _sum_of_zeros(parameters)
+            loss = loss + _sum_of_zeros(parameters)
         if loss.requires_grad:
             self.manual_backward(loss)
 

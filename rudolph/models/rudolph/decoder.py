@@ -264,6 +264,8 @@ class MaskedDecoder(nn.Module):
         self.has_block_masks = False
         # Compile the layers in training and in single-token decoding steps.
         self.has_compiled_layers = False
+        # The weights are sharded over devices, see ``training.sharding``.
+        self.is_sharded = False
         size = config.hidden_size
         self.text_embedding = nn.Embedding(vocabulary.text_size, size)
         self.image_embedding = nn.Embedding(vocabulary.image_size, size)
