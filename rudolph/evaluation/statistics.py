@@ -445,19 +445,24 @@ def minimum_detectable_effect(spread: float, pairs: int) -> float:
     Raises:
         ValueError: if there are fewer than two pairs.
     """
+    if pairs < 2:
+        raise ValueError(f"a comparison needs at least two pairs, got {pairs}")
+    return _detectable_shift(pairs) * spread / math.sqrt(pairs)
+
+
+@cache
+def _detectable_shift(pairs: int) -> float:
+    """Return the shift of Student's t that a two-sided test detects at 80 % power."""
     from scipy.optimize import brentq
     from scipy.stats import nct
 
-    if pairs < 2:
-        raise ValueError(f"a comparison needs at least two pairs, got {pairs}")
     quantile = student_quantile(pairs - 1)
 
     def missing_power(shift: float) -> float:
         return POWER - float(nct.sf(quantile, pairs - 1, shift))
 
     # The bracket holds the root: power is 2.5 % at shift 0 and nearly 1 at the upper end.
-    shift = float(brentq(missing_power, 0.0, 2 * quantile + 10))
-    return shift * spread / math.sqrt(pairs)
+    return float(brentq(missing_power, 0.0, 2 * quantile + 10))
 
 
 def pairs_needed(spread: float, effect: float) -> int:

@@ -311,14 +311,17 @@ def _seed_estimates(
     seeds: "pd.Series[Any]", groups: "pd.Series[str]", values: "pd.Series[float]"
 ) -> Iterator[list[float]]:
     """Yield each group's mean over seeds and each two groups' difference, by Student's t."""
-    frame = pd.DataFrame({"seed": seeds, "group": groups, "value": values})
-    table = frame.pivot_table(index="seed", columns="group", values="value").to_numpy()
+    is_known = values.notna().to_numpy()
+    rows, row_names = pd.factorize(seeds[is_known])
+    columns, column_names = pd.factorize(groups[is_known], sort=True)
+    table = np.full((len(row_names), len(column_names)), np.nan)  # (seeds, groups)
+    table[rows, columns] = values[is_known]
     first, second = np.triu_indices(table.shape[1], 1)
-    columns = np.concatenate([table, table[:, first] - table[:, second]], axis=1)  # (seeds, N)
-    num_seeds = np.isfinite(columns).sum(0)
-    columns, num_seeds = columns[:, num_seeds > 0], num_seeds[num_seeds > 0]
-    means = np.nanmean(columns, 0)
-    squares = np.nansum((columns - means) ** 2, 0)
+    samples = np.concatenate([table, table[:, first] - table[:, second]], axis=1)  # (seeds, N)
+    num_seeds = np.isfinite(samples).sum(0)
+    samples, num_seeds = samples[:, num_seeds > 0], num_seeds[num_seeds > 0]
+    means = np.nanmean(samples, 0)
+    squares = np.nansum((samples - means) ** 2, 0)
     quantiles = np.array([0.0, 0.0, *map(student_quantile, range(1, len(table)))])
     half_widths = quantiles[num_seeds] * np.sqrt(
         squares / np.maximum(num_seeds - 1, 1) / num_seeds

@@ -14,6 +14,8 @@ import matplotlib.style
 import numpy as np
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -153,8 +155,12 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         DrawingError: if the figure cannot be drawn or written.
     """
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with protected_drawing(path) as new, warnings.catch_warnings():
         # Ignore warnings about letters missing in the font and names that leave no room for axes.
         warnings.filterwarnings("ignore", message="Glyph |constrained_layout not applied")
-        figure.savefig(new, dpi=120, metadata=metadata)
+        figure.set_dpi(120)
+        # ``savefig`` would draw the figure a first time for its layout; one drawing includes it.
+        if path.suffix == ".svg":
+            FigureCanvasSVG(figure).print_svg(new, metadata={"Date": None})
+        else:
+            FigureCanvasAgg(figure).print_png(new, metadata={"Software": None})
