@@ -232,6 +232,17 @@ def test_an_experiment_is_loaded_without_libraries_of_tables_or_training(module:
     assert loaded_by(module) & later == set()
 
 
+def test_experiments_of_documents_are_loaded_without_the_compiler_of_torch() -> None:
+    """The check of their settings builds each model on the meta device."""
+    paths = [f"experiments/fusion/{name}.yaml" for name in ("encoders", "late_fusion")]
+    code = (
+        "import sys; from rudolph.config.experiment_file import load_experiment; "
+        f"[*map(load_experiment, {paths})]; print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
+
+
 def test_a_mask_is_drawn_without_the_training_libraries():
     loaded = loaded_by("rudolph.sequence.masks")
     assert "torch" in loaded

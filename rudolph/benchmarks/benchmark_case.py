@@ -29,7 +29,7 @@ from rudolph.models.reference import to_reference
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
-from rudolph.models.weights import load_exactly, save_weights
+from rudolph.models.weights import load_exactly, meta_device, save_weights
 from rudolph.sequence.layout import BOS, EOS, SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
 from rudolph.training.losses import DecoderLossConfig, ReconstructionLossConfig
@@ -187,7 +187,7 @@ def expected_outputs(models: dict[str, nn.Module], inputs: dict[str, Tensor]) ->
 
 def load_case_decoder(case: BenchmarkCase, folder: Path) -> MaskedDecoder:
     """Load the decoder in ``folder`` for inference."""
-    with torch.device("meta"):
+    with meta_device():
         model = MaskedDecoder(case.decoder, case.layout, case.vocabulary)
     load_exactly(model, load_file(folder / "decoder.safetensors"), family="speed")
     model.register_masks()
@@ -204,7 +204,7 @@ def load_case_vqgan(case: BenchmarkCase, folder: Path) -> VQGAN:
 
 def load_case_upscaler(folder: Path) -> Upscaler:
     """Load the upscaler in ``folder`` for inference."""
-    with torch.device("meta"):
+    with meta_device():
         model = Upscaler(UpscalerConfig())
     load_exactly(model, load_file(folder / "upscaler.safetensors"), family="speed")
     return model.eval()

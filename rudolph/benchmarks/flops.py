@@ -14,6 +14,7 @@ from rudolph.benchmarks.benchmark_case import BenchmarkCase
 from rudolph.benchmarks.config import TRANSFORMERS
 from rudolph.models.upscaler import Upscaler, UpscalerConfig
 from rudolph.models.vqgan.model import VQGAN
+from rudolph.models.weights import meta_device
 from rudolph.sequence.masks import mask_table, parse_mask
 
 # Bytes per weight and per number of a key or value.
@@ -90,7 +91,7 @@ def vqgan_operations(case: BenchmarkCase) -> dict[str, float]:
     torch's ``FlopCounterMode`` counts them. A training step counts as three forward passes: one
     forward, and a backward that costs two.
     """
-    with torch.device("meta"):
+    with meta_device():
         model = VQGAN(case.vqgan).eval()
         side = case.vqgan.resolution
         images = torch.empty(1, 3, side, side)
@@ -110,6 +111,6 @@ def upscaler_operations(case: BenchmarkCase) -> float:
     torch's ``FlopCounterMode`` counts them.
     """
     side = case.vqgan.resolution
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with meta_device(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         Upscaler(UpscalerConfig()).eval()(torch.empty(1, 3, side, side))
     return float(counter.get_total_flops())

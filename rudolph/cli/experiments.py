@@ -324,16 +324,15 @@ def memory_lines(config: Any, micro: int | None, *, has_checkpointing: bool) -> 
 
     Nothing is allocated: the model is built on the meta device.
     """
-    import torch
-
     from rudolph.families.registry import family_of
     from rudolph.models.rudolph.decoder import MaskedDecoder
+    from rudolph.models.weights import meta_device
     from rudolph.training.memory import training_memory
     from rudolph.training.optim import machine_precision
     from rudolph.training.tuning import apply_tuning
 
     family = family_of(config.model)
-    with torch.device("meta"):
+    with meta_device():
         model = family.empty(config)
         if not isinstance(model, MaskedDecoder):
             total = sum(parameter.numel() for parameter in model.parameters())

@@ -46,7 +46,7 @@ from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.layers.partly_trained import PartlyTrained
 from rudolph.models.lm.decode import at_last_token
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelCache
-from rudolph.models.weights import load_exactly, read_weights
+from rudolph.models.weights import load_exactly, meta_device, read_weights
 from rudolph.sequence.layout import EOS
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.tokenizer import Tokenizer
@@ -350,7 +350,7 @@ class DocumentFamily:
                     f"{run.model.trained} leaves the language model as it is"
                 )
         self.check_unused(run)
-        with errors_under("model"), torch.device("meta"):
+        with errors_under("model"), meta_device():
             self.empty(run)
 
     def check_unused(self, run: RunSettings) -> None:

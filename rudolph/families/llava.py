@@ -25,6 +25,7 @@ from rudolph.models.fusion.late_fusion import FusionConfig, build_fusion
 from rudolph.models.llava.late_fusion import LateFusionLLaVA
 from rudolph.models.llava.llava import ImageTokenConfig, LLaVA
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
+from rudolph.models.weights import meta_device
 from rudolph.sequence.conversation import IGNORE
 
 
@@ -104,7 +105,7 @@ class LLaVAFamily(VisionLanguageFamily):
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
         """Return how the model reads documents: a token for every image vector."""
-        with torch.device("meta"):
+        with meta_device():
             number = self.empty(run).num_view_tokens
         return replace(super().document_format(run), num_image_tokens=number)
 

@@ -5,15 +5,42 @@ memory beyond that of the file.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rudolph.files.atomic import DamagedFileError, naming_file, write_atomic
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Mode in which the functions of ``torch.nn.init`` leave their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Methods of tensors have no module.
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Build modules that have shapes but no memory and no initial values.
+
+    On the meta device, ``normal_`` and products such as ``scale * tensor`` compute nothing and yet
+    import torch's compiler, which takes seconds.  Therefore initialisation is skipped here, and
+    constructors scale their random tensors in place.
+    """
+    with torch.device("meta"), _WithoutInitialization():
+        yield
 
 
 def load_exactly(

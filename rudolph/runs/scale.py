@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from rudolph.config.run import RunConfig
 from rudolph.families.registry import family_of
 from rudolph.models.vqgan.model import VQGAN
+from rudolph.models.weights import meta_device
 
 
 def scale_of(configs: Sequence[RunConfig]) -> str:
@@ -65,14 +64,14 @@ def _parameter_counts(configs: Sequence[RunConfig], stage: str) -> set[int]:
     }
     counts = set()
     for config in distinct.values():
-        with torch.device("meta"):
+        with meta_device():
             model = family_of(config.model).empty(config)
         counts.add(sum(parameter.numel() for parameter in model.parameters()))
     return counts
 
 
 def _vqgan_parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
+    with meta_device():
         model = VQGAN(config.vqgan)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -242,7 +242,7 @@ class Abstractor(nn.Module):
         self.side = math.isqrt(config.num_out)
         self.grid_out = (self.side, self.side)
         width = config.width
-        self.positions = nn.Parameter(0.02 * torch.randn(shape.num_tokens, shape.width_in))
+        self.positions = nn.Parameter(torch.randn(shape.num_tokens, shape.width_in).mul_(0.02))
         self.project_in = nn.Linear(shape.width_in, width)
         self.before = nn.ModuleList(ConvBlock(width, 3) for _ in range(config.depth))
         self.after = nn.Sequential(*(ConvBlock(width, 3) for _ in range(config.depth)))

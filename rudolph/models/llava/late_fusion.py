@@ -53,7 +53,7 @@ class LateFusionLLaVA(LLaVA):
         self.fusion = fusion
         # Stands for the question of an image without one, such as that of a caption.
         size = language_model.config.hidden_size
-        self.no_question = nn.Parameter(torch.randn(size) * size**-0.5)
+        self.no_question = nn.Parameter(torch.randn(size).mul_(size**-0.5))
 
     def embed_fused(
         self, input_ids: Tensor, pixel_values: Tensor | None, image_of_question: Tensor

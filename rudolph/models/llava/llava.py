@@ -127,7 +127,7 @@ class LLaVA(PartlyTrained):
                     f"got {num_tokens} tokens in the grid {self.grid}"
                 )
             size = language_model.config.hidden_size
-            newline = nn.Parameter(torch.randn(size) * size**-0.5)
+            newline = nn.Parameter(torch.randn(size).mul_(size**-0.5))
         self.register_parameter("image_newline", newline)
 
     def forward(

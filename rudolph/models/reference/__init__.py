@@ -14,7 +14,6 @@ models and LLaVA ``transformers`` 5.24; ``flamingo-pytorch`` 0.1.2, ``vit-pytorc
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rudolph.models.reference.clip import RUCLIP
@@ -26,6 +25,7 @@ from rudolph.models.reference.language_model import LLAMA
 from rudolph.models.reference.llava import LLAVA, LLAVA_NEXT
 from rudolph.models.reference.upscaler import REALESRGAN
 from rudolph.models.reference.vqgan import VQGAN_FAMILY
+from rudolph.models.weights import meta_device
 
 
 def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
@@ -41,7 +41,7 @@ def empty_model(family: str, config: Mapping[str, Any]) -> nn.Module:
     if family not in REFERENCE_FAMILIES:
         raise ValueError(f"family must be one of {', '.join(REFERENCE_FAMILIES)}, got {family!r}")
     try:
-        with torch.device("meta"):
+        with meta_device():
             return REFERENCE_FAMILIES[family].build(config)
     except KeyError as error:
         raise ValueError(f"{family}: the config lacks {error.args[0]}") from error

@@ -22,7 +22,7 @@ from rudolph.models.lm.language_model import LanguageModelConfig
 from rudolph.models.reference.family import ReferenceFamily, require_expressible
 from rudolph.models.reference.language_model import without_tied_copy
 from rudolph.models.vision.vit import LinearPatchEncoder, ViT, ViTConfig
-from rudolph.models.weights import load_exactly
+from rudolph.models.weights import load_exactly, meta_device
 
 # FlamingoPaLM never sets this, so its resampler uses flamingo-pytorch's default.
 NUM_MEDIA_EMBEDDINGS = 4
@@ -240,7 +240,7 @@ def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
     }
     if isinstance(model.vision, ViT):
         arguments["img_encoder"] = vit_config_of(model.vision)
-    with torch.device("meta"):
+    with meta_device():
         rebuilt = build_flamingo(arguments)
     for name in ("language_model", "resampler", "cross_attention"):
         ours, theirs = getattr(config, name), getattr(rebuilt.config, name)

@@ -244,8 +244,10 @@ class VisionEncoder(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         rows, columns = config.grid
         scale = width**-0.5
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(rows * columns + 1, width))
+        self.class_embedding = nn.Parameter(torch.randn(width).mul_(scale))
+        self.positional_embedding = nn.Parameter(
+            torch.randn(rows * columns + 1, width).mul_(scale)
+        )
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
         self.transformer = Transformer(
             Block(
@@ -272,7 +274,7 @@ class VisionTransformer(VisionEncoder):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config.vision)
         width = config.vision_width
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = nn.Parameter(torch.randn(width, config.embed_dim).mul_(width**-0.5))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features ``(P, E)`` of normalised images ``(P, 3, H, W)``."""
@@ -294,9 +296,11 @@ class CLIP(nn.Module):
             Block(width, config.transformer_heads) for _ in range(num_layers)
         )
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.positional_embedding = nn.Parameter(
+            torch.randn(config.context_length, width).mul_(0.01)
+        )
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim).mul_(width**-0.5))
         scale = SIGMOID_SCALE if config.has_logit_bias else SOFTMAX_SCALE
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if config.has_logit_bias else None
