@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# Also for the processes that tests start.  On cores that other tests use, threads that wait for
+# each other take ten times as long to sample an image.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
