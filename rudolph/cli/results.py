@@ -76,11 +76,16 @@ def add_report_card(commands: Any) -> None:
     card.set_defaults(command=report_card)
 
 
+def runs_here() -> Path:
+    """Return the folder of all runs, below the current directory."""
+    return Path.cwd() / "runs"
+
+
 def folders_here() -> Any:
     """Return the folders of a command: the checkout is the current directory."""
     from rudolph.runs.execution import Folders
 
-    return Folders(Path.cwd(), Path.cwd() / "runs")
+    return Folders(Path.cwd(), runs_here())
 
 
 def local_run_folder(run: str) -> Path:
@@ -360,7 +365,7 @@ def sync_runs(args: Any) -> int:
     """Run ``rudolph sync`` and return the exit code, 1 if runs are still waiting."""
     from rudolph.tracking.tracker import send_pending, tracking_uri
 
-    sent = send_pending(folders_here().runs, tracking_uri(Path.cwd()), again=args.again)
+    sent = send_pending(runs_here(), tracking_uri(Path.cwd()), again=args.again)
     print_line(f"sent {sent.records} records of {sent.runs} runs; {sent.waiting} runs are waiting")
     return 1 if sent.waiting else 0
 
@@ -370,7 +375,7 @@ def share_runs(args: Any) -> int:
     from rudolph.reports import share
     from rudolph.reports.experiment_names import experiments_with_runs, unknown_experiment
 
-    all_runs = folders_here().runs
+    all_runs = runs_here()
     runs, results = all_runs / args.experiment, RESULTS_FOLDER / args.experiment
     if not runs.is_dir():
         runs = Path(args.experiment)
