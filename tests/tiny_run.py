@@ -1,6 +1,8 @@
 """The smallest whole run, from which tests of runs, commands and weights start."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -8,6 +10,7 @@ import yaml
 from rudolph.config.experiment_file import load_experiment
 from rudolph.runs.execution import Folders, Hardware, run_folder
 from rudolph.runs.experiment import execute
+from rudolph.tracking.mlflow_database import prepare_database
 
 OPTIM = {
     "num_steps": 8,
@@ -59,8 +62,19 @@ def quiet(stage: str, done: int, total: int, note: str) -> None:
     """Ignore progress."""
 
 
+@cache
+def empty_database() -> bytes:
+    """Create MLflow's tables once per process: they take longer than many a test."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        prepare_database(path)
+        return path.read_bytes()
+
+
 def run_tiny(folder: Path, overrides: tuple[str, ...] = (), **hardware: Any) -> Path:
     experiment = load_experiment(write(folder), overrides)
+    if not (folder / "mlflow.db").exists():
+        (folder / "mlflow.db").write_bytes(empty_database())
     folders = Folders(folder, folder / "runs")
     flags = {"precision": "32-true", "accelerator": "cpu"} | hardware
     execute(

@@ -161,6 +161,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.set_dpi(120)
         # ``savefig`` would draw the figure a first time for its layout; one drawing includes it.
         if path.suffix == ".svg":
-            FigureCanvasSVG(figure).print_svg(new, metadata={"Date": None})
+            FigureCanvasSVG(figure).print_svg(  # type: ignore[no-untyped-call]
+                new, metadata={"Date": None}
+            )
         else:
-            FigureCanvasAgg(figure).print_png(new, metadata={"Software": None})
+            FigureCanvasAgg(figure).print_png(  # type: ignore[no-untyped-call]
+                new, metadata={"Software": None}
+            )
