@@ -1,8 +1,9 @@
 """Commands that sample from a model: generate, caption."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rudolph.cli.outputs import (
     check_apart,
@@ -15,13 +16,27 @@ from rudolph.cli.outputs import (
 from rudolph.cli.results import folders_here
 from rudolph.files.atomic import write_json
 from rudolph.runs.console import print_line, stage_progress
-from rudolph.sequence.texts import clean_text, require_text
+from rudolph.runs.sampling import (
+    DEFAULT_CLIP,
+    DTYPES,
+    POSITIONAL,
+    CaptionArguments,
+    GenerateArguments,
+    SamplingArguments,
+    caption_image_of,
+    check_caption,
+    check_image_prompt,
+    pixels_of,
+    prepare_generation,
+    request_of,
+    sampling_of,
+)
+from rudolph.sequence.texts import require_text
 
-DEFAULT_CLIP = "ruclip-vit-base-patch32-384"
-DTYPES = ("float32", "bfloat16", "float16")
+Arguments = TypeVar("Arguments", bound=SamplingArguments)
+
 # All images are held in memory for the ranking and the grid.
 MAX_IMAGES = 10_000
-POSITIONAL = ("text", "image")
 # Arguments that name inputs, and the values that are no paths.
 WEIGHTS, IMAGES = ("model", "clip", "upscaler"), ("image", "image_prompt", "mask")
 NO_PATHS = (None, "", "shipped", "newest")
@@ -78,6 +93,12 @@ def add_caption(commands: Any) -> None:
     caption.add_argument(
         "--question", help="generate answers to this question instead of captions"
     )
+    caption.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="print the probability of each of these captions instead",
+    )
     add_sampling_arguments(caption)
     caption.set_defaults(command=caption_image, output=Path("captioned.png"))
 
@@ -111,17 +132,6 @@ def add_sampling_arguments(parser: Any) -> None:
         help="compile the decoding step, which takes seconds; for -n 1, or with --int8",
     )
     parser.add_argument("--output", type=Path, help="path of the PNG; JSON is written next to it")
-
-
-def sampling_of(config: Any, args: Any) -> Any:
-    """Return sampling settings, overridden by those of the command line."""
-    from dataclasses import replace
-
-    names = ("temperature", "top_k", "top_p", "min_p", "guidance", "guidance_kind")
-    settings = {name: getattr(args, name, None) for name in names}
-    return replace(
-        config, **{name: value for name, value in settings.items() if value is not None}
-    )
 
 
 def check_arguments(args: Any, *, suffix: str, has_folder: bool = False) -> None:
@@ -180,41 +190,37 @@ def load_requested(args: Any) -> Any:
     )
 
 
+def arguments_of(kind: type[Arguments], args: Any) -> Arguments:
+    """Return the arguments of a command without those that only its output needs."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
 def generate_images(args: Any) -> int:
     """Run ``rudolph generate`` and return the exit code."""
-    from dataclasses import replace
-
     check_arguments(args, suffix=".jsonl", has_folder=True)
-    from rudolph.generation.pipeline import GenerationRequest, StageError
+    from rudolph.generation.pipeline import StageError
 
     if args.compile and args.window > 1:
         raise ValueError(f"--window must be 1 with --compile, got {args.window}")
-    images = read_image_prompt(args)
-    request = GenerationRequest(
-        args.number, args.keep, args.rank, args.perplexity, args.seed, window=args.window
-    )
+    arguments = arguments_of(GenerateArguments, args)
+    request_of(arguments)
+    images = read_image_prompt(arguments)
     source = load_requested(args)
     pipeline = source.pipeline
-    sampling = sampling_of(source.sampling.image, args)
-    if args.guidance_kind and sampling.guidance is None:
-        raise ValueError("--guidance-kind: expected --guidance with it, got none")
     add_stages(pipeline, args)
-    pipeline.pack(args.number, sampling, window=args.window, is_compiled=args.compile)
-    if images:
-        request = replace(request, known=given_tokens(args, images, source))
-    text = clean_text(args.text)
-    warn_unreadable(pipeline, "text", text, pipeline.texts("text_to_image", text).num_cut)
-    record = {
-        "prompt": text,
-        "model": source.name,
-        "parameters": request_record(args) | vars(sampling),
-    }
+    text, request, config, record, notes = prepare_generation(arguments, images, source)
+    pipeline.pack(args.number, config, window=args.window, is_compiled=args.compile)
+    print_lines(notes)
     try:
         with stage_progress() as progress:
             candidates = pipeline.generate(
                 text,
                 request,
-                config=sampling,
+                config=config,
                 on_stage=lambda stage, done, total: progress(stage, done, total, ""),
             )
     except StageError as failure:
@@ -223,13 +229,10 @@ def generate_images(args: Any) -> int:
     return 0
 
 
-def warn_unreadable(pipeline: Any, name: str, text: str, num_cut: int) -> None:
-    """Report the parts of a text that the model cannot encode, before sampling."""
-    note = pipeline.tokenizer.unknown_note(text, name)
-    if note:
-        print_line(note)
-    if num_cut:
-        print_line(f"the {name} is too long: its last {num_cut} BPE ids are cut")
+def print_lines(lines: list[str]) -> None:
+    """Print lines on standard error."""
+    for line in lines:
+        print_line(line)
 
 
 def rescue_sampled(failure: Any, record: dict[str, Any], args: Any) -> str:
@@ -266,63 +269,15 @@ def add_stages(pipeline: Any, args: Any) -> None:
     pipeline.to(pipeline.device)
 
 
-def request_record(args: Any) -> dict[str, Any]:
-    """Return the given arguments besides the text and the model, for the record of an image."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if value is not None and name not in ("text", "model", "output", "command")
-    }
-
-
-def read_image_prompt(args: Any) -> dict[str, Any]:
+def read_image_prompt(arguments: GenerateArguments) -> dict[str, Any]:
     """Read the image prompt and its mask, keyed by argument name.
 
     Raises:
-        ValueError: If ``--image-prompt`` comes without exactly one of ``--borders``, ``--mask``
-            and ``--vary``, or one of these without an image prompt.
+        ValueError: If the image prompt and its region do not match, or a file is no image.
     """
-    from rudolph.generation import image_prompts
-
-    region_flags = [
-        name for name in ("borders", "mask", "vary") if getattr(args, name) is not None
-    ]
-    if args.image_prompt is None and region_flags:
-        raise ValueError(f"--{region_flags[0]}: expected --image-prompt IMAGE with it, got none")
-    if args.image_prompt is None:
-        return {}
-    if len(region_flags) != 1:
-        raise ValueError(
-            "--image-prompt: expected one of --borders, --mask and --vary with it, "
-            f"got {len(region_flags)}"
-        )
-    if args.borders is not None:
-        image_prompts.parse_borders(args.borders)
-    if args.vary is not None:
-        image_prompts.require_fraction(args.vary)
-    paths = {"image_prompt": args.image_prompt, "mask": args.mask}
+    check_image_prompt(arguments)
+    paths = {"image_prompt": arguments.image_prompt, "mask": arguments.mask}
     return {name: read_image(path) for name, path in paths.items() if path is not None}
-
-
-def given_tokens(args: Any, images: dict[str, Any], source: Any) -> Any:
-    """Return the image indices of the prompt, marked where they are kept."""
-    import torch
-
-    from rudolph.data.seeds import mixed_seed
-    from rudolph.generation import image_prompts
-
-    pipeline = source.pipeline
-    side = pipeline.decoder.layout.image_tokens_per_dim
-    if args.borders is not None:
-        known = image_prompts.border_mask(image_prompts.parse_borders(args.borders), side)
-    elif args.mask is not None:
-        white = pixels_of(images["mask"], source.image_size).mean(0) > 0.5
-        known = image_prompts.token_mask(~white, side)
-    else:
-        generator = torch.Generator().manual_seed(mixed_seed(args.seed, "vary"))
-        known = image_prompts.variation_mask(args.vary, side, generator)
-    image = pixels_of(images["image_prompt"], source.image_size)
-    return image_prompts.known_indices(pipeline.vqgan, image.to(pipeline.device), known).cpu()
 
 
 def read_image(path: Path) -> Any:
@@ -341,17 +296,6 @@ def read_image(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def pixels_of(image: Any, size: int) -> Any:
-    """Return the centre crop of an image as a tensor ``(3, size, size)`` in [0, 1]."""
-    import numpy as np
-    import torch
-
-    from rudolph.data.image_files import center_crop
-
-    pixels = np.asarray(center_crop(image, size)).copy()
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-
-
 def write_candidates(candidates: list[Any], record: dict[str, Any], args: Any) -> None:
     """Write images, JSON lines and grid; on a file-system error, use a temporary folder."""
 
@@ -363,40 +307,30 @@ def write_candidates(candidates: list[Any], record: dict[str, Any], args: Any) -
 
 def caption_image(args: Any) -> int:
     """Run ``rudolph caption`` and return the exit code."""
-    from rudolph.data.seeds import mixed_seed
-
     check_arguments(args, suffix=".json")
+    arguments = arguments_of(CaptionArguments, args)
+    check_caption(arguments)
     image = read_image(args.image)
     source = load_requested(args)
+    source.pipeline.pack(args.number, source.sampling.text, is_compiled=args.compile)
+    values, record, notes = caption_image_of(arguments, image, source)
+    print_lines(notes)
+    width = ".3f" if args.classes else "4"
+    for text, value in sorted(values.items(), key=lambda item: -item[1]):
+        print(f"{value:{width}}  {text}")
     pixels = pixels_of(image, source.image_size)
-    sampling = sampling_of(source.sampling.text, args)
-    seeds = [mixed_seed(args.seed, index) for index in range(args.number)]
-    questions = None if args.question is None else [clean_text(args.question)]
-    if questions is not None:
-        texts = source.pipeline.texts("question_answering", "", other_text=questions[0])
-        warn_unreadable(source.pipeline, "question", questions[0], texts.num_cut)
-    source.pipeline.pack(args.number, sampling, is_compiled=args.compile)
-    captions = source.pipeline.caption(
-        pixels[None], config=sampling, seeds=seeds, questions=questions
-    )
-    counts = {text: captions.count(text) for text in captions}
-    for text, count in sorted(counts.items(), key=lambda item: -item[1]):
-        print(f"{count:4}  {text}")
-    record = {"image": str(args.image), "model": source.name, "seed": args.seed}
-    record |= {} if questions is None else {"question": questions[0]}
-    content = record | {"sampling": vars(sampling), "captions": counts}
-    write_or_rescue(args.output, lambda path: write_captions(path, pixels, content))
+    write_or_rescue(args.output, lambda path: write_captions(path, pixels, list(values), record))
     return 0
 
 
-def write_captions(path: Path, image: Any, content: dict[str, Any]) -> None:
+def write_captions(path: Path, image: Any, texts: list[str], content: dict[str, Any]) -> None:
     """Write the captions as JSON and a grid of the image labelled with each caption."""
     import numpy as np
 
     from rudolph.generation.png import to_image
     from rudolph.reports.image_grids import sample_grid
 
-    json_path, counts = path.with_suffix(".json"), content["captions"]
+    json_path = path.with_suffix(".json")
     write_json(json_path, content)
-    sample_grid([np.asarray(to_image(image))] * len(counts), list(counts), path, columns=4)
+    sample_grid([np.asarray(to_image(image))] * len(texts), texts, path, columns=4)
     print_line(f"{path} and {json_path}")
