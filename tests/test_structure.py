@@ -32,6 +32,7 @@ LAYERS = (
     "config",  # YAML loader, run configuration, experiment file
     "runs",  # one run and many runs: stages, runner, search, resolved sources
     "gpu_check",  # `make gpu-check`
+    "demo",  # the demo in the browser
     "cli",  # commands: arguments and messages
     "__main__",
 )
@@ -48,6 +49,7 @@ OWNERS = {
     "pydantic": r"files/settings",
     "huggingface_hub": r"checkpoints/hub",
     "httpx2": r"checkpoints/hub",
+    "gradio": r"demo/(app|tabs/\w+)",
     "torchvision": r"nobody",
 }
 TOP_LEVEL = (

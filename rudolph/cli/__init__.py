@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rudolph.cli.data import add_data
+from rudolph.cli.demo import add_demo
 from rudolph.cli.experiments import add_run, add_show
 from rudolph.cli.results import add_report_card, add_results
 from rudolph.cli.sampling import add_caption, add_generate
@@ -30,6 +31,7 @@ COMMANDS = (
     add_report_card,
     add_generate,
     add_caption,
+    add_demo,
     add_weights,
     add_data,
 )

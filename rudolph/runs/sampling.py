@@ -252,7 +252,7 @@ def given_tokens(arguments: GenerateArguments, images: Mapping[str, Any], source
 
 
 class Captions(NamedTuple):
-    """What a model says about an image.
+    """Texts about an image, from a model.
 
     Attributes:
         values: Number of samples of each text, or probability of each class.
