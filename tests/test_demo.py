@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_clip import config_for, scenes
 
 from rudolph.cli import build_parser, main
 from rudolph.cli.sampling import arguments_of
@@ -36,9 +37,11 @@ from rudolph.demo.sessions import ARCHIVE, Demo, DemoError
 from rudolph.demo.shelf import ModelShelf, ShelfSettings
 from rudolph.demo.uploads import Uploads
 from rudolph.files.atomic import read_json
+from rudolph.generation.clip_ranking import ClipRanker
 from rudolph.generation.png import to_image
 from rudolph.models.layers.attention import FullView
 from rudolph.models.rudolph.attention_maps import attention_weights
+from rudolph.models.vision.clip import CLIP
 from rudolph.runs.sampling import CaptionArguments, GenerateArguments
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -293,6 +296,27 @@ def test_a_model_is_loaded_once_and_the_one_unused_for_longest_is_dropped(
         ModelShelf(ShelfSettings((str(tmp_path / "c"),), tmp_path, uri=""))
 
 
+def test_images_are_ranked_by_the_clip_of_the_demo_and_other_requests_do_without(
+    shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = generate_arguments(FORM | {"rank": "clip", "number": 3}, shelf, LIMITS)
+    with pytest.raises(ValueError, match="rank clip: expected a demo with --clip"):
+        generate(arguments, {}, shelf=shelf, watch=Watch(60))
+    torch.manual_seed(0)
+    _, tokenizer = scenes(tmp_path)
+    ranker = ClipRanker(CLIP(config_for(tokenizer)), tokenizer)
+    monkeypatch.setattr("rudolph.demo.shelf.open_clip", lambda source, runs: ranker)
+    own = ModelShelf(replace(shelf.settings, clip="tiny"))
+    form = FORM | {"rank": "clip", "number": 3, "temperature": 3}
+    arguments = generate_arguments(form, own, LIMITS)
+    result = generate(arguments, {}, shelf=own, watch=Watch(60))
+    images = torch.stack([candidate.image for candidate in result.candidates])
+    scores = ranker.similarities(images, ["олень"])[:, 0].tolist()
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3
+    assert result.captions == [f"clip {score:.3g}" for score in scores]
+    assert own.open(arguments).pipeline.clip is None and "--clip tiny" in result.command
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="the layouts are those of x86")
 def test_half_weights_are_packed_again_for_another_number_of_rows(tmp_path: Path) -> None:
     half = ModelShelf(ShelfSettings(("shipped",), tmp_path, uri="", dtype="bfloat16"))
@@ -394,7 +418,7 @@ def taken_port() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def test_a_taken_port_and_a_missing_gradio_are_one_line(
+def test_a_taken_port_a_missing_gradio_and_bad_flags_are_one_line(
     taken_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for found, words in (("", "address already in use"), (None, "expected gradio, got none")):
@@ -402,6 +426,9 @@ def test_a_taken_port_and_a_missing_gradio_are_one_line(
         assert main(["demo", "--port", str(taken_port)]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line
+    for classes in (["кот", "кот"], ["кот", "пёс", "--question", "кто?"]):
+        assert main(["caption", "image.png", "--classes", *classes]) == 2
+        assert "rudolph: --classes: expected" in capsys.readouterr().err
     assert main(["demo", "--max-number", "0"]) == 2
     assert "--max-number: expected at least 1, got 0" in capsys.readouterr().err
 

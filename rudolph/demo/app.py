@@ -13,6 +13,8 @@ from rudolph.demo.shelf import ModelShelf, ShelfSettings
 from rudolph.runs.sampling import GenerateArguments
 
 LOOPBACK = "127.0.0.1"
+# Users whose last results are kept in memory.
+MAX_USERS = 100
 CSS = """
 .pixels img { image-rendering: pixelated; }
 .figures { display: flex; flex-wrap: wrap; gap: 12px; background: white; }
@@ -97,7 +99,12 @@ def build_page(demo: Demo) -> Any:
 def launch(page: Any, demo: Demo, *, host: str, port: int) -> None:
     """Start the server of a page in threads of its own."""
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    # A foreign name for the loopback address would let other pages reach the demo.
+    names = [LOOPBACK, "localhost"] if host == LOOPBACK else ["*"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=names)]
     page.queue(max_size=demo.limits.max_waiting, api_open=False)
     page.launch(
         server_name=host,
@@ -107,12 +114,14 @@ def launch(page: Any, demo: Demo, *, host: str, port: int) -> None:
         quiet=True,
         prevent_thread_lock=True,
         show_error=False,
+        state_session_capacity=MAX_USERS,
         max_file_size=demo.limits.max_upload_bytes,
         enable_monitoring=False,
         footer_links=[],
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        app_kwargs={"middleware": middleware},
         css=CSS,
         theme=gr.themes.Default(**PAGE_FONTS),
     )

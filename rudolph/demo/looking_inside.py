@@ -260,7 +260,9 @@ def masks_image(source: LoadedModel) -> Image.Image:
     for name in dict.fromkeys(decoder.config.masks):
         layers = [str(i + 1) for i, mask in enumerate(decoder.config.masks) if mask == name]
         table = decoder.layer_tables[int(layers[0]) - 1]
-        masks[f"{name}, layer {_listed(layers)}"] = table.cpu().numpy()
+        masks[f"{name}, layer{'s' if len(layers) > 1 else ''} {_listed(layers)}"] = (
+            table.cpu().numpy()
+        )
     with TemporaryDirectory() as folder:
         path = Path(folder, "masks.png")
         draw_masks_image(masks, path, segments=decoder.layout.segment_lengths)

@@ -34,7 +34,13 @@ def add_compare_tab(demo: Demo) -> None:
         with gr.Row():
             for label in ("First model", "Second model"):
                 with gr.Column():
-                    gallery = gr.Gallery(label=label, columns=2, elem_classes="pixels")
+                    gallery = gr.Gallery(
+                        label=label,
+                        columns=2,
+                        fit_columns=False,
+                        elem_classes="pixels",
+                        height="auto",
+                    )
                     outputs += [gallery, *result_widgets()]
 
     def work(form: dict[str, Any], watch: Watch) -> list[Any]:

@@ -32,7 +32,11 @@ def add_generate_tab(demo: Demo) -> None:
             run, cancel = run_buttons("Generate")
         with gr.Column(scale=3):
             gallery = gr.Gallery(
-                label="Images", columns=GALLERY_COLUMNS, elem_classes="pixels", height="auto"
+                label="Images",
+                columns=GALLERY_COLUMNS,
+                fit_columns=False,
+                elem_classes="pixels",
+                height="auto",
             )
             again = gr.Button("Use the selected image as image prompt", size="sm")
             shown = result_widgets()

@@ -109,14 +109,21 @@ def _attention_views() -> tuple[dict[str, gr.Component], list[gr.Component]]:
             head = gr.Dropdown([ALL_HEADS], value=ALL_HEADS, label="Head")
         name = gr.Markdown("Generate an image first.")
         with gr.Row():
-            attention = gr.Image(label="Attention over the image; click a token", buttons=[])
+            attention = gr.Image(
+                label="Attention over the image; click a token",
+                format="png",
+                buttons=[],
+                elem_id="attention",
+            )
             chosen = gr.Image(
-                label="Probability of each sampled token, white 0 to dark 1", buttons=[]
+                label="Probability of each sampled token, white 0 to dark 1",
+                format="png",
+                buttons=[],
             )
         text = gr.HighlightedText(label="Attention over the text", show_legend=False)
         with gr.Row():
             codebook = gr.Image(
-                label="Next token: probability of each code, logarithmic", buttons=[]
+                label="Next token: probability of each code, logarithmic", format="png", buttons=[]
             )
             likeliest = gr.Label(label="Likeliest codes")
     outputs = [name, attention, chosen, text, codebook, likeliest]
@@ -128,8 +135,8 @@ def _replay_views(state: gr.State) -> list[gr.Component]:
     with gr.Tab("Replay"):
         step = gr.Slider(0, 1, value=0, step=1, label="Tokens generated", elem_id="step")
         with gr.Row():
-            frame = gr.Image(label="After these tokens", buttons=[])
-            replay = gr.Image(label="Token by token", buttons=[])
+            frame = gr.Image(label="After these tokens", format="png", buttons=[], elem_id="frame")
+            replay = gr.Image(label="Token by token", format="png", buttons=[], elem_id="replay")
 
     def show_frame(inspection: Inspection | None, number: int) -> Any:
         if inspection is None:
@@ -185,7 +192,9 @@ def _views(demo: Demo, form: dict[str, Any], watch: Watch) -> list[Any]:
 def _add_masks(demo: Demo, model: gr.Component) -> None:
     with gr.Tab("Masks"):
         button = gr.Button("Show the attention mask of each layer", size="sm")
-        image = gr.Image(label="Attention masks", buttons=["fullscreen"])
+        image = gr.Image(
+            label="Attention masks", elem_id="masks", format="png", buttons=["fullscreen"]
+        )
 
     def draw(form: dict[str, Any], watch: Watch) -> list[Any]:
         name = require_choice(form["model"], "model", demo.shelf.names)

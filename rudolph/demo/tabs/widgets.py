@@ -128,7 +128,6 @@ def connect(
 
         def stop(request: gr.Request) -> None:
             demo.cancel(str(request.session_hash))
-            gr.Info("Cancelled")
 
         cancel.click(
             stop, cancels=[event], queue=False, show_progress="hidden", api_visibility="private"
