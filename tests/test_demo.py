@@ -421,7 +421,10 @@ def taken_port() -> Iterator[int]:
 def test_a_taken_port_a_missing_gradio_and_bad_flags_are_one_line(
     taken_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for found, words in (("", "address already in use"), (None, "expected gradio, got none")):
+    for found, words in (
+        ("", "address already in use"),
+        (None, "gradio: expected the package, got none"),
+    ):
         monkeypatch.setattr("importlib.util.find_spec", {"gradio": found}.get)
         assert main(["demo", "--port", str(taken_port)]) == 2
         [line] = capsys.readouterr().err.splitlines()

@@ -49,7 +49,7 @@ def serve(
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
-            'rudolph demo: expected gradio, got none. Install it with pip install "gradio>=6,<7"'
+            'gradio: expected the package, got none. Install it with pip install "gradio>=6,<7"'
         )
     port = free_port(host, port)
     shelf = ModelShelf(settings)
@@ -58,6 +58,9 @@ def serve(
         # Gradio reads these when it is imported.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        # Gradio first requests its own page, which no proxy can reach.
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ[name] = ",".join([host, "localhost", os.environ.get(name, "")])
         demo = Demo(shelf, limits, results=results, files=Path(folder))
         page = build_page(demo)
         launch(page, demo, host=host, port=port)
@@ -140,6 +143,7 @@ def free_port(host: str, port: int) -> int:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ValueError(
-                f"{host}:{port}: expected a free port, got: {reason.lower()}. Give another --port"
+                f"{host}:{port}: expected a free port of this machine, got: "
+                f"{reason.lower().rstrip('.')}. Give another --port or --host"
             ) from error
         return int(probe.getsockname()[1])
