@@ -29,7 +29,7 @@ test: setup ## all tests, a file per process; PYTEST="-k masks" chooses
 notebook: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab notebooks
 
-# SQLAlchemy's own pool of 5 connections turns 32 runs that write at once away.
+# SQLAlchemy's default pool is too small for 32 runs that write at once.
 mlflow: setup ## the tracking server, light: one worker, no job queue
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=40 \
 	MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW=40 $(VENV)/bin/mlflow server \

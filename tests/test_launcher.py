@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import run_tiny, write
 
 from rudolph.cli import main
@@ -105,10 +106,17 @@ def test_a_run_of_two_processes_ends_at_a_signal_and_continues_on_one(
     ranks = subprocess.run(children, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGUSR1)
     output = process.communicate(timeout=200)[0]
-    assert re.search(r"rudolph: ended by SIGUSR1 after \d+ steps. Run the same command", output)
-    assert f"exitcode  : {REQUEUE}" in output and "PreemptedError" not in output
-    assert list(tmp_path.glob("runs/.cache/decoder-*/last.ckpt"))
+    ended = re.search(r"rudolph: ended by SIGUSR1 after (\d+) steps. Run the same", output)
+    assert ended and f"exitcode  : {REQUEUE}" in output and "PreemptedError" not in output
+    [last] = tmp_path.glob("runs/.cache/decoder-*/last.ckpt")
+    loops = torch.load(last, weights_only=True)["loops"]["fit_loop"]
+    done = loops["epoch_loop.batch_progress"]["current"]["completed"]
+    assert done == int(ended[1]) < 120
     monkeypatch.chdir(tmp_path)
     assert main(["run", "tiny.yaml", *FLAGS]) == 0
     [summary] = tmp_path.glob("runs/tiny/*/summary.json")
     assert json.loads(summary.read_text())["status"] == "finished"
+    # The second run continued: no step was logged twice.
+    lines = last.with_name("curves.jsonl").read_text().splitlines()
+    steps = [json.loads(line)[0] for line in lines if "train/loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] > done

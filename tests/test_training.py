@@ -19,6 +19,7 @@ from rudolph.runs.trainer import make_trainer
 from rudolph.training.callbacks import NonFiniteLossError, ReportProgress, ResumeCheckpoint
 from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig, clip_gradients
+from rudolph.training.steps import one_scale
 from rudolph.training.vqgan import VQGANTraining
 
 
@@ -80,6 +81,23 @@ def test_gradients_of_scaled_losses_are_clipped_as_they_are() -> None:
         found.append(weight.grad / scale)
     torch.testing.assert_close(found[0], torch.tensor([0.6, 0.0, 0.8]))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_optimizers_of_one_step_share_the_scale_of_their_gradients() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    scaler.scale(weights[0].sum() * torch.inf + weights[1].sum()).backward()
+    with one_scale(scaler):
+        for optimizer in optimizers:
+            # As Lightning does for each optimizer.
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == 8
+    # The first overflowed and did not step; the second is unscaled as it was scaled.
+    assert weights[0].tolist() == [0, 0] and weights[1].tolist() == [-1, -1]
+    assert scaler.get_scale() == 4
 
 
 class Kept(VQGANTraining):

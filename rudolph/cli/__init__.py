@@ -21,6 +21,7 @@ from rudolph.cli.sampling import add_caption, add_generate
 from rudolph.cli.weights import add_weights
 from rudolph.files.atomic import explain_os_error
 from rudolph.runs.console import print_line, silence_libraries
+from rudolph.runs.launcher import read_launch
 from rudolph.sequence.texts import decode_argument
 from rudolph.training.preemption import REQUEUE, PreemptedError
 
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except PreemptedError as error:
         print_line(f"rudolph: ended by {error}. Run the same command again to resume")
-        return REQUEUE
+        # Lightning kills the first process if one that it started ends with another code than 0.
+        launch = read_launch()
+        return 0 if launch.launcher == "lightning" and not launch.is_first else REQUEUE
 
 
 def is_setting(argument: str) -> bool:

@@ -1,5 +1,6 @@
 """Data loaders for training: seeded streams of training batches, and validation batches."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,13 @@ class _StepSampler(Sampler[Any]):
         for step in range(self.start, self.num_steps):
             first = step * self.global_batch_size + self.offset
             yield range(first, first + self.share)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave a scheduler's signals to the main process, which still needs its workers then."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Streams(pl.LightningDataModule):
@@ -96,11 +104,19 @@ class Streams(pl.LightningDataModule):
         # A device without pairs would skip the validation in which the others wait for it.  It
         # evaluates all pairs instead, which leaves their relative weights unchanged.
         indices = range(rank, self.num_validation, world_size) or range(self.num_validation)
-        sampler = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
+        # Sharded models need equally many batches on all devices, so none is left empty.
+        number = -(-self.num_validation // (world_size * size))
+        starts = [min(index * size, len(indices) - number + index) for index in range(number)]
+        ends = [*starts[1:], len(indices)]
+        sampler = [list(indices[first:end]) for first, end in zip(starts, ends, strict=True)]
         return self._loader(self.validation, sampler)
 
     def _loader(self, make: Callable[[Sequence[int]], Any], sampler: Any) -> DataLoader[Any]:
         # The dataset returns whole batches, so the loader must not batch.
         return DataLoader(
-            _Batches(make), sampler=sampler, batch_size=None, num_workers=self.num_workers
+            _Batches(make),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=_ignore_signals,
         )

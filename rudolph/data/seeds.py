@@ -29,7 +29,7 @@ def grid_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
 
 # Larger sets are permuted without a table of all pairs.
 MAX_TABLE = 2**20
-# Luby and Rackoff 1988: four rounds make a Feistel network a pseudorandom permutation.
+# Four rounds suffice in theory (Luby and Rackoff 1988); the round function here is simple.
 NUM_ROUNDS = 6
 
 

@@ -53,15 +53,15 @@ SHORT_COMMIT = 10
 # The files of an experiment, and what they hold.
 EXPERIMENT_FILES = {
     BASE_CONFIG: "all settings of the first run",
-    CONFIG_LINES: "the differences of each run",
+    CONFIG_LINES: "how each run differs from the first",
     RUNS_TABLE: "every score of every run",
     "curves.csv": "curves over training",
     CARD: "every score with interval, chance level and count",
     "environment.json": "commit, machine and versions",
 }
 RUNS_NOTE = (
-    "<p>The main metrics of every run, with 95 % intervals over examples. Each experiment has a "
-    "page with its comparisons over seeds.</p>"
+    "<p>The main metrics of every run, with 95 % intervals over examples. Comparisons over seeds "
+    "are on each experiment's page.</p>"
 )
 BOUND_ENDS = ("_low", "_high", "_chance", "_target")
 

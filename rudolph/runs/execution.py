@@ -117,7 +117,7 @@ class Hardware(HardwareFlags):
             num_nodes = started.world_size // started.local_world_size
             numbers = {"devices": started.local_world_size, "num_nodes": num_nodes}
             for name, value in numbers.items():
-                # 1 is also the default, so that no flag repeats those of torchrun.
+                # 1 is the default, so it also means that the flag was left out.
                 given = self.num_devices if name == "devices" else self.num_nodes
                 if given not in (1, value):
                     raise ValueError(
@@ -140,7 +140,7 @@ class Hardware(HardwareFlags):
     def is_main_process(self) -> bool:
         """Return whether this is the process that records, caches and evaluates the run.
 
-        Slurm may start many processes with a run each, which all are.
+        If Slurm starts processes with one run each, every one is a main process.
         """
         return self.world == 1 or self.launch.is_first
 

@@ -137,7 +137,7 @@ def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str
 
 
 def _place_tags(execution: Execution) -> dict[str, str]:
-    """Return the tags that tell where a run is executed, and its digest."""
+    """Return the tags of where a run is executed, and of its digest."""
     hardware = execution.hardware
     devices = f"{hardware.world} {hardware.kind}"
     return {

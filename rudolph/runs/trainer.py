@@ -24,10 +24,12 @@ from rudolph.training.callbacks import (
     ReportProgress,
     ResumeCheckpoint,
     StopOnSignal,
+    ignore_signals,
     quiet_lightning,
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
 from rudolph.training.optim import OptimConfig
+from rudolph.training.preemption import PreemptedError
 from rudolph.training.steps import ManualStepModule
 
 CURVES = "curves.jsonl"
@@ -70,7 +72,8 @@ def fit(
     identity: dict[str, Any] = {"num_steps": num_steps, "digest": digest, "is_sharded": shards}
     start = find_checkpoint(last, is_main=execution.is_main_process, **identity)
     checkpoint = ResumeCheckpoint(last, optim.checkpoint_every, **identity)
-    callbacks: list[pl.Callback] = [checkpoint, StopOnSignal(checkpoint), *averaging(optim)]
+    stop = StopOnSignal(checkpoint)
+    callbacks: list[pl.Callback] = [checkpoint, stop, *averaging(optim)]
     module.seed = mixed_seed(seed, stage)
     logger = MetricLogger(
         execution.tracker.log_metrics,
@@ -101,6 +104,7 @@ def fit(
     if execution.is_main_process:
         remove_checkpoints(last)
     trainer.strategy.barrier()
+    stop.raise_received()
 
 
 def keep_weights(module: ManualStepModule, weights: Path) -> None:
@@ -117,12 +121,21 @@ def keep_weights(module: ManualStepModule, weights: Path) -> None:
 def run_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, start: Path | None
 ) -> None:
-    """Fit from the checkpoint ``start``, if any; raise ``KeyboardInterrupt`` after Ctrl-C."""
+    """Fit from the checkpoint ``start``, if any.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
+        PreemptedError: After a scheduler's signal.
+    """
     try:
         trainer.fit(module, streams, ckpt_path=start)
     except SystemExit as exit_request:
         # Lightning exits the process before the command can print how to resume.
         raise KeyboardInterrupt from exit_request
+    except PreemptedError:
+        # Lightning has restored the handlers that were there before the training.
+        ignore_signals()
+        raise
 
 
 def make_trainer(

@@ -207,7 +207,7 @@ class Tracker:
 
 
 def pause_after(seconds: float) -> float:
-    """Return the seconds to wait after a send that took so long: a busy server gets rare sends.
+    """Return the pause after a send, four times its duration, to spare a busy server.
 
     >>> pause_after(0.1), pause_after(2.0), pause_after(1000.0) == MAX_BACK_OFF
     (1.0, 8.0, True)

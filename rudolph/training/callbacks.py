@@ -24,19 +24,17 @@ class NonFiniteLossError(ArithmeticError):
     """A loss or a weight became NaN or infinite; the message names the step and the cause."""
 
 
-def require_finite(losses: Mapping[str, Tensor], *, step: int, examples: Tensor) -> None:
+def require_finite(losses: Mapping[str, Tensor], *, step: int, where: str) -> None:
     """Raise ``NonFiniteLossError`` for the first loss that is not finite.
 
     Args:
         losses: scalar losses by name.
         step: the optimizer step, for the message.
-        examples: ``(B,)``, the numbers of the examples, for the message.
+        where: the examples, for the message.
     """
     for name, loss in losses.items():
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"step {step}: {name} is {loss.item()}; examples {examples.tolist()}"
-            )
+            raise NonFiniteLossError(f"step {step}: {name} is {loss.item()}; {where}")
 
 
 class ResumeCheckpoint(pl.Callback):
@@ -104,6 +102,23 @@ class ResumeCheckpoint(pl.Callback):
             finally:
                 if trainer.is_global_zero:
                     new_path.unlink(missing_ok=True)
+            # The end of another process may end this one, but not before the file is renamed.
+            trainer.strategy.barrier()
+
+
+# Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def ignore_signals() -> None:
+    """Ignore further signals: launchers send SIGTERM to the rest once a process has ended."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def preempted(number: int, num_steps: int) -> PreemptedError:
+    """Return the error of a signal with this number after so many steps."""
+    return PreemptedError(f"{signal.Signals(number).name} after {num_steps} steps")
 
 
 class StopOnSignal(pl.Callback):
@@ -118,8 +133,6 @@ class StopOnSignal(pl.Callback):
         PreemptedError: At the next step, on every device.
     """
 
-    SIGNALS = ("SIGTERM", "SIGUSR1")
-
     def __init__(self, checkpoint: ResumeCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.received = 0
@@ -128,8 +141,7 @@ class StopOnSignal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Replace the handlers of the signals, which Lightning set before."""
         if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in self.SIGNALS if hasattr(signal, name)]
-            self.replaced = {each: signal.signal(each, self._receive) for each in numbers}
+            self.replaced = {each: signal.signal(each, self._receive) for each in STOP_SIGNALS}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
@@ -139,14 +151,23 @@ class StopOnSignal(pl.Callback):
         received = torch.tensor(self.received, device=module.device)
         number = int(strategy.reduce(received, reduce_op="max"))
         if number:
-            self.checkpoint.write(trainer, module, batch_index)
-            raise PreemptedError(f"{signal.Signals(number).name} after {batch_index} steps")
+            # The checkpoint may have been due and written at this step already.
+            if batch_index % self.checkpoint.every:
+                self.checkpoint.write(trainer, module, batch_index)
+            self.replaced = {}
+            ignore_signals()
+            raise preempted(number, batch_index)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Restore the handlers."""
         for number, handler in self.replaced.items():
             signal.signal(number, handler)
         self.replaced = {}
+
+    def raise_received(self) -> None:
+        """Raise ``PreemptedError`` if a signal came after the last step began."""
+        if self.received:
+            raise preempted(self.received, self.checkpoint.num_steps)
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
@@ -244,7 +265,7 @@ class MetricLogger(Logger):
             if name != "epoch"
         }
         if values:
-            # Lightning's step counts the steps of all optimizers.
+            # Lightning's step counts those of all optimizers, and is one too high after resuming.
             num_steps = self.num_steps_done()
             self._log_metrics(values, step=num_steps)
             append_line(self.path, json_text([num_steps, values]))

@@ -122,8 +122,8 @@ def require_same_training(
 ) -> None:
     """Raise ``ValueError`` if a checkpoint does not fit a training.
 
-    It must have the same steps and data.  A training that shards continues its own kind alone,
-    because optimizer states are stored by name there.
+    It must have the same steps and data.  A sharded training resumes from a sharded checkpoint
+    alone, which stores optimizer states by parameter name.
     """
     if state["num_steps"] != num_steps:
         raise ValueError(

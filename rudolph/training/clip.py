@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rudolph.data.text_image import TextImageBatch
 from rudolph.generation.clip_ranking import retrieval_recalls
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.models.vision.clip import CLIP
 from rudolph.training.clip_losses import (
     CLIP_LOSSES,
@@ -84,7 +85,7 @@ class CLIPTraining(ManualStepModule):
         # Every device computes the whole loss.
         share = self.loss(images, texts, *numbers) / num_devices
         self.add_gradients(share)
-        return share.detach().double().view(1)
+        return share.detach().to(sum_dtype(self.device)).view(1)
 
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
         """Return the loss."""

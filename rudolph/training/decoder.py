@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rudolph.data.examples import TokenBatch
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.sequence.layout import SEGMENTS
 from rudolph.training.losses import (
@@ -99,9 +100,10 @@ class DecoderTraining(ManualStepModule):
         )
         loss = self._loss_part(losses, batch, _unpack(totals))
         self.add_gradients(loss)
-        column = torch.zeros(len(self.sources), 1, dtype=torch.float64, device=self.device)
+        sums = entry_sums(losses, batch.sources, len(self.sources)).detach()
+        column = torch.zeros_like(sums[:, :1])
         column[0] = loss.detach()
-        return torch.cat([entry_sums(losses, batch.sources, len(column)).detach(), column], dim=1)
+        return torch.cat([sums, column], dim=1)
 
     def _loss_part(
         self, losses: Mapping[str, ComputedLosses], batch: TokenBatch, totals: LabelTotals
@@ -143,7 +145,7 @@ class DecoderTraining(ManualStepModule):
         """Reset the sums of losses and the counts of labels."""
         # Per mixture entry and segment: the loss summed over labels, and the number of labels.
         size = 2, len(self.sources), len(SEGMENTS)
-        self.totals = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self.totals = torch.zeros(size, dtype=sum_dtype(self.device), device=self.device)
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
         """Add the losses and label counts of a validation batch."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rudolph.data.documents import DocumentBatch
 from rudolph.generation.documents import DocumentReader, answer_labels, answer_losses
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.sequence.conversation import IGNORE
 from rudolph.training.optim import OptimConfig
 from rudolph.training.steps import ManualStepModule
@@ -40,14 +41,15 @@ class LanguageTraining(ManualStepModule):
 
     def count_labels(self, batch: DocumentBatch) -> Tensor:
         """Return the number of labels of a micro-batch, ``(1,)``."""
-        return answer_labels(batch).ne(IGNORE).sum().double().view(1)
+        number = answer_labels(batch).ne(IGNORE).sum()
+        return number.to(sum_dtype(self.device)).view(1)
 
     def accumulate(self, batch: DocumentBatch, step: int, totals: Tensor) -> Tensor:
         """Add a micro-batch to the gradients; return the sum of its losses, ``(1,)``."""
         losses, _ = answer_losses(self.reader, batch)
         total = losses.sum()
         self.add_gradients(total / float(totals))
-        return total.detach().double().view(1)
+        return total.detach().to(sum_dtype(self.device)).view(1)
 
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
         """Return the mean loss of the labels."""
@@ -59,13 +61,14 @@ class LanguageTraining(ManualStepModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of losses and the counts of labels."""
-        self.totals = torch.zeros(2, len(self.sources), dtype=torch.float64, device=self.device)
+        dtype = sum_dtype(self.device)
+        self.totals = torch.zeros(2, len(self.sources), dtype=dtype, device=self.device)
 
     def validation_step(self, batch: DocumentBatch, batch_index: int) -> None:
         """Add the losses and label counts of a validation batch."""
         losses, rows = answer_losses(self.reader, batch)
         sources, number = batch.sources[rows], len(self.sources)
-        sums = torch.bincount(sources, losses.double(), minlength=number)
+        sums = torch.bincount(sources, losses.to(self.totals.dtype), minlength=number)
         self.totals += torch.stack([sums, torch.bincount(sources, minlength=number)])
 
     def on_validation_epoch_end(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.files.constraints import Bounds, NonNegative, NonNegativeInt, check
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.models.rudolph.decoder import MaskedDecoder
 from rudolph.models.rudolph.scoring import NOT_SCORED, label_losses, segment_labels
 from rudolph.sequence.layout import SEGMENTS
@@ -109,7 +110,7 @@ class ComputedLosses(NamedTuple):
 
 
 class LabelTotals(NamedTuple):
-    """How much of a global batch falls to each mixture entry, in float64.
+    """How much of a global batch falls to each mixture entry, as floats.
 
     Attributes:
         counts: ``(K, 3)``, labels of left text, image and right text.
@@ -139,13 +140,14 @@ def label_totals(
         sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
         num_sources: K.
     """
-    totals = torch.zeros(2, num_sources, 3, dtype=torch.float64, device=sources.device)
+    dtype = sum_dtype(sources.device)
+    totals = torch.zeros(2, num_sources, 3, dtype=dtype, device=sources.device)
     for name, examples in rows.items():
         column, entries = SEGMENTS.index(name), sources[examples]
-        label_weights = weights[examples, column].double()
+        label_weights = weights[examples, column].to(dtype)
         parts = torch.stack([torch.ones_like(label_weights), label_weights])
         totals[..., column] = totals[..., column].index_add(1, entries, parts)
-    examples = torch.bincount(sources, minlength=num_sources).double()
+    examples = torch.bincount(sources, minlength=num_sources).to(dtype)
     return LabelTotals(totals[0], totals[1], examples)
 
 
@@ -200,7 +202,8 @@ def compute_losses(
             is_joint=config.softmax == "joint",
             z_loss_weight=config.z_loss_weight,
         )
-        if len(values):
+        # A sharded model needs a backward pass on every device, also without a label.
+        if len(values) or is_sharded(model):
             computed[name] = ComputedLosses(values, label_rows(labels[1]))
     return computed
 
@@ -293,8 +296,8 @@ def weighted_mean(
     Args:
         losses: The loss of each segment with labels.
         weights: The weight of each segment.
-        scored: The segments whose weights count; None for those of ``losses``.  The rest of a
-            global batch may score more.
+        scored: The segments with a label anywhere in the global batch; None if ``losses`` are
+            those of the whole batch.
 
     Raises:
         ValueError: if every scored segment has weight 0.
@@ -329,8 +332,9 @@ class LearnedWeights(nn.Module):
 
         Args:
             losses: The means, or a micro-batch's parts of them.
-            scored: The segments that the global batch scores; None for those of ``losses``.
-            fraction: The micro-batch's fraction of the logarithms; all fractions sum to 1.
+            scored: The segments with a label anywhere in the global batch; None if ``losses``
+                are those of the whole batch.
+            fraction: The micro-batch's fraction of the examples, a factor of the log-variances.
         """
         total = (self._of(losses if scored is None else scored) * fraction).sum()
         if not losses:
@@ -351,21 +355,26 @@ class LearnedWeights(nn.Module):
 def segment_parts(losses: Mapping[str, ComputedLosses], totals: LabelTotals) -> dict[str, Tensor]:
     """Return a micro-batch's part of each segment's mean loss; all parts add up to the mean."""
     counts = totals.scored
-    return {name: segment.losses.sum() / counts[name] for name, segment in losses.items()}
+    return {
+        name: segment.losses.sum() / counts[name]
+        for name, segment in losses.items()
+        if name in counts
+    }
 
 
 def entry_sums(losses: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int) -> Tensor:
-    """Return the summed loss of each mixture entry and segment, ``(K, 3)`` float64.
+    """Return the summed loss of each mixture entry and segment, ``(K, 3)``, see ``sum_dtype``.
 
     Args:
         losses: the losses of each segment, see ``compute_losses``.
         sources: ``(B,)``, the mixture entry of each example, 0 to K - 1.
         num_sources: K.
     """
-    zeros = torch.zeros(num_sources, dtype=torch.float64, device=sources.device)
+    zeros = torch.zeros(num_sources, dtype=sum_dtype(sources.device), device=sources.device)
     columns = dict.fromkeys(SEGMENTS, zeros)
     for name, segment in losses.items():
-        columns[name] = zeros.index_add(0, sources[segment.rows], segment.losses.double())
+        losses_to_add = segment.losses.to(zeros.dtype)
+        columns[name] = zeros.index_add(0, sources[segment.rows], losses_to_add)
     return torch.stack([columns[name] for name in SEGMENTS], dim=-1)
 
 

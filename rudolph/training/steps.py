@@ -2,15 +2,15 @@
 
 A Lightning batch is one device's part of a global batch, as a list of micro-batches.  Losses are
 divided by the counts of the whole global batch, so all gradients add up to those of one large
-batch.  The number of devices and the size of a micro-batch therefore change rounding alone.  Only
-dropout and other random numbers are drawn for each micro-batch.
+batch.  The number of devices and the size of a micro-batch therefore change rounding alone.
+Random numbers such as dropout are drawn for each micro-batch.
 
 Optimization is manual.  A discriminator needs two networks to step on one batch, and Muon trains
 the matrices of a network while AdamW trains the rest.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rudolph.data.seeds import mixed_seed
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.training.callbacks import require_finite
 from rudolph.training.optim import OptimConfig, build_optimizers, clip_gradients, warmup_cosine
 from rudolph.training.sharding import is_sharded
@@ -57,7 +58,8 @@ class ManualStepModule(pl.LightningModule):
 
     def count_labels(self, batch: Any) -> Tensor:
         """Return what a micro-batch adds to the totals of the global batch: here its examples."""
-        return torch.tensor([len(batch.examples)], dtype=torch.float64, device=self.device)
+        dtype = sum_dtype(self.device)
+        return torch.tensor([len(batch.examples)], dtype=dtype, device=self.device)
 
     def accumulate(self, batch: Any, step: int, totals: Tensor) -> Tensor:
         """Add a micro-batch to the gradients, by ``add_gradients``.
@@ -68,7 +70,7 @@ class ManualStepModule(pl.LightningModule):
             totals: the sum of ``count_labels`` over the global batch, on the CPU.
 
         Returns:
-            Float64 sums for ``step_losses``, of the same shape for every micro-batch.
+            Sums for ``step_losses``, of the same shape for every micro-batch.
         """
         raise NotImplementedError
 
@@ -101,14 +103,14 @@ class ManualStepModule(pl.LightningModule):
         position = self.global_rank * sum(len(batch.examples) for batch in batches)
         all_sums = []
         for index, batch in enumerate(batches):
-            # Seeded by the place in the global batch, which is that of no device.
+            # Seed by the position in the global batch: no number depends on the device.
             self._seed(step, position)
             position += len(batch.examples)
             with self._synchronise_gradients(index + 1 == len(batches)):
                 all_sums.append(self.accumulate(batch, step, totals))
         sums = self.sum_over_devices(torch.stack(all_sums).sum(0)).cpu()
         losses = self.step_losses(sums, step, totals)
-        require_finite(losses, step=step, examples=_examples_at_fault(batches, all_sums))
+        require_finite(losses, step=step, where=_place_of_fault(batches, all_sums))
         self._step_optimizers(step)
         self.num_steps_done = step + 1
         self._seed(step, 0)
@@ -159,17 +161,17 @@ class ManualStepModule(pl.LightningModule):
         # Under 16-mixed the gradients stay scaled until Lightning's step unscales them.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        for network in range(len(self.networks())):
-            if not self.trains(network, step):
-                continue
-            indices = [
-                index for index, owner in enumerate(self.network_of_optimizer) if owner == network
-            ]
-            clip_gradients([optimizers[index] for index in indices], self.optim, scale=scale)
-            for index in indices:
-                optimizers[index].step()
-                optimizers[index].zero_grad()
-                schedulers[index].step()
+        with one_scale(scaler):
+            for network in range(len(self.networks())):
+                if not self.trains(network, step):
+                    continue
+                owners = enumerate(self.network_of_optimizer)
+                indices = [index for index, owner in owners if owner == network]
+                clip_gradients([optimizers[index] for index in indices], self.optim, scale=scale)
+                for index in indices:
+                    optimizers[index].step()
+                    optimizers[index].zero_grad()
+                    schedulers[index].step()
 
     def trains(self, network: int, step: int) -> bool:
         """Return whether a network, an index into ``networks()``, takes this step."""
@@ -189,14 +191,35 @@ class ManualStepModule(pl.LightningModule):
         return optimizers, [warmup_cosine(optimizer, self.optim) for optimizer in optimizers]
 
 
+@contextmanager
+def one_scale(scaler: Any) -> Iterator[None]:
+    """Keep the scale of ``16-mixed`` until all optimizers of a step are done.
+
+    Lightning updates the scale after every optimizer, although the gradients of the next one still
+    have the old scale.
+
+    Args:
+        scaler: torch's ``GradScaler``; None without one.
+    """
+    if scaler is None:
+        yield
+        return
+    scaler.update = lambda *arguments: None
+    try:
+        yield
+    finally:
+        del scaler.update
+    scaler.update()
+
+
 def _sum_of_zeros(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return a zero with a gradient, zero too, for every trained parameter."""
     return torch.stack([0 * each.sum() for each in parameters if each.requires_grad]).sum()
 
 
-def _examples_at_fault(batches: Sequence[Any], all_sums: Sequence[Tensor]) -> Tensor:
-    """Return the examples of the first micro-batch whose sums are not finite, of all if none."""
+def _place_of_fault(batches: Sequence[Any], all_sums: Sequence[Tensor]) -> str:
+    """Return the examples of the first micro-batch whose sums are not finite, in words."""
     for batch, sums in zip(batches, all_sums, strict=True):
         if not torch.isfinite(sums).all():
-            return batch.examples
-    return torch.cat([batch.examples for batch in batches])
+            return f"examples {batch.examples.tolist()}"
+    return "examples of another device"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rudolph.data.examples import ImageBatch
 from rudolph.models.image_metrics import psnr, ssim
+from rudolph.models.layers.native_types import sum_dtype
 from rudolph.models.vqgan.codes import codebook_usage
 from rudolph.models.vqgan.model import VQGAN, Reconstruction
 from rudolph.models.vqgan.quantizers import ExponentialMovingAverageQuantizer
@@ -63,6 +64,8 @@ class VQGANTraining(ManualStepModule):
         if isinstance(quantizer, ExponentialMovingAverageQuantizer) and not quantizer.is_started:
             with torch.no_grad():
                 quantizer.start(torch.cat([self.model.latents(each.images) for each in batches]))
+            # Autocast keeps weights that it cast without a graph.
+            torch.clear_autocast_cache()
 
     def accumulate(self, batch: ImageBatch, step: int, totals: Tensor) -> Tensor:
         """Add a micro-batch to the gradients; return its part of each term of the loss."""
@@ -85,8 +88,8 @@ class VQGANTraining(ManualStepModule):
             losses["discriminator"] = discriminator_loss
         if isinstance(self.model.quantize, ExponentialMovingAverageQuantizer):
             self.step_codes.append((latents.detach(), result.indices))
-        zero = torch.zeros((), device=self.device)
-        terms = [losses.get(name, zero).detach().double() for name in LOSS_TERMS]
+        zero = torch.zeros((), dtype=sum_dtype(self.device), device=self.device)
+        terms = [losses.get(name, zero).detach().to(zero.dtype) for name in LOSS_TERMS]
         return torch.stack(terms) * share
 
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
@@ -148,7 +151,8 @@ class VQGANTraining(ManualStepModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean metrics, codebook usage and perplexity over all devices."""
-        *sums, number = self.sum_over_devices(self.metric_sums.to(self.device))
+        metric_sums = self.metric_sums.to(self.device, sum_dtype(self.device))
+        *sums, number = self.sum_over_devices(metric_sums)
         usage, perplexity = codebook_usage(self.sum_over_devices(self.code_counts.to(self.device)))
         names = "val/psnr", "val/ssim", "val/loss/reconstruction"
         values = {name: (total / number).float() for name, total in zip(names, sums, strict=True)}

@@ -96,3 +96,8 @@ def has_exact_int8_products() -> bool:
     """
     capability = torch.backends.cpu.get_cpu_capability()
     return torch.cpu._is_vnni_supported() and "AVX512" in capability
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of long sums: float64, or float32 on Apple's GPUs, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
