@@ -8,13 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from rudolph.demo.generating import png_bytes, sampling_values, text_files
+from rudolph.demo.generating import png_bytes, shared_values, text_files
 from rudolph.demo.limits import (
-    MAX_SEED,
     DemoLimits,
     Watch,
     require_choice,
-    require_integer,
     require_words,
 )
 from rudolph.demo.shelf import ModelShelf
@@ -67,12 +65,7 @@ def caption_arguments(
     if request == "classes":
         classes = _classes_of(form.get("classes"), limits)
     arguments = CaptionArguments(
-        model=require_choice(form.get("model"), "model", shelf.names),
-        number=require_integer(form.get("number"), "number", 1, limits.max_number),
-        seed=require_integer(form.get("seed"), "seed", 0, MAX_SEED),
-        **sampling_values(form),
-        dtype=shelf.settings.dtype,
-        int8=shelf.settings.int8,
+        **shared_values(form, shelf, limits),
         image=IMAGE_FILE,
         question=question,
         classes=classes,

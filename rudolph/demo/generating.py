@@ -86,12 +86,7 @@ def generate_arguments(
     if region == "vary" and vary is None:
         raise ValueError("fraction to vary: expected a number, got none")
     arguments = GenerateArguments(
-        model=require_choice(form.get("model"), "model", shelf.names),
-        number=require_integer(form.get("number"), "number", 1, limits.max_number),
-        seed=require_integer(form.get("seed"), "seed", 0, MAX_SEED),
-        **sampling_values(form),
-        dtype=shelf.settings.dtype,
-        int8=shelf.settings.int8,
+        **shared_values(form, shelf, limits),
         text=require_words(form.get("text"), "prompt", limits),
         guidance=optional_number(form.get("guidance"), "guidance"),
         keep=optional_integer(form.get("keep"), "keep"),
@@ -107,22 +102,31 @@ def generate_arguments(
     return arguments
 
 
-def sampling_values(form: Mapping[str, Any]) -> dict[str, Any]:
-    """Return temperature and filters of a form; an empty field is None.
+def shared_values(
+    form: Mapping[str, Any], shelf: ModelShelf, limits: DemoLimits
+) -> dict[str, Any]:
+    """Return the arguments that ``generate`` and ``caption`` share; an empty filter is None.
 
     Raises:
-        ValueError: If a value is no number or out of range.
+        ValueError: If a value is missing, no number or out of range.
     """
     from rudolph.generation.filters import TokenSamplingConfig
 
     values: dict[str, Any] = {
+        "model": require_choice(form.get("model"), "model", shelf.names),
+        "number": require_integer(form.get("number"), "number", 1, limits.max_number),
+        "seed": require_integer(form.get("seed"), "seed", 0, MAX_SEED),
+        "dtype": shelf.settings.dtype,
+        "int8": shelf.settings.int8,
+    }
+    sampling: dict[str, Any] = {
         "temperature": optional_number(form.get("temperature"), "temperature"),
         "top_k": optional_integer(form.get("top_k"), "top-k"),
         "top_p": optional_number(form.get("top_p"), "top-p"),
         "min_p": optional_number(form.get("min_p"), "min-p"),
     }
-    TokenSamplingConfig(**{name: value for name, value in values.items() if value is not None})
-    return values
+    TokenSamplingConfig(**{name: value for name, value in sampling.items() if value is not None})
+    return values | sampling
 
 
 def generate(

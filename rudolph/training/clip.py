@@ -12,7 +12,6 @@ Shapes: B pairs per batch, N pairs in all, E embedding dim.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class CLIPTraining(ManualStepModule):
         """Return the loss."""
         return {"loss": sums[0]}
 
-    def finish_step(self, batches: Sequence[TextImageBatch], step: int) -> None:
+    def finish_step(self, step: int, totals: Tensor) -> None:
         """Bound the logit scale and log it."""
         if self.losses.kind == "softmax":
             self.model.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))

@@ -122,7 +122,6 @@ class DecoderTraining(ManualStepModule):
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
         """Return the loss, and the mean loss of each segment and mixture entry with labels."""
         counts = _unpack(totals).counts
-        self.num_seen += _unpack(totals).examples.to(self.num_seen)
         return {
             **{f"loss/{name}": value for name, value in _means(sums[:, :3], counts).items()},
             "loss": sums[0, 3],
@@ -135,8 +134,9 @@ class DecoderTraining(ManualStepModule):
             weights = self.learned.weights
             self.log_dict({f"train/weight/{name}": weight for name, weight in weights.items()})
 
-    def finish_step(self, batches: Sequence[TokenBatch], step: int) -> None:
-        """Log the fraction of each mixture entry so far."""
+    def finish_step(self, step: int, totals: Tensor) -> None:
+        """Count the examples, and log the fraction of each mixture entry so far."""
+        self.num_seen += _unpack(totals).examples.to(self.num_seen)
         if len(self.sources) > 1:
             fractions = zip(self.sources, self.num_seen / self.num_seen.sum(), strict=True)
             self.log_dict({f"train/fraction/{name}": fraction for name, fraction in fractions})

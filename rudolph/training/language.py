@@ -55,7 +55,7 @@ class LanguageTraining(ManualStepModule):
         """Return the mean loss of the labels."""
         return {"loss": sums[0] / totals[0]}
 
-    def finish_step(self, batches: Sequence[DocumentBatch], step: int) -> None:
+    def finish_step(self, step: int, totals: Tensor) -> None:
         """Log the sizes of tanh gates."""
         self.log_dict({f"train/{name}": value for name, value in gate_sizes(self.model).items()})
 

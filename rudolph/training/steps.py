@@ -87,8 +87,13 @@ class ManualStepModule(pl.LightningModule):
     def start_step(self, batches: Sequence[Any], step: int) -> None:
         """Prepare a step; called before its first micro-batch."""
 
-    def finish_step(self, batches: Sequence[Any], step: int) -> None:
-        """Complete a step; called after the optimizers, with torch seeded by the step."""
+    def finish_step(self, step: int, totals: Tensor) -> None:
+        """Complete a step; called after the optimizers, with torch seeded by the step.
+
+        Args:
+            step: the optimizer step, counted from 0.
+            totals: as in ``accumulate``.
+        """
 
     def training_step(self, batches: Sequence[Any], step: int) -> None:
         """Accumulate the gradients of all micro-batches, step every network, and log.
@@ -114,7 +119,7 @@ class ManualStepModule(pl.LightningModule):
         self._step_optimizers(step)
         self.num_steps_done = step + 1
         self._seed(step, 0)
-        self.finish_step(batches, step)
+        self.finish_step(step, totals)
         self.log_dict({f"train/{name}": value.float() for name, value in losses.items()})
 
     def add_gradients(self, loss: Tensor, *, network: int = 0) -> None:

@@ -98,7 +98,7 @@ class VQGANTraining(ManualStepModule):
         named = list(zip(LOSS_TERMS, sums, strict=True))[:number]
         return {f"loss/{name}": value for name, value in named}
 
-    def finish_step(self, batches: Sequence[ImageBatch], step: int) -> None:
+    def finish_step(self, step: int, totals: Tensor) -> None:
         """Let the codebook follow the latents of the step, if it keeps running statistics."""
         if self.step_codes:
             latents, indices = (torch.cat(parts) for parts in zip(*self.step_codes, strict=True))
