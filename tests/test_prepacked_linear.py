@@ -173,6 +173,12 @@ def test_the_layout_follows_the_number_of_rows_and_falls_back(
     assert choose_layout("half", FEW_ROWS) == "float16"
     assert choose_layout("half", FEW_ROWS + 1) == "bfloat16"
     assert choose_layout("int8", 1) == "int8"
+    # The compiler vectorises loops over int8 only with AVX512.
+    for has_avx512, layout in ((True, "plain int8"), (False, "int8")):
+        monkeypatch.setattr(packed, "has_avx512", lambda has_avx512=has_avx512: has_avx512)
+        assert choose_layout("int8", 1, is_compiled=True) == layout
+        assert choose_layout("half", 1, is_compiled=True) == "plain half"
+        assert choose_layout("int8", 2, is_compiled=True) == "int8"
     monkeypatch.setattr(packed, "layout_works", lambda layout: layout == "bfloat16")
     assert choose_layout("int8", 1) == choose_layout("half", 1) == "bfloat16"
     monkeypatch.setattr(packed, "layout_works", lambda layout: False)

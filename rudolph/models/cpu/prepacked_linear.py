@@ -10,8 +10,8 @@ formats are::
                fastest on processors with native bfloat16 products
     int8       8-bit weights with one scale per output; each row of activations is also rounded,
                to 8 bits with VNNI and to 7 bits without, where fbgemm would saturate
-    plain      for compiled single-row steps: row-major weights in float32, bfloat16 (half) or
-               8 bits; activations are not rounded
+    plain      for compiled single-row steps: row-major weights in float32, bfloat16 (half) or,
+               with AVX512, 8 bits; activations are not rounded
 
 The kernels are undocumented torch operators, so each one is tested on a small product before use.
 If it fails, the next layout is tried, and finally the layer stays as it was.
@@ -33,7 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rudolph.models.cpu.int8 import Int8Linear
-from rudolph.models.layers.native_types import has_exact_int8_products, has_native_bfloat16
+from rudolph.models.layers.native_types import (
+    has_avx512,
+    has_exact_int8_products,
+    has_native_bfloat16,
+)
 from rudolph.models.rudolph.compiled import check_compiler, compile_function
 from rudolph.models.rudolph.decoder import Head, Layer, MaskedDecoder, SegmentHead
 
@@ -316,7 +320,9 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
     """
     if weights not in WEIGHT_FORMATS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, got {weights!r}")
-    if is_compiled and num_rows <= SINGLE_ROWS:
+    is_plain = is_compiled and num_rows <= SINGLE_ROWS
+    # Without AVX512 the compiler reads int8 one number at a time: 25 times slower than fbgemm.
+    if is_plain and (weights != "int8" or has_avx512() or not layout_works("int8")):
         return f"plain {weights}"
     order = ["float16", "bfloat16"] if num_rows <= FEW_ROWS else ["bfloat16", "float16"]
     if not has_native_bfloat16():

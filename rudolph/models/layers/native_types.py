@@ -63,7 +63,7 @@ def _of_cpu() -> NativeTypes:
     level = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
     level, capability = level.upper(), torch.backends.cpu.get_cpu_capability()
     products = {torch.float32}
-    if "AVX512" in capability or capability == "AMX":
+    if has_avx512():
         has_amx = torch.cpu._is_amx_tile_supported() and level in AMX_LEVELS | AMX_FP16_LEVELS
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() and level in BFLOAT16_LEVELS
         has_float16 = torch.cpu._is_amx_fp16_supported() and level in AMX_FP16_LEVELS
@@ -84,6 +84,12 @@ def native_product_names(device: torch.device | str = "cpu") -> list[str]:
     return sorted(str(dtype).removeprefix("torch.") for dtype in native_types(device).products)
 
 
+def has_avx512() -> bool:
+    """Return whether torch uses the AVX512 instructions of this CPU."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capability or capability == "AMX"
+
+
 def has_native_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Return whether a device multiplies bfloat16 matrices natively."""
     return torch.bfloat16 in native_types(device).products
@@ -94,8 +100,7 @@ def has_exact_int8_products() -> bool:
 
     Without VNNI it adds two products in 16 bits, so activations are limited to 7 bits.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    return torch.cpu._is_vnni_supported() and "AVX512" in capability
+    return torch.cpu._is_vnni_supported() and has_avx512()
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
