@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import run_tiny, write
+from tiny_run import quiet, run_tiny, write
 
 from rudolph.config.experiment_file import load_experiment
 from rudolph.data.splits import Splits
 from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
+from rudolph.reports.schema import CARD
 from rudolph.runs.execution import Folders, run_folder
 from rudolph.runs.resolve import load_run
+from rudolph.runs.stages.evaluation import evaluate_again
 from rudolph.tracking.event_log import file_lock, read_event_log
 from rudolph.training.callbacks import NonFiniteLossError
 from rudolph.training.losses import segment_losses
@@ -165,6 +167,13 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     # Each process evaluates a part of the examples and tasks, but the loss covers all of them.
     for name, loss in validation_losses(summaries[0].parent).items():
         assert found[f"decoder/val/loss/{name}"][8] == pytest.approx(loss, rel=1e-4)
+    # They share the evaluation, which one process repeats.
+    folder = summaries[0].parent
+    card = (folder / CARD).read_text()
+    (folder / CARD).unlink()
+    evaluate_again(folder, Folders(tmp_path, tmp_path / "runs"), quiet)
+    assert (folder / CARD).read_text() == card
+    assert done.stderr.count("reconstruction on test: 1/1") == 1
 
 
 def validation_losses(folder: Path) -> dict[str, float]:

@@ -358,6 +358,10 @@ def copy_to_run(source: Path, path: Path) -> None:
     write_atomic(path, put)
 
 
+def discard_progress(stage: str, done: int, total: int, note: str) -> None:
+    """Discard progress: one process reports that of all, and parallel runs only their ends."""
+
+
 class Recorder(Protocol):
     """Log of metrics, tags and files of a run; ``tracking.tracker.Tracker`` implements it."""
 

@@ -27,6 +27,7 @@ from rudolph.runs.execution import (
     Hardware,
     NullRecorder,
     ProgressCallback,
+    discard_progress,
     run_folder,
 )
 from rudolph.runs.stages.run import run_stages
@@ -55,6 +56,8 @@ def execute(
             the same run.
     """
     folder = run_folder(folders, experiment, run)
+    if not hardware.is_main_process:
+        progress = discard_progress
     execution = Execution(run, folder, folders, hardware, NullRecorder(), progress)
     if not execution.is_main_process:
         train_or_benchmark(execution)

@@ -26,7 +26,14 @@ from rudolph.files.atomic import DamagedFileError, explain_os_error, write_text
 from rudolph.files.settings import ConfigError
 from rudolph.reports.run_files import finished_row
 from rudolph.reports.schema import read_report
-from rudolph.runs.execution import Folders, Hardware, ProgressCallback, is_finished, run_folder
+from rudolph.runs.execution import (
+    Folders,
+    Hardware,
+    ProgressCallback,
+    discard_progress,
+    is_finished,
+    run_folder,
+)
 from rudolph.tracking.run_directory import RunDirectory
 from rudolph.training.preemption import PreemptedError
 
@@ -355,7 +362,7 @@ def _exit_with_parent() -> None:
 
 def _execute_job(job: Job, context: RunContext) -> str:
     try:
-        return run_or_error(*job.load(), context, _discard_progress)
+        return run_or_error(*job.load(), context, discard_progress)
     except OSError as error:
         return explain_os_error(error)
     except ValueError as error:
@@ -363,7 +370,3 @@ def _execute_job(job: Job, context: RunContext) -> str:
     except (KeyboardInterrupt, PreemptedError):
         # Otherwise the pool would give this process its next job.
         os._exit(INTERRUPTED)
-
-
-def _discard_progress(stage: str, done: int, total: int, note: str) -> None:
-    """Discard progress: parallel runs report only their completion."""

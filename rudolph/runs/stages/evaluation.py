@@ -57,8 +57,8 @@ def run_evaluators(
 
 
 def save_card(execution: Execution, scores: list[Score]) -> None:
-    """Write and log the report card of a run, if it has scores."""
-    if scores:
+    """Write and log the report card of a run from the main process, if it has scores."""
+    if scores and execution.is_main_process:
         write_card(execution.folder / CARD, card_rows(scores))
         execution.tracker.log_artifact(execution.folder / CARD)
 

@@ -14,6 +14,7 @@ from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
 from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
+from rudolph.families.sharded import ShardedCapabilities, num_processes
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import OF_EXPERIMENT, find_folder, open_weights
@@ -26,7 +27,10 @@ from rudolph.runs.stages.tokenizer import open_data, source_locations
 
 
 def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
-    """Run all stages; return the scores and the digests of data, parts and model."""
+    """Run all stages; return the scores and the digests of data, parts and model.
+
+    Processes that trained together share the evaluation.  All but the main process return nothing.
+    """
     config = execution.config
     family = family_of(config.model)
     pl.seed_everything(config.seed, verbose=False)
@@ -41,12 +45,18 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
     digests |= {name: weights_digest(part) for name, part in parts.models.items()}
     digest = digest_of(digests)
     model = make_model(execution, splits, parts, digest=digest)
-    if not execution.is_main_process:
+    shares_evaluation = num_processes() > 1
+    if not (execution.is_main_process or shares_evaluation):
         return [], {}
     model.to(execution.hardware.device)
     capabilities = family.open(config, model, parts)
-    save_model(execution, model, parts)
-    scores = evaluate(execution, capabilities, splits)
+    if execution.is_main_process:
+        save_model(execution, model, parts)
+    scores = evaluate(
+        execution, ShardedCapabilities(capabilities) if shares_evaluation else capabilities, splits
+    )
+    if not execution.is_main_process:
+        return [], {}
     save_samples(execution, capabilities, splits, digest=digest)
     return scores, digests | splits.digests | {family.stage: weights_digest(model)}
 
