@@ -120,3 +120,4 @@ def test_a_run_of_two_processes_ends_at_a_signal_and_continues_on_one(
     lines = last.with_name("curves.jsonl").read_text().splitlines()
     steps = [json.loads(line)[0] for line in lines if "train/loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] > done
+    assert all(step % 10 == 0 for step in steps)

@@ -7,6 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+# By which a scheduler ends a job.  Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class _Batches(Dataset[Any]):
     """A dataset whose items are made from whole lists of example numbers."""
@@ -41,11 +44,13 @@ class _StepSampler(Sampler[Any]):
             yield range(first, first + self.share)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave a scheduler's signals to the main process, which still needs its workers then."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def ignore_signals(worker: int = 0) -> None:
+    """Ignore the signals by which a scheduler ends a job.
+
+    Workers leave them to the main process, which still needs its workers then.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Streams(pl.LightningDataModule):
@@ -118,5 +123,5 @@ class Streams(pl.LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
         )

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,
 )
 
-from rudolph.data.loader import Streams
+from rudolph.data.loader import Streams, ignore_signals
 from rudolph.data.seeds import mixed_seed
 from rudolph.models.layers.lora import merge_low_rank
 from rudolph.models.weights import save_weights
@@ -24,7 +24,6 @@ from rudolph.training.callbacks import (
     ReportProgress,
     ResumeCheckpoint,
     StopOnSignal,
-    ignore_signals,
     quiet_lightning,
 )
 from rudolph.training.checkpoints import find_checkpoint, remove_checkpoints
@@ -162,7 +161,8 @@ def make_trainer(
             strategy=strategy,
             precision=hardware.used_precision,  # type: ignore[arg-type]
             plugins=[*environment_plugins(hardware)],
-            log_every_n_steps=10,
+            # The logger leaves out most steps by its own count, which is right after resuming.
+            log_every_n_steps=1,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_progress_bar=False,

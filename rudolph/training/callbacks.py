@@ -15,9 +15,13 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from rudolph.data.loader import STOP_SIGNALS, ignore_signals
 from rudolph.files.atomic import append_line, json_text, naming_file
 from rudolph.training.checkpoints import require_same_training, rotate_checkpoints
 from rudolph.training.preemption import PreemptedError
+
+# Steps between two points of a training curve.
+LOG_EVERY = 10
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -106,16 +110,6 @@ class ResumeCheckpoint(pl.Callback):
             trainer.strategy.barrier()
 
 
-# Windows has no SIGUSR1.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-
-def ignore_signals() -> None:
-    """Ignore further signals: launchers send SIGTERM to the rest once a process has ended."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def preempted(number: int, num_steps: int) -> PreemptedError:
     """Return the error of a signal with this number after so many steps."""
     return PreemptedError(f"{signal.Signals(number).name} after {num_steps} steps")
@@ -155,6 +149,7 @@ class StopOnSignal(pl.Callback):
             if batch_index % self.checkpoint.every:
                 self.checkpoint.write(trainer, module, batch_index)
             self.replaced = {}
+            # Launchers send SIGTERM to the others once a process has ended.
             ignore_signals()
             raise preempted(number, batch_index)
 
@@ -226,6 +221,7 @@ class ReportProgress(pl.Callback):
 class MetricLogger(Logger):
     """A Lightning logger that forwards metrics to ``log_metrics(values, step=step)``.
 
+    Training metrics are forwarded every ``LOG_EVERY`` steps, others whenever they are computed.
     Metric names get the stage as a prefix.  Each record is also appended to ``path`` as a JSON
     line, for other runs that share the result of this stage.
     """
@@ -259,14 +255,15 @@ class MetricLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Forward metrics at the current optimizer step and append them to the file."""
+        # Lightning's step counts those of all optimizers, and is one too high after resuming.
+        num_steps = self.num_steps_done()
+        left_out = ("epoch",) if num_steps % LOG_EVERY == 0 else ("epoch", "train/")
         values = {
             f"{self.stage}/{name}": float(value)
             for name, value in metrics.items()
-            if name != "epoch"
+            if not name.startswith(left_out)
         }
         if values:
-            # Lightning's step counts those of all optimizers, and is one too high after resuming.
-            num_steps = self.num_steps_done()
             self._log_metrics(values, step=num_steps)
             append_line(self.path, json_text([num_steps, values]))
 
