@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rudolph.files.atomic import write_text
+from rudolph.files.atomic import file_sha256, write_text
 from rudolph.models.weights import save_weights
-from rudolph.runs.stages.shared import are_intact, checksum_of, replay_curves, sha256_of
+from rudolph.runs.stages.shared import are_intact, checksum_of, replay_curves
 
 
 class Recorder:
@@ -41,7 +41,7 @@ def test_damaged_weights_are_set_aside_and_named(
         weights.unlink()
         weights.mkdir()
     elif kind == "flipped":
-        write_text(checksum_of(weights), sha256_of(weights) + "\n")
+        write_text(checksum_of(weights), file_sha256(weights) + "\n")
         assert are_intact(weights, nn.Linear(3, 2))
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     elif kind != "another":

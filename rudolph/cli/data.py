@@ -1,4 +1,4 @@
-"""Commands for datasets: data emoji, emoji-names, manifest, fusion-brain."""
+"""Commands for datasets: data emoji, emoji-names, manifest, pack, verify, fusion-brain."""
 
 import sys
 from collections import Counter
@@ -26,11 +26,7 @@ def add_data(commands: Any) -> None:
     manifest = kinds.add_parser("manifest", help="check a table of pairs and report its contents")
     manifest.add_argument("table", type=str)
     manifest.add_argument("--image-size", type=int, default=256)
-    for name in ("image", "caption", "question"):
-        manifest.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}s")
-    manifest.add_argument(
-        "--answers", metavar="FILE", help="file of answers to the questions of a .json"
-    )
+    add_columns(manifest)
     manifest.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -38,12 +34,50 @@ def add_data(commands: Any) -> None:
         help="accept open quotes, and this fraction of bad rows (default: 0.5, no open quotes)",
     )
     manifest.set_defaults(command=inspect_manifest)
+    add_packing(kinds)
     brain = kinds.add_parser("fusion-brain", help="score answers as Fusion Brain Challenge 2 does")
     brain.add_argument("task", choices=("text_qa", "math_qa", "visual_qa", "text_recognition"))
     for name in ("questions", "truths", "answers"):
         brain.add_argument(name, type=Path, help="JSON of the challenge")
     brain.add_argument("--plain", action="store_true", help="use its rules without the quirks")
     brain.set_defaults(command=score_fusion_brain)
+
+
+def add_packing(kinds: Any) -> None:
+    """Add the parsers of ``rudolph data pack`` and ``rudolph data verify``."""
+    pack = kinds.add_parser("pack", help="pack pairs into shards that training reads lazily")
+    pack.add_argument("source", help="table of pairs, or folder of tar files of img2dataset")
+    pack.add_argument("folder", type=Path, help="folder to write, or to continue")
+    add_columns(pack)
+    pack.add_argument("--jobs", type=int, default=1, help="number of processes (default: 1)")
+    pack.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        metavar="FRACTION",
+        help="accept this fraction of bad rows (default: 0.5)",
+    )
+    pack.set_defaults(command=pack_source)
+    verify = kinds.add_parser(
+        "verify", help="compare the shards of packed pairs with their digests"
+    )
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(command=verify_shards)
+
+
+def add_columns(parser: Any) -> None:
+    """Add the options that name the columns of a table."""
+    for name in ("image", "caption", "question"):
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}s")
+    parser.add_argument(
+        "--answers", metavar="FILE", help="file of answers to the questions of a .json"
+    )
+
+
+def columns_of(args: Any) -> dict[str, str]:
+    """Return the settings of a table that ``add_columns`` parsed."""
+    keys = ("image_column", "caption_column", "question_column", "answers")
+    return {name: getattr(args, name) for name in keys if getattr(args, name) is not None}
 
 
 def build_emoji(args: Any) -> int:
@@ -80,11 +114,9 @@ def inspect_manifest(args: Any) -> int:
     from rudolph.data.datasets.manifests import examine_table, split_of_image
     from rudolph.data.datasets.tables import ManifestConfig
 
-    keys = ("image_column", "caption_column", "question_column", "answers")
-    columns = {name: getattr(args, name) for name in keys if getattr(args, name) is not None}
     is_strict = args.max_bad_fraction is None
     max_bad_fraction = MAX_BAD_FRACTION if is_strict else args.max_bad_fraction
-    config = ManifestConfig(path=args.table, max_bad_fraction=max_bad_fraction, **columns)
+    config = ManifestConfig(path=args.table, max_bad_fraction=max_bad_fraction, **columns_of(args))
     with stage_progress() as progress:
         table, entries, report = examine_table(
             config,
@@ -100,6 +132,50 @@ def inspect_manifest(args: Any) -> int:
         report.require_closed_quotes(str(table))
     report.require_usable(str(table), max_bad_fraction=max_bad_fraction)
     return 0
+
+
+def pack_source(args: Any) -> int:
+    """Run ``rudolph data pack`` and return the exit code.
+
+    Raises:
+        ValueError: If too many rows are bad, or the source or the folder cannot be used.
+    """
+    from rudolph.data.datasets.tables import ManifestConfig
+    from rudolph.data.shards.packing import pack_pairs
+
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    config = ManifestConfig(
+        path=args.source, max_bad_fraction=args.max_bad_fraction, **columns_of(args)
+    )
+    with stage_progress() as progress:
+        report = pack_pairs(
+            config,
+            args.folder,
+            num_workers=args.jobs,
+            progress=lambda done, total: progress("parts", done, total, ""),
+        )
+    print(report.summary())
+    print(f"train with data: {{dataset: packed, packed: {{path: {args.folder}}}}}")
+    return 0
+
+
+def verify_shards(args: Any) -> int:
+    """Run ``rudolph data verify``; return 1 if a shard is missing or damaged, else 0."""
+    from rudolph.data.shards.layout import read_shards
+    from rudolph.data.shards.packing import faults_of_shards
+
+    splits = read_shards(args.folder)
+    total, faults = sum(map(len, splits.values())), []
+    with stage_progress() as progress:
+        for done, fault in enumerate(faults_of_shards(args.folder, splits), start=1):
+            progress("shards", done, total, "")
+            faults += [fault] if fault else []
+    for fault in faults:
+        print(fault)
+    num_rows = sum(shard.rows for shards in splits.values() for shard in shards)
+    print(f"{total} shards of {num_rows} pairs: {len(faults)} damaged")
+    return 1 if faults else 0
 
 
 def score_fusion_brain(args: Any) -> int:

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from rudolph.files.atomic import rename_damaged
+from rudolph.files.atomic import file_sha256, rename_damaged
 
 try:
     import fcntl
@@ -126,7 +126,7 @@ def _name(parts: Mapping[str, str]) -> str:
 
 
 def _write_record(record_path: Path, array_path: Path, *, parts: Mapping[str, str]) -> None:
-    record = {"parts": dict(parts), "sha256": _sha256(array_path), "format": FORMAT_VERSION}
+    record = {"parts": dict(parts), "sha256": file_sha256(array_path), "format": FORMAT_VERSION}
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     _write(record_path, lambda file: file.write(text.encode()))
 
@@ -142,7 +142,7 @@ def _cache_error(array_path: Path, record_path: Path, *, parts: Mapping[str, str
         record = json.loads(record_path.read_bytes())
         if not isinstance(record, dict) or record.get("parts") != dict(parts):
             return "its record has other parts"
-        if record.get("sha256") != _sha256(array_path):
+        if record.get("sha256") != file_sha256(array_path):
             return "its content differs from its record"
     except FileNotFoundError as error:
         return f"{Path(error.filename).suffix} file is missing"
@@ -151,14 +151,6 @@ def _cache_error(array_path: Path, record_path: Path, *, parts: Mapping[str, str
     except (ValueError, RecursionError):
         return "its record cannot be read"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

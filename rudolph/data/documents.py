@@ -195,7 +195,7 @@ def document_panels(
     if row.image == "drawn":
         raise ValueError(f"data.tasks: {task} generates images, which a language model cannot")
     has_image = row.image == "given"
-    if has_image and split.images is None:
+    if has_image and not split.has_images:
         raise ValueError(f"data.tasks: {task} needs images, which {split.dataset_name} lacks")
     panels = []
     for shown, caption in [*shots, Shot(index, split.captions[index])]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rudolph.data.cache import cached_array
+from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.mixture import Mixture
 from rudolph.data.seeds import mixed_seed, shuffled_pairs, uniform_per_example
 from rudolph.data.splits import DataConfig, MixtureEntry, Split
@@ -71,12 +71,14 @@ def task_texts(
             other_text=question if TASKS[task].has_question else "",
         )
 
-    def compute() -> np.ndarray[Any, Any]:
-        filled = [fill(*texts) for texts in zip(split.captions, split.questions, strict=True)]
-        rows = [
-            torch.cat([text.left, text.right, torch.tensor([text.num_cut])]) for text in filled
-        ]
-        return torch.stack(rows).int().numpy()
+    def compute() -> ArrayWriter:
+        filled = (fill(*texts) for texts in zip(split.captions, split.questions, strict=True))
+        rows = (
+            torch.cat([text.left, text.right, torch.tensor([text.num_cut])]).int().numpy()
+            for text in filled
+        )
+        width = layout.left_text_length + layout.right_text_length + 1
+        return ArrayWriter((len(split), width), np.dtype(np.int32), rows)
 
     parts = {"kind": f"texts of {task}", "data": split.digest, "tokenizer": tokenizer.digest}
     ids = cached_array(
@@ -94,7 +96,7 @@ def _require_fitting(split: Split, task: str) -> None:
             "lacks. "
             f"For a table, name the column in data.manifest.question_column"
         )
-    if TASKS[task].image != "none" and split.images is None:
+    if TASKS[task].image != "none" and not split.has_images:
         raise ValueError(
             f"data.tasks: {task} needs images, which the pairs of {split.dataset_name} lack"
         )

@@ -220,6 +220,18 @@ class RowReport:
         """Count a skipped row under its reason."""
         self.skipped.setdefault(reason, ReasonCount()).add(_on_one_line(name))
 
+    def add(self, other: "RowReport") -> None:
+        """Add the counts of other rows."""
+        self.num_kept += other.num_kept
+        for counts, others in (
+            (self.skipped, other.skipped),
+            (self.converted, other.converted),
+        ):
+            for reason, tally in others.items():
+                own = counts.setdefault(reason, ReasonCount())
+                own.count += tally.count
+                own.names = [*own.names, *tally.names][:NAMES_PER_REASON]
+
     @property
     def num_skipped(self) -> int:
         """Return the number of skipped rows."""

@@ -5,10 +5,11 @@ To add a dataset, write a class with the three members of ``PairDataset`` and ad
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation", "test", "compositional")
@@ -49,6 +50,23 @@ class PairDataset(Protocol):
 
     def __getitem__(self, index: int) -> Pair:
         """Return the pair at ``index``."""
+        ...
+
+
+@runtime_checkable
+class ReadsLazily(Protocol):
+    """A dataset whose texts and images are read when they are used, not kept in memory."""
+
+    def texts(self, column: str) -> Sequence[str]:
+        """Return the texts of all pairs; ``column`` is ``key``, ``caption`` or ``question``."""
+        ...
+
+    def images(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Decode the images of some pairs, ``(len(indices), 3, H, W)`` uint8."""
+        ...
+
+    def image_numbers(self) -> np.ndarray[Any, Any]:
+        """Return an image number for every pair, ``(N,)``, equal where images are equal."""
         ...
 
 

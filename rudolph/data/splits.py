@@ -25,12 +25,13 @@ from rudolph.data.datasets.emoji_questions import EmojiQuestions, EmojiQuestions
 from rudolph.data.datasets.fusion_brain import FusionBrain, FusionBrainConfig
 from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.new_words import NewWords, NewWordsConfig
+from rudolph.data.datasets.packed_pairs import PackedPairs, PackedPairsConfig
 from rudolph.data.datasets.paragraphs import Paragraphs, ParagraphsConfig
 from rudolph.data.datasets.shapes import Shapes, ShapesConfig
 from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.datasets.words import Words, WordsConfig
-from rudolph.data.pairs import PairDataset
+from rudolph.data.pairs import PairDataset, ReadsLazily
 from rudolph.files.constraints import Count, Fraction, NonNegativeInt, check
 from rudolph.sequence.tasks import TASKS
 
@@ -80,6 +81,7 @@ class DataConfig:
     emoji: EmojiConfig = field(default_factory=EmojiConfig)
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    packed: PackedPairsConfig = field(default_factory=PackedPairsConfig)
     emoji_questions: EmojiQuestionsConfig = field(default_factory=EmojiQuestionsConfig)
     shapes_questions: ShapesQuestionsConfig = field(default_factory=ShapesQuestionsConfig)
     new_words: NewWordsConfig = field(default_factory=NewWordsConfig)
@@ -129,6 +131,7 @@ DATASETS: dict[str, Callable[..., PairDataset]] = {
     "emoji": Emoji,
     "shapes": Shapes,
     "manifest": Manifest,
+    "packed": PackedPairs,
     "emoji_questions": EmojiQuestions,
     "shapes_questions": ShapesQuestions,
     "new_words": NewWords,
@@ -160,10 +163,13 @@ def open_dataset(config: DataConfig, split: str, dataset: str | None = None) -> 
 class Split:
     """One split of a dataset as arrays and lists.
 
-    ``images`` is ``(N, 3, H, W)`` uint8, or None if the pairs have no images.  ``keys``,
-    ``captions`` and ``questions`` are lists of N strings; the question is empty if a pair has
-    none.
+    ``keys``, ``captions`` and ``questions`` are sequences of N strings; the question is empty if a
+    pair has none.  Images are decoded once into a cached array, unless the dataset reads lazily.
     """
+
+    keys: Sequence[str]
+    captions: Sequence[str]
+    questions: Sequence[str]
 
     def __init__(
         self, config: DataConfig, split: str, cache: Path, *, dataset: str | None = None
@@ -174,8 +180,14 @@ class Split:
         # Texts read while decoding the images, so that no pair is loaded twice.
         self.cached_texts: list[tuple[str, str, str]] = []
         self.digest = self.dataset.digest
-        has_images = self.dataset[0].image is not None
-        self.images = self._cached("images", self._images) if has_images else None
+        self.has_images = self.dataset[0].image is not None
+        self.images: np.ndarray[Any, Any] | None = None
+        if isinstance(self.dataset, ReadsLazily):
+            columns = (self.dataset.texts(name) for name in ("key", "caption", "question"))
+            self.keys, self.captions, self.questions = columns
+            return
+        if self.has_images:
+            self.images = self._cached("images", self._images)
         texts = json.loads(self._cached("texts as JSON", self._texts).tobytes())
         self.keys, self.captions, self.questions = (list(column) for column in texts)
 
@@ -217,7 +229,9 @@ class Split:
 
         Each pair without an image has a number of its own.
         """
-        images = self.images
+        images, dataset = self.images, self.dataset
+        if isinstance(dataset, ReadsLazily):
+            return self._cached("image numbers", dataset.image_numbers)
         if images is None:
             return np.arange(len(self))
 
@@ -248,6 +262,8 @@ class Split:
         Raises:
             ValueError: If the pairs have no images.
         """
+        if isinstance(self.dataset, ReadsLazily):
+            return torch.from_numpy(self.dataset.images(indices)).float() / 255
         if self.images is None:
             raise ValueError(f"{self.dataset_name}: its pairs have no images")
         return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
@@ -273,7 +289,7 @@ class Splits:
 
     def with_images(self, name: str) -> list[Split]:
         """Return the split ``name`` of every dataset whose pairs have images."""
-        return [split for split in self.all(name) if split.images is not None]
+        return [split for split in self.all(name) if split.has_images]
 
     @property
     def digests(self) -> dict[str, str]:

@@ -314,7 +314,7 @@ def mixture_examples(
         )
 
     texts = task_texts(split, entry.task, tokenizer=tokenizer, **sizes)
-    indices = parts.image_indices(split) if split.images is not None else None
+    indices = parts.image_indices(split) if split.has_images else None
     return MixtureExamples(entry, texts, indices, encode_again if dropout else None)
 
 

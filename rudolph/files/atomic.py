@@ -8,6 +8,7 @@ all of them to one ``OSError`` with the path, and ``explain_os_error`` formats i
 """
 
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -272,6 +273,16 @@ def write_all(file: io.FileIO, content: bytes) -> None:
     except OSError:
         file.truncate(end)
         raise
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: If the file cannot be read; the error names it.
+    """
+    with naming_file(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

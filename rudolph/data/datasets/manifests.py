@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from rudolph.data.datasets.table_parquet import StoredImage
+from rudolph.data.datasets.table_parquet import EmbeddedImage, StoredImage
 from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, read_rows, type_name
 from rudolph.data.image_files import RejectedError, RowReport, center_crop, decode_image
 from rudolph.data.pairs import Pair, hash_fraction, require_split
@@ -38,8 +38,8 @@ class ExaminedImage(NamedTuple):
 class ManifestEntry:
     """A usable row of the table.
 
-    ``sha256`` is that of the image file.  ``stored`` locates an image inside the table itself;
-    then ``path`` is the table.
+    ``sha256`` is that of the image file.  ``stored`` is an image inside the table or archive
+    itself; then ``path`` is that file.
     """
 
     key: str
@@ -47,7 +47,7 @@ class ManifestEntry:
     path: str
     sha256: str
     question: str = ""
-    stored: StoredImage | None = None
+    stored: StoredImage | EmbeddedImage | None = None
 
     def data(self) -> bytes:
         """Return the bytes of the image file."""
@@ -172,18 +172,46 @@ def examine_table(
         raise ValueError(f"{table}: the table has no rows")
     report, entries = RowReport(), []
     for done, row in enumerate(rows, start=1):
-        path = row.image.path if isinstance(row.image, StoredImage) else row.image
-        name = f"{row.location} {path}" if isinstance(path, str) else row.location
-        try:
-            entry, examined = _examine_row(row, table.parent, config)
-        except RejectedError as rejected:
-            report.skip(name, rejected.reason)
-        else:
-            report.keep(name, examined.changes + ("enlarged",) * (examined.side < image_size))
+        entry = examine_row(row, table.parent, config, report, image_size=image_size)
+        if entry is not None:
             entries.append(entry)
         if progress is not None:
             progress(done, len(rows))
     return ExaminedTable(table, entries, report)
+
+
+def examine_row(
+    row: TableRow,
+    folder: Path,
+    config: ManifestConfig,
+    report: RowReport,
+    *,
+    image_size: int = 1,
+) -> ManifestEntry | None:
+    """Open the image of a row and return the row if it is usable; count it in the report.
+
+    Args:
+        row: The row.
+        folder: Folder to which image paths are relative.
+        config: Names of the columns, for messages.
+        report: Counts the row.
+        image_size: Smaller images are reported as enlarged, in pixels.
+    """
+    path = row.image.path if isinstance(row.image, StoredImage | EmbeddedImage) else row.image
+    name = f"{row.location} {path}" if isinstance(path, str) else row.location
+    try:
+        entry, examined = _examine_row(row, folder, config)
+    except RejectedError as rejected:
+        report.skip(name, rejected.reason)
+        return None
+    report.keep(name, examined.changes + ("enlarged",) * (examined.side < image_size))
+    return entry
+
+
+def forget_examined_images() -> None:
+    """Empty the caches of examined images, which otherwise grow with every image."""
+    _examine_image.cache_clear()
+    _EXAMINED_DATA.clear()
 
 
 def _examine_row(
@@ -191,7 +219,7 @@ def _examine_row(
 ) -> tuple[ManifestEntry, ExaminedImage]:
     if row.error:
         raise RejectedError(row.error)
-    stored = row.image if isinstance(row.image, StoredImage) else None
+    stored = row.image if isinstance(row.image, StoredImage | EmbeddedImage) else None
     data = None if stored is None else stored.data()
     path_given = row.image if stored is None else stored.path
     name = "" if data else _text(path_given, "image path", config.image_column)

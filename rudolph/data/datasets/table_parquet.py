@@ -38,6 +38,18 @@ class StoredImage(NamedTuple):
         return _stored_bytes(self.table, self.column, signature)[self.row]
 
 
+class EmbeddedImage(NamedTuple):
+    """The bytes of an image read from an archive, with the paths of both."""
+
+    table: str
+    path: str
+    content: bytes
+
+    def data(self) -> bytes:
+        """Return the bytes of the image."""
+        return self.content
+
+
 class StoredBytes:
     """The image bytes of a column, indexed by row and efficient for rows in ascending order."""
 
@@ -93,6 +105,13 @@ def parquet_columns(table: Path) -> list[str]:
     with _parquet_errors(table):
         names: list[str] = _open(table).schema_arrow.names
     return names
+
+
+def parquet_length(table: Path) -> int:
+    """Return the number of rows of a Parquet file."""
+    with _parquet_errors(table):
+        number: int = _open(table).metadata.num_rows
+    return number
 
 
 def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rudolph.data.datasets.fusion_brain_files import parse_answer, parse_question, read_parts
-from rudolph.data.datasets.table_parquet import parquet_cells, parquet_columns
+from rudolph.data.datasets.table_parquet import parquet_cells, parquet_columns, parquet_length
 from rudolph.data.datasets.table_text import TableWarning, read_table_text, require_table
 from rudolph.data.image_files import OPEN_QUOTE
 from rudolph.files.constraints import Fraction, check
@@ -31,6 +31,7 @@ NAMES_LISTED = 20
 HEADER_LENGTH = 100_000
 # Excel writes this line above the header and reads it.
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?(?:\r\n|\r|\n|$)', re.IGNORECASE)
+PARQUET = ".parquet"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -126,7 +127,22 @@ def read_rows(table: Path, config: ManifestConfig) -> list[TableRow]:
     Raises:
         ValueError: In one line, if the table cannot be read or lacks a column.
     """
-    return READERS[table.suffix.lower()](table, config)
+    return list(iterate_rows(table, config))
+
+
+def iterate_rows(table: Path, config: ManifestConfig) -> Iterator[TableRow]:
+    """Yield every row of a table as ``read_rows`` returns them.
+
+    Memory holds one batch of a Parquet file; text formats are read whole.
+    """
+    return iter(READERS[table.suffix.lower()](table, config))
+
+
+def count_rows(table: Path, config: ManifestConfig) -> int:
+    """Return the number of rows of a table."""
+    if table.suffix.lower() == PARQUET:
+        return parquet_length(table)
+    return len(read_rows(table, config))
 
 
 def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -> list[int]:
@@ -411,21 +427,17 @@ def type_name(value: object) -> str:
     )
 
 
-def _read_parquet(table: Path, config: ManifestConfig) -> list[TableRow]:
+def _read_parquet(table: Path, config: ManifestConfig) -> Iterator[TableRow]:
     columns = parquet_columns(table)
     names = [columns[index] for index in match_columns(table, columns, config)]
-    rows = []
     for number, values in enumerate(parquet_cells(table, names), start=1):
         location = f"row {number}"
         if values is None:
-            rows.append(TableRow(location, error="malformed row"))
+            yield TableRow(location, error="malformed row")
             continue
         image, caption, *questions = values
         # A row without a question has an empty one; None would mean a table without questions.
-        rows.append(
-            TableRow(location, image, caption, (questions[0] or "") if questions else None)
-        )
-    return rows
+        yield TableRow(location, image, caption, (questions[0] or "") if questions else None)
 
 
 def _read_fusion_brain(table: Path, config: ManifestConfig) -> list[TableRow]:
@@ -460,10 +472,10 @@ def _decoded(table: Path) -> str:
     return text
 
 
-READERS: dict[str, Callable[[Path, ManifestConfig], list[TableRow]]] = {
+READERS: dict[str, Callable[[Path, ManifestConfig], Iterable[TableRow]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
+    PARQUET: _read_parquet,
     ".json": _read_fusion_brain,
 }

@@ -116,7 +116,7 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
     questions = list(islice((item for item in candidates if item[1]), context.num_examples))
     if not questions:
         raise ValueError(f"{split.dataset_name}: no pair of {split.name} has choices")
-    has_images = split.images is not None
+    has_images = split.has_images
     task = "question_answering" if has_images else "math_question_answering"
     scored_indices: list[int] = []
     hits: list[float] = []

@@ -1,7 +1,9 @@
 """The VQ-GAN of a run, loaded, cached or trained, and its image indices."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rudolph.config.run import digest_of, to_plain
-from rudolph.data.cache import cached_array
+from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.examples import ImageExamples
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split, Splits
@@ -116,17 +118,20 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
         samples = [vqgan.encode_indices(images, generator=generator) for _ in range(num_samples)]
         return torch.stack(samples, dim=1)
 
-    def compute() -> np.ndarray[Any, Any]:
+    def batches() -> Iterator[np.ndarray[Any, Any]]:
         vqgan.to(device)
-        parts = []
         with execution.stage(f"indices of {split.dataset_name} {split.name}") as advance:
             for first in range(0, len(split), 256):
                 advance(first, len(split), "")
                 images = split.image_batch(range(first, min(first + 256, len(split))))
-                indices = encode(images.to(device), first)
-                parts.append(indices.to("cpu", torch.int32).numpy())
+                yield encode(images.to(device), first).to("cpu", torch.int32).numpy()
             advance(len(split), len(split), "")
-        return np.concatenate(parts)
+
+    def compute() -> ArrayWriter:
+        own = batches()
+        start = next(own)
+        rows = chain(start, chain.from_iterable(own))
+        return ArrayWriter((len(split), *start.shape[1:]), start.dtype, rows)
 
     parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
     if num_samples:

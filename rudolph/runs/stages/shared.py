@@ -1,6 +1,5 @@
 """Cached weights that runs share, trained by the first run that needs them."""
 
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rudolph.files.atomic import naming_file, rename_damaged, warn_once, write_text
+from rudolph.files.atomic import file_sha256, rename_damaged, warn_once, write_text
 from rudolph.models.weights import read_weights, weights_error
 from rudolph.runs.execution import Execution
 from rudolph.runs.trainer import CURVES
@@ -50,7 +49,7 @@ def shared_weights(
                 checksum_of(weights).unlink(missing_ok=True)
             train(weights)
             if execution.is_main_process:
-                write_text(checksum_of(weights), sha256_of(weights) + "\n")
+                write_text(checksum_of(weights), file_sha256(weights) + "\n")
         elif name not in known_names:
             replay_curves(execution, folder / CURVES)
     if execution.is_main_process and name not in known_names:
@@ -76,18 +75,12 @@ def checksum_of(weights: Path) -> Path:
     return weights.with_suffix(".sha256")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with naming_file(path), path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def checksum_error(weights: Path) -> str:
     """Return an error message if weights differ from their recorded checksum, else ""."""
     path = checksum_of(weights)
     text = path.read_text("utf-8", errors="replace").strip() if path.is_file() else ""
     is_digest = re.fullmatch(r"[0-9a-f]{64}", text) is not None
-    return "its SHA-256 differs" if is_digest and sha256_of(weights) != text else ""
+    return "its SHA-256 differs" if is_digest and file_sha256(weights) != text else ""
 
 
 def replay_curves(execution: Execution, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The data of a run and its text tokenizer, loaded, cached or trained."""
 
 import os
+from itertools import chain
 from typing import Any
 
 from rudolph.config.run import digest_of
@@ -55,7 +56,7 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
                 f"{config.tokenizer.path}, got {size}"
             )
         return tokenizer
-    texts = [text for split in train for text in (*split.captions, *split.questions) if text]
+    texts = (text for split in train for text in chain(split.captions, split.questions) if text)
     # The digest of a tokenizer of captions only is older and must not change.
     has_captions_only = len(train) == 1 and not any(train[0].questions)
     texts_digest = (
