@@ -1,8 +1,9 @@
 """Documents of interleaved images and texts, as ids with labels.
 
-``[image] question answer EOS``, repeated for every shot and finally for the pair itself.  The task
-decides what a document has: captions have no question, and text tasks no image.  Ids and labels
-are built segment by segment (``sequence.conversation``).
+A document repeats ``[image] question answer EOS``: once for every shot, then for the pair itself.
+A *shot* is a preceding example with its answer.  The task decides which parts occur: captioning
+has no question, and text tasks have no image.  Ids and labels are built segment by segment
+(``sequence.conversation``).
 
 Shapes: B documents, T positions, M images per document, S x S pixels.
 """
@@ -61,9 +62,9 @@ class Panel(NamedTuple):
     """One image of a document with its texts.
 
     Attributes:
-        image: ``(3, H, W)`` in [0, 1]; None without an image.
-        question: Text before the answer; "" for none.
-        answer: Text to learn; None if the model is to give it.
+        image: ``(3, H, W)`` in [0, 1]; None if there is no image.
+        question: Text before the answer; "" if there is no question.
+        answer: Text to learn; None if the model is to generate it.
     """
 
     image: Tensor | None
@@ -79,7 +80,7 @@ class DocumentBatch(NamedTuple):
         attention_mask: ``(B, T)``, 1 at tokens and 0 at padding.
         labels: ``(B, T)``, not shifted; ``IGNORE`` at positions that are not scored.
         images: ``(B, M, 3, S, S)`` in [0, 1]; None if no document has one.
-        present: ``(B, M)`` bool, false where a document has fewer images than others.
+        present: ``(B, M)`` bool, true at images and false at the padding of shorter documents.
         sources: ``(B,)``, indices of mixture entries.
         examples: ``(B,)``, indices of pairs.
     """
@@ -162,9 +163,10 @@ def document_of(
 def batch_documents(
     documents: Sequence[Sequence[Panel]], form: DocumentFormat, tokenizer: Any, *, side: str
 ) -> DocumentBatch:
-    """Return documents as one batch, padded on the ``right`` to train or ``left`` to generate.
+    """Return documents as one batch.
 
-    Images of one batch have one size.
+    ``side`` is the side of the padding: ``right`` for training, ``left`` for generation.  All
+    images of the batch must have the same size.
     """
     conversation = form.tokenizer(tokenizer)
     examples = [document_of(panels, form, conversation) for panels in documents]
@@ -186,10 +188,10 @@ def batch_documents(
 def document_panels(
     split: Split, task: str, index: int, *, shots: Sequence[Shot] = ()
 ) -> list[Panel]:
-    """Return the panels of a pair for a task, after those of its shots.
+    """Return the panels of a document: those of the shots, then that of the pair itself.
 
     Raises:
-        ValueError: If the task generates images, or the pairs lack what it needs.
+        ValueError: If the task generates images, or needs images or questions that the pairs lack.
     """
     row = TASKS[task]
     if row.image == "drawn":
@@ -208,7 +210,7 @@ def document_panels(
 
 
 def training_shots(split: Split, index: int) -> list[Shot]:
-    """Return the shots of a training document: all of its episode, or none."""
+    """Return all shots of a pair's training episode, or none if the dataset has no episodes."""
     if not isinstance(split.dataset, HasShots):
         return []
     return split.dataset.shots(index, split.dataset.max_shots)
@@ -222,7 +224,7 @@ class DocumentExamples:
         tokenizer: Text tokenizer.
         document_format: How the model reads documents.
         seed: Seed of the mixture and of the order of the pairs.
-        scores_questions: Whether questions are labels too, not only answers.
+        scores_questions: Whether the labels include the questions in addition to the answers.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Training examples built from pairs, numbered from 0 and determined by their number.
+"""Training examples built from pairs.
 
-Batches are therefore the same for any number of workers, machines and micro-batches, and a resumed
-run continues where it stopped.
+Examples are numbered from 0, and the number of an example determines it.  Batches are therefore
+the same for any number of workers, machines and micro-batches, and a resumed run continues where
+it stopped.
 
 Shapes: N pairs, B batch size, H and W pixels, I image tokens, S code samples, T sequence length.
 L and R are the lengths of the left and right text.
@@ -34,10 +35,10 @@ TASK_TOKEN_POSITION = 1
 
 
 class TaskTexts(NamedTuple):
-    """The token ids of the texts of every pair for one task.
+    """The token ids of every pair's left and right text, for one task.
 
-    ``left`` is ``(N, L)`` and ``right`` ``(N, R)``.  ``empty`` holds the texts for an empty
-    caption; ``num_cut`` counts the pairs whose text is cut.
+    ``left`` is ``(N, L)`` and ``right`` is ``(N, R)``.  ``empty`` holds the texts for an empty
+    caption.  ``num_cut`` counts the pairs whose text is cut.
     """
 
     left: np.ndarray[Any, Any]
@@ -115,9 +116,10 @@ class ImageBatch(NamedTuple):
 class TokenBatch(NamedTuple):
     """A batch for the decoder.
 
-    ``tokens`` ``(B, T)`` are the labels and ``inputs`` ``(B, T)`` the decoder input.  ``weights``
-    ``(B, 3)`` are the loss weights of left text, image and right text for each example's task.
-    ``sources`` ``(B,)`` are indices of mixture entries and ``examples`` ``(B,)`` of pairs.
+    ``tokens`` ``(B, T)`` holds the labels, and ``inputs`` ``(B, T)`` holds the decoder input.
+    ``weights`` ``(B, 3)`` holds the loss weights of left text, image and right text for each
+    example's task.  ``sources`` ``(B,)`` holds indices of mixture entries.  ``examples`` ``(B,)``
+    holds indices of pairs.
     """
 
     tokens: Tensor
@@ -128,7 +130,7 @@ class TokenBatch(NamedTuple):
 
     @property
     def scored(self) -> dict[str, Tensor]:
-        """Return a ``(B,)`` bool mask per segment, true where its weight is above 0."""
+        """Return a bool mask ``(B,)`` per segment: true if the segment's weight is above 0."""
         return {name: self.weights[:, index] > 0 for index, name in enumerate(SEGMENTS)}
 
 
@@ -173,7 +175,7 @@ class ImageExamples:
 class MixtureExamples(NamedTuple):
     """A mixture entry with its texts and, if its pairs have images, their VQ indices.
 
-    ``indices`` is ``(N, I)``, or ``(N, S, I)`` if each image has S sampled sets of codes.
+    ``indices`` is ``(N, I)``, or ``(N, S, I)`` if the codes of each image were sampled S times.
     ``retokenise`` tokenises the texts of a pair again with BPE-dropout.
     """
 
@@ -189,13 +191,13 @@ class TokenExamples:
     Each example samples a mixture entry in proportion to its weight, then takes a pair from it.
 
     Args:
-        sources: Mixture entries with their texts and VQ indices.
+        entries: Mixture entries with their texts and VQ indices.
         config: Rates of caption dropout, image-token noise and unknown-task tokens.
         layout: Positions of the segments in the sequence.
         vocabulary: Ranges of text, special and image tokens.
         num_examples: Number of examples in the whole training.
         seed: Seed of every random choice.
-        task_weights: Segment weights by task, which replace those of ``TASKS``.
+        task_weights: Loss weights of the segments, keyed by task; they replace those of ``TASKS``.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class TokenExamples:
         return sum(self.sizes)
 
     def note(self) -> str:
-        """Return one line with the number of cut texts, the maximum over the mixture entries."""
+        """Return one line with the largest number of cut texts of any mixture entry."""
         num_cut = max(entry.texts.num_cut for entry in self.entries)
         sizes = {
             entry.source.dataset: size
@@ -271,7 +273,7 @@ class TokenExamples:
     def _with_unknown_task_tokens(
         self, batch: TokenBatch, uniform: np.ndarray[Any, Any]
     ) -> TokenBatch:
-        """Replace random task tokens by the unknown-task token, left and right independently."""
+        """Replace task tokens at random by the unknown-task token, independently for each side."""
         probability = self.config.unknown_task_probability
         if not probability or self.vocabulary.num_text_specials == 0:
             return batch
@@ -290,7 +292,7 @@ class TokenExamples:
     def _with_token_noise(
         self, batch: TokenBatch, numbers: Sequence[int], uniform: np.ndarray[Any, Any]
     ) -> Tensor:
-        """Return the inputs with random codes as noise, in tasks that generate an image."""
+        """Return the inputs; in tasks that generate an image, random codes replace some tokens."""
         uniform_noise, uniform_codes = np.split(uniform, 2, axis=1)
         probability = self.config.image_token_noise * (1 - np.asarray(numbers) / self.num_examples)
         is_generated = torch.tensor(

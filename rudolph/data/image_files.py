@@ -1,7 +1,8 @@
 """Decoding of image files to square RGB images, and reports of skipped and converted rows.
 
 ``decode_image`` decodes and converts an image, or raises ``RejectedError`` with the reason.
-``center_crop`` crops and resizes it.  ``RowReport`` counts and names skipped and converted rows.
+``center_crop`` crops and resizes it.  ``RowReport`` counts and lists the rows that were skipped or
+converted.
 
 To convert another pixel format, add its Pillow mode to ``CONVERSIONS``.
 """
@@ -16,14 +17,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-# Pillow's own limit; checked here too, because Pillow only warns when it is exceeded.
+# Pillow's own limit; checked here too, because Pillow only warns about a larger image.
 MAX_PIXELS = 1024**3 // 4 // 3
 MIN_SIDE = 8
 NAMES_PER_REASON = 20
 # Reason for skipping the table line that opens a quote which is never closed.
 OPEN_QUOTE = "quote that is never closed"
 
-# Not every format of Pillow: EPS would start Ghostscript, and TGA misidentifies other files.
+# A subset of Pillow's formats: EPS would start Ghostscript, and other files would pass as TGA.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 ORIENTATION_TAG = 0x0112
@@ -190,7 +191,7 @@ def _grey_from_16_bit(image: Image.Image, transparency: object) -> Image.Image:
 
 @dataclass
 class ReasonCount:
-    """A count of rows and their first ``NAMES_PER_REASON`` names."""
+    """The number of rows with one reason, and the first ``NAMES_PER_REASON`` of their names."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
@@ -255,8 +256,8 @@ class RowReport:
             max_bad_fraction: Largest fraction of skipped rows that is accepted, 0 to 1.
 
         Raises:
-            ValueError: In one line, if no row is kept or more than ``max_bad_fraction`` are
-                skipped.
+            ValueError: With a one-line message, if no row is kept or more than
+                ``max_bad_fraction`` are skipped.
         """
         if self.num_kept and self.bad_fraction <= max_bad_fraction:
             return
@@ -302,7 +303,10 @@ class RowReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
-        """Return the report for JSON: totals, and ``{reason: {count, names}}`` for both kinds."""
+        """Return the report for JSON.
+
+        It holds totals, and ``{reason: {count, names}}`` of skipped and of converted rows.
+        """
         return {
             "rows": self.num_rows,
             "kept": self.num_kept,

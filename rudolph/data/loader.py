@@ -12,7 +12,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 class _Batches(Dataset[Any]):
-    """A dataset whose items are made from whole lists of example numbers."""
+    """A dataset that maps a list of example numbers to a whole batch."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any]) -> None:
         self.make = make
@@ -22,10 +22,10 @@ class _Batches(Dataset[Any]):
 
 
 class _StepSampler(Sampler[Any]):
-    """A sampler of one device's example numbers of each step, from step ``start``.
+    """A sampler that yields one device's example numbers, step by step from ``start``.
 
-    Each device takes a contiguous part of a global batch.  The length is that of the whole
-    training, because the loop counts resumed steps as done.
+    Each device takes a contiguous part of a global batch.  The length counts all steps of the
+    training, because the training loop counts the steps before ``start`` as done.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ def ignore_signals(worker: int = 0) -> None:
 class Streams(pl.LightningDataModule):
     """The data loaders of one training run.
 
-    A training batch is a list of micro-batches: one device's part of a global batch.
+    A training batch is one device's part of a global batch, as a list of micro-batches.
 
     Args:
-        train: Returns the training batch of some example numbers.
-        validation: Returns the validation batch of some pair indices.
+        train: Returns the training batch for a list of example numbers.
+        validation: Returns the validation batch for a list of pair indices.
         global_batch_size: Examples per step on all devices together.
         micro_batch_size: Examples per micro-batch.
         num_steps: Steps in the whole training.
@@ -106,10 +106,10 @@ class Streams(pl.LightningDataModule):
         """Return this device's validation loader, with at least 64 examples per full batch."""
         size = max(self.micro_batch_size, 64)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        # A device without pairs would skip the validation in which the others wait for it.  It
-        # evaluates all pairs instead, which leaves their relative weights unchanged.
+        # A device without pairs would skip validation, while the other devices wait for it there.
+        # Such a device evaluates all pairs instead, which leaves their relative weights unchanged.
         indices = range(rank, self.num_validation, world_size) or range(self.num_validation)
-        # Sharded models need equally many batches on all devices, so none is left empty.
+        # Sharded models need the same number of batches on all devices, so no batch is empty.
         number = -(-self.num_validation // (world_size * size))
         starts = [min(index * size, len(indices) - number + index) for index in range(number)]
         ends = [*starts[1:], len(indices)]

@@ -1,4 +1,4 @@
-"""The mixture of datasets and tasks: which entry and which pair each example number takes.
+"""The mixture of datasets and tasks, which gives each example number an entry and a pair.
 
 Shapes: B examples, N pairs, K entries.
 """
@@ -15,7 +15,7 @@ Indices = np.ndarray[Any, Any]
 
 
 class Mixture:
-    """Entries that each example samples in proportion to their weights.
+    """A weighted mixture of entries; each example samples an entry in proportion to its weight.
 
     Args:
         weights: Weight of each entry, ``(K,)``.
@@ -29,12 +29,17 @@ class Mixture:
         self.sizes, self.seed = list(sizes), seed
 
     def rows(self, uniform: Indices) -> Indices:
-        """Return the entry ``(B,)`` of each uniform number in [0, 1), ``(B,)``."""
-        # Rounding can make the last bound smaller than a sampled number, so it is not compared.
+        """Return the entry ``(B,)`` that each uniform number selects.
+
+        ``uniform`` is ``(B,)`` in [0, 1).
+        """
+        # Rounding can make the last bound smaller than a sampled number; that bound is left out.
         return np.searchsorted(self.bounds[:-1], uniform, side="right")
 
     def pairs(self, numbers: Sequence[int], rows: Indices) -> Indices:
-        """Return the pair ``(B,)`` of each example; every epoch of an entry is a permutation.
+        """Return the pair ``(B,)`` of each example, shuffled for every epoch of its entry.
+
+        An epoch of an entry has as many example numbers as the entry has pairs.
 
         Args:
             numbers: Example numbers.

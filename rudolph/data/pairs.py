@@ -23,9 +23,9 @@ class Pair:
         key: Permanent name of the pair, used by splits and sample files.
         caption: Caption of the image, or answer to ``question``.
         image: Square RGB image, or None for a pair without an image.
-        attributes: Further properties of the pair, by name.
+        attributes: Further properties of the pair, keyed by name.
         question: Question, or "" for a captioned image.
-        choices: Answer options, which include the caption, or nothing for an open question.
+        choices: Answer options, which include the caption; empty for an open question.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Pair:
 
 
 class PairDataset(Protocol):
-    """One split of a dataset: ``len`` pairs, and always the same pair for the same index.
+    """One split of a dataset; the same index always gives the same pair.
 
     ``digest`` is the hexadecimal SHA-256 of everything that determines the pairs of this split.
     """
@@ -77,8 +77,8 @@ class HasHardNegatives(Protocol):
     def hard_negatives(self, index: int, number: int) -> list[Pair]:
         """Return ``number`` pairs that differ from the pair at ``index`` in one thing.
 
-        They may be from any split.  All captions differ from one another and from that pair's
-        caption.  The list is shorter if there are fewer such pairs.
+        The negatives may be from any split.  Their captions differ from one another and from the
+        caption at ``index``.  The list is shorter if there are fewer such pairs.
         """
         ...
 
@@ -93,12 +93,12 @@ class HasClasses(Protocol):
         ...
 
     def class_index(self, index: int) -> int | None:
-        """Return the pair's class as an index of ``classes``, or None if it has none."""
+        """Return the pair's class as an index of ``classes``, or None for a pair without class."""
         ...
 
 
 class Shot(NamedTuple):
-    """An image of the same split with another caption, shown before a pair.
+    """An example that precedes a pair: an image of the same split, with another caption.
 
     Attributes:
         pair: Index of the pair whose image and question are shown.
@@ -111,7 +111,7 @@ class Shot(NamedTuple):
 
 @runtime_checkable
 class HasShots(Protocol):
-    """A dataset whose pairs are the last of an episode of several images."""
+    """A few-shot dataset: each pair is the last of an episode of several images."""
 
     @property
     def max_shots(self) -> int:
@@ -121,12 +121,12 @@ class HasShots(Protocol):
     def shots(self, index: int, number: int) -> list[Shot]:
         """Return ``number`` shots that precede the pair at ``index``.
 
-        A shorter list is a prefix of a longer one.
+        The shots for a smaller ``number`` are a prefix of those for a larger one.
         """
         ...
 
     def chance(self, number: int) -> float:
-        """Return the accuracy of answers after ``number`` shots that ignore all images."""
+        """Return the accuracy of a model that ignores all images, after ``number`` shots."""
         ...
 
 

@@ -29,20 +29,21 @@ def grid_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
 
 # Larger sets are permuted without a table of all pairs.
 MAX_TABLE = 2**20
-# Four rounds suffice in theory (Luby and Rackoff 1988); the round function here is simple.
+# More than the four rounds that suffice in theory (Luby and Rackoff 1988), because the round
+# function here is simple.
 NUM_ROUNDS = 6
 
 
 def permuted(places: Numbers, size: int, *key: int) -> Numbers:
-    """Return where a seeded permutation of ``range(size)`` moves each of these places.
+    """Apply a seeded permutation of ``range(size)`` to each number in ``places``.
 
-    A Feistel network permutes all numbers of an even number of bits.  A result that is not below
-    ``size`` is permuted again until it is (cycle walking).  No table is needed.
+    A Feistel network permutes all numbers of an even number of bits.  A result of ``size`` or more
+    is permuted again until it is below ``size`` (cycle walking).  No table is needed.
 
     Args:
         places: ``(B,)``, numbers below ``size``.
-        size: how many numbers are permuted, at most 2**62.
-        key: what the permutation depends on.
+        size: length of the permuted range, at most 2**62.
+        key: numbers that determine the permutation.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = np.uint64(2**half - 1)
@@ -61,7 +62,7 @@ def permuted(places: Numbers, size: int, *key: int) -> Numbers:
 
 
 def _mixed(values: Numbers) -> Numbers:
-    """Return 64 well mixed bits of each number (the finaliser of SplitMix64, Steele 2014)."""
+    """Mix the 64 bits of each number (the finaliser of SplitMix64, Steele 2014)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)

@@ -52,20 +52,22 @@ class DataConfig:
     Attributes:
         dataset: Name of the main dataset, a key of ``DATASETS``.
         image_size: Side of the square images, in pixels.
-        tasks: Mixture weights by task.  ``words/text_recognition`` takes its pairs from ``words``;
-            a name without a dataset takes them from ``dataset``.
-        caption_dropout: Fraction of text-to-image examples without a caption, for guidance.
-        image_token_noise: Fraction of the image tokens of text-to-image examples that are random
-            in the input but not in the labels.  It teaches the decoder to attend to the text
-            instead of continuing images it knows (word dropout, Bowman 2016, arXiv:1511.06349).
-            The fraction decays linearly from this value at the first example to 0 at the last,
-            since generation has no such noise.
-        unknown_task_probability: Fraction of texts whose task token is the unknown-task token, for
-            left and right texts independently (fbc2_aij2022: 0.25).
+        tasks: Mixture weight of each task.  The key ``words/text_recognition`` takes pairs from
+            the dataset ``words``; a key without a slash takes pairs from ``dataset``.
+        caption_dropout: Fraction of text-to-image examples that lose their caption in training.
+            Guidance needs a decoder that also predicts images without a caption.
+        image_token_noise: Fraction of image tokens that are replaced by random codes in the input
+            of text-to-image examples, but not in the labels.  This noise teaches the decoder to
+            attend to the text instead of continuing images that it knows (word dropout, Bowman
+            2016, arXiv:1511.06349).  The fraction decays linearly from this value at the first
+            example to 0 at the last, since generation has no such noise.
+        unknown_task_probability: Fraction of texts whose task token is replaced by the
+            unknown-task token, independently for left and right texts.  The code of the Fusion
+            Brain Challenge 2 (fbc2_aij2022) uses 0.25.
         flip_probability: Fraction of images that are mirrored for the VQ-GAN.
-        num_code_samples: Number of sets of codes sampled per image by the weights of a Gumbel
-            quantizer.  Each example uses one of them, or with 0 the best code of each cell
-            (DALL-E, arXiv:2102.12092, section 2.2).
+        num_code_samples: Number of times that the codes of each image are sampled from the
+            probabilities of a Gumbel quantizer.  Each example uses one of these samples.  With
+            0, examples use the best code of each cell (DALL-E, arXiv:2102.12092, section 2.2).
     """
 
     dataset: str = "emoji"
@@ -123,7 +125,7 @@ class DataConfig:
 
     @property
     def datasets(self) -> list[str]:
-        """Return the name of the main dataset and of the others in the mixture."""
+        """Return the names of the main dataset and of all other datasets in the mixture."""
         return list(dict.fromkeys([self.dataset, *(row.dataset for row in self.mixture)]))
 
 
@@ -225,7 +227,7 @@ class Split:
 
     @cached_property
     def image_ids(self) -> np.ndarray[Any, Any]:
-        """Return an image number for every pair, ``(N,)``, equal where images are equal.
+        """Return an image number ``(N,)`` for every pair; equal images have equal numbers.
 
         Each pair without an image has a number of its own.
         """
@@ -246,7 +248,10 @@ class Split:
         return np.asarray(self.image_ids[np.asarray(indices)])
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Return all captions in the split of each pair's image, the pair's own caption first."""
+        """Return, for each pair, all captions that the split has for its image.
+
+        The pair's own caption comes first.
+        """
         clusters = self.clusters(range(len(self))).tolist()
         members: dict[int, list[str]] = {}
         for cluster, caption in zip(clusters, self.captions, strict=True):
@@ -293,7 +298,10 @@ class Splits:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return the digests of opened splits, by ``data.split`` or ``data.split.dataset``."""
+        """Return the digests of the opened splits.
+
+        The key is ``data.SPLIT`` for the main dataset and ``data.SPLIT.DATASET`` for any other.
+        """
         return {
             f"data.{name}" if dataset == self.config.dataset else f"data.{name}.{dataset}": (
                 split.digest

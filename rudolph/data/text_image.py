@@ -23,9 +23,9 @@ from rudolph.sequence.tokenizer import Tokenizer, normalize_unicode
 class TextImageBatch(NamedTuple):
     """A batch for CLIP: ``input_ids`` ``(B, L)`` and ``pixel_values`` ``(B, 3, H, W)``.
 
-    ``captions`` ``(B,)`` and ``image_ids`` ``(B,)`` are numbers that are equal for equal
-    captions and for equal images, across all batches.  ``examples`` ``(B,)`` are the indices of
-    the pairs.
+    ``captions`` ``(B,)`` numbers the captions: equal captions have equal numbers in all batches.
+    ``image_ids`` ``(B,)`` numbers the images in the same way.  ``examples`` ``(B,)`` holds the
+    indices of the pairs.
     """
 
     input_ids: Tensor

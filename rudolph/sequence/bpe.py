@@ -1,9 +1,9 @@
 """Byte-pair encoding in Python: training, model files, encoding with dropout, decoding.
 
-The model file has YouTokenToMe's text format, so each implementation reads files of the other.
+The model file has YouTokenToMe's text format, so each implementation reads the other's files.
 Training is reimplemented here because YouTokenToMe's is not repeatable: its threads race even with
-``n_threads=1``.  Equal texts then give different models wherever pairs are equally frequent.  This
-module breaks such ties in favour of the lower ids.
+``n_threads=1``.  The same texts then give different models wherever pairs are equally frequent.
+This module breaks such ties in favour of the lower ids.
 
 Source: Sennrich 2016 (arXiv:1508.07909) for BPE; Provilkov 2020 (arXiv:1910.13267) for dropout;
 YouTokenToMe, ``bpe.cpp``, for the file format.
@@ -201,7 +201,7 @@ def read_model(path: Path) -> BPEModel:
     """Load a model file written by this module or by YouTokenToMe.
 
     Raises:
-        ValueError: if the file cannot be read or parsed, or has other special ids than
+        ValueError: if the file cannot be read or parsed, or if its special ids differ from
             ``layout.PAD``, ``UNK``, ``BOS`` and ``EOS``.
     """
     try:
@@ -235,7 +235,7 @@ def _require_consistent(
 
     YouTokenToMe does not check this and would read out of bounds.
     """
-    # Checked first, because a corrupt count could make the set of ids below exhaust memory.
+    # Check the counts first: a corrupt count would make the set that is built below too large.
     if (len(characters), len(merges)) != (num_characters, num_merges):
         raise ValueError(f"expected {num_characters} characters and {num_merges} merges")
     ids = {*characters.values(), *(new for _, new in merges.values())}

@@ -1,6 +1,6 @@
 """Conversations about images as token ids and labels.
 
-A conversation is a list of turns, and a turn a list of parts: texts, and images with a known
+A conversation is a list of turns, and a turn is a list of parts: texts, and images with a known
 number of tokens.  Ids and labels are built together, segment by segment, so they stay aligned.
 LLaVA instead tokenises the whole conversation, searches it for role words, and masks the sample if
 the lengths disagree.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Label of positions outside answers, which ``cross_entropy`` ignores.
+# Label at positions outside answers; ``cross_entropy`` ignores it.
 IGNORE = -100
 
 
@@ -33,7 +33,7 @@ class ImagePart(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A question of the user, or an answer of the assistant without images."""
+    """A question of the user, or an answer of the assistant, which has no images."""
 
     is_answer: bool
     parts: tuple[str | ImagePart, ...]
@@ -47,7 +47,8 @@ class Template:
         system: Text at the start of a conversation.
         user: Text before a question.
         assistant: Text before an answer.
-        keeps_questions: False in LLaVA's first stage, which keeps only the images of a question.
+        keeps_questions: Whether the text of questions is kept.  LLaVA's first stage keeps only
+            their images.
         ends_with: Text learnt after each answer, before the end token.
         has_end_sign: Whether each answer is followed by the end token.
     """
@@ -67,7 +68,7 @@ class ConversationTokenizer:
     Attributes:
         encode: Encodes a text without start and end tokens.
         image_token_id: Id of every token of an image.
-        start_id: Id at the start of a row; None for none.
+        start_id: Id at the start of a row; None for no such id.
         end_id: Id after an answer.
         pad_id: Id of padding; the mask, not this id, marks padding.
         max_length: Maximum number of ids per row.
@@ -140,7 +141,7 @@ def build_example(
 def round_ids(
     turns: Sequence[Turn], tokenizer: ConversationTokenizer, template: Template
 ) -> tuple[list[int], list[int]]:
-    """Return ids and labels of a question and, if there is one, its answer."""
+    """Return the ids and labels of a question and of its answer, if it has an answer."""
     ids = text_ids(template.user, tokenizer)
     for part in turns[0].parts:
         if isinstance(part, ImagePart):
@@ -184,7 +185,7 @@ class ConversationBatch(NamedTuple):
 def pad_examples(
     examples: Sequence[Example], tokenizer: ConversationTokenizer, *, side: str
 ) -> ConversationBatch:
-    """Return a batch padded on a side: ``right`` for training, ``left`` for generation.
+    """Return a batch padded on one side: ``right`` for training, ``left`` for generation.
 
     Raises:
         ValueError: If ``side`` is neither.

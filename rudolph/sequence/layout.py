@@ -1,7 +1,7 @@
 """Sequence layout and vocabulary: where the three segments lie and which ids each one uses.
 
 A sequence is ``[left text | image, row-major | right text]``, always in this order and with fixed
-segment lengths.  ``SequenceLayout`` holds the positions and ``Vocabulary`` the ids.
+segment lengths.  ``SequenceLayout`` holds the positions, and ``Vocabulary`` holds the ids.
 
 Source: RuDOLPH, ``rudolph/model/model.py``.
 """
@@ -85,7 +85,7 @@ class Vocabulary:
     """The sizes of the text and image vocabularies and the order of their ids.
 
     Text ids are BPE ids, then special tokens, then one padding id per left-text position.  Image
-    ids are codebook indices, then image special tokens, and start again at 0.  Logits are ordered
+    ids start again at 0: codebook indices, then image special tokens.  Logits are ordered
     ``[text | image]``.
     """
 

@@ -3,12 +3,13 @@
 A mask is a rule ``(layout, query, key) -> bool`` on broadcastable position tensors.  It is true
 where the query may attend to the key.  Every rule is causal, and restricts only the attention of
 image tokens to image tokens; everything that involves text is plainly causal.  One rule yields the
-dense table for the kernel, the row for a decoding step, the text drawing and the density.
+dense table for the attention kernel, the row for a decoding step, the text drawing and the
+density.
 
 To add a mask, write its rule and list it in ``PLAIN_MASKS`` or, if it takes a kernel size, in
 ``KERNEL_MASKS``.  Experiment files write a mask as ``row`` or ``conv(7)``.
 
-In the drawings each line is a query and each column a key; ``#`` marks an attended key.
+In the drawings each line is a query and each column is a key; ``#`` marks an attended key.
 
 Shapes: T is the length of the sequence.
 """
@@ -25,7 +26,7 @@ Rule = Callable[[SequenceLayout, Tensor, Tensor], Tensor]
 
 
 def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """Attend to every earlier position and to itself.
+    """Attend to the query's own position and to every earlier position.
 
     >>> print(draw_mask(causal, SequenceLayout(1, 2, 0)))
     #....
@@ -38,7 +39,7 @@ def causal(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
 
 def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """Attend to the last ``image_tokens_per_dim`` image tokens and to itself.
+    """Attend to the query itself and to the ``image_tokens_per_dim`` image tokens before it.
 
     The window starts at the token right above the query.
 
@@ -49,14 +50,15 @@ def row(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
     ####.
     #.###
 
-    Source: ru-dolph, ``rudolph/model/image_attention.py``; a sliding window, not the same row.
+    Source: ru-dolph, ``rudolph/model/image_attention.py``.  The window slides with the query, and
+    is not one row of the image.
     """
     distance = query - key
     return _within_image(layout, query, key, distance <= layout.image_tokens_per_dim)
 
 
 def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """Attend to the earlier image tokens of the same row and to itself.
+    """Attend to the query itself and to the earlier image tokens of its row.
 
     >>> print(draw_mask(row_block, SequenceLayout(1, 2, 0)))
     #....
@@ -72,7 +74,7 @@ def row_block(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
 
 
 def column(layout: SequenceLayout, query: Tensor, key: Tensor) -> Tensor:
-    """Attend to the earlier image tokens of the same column and to itself.
+    """Attend to the query itself and to the earlier image tokens of its column.
 
     >>> print(draw_mask(column, SequenceLayout(1, 2, 0)))
     #....
@@ -160,7 +162,7 @@ def parse_mask(text: str) -> Rule:
     """Return the rule that an experiment file names, as in ``row`` or ``conv(7)``.
 
     Raises:
-        ValueError: if the name is unknown, or the kernel is missing, even or not allowed.
+        ValueError: if the name is unknown, or the kernel size is missing, even or not allowed.
     """
     match = re.fullmatch(r"(\w+)(?:\((\d+)\))?", text.strip())
     name, kernel = match.groups() if match else (text, None)
@@ -183,15 +185,15 @@ def mask_names() -> list[str]:
 def layer_masks(pattern: Sequence[str], last: str | None, num_layers: int) -> tuple[str, ...]:
     """Return the mask name of each layer: ``pattern`` tiled over the depth, then ``last``.
 
-    A column layer keeps its mask even as the last layer.  This is ru-dolph's layer order, in which
-    depths of 4k + 2 end with a column mask (``rudolph/model/transformer.py``).
+    If the last layer is a column layer, it keeps its column mask.  ru-dolph has the same order:
+    its decoders of 4k + 2 layers end with a column mask (``rudolph/model/transformer.py``).
 
     >>> layer_masks(["row", "column", "row", "conv(7)"], "conv(9)", 6)
     ('row', 'column', 'row', 'conv(7)', 'row', 'column')
 
     Args:
         pattern: mask names, repeated over the layers.
-        last: mask name of the last layer; None keeps the pattern's.
+        last: mask name of the last layer; None keeps the mask of the pattern.
         num_layers: depth of the decoder.
     """
     names = [pattern[layer % len(pattern)] for layer in range(num_layers)]
@@ -207,7 +209,10 @@ def mask_table(rule: Rule, layout: SequenceLayout) -> Tensor:
 
 
 def mask_row(rule: Rule, layout: SequenceLayout, position: int) -> Tensor:
-    """Return the mask row of one position over the keys up to itself, ``(position + 1,)`` bool."""
+    """Return the mask row of one query over the keys up to its position.
+
+    The row is ``(position + 1,)`` bool.
+    """
     return rule(layout, torch.tensor(position), torch.arange(position + 1))
 
 

@@ -4,8 +4,8 @@ A task defines the content of the left text, image and right text, the task toke
 weight of each segment.  It also defines what an answer is, its metric and its chance level.
 Training and inference read the same row, so both build the same prompt.
 
-Some tasks need no training of their own, because they query a decoder trained on another task in a
-different way.  Their ``filled_as`` names that other task.
+Some tasks are never trained themselves: they query the decoder of another task in a new way.
+Their ``filled_as`` names that other task.
 
 A task without an image fills the image segment with code 0, in training and in inference.  That
 segment is then never scored.
@@ -44,7 +44,7 @@ class Task:
         right_token: task token of the right text, or None.
         weights: loss weights of left text, image and right text.
         answer: description of the output.
-        metric: name of the score of an answer.
+        metric: name of the metric that scores an answer.
         chance: description of the baseline that ignores the prompt.
         filled_as: the trained task that this one reuses, or None if it is trained itself.
     """

@@ -8,8 +8,8 @@ import re
 import sys
 import unicodedata
 
-# Control characters except tab and line ends, line and paragraph separators, and noncharacters.
-# Pillow's text layout fails on some of them, and XML and therefore SVG forbids others.
+# Control characters (except tab and line ends), line and paragraph separators, and noncharacters.
+# Pillow's text layout fails on some of them.  XML, and therefore SVG, forbids others.
 UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufdd0-\ufdef\ufffe\uffff]"
 )
@@ -32,7 +32,7 @@ def clean_text(text: str) -> str:
 
 
 def decode_argument(text: str) -> str:
-    """Return a command-line argument as UTF-8 if the locale could not decode its bytes.
+    """Decode a command-line argument as UTF-8 if the locale could not decode its bytes.
 
     Python passes such bytes on as lone surrogates (PEP 383).
     """

@@ -2,7 +2,7 @@
 
 YouTokenToMe encodes and decodes.  Its BPE-dropout uses an unseeded process-wide random stream and
 its training is not repeatable, so ``rudolph.sequence.bpe`` does both instead.  If YouTokenToMe is
-not installed, that module also encodes and decodes: the same ids, more slowly.
+not installed, that module also encodes and decodes, with the same ids but more slowly.
 
 Text is cleaned (``rudolph.sequence.texts.clean_text``), then lower-cased and stripped as in
 RuDOLPH (``rudolph/api.py``).  ``BOS`` and ``EOS`` frame a segment.  Text that is too long is
@@ -35,7 +35,8 @@ class TokenizerConfig:
     Attributes:
         vocab_size: maximum number of BPE ids, including the four special ids.
         bpe_dropout: probability of skipping a merge during training, in [0, 1) (Provilkov 2020).
-        path: a ``bpe.model``, or a run or release that has one, to use instead of training one.
+        path: a ``bpe.model`` to use instead of training a tokenizer, or a run or release that
+            contains such a file.
         num_specials: number of task-token ids after the BPE ids; 0 disables task tokens.
     """
 
@@ -148,7 +149,7 @@ class Tokenizer:
         return self.model.encode(text, dropout, generator)
 
     def unknown_words(self, text: str) -> dict[str, str]:
-        """Return each word with characters outside the vocabulary, mapped to those characters."""
+        """Map each word that has characters outside the vocabulary to these characters."""
         known = self.model.characters
         unknown = {
             word: "".join(

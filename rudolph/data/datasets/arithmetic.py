@@ -11,8 +11,8 @@ The correct option is equally often at each position.  It is the smallest as oft
 except where smaller options would be negative.
 
 Splits: the hash of an expression decides between train, validation and test, for both forms; 7 + 5
-and 5 + 7 are one expression.  The *compositional* split has the expressions with a number that
-their operation uses in no other split.  The other operations use that number in every split.
+and 5 + 7 are one expression.  Each operation holds out one number: it uses this number only in the
+*compositional* split.  The other operations use the number in every split.
 
 To add an operation, add it to ``OPERATIONS``.
 """
@@ -41,7 +41,7 @@ from rudolph.files.constraints import Bounds, Count, Fraction, check
 ARITHMETIC_VERSION = 1
 
 LETTERS = ("а", "б", "в", "г", "д")
-# Distances between neighbouring options: off-by-one errors, and errors in one digit.
+# Distances between neighbouring options; they imitate off-by-one errors and errors in one digit.
 _STEPS = (1, 1, 2, 3, 5, 10)
 
 

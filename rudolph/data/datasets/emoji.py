@@ -9,8 +9,8 @@ that share an image, such as the flags of France and of Saint Martin.
 
 Splits are fixed by hash.  A whole family falls into train, validation or test, so that no image of
 a validation base occurs in training.  The *compositional* split has pairs of a base and a skin
-tone that training shows only separately.  Training has the base untoned and in other tones, and
-the tone on other bases.
+tone that training shows only separately.  Training shows the base without a tone and in other
+tones, and shows the tone on other bases.
 """
 
 import csv
@@ -119,8 +119,8 @@ class EmojiConfig:
 class Emoji:
     """One split of the emoji; see ``PairDataset``, ``HasHardNegatives`` and ``HasClasses``.
 
-    ``classes`` are the Russian names of the Unicode groups.  The atlas is decoded with the first
-    image, once per process.
+    ``classes`` are the Russian names of the Unicode groups.  The atlas is decoded once per
+    process, when the first image is read.
 
     Args:
         config: Captions and folder of the set.
@@ -155,10 +155,10 @@ class Emoji:
     def hard_negatives(self, index: int, number: int) -> list[Pair]:
         """Return the ``number`` emoji closest to the one at ``index``, from any split.
 
-        Other skin tones of its base come first, then its subgroup, then its group.  Within each,
-        emoji of its own skin tone come first, and then the nearest in Unicode order.  All captions
-        and images differ from one another and from those of the emoji.  The list is shorter if its
-        group is exhausted.
+        Emoji of the same base come first, then those of the same subgroup, then those of the same
+        group.  Within each of the three, emoji of the same skin tone come first; nearer emoji in
+        Unicode order precede farther ones.  All captions and images differ from one another and
+        from those at ``index``.  The list is shorter if the group has too few emoji.
 
         Raises:
             ValueError: If ``number`` is less than 1.
@@ -231,7 +231,7 @@ def group_names(records: Sequence[EmojiRecord]) -> tuple[str, ...]:
 
 
 def emoji_images(image_size: int, folder: Path = SHIPPED_EMOJI) -> tuple[list[str], np.ndarray]:
-    """Return the keys of all splits and their images, uint8 ``(N, H, W, 3)``."""
+    """Return the keys of the emoji of all splits, and images ``(N, H, W, 3)`` uint8."""
     require_image_size(image_size)
     records = read_records(folder)
     images = [np.asarray(emoji_image(folder, record.tile, image_size)) for record in records]
@@ -239,7 +239,7 @@ def emoji_images(image_size: int, folder: Path = SHIPPED_EMOJI) -> tuple[list[st
 
 
 def caption(record: EmojiRecord, captions: str) -> str:
-    """Return the caption of an emoji; ``captions`` is that of ``EmojiConfig``."""
+    """Return the caption of an emoji; ``captions`` is the setting in ``EmojiConfig``."""
     if captions == "name":
         return record.name
     others = [word for word in record.keywords.split("|") if word not in ("", record.name)]
@@ -306,7 +306,7 @@ def assign_splits(records: Sequence[EmojiRecord]) -> dict[str, str]:
 
 
 def families(records: Sequence[EmojiRecord]) -> dict[str, str]:
-    """Return the family of every base, identified by one of its bases.
+    """Map every base to its family, which is identified by one of the family's bases.
 
     Bases that share a tile belong to the same family.
     """
@@ -332,7 +332,7 @@ def split_of_family(family: str) -> str:
 
 
 def compositional_keys(train: Sequence[EmojiRecord]) -> set[str]:
-    """Return the keys of the pairs of base and skin tone to hold out, by hash of the key.
+    """Return the keys of the (base, skin tone) pairs to hold out, chosen by a hash of the key.
 
     Each base loses at most ``MAX_HELD_OUT_PER_BASE`` of its tones, never all of them, and keeps
     its untoned emoji.  Every held-out tone remains on another base.  An image that several pairs
@@ -381,11 +381,11 @@ def write_emoji_tables(folder: Path) -> tuple[int, list[str]]:
     ``captions.csv`` holds the names.  ``questions.json`` and ``answers.json`` have questions about
     the object, the country of a flag and the skin tone.
 
-    ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped set; U+FE0F
-    is ignored.  Emoji of any style can thus become a table of pairs.
+    For example, ``1f468-1f3fb-200d-1f680.png`` gets the Russian name of that emoji in the shipped
+    set; U+FE0F is ignored.  Emoji of any style can thus become a table of pairs.
 
     Returns:
-        The number of pairs, and the names of the files that are not an emoji of the shipped set.
+        The number of pairs, and the names of the files that match no emoji of the shipped set.
 
     Raises:
         ValueError: If no file of the folder is named after an emoji, or ``captions.csv`` exists

@@ -1,4 +1,4 @@
-"""Rendering of emoji from a colour font, with Russian names, into the files of ``Emoji``.
+"""Builder of the files of ``Emoji``: images from a colour font, with Russian names.
 
 Sources: the list of emoji is Unicode's ``emoji-test.txt`` (UTS #51).  Names and keywords are the
 main and derived annotations of CLDR (UTS #35, part 2).  The images come from the font.
@@ -41,10 +41,10 @@ MISSING = "not in the font"
 SEVERAL_GLYPHS = "several glyphs in the font"
 BLANK = "blank in the font"
 
-# A bitmap font opens only at its own size: Noto at 109, other colour fonts at the other sizes.
+# A bitmap font opens only at its own size: 109 for Noto, another one for other fonts.
 FONT_SIZES = (109, 160, 136, 128, 96, 72, 64)
 VARIATION_SELECTOR = "\ufe0f"
-# A noncharacter, never assigned, for which fonts render their image for "missing".
+# A noncharacter, which is never assigned.  Fonts render it as their image for "missing".
 UNASSIGNED = "\U0010ffff"
 ENTRY = re.compile(
     r"(?P<points>[0-9A-F]+( [0-9A-F]+)*) *; fully-qualified *# \S+ E(?P<version>\S+) (?P<name>.+)"
@@ -57,7 +57,7 @@ Box = tuple[int, int, int, int]
 class EmojiEntry:
     """A fully-qualified line of ``emoji-test.txt``.
 
-    ``key`` and ``base`` are as in ``EmojiRecord``.
+    ``key`` and ``base`` have the same meaning as in ``EmojiRecord``.
     """
 
     key: str
@@ -72,7 +72,7 @@ class EmojiEntry:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The numbers of written pairs, images and bytes, and the skipped keys by reason."""
+    """The numbers of written pairs, images and bytes, and the skipped keys of each reason."""
 
     num_pairs: int
     num_images: int
@@ -89,11 +89,11 @@ class BuildReport:
 
 
 class EmojiFont:
-    """A colour font at its own bitmap size that renders one emoji at a time.
+    """A colour font, opened at its own bitmap size, that renders one emoji at a time.
 
     Raises:
-        ValueError: If Pillow cannot open the font, or lacks raqm, which alone joins the parts of a
-            sequence into one glyph.
+        ValueError: If Pillow cannot open the font, or lacks raqm.  Only raqm joins the parts of an
+            emoji sequence into one glyph.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +109,7 @@ class EmojiFont:
         self.missing = self.canvas(UNASSIGNED, "RGBA").tobytes()
 
     def canvas(self, characters: str, mode: str) -> Image.Image:
-        """Return the characters on a white canvas, transparent white if ``mode`` is RGBA."""
+        """Return the characters on a white canvas, which is transparent if ``mode`` is RGBA."""
         side = 3 * self.origin
         image = Image.new(mode, (side, side), (255, 255, 255, 0)[: len(mode)])
         render = ImageDraw.Draw(image)
@@ -119,7 +119,7 @@ class EmojiFont:
         return image
 
     def measure(self, characters: str) -> tuple[str | None, Box]:
-        """Return why the characters cannot be one emoji, or None, and their bounding box.
+        """Return the reason why the characters are not one emoji, or None, and their bounding box.
 
         One glyph is as wide as its widest part, while several glyphs side by side are wider.
         """
@@ -135,7 +135,7 @@ class EmojiFont:
 
     def render(self, characters: str, frame: Box, size: int) -> Image.Image:
         """Return the part of the canvas in ``frame`` as RGB, ``size`` pixels per side."""
-        # Not from the RGBA canvas, whose half-transparent edges are already mixed with white.
+        # Not the RGBA canvas: its half-transparent edges are already mixed with white.
         cropped = self.canvas(characters, "RGB").crop(frame)
         return cropped.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -210,7 +210,7 @@ class StepPrinter:
 def measure_all(
     font: EmojiFont, entries: Sequence[EmojiEntry], progress: StepPrinter
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Box]]:
-    """Return the keys without an image by reason, and the boxes of the others by key."""
+    """Return the keys without an image, grouped by reason, and the boxes of the other keys."""
     skipped: dict[str, tuple[str, ...]] = {}
     boxes: dict[str, Box] = {}
     for entry in entries:
@@ -225,7 +225,7 @@ def measure_all(
 
 
 def bounding_square(boxes: Sequence[Box]) -> Box:
-    """Return the smallest square that holds all boxes, centred on their union."""
+    """Return the smallest square that holds all bounding boxes, centred on their union."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     side = max(right - left, bottom - top)
@@ -279,9 +279,9 @@ def write_emoji_set(
 def read_emoji_test(path: Path) -> list[EmojiEntry]:
     """Return the fully-qualified emoji in file order, which is CLDR's order.
 
-    The base of a sequence is the sequence without skin tones, if that is an emoji.  Otherwise the
-    base is the emoji with the English name before the colon, as for handshakes of two different
-    tones.
+    The base of a sequence is the sequence without skin tones, if that is an emoji.  Otherwise it
+    is the emoji that the English name states before the colon, for example for handshakes of two
+    different tones.
 
     Raises:
         ValueError: If the file is missing or has no fully-qualified emoji.
@@ -338,7 +338,7 @@ def skin_tone_of(characters: str) -> str:
 
 
 def read_annotations(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return Russian names and keywords by key.
+    """Return the Russian names and the keywords of emoji, both keyed by ``key_of``.
 
     The first file that has an emoji takes precedence.
 
@@ -384,7 +384,7 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def require_source(path: Path, package: str) -> Path:
-    """Return ``path``; raise ``ValueError`` with its Debian package if it is not a file."""
+    """Return ``path``; if it is not a file, raise ``ValueError`` that names its Debian package."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Install the Debian package {package}")
     return path

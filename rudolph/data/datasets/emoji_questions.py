@@ -7,16 +7,17 @@ family     example question                            answer
 =========  ==========================================  ==========================================
 name       что на картинке?, чей это флаг?             the name of the base, or of the country
 keyword    подходит ли слово «рога»?                   да for a keyword of CLDR, нет for a word
-                                                       that no emoji of its subgroup has
+                                                       that no emoji of the subgroup has
 group      к какой группе относится?                   one of the Unicode groups
-skin_tone  какой тон кожи?                             one of five, if there is exactly one
-gender     кто это: мужчина, женщина или человек?      one of three, if points and name agree
+skin_tone  какой тон кожи?                             one of five, if the emoji has exactly one
+gender     кто это: мужчина, женщина или человек?      one of three, if code points and name
+                                                       agree
 =========  ==========================================  ==========================================
 
 An image has a question only if all emoji that share it have the same answer.
 
-To add a family, write a function and add it to ``EMOJI_QUESTION_FAMILIES``.  It gets the emoji of
-a split and those of the whole set, and returns the questions.
+To add a family, write a function and add it to ``EMOJI_QUESTION_FAMILIES``.  The function gets the
+emoji of a split and those of the whole set, and returns the questions.
 """
 
 import hashlib
@@ -104,7 +105,7 @@ class EmojiQuestionsConfig:
 
 @dataclass(frozen=True)
 class EmojiQuestion:
-    """A question about an emoji; ``choices`` are its possible answers, or empty if it is open."""
+    """A question about an emoji; ``choices`` is empty if the question is open."""
 
     record: EmojiRecord
     family: str
@@ -123,9 +124,9 @@ Records = Sequence[EmojiRecord]
 
 
 class EmojiQuestions:
-    """The questions about one split of the emoji, with the splits of ``Emoji``.
+    """The questions about the emoji of one split; the splits are those of ``Emoji``.
 
-    They are ordered by emoji, independent of the order of the families in the config.
+    Questions are ordered by emoji, independently of the order of the families in the config.
 
     Args:
         config: Families and folder of the set.
@@ -177,7 +178,7 @@ class EmojiQuestions:
 def emoji_questions(
     records: Records, split: str, *, families: Sequence[str]
 ) -> list[EmojiQuestion]:
-    """Return all questions of the families about one split of a whole set, ordered by emoji."""
+    """Return the questions about one split, ordered by emoji; ``records`` is the whole set."""
     splits = assign_splits(records)
     split_records = [record for record in records if splits[record.key] == split]
     position_of_key = {record.key: position for position, record in enumerate(split_records)}
@@ -194,7 +195,7 @@ def emoji_questions(
 
 
 def name_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
-    """Return questions about the base, without its skin tone, and about the country of a flag."""
+    """Return questions about the name of the base emoji or, for a flag, about its country."""
     names = {record.base: record.name for record in all_records if record.key == record.base}
 
     def question_and_answer(record: EmojiRecord) -> tuple[str, str]:
@@ -237,7 +238,7 @@ def keyword_questions(records: Records, all_records: Records) -> list[EmojiQuest
 
 
 def group_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
-    """Return questions about the Unicode group, one of those in the set."""
+    """Return questions about the Unicode group; the choices are all groups of the set."""
     return _unambiguous_questions(
         "group",
         records,
@@ -259,7 +260,7 @@ def skin_tone_questions(records: Records, all_records: Records) -> list[EmojiQue
 
 
 def gender_questions(records: Records, all_records: Records) -> list[EmojiQuestion]:
-    """Return questions about man, woman or person of unspecified gender."""
+    """Return questions about the gender: man, woman, or person of unspecified gender."""
 
     def question_and_answer(record: EmojiRecord) -> tuple[str, str] | None:
         answer = gender(record)
@@ -283,7 +284,8 @@ def gender(record: EmojiRecord) -> str | None:
     if len(genders) != 1:
         return None
     (answer,) = genders
-    # CLDR lists "человек" as a keyword of men and women too, but the reverse is ambiguous.
+    # A man or woman may have the keyword "человек", but a person with the keyword "мужчина" or
+    # "женщина" is ambiguous.
     if answer == "человек" and {"мужчина", "женщина"} & set(record.keywords.split("|")):
         return None
     return answer
@@ -292,7 +294,7 @@ def gender(record: EmojiRecord) -> str | None:
 def permute_words(words: Sequence[str], is_legal: Callable[[int, str], bool]) -> list[str | None]:
     """Return the words in another order, each at a position where it is legal.
 
-    A position is None if no exchange of two words makes it legal.
+    A position is None if no exchange of two words gives it a legal word.
 
     >>> words = ["кот", "дом", "лев", "сад"]
     >>> permute_words(words, lambda at, word: (at < 2) == (word in ("дом", "сад")))
@@ -318,9 +320,9 @@ def _unambiguous_questions(
     *,
     choices: tuple[str, ...] = (),
 ) -> list[EmojiQuestion]:
-    """Return the questions of the emoji that agree with all others of the same image.
+    """Return the questions of every emoji that agrees with all other emoji of the same image.
 
-    They agree if question and answer are equal.
+    Emoji agree if they have the same question and answer.
     """
     questions = {record.key: question_and_answer(record) for record in records}
     questions_of_tile: dict[int, set[tuple[str, str] | None]] = defaultdict(set)

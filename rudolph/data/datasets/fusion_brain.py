@@ -24,7 +24,7 @@ from rudolph.data.pairs import Pair, require_split
 
 # Part of every digest; increment it when the same files give other pairs.
 PAIRS_VERSION = 1
-# Joins the variants in an attribute; not a bar, because answers can contain one, as in |x|.
+# Joins the variants in an attribute.  A bar would not do, because answers can contain |x|.
 VARIANT_SEPARATOR = "\n"
 OPTION = re.compile(r"(?:^|(?<=[\s;:]))([a-z])\)\s*([^;]*)")
 
@@ -61,7 +61,7 @@ class FusionBrainConfig:
         task: Key of ``FUSION_BRAIN_TASKS``.
         questions: Path of the questions.
         answers: Path of the reference answers.
-        images: Base folder of image paths; ``None`` is the folder of the file that contains them.
+        images: Base folder of image paths; ``None`` is the folder of the file with the paths.
     """
 
     task: str = "vqa"
@@ -86,10 +86,11 @@ class TaskEntry(NamedTuple):
 
 
 class FusionBrain:
-    """One split of a task: 90% train, 5% validation, 5% test, by hash of the content.
+    """One split of a task: 90% train, 5% validation or 5% test.
 
-    All questions about an image share a split.  So do all questions about a context (the longest
-    text of a TextQA question) and equal mathematical problems.
+    The split depends on a hash of the content.  All questions about one image share a split, and
+    so do all questions about one context (the longest text of a TextQA question).  Equal
+    mathematical problems share a split too.
 
     The key of a pair is task and id, and its caption is the first variant of the answer.
     ``attributes["variants"]`` has the other variants, joined with ``VARIANT_SEPARATOR``.  For
@@ -103,7 +104,7 @@ class FusionBrain:
 
     Raises:
         ValueError: If a file has the wrong format, a question does not fit the task, an image is
-            missing, or no question falls into the split.  The one-line message has file and id.
+            missing, or no question falls into the split.  The one-line message names file and id.
     """
 
     def __init__(self, config: FusionBrainConfig, *, split: str, image_size: int) -> None:
@@ -163,7 +164,7 @@ class FusionBrain:
         return Pair(key, caption, image, attributes, question=question, choices=choices)
 
     def _entry(self, record: TaskRecord) -> TaskEntry:
-        """Check that a record fits the task and its image exists, and return both."""
+        """Return the entry of a record, after checking its fit to the task and its image."""
         with error_context(self.config.questions, record.id):
             mismatch = _mismatch(record, self.task)
             if mismatch:
@@ -234,8 +235,8 @@ def description(record: TaskRecord) -> str:
     >>> description(TaskRecord("0", ("Сгенерируй изображение.", "Кот в шляпе.")))
     'Кот в шляпе.'
 
-    Source: fbc2_aij2022, ``evaluation/generation/metrics/ruclip.py``.  Unlike there, the
-    description of a text with one sentence is that text instead of an empty one.
+    Source: fbc2_aij2022, ``evaluation/generation/metrics/ruclip.py``.  There, a text of one
+    sentence has an empty description; here, the text is its own description.
     """
     if len(record.texts) > 1:
         return record.texts[1].strip()
@@ -243,9 +244,9 @@ def description(record: TaskRecord) -> str:
 
 
 def options(record: TaskRecord, answer: str) -> tuple[str, ...]:
-    """Return the options of a question in the form that includes ``answer``, or none.
+    """Return the options of a question in the form that includes ``answer``, or ``()``.
 
-    An option can be its marker, its text, or both.
+    The options have three forms: their markers, their texts, or both.
 
     >>> record = TaskRecord("0", ("2x = 4, чему равен x?", "a) -4; b) 2"))
     >>> options(record, "b"), options(record, "2"), options(record, "b 2"), options(record, "c")

@@ -4,10 +4,10 @@ A file maps ids to lists of parts, ``{"0": [{"type": "text", "content": "..."}, 
 a text, or an image whose content is a path.  Texts are cleaned (``texts.clean_text``), paths are
 not.
 
-The texts of a question are an instruction, a context, the question itself and options, as far as
-present, and belong together.  Only its first image counts.  An answer is its first text and its
-first image.  In a file of reference answers a content can be a list of *variants*, all of them
-correct.  No file contains the task of an id.
+The texts of a question belong together: an instruction, a context, the question itself and
+options, each if present.  Only the first image of a question counts.  Only the first text and the
+first image of an answer count.  In a file of reference answers a content can be a list of
+*variants*, all of them correct.  No file says which task an id belongs to.
 
 Source: fbc2_aij2022, README ("Data structure", "General rules for metric calculation") and
 ``src/train/utils.py``.
@@ -50,7 +50,7 @@ class TaskRecord:
         return " ".join(self.texts)
 
     def answers(self, answer_type: str) -> tuple[str, ...]:
-        """Return the answer's variants of one type, "text" or "image", or none."""
+        """Return the answer's variants of type "text" or "image", or ``()`` if there are none."""
         return self.answer_images if answer_type == "image" else self.answer_texts
 
 
@@ -62,8 +62,8 @@ def read_tasks(questions: str | Path, answers: str | Path | None = None) -> list
         answers: Path of reference answers or predictions.
 
     Raises:
-        ValueError: In one line with file and id, if a file has the wrong format or the two files
-            have different ids.
+        ValueError: With a one-line message that names file and id, if a file has the wrong format
+            or the two files have different ids.
     """
     questions_by_id = read_parts(questions)
     records = []
@@ -194,7 +194,7 @@ def error_context(path: str | Path, name: str) -> Iterator[None]:
 
 
 def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, ...]]]:
-    """Return the contents of each type in order, each as its variants."""
+    """Return the contents of each type in file order; each is a tuple of its variants."""
     # The README shows reference answers of two tasks without a list around their only part.
     listed = [parts] if isinstance(parts, dict) else parts
     if not isinstance(listed, list):
@@ -214,7 +214,7 @@ def _contents(parts: Any, *, allow_variants: bool) -> dict[str, list[tuple[str, 
             _require_text(variant, "content")
             if part_type == "image" and not variant.strip():
                 raise ValueError("content of an image must be a path, got an empty text")
-        # Paths stay unchanged, because another Unicode normal form is another file on disk.
+        # Paths stay unchanged, because another Unicode normal form names another file.
         cleaned = map(clean_text, variants) if part_type == "text" else variants
         contents[part_type].append(tuple(cleaned))
     return contents

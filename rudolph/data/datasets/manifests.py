@@ -1,7 +1,8 @@
 """Pairs from a user's own table of image paths and captions, and optionally questions.
 
 Image paths are absolute or relative to the folder of the table, and text is UTF-8.  Creating a
-``Manifest`` opens every image once.  Bad rows are skipped, and its report counts and names them.
+``Manifest`` opens every image once.  Bad rows are skipped; ``Manifest.report`` counts and lists
+them.
 """
 
 import hashlib
@@ -38,8 +39,8 @@ class ExaminedImage(NamedTuple):
 class ManifestEntry:
     """A usable row of the table.
 
-    ``sha256`` is that of the image file.  ``stored`` is an image inside the table or archive
-    itself; then ``path`` is that file.
+    ``sha256`` is the hash of the image file.  If the image is stored inside the table or archive,
+    ``stored`` locates it and ``path`` is that file.
     """
 
     key: str
@@ -65,7 +66,7 @@ class ExaminedTable(NamedTuple):
 
 
 class Manifest:
-    """One split of the pairs of a table: 90% train, 5% validation, 5% test, by image.
+    """One split of the pairs of a table: 90% train, 5% validation or 5% test.
 
     The hash of the image file decides the split of all its captions.  Rows can therefore be added,
     reordered or renamed without moving another row to a different split, and no image is in two
@@ -78,8 +79,8 @@ class Manifest:
         progress: Called with (completed rows, all rows) while the images are opened.
 
     Raises:
-        ValueError: In one line, if the table cannot be read, lacks a column, has no pair in this
-            split, or exceeds ``max_bad_fraction``.
+        ValueError: With a one-line message, if the table cannot be read, lacks a column, has no
+            pair in this split, or exceeds ``max_bad_fraction``.
     """
 
     def __init__(
@@ -158,11 +159,12 @@ def examine_table(
 
     Args:
         config: The table and its columns.
-        image_size: Smaller images are reported as enlarged, in pixels.
+        image_size: Side in pixels; smaller images are reported as enlarged.
         progress: Called with (completed rows, all rows) after each row.
 
     Raises:
-        ValueError: In one line, if the table cannot be read, lacks a column or has no rows.
+        ValueError: With a one-line message, if the table cannot be read, lacks a column or has no
+            rows.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -238,7 +240,7 @@ def _examine_row(
     base_folder = Path(os.path.abspath(folder))
     path = os.path.abspath(base_folder / name)
     examined = _examine_file(path, name, config)
-    # Relative paths keep the keys when the whole folder is moved.
+    # With relative paths, the keys stay the same when the whole folder is moved.
     key_path = Path(path)
     if key_path.is_relative_to(base_folder) or not os.path.isabs(name):
         key_path = Path(os.path.relpath(path, base_folder))

@@ -1,7 +1,7 @@
 """Few-shot episodes with new words, whose meaning is given only by the preceding shots.
 
-Each image shows one object.  An episode gives two *kinds* of object, such as red
-circles and blue crosses, a new word each.  Every episode gives the words other meanings:
+Each image shows one object.  An episode has two *kinds* of object, such as red circles and blue
+crosses, and names each kind by a new word.  The meaning of a word changes from episode to episode:
 
     <image of a red circle> дакс <image of a blue cross> вуг <image of a red circle> -> дакс
 
@@ -54,7 +54,7 @@ NEW_WORDS_VERSION = 1
 GRID_SIDE = 3
 # Kinds of object per episode.
 NUM_KINDS = 2
-# Part of the shuffled sizes and cells of each kind that a split shows.
+# Slice of a kind's 18 placements (size and cell), in shuffled order, that a split shows.
 PLACEMENTS = {
     "train": slice(0, 14),
     "validation": slice(14, 16),
@@ -68,7 +68,7 @@ class NewWordsConfig:
     """Configuration of the episodes, and the size of each split.
 
     Attributes:
-        words: The new words, at least two; the compositional split has them too.
+        words: The new words, at least two; the compositional split uses the same words.
         max_shots: Number of shots of a training episode.
         shapes: Keys of ``SIGNED_DISTANCES``, at least two.
         colours: Keys of ``PALETTE``, at least two.
@@ -110,7 +110,8 @@ class NewWords:
     """One split of the episodes; see ``PairDataset`` and ``HasShots``.
 
     The compositional split shows only kinds in ``NewWordsConfig.held_out``, and no other split
-    shows one.  In the other splits, a kind has other sizes and cells (see ``placements``).
+    shows such a kind.  Each of the other splits shows a kind in different sizes and cells (see
+    ``placements``).
 
     Raises:
         ValueError: If a split has fewer than two pairs per kind.
@@ -158,15 +159,15 @@ class NewWords:
     def shots(self, index: int, number: int) -> list[Shot]:
         """Return the first ``number`` shots of the episode of a pair.
 
-        Each shows one of the episode's kinds, at random, and never an object with the size and
-        the cell of the pair's own.
+        Each shot shows one of the episode's kinds at random.  A shot of the pair's own kind never
+        has both the size and the cell of the pair's object.
         """
         kinds, words, rng = self._episode(index)
         own = self._object(index)
         shots: list[Shot] = []
         for _ in range(number):
             which = choose(rng, range(NUM_KINDS))
-            # Pairs of a kind are every len(kinds)-th pair.
+            # Every len(kinds)-th pair is of the same kind.
             same_kind = range(kinds[which], len(self), len(self.kinds))
             shown = choose(rng, same_kind)
             while replace(self._object(shown), shift=own.shift) == own:
@@ -179,7 +180,10 @@ class NewWords:
         return 1 / (len(self.config.words) if number == 0 else NUM_KINDS)
 
     def _episode(self, index: int) -> tuple[list[int], list[str], Random]:
-        """Return kinds, their words and the generator of the shots; the pair's kind is first."""
+        """Return the kinds, their words and the random generator of the shots.
+
+        The pair's own kind is first.
+        """
         rng = Random(f"{self.config.seed}/{self.split}/{index}/episode")
         own = index % len(self.kinds)
         others = [kind for kind in range(len(self.kinds)) if kind != own]
@@ -191,7 +195,7 @@ class NewWords:
         rng = example_rng(index, seed=self.config.seed, split=self.split, length=len(self))
         number, kind = divmod(index, len(self.kinds))
         colour, shape = self.kinds[kind]
-        # In turn, so that two pairs of a kind never have the same size and cell.
+        # Take placements in turn, so that successive pairs of a kind differ in size or cell.
         legal = placements(colour, shape, self.split)
         size, cell = legal[number % len(legal)]
         return SceneObject(shape, colour, size, *cell, shift=sample_shift(self.config.jitter, rng))
@@ -199,8 +203,9 @@ class NewWords:
 
 @cache
 def placements(colour: str, shape: str, split: str) -> tuple[tuple[str, Cell], ...]:
-    """Return the sizes and cells of a kind that a split shows, 14, 2 and 2 of 18.
+    """Return the (size, cell) placements in which a split shows a kind.
 
+    The training split shows 14 of the 18 placements, and validation and test show 2 others each.
     The compositional split shows all.
     """
     ordered = sorted(

@@ -1,8 +1,8 @@
 """Short texts about people and the shapes they have, and questions about them, without images.
 
 "у ани большой синий круг. три красные звезды у пети." is an example.  A text has two to four
-sentences, each about another person with one object of a stated size or with two to five objects.
-A *family* is a type of question:
+sentences.  Each is about a different person, who has one object of a stated size, or two to five
+objects.  A *family* is a type of question:
 
 ==========  ========================================  =========================================
 family      example question                          answers
@@ -19,9 +19,9 @@ comparison  у кого больше фигур, у ани или у пети?  
 The text precedes the question.  Together they have at most ``MAX_WORDS`` words, so that they fit
 into the left text of a small decoder.
 
-To add a family, write a function and add it to ``TEXT_FAMILIES``.  Its arguments are a random
-number generator, the possessions in a text, and the possession that the question is about.  It
-returns a ``QuestionAnswer``, or ``None`` if the text does not allow the question.
+To add a family, write a function and add it to ``TEXT_FAMILIES``.  The function gets a
+random number generator, the possessions in a text, and the possession that the question is about.
+It returns a ``QuestionAnswer``, or ``None`` if the text does not allow the question.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ class ParagraphsConfig:
 
 @dataclass(frozen=True)
 class Possession:
-    """The objects of one person; a text states the size only of a single object."""
+    """The objects of one person; the text states their size only if there is one object."""
 
     person: str
     number: int
@@ -158,7 +158,7 @@ class Possession:
         return counted_phrase(self.number, self.colour, self.shape)
 
     def named(self, *words: str) -> str:
-        """Return a noun with adjectives in the number of the objects, e.g. "звёзды"."""
+        """Return adjectives and noun, in the singular for one object and else in the plural."""
         return noun_phrase(*words) if self.number == 1 else plural_phrase(*words)
 
 
@@ -221,7 +221,8 @@ class Paragraphs:
         """Return the text, question and answer of the pair at ``index``."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
-        # Choose before rejection sampling, so that families that are often rejected are not rarer.
+        # Choose the family before rejection sampling.  Otherwise a family would be rarer if its
+        # samples are often rejected.
         family = choose(rng, config.families)
         is_compositional = self.split == "compositional"
         return sample_until(
@@ -254,7 +255,7 @@ def sample_paragraph(
         colour, shape = choose(
             rng, held_out if is_target and is_compositional else allowed_combinations
         )
-        # A text states the size only of a single object.
+        # A text states a size only if a person has a single object.
         max_number = 1 if is_target and family == "size" else config.max_count
         number, size = choose_number(rng, 1, max_number), choose(rng, _SIZES)
         possessions.append(Possession(person, number, size, colour, shape))
@@ -320,7 +321,7 @@ def existence_question(
 ) -> QuestionAnswer | None:
     """Return a yes-no question about whether a person has objects of a shape.
 
-    Return ``None`` if everybody has the same shape.
+    Return ``None`` if everybody has objects of the same shape.
     """
     has_it = rng.random() < 0.5
     others = [possession for possession in possessions if possession.shape != target.shape]

@@ -68,8 +68,8 @@ class Shapes:
     one object.
 
     Every scene of the compositional split has an object with a combination in
-    ``ShapesConfig.held_out``, and no other scene has one.  The hash of its sentence decides the
-    split of any other scene.
+    ``ShapesConfig.held_out``; no scene of another split has one.  The hash of the sentence decides
+    the split of all other scenes.
     """
 
     def __init__(self, config: ShapesConfig, *, split: str, image_size: int) -> None:
@@ -110,7 +110,8 @@ class Shapes:
         """Return up to ``number`` pairs that differ from the pair at ``index`` in one thing.
 
         Their attribute ``changed`` is the kind of change, a key of
-        ``shapes_hard_negatives.CHANGES``.  A shorter list is a prefix of a longer one.
+        ``shapes_hard_negatives.CHANGES``.  The pairs for a smaller ``number`` are a prefix of
+        those for a larger one.
         """
         rng = Random(f"{self.config.seed}/{self.split}/{index}/rivals")
         negatives = hard_negatives_of(self.scene(index), self.config, rng)
@@ -188,8 +189,8 @@ def is_sentence(text: str, config: ShapesConfig) -> bool:
 def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list[str]:
     """Return every sentence that is true of exactly these objects, in the order of families.
 
-    One image can have several sentences.  Two objects in a row or column have a relation in each
-    direction, and each has a named cell.  The image does not determine which sentence is the
+    One image can have several sentences: two objects in a row or column have a relation in each
+    direction, and both have named cells.  The image does not determine which sentence is the
     caption.
 
     >>> true_sentences([SceneObject("circle", "red", "small", 0, 1)], ShapesConfig())
@@ -213,7 +214,7 @@ def true_sentences(objects: Sequence[SceneObject], config: ShapesConfig) -> list
 def _relation(first: SceneObject, second: SceneObject) -> str | None:
     """Return the relation of the first object to the second.
 
-    Return None if they are equal in shape and colour, or not in one row or column.
+    Return None if they are equal in shape and colour, or share neither a row nor a column.
     """
     if (first.shape, first.colour) == (second.shape, second.colour):
         return None

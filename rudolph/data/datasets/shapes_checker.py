@@ -6,8 +6,8 @@ template that explains the largest fraction of the cell's variance wins, and the
 other templates give the confidence.  The fit is one matrix product, which averages out noise, blur
 and stray pixels of generated images.
 
-Shapes: C cells, P pixels per cell, H hypotheses (a shape and a size), T hypotheses at an offset, B
-blurs.  The three channels are brightness and two channels of hue.
+Shapes: C cells, P pixels per cell, H hypotheses (pairs of shape and size), T pairs of hypothesis
+and offset, B blurs.  The three channels are brightness and two channels of hue.
 """
 
 from collections.abc import Callable
@@ -49,10 +49,10 @@ _NUM_BRIGHTNESS_BLURS = 2
 # shape.
 _OPPONENT = np.array([[0.299, 0.587, 0.114], [-0.18, -0.35, 0.53], [0.42, -0.35, -0.07]]) / 255
 _HUE_WEIGHT = 0.2
-# Effective number of pixels in the likelihood, as errors of neighbouring pixels correlate.
+# Effective number of independent pixels in the likelihood; errors of neighbours correlate.
 _INDEPENDENT_PIXELS = 24
 _COLOUR_SPREAD = 0.07
-# Likeness at which a cell holds an object; 1 is its full colour without any noise.
+# Likeness above which a cell counts as occupied; 1 is an object in full colour without noise.
 _LEAST_PRESENCE, _PRESENCE_SPREAD = 0.45, 0.05
 _FAINTEST_CONTENT = 1e-3
 
@@ -88,8 +88,8 @@ class SceneVerdict:
     """The result of checking an image against a sentence.
 
     ``is_correct`` is true if the image shows exactly what the sentence states.
-    ``object_accuracy`` is the number of correct objects divided by the number of stated or of read
-    objects, whichever is larger.
+    ``object_accuracy`` is the number of correct objects divided by the number of stated objects
+    or, if larger, by the number of read objects.
     """
 
     is_correct: bool
@@ -148,9 +148,9 @@ def _cells(image: Image.Image | NDArray[np.uint8], grid: int) -> FloatArray:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[FloatArray, FloatArray]:
-    """Return templates ``(T * B, P)`` of mean 0 and norm 1, and their original norms.
+    """Return templates ``(T * B, P)`` of mean 0 and norm 1, and norms ``(T, B, 1, 1)``.
 
-    The norms are those of the centred templates before normalisation, ``(T, B, 1, 1)``.
+    The norms are those that the centred templates had before normalisation.
     """
     points = (np.arange(_CELL) + 0.5) / _CELL - 0.5
     squares = (points[:, None] - points) ** 2
@@ -175,8 +175,8 @@ def _explain(cells: FloatArray) -> tuple[FloatArray, FloatArray]:
         cells: Pixels of the cells, ``(C, P, 3)``.
 
     Returns:
-        The fraction of each cell's variance that each hypothesis explains, ``(C, H)``, and the
-        difference between object and background for the best template, ``(C, 3)``.
+        The fraction ``(C, H)`` of each cell's variance that each hypothesis explains, and the
+        difference ``(C, 3)`` between object and background for the best template.
     """
     templates, lengths = _templates()
     cell_indices = np.arange(len(cells))
@@ -231,7 +231,7 @@ def check_positions(scene: Scene, objects: tuple[ReadObject, ...]) -> tuple[int,
 def check_relation(scene: Scene, objects: tuple[ReadObject, ...]) -> tuple[int, bool]:
     """Count the correct objects of a relation, and check its direction.
 
-    The first object must have its size, while the second may have any size.
+    The first object must have the stated size, while the second may have any size.
     """
     assert scene.relation is not None
     first, second = scene.objects

@@ -28,17 +28,17 @@ from rudolph.data.datasets.synthetic import choose_distinct
 
 
 class HardNegative(NamedTuple):
-    """A scene, and the one thing in which it differs as a key of ``CHANGES``."""
+    """A scene, and the kind of change by which it differs, a key of ``CHANGES``."""
 
     changed: str
     scene: Scene
 
 
 def hard_negatives_of(scene: Scene, config: ShapesConfig, rng: Random) -> list[HardNegative]:
-    """Return all hard negatives of a scene, with kinds of change in rotation.
+    """Return all hard negatives of a scene, taking the kinds of change in turn.
 
-    The order within each kind is random.  All sentences differ from one another and from that of
-    the scene.
+    The order within each kind is random.  All sentences differ from one another and from the
+    sentence of the scene.
     """
     groups = []
     for changed, change in CHANGES.items():
@@ -101,9 +101,9 @@ def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[S
 
 
 def other_relations(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[Scene]:
-    """Yield the same two objects in each relation.
+    """Yield scenes with the same two objects in every relation.
 
-    The index of their row or column and their positions in it stay the same.
+    Both objects keep their positions along the row or column, and its index stays the same.
     """
     if scene.relation is None:
         return

@@ -1,7 +1,7 @@
 """Families of questions about synthetic shapes; ``shapes_questions`` describes them.
 
 To add a family, write a function ``(QuestionSampler) -> Question | None`` and add it to
-``QUESTION_FAMILIES``; it returns ``None`` for a failed attempt.
+``QUESTION_FAMILIES``.  The function returns ``None`` for a failed attempt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from rudolph.data.datasets.synthetic import Option, choose, choose_distinct, cho
 
 # (colour, shape).
 ObjectAttributes = tuple[str, str]
-# Descriptions name the shape, both, or the colour of a "figure".
+# A description names the shape, the colour and the shape, or the colour of a "figure".
 _DESCRIPTIONS: tuple[Callable[[ObjectAttributes], tuple[str, ...]], ...] = (
     lambda combination: (combination[1],),
     lambda combination: combination,
@@ -54,7 +54,7 @@ class QuestionSampler:
         grid: Cells per side.
         max_objects: Largest number of objects of a scene.
         jitter: Largest offset of an object from the centre of its cell per axis, in cells.
-        combinations: (colour, shape) combinations of any object.
+        combinations: (colour, shape) combinations that any object can have.
         targets: (colour, shape) combinations that a question can be about.
     """
 
@@ -91,7 +91,7 @@ class QuestionSampler:
         """Sample (colour, shape) combinations that fit none of the descriptions.
 
         Each one shares the colour or the shape of ``similar_to`` with probability at least 0.5, if
-        there are such combinations.  Answering therefore requires attending to both.
+        there are such combinations.  Answering therefore requires attending to both attributes.
 
         Args:
             max_number: Largest number of combinations.
@@ -148,7 +148,7 @@ def fits(combination: ObjectAttributes, words: Iterable[str]) -> bool:
 
 
 def is_unambiguous(target: SceneObject, objects: Iterable[SceneObject], *, grid: int) -> bool:
-    """Return whether the name of the target's cell cannot refer to another object.
+    """Return whether the name of the target's cell can only refer to the target.
 
     "слева сверху" and "в центре" name one cell, but "слева" can also mean the whole left side.
     """
@@ -281,7 +281,8 @@ def _compare_counts(sampler: QuestionSampler, form: str) -> Question:
     first, second = choose_distinct(sampler.rng, attributes, number=2)
     phrase = qualities if is_of_colours else _genitive_plural
     max_objects = sampler.max_objects
-    # Sign of the difference of the numbers; "whether" repeats 1, so that "да" is as frequent.
+    # Sign of the difference of the numbers.  "whether" repeats 1, so that "да" is as frequent as
+    # "нет".
     sign = sampler.choose((1, -1, 0) if form == "which" else (1, 1, -1, 0))
     numbers = sampler.choose(
         [

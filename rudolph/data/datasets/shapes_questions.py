@@ -20,8 +20,8 @@ existence   есть ли зелёный крест?                         д�
 An object identified by a description occurs exactly once.  An object identified by its cell is
 unambiguous: "слева" is the middle cell of the left side, so no other object is on that side.
 
-Answers are sampled before the scene.  Therefore "да" is as frequent as "нет", and the numbers of a
-count and the sides of a comparison are equally frequent too.
+Answers are sampled before the scene.  Therefore "да" is as frequent as "нет".  The numbers that
+answer a count are equally frequent, and so are the two sides of a comparison.
 
 ``shapes_question_families`` samples the questions and explains how to add a family.
 """
@@ -151,7 +151,8 @@ class ShapesQuestions:
         """Return the question of the pair at ``index``, with its answer and objects."""
         config = self.config
         rng = example_rng(index, seed=config.seed, split=self.split, length=len(self))
-        # Choose before rejection sampling, so that families that are often rejected are not rarer.
+        # Choose the family before rejection sampling.  Otherwise a family would be rarer if its
+        # samples are often rejected.
         family = choose(rng, config.families)
         combinations = tuple(product(config.colours, config.shapes))
         others = tuple(

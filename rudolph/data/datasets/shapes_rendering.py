@@ -90,7 +90,7 @@ SIGNED_DISTANCES: dict[str, Callable[[CoverageArray, CoverageArray], CoverageArr
 def coverage(
     shape: str, x: CoverageArray, y: CoverageArray, *, radius: float, softness: float
 ) -> CoverageArray:
-    """Return the fraction of each point that a shape at the origin covers, in [0, 1].
+    """Return the opacity of a shape at the origin, at each of the given points, in [0, 1].
 
     All lengths have the same unit, and ``x`` and ``y`` broadcast.
 

@@ -72,7 +72,9 @@ def example_rng(index: int, *, seed: int, split: str, length: int, unit: str = "
 def sample_until(
     sample: Callable[[], Sampled | None], belongs: Callable[[Sampled], bool], *, error_message: str
 ) -> Sampled:
-    """Return the first sample that belongs; ``sample`` returns ``None`` for a failed attempt.
+    """Return the first sample for which ``belongs`` is true.
+
+    ``sample`` returns ``None`` for a failed attempt.
 
     Raises:
         ValueError: With the message ``error_message``, after 10,000 attempts.
@@ -115,7 +117,7 @@ def json_digest(*parts: Any) -> str:
 def require_choices(
     field: str, names: tuple[str, ...], *, legal: Collection[str], at_least: int
 ) -> None:
-    """Raise ``ValueError`` unless there are ``at_least`` names, all legal and distinct."""
+    """Raise ``ValueError`` unless ``names`` holds ``at_least`` or more distinct legal names."""
     if len(names) < at_least or len(set(names)) < len(names) or not set(names) <= set(legal):
         raise ValueError(
             f"{field} must be at least {at_least} of {', '.join(legal)}, each once, got {names}"

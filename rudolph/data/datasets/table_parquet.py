@@ -1,9 +1,10 @@
 """Parquet tables: text columns, and images whose bytes are stored in the table itself.
 
 Text columns are read in batches that never contain image bytes.  A ``StoredImage`` refers to its
-row; reading rows in ascending order reads the file once.  Memory holds one page of the file, about
-1,000 rows unless its writer chose smaller pages or row groups.  An image is text (a path), bytes,
-or a struct of bytes and path, as in Hugging Face datasets.
+row.  The file is read only once if images are read in ascending order of rows.  Memory holds one
+page of the file: about 1,000 rows, unless the file was written with smaller pages or row groups.
+An image cell holds text (a path), bytes, or a struct of bytes and path, as in Hugging Face
+datasets.
 """
 
 from bisect import bisect_right
@@ -21,9 +22,9 @@ IMAGE_ROWS = 16
 
 
 class StoredImage(NamedTuple):
-    """A reference to the image of a row, with its path in the table if it has one.
+    """A reference to the stored image of a row.
 
-    ``row`` counts from 0.
+    ``row`` counts from 0.  ``path`` is the path that the table gives for the image, if any.
     """
 
     table: str
@@ -122,7 +123,8 @@ def parquet_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ..
         columns: The image column, followed by the text columns.
 
     Raises:
-        ValueError: In one line, if the file cannot be read or a column has the wrong type.
+        ValueError: With a one-line message, if the file cannot be read or a column has the wrong
+            type.
     """
     with _parquet_errors(table):
         file = _open(table)

@@ -1,7 +1,7 @@
 """Decoding of table files, and error messages for files that are not UTF-8 text.
 
-UTF-8 is read with or without a byte order mark, UTF-16 and UTF-32 only with one.  Any other file
-raises an error with a command that converts it.
+UTF-8 is read with or without a byte order mark.  UTF-16 and UTF-32 are read only with a byte order
+mark.  Any other file raises an error with a command that converts the file.
 
 To recognise another type of file by its first bytes, add a row to ``OTHER_CONTENTS``.
 """
@@ -48,15 +48,15 @@ ICONV_NAMES = {"mac_cyrillic": "MACCYRILLIC"}
 
 
 class TableWarning(UserWarning):
-    """A warning that a table was read differently from its name or configuration."""
+    """A warning that a table was read although it deviates from its name or configuration."""
 
 
 def read_table_text(path: str | Path) -> tuple[str, str]:
     """Return the text of a file without its byte order mark, and the name of its encoding.
 
     Raises:
-        ValueError: In one line, if the file is neither UTF-8 nor starts with a byte order mark.
-            The message has the recognised encoding and a command that converts the file.
+        ValueError: If the file is not UTF-8 and has no byte order mark.  The one-line message has
+            the recognised encoding and a command that converts the file.
     """
     data = Path(path).read_bytes()
     require_table(path, data.lstrip()[:64])
@@ -109,7 +109,7 @@ def guess_encoding(data: bytes) -> str:
     """
     high = re.findall(rb"[\x80-\xff]+", data[:1_000_000])
     count = sum(map(len, high))
-    # Western text has single accented letters among ASCII letters; Cyrillic has whole words.
+    # Western text has single non-ASCII bytes; Cyrillic text has runs of them, which are words.
     if sum(len(run) == 1 for run in high) > count / 2:
         return _if_decodable(data, "cp1252")
     letters = b" ".join(high)
@@ -142,7 +142,7 @@ def _if_decodable(data: bytes, encoding: str) -> str:
 
 
 def _utf_16_without_mark(data: bytes) -> str:
-    """Return "UTF-16LE" or "UTF-16BE" if the first letters are ASCII in it, otherwise ""."""
+    """Return "UTF-16LE" or "UTF-16BE", whichever gives ASCII for the first letters, or ""."""
     first, second = data[0:8:2], data[1:8:2]
     if len(second) == 4 and second == b"\0" * 4 and 0 not in first:
         return "UTF-16LE"

@@ -1,6 +1,6 @@
 """Tables of image-text pairs: CSV, TSV, JSONL, Parquet and the JSON of Fusion Brain.
 
-A reader returns every row of a table; a malformed row has a ``fault``.
+A reader returns every row of a table; a malformed row has an ``error``.
 
 To add a format, write a reader and add it to ``READERS``.
 """
@@ -29,7 +29,7 @@ from rudolph.sequence.texts import clean_text
 NAMES_LISTED = 20
 # The header must end within this many characters for its separator to be found.
 HEADER_LENGTH = 100_000
-# Excel writes this line above the header and reads it.
+# Excel writes and reads this line above the header.
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?(?:\r\n|\r|\n|$)', re.IGNORECASE)
 PARQUET = ".parquet"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -77,8 +77,8 @@ class ManifestConfig:
 class TableRow(NamedTuple):
     """A row as it is in the table.
 
-    ``location`` locates the row in the table, and ``error`` is why it cannot be read, or "".
-    ``question`` is None if the table has no questions.
+    ``location`` locates the row in the table, and ``error`` is the reason why the row cannot be
+    read, or "".  ``question`` is None if the table has no questions.
     """
 
     location: str
@@ -89,7 +89,7 @@ class TableRow(NamedTuple):
 
 
 def find_table(path: str) -> Path:
-    """Return the table at ``path``, or the only one in that folder.
+    """Return the table at ``path`` or, if that is a folder, its only table.
 
     Raises:
         ValueError: If there is no such table, the folder has several, or the suffix is unknown.
@@ -119,13 +119,13 @@ def find_table(path: str) -> Path:
 
 
 def read_rows(table: Path, config: ManifestConfig) -> list[TableRow]:
-    """Return every row of a table; malformed rows have a ``fault``.
+    """Return every row of a table; malformed rows have an ``error``.
 
-    A ``TableWarning`` reports deviations of the table from its name or configuration, in the
-    spelling of a column name, the separator or the encoding.
+    A ``TableWarning`` reports every column name, separator or encoding that is accepted although
+    it differs from the expected one.
 
     Raises:
-        ValueError: In one line, if the table cannot be read or lacks a column.
+        ValueError: With a one-line message, if the table cannot be read or lacks a column.
     """
     return list(iterate_rows(table, config))
 
@@ -148,11 +148,11 @@ def count_rows(table: Path, config: ManifestConfig) -> int:
 def match_columns(table: Path, columns: Sequence[str], config: ManifestConfig) -> list[int]:
     """Return the index in ``columns`` of each column of the configuration.
 
-    An exact match takes precedence.  Otherwise the only name that differs in case, spaces or
-    invisible characters is used, with a ``TableWarning``.
+    An exact match takes precedence.  Otherwise a name that differs only in case, spaces or
+    invisible characters is used with a ``TableWarning``, if there is exactly one.
 
     Raises:
-        ValueError: In one line, if a column is missing or ambiguous.
+        ValueError: With a one-line message, if a column is missing or ambiguous.
     """
     indices = [_match_column(table, columns, requested) for requested in config.columns]
     if len(set(indices)) < len(indices):
@@ -253,10 +253,11 @@ def _read_delimited(table: Path, config: ManifestConfig, *, delimiter: str) -> l
 
 
 def _delimiter(head: str, config: ManifestConfig, default: str) -> str:
-    """Return the column separator: ``default``, unless only another one fits the header.
+    """Return the first separator that fits the header, beginning with ``default``.
 
-    A separator fits if the header has all columns with it.  If none fits and ``default`` gives a
-    single column, the separator that gives the most columns is returned.
+    A separator fits if it splits the header into columns that include all requested ones.  If none
+    fits, return ``default`` unless it gives a single column.  In that case return the separator
+    that gives the most columns.
     """
     names = {
         separator: _header(head, separator) for separator in dict.fromkeys([default, *SEPARATORS])
@@ -272,7 +273,7 @@ def _delimiter(head: str, config: ManifestConfig, default: str) -> str:
 
 
 def _header(head: str, delimiter: str) -> list[str]:
-    """Return the column names with this delimiter, or none if the line is malformed."""
+    """Return the column names with this delimiter, or ``[]`` if the line is malformed."""
     record = next(_records(io.StringIO(head, newline=""), delimiter), None)
     return [] if record is None or record.fields is None else record.fields
 

@@ -7,11 +7,11 @@ rotated and never covered.  Its *kind* is one of three:
 kind       example           source
 =========  ================  ===================================================================
 word       кошка             words in the names of the shipped emoji
-number     307               random digits; the first of several is not 0
+number     307               random digits, without leading zeros
 syllables  рупи              made up, so that a model that knows only words cannot read it
 =========  ================  ===================================================================
 
-Fonts are from the DejaVu family shipped with matplotlib; only its font files are used.
+Fonts are from the DejaVu family shipped with matplotlib; nothing else of matplotlib is used.
 
 Splits: the hash of a text decides between train, validation and test.  The *compositional* split
 has training texts in combinations of font and colour that no other split has.
@@ -86,7 +86,7 @@ _SHORTEST_WORD = 2
 _PIXELS_PER_LETTER = 9
 # Sizes and positions of a text, as fractions of the image side.
 _LARGEST_FONT, _READABLE_FONT, _MARGIN, _BAND = 0.34, 0.23, 0.02, 0.62
-# Letters are rendered larger and then reduced, because rotated ones do not fit a pixel grid.
+# Letters are rendered larger and then reduced, because rotated letters do not fit a pixel grid.
 _OVERSAMPLING = 4
 _CONSONANTS, _VOWELS = "бвгджзклмнпрстфхцчшщ", "аеёиоуыэюя"
 # Random syllables can spell swear words.
@@ -243,7 +243,7 @@ class Words:
 
 @lru_cache(maxsize=4)
 def known_words(max_letters: int) -> tuple[str, ...]:
-    """Return the words in names of shipped emoji with 2 to ``max_letters`` letters, sorted."""
+    """Return the sorted words of 2 to ``max_letters`` letters in the names of shipped emoji."""
     words = {
         word
         for record in read_records(SHIPPED_EMOJI)
@@ -253,19 +253,22 @@ def known_words(max_letters: int) -> tuple[str, ...]:
 
 
 def sample_word(config: WordsConfig, rng: Random) -> str:
-    """Sample a word of the names of the shipped emoji."""
+    """Sample a word from the names of the shipped emoji."""
     return choose(rng, known_words(config.max_letters))
 
 
 def sample_number(config: WordsConfig, rng: Random) -> str:
-    """Sample a number, with every number of digits equally likely."""
+    """Sample a number; every length up to ``max_digits`` digits is equally likely."""
     num_digits = choose_number(rng, 1, config.max_digits)
     minimum = 10 ** (num_digits - 1) if num_digits > 1 else 0
     return str(choose_number(rng, minimum, 10**num_digits - 1))
 
 
 def sample_syllables(config: WordsConfig, rng: Random) -> str | None:
-    """Sample alternating consonants and vowels, some with a final letter; None for a rude text."""
+    """Sample alternating consonants and vowels, sometimes with an extra letter at the end.
+
+    Return None for a rude text.
+    """
     length = choose_number(rng, 3, config.max_letters)
     has_end, starts = rng.random() < 0.3, choose_number(rng, 0, 1)
     text = "".join(
@@ -309,9 +312,9 @@ def font_path(font: str) -> Path:
 def text_opacity(inscription: Inscription, image_size: int) -> CoverageArray:
     """Return the fraction of each pixel that the text covers.
 
-    The result is ``(image_size, image_size)`` in [0, 1].  The text is rotated about its centre,
-    and ``inscription.size`` sets its size from readable to the largest that fits.  It lies within
-    0.62 of the image side from the top or from the bottom, so that one row of cells stays free.
+    The result is ``(image_size, image_size)`` in [0, 1].  The text is rotated about its centre.
+    ``inscription.size`` scales it from the smallest readable size to the largest that fits.  The
+    text lies in the upper or the lower 62 % of the image, so that one row of cells stays free.
     """
     side = image_size * _OVERSAMPLING
     text = _rotated_text(inscription, side)
@@ -356,7 +359,7 @@ def _write(inscription: Inscription, points: int) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def _open_font(font: str, points: int) -> ImageFont.FreeTypeFont:
-    # Every build of Pillow has the basic layout; the other one places letters differently.
+    # Every build of Pillow has the basic layout; the raqm layout places letters differently.
     return ImageFont.truetype(font_path(font), points, layout_engine=ImageFont.Layout.BASIC)
 
 
