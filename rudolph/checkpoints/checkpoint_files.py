@@ -95,7 +95,9 @@ class SafeFile(Mapping[str, Tensor]):
 
 
 class ConvertedTensors(Mapping[str, Tensor]):
-    """Tensors that are converted to another dtype or device on access; masks keep their dtype.
+    """Tensors that are converted to another dtype or device on access.
+
+    Integer and bool tensors, such as masks, keep their dtype.
 
     Args:
         tensors: the original tensors by name.
@@ -131,7 +133,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     """Read a checkpoint file: tensors by name, or a mapping that wraps them.
 
     Raises:
-        ValueError: if the file is missing, truncated, or contains other objects than tensors; the
+        ValueError: if the file is missing, truncated, or contains objects other than tensors; the
             message is one line.
     """
     if not path.is_file():
@@ -148,7 +150,7 @@ def _read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START
     try:
-        # Its warnings address authors of checkpoints, not their readers.
+        # Torch's warnings address the authors of checkpoints, not their readers.
         with warnings.catch_warnings(action="ignore"), _stand_ins(path if is_zip else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNREADABLE_FILE_ERRORS as error:
@@ -180,6 +182,6 @@ def _stand_ins(path: Path | None) -> AbstractContextManager[Any]:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of an error's message, or the error's type without a message."""
+    """Return the first sentence of an error's message, or the error's type if that is empty."""
     words = " ".join(str(error).split())
     return words.partition(". ")[0] or type(error).__name__

@@ -6,7 +6,7 @@ files have up to 23 GB.  Next to a file ``F`` of the hub there may be:
 
     F.<hash>.part   the bytes of an interrupted download, to which the next call appends
     F.lock          empty, held by the process that is downloading
-    F.sha256        its hash, with repository and commit as a comment, for ``sha256sum -c``
+    F.sha256        the hash of F, with repository and commit as a comment, for ``sha256sum -c``
 
 HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_TOKEN have the same meaning as in huggingface_hub.
 The library reads them on import, so this module imports it inside functions only.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK_BYTES = 2**20
-# Limit of consecutive connections without a byte, and the pause before the next one.
+# Maximum number of consecutive connections that receive no byte, and the pause between two.
 MAX_IDLE_CONNECTIONS = 5
 SECONDS_BETWEEN_CONNECTIONS = 1.0
 SECONDS_FOR_LOCK = 1.0
@@ -39,7 +39,7 @@ OnBytes = Callable[[int, int], None]
 
 
 class FetchedFile(NamedTuple):
-    """A complete local file, the SHA-256 of its bytes, and their commit."""
+    """A complete local file, the SHA-256 of its bytes, and its commit on the hub."""
 
     path: Path
     sha256: str
@@ -70,7 +70,7 @@ def fetch(
         repo: the repository on the hub.
         file: the file's path in the repository.
         folder: the local folder.
-        on_progress: called with the local bytes and all bytes, while bytes arrive.
+        on_progress: called with the numbers of local bytes and of all bytes, as bytes arrive.
 
     Raises:
         ValueError: if anything fails; the message is one line with advice.  A
@@ -101,7 +101,8 @@ def hub_metadata(repo: str, file: str) -> HubFile:
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
-    # Its user agent requests a list of coding agents from the hub, and its log repeats advice.
+    # The library's user agent requests a list of coding agents from the hub, and the library's log
+    # repeats advice.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
@@ -125,7 +126,7 @@ def download(
         hub_file: the file on the hub.
         path: the local file.
         label: the name of the file in error messages.
-        on_progress: called with the local bytes and all bytes, while bytes arrive.
+        on_progress: called with the numbers of local bytes and of all bytes, as bytes arrive.
 
     Raises:
         ValueError: if the bytes do not match the hub's hash; they are removed.
@@ -261,7 +262,7 @@ def record_path(path: Path) -> Path:
 
 
 def read_text_or_empty(path: Path) -> str:
-    """Return the text of a file, or "" without one."""
+    """Return the text of a file, or "" if there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
@@ -334,5 +335,5 @@ def explain_http_status(status: int, hub: str, label: str) -> str:
 
 
 def collapse_lines(error: Exception) -> str:
-    """Return an error's message on one line, or the error's type without a message."""
+    """Return an error's message on one line, or the error's type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,7 @@
 """Table of all released checkpoints: location, contents and the other files that they need.
 
-Configurations are the reference constructors' arguments, so a name alone builds the model.
+Each configuration has the arguments of the published package's constructor.  A name therefore
+suffices to build the model.
 
 To add a release, write its row in ``RELEASED``.
 
@@ -43,7 +44,7 @@ class Release:
 
 
 def decoder_shape(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, int]:
-    """Return the shape of a decoder under the reference's names."""
+    """Return the sizes of a decoder, keyed by the argument names of the published package."""
     return {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -69,7 +70,7 @@ def rudolph_release(
         megabytes: the size of the file.
         num_parameters: the number of parameters.
         shape: number of layers, hidden size and number of heads.
-        lengths: left text, image tokens per side and right text.
+        lengths: tokens of the left text, image tokens per side, and tokens of the right text.
         kernels: kernel sizes of the conv masks and of the last layer's conv mask.
         specials: numbers of special tokens of text and of image.
         note: a remark for the user.
@@ -147,7 +148,7 @@ def rudalle_release(
 
 
 def ruclip_release(patch: int, side: int, megabytes: int, num_parameters: int) -> Release:
-    """Return the release of a ruCLIP, of large size if the patch has 14 pixels, else of base size.
+    """Return the release of a ruCLIP: the large one if patches have 14 pixels, else the base one.
 
     Args:
         patch: the side of a patch, in pixels.
@@ -181,7 +182,7 @@ def ruclip_release(patch: int, side: int, megabytes: int, num_parameters: int) -
 
 
 def realesrgan_release(scale: int, num_parameters: int) -> Release:
-    """Return the release of a Real-ESRGAN upscaler by its scale."""
+    """Return the release of the Real-ESRGAN upscaler with this scale."""
     return Release(
         "realesrgan",
         "ai-forever/Real-ESRGAN",

@@ -1,9 +1,9 @@
 """Local weights, by name or path: one safetensors file and its config per folder.
 
-``<weights home>/<name>/`` holds ``weights.safetensors`` with the reference's own tensor names, and
-``config.json`` with family, constructor arguments and origin.  Companion files such as
-``bpe.model`` lie next to them.  The weights home is ``RUDOLPH_WEIGHTS``, by default
-``~/.cache/rudolph``.
+``<weights home>/<name>/`` holds ``weights.safetensors`` and ``config.json``.  The tensors have
+the names that the published package, the *reference*, gives them.  The config has family,
+constructor arguments and origin.  Companion files such as ``bpe.model`` lie in the same folder.
+The weights home is ``RUDOLPH_WEIGHTS``, by default ``~/.cache/rudolph``.
 """
 
 import os
@@ -46,7 +46,7 @@ def weights_home() -> Path:
 
 
 def release_of(name: str) -> Release:
-    """Return the release of a name, ignoring case.
+    """Return the release with this name, ignoring case.
 
     Raises:
         ValueError: if the name is unknown; the message suggests the nearest one.
@@ -60,15 +60,15 @@ def release_of(name: str) -> Release:
 
 
 def is_released(name: str) -> bool:
-    """Return whether a name is that of a release, ignoring case."""
+    """Return whether a release has this name, ignoring case."""
     return name.lower() in {known.lower() for known in RELEASED}
 
 
 def release_folder(name: str) -> Path:
-    """Return the folder of a release, pulled or not.
+    """Return the folder of a release, whether it is pulled or not.
 
     Raises:
-        KeyError: if the name is not that of a release.
+        KeyError: if no release has this name.
     """
     names = {known.lower(): known for known in RELEASED}
     return weights_home() / names[name.lower()]
@@ -106,10 +106,10 @@ def pull_release(
     """Download a release and convert it to one safetensors file with its config.
 
     Args:
-        name: the name of the release, in any case.
+        name: the name of the release, in upper or lower case.
         file: the released file, if it is already on this disk; otherwise it is downloaded.
             Companion files next to it are used too.
-        on_bytes: called with the file's name, the bytes done and the bytes in all.
+        on_bytes: called with the file's name and the numbers of local bytes and of all bytes.
 
     Returns:
         The folder of the release.
@@ -207,7 +207,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     origin: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors under the reference's names and their config, atomically.
+    """Write tensors and their config atomically; the tensors have the reference's names.
 
     Args:
         folder: the folder to write.
@@ -265,7 +265,7 @@ def contiguous_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the family and the constructor's arguments of a folder of weights.
+    """Return the family and the constructor arguments from the config of a folder of weights.
 
     Raises:
         ValueError: if the folder has no valid config.
@@ -328,7 +328,7 @@ def load_weights(
 
 @contextmanager
 def _naming_folder(folder: Path) -> Iterator[None]:
-    """Add the folder to every ``ValueError``, and for a release how to pull it again."""
+    """Add the folder to every ``ValueError`` and, for a release, the command to pull it again."""
     try:
         yield
     except ValueError as error:
