@@ -96,7 +96,7 @@ def prepare_case(
         folder: An existing folder that receives the files listed in the module docstring.
 
     Returns:
-        The outputs of ``expected_outputs`` and the models by name (``decoder``, ``vqgan``,
+        The outputs of ``expected_outputs``, and the models keyed by name (``decoder``, ``vqgan``,
         ``upscaler``), in evaluation mode.
     """
     workload, has_reference = case.speed.workload, REFERENCE in case.speed.implementations

@@ -33,7 +33,7 @@ from rudolph.reports.schema import Timing
 REFERENCE_VARIABLE = "RUDOLPH_REFERENCE"
 REFERENCE_FOLDER = Path("data/reference")
 REFERENCE_PACKAGES = ("rudolph==0.0.1rc10", "rudalle==1.1.3", "taming-transformers==0.0.1")
-# Longer than any repetition: a process without an answer by then has failed.
+# Seconds, longer than any repetition: a process that has not answered by then has failed.
 ANSWER_TIMEOUT = 3 * 3600.0
 CLOSE_TIMEOUT = 5.0
 
@@ -47,10 +47,11 @@ class ComparisonResult:
 
     Attributes:
         timings: The timed repetitions of all implementations, in order.
-        weights_bytes: Bytes of all weights, by implementation.
-        cache_bytes: Bytes of the key/value cache, by implementation.
-        profiles: Rows of part, operation, calls, milliseconds and fraction, by implementation.
-        versions: Versions of third-party packages, by package.
+        weights_bytes: Bytes of all weights, keyed by implementation.
+        cache_bytes: Bytes of the key/value cache, keyed by implementation.
+        profiles: Rows keyed by implementation. Each row has a part, an operation, its number of
+            calls, its milliseconds and its fraction of the total time.
+        versions: Versions of third-party packages, keyed by package.
     """
 
     timings: list[Timing] = field(default_factory=list)
@@ -79,7 +80,7 @@ class ImplementationProcess:
     ) -> None:
         self.name, self.log = name, log
         with log.open("wb") as errors:
-            # With its own process group, Ctrl-C reaches only the parent, which then ends it.
+            # In its own process group the child does not receive Ctrl-C; the parent ends it.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -183,7 +184,7 @@ def started_process(
     Raises:
         ValueError: If the process fails to start.
     """
-    # The log stays outside the folder: the folder is deleted, the log is read after a failure.
+    # The log is outside the folder, so that it can be read after the folder has been deleted.
     variables = INSTRUCTION_SET_VARIABLES.get(case.speed.instruction_set or "")
     worker = ImplementationProcess(
         name, implementation_command(name), folder.parent / f"{name}.log", variables
@@ -211,7 +212,7 @@ def compare_implementations(
     report_progress: RepetitionCallback,
     check: Callable[[ImplementationProcess], None],
 ) -> ComparisonResult:
-    """Warm up every implementation, time them in turn, then profile ours.
+    """Warm up all implementations, time them in turn, then profile those of this package.
 
     Args:
         case: The case to run.
@@ -258,7 +259,7 @@ def compare_memory(
 ) -> ComparisonResult:
     """Measure peak memory, with a fresh process per repetition.
 
-    A peak thus covers the whole life of a process. Arguments and errors are those of
+    A peak thus covers the whole life of a process. Arguments and errors are the same as in
     ``compare_implementations``.
     """
     result, names = ComparisonResult(), case.speed.implementations
@@ -282,7 +283,7 @@ def compare_memory(
 def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
     """Yield every implementation with each part of its work.
 
-    The roofline comes first; then the implementations are grouped by part.
+    The roofline (the machine's limits) comes first; then the implementations, grouped by part.
     """
     workload = WORKLOADS[case.speed.workload or ""]
     names = [name for name in case.speed.implementations if name != ROOFLINE]
@@ -292,7 +293,7 @@ def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
 
 
 def units_of(case: BenchmarkCase, implementation: str) -> Mapping[str, str]:
-    """Return the parts of an implementation's repetition and their units."""
+    """Return the unit of each part of an implementation's work, keyed by part."""
     workload = WORKLOADS[case.speed.workload or ""]
     return workload.units_of(implementation, has_bfloat16=case.speed.has_bfloat16)
 
@@ -322,7 +323,7 @@ def note_answer(
     answer: Mapping[str, Any],
     turn: tuple[int, str, str],
 ) -> None:
-    """Record the timing and cache size of one turn: repetition, implementation and part."""
+    """Record the timing and cache size of one turn (repetition, implementation, part)."""
     repetition, name, part = turn
     units = units_of(case, name)
     result.timings.append(

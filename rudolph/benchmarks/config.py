@@ -16,7 +16,7 @@ WEIGHT_DTYPES = ("float32", "half", "int8")
 COMPILED = tuple(f"compiled_{weights}" for weights in WEIGHT_DTYPES)
 OURS = (*WEIGHT_DTYPES, *COMPILED, "bfloat16")
 REFERENCE, ROOFLINE, TRANSFORMERS = "reference", "roofline", "transformers"
-# These would time an emulation on a processor without native bfloat16 products.
+# Without native bfloat16 products, timing these would time an emulation.
 NEEDS_NATIVE_BFLOAT16 = ("bfloat16",)
 ROOFLINE_UNITS = {"read": "byte", "bfloat16": "operation", "packed": "operation"} | {
     "float32": "operation"
@@ -40,16 +40,17 @@ class Workload:
 
     Attributes:
         implementations: The implementations that support it.
-        units: The unit of each part of a repetition, such as ``{"decode": "token"}``.
+        units: The unit in which each part of the work is counted, such as ``{"decode": "token"}``.
     """
 
     implementations: tuple[str, ...]
     units: Mapping[str, str]
 
     def units_of(self, implementation: str, *, has_bfloat16: bool) -> Mapping[str, str]:
-        """Return the parts of an implementation's repetition and their units.
+        """Return the unit of each part of an implementation's work, keyed by part.
 
-        The roofline has its own parts; those in bfloat16 are left out without ``has_bfloat16``.
+        The roofline (the machine's limits) has its own parts. Its bfloat16 parts are included only
+        if ``has_bfloat16`` is true.
         """
         if implementation != ROOFLINE:
             return self.units
@@ -85,8 +86,8 @@ class SpeedConfig:
         num_repetitions: Timed repetitions per implementation.
         roofline_bytes: Bytes of the tensor whose sum measures the memory bandwidth.
         roofline_side: Side of the square matrices whose product measures the arithmetic limit.
-        instruction_set: ``avx2`` limits every implementation to AVX2, as on most laptops; null
-            allows all instructions of the processor.
+        instruction_set: ``avx2`` limits every implementation to the AVX2 instructions that most
+            laptops have; null allows all instructions of the processor.
 
     Raises:
         ValueError: If a setting is out of range or does not fit the workload.
@@ -108,7 +109,7 @@ class SpeedConfig:
 
     @property
     def measurable_implementations(self) -> tuple[str, ...]:
-        """Return the implementations without those that would time an emulation."""
+        """Return the implementations, except those that would time an emulation of bfloat16."""
         skipped = () if self.has_bfloat16 else NEEDS_NATIVE_BFLOAT16
         return tuple(name for name in self.implementations if name not in skipped)
 

@@ -42,8 +42,8 @@ class DecodingWorkload:
     def run(self, part: str, *, is_short: bool) -> WorkResult:
         """Sample ``batch_size`` images.
 
-        A short repetition samples at most ``WARM_UP_TOKENS`` tokens of each. The cache is measured
-        only in short repetitions and in the memory workload.
+        A short repetition samples at most ``WARM_UP_TOKENS`` tokens per image.  The cache is
+        measured only in short repetitions and in the memory workload.
         """
         size = self.case.speed.batch_size
         num_tokens = (
@@ -82,7 +82,8 @@ def prepared_decoder(case: BenchmarkCase, implementation: str, folder: Path) -> 
 
     Args:
         case: The case to run.
-        implementation: The weight format.  The prefix ``compiled_`` compiles each layer's step.
+        implementation: The weight format.  With the prefix ``compiled_``, each layer's decoding
+            step is compiled.
         folder: The folder that ``prepare_case`` filled.
     """
     model, weights = load_case_decoder(case, folder), implementation.removeprefix("compiled_")
@@ -102,7 +103,7 @@ def live_cache_bytes() -> int:
 
 
 def module_bytes(model: nn.Module) -> int:
-    """Return the bytes of all tensors of a module, including those that are no parameters."""
+    """Return the bytes of all tensors of a module, including those that are not parameters."""
     tensors = [tensor for module in model.modules() for tensor in iter_tensors(vars(module))]
     packed = [tensor for tensor in tensors if isinstance(tensor, torch.ScriptObject)]
     return tensor_bytes(tensor for tensor in tensors if isinstance(tensor, Tensor)) + sum(

@@ -17,7 +17,7 @@ from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import meta_device
 from rudolph.sequence.masks import mask_table, parse_mask
 
-# Bytes per weight and per number of a key or value.
+# Bytes per weight, and bytes per element of a key or value.
 WIDTHS = {
     "reference": (4, 4),
     "float32": (4, 4),
@@ -61,7 +61,7 @@ def decode_bytes(case: BenchmarkCase, implementation: str) -> float:
 def attended_keys(case: BenchmarkCase, mask: str) -> float:
     """Return the mean number of keys that a sampled image token attends to.
 
-    Keys of the text count once per batch.
+    Keys of the text are read once per batch, so they are divided by the batch size.
     """
     start = case.layout.image_start
     table = mask_table(parse_mask(mask), case.layout)[start : start + case.num_tokens]
@@ -73,9 +73,9 @@ def attended_keys(case: BenchmarkCase, mask: str) -> float:
 def train_operations(case: BenchmarkCase) -> float:
     """Return the floating-point operations that a training step requires per token.
 
-    Forward and backward of the layers' matrices count 6 per weight. Attention counts over all
-    pairs of positions, masked or not: 12 T D per layer. The head counts at each position over its
-    segment's own vocabulary.
+    The forward and backward passes of the layers' matrices take 6 operations per weight. Attention
+    is counted over all pairs of positions, masked or not: 12 T D per layer. The head is counted at
+    each position for the vocabulary of that position's segment.
     """
     layout, vocabulary = case.layout, case.vocabulary
     size, length = case.decoder.hidden_size, layout.length

@@ -2,7 +2,8 @@
 
 The GPT-2 has our decoder's depth, width and number of heads, dense attention, its own decoding
 loop and a static cache. It computes in bfloat16 if the processor multiplies it natively, else in
-float32. Its vocabulary is that of the image, so its head does the same work as ours.
+float32. Its vocabulary has the size of our image vocabulary, so its head does the same work as
+ours.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from rudolph.benchmarks.serving import WorkResult, tensor_bytes
 
 
 class HuggingFaceDecoding:
-    """``generate`` for as many tokens as ours, after a prompt as long as the left text."""
+    """``generate`` of as many tokens as ours samples, after a prompt as long as the left text."""
 
     def __init__(self, case: BenchmarkCase, implementation: str, folder: Path) -> None:
         import transformers

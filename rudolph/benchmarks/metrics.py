@@ -28,11 +28,11 @@ Groups = Mapping[tuple[str, str], Sequence[Timing]]
 
 
 def metrics_of(case: BenchmarkCase, result: ComparisonResult) -> dict[tuple[str, str], Estimate]:
-    """Return every metric of a comparison, by case and quantity.
+    """Return every metric of a comparison, keyed by case and quantity.
 
-    A case is the label of a timing: the implementation and, if it has several, the part. Times and
-    rates are geometric means with their intervals; ``peak_bytes`` is the maximum, with the minimum
-    and the maximum as its interval.
+    A case is the label of a timing: the implementation, with the part if there are several parts.
+    Times and rates are geometric means with their intervals; ``peak_bytes`` is the maximum, with
+    the minimum and the maximum as its interval.
     """
     groups: dict[tuple[str, str], list[Timing]] = {}
     for timing in result.timings:
@@ -73,7 +73,7 @@ def roofline_fraction(
 
     Returns:
         ``operations_per_second`` for workloads that count operations, and ``roofline_fraction`` if
-        the roofline was measured. Empty if the work of a unit is not counted.
+        the roofline was measured. The result is empty if the work of a unit is not counted.
     """
     rates = work_rates(case, groups[implementation, part], implementation, part)
     if rates is None:
@@ -92,7 +92,7 @@ def work_rates(
 ) -> NDArray[np.float64] | None:
     """Return the required bytes or operations per second in each repetition.
 
-    None if the work of a unit is not counted.
+    Return None if the work of a unit is not counted.
     """
     workload = case.speed.workload
     if workload == "decode":
@@ -112,8 +112,8 @@ def work_rates(
 def roofline_rates(groups: Groups, *, is_read: bool) -> NDArray[np.float64] | None:
     """Return the machine's rate in each repetition.
 
-    The rate is bytes per second of reading, or operations per second of its fastest product. None
-    if the roofline was not measured.
+    The rate is the bytes read per second, or the operations per second of the fastest matrix
+    product. Return None if the roofline (the machine's limits) was not measured.
     """
     parts = [part for name, part in groups if name == ROOFLINE and (part == "read") == is_read]
     rates = [1 / unit_seconds(groups[ROOFLINE, part]) for part in parts]

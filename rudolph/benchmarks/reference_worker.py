@@ -1,8 +1,8 @@
 """Worker process of the reference: the published packages with their own loops.
 
 Usage: ``python -P reference_worker.py FOLDER``. FOLDER holds ``rudolph`` 0.0.1rc10, ``rudalle``
-1.1.3 and ``taming-transformers`` 0.0.1. In this process ``rudolph`` is the reference, so of this
-project only ``serving.py`` is imported, by its path.
+1.1.3 and ``taming-transformers`` 0.0.1. In this process, ``rudolph`` is the published package.
+Therefore only ``serving.py`` of this project is imported, by its path.
 
 Stubs replace the packages that the reference imports but a benchmark does not need, which also
 saves memory. ``top_k_top_p_filtering`` is a copy of the one in transformers 4: the reference calls
@@ -132,7 +132,7 @@ class Namespace(dict[str, Any]):
     """A nested mapping whose keys are also attributes, as in OmegaConf."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return the value of a key, a mapping as a ``Namespace``."""
+        """Return the value of a key; a mapping becomes a ``Namespace``."""
         value = self[name]
         return Namespace(value) if isinstance(value, dict) else value
 
@@ -262,7 +262,7 @@ class Reference:
 
     def sample(self, num_tokens: int) -> Tensor:
         """Sample ``num_tokens`` tokens for each image of a batch."""
-        # The loop samples as many tokens as the API's setting for an image.
+        # The loop samples as many tokens as this setting of the API says.
         self.api.image_seq_length = num_tokens
         indices: Tensor = self.api.generate_codebooks(
             self.caption, images_num=self.size, bs=self.size, seed=self.seed
@@ -373,14 +373,14 @@ def import_packages(folder: Path) -> dict[str, str]:
     """Make the packages in ``folder`` importable, with stubs for their dependencies.
 
     Returns:
-        The versions of the packages, by name.
+        The versions of the packages, keyed by name.
 
     Raises:
         ValueError: If ``rudolph`` is imported from elsewhere.
     """
     sys.path.insert(0, str(folder))
     install_stubs()
-    # Their own ``__init__`` import all models of the package and their downloaders.
+    # The packages' own ``__init__`` would import all their models and the downloaders.
     for name in ("rudalle", "rudalle.realesrgan"):
         package: Any = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")))]

@@ -14,7 +14,7 @@ PASSES = {"read": 5, "bfloat16": 2, "packed": 2, "float32": 2}
 
 
 class RooflineWorkload:
-    """The fastest of a few passes of reading memory or multiplying matrices.
+    """A few passes of reading memory or multiplying matrices, of which the fastest counts.
 
     ``read`` sums a tensor of ``roofline_bytes``; the other parts multiply two square matrices of
     side ``roofline_side``. ``packed`` multiplies by a bfloat16 weight in oneDNN's own layout. Both

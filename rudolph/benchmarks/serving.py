@@ -1,7 +1,7 @@
 """Request loop of a worker process: one line of JSON per request and per answer.
 
-This file imports nothing of the project. The reference's process, in which ``rudolph`` is another
-package, loads it by its path.
+This file imports nothing else from this project, because the reference's process also loads it, by
+its path. In that process, ``rudolph`` is another package.
 """
 
 import gc
@@ -24,7 +24,7 @@ class WorkResult(NamedTuple):
 
     Attributes:
         units: The number of units, such as tokens or images.
-        seconds: Its duration; if None, the duration of the whole call counts.
+        seconds: The duration of the work; if None, the duration of the whole call counts.
     """
 
     units: int

@@ -30,7 +30,7 @@ class ResultPage:
 
 
 def experiments_in(results: Path) -> list[str]:
-    """Return the names of the exported experiments, none if the folder is missing."""
+    """Return the names of the exported experiments; without the folder there are none."""
     return [folder.relative_to(results).as_posix() for folder in experiment_folders(results)]
 
 

@@ -33,9 +33,9 @@ class Description:
 
     Attributes:
         values: Fraction of the samples with each text, or probability of each class.
-        command: Shell command that reproduces them.
+        command: Shell command that reproduces the values.
         notes: Warnings about the question, one line each.
-        files: Content by path: the image, the values with their settings and the command.
+        files: File contents keyed by path: the image, the values with their settings, the command.
     """
 
     values: dict[str, float]
@@ -50,7 +50,7 @@ def caption_arguments(
     """Check the values of the form and return the arguments of ``rudolph caption``.
 
     Args:
-        form: Unchecked values by field: ``model``, ``request``, ``question``, ``classes``,
+        form: Unchecked values keyed by field: ``model``, ``request``, ``question``, ``classes``,
             ``number``, ``seed`` and the sampling flags.
         shelf: Models of the demo.
         limits: Limits of the demo.

@@ -53,8 +53,8 @@ class GenerationResult:
         command: Shell command that reproduces the images.
         settings: Prompt, model and every parameter.
         notes: Warnings about the text, one line each.
-        files: Content by path: the images as the command writes them, the image prompt, the mask,
-            the settings and the command.
+        files: File contents keyed by path: the images as the command writes them, the image
+            prompt, the mask, the settings and the command.
         candidates: The images with their indices and scores.
     """
 
@@ -72,8 +72,8 @@ def generate_arguments(
     """Check the values of the form and return the arguments of ``rudolph generate``.
 
     Args:
-        form: Unchecked values by field: ``model``, ``text``, ``number``, ``seed``, the sampling
-            flags, ``rank``, ``keep``, ``region``, ``borders`` and ``vary``.
+        form: Unchecked values keyed by field: ``model``, ``text``, ``number``, ``seed``, the
+            sampling flags, ``rank``, ``keep``, ``region``, ``borders`` and ``vary``.
         shelf: Models of the demo.
         limits: Limits of the demo.
 
@@ -140,7 +140,7 @@ def generate(
 
     Args:
         arguments: Checked arguments.
-        images: ``image_prompt`` and ``mask`` as RGB images, as far as the arguments name them.
+        images: ``image_prompt`` and ``mask`` as RGB images, each only if the arguments name it.
         shelf: Models of the demo.
         watch: Receives the progress and ends the request.
 
@@ -201,7 +201,7 @@ def _label(candidate: Candidate) -> str:
 
 
 def without_image_prompt(arguments: GenerateArguments, *, number: int) -> GenerateArguments:
-    """Return the arguments for ``number`` images of the text alone, without a ranking."""
+    """Return the arguments for ``number`` images from only the text, without a ranking."""
     return replace(
         arguments,
         number=number,

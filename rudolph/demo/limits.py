@@ -113,7 +113,7 @@ class StoppedError(Exception):
 
 
 class Watch:
-    """The progress of one request, which also ends it between two tokens.
+    """The progress of one request; a stopped request ends between two tokens.
 
     Args:
         max_seconds: Longest time after ``start``, in seconds.

@@ -38,7 +38,7 @@ HEAT_COLOURS = ((255, 255, 255), (244, 165, 80), (140, 20, 60))
 
 @dataclass(frozen=True)
 class Inspection:
-    """One generated image with all that the views need.
+    """One generated image with all data that the views need.
 
     Attributes:
         arguments: Arguments of the command that generates the image.
@@ -90,7 +90,7 @@ class AttentionView:
     """Attention of one token.
 
     Attributes:
-        text: Each text token with its weight, relative to the largest.
+        text: Each text token with its weight, relative to the largest weight.
         image: The image under a heat map of its tokens' weights.
         fractions: Sum of the weights over left text, image and right text.
     """
@@ -231,7 +231,7 @@ def likeliest_codes(inspection: Inspection, position: int) -> dict[str, float]:
 def codebook_map(inspection: Inspection, position: int) -> Image.Image:
     """Return the distribution over the codebook at an image position as a heat map.
 
-    The codes fill the rows of a square in their order; the colour is logarithmic.
+    The codes fill the rows of a square in the order of their ids; the colour scale is logarithmic.
 
     Raises:
         ValueError: If the position is that of a text token.
@@ -275,7 +275,7 @@ def _listed(names: list[str]) -> str:
 
 
 def replay_frames(inspection: Inspection) -> list[Image.Image]:
-    """Return the image after each token, I + 1 frames; tokens to come are grey."""
+    """Return I + 1 frames: a grey image, then the image after each token; the rest is grey."""
     final = to_image(inspection.image).resize((VIEW_SIDE, VIEW_SIDE), Image.Resampling.NEAREST)
     pixels = np.asarray(final)
     side = inspection.side
@@ -312,7 +312,7 @@ def heat_map(values: NDArray[np.float64]) -> Image.Image:
 def overlay(
     image: Tensor, values: NDArray[np.float64], *, marked: int | None = None
 ) -> Image.Image:
-    """Return an image under a heat map of values, relative to the largest.
+    """Return an image under a heat map; values are relative to the largest value.
 
     Args:
         image: ``(3, H, W)`` in [0, 1].

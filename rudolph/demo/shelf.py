@@ -19,13 +19,13 @@ class ShelfSettings:
     """Sources of a demo's models.
 
     Attributes:
-        sources: Sources as for ``--model``; the first is the default.
+        sources: Sources of models, as for ``--model``; the first is the default.
         runs: Folder of all runs.
         uri: Tracking server of MLflow runs.
-        dtype: Dtype of all weights; None as stored.
+        dtype: Dtype of all weights; None keeps the stored dtype.
         int8: Whether decoders are stored in int8.
         clip: Source of the CLIP that ranks images; None for no such ranking.
-        capacity: Models in memory at once; the one unused for longest is dropped.
+        capacity: Models in memory at once; the least recently used model is dropped.
     """
 
     sources: Sequence[str]
@@ -42,7 +42,7 @@ class ModelShelf:
 
     On a CPU, the layout of 16-bit weights depends on the number of rows (``Pipeline.pack``), and
     packed weights cannot be packed again.  Such a model is loaded again if a request needs the
-    other layout, so that every sample equals that of the command.
+    other layout, so that every sample equals the command's sample.
 
     Raises:
         ValueError: If a source does not exist.
@@ -58,7 +58,7 @@ class ModelShelf:
         self.clip: ClipRanker | None = None
 
     def open(self, arguments: SamplingArguments) -> LoadedModel:
-        """Return the model of some arguments, packed as the command would pack it.
+        """Return the model that the arguments name, packed as the command would pack it.
 
         Raises:
             ValueError: If the model is not one of this demo or cannot be loaded.
@@ -79,7 +79,7 @@ class ModelShelf:
         return model
 
     def _load(self, arguments: SamplingArguments) -> tuple[LoadedModel, bool | None]:
-        """Return a packed model, and its kind of layout if it depends on the number of rows."""
+        """Return a packed model, and its kind of layout if that depends on the number of rows."""
         settings = self.settings
         dtype = getattr(torch, settings.dtype) if settings.dtype else None
         model = open_model(

@@ -106,7 +106,7 @@ class CLIPFamily:
             yield from (f"val/{direction}/recall_at_{k}" for k in RECALLS_AT)
 
     def empty(self, run: RunSettings) -> CLIP:
-        """Construct the CLIP without a seed, as for counting on the meta device."""
+        """Construct the CLIP without a seed, for example to count weights on the meta device."""
         return CLIP(run.model.architecture)
 
     def build(self, run: RunSettings, parts: Parts) -> CLIP:
@@ -148,7 +148,7 @@ class CLIPFamily:
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
         """Write a checkpoint with weights, configuration and tokenizer; return its files."""
-        # Written in the format of a released CLIP, so that every command that loads one loads this
+        # The format is that of a released CLIP, so every command that loads a CLIP can load this
         # run.
         assert parts.tokenizer is not None
         family, config, tensors = to_reference(model)

@@ -1,7 +1,8 @@
 """The shared base of families that read documents: settings, examples, training, capabilities.
 
-A family of this kind adds its ``model`` section, builds its network, and returns a
-``DocumentReader`` of it.  ``families/vision_language.py`` has the base of those that read images.
+A document is a sequence of texts and images (``data/documents.py``).  A family of this kind adds
+its ``model`` section, builds its network, and returns a ``DocumentReader`` for that network.
+``families/vision_language.py`` has the base of the families that also read images.
 
 Shapes: B documents, M images per document, C choices, S x S pixels, V vocabulary.
 """
@@ -64,8 +65,8 @@ class DocumentSection(ModelSection):
         max_length: Maximum number of positions of a document, image tokens included.
         max_new_tokens: Maximum number of tokens of a generated answer.
         scores_questions: Whether training also predicts questions, not only answers.
-        question_first: Whether a question comes before its image.  The image's tokens then see it
-            under a causal mask.
+        question_first: Whether a question comes before its image.  Under a causal mask, the
+            image's tokens can then attend to the question.
     """
 
     max_length: Count = 512
@@ -75,7 +76,7 @@ class DocumentSection(ModelSection):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer whose ids the model knows."""
+        """Return the source of the tokenizer whose ids the weights use."""
         return self.init
 
     @property
@@ -91,11 +92,11 @@ class TextState:
         self.model, self.cache, self.logits = model, cache, logits
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Read tokens ``(B, S)`` and return the logits after each, ``(B, S, V)``."""
+        """Read tokens ``(B, S)`` and return the logits ``(B, S, V)`` after each token."""
         return self.model(tokens, cache=self.cache)
 
     def repeat(self, number: int) -> "TextState":
-        """Return the state with every document ``number`` times, copies next to each other."""
+        """Return the state with every document repeated ``number`` times; copies are adjacent."""
         logits = self.logits.repeat_interleave(number, 0)
         return TextState(self.model, self.cache.repeat(number), logits)
 
@@ -106,8 +107,8 @@ class EmbeddingReader:
     Args:
         model: The language model.
         embed: Returns the inputs of the language model: tokens ``(B, T)`` or embeddings.
-        spans: Returns the positions that attend in both directions, ``(B, T)``, see
-            ``causal_mask``; None for a causal model.
+        spans: Returns ``(B, T)``: the spans whose positions attend in both directions, as in
+            ``causal_mask``.  None for a causal model.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class EmbeddingReader:
         self.model, self.embed, self.spans = model, embed, spans
 
     def hidden(self, documents: DocumentBatch, cache: LanguageModelCache | None = None) -> Tensor:
-        """Return the output of the last block, ``(B, T, D)``."""
+        """Return the output ``(B, T, D)`` of the last block."""
         return self.model.hidden(
             self.embed(documents),
             attention_mask=documents.attention_mask,
@@ -128,7 +129,7 @@ class EmbeddingReader:
         )
 
     def logits(self, documents: DocumentBatch) -> Tensor:
-        """Return the logits of all positions, ``(B, T, V)``."""
+        """Return the logits ``(B, T, V)`` of all positions."""
         return self.model.logits(self.hidden(documents))
 
     def read(self, documents: DocumentBatch, *, num_new: int) -> TextState:
@@ -140,7 +141,7 @@ class EmbeddingReader:
 
 
 class AnswerCapabilities(Capabilities):
-    """Capabilities of a model that scores choices after shots, and so also after none."""
+    """Capabilities of a model that scores choices after any number of shots, including none."""
 
     def loglikelihood(
         self,
@@ -151,7 +152,7 @@ class AnswerCapabilities(Capabilities):
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as the text of a task."""
         no_shots: list[list[Panel]] = [[] for _ in choices]
         return self.loglikelihood_after_shots(
             task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
@@ -159,14 +160,14 @@ class AnswerCapabilities(Capabilities):
 
 
 class DocumentCapabilities(AnswerCapabilities):
-    """Answers to documents: generated, or the likelihood of given choices.
+    """Answers to documents: generated texts, or the likelihoods of given choices.
 
     Args:
         model: The model.
         reader: Its reader.
         tokenizer: Its tokenizer.
-        document_format: How it reads documents.
-        device: Where it computes.
+        document_format: How the model reads documents.
+        device: Where the model computes.
         max_new_tokens: Maximum number of tokens of a generated answer.
         batch_size: Documents per batch.
     """
@@ -226,7 +227,7 @@ class DocumentCapabilities(AnswerCapabilities):
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots."""
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice after the given shots."""
         prompts = prompt_panels(task, len(choices), images=images, questions=questions)
         documents = [[*shown, *prompt] for shown, prompt in zip(shots, prompts, strict=True)]
         ids = [[[*self.tokenizer.encode(text), EOS] for text in row] for row in choices]
@@ -252,7 +253,7 @@ class DocumentCapabilities(AnswerCapabilities):
             [panel._replace(answer=answer) for panel in prompt]
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        # After training no part computes gradients; for the count, the trained parts do again.
+        # Gradients are off after training; the count needs those of the trained parts.
         self.model.requires_grad_(True)
         if isinstance(self.model, PartlyTrained):
             self.model.train_only(self.model.trained)
@@ -268,7 +269,7 @@ class DocumentCapabilities(AnswerCapabilities):
         return training.get_total_flops() / number, answering.get_total_flops() / number
 
     def batches(self, rows: Sequence[Any], *, copies: int = 1) -> Iterator[slice]:
-        """Yield the slices of batches of at most ``batch_size`` rows, copies counted."""
+        """Yield the slice of each batch of at most ``batch_size`` rows, copies included."""
         size = max(self.batch_size // copies, 1)
         for first in range(0, len(rows), size):
             yield slice(first, first + size)
@@ -278,7 +279,7 @@ class DocumentCapabilities(AnswerCapabilities):
         return batch_documents(prompts, self.format, self.tokenizer, side="left").to(self.device)
 
     def allowed_ids(self, characters: str | None) -> Tensor:
-        """Return the ids ``(V,)``, bool, that an answer may contain: words and ``EOS``.
+        """Return a bool mask ``(V,)`` of the ids that an answer may contain: words and ``EOS``.
 
         Args:
             characters: The only characters that words may have besides spaces; None allows all.
@@ -310,7 +311,7 @@ class DocumentFamily:
         return ("tokenizer",)
 
     def empty(self, run: RunSettings) -> Any:
-        """Construct the model without a seed, as for counting on the meta device."""
+        """Construct the model without a seed, for example to count weights on the meta device."""
         raise NotImplementedError
 
     def reader(self, run: RunSettings, model: Any) -> DocumentReader:
@@ -318,7 +319,7 @@ class DocumentFamily:
         raise NotImplementedError
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
-        """Return how the model reads documents; the image token follows the BPE ids."""
+        """Return how the model reads documents; the id of the image token follows the BPE ids."""
         section = run.model
         return DocumentFormat(
             run.tokenizer.vocab_size, 1, section.max_length, section.question_first
@@ -328,7 +329,7 @@ class DocumentFamily:
         """Check that the model has an embedding per id, and that it can learn the tasks.
 
         Raises:
-            ValueError: If it does not; the message names the setting.
+            ValueError: If a check fails; the message names the setting.
         """
         key, config = self.language_model_config(run.model)
         expected = run.tokenizer.vocab_size + 1
@@ -354,10 +355,10 @@ class DocumentFamily:
             self.empty(run)
 
     def check_unused(self, run: RunSettings) -> None:
-        """Check that no setting is set which documents do not use.
+        """Check that the settings that documents do not use are 0.
 
         Raises:
-            ValueError: If one is; the message names it.
+            ValueError: If one is not; the message names it.
         """
         for key, value in (
             ("tokenizer.bpe_dropout", run.tokenizer.bpe_dropout),
@@ -381,7 +382,7 @@ class DocumentFamily:
                 raise ValueError(f"{option_of(name)}: expected family rudolph, got {self.stage}")
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield the names of the logged curves, by mixture entry."""
+        """Yield the names of the logged curves, including one per mixture entry."""
         yield from ("train/loss", "val/loss")
         if len(run.data.mixture) > 1:
             yield from (f"val/loss/{entry.name}" for entry in run.data.mixture)
@@ -437,7 +438,7 @@ class DocumentFamily:
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
-        """Write the tokenizer; return its file and that of the weights."""
+        """Write the tokenizer; return its file and the weights file."""
         assert parts.tokenizer is not None
         tokenizer = folder / store.TOKENIZER_FILE
         parts.tokenizer.save(tokenizer)

@@ -27,12 +27,14 @@ class FlamingoSection(VisionLanguageSection):
     """The ``model`` section of family ``flamingo``; see ``FlamingoConfig`` for the architecture.
 
     Attributes:
-        trained: ``fusion`` trains the resampler and the cross-attention alone, ``language_model``
-            the language model, ``without_vision`` both, ``all`` everything.
+        trained: ``fusion`` trains only the resampler and the cross-attention; ``language_model``
+            trains only the language model; ``without_vision`` trains all of these; ``all`` trains
+            everything.
         every: Distance between blocks with a gated cross-attention.
         offset: First block with a gated cross-attention.
         place: Whether the cross-attention comes ``before`` or ``after`` its block.
-        attend_to: ``immediate``, the image of the last tag, or ``all_previous``.
+        attend_to: Images that a text position attends to: ``immediate``, the image of the last tag
+            before it, or ``all_previous``.
     """
 
     family: Literal["flamingo"] = "flamingo"
@@ -81,19 +83,19 @@ class FlamingoState:
         self.model, self.memory, self.cache, self.logits = model, memory, cache, logits
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Read tokens ``(B, S)`` and return the logits after each, ``(B, S, V)``."""
+        """Read tokens ``(B, S)`` and return the logits ``(B, S, V)`` after each token."""
         hidden = self.model.hidden(tokens, self.memory, cache=self.cache)
         return self.model.language_model.logits(hidden)
 
     def repeat(self, number: int) -> "FlamingoState":
-        """Return the state with every document ``number`` times, copies next to each other."""
+        """Return the state with every document repeated ``number`` times; copies are adjacent."""
         memory = None if self.memory is None else self.memory.repeat(number)
         logits = self.logits.repeat_interleave(number, 0)
         return FlamingoState(self.model, memory, self.cache.repeat(number), logits)
 
 
 class FlamingoReader:
-    """A Flamingo as a ``DocumentReader``; each image is one tag in the text."""
+    """A Flamingo as a ``DocumentReader``; one tag (image token) in the text marks each image."""
 
     def __init__(self, model: Flamingo) -> None:
         self.model = model
@@ -108,7 +110,7 @@ class FlamingoReader:
         assert present is not None
         if bool(present.all()) or self.model.resampler.media_pos_emb is not None:
             return self.model.memory(self.model.latents(pixels, None), present)
-        # Most documents have one image, so padding would be most of the work.
+        # Most documents have one image; encoding the padding too would be most of the work.
         shown = self.model.latents(pixels[present][None], None)
         assert shown is not None
         latents = shown.new_zeros(*present.shape, *shown.shape[2:])
@@ -116,7 +118,7 @@ class FlamingoReader:
         return self.model.memory(latents, present)
 
     def logits(self, documents: DocumentBatch) -> Tensor:
-        """Return the logits of all positions, ``(B, T, V)``."""
+        """Return the logits ``(B, T, V)`` of all positions."""
         memory = self.memory(documents)
         hidden = self.model.hidden(documents.input_ids, memory, documents.attention_mask)
         return self.model.language_model.logits(hidden)
@@ -139,7 +141,7 @@ class FlamingoFamily(VisionLanguageFamily):
     stage = "flamingo"
 
     def empty(self, run: RunSettings) -> Flamingo:
-        """Construct the model without a seed, as for counting on the meta device."""
+        """Construct the model without a seed, for example to count weights on the meta device."""
         vision, width = build_vision(run), run.model.resampler.width
         if vision.width != width:
             raise ValueError(
@@ -153,6 +155,6 @@ class FlamingoFamily(VisionLanguageFamily):
         return FlamingoReader(model)
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield the names of the logged curves, those of the gates included."""
+        """Yield the names of the logged curves, including those of the gates."""
         yield from super().curve_names(run)
         yield from ("train/attn_gate", "train/ff_gate")

@@ -1,11 +1,12 @@
 """Image-text-to-text models of Hugging Face, evaluated like the families of this package.
 
 A folder holds what ``transformers.AutoModelForImageTextToText`` and ``AutoProcessor`` load.
-Nothing is downloaded.  A prompt is a chat if the processor has a chat template: every panel is a
-message with image and question, and its answer is the reply.  Without a template it is the text
-``<image token> question``; answered panels precede it, each on a line of its own.
+Nothing is downloaded.  A document is a list of panels.  A panel has an image, a question and an
+answer, each optional; the last panel has no answer yet.  If the processor has a chat template, the
+prompt is a chat: each panel becomes a message with its image and question, and the answer is the
+reply.  Without a template, each panel becomes one line, ``<image token> question answer``.
 
-The end of an answer is any of the model's ``eos_token_id``.
+Any of the model's ``eos_token_id`` ends an answer.
 
 Shapes: B texts, C choices, T positions, S tokens of a choice, N new tokens, V vocabulary, H and W
 pixels.
@@ -28,9 +29,9 @@ from rudolph.generation.filters import TokenSamplingConfig, next_probabilities, 
 from rudolph.generation.noise import uniform_numbers
 from rudolph.generation.png import to_image
 
-# Maximum number of characters of an error of transformers in a message.
+# Maximum number of characters that a message quotes from an error of transformers.
 MAX_REASON = 160
-# Errors of transformers for a folder that it cannot load.
+# Errors that transformers raises for a folder that it cannot load.
 LOADING_ERRORS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -47,7 +48,8 @@ class TokenSampler:
     Args:
         config: How tokens are sampled.
         uniform: Uniform numbers ``(B, N)``, one per new token.
-        allowed: Ids that a text may contain, ``(V,)`` bool.  Later ids are not allowed.
+        allowed: A bool mask ``(V,)`` of the ids that a text may contain.  Ids from V on are not
+            allowed.
     """
 
     def __init__(self, config: TokenSamplingConfig, uniform: Tensor, allowed: Tensor) -> None:
@@ -65,7 +67,7 @@ class TokenSampler:
 
 
 class HuggingFaceCapabilities(AnswerCapabilities):
-    """Answers of an image-text-to-text model: generated, or the likelihood of given choices.
+    """Answers of an image-text-to-text model: generated texts, or likelihoods of given choices.
 
     Args:
         model: The model.
@@ -75,7 +77,7 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         batch_size: Texts per batch.
 
     Raises:
-        ValueError: If the model cannot be given prompts or its answers have no end.
+        ValueError: If there is neither a chat template nor an image token, or no ``eos_token_id``.
     """
 
     def __init__(
@@ -141,9 +143,9 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots.
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice after the given shots.
 
-        It includes the end of the answer.
+        The log-likelihood includes the end of the answer.
 
         Raises:
             ValueError: If images or questions do not suit the task, if the numbers of choices
@@ -195,9 +197,9 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         return torch.stack(scores).cpu()
 
     def answer_ids(self, prompt: str, whole: str) -> list[int]:
-        """Return the ids of an answer: those of the whole text from where the prompt's end.
+        """Return the ids of an answer: those that follow the ids shared with the prompt.
 
-        A token that begins in the prompt and ends in the answer counts as the answer's.
+        A token that begins in the prompt and ends in the answer counts as part of the answer.
         """
         before, ids = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
@@ -223,7 +225,7 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         return ImagePrompt("\n".join(lines), images)
 
     def inputs(self, prompts: Sequence[ImagePrompt], *, side: str, num_new: int = 0) -> Any:
-        """Return the model's inputs for some texts, padded on a side, on its device.
+        """Return the model's inputs for some texts, padded on one side, on the model's device.
 
         Args:
             prompts: The texts with their images.
@@ -293,7 +295,7 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         return answer[: len(answer) - len(answer.lstrip())]
 
     def _allowed_ids(self, characters: str | None) -> Tensor:
-        """Return the ids ``(V,)``, bool, that a text may contain: no images.
+        """Return a bool mask ``(V,)`` of the ids that a text may contain, never the image token.
 
         Args:
             characters: The only characters that texts may have besides spaces; None allows all.
@@ -310,7 +312,7 @@ class HuggingFaceCapabilities(AnswerCapabilities):
 
 
 def _messages(panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    """Return panels as the messages of a chat: questions of a user and answers."""
+    """Return panels as chat messages: the user's questions and the assistant's answers."""
     messages: list[dict[str, Any]] = []
     for panel in panels:
         content = [] if panel.image is None else [{"type": "image"}]
@@ -324,7 +326,7 @@ def _messages(panels: Sequence[Panel]) -> list[dict[str, Any]]:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer, an empty list if there is none."""
+    """Return the ids that end an answer, or an empty list if there are none."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -369,7 +371,7 @@ def open_hugging_face(
         if report["missing_keys"]:
             raise ValueError(f"no weights of {sorted(report['missing_keys'])[0]}")
     except LOADING_ERRORS as error:
-        # The first sentence gives the reason, later ones advise to download.
+        # The first sentence gives the reason; later sentences suggest a download.
         reason = " ".join(str(error).split()).partition(". ")[0][:MAX_REASON]
         raise ValueError(
             f"{folder}: expected an image-text-to-text model with its processor, got {reason}"

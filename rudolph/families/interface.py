@@ -46,12 +46,12 @@ class ModelSection:
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer whose ids the model knows; None to train one."""
+        """Return the source of the tokenizer whose ids the weights use; None to train one."""
         return None
 
     @property
     def part_sources(self) -> dict[str, tuple[str, type[nn.Module]]]:
-        """Return source and class of each trained part to start from, by name."""
+        """Return the source and class of each pretrained part to start from, keyed by name."""
         return {}
 
 
@@ -111,7 +111,7 @@ class Parts:
         vqgan: The image tokenizer; None if the family needs none.
         image_indices: Returns the image tokens of a split, ``(N, I)`` or ``(N, S, I)`` for S code
             samples.
-        models: Trained parts to start from, by the names of ``ModelSection.part_sources``.
+        models: Pretrained parts to start from, keyed as in ``ModelSection.part_sources``.
     """
 
     tokenizer: Tokenizer | None = None
@@ -122,7 +122,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """Hardware flags of a run with the micro-batches that they give a training.
+    """Hardware flags of a run, and the micro-batches of a training that result from them.
 
     Attributes:
         hardware: The flags.
@@ -140,7 +140,7 @@ class Examples(Protocol):
 
     @property
     def num_whole(self) -> int:
-        """Return the number of validation examples that ``whole`` offers."""
+        """Return the number of validation examples that ``whole`` can return."""
         ...
 
     def note(self) -> str:
@@ -160,7 +160,7 @@ class Capabilities:
     """Capabilities that evaluators use; a family overrides those that its model has.
 
     Raises:
-        NotImplementedError: By every method that a family does not override.
+        NotImplementedError: From every method that a family does not override.
     """
 
     def generate_image(
@@ -195,8 +195,9 @@ class Capabilities:
             images: ``(B, 3, H, W)`` in [0, 1] if the task has images.
             questions: One per text if the task has questions.
             allowed_characters: The only characters that a text may contain; None allows all.
-            missing_image: How to generate an image for a question without one, as fbc2_aij2022
-                does (``inference.py``). None fills the image with code 0, as in training.
+            missing_image: How to generate an image for a question without one, as the code of
+                Fusion Brain Challenge 2 does (fbc2_aij2022, ``inference.py``). None fills the
+                image with code 0, as in training.
             on_token: Called with the number of generated tokens and the total.
         """
         raise NotImplementedError
@@ -210,7 +211,7 @@ class Capabilities:
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as the text of a task."""
         raise NotImplementedError
 
     def loglikelihood_after_shots(
@@ -223,9 +224,9 @@ class Capabilities:
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice after some shots.
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice after the given shots.
 
-        ``shots`` has the answered panels that precede each prompt, an empty list for none.
+        ``shots`` has a list for each prompt: the answered panels before it, possibly none.
         """
         raise NotImplementedError
 
@@ -237,9 +238,9 @@ class Capabilities:
         images: Tensor | None = None,
         questions: Sequence[str] | None = None,
     ) -> tuple[float, float]:
-        """Count the floating-point operations per example: of training on it, and of answering.
+        """Count the floating-point operations per example, for training and for answering.
 
-        Training is a forward and a backward pass.  Answering reads the prompt and generates an
+        Training counts a forward and a backward pass.  Answering reads the prompt and generates an
         answer of the given length.
         """
         raise NotImplementedError
@@ -257,7 +258,7 @@ class Capabilities:
         raise NotImplementedError
 
     def token_pipeline(self) -> Pipeline:
-        """Return the masked decoder with its tokenizers, for evaluators of its tokens."""
+        """Return the masked decoder with its tokenizers, for evaluators that work on tokens."""
         raise NotImplementedError
 
     @classmethod
@@ -299,7 +300,7 @@ class Family(Protocol):
 
     @property
     def reads_images(self) -> bool:
-        """Return whether the model can be given images."""
+        """Return whether the model can read images."""
         ...
 
     @property
@@ -324,7 +325,7 @@ class Family(Protocol):
 
     @property
     def capabilities(self) -> type[Capabilities]:
-        """Return the class of the capabilities."""
+        """Return the class of the model's capabilities."""
         ...
 
     def check(self, run: RunSettings) -> None:
@@ -344,11 +345,11 @@ class Family(Protocol):
         ...
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield the names of the logged curves, without the stage."""
+        """Yield the names of the logged curves, without the stage's prefix."""
         ...
 
     def empty(self, run: RunSettings) -> nn.Module:
-        """Construct the model without a seed, as for counting on the meta device."""
+        """Construct the model without a seed, for example to count weights on the meta device."""
         ...
 
     def build(self, run: RunSettings, parts: Parts) -> nn.Module:

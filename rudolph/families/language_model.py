@@ -1,4 +1,4 @@
-"""A language model that reads texts alone: the part that vision-language families start from."""
+"""A language model that reads only texts: the part that vision-language families start from."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -36,7 +36,7 @@ class LanguageModelFamily(DocumentFamily):
         return "model", section
 
     def empty(self, run: RunSettings) -> LanguageModel:
-        """Construct the model without a seed, as for counting on the meta device."""
+        """Construct the model without a seed, for example to count weights on the meta device."""
         return LanguageModel(run.model.architecture)
 
     def reader(self, run: RunSettings, model: LanguageModel) -> EmbeddingReader:

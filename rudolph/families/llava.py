@@ -1,7 +1,7 @@
-"""LLaVA: image vectors of a connector among the word embeddings of a language model.
+"""LLaVA: a connector inserts image vectors among the word embeddings of a language model.
 
 Its settings also give early fusion as in RUDOLPH, with VQ codes as image tokens.  In late fusion,
-one vector of image and question is the only image token.
+one vector, computed from image and question, is the only image token.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +34,7 @@ class LateFusion:
     """How the image and the question become one vector; see ``models/fusion/late_fusion.py``.
 
     Attributes:
-        kind: A name in ``FUSIONS``; null for early fusion, where the connector's vectors stay.
+        kind: A name in ``FUSIONS``; null for early fusion, which keeps the connector's vectors.
         rank: Rank of ``low_rank``.
         hidden: Hidden channels of ``concat``.
         gate: Kind of the gates of ``gated``.
@@ -58,10 +58,10 @@ class LLaVASection(VisionLanguageSection):
     """The ``model`` section of family ``llava``.
 
     Attributes:
-        trained: ``connector`` trains the connector and the late fusion alone (LLaVA's first
-            stage), ``without_vision`` the language model too (its second stage), ``all``
-            everything.
-        connector: The connector, with one vector per image for late fusion.
+        trained: ``connector`` trains only the connector and the late fusion (LLaVA's first stage);
+            ``without_vision`` also trains the language model (LLaVA's second stage); ``all``
+            trains everything.
+        connector: The connector; late fusion needs one that returns one vector per image.
         late_fusion: Fusion of each image vector with its question.
         image_attention: Whether the vectors of an image attend to each other in both directions
             (``bidirectional``) or only backwards (``causal``).
@@ -104,13 +104,13 @@ class LLaVAFamily(VisionLanguageFamily):
     stage = "llava"
 
     def document_format(self, run: RunSettings) -> DocumentFormat:
-        """Return how the model reads documents: a token for every image vector."""
+        """Return how the model reads documents: with one token per image vector."""
         with meta_device():
             number = self.empty(run).num_view_tokens
         return replace(super().document_format(run), num_image_tokens=number)
 
     def empty(self, run: RunSettings) -> LLaVA:
-        """Construct the model without a seed, as for counting on the meta device."""
+        """Construct the model without a seed, for example to count weights on the meta device."""
         section, vision = run.model, build_vision(run)
         width = section.language_model.hidden_size
         shape = ConnectorShape(vision.width, width, vision.grid)
@@ -147,7 +147,7 @@ class LLaVAFamily(VisionLanguageFamily):
 
 
 def image_spans(input_ids: Tensor, image_token_id: int, num_tokens: int) -> Tensor:
-    """Return the number of each image token's image in its row, from 1; 0 at other tokens.
+    """Return the image number of each image token, counted from 1 per row; 0 at other tokens.
 
     >>> image_spans(torch.tensor([[5, 9, 9, 9, 9, 6]]), 9, 2).tolist()
     [[0, 1, 1, 2, 2, 0]]
@@ -157,10 +157,10 @@ def image_spans(input_ids: Tensor, image_token_id: int, num_tokens: int) -> Tens
 
 
 def image_of_question(documents: DocumentBatch, image_token_id: int) -> Tensor:
-    """Return the image that each token of a question follows, ``(B, T)`` int64.
+    """Return the number ``(B, T)``, int64, of the image that each question token follows.
 
-    Images are numbered from 0 in the order of the rows, with one token each.  All other tokens,
-    such as those of answers, have -1.
+    Images are numbered from 0 in the order of the rows; each image has one token.  All tokens
+    outside questions, such as those of answers, have -1.
     """
     is_image = documents.input_ids == image_token_id
     numbers = is_image.flatten().cumsum(0).view_as(is_image) - 1

@@ -62,7 +62,7 @@ class RudolphConfig(DecoderConfig, ModelSection):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer: that of the trained decoder."""
+        """Return the source of the tokenizer, which is that of the trained decoder."""
         return self.init
 
     @property
@@ -129,7 +129,7 @@ class RudolphCapabilities(Capabilities):
         questions: Sequence[str] | None = None,
         on_batch: OnToken | None = None,
     ) -> Tensor:
-        """Compute the log-likelihood ``(B, C)`` in nats of each choice as a task's text."""
+        """Compute the log-likelihood ``(B, C)`` in nats of each choice as the text of a task."""
         indices = None if images is None else self.pipeline.encode(images)
         tokens = answer_prompts(self.pipeline, task, indices=indices, questions=questions)
         scored = score_choices(self.pipeline, task, tokens, choices, on_batch=on_batch)
@@ -173,7 +173,7 @@ class RudolphFamily:
             )
 
     def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
-        """Check that hardware flags fit the settings, such as block masks without dropout.
+        """Check that hardware flags fit the settings; block masks, for example, allow no dropout.
 
         Raises:
             ValueError: If they do not; the message names the setting.
@@ -186,11 +186,12 @@ class RudolphFamily:
         if flags.hardware.strategy == "fsdp2":
             _require_shardable(run)
         if flags.hardware.compile and rank is not None:
-            # Each low-rank layer is a class of its own, so torch would compile each of them.
+            # Each low-rank layer is a class of its own, so torch would compile each one
+            # separately.
             raise ValueError(f"model.tuning.lora_rank must be null with --compile, got {rank}")
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield the names of the logged curves, by segment and mixture entry."""
+        """Yield the names of the logged curves, also those of segments and mixture entries."""
         rows = {entry.name: _scored_segments(entry, run) for entry in run.data.mixture}
         scored = [name for name in SEGMENTS if any(name in own for own in rows.values())]
         for stage in ("train", "val"):
@@ -205,7 +206,7 @@ class RudolphFamily:
             yield from (f"train/weight/{name}" for name in SEGMENTS)
 
     def empty(self, run: RunSettings) -> MaskedDecoder:
-        """Construct the decoder without a seed, as for counting on the meta device."""
+        """Construct a decoder without a seed, for example to count weights on the meta device."""
         return MaskedDecoder(run.model.architecture, run.sequence_layout, run.vocabulary)
 
     def build(self, run: RunSettings, parts: Parts) -> MaskedDecoder:
@@ -266,7 +267,7 @@ class RudolphFamily:
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
-        """Write the VQ-GAN and the tokenizer; return their files and that of the decoder."""
+        """Write the VQ-GAN and the tokenizer; return their files and the decoder's file."""
         assert parts.tokenizer is not None and parts.vqgan is not None
         decoder, vqgan, tokenizer = (folder / name for name in FILES)
         save_weights(parts.vqgan, vqgan)
@@ -285,7 +286,7 @@ class RudolphFamily:
 
 
 def _scored_segments(entry: MixtureEntry, run: RunSettings) -> list[str]:
-    """Return the segments of a mixture entry whose loss weight is above 0."""
+    """Return the segments that have a loss weight above 0 in a mixture entry."""
     weights = run.model.losses.task_weights.get(entry.task, TASKS[entry.task].weights)
     return [name for name, weight in zip(SEGMENTS, weights, strict=True) if weight > 0]
 

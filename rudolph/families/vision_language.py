@@ -1,7 +1,7 @@
 """The shared base of families with a vision encoder and a language model.
 
-The section names the encoders and the trained parts that a model starts from.  A family adds how
-the image features enter the language model.
+The ``model`` section names the encoders and the pretrained parts that a model starts from.  Each
+family defines how the image features enter the language model.
 
 Shapes: B documents, M images per document, P images, S x S pixels.
 """
@@ -40,8 +40,8 @@ class PartSources:
     """Pretrained parts to start from; null for a new part.
 
     Attributes:
-        vision: A run or release of a CLIP, whose image encoder is taken.
-        language_model: A run of family ``language_model``, whose tokenizer is taken too.
+        vision: A run or release of a CLIP, which provides the image encoder.
+        language_model: A run of family ``language_model``, which also provides the tokenizer.
     """
 
     vision: str | None = None
@@ -55,14 +55,14 @@ class VisionLanguageSection(DocumentSection):
     Attributes:
         parts: Pretrained parts to start from.
         encoders: Encoders of each image: ``vit``, a vision transformer; ``conv``, a convolutional
-            network; ``patches``, the pixels of each patch of ``vit`` themselves; ``codes`` or
-            ``latents`` of the run's VQ-GAN, which is trained first.
+            network; ``patches``, the raw pixels of each patch of ``vit``; ``codes`` or ``latents``
+            of the run's VQ-GAN, which is trained first.
         vision: Shape of ``vit``.
         features: Hidden states of ``vit`` to read.
         conv: Shape of ``conv``.
         merge: How several encoders become one, a name in ``MERGES``.
-        lora_rank: Rank of updates (LoRA) of a frozen language model's blocks, which are trained
-            with the fusion and merged at the end; null for none.
+        lora_rank: Rank of the low-rank updates (LoRA) of a frozen language model's blocks; null
+            for none.  The updates are trained with the fusion and merged at the end.
         lora_alpha: The updates are scaled by ``lora_alpha / lora_rank``.
     """
 
@@ -102,12 +102,12 @@ class VisionLanguageSection(DocumentSection):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer: that of the language model's ids."""
+        """Return the source of the tokenizer, which is that of the language model."""
         return self.init or self.parts.language_model
 
     @property
     def part_sources(self) -> dict[str, tuple[str, type[nn.Module]]]:
-        """Return source and class of each trained part to start from, by name."""
+        """Return the source and class of each pretrained part to start from, keyed by name."""
         kinds = {"vision": CLIP, "language_model": LanguageModel}
         sources = {name: getattr(self.parts, name) for name in kinds}
         return {
@@ -115,7 +115,7 @@ class VisionLanguageSection(DocumentSection):
         }
 
 
-# Vision encoders with new weights, built from a run's settings, by name.
+# Functions that build a vision encoder with new weights from a run's settings, keyed by name.
 ENCODERS: dict[str, Callable[[RunSettings], Any]] = {
     "vit": lambda run: ViTFeatures(VisionEncoder(run.model.vision), run.model.features),
     "conv": lambda run: ConvEncoder(run.model.conv),
@@ -126,7 +126,7 @@ ENCODERS: dict[str, Callable[[RunSettings], Any]] = {
 
 
 def build_vision(run: RunSettings) -> Any:
-    """Return the encoder of a run's section, or several merged into one.
+    """Return the vision encoder that a run's settings name, or several merged into one.
 
     Raises:
         ValueError: If encoders read different image sizes, or their grids cannot be merged.
@@ -145,7 +145,7 @@ def encoder_pixels(images: Tensor, size: int) -> Tensor:
 
 
 class VisionLanguageFamily(DocumentFamily):
-    """A family whose network is a ``PartlyTrained`` of which ``model.trained`` parts learn."""
+    """A family whose network is ``PartlyTrained``: ``model.trained`` names the parts to train."""
 
     def needs(self, section: Any) -> tuple[str, ...]:
         """Return the parts that a run trains or loads first."""
@@ -153,7 +153,7 @@ class VisionLanguageFamily(DocumentFamily):
         return ("tokenizer", "vqgan") if has_vqgan else ("tokenizer",)
 
     def build(self, run: RunSettings, parts: Parts) -> Any:
-        """Build the model from the run's seed and the trained parts, and freeze the others."""
+        """Build the model, load its pretrained parts, and freeze all but ``model.trained``."""
         model = super().build(run, parts)
         load_parts(model, run, parts)
         model.train_only(run.model.trained)
@@ -174,7 +174,7 @@ class VisionLanguageFamily(DocumentFamily):
     def save(
         self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
     ) -> list[Path]:
-        """Write the tokenizer and the VQ-GAN; return their files and that of the weights."""
+        """Write the tokenizer and the VQ-GAN; return their files and the weights file."""
         files = super().save(folder, model, parts, origin=origin)
         if parts.vqgan is not None:
             files.append(folder / VQGAN_FILE)
@@ -189,10 +189,11 @@ class VisionLanguageFamily(DocumentFamily):
 
 
 def load_parts(model: Any, run: RunSettings, parts: Parts) -> None:
-    """Copy the trained parts of a run into its model.
+    """Copy the pretrained parts that a run starts from into its model.
 
     Raises:
-        ValueError: If a part has another shape than the settings; the message names both.
+        ValueError: If the settings of a part differ from the run's settings; the message names
+            both.
     """
     for encoder in model.vision.modules():
         if isinstance(encoder, VQGANFeatures):
@@ -216,7 +217,7 @@ def copy_vision(encoder: VisionEncoder, clip: Any, source: str) -> None:
     """Copy the image encoder of a CLIP, without its projection.
 
     Raises:
-        ValueError: If its shape differs; the message names both.
+        ValueError: If its shape differs from the encoder's; the message names both.
     """
     given, config = encoder.vision_config, clip.visual.vision_config
     if given != config:

@@ -66,11 +66,11 @@ class VQGANFamily:
         """Check nothing: every flag suits a VQ-GAN."""
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
-        """Yield nothing, because the training of the part logs its own curves."""
+        """Yield nothing, because the VQ-GAN's training as a part logs its own curves."""
         yield from ()
 
     def empty(self, run: RunSettings) -> VQGAN:
-        """Construct the VQ-GAN without a seed, as for counting on the meta device."""
+        """Construct the VQ-GAN without a seed, for example to count weights on the meta device."""
         return VQGAN(run.vqgan)
 
     def build(self, run: RunSettings, parts: Parts) -> VQGAN:

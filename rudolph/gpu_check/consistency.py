@@ -22,7 +22,7 @@ from rudolph.sequence.layout import SequenceLayout
 from rudolph.sequence.masks import mask_table, parse_mask, right_without_left
 
 CHECKED_MASKS = ("causal", "row", "row_block", "column", "conv(3)", "conv(7)", "conv_torus(3)")
-# Largest relative errors by dtype: a few rounding errors of its 24, 8 or 11 significant bits.
+# Limit of the relative error by dtype: a few rounding errors at 24, 8 or 11 significant bits.
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -43,7 +43,7 @@ def mask_cases(sizes: Sizes) -> Iterator[Case]:
     They compare attention alone and a whole model.
     """
     for number, layout in enumerate(sizes.mask_layouts):
-        # The first layout runs in both precisions, the others only in that of training.
+        # The first layout runs in both precisions, the others only in bfloat16, as in training.
         dtypes = (torch.float32, torch.bfloat16) if number == 0 else (torch.bfloat16,)
         for dtype in dtypes:
             name = f"{dtype_name(dtype)}, T={layout.length}"
@@ -107,8 +107,8 @@ def gradient_of(
 ) -> Tensor:
     """Return the flattened gradient of all layers' parameters.
 
-    The loss is the projection of the hidden states on a fixed random direction. Their squared norm
-    would not do, because the final norm keeps it constant.
+    The loss is the projection of the hidden states on a fixed random direction. The squared norm
+    of the hidden states would not work, because the final norm layer keeps it constant.
 
     Args:
         model: The decoder, with no accumulated gradients.
@@ -156,7 +156,7 @@ def compare_precision(sizes: Sizes, dtype: torch.dtype, maximum: str) -> Iterato
 
 @torch.no_grad()
 def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow]:
-    """Compare float16 attention with scores beyond the range of float16, with keys in two parts.
+    """Compare float16 with float32 attention on scores beyond float16's range, keys in two parts.
 
     Args:
         sizes: The sizes of the check.
@@ -175,7 +175,7 @@ def compare_large_scores(sizes: Sizes, maximum: str | None) -> Iterator[CheckRow
         yield CheckRow("not finite", num_not_finite, "numbers", note=note)
         return
     yield CheckRow("not finite", num_not_finite, "numbers", limit=0)
-    # float16 rounds scores this large to whole numbers, so this error has no limit.
+    # float16 rounds scores this large to whole numbers, so the check sets no limit on this error.
     error = relative_error(half.nan_to_num(), exact)
     yield CheckRow("attention", error, "relative error", note="scores above 65504")
 
@@ -194,7 +194,7 @@ def step_cases(sizes: Sizes) -> Iterator[Case]:
 
 @torch.no_grad()
 def compare_cached(sizes: Sizes) -> Iterator[CheckRow]:
-    """Compare the hidden states of cached decoding with those of whole sequences."""
+    """Compare hidden states from cached decoding with hidden states of whole sequences."""
     model = sizes.checked.model(sizes.device).eval()
     tokens = sizes.checked.tokens(3, sizes.device)
     error = relative_error(stepwise_hidden(model, tokens), model.hidden(tokens))

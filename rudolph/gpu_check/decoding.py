@@ -82,7 +82,7 @@ def measure_graph(
 def graph_rows(
     sizes: Sizes, geometry: Geometry, model: MaskedDecoder, batch: int
 ) -> Iterator[CheckRow]:
-    """Yield the rows of a decoder whose steps are replayed as a CUDA graph."""
+    """Measure steps replayed as a CUDA graph, and yield their rows."""
     dtype = model.final_norm.weight.dtype
     cache, steps = started_decoding(model, geometry, batch, geometry.num_tokens)
     graph = GraphedStep(model, cache, run_layer)

@@ -50,7 +50,8 @@ def golden(sizes: Sizes) -> Iterator[Case]:
 def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
     """Yield one row per output of a model.
 
-    Float outputs report the largest absolute error, token outputs the number of differing tokens.
+    The number in a row is the largest absolute error for float outputs, and the number of
+    differing tokens for token outputs.
 
     Raises:
         UnavailableError: Without the golden data in ``tests/parity``.
@@ -60,7 +61,7 @@ def compare_golden(name: str, device: torch.device) -> Iterator[CheckRow]:
         raise UnavailableError("needs tests/parity of the repository")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     weights, io = (load_file(folder / f"{part}.safetensors") for part in ("weights", "io"))
-    # These files store booleans as uint8, and nothing else.
+    # In these files, uint8 tensors are booleans.
     weights = {
         key: value.bool() if value.dtype == torch.uint8 else value
         for key, value in weights.items()

@@ -17,7 +17,7 @@ from rudolph.models.cpu import tiled_conv
 from rudolph.models.upscaler import Upscaler
 from rudolph.models.vqgan.model import VQGAN
 
-# dtype of weights and images, whether TF32 is allowed, whether memory is channels last.
+# Setting -> dtype of weights and images, whether TF32 is allowed, whether memory is channels last.
 SETTINGS = {
     "float32": (torch.float32, False, False),
     "float32 with TF32": (torch.float32, True, False),

@@ -96,7 +96,7 @@ def quickstart_config() -> RunConfig:
 
 
 def quickstart_vqgan() -> VQGANConfig:
-    """Return the VQ-GAN configuration of the quickstart, that of the demo model."""
+    """Return the VQ-GAN configuration of the quickstart, which is that of the demo model."""
     return VQGANConfig(
         init=SHIPPED,
         resolution=64,
@@ -130,7 +130,7 @@ def quickstart_decoder() -> RudolphConfig:
 def smallest_config(config: RunConfig) -> RunConfig:
     """Return the configuration with two steps per training and two images to score.
 
-    Its VQ-GAN is that of the training stage.
+    All stages use the VQ-GAN of the training stage, not that of the demo model.
     """
     steps: dict[str, Any] = {"num_steps": 2, "global_batch_size": 2, "validate_every": 2}
     return replace(
@@ -181,7 +181,7 @@ class Quickstart:
         self.splits = Splits(config.data, folders.cache)
 
     def stages(self) -> dict[str, Callable[[], Iterator[CheckRow]]]:
-        """Return the stages by name, in order."""
+        """Return the stages in order, keyed by name."""
         return {
             "data and tokenizer": self.open_data,
             "VQ-GAN training": self.train_vqgan,
@@ -199,7 +199,7 @@ class Quickstart:
         yield CheckRow("BPE ids", self.tokenizer.vocab_size)
 
     def train_vqgan(self) -> Iterator[CheckRow]:
-        """Train a VQ-GAN from scratch; later stages use that of the demo model if configured."""
+        """Train a VQ-GAN from scratch; later stages use the demo model's VQ-GAN if configured."""
         config = replace(self.config, vqgan=replace(self.config.vqgan, init=None))
         execution = replace(self.execution, run=Run("seed0", "", {}, config))
         self.vqgan = make_vqgan(execution, self.splits)
@@ -224,7 +224,7 @@ class Quickstart:
         """Train the decoder."""
         family = family_of(self.config.model)
         self.decoder = family.build(self.config, self.parts)
-        # In its own folder, because a stage names its training after the folder of the weights.
+        # The decoder has its own folder: a training is named after the folder of its weights.
         weights = self.execution.folder / f"decoder-{digest_of(self.config)[:16]}" / "weights"
         weights.parent.mkdir()
         train_model(self.execution, family, self.decoder, self.splits, self.parts, weights)
@@ -253,7 +253,7 @@ class Quickstart:
 
 
 def scores_on_cpu() -> dict[str, str]:
-    """Return the committed scores of the quickstart, by name."""
+    """Return the quickstart's scores in the repository, keyed by name."""
     if not QUICKSTART_RESULTS.is_file():
         return {}
     with QUICKSTART_RESULTS.open(encoding="utf-8", newline="") as file:

@@ -14,7 +14,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One number of a case; with a ``limit`` it is a check, and the value must not exceed it."""
+    """One number of a case; a row with a ``limit`` is a check, which fails above the limit."""
 
     quantity: str
     value: float

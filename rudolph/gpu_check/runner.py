@@ -36,7 +36,7 @@ ENVIRONMENT_FILE = "environment.json"
 GRACE_SECONDS = 20.0
 # Importing torch from a cold disk may take this long.
 START_SECONDS = 300.0
-# Parts are not started with less time left.
+# A part is not started if fewer seconds are left.
 MIN_SECONDS = 5.0
 FINISHED = "ok"
 
@@ -82,7 +82,7 @@ class CheckProcess:
         self.environment = message["environment"]
 
     def run(self, part: str, seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the messages of a part; they stop without an ``end`` if the process is lost."""
+        """Yield the messages of a part; if the process is lost, the last one is not an ``end``."""
         assert self.process.stdin is not None
         request = json.dumps({"part": part, "seconds": seconds}) + "\n"
         self.process.stdin.write(request.encode())
@@ -114,7 +114,7 @@ class CheckProcess:
 
     def close(self) -> None:
         """Kill the process and close its pipes."""
-        # The process group includes the compilers that it started.
+        # The process group includes the compilers that the process started.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -85,7 +85,7 @@ def serve_parts(
     """Send the environment, then run the requested parts until stdin ends.
 
     Args:
-        open_parts: Returns the parts by name; called once, at the first request.
+        open_parts: Returns the parts keyed by name; called once, at the first request.
         environment: The machine and package versions to send.
         **settings: Fields of ``Server`` other than ``send``.
     """

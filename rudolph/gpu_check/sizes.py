@@ -78,7 +78,7 @@ class Sizes:
         device: The device to check.
         checked: The decoder whose results are compared; at full size it has every kind of mask
             and an uneven layout.
-        decoders: The decoders whose speed is measured, by name.
+        decoders: The decoders whose speed is measured, keyed by name.
         decode_batches: Batch sizes of decoding.
         mask_layouts: Layouts on which block masks are checked.
         head_size: Head size in the checks of attention.

@@ -10,7 +10,7 @@ import torch
 from rudolph.gpu_check.rows import Case, CheckRow
 from rudolph.gpu_check.sizes import Sizes
 
-# Dense bfloat16 operations per second, by a substring of the device's name; the first match
+# Dense bfloat16 operations per second, keyed by a substring of the device's name; the first match
 # counts. Source: NVIDIA's data sheets.
 PEAKS = {
     "H100 PCIe": 756e12,
@@ -22,7 +22,7 @@ PEAKS = {
 
 
 def peak_bfloat16(name: str) -> float | None:
-    """Return a device's bfloat16 operations per second from its data sheet, None if unknown."""
+    """Return the bfloat16 operations per second in a device's data sheet, or None if unknown."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
@@ -35,7 +35,7 @@ def synchronize(device: torch.device) -> None:
 def median_seconds(
     work: Callable[[], object], device: torch.device, *, num_repetitions: int, warm_up: int = 2
 ) -> float:
-    """Return the median duration of some repetitions in seconds, by CUDA events on a GPU."""
+    """Return the median seconds of some repetitions, measured by CUDA events on a GPU."""
     for _ in range(warm_up):
         work()
     synchronize(device)

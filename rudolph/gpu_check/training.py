@@ -94,7 +94,7 @@ def operation_rows(rate: float, sizes: Sizes) -> Iterator[CheckRow]:
 
 
 def adam8bit_cases(sizes: Sizes) -> Iterator[Case]:
-    """Yield one case that compares AdamW with 8-bit moments to AdamW."""
+    """Yield one case that compares 8-bit AdamW with standard AdamW."""
     yield Case("some steps", partial(compare_adam8bit, sizes))
 
 

@@ -42,7 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package, "" if it is not installed."""
+    """Return the version of an installed package, or "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -50,7 +50,7 @@ def version_of(package: str) -> str:
 
 
 def driver_version() -> str:
-    """Return the version of NVIDIA's driver, "unknown" if it cannot be read."""
+    """Return the version of NVIDIA's driver, or "unknown" if it cannot be read."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(
@@ -62,7 +62,7 @@ def driver_version() -> str:
 
 
 def open_parts(device: torch.device) -> Mapping[str, Cases]:
-    """Return the parts by name, at full size on CUDA and at the smallest size elsewhere."""
+    """Return the parts keyed by name, at full size on CUDA and at the smallest size elsewhere."""
     # Imported only when a part must run, because these modules take seconds to import.
     from rudolph.gpu_check.parts import CHECK_PARTS
     from rudolph.gpu_check.sizes import full_sizes, smoke_sizes

@@ -116,7 +116,7 @@ def _image_prompt_fields() -> dict[str, gr.Component]:
 
 
 def _images(demo: Demo, form: dict[str, Any]) -> dict[str, Image.Image]:
-    """Return the image prompt and the mask, as far as the form needs them."""
+    """Return the image prompt and the mask, each only if the form needs it."""
     if form["region"] == "none":
         return {}
     editor = form["editor"] if isinstance(form["editor"], dict) else {}

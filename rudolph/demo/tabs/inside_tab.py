@@ -74,7 +74,7 @@ def add_inside_tab(demo: Demo) -> None:
 
 
 def _inspect(demo: Demo, form: dict[str, Any], watch: Watch) -> list[Any]:
-    """Generate one image; return it with the values of the replay and of the token's fields."""
+    """Generate one image; return its inspection and the values of the replay and token fields."""
     arguments = generate_arguments(form | {"number": 1}, demo.shelf, demo.limits)
     inspection = inspect(arguments, shelf=demo.shelf, watch=watch)
     show_notes(inspection.result.notes)

@@ -89,7 +89,7 @@ def connect(
     Args:
         demo: The demo.
         trigger: Registers a listener, such as ``button.click``.
-        fields: Fields by name; ``work`` receives their values as the browser sent them.
+        fields: Fields keyed by name; ``work`` receives their values as the browser sent them.
         outputs: Widgets that receive the result.
         work: Computes the result.
         cancel: Button that ends the request.
