@@ -85,7 +85,7 @@ def run_experiment(args: Any) -> int:
 
 
 def print_cost(experiment: Any) -> None:
-    """Print what the runs in the results of an experiment cost, as an estimate of the time."""
+    """Print the time of the runs in an experiment's results, as an estimate for new runs."""
     from rudolph.reports.report import cost_of
 
     folder = RESULTS_FOLDER / experiment.name
@@ -108,12 +108,13 @@ def execute_jobs(runs_of_jobs: Any, args: Any, *, is_only: bool = False) -> dict
     """Execute the runs of jobs and return the failed jobs with their error messages.
 
     Args:
-        runs_of_jobs: Experiment and run by job.
+        runs_of_jobs: Experiment and run of each job, keyed by job.
         args: Arguments of the command.
         is_only: Whether this is the only run of the command.
 
     Raises:
-        ValueError: If the only run has a user error, or if the first run has one that all share.
+        ValueError: If the only run has a user error, or if the first run has one that all runs
+            share.
         OSError: In the same cases, if a file cannot be read or written.
     """
     from rudolph.runs.runner import run_parallel
@@ -208,7 +209,7 @@ def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
             try:
                 folder = write_results(experiments[file], folders_here())
             except (ValueError, OSError) as error:
-                # A failed export must not stop that of the other experiments.
+                # A failed export must not stop the export of the other experiments.
                 export_errors[file] = error_message(error)
                 continue
             print_results(experiments[file], folder)
@@ -253,7 +254,7 @@ def execute_run(
         run: The run.
         context: Folders, hardware and tracking server.
         is_only: Whether this is the only run of the command; its user errors are raised.
-        others: Runs that would fail with the same user error; if they do, it is raised.
+        others: Other runs; a user error that would end all of them is raised.
 
     Raises:
         ValueError: For a user error in the only run, or in all ``others``.

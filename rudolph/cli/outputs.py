@@ -142,7 +142,7 @@ def write_codes(path: Path, records: list[dict[str, Any]]) -> None:
     """Write image codes when decoding failed, and remove the images of an earlier call."""
     write_lines(path, records)
     earlier_files = earlier_images(path.with_suffix(""))
-    # The grid shows the removed images.
+    # The grid is removed too, because it shows the removed images.
     remove(earlier_files | ({path.with_suffix(".png")} if earlier_files else set()))
 
 

@@ -11,7 +11,7 @@ RESULTS_FOLDER = Path("results")
 # Prefix of a Hugging Face model to evaluate, ``hf:FOLDER``.
 HUGGING_FACE = "hf:"
 EXPERIMENTS_PAGE = Path("experiments/README.md")
-# Endings of the metrics whose implementations share one axis in a figure.
+# Endings of metrics for which all implementations share one axis in a figure.
 ON_ONE_AXIS = ("/speedup", "/peak_bytes")
 
 
@@ -265,7 +265,7 @@ def writable(folder: Path) -> Path:
 
 
 def _card(folder: Path, *, again: bool) -> Any:
-    """Return the report card of a run; evaluate the run first if it has none or ``again``."""
+    """Return the report card of a run; evaluate first if it has none or ``again`` is true."""
     from rudolph.reports.report_cards import draw_card, read_card
     from rudolph.reports.schema import CARD
     from rudolph.runs.stages.evaluation import evaluate_again

@@ -37,7 +37,7 @@ Arguments = TypeVar("Arguments", bound=SamplingArguments)
 
 # All images are held in memory for the ranking and the grid.
 MAX_IMAGES = 10_000
-# Arguments that name inputs, and the values that are no paths.
+# Arguments that name inputs, and their values that are not paths.
 WEIGHTS, IMAGES = ("model", "clip", "upscaler"), ("image", "image_prompt", "mask")
 NO_PATHS = (None, "", "shipped", "newest")
 
@@ -236,7 +236,7 @@ def print_lines(lines: list[str]) -> None:
 
 
 def rescue_sampled(failure: Any, record: dict[str, Any], args: Any) -> str:
-    """Write what was sampled before a stage failed and return a message with its location.
+    """Write the samples from before a stage failed; return a message with their location.
 
     The files hold the images before the failed stage, or their codes if decoding failed.
     """

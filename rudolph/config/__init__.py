@@ -1,1 +1,1 @@
-"""Configuration: YAML settings to checked, frozen runs, and experiment files to runs."""
+"""Configuration: from YAML settings to checked, frozen runs, and from experiment files to runs."""

@@ -141,7 +141,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         The resolved experiment.
 
     Raises:
-        ConfigError: If the file has an error; names the first one in one line.
+        ConfigError: If the file has an error; the message names the first one in one line.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -241,7 +241,7 @@ def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigE
 def _check_domains(
     path: Path, content: Mapping[str, Any], search: Search, runs: Sequence[Run]
 ) -> None:
-    """Raise ``ConfigError`` for a domain that is not one metric of trials and test runs."""
+    """Raise ``ConfigError`` for a domain that is not a metric of both trials and test runs."""
     flat = layered(_shared_settings(path, content), search.settings)
     trial = resolve_run(path, flat | {name: axis.low for name, axis in search.space.items()})
     tested = resolve_run(path, _shared_settings(path, content))
@@ -325,7 +325,7 @@ def _grid(
     overrides: Mapping[str, Any],
     shared: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
-    """Return the values of each grid setting; the command line replaces them by one value."""
+    """Return the values of each grid setting; a value on the command line replaces them."""
     grid = _without_seed(path, content.get("grid", {}), "grid", shared)
     for key, values in grid.items():
         settings.require_distinct(path, f"grid.{key}", values)

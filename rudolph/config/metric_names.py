@@ -56,7 +56,7 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
         metrics += [f"answers/exact_match_{family}" for family in families]
     elif evaluator == "multiple_choice":
         names = {False: "answers", True: "math_question_answering"}
-        # In these datasets only the files show whether questions have images.
+        # For these two datasets, only the files show whether questions have images.
         known = dataset in WITHOUT_IMAGES if dataset not in ("manifest", "fusion_brain") else None
         metrics += [
             f"{name}/choice_accuracy" for key, name in names.items() if known in (None, key)
@@ -69,7 +69,7 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
 
 
 def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:
-    """Yield the metrics that ``rudolph.benchmarks.metrics`` computes of a comparison."""
+    """Yield the metrics that ``rudolph.benchmarks.metrics`` computes for a comparison."""
     measure = WORKLOADS[speed.workload or ""]
     for implementation in speed.implementations:
         # Only the machine that runs the benchmark knows which parts it can measure.

@@ -25,7 +25,7 @@ class Metric:
         name: as in ``runs.csv``.
         unit: "fraction", "dB", "nats/token" and so on.
         is_lower_better: whether a smaller value is better.
-        chance: what the chance level is; empty where there is none.
+        chance: what the chance level is; empty if there is none.
     """
 
     name: str

@@ -21,7 +21,7 @@ RESERVED = frozenset({"samples", "profiles", "figures"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Table cells that pandas reads as missing values.
 MISSING_WORDS = frozenset({"NA", "NULL", "NaN", "None", "nan", "null"})
-# Files append a digest or a sample name with its suffix to the name of a run.
+# File names append a digest, or a sample's name and suffix, to the name of a run.
 LONGEST = 160
 LONGEST_VALUE = 60
 DIGITS = 8
@@ -30,8 +30,8 @@ DIGITS = 8
 def experiment_name(path: Path) -> str:
     """Return the path of an experiment file below ``experiments/``, without its suffix.
 
-    Outside ``experiments/`` it is the path below the working directory; outside of that, the
-    file name.
+    Outside ``experiments/``, the name is the path below the working directory.  Outside both, it
+    is the file name alone.
 
     >>> experiment_name(Path("experiments/speed/decode.yaml"))
     'speed/decode'

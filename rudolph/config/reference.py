@@ -19,7 +19,7 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "text"}
 
 
 def reference_parts() -> dict[str, str]:
-    """Return the generated parts of ``experiments/README.md`` by the names of their markers."""
+    """Return the generated parts of ``experiments/README.md`` keyed by their markers' names."""
     return {"evaluators": evaluators_reference(), "settings": settings_reference()}
 
 
@@ -119,7 +119,7 @@ def _type_name(hint: Any) -> str:
 
 @cache
 def _meanings(kind: Any) -> dict[str, str]:
-    """Return what the docstrings of a class and its bases say of each field."""
+    """Return what the docstrings of a class and its bases say about each field."""
     meanings: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         text = inspect.cleandoc(base.__doc__ or "") if is_dataclass(base) else ""

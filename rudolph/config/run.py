@@ -36,9 +36,9 @@ from rudolph.training.adversary import min_image_size
 from rudolph.training.losses import ReconstructionLossConfig
 from rudolph.training.optim import OptimConfig
 
-# Increase it if a default or the meaning of a setting changes: old runs then have other digests.
+# Increase this if a default or a setting's meaning changes: old runs then get other digests.
 CONFIG_VERSION = 2
-# SSIM mirrors an image by half of its window, so images must be larger than that.
+# SSIM pads an image by mirroring half a window, so images must be larger than half a window.
 SSIM_SIDE = 6
 # A file without ``model.family`` describes a masked decoder.
 FAMILY, DEFAULT_FAMILY = "model.family", "rudolph"
@@ -75,11 +75,11 @@ class RunConfig:
 
     Attributes:
         seed: seed of the model, the order of examples and sampling.
-        vqgan_seed: seed of the VQ-GAN alone, so that runs of several seeds can share one; null
-            for ``seed``.
-        model: section of one family: ``rudolph``, ``clip`` or ``vqgan``.
+        vqgan_seed: seed of the VQ-GAN alone, so that runs with different seeds can share one
+            VQ-GAN; null means ``seed``.
+        model: section of one family, such as ``rudolph`` or ``clip``.
         optim: training of that model.
-        vqgan_optim: training of the VQ-GAN, where the family needs one.
+        vqgan_optim: training of the VQ-GAN, if the family needs one.
     """
 
     __pydantic_config__ = STRICT
@@ -194,7 +194,7 @@ class RunConfig:
 
     @property
     def trainings(self) -> dict[str, OptimConfig]:
-        """Optimizer settings of each training of this run, by their key."""
+        """Optimizer settings of each training of this run, keyed by section."""
         if self.speed.workload is not None:
             return {}
         trainings = {}
@@ -264,7 +264,7 @@ def digest_of(*parts: Any) -> str:
 
 
 def _changes(config: Any, usual: Any = None) -> dict[str, Any]:
-    """Return the fields, nested ones too, that differ from ``usual`` or from their defaults."""
+    """Return the fields, including nested ones, that differ from ``usual`` or their defaults."""
     changed: dict[str, Any] = {}
     for member in fields(config):
         value = getattr(config, member.name)
@@ -326,7 +326,8 @@ def overrides_of(texts: Iterable[str], lower: Mapping[str, Any]) -> dict[str, An
 
     Args:
         texts: The settings.
-        lower: Flat settings that they override; their family decides which keys an error lists.
+        lower: Flat settings that ``texts`` override; the family in ``lower`` decides which keys an
+            error lists.
     """
     source = Path("command line")
     overrides: dict[str, Any] = {}

@@ -43,7 +43,7 @@ _logged: set[str] = set()
 
 
 class DamagedFileError(ValueError):
-    """An error for a file whose content is not what was written; its message is one line."""
+    """An error for a file whose content is not what was written; the message is one line."""
 
     def __init__(self, path: Path, reason: str, advice: str = "") -> None:
         super().__init__(f"{path}: damaged ({reason}){advice and '. '}{advice}")
@@ -69,12 +69,12 @@ def explain_os_error(error: OSError) -> str:
 
 @contextmanager
 def naming_file(path: Path, *, written: Path | None = None) -> Iterator[None]:
-    """Set the file name of every failed read or write inside the context.
+    """Name the file in the error of every failed read or write inside the context.
 
     Args:
         path: file to name in the error.
-        written: temporary file that stands in for ``path``.  An error that names it names ``path``
-            instead.
+        written: temporary file that stands in for ``path``.  An error about the temporary file
+            names ``path`` instead.
 
     Raises:
         OSError: with ``filename`` set to ``path``, unless the error already names another file.
@@ -242,7 +242,7 @@ def _restore_entries(before: Path, folder: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all; drop an incomplete last line first.
+    """Append a line to a file completely or not at all; first drop an incomplete last line.
 
     Raises:
         OSError: naming the file.

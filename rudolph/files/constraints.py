@@ -72,7 +72,7 @@ class Bounds:
 
 
 def _number(value: float | None) -> str:
-    """Return a bound without exponent where it is whole."""
+    """Return a bound as text, without an exponent if it is a whole number."""
     assert value is not None
     return str(int(value)) if value == int(value) else f"{value:g}"
 
@@ -89,7 +89,7 @@ def check(config: Any) -> None:
     """Check every field of a dataclass against the constraints of its type.
 
     Raises:
-        ValueError: naming the first field that breaks one, in one line.
+        ValueError: naming, in one line, the first field that violates its constraint.
     """
     for name, rule, legal, is_optional in _constraints(config.__class__):
         value = getattr(config, name)
@@ -122,7 +122,7 @@ def _constraints(kind: Any) -> tuple[tuple[str, Bounds | None, tuple[Any, ...], 
 
 
 def constraint_of(hint: Any) -> tuple[Bounds | None, tuple[Any, ...], bool]:
-    """Return the bounds, the legal values and whether null is legal, of a type."""
+    """Return a type's bounds, its legal values, and whether null is legal."""
     members = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is not None else ()
     is_union = isinstance(hint, UnionType) or str(get_origin(hint)) == "typing.Union"
     if is_union:
@@ -137,7 +137,7 @@ def constraint_of(hint: Any) -> tuple[Bounds | None, tuple[Any, ...], bool]:
 
 @contextmanager
 def errors_under(key: str) -> Iterator[None]:
-    """Prefix the message of a ``ValueError``, which names a setting, with the key above it."""
+    """Prefix a ``ValueError`` message, which starts with a setting, with the setting's section."""
     try:
         yield
     except ValueError as error:

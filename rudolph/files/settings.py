@@ -1,4 +1,4 @@
-"""YAML to typed, frozen, validated dataclasses; the only module that reads YAML.
+"""Conversion of YAML to typed, frozen, validated dataclasses; no other module reads YAML.
 
 A setting is written ``model.num_layers: 8`` or as nested mappings.  Every error is a one-line
 ``ConfigError`` with the file, the key, the value, the legal values and the closest legal name.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STRICT: "ConfigDict" = {"extra": "forbid", "allow_inf_nan": False, "strict": True}
 # PyYAML also raises these, for example for an invalid date, thousands of digits or ``!!int x``.
 YAML_ERRORS = (RecursionError, ValueError, AttributeError, KeyError)
-# Far above any settings file, but nested aliases reach it quickly.
+# Far more values than any settings file has, but nested aliases reach this limit quickly.
 MOST_VALUES = 100_000
 KIND_NAMES: dict[type, str] = {str: "text", dict: "mapping", list: "list"}
 
@@ -165,14 +165,15 @@ def flat_settings(
     *,
     lower: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the settings of a dataclass by dotted key, for nested and for dotted files.
+    """Return the settings of a dataclass, keyed by dotted key; ``content`` may be nested or flat.
 
     Args:
         path: file to name in errors.
         kind: dataclass that defines the legal keys.
         content: mapping from the file.
         prefix: dotted key of the mapping itself, for errors.
-        lower: flat settings that ``content`` overrides; their tags choose the keys in an error.
+        lower: flat settings that ``content`` overrides; the union tags in them decide which keys
+            an error lists.
 
     Raises:
         ConfigError: if a key is unknown or given twice, or a section is not a mapping.
@@ -249,7 +250,7 @@ def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_key_error(path: Path, full_key: str, key: str, legal: Iterable[str]) -> ConfigError:
-    """Return the ``ConfigError`` for an unknown key, with the legal keys next to it.
+    """Return the ``ConfigError`` for an unknown key, with the legal keys on the same level.
 
     Args:
         path: file to name in the error.
@@ -337,8 +338,8 @@ def _leaf_paths(
     Args:
         kind: dataclass of the configuration.
         prefix: start of every key.
-        chosen_by: settings, highest layer first.  Their tags choose one member of each tagged
-            union; without settings, the keys of all members are returned.
+        chosen_by: layers of settings, of which the first has priority.  Their tags choose one
+            member of each tagged union.  Without layers, the keys of all members are returned.
     """
     paths: dict[str, None] = {}
     hints = get_type_hints(kind, include_extras=True)
@@ -452,7 +453,7 @@ def _without_tags(kind: Any, location: Sequence[Any]) -> tuple[list[str], Any]:
 
 
 def _tags(kind: type) -> list[str]:
-    """Return the single values of all ``Literal`` fields with one value."""
+    """Return the value of every ``Literal`` field that has only one legal value."""
     hints = [get_args(hint) for hint in get_type_hints(kind).values() if _is_literal(hint)]
     return [values[0] for values in hints if len(values) == 1]
 

@@ -1,6 +1,6 @@
 """Runs that measure speed: weights, implementations in turn, scores and their files.
 
-A benchmark run calls ``run_benchmark`` where a training run calls ``run_stages``.
+A benchmark run calls ``run_benchmark``; a training run calls ``run_stages`` instead.
 """
 
 import shutil
@@ -111,7 +111,7 @@ def compare_outputs(
 
     Args:
         worker: Process of the implementation.
-        expected: Our outputs by name.
+        expected: Our outputs, keyed by name.
         folder: Folder for the outputs of the implementation.
         differences: Receives the largest absolute difference of each output.
 

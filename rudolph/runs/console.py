@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @cache
 def console() -> Any:
-    """Return the console on standard error; importing ``rich`` waits for the first message."""
+    """Return the console on standard error; ``rich`` is imported only at the first message."""
     from rich.console import Console
 
     return Console(stderr=True)

@@ -47,7 +47,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # The strategies of Lightning that can train the models of this package.
 FORKING = ("ddp_fork", "ddp_notebook")
 UNUSED = ("_find_unused_parameters_false", "_find_unused_parameters_true")
-# Shards decoders over devices; other networks train by ddp.
+# This strategy shards decoders over devices, and trains other networks with ddp.
 SHARDED = "fsdp2"
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("auto", "ddp", SHARDED, *(f"ddp{ending}" for ending in UNUSED), *FORKING)
@@ -111,7 +111,7 @@ class Hardware(HardwareFlags):
             raise ValueError(f"--strategy: expected auto on mps, got {self.strategy!r}")
 
     def _join_launch(self) -> None:
-        """Take the numbers of devices and machines that a launcher started processes for."""
+        """Take the numbers of devices and machines for which a launcher started processes."""
         started = self.launch
         if started.launcher == "torchrun":
             num_nodes = started.world_size // started.local_world_size
@@ -140,7 +140,7 @@ class Hardware(HardwareFlags):
     def is_main_process(self) -> bool:
         """Return whether this is the process that records, caches and evaluates the run.
 
-        If Slurm starts processes with one run each, every one is a main process.
+        If Slurm starts processes with one run each, every process is a main process.
         """
         return self.world == 1 or self.launch.is_first
 
@@ -202,7 +202,7 @@ class Hardware(HardwareFlags):
         return f"{plain_name}{UNUSED[1]}"
 
     def check(self, config: RunConfig) -> None:
-        """Raise ``ValueError`` for a run that cannot be trained so."""
+        """Raise ``ValueError`` for a run that cannot be trained with these flags."""
         if config.speed.workload is not None:
             if self.world > 1:
                 raise ValueError("speed.workload: needs --devices 1 and --num-nodes 1")
@@ -222,7 +222,7 @@ class Hardware(HardwareFlags):
         family_of(config.model).check_flags(config, self.training_flags(config.optim))
 
     def training_flags(self, optim: OptimConfig) -> TrainingFlags:
-        """Return what a training module needs to know of this hardware."""
+        """Return what a training module needs to know about this hardware."""
         micro, num_accumulated = self.batches(optim)
         return TrainingFlags(self, num_accumulated, micro)
 
@@ -238,7 +238,8 @@ class Hardware(HardwareFlags):
         """Return the micro-batch size per device and the micro-batches per optimizer step.
 
         Raises:
-            ValueError: If ``optim.global_batch_size`` is not divisible accordingly.
+            ValueError: If ``optim.global_batch_size`` is not a multiple of devices times
+                micro-batch.
         """
         world = self.world
         micro = self.micro_batch_size or -(-optim.global_batch_size // world)
@@ -329,8 +330,8 @@ def run_folder(folders: Folders, experiment: Experiment, run: Run) -> Path:
 def is_finished(folder: Path) -> bool:
     """Return whether a folder holds a finished run without damaged weights.
 
-    Only quick checks are made.  A damaged file causes a warning.  Missing weights were removed on
-    purpose.
+    Only quick checks are made.  A damaged file causes a warning.  Missing weights do not count as
+    damage, because they were removed on purpose.
     """
     if finished_summary(folder) is None:
         return False
@@ -343,7 +344,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def copy_to_run(source: Path, path: Path) -> None:
-    """Copy a file between the cache and a run's folder, so that the folder can be moved alone.
+    """Copy a file between the cache and a run's folder, which can then be moved on its own.
 
     On one file system the copy is a hard link.
     """

@@ -85,7 +85,7 @@ def _execute_alone(experiment: Experiment, execution: Execution, uri: str) -> di
         execution.tracker = tracker
         tracker.log_params(to_plain(run.config))
         if not tracker.is_continued:
-            # Curves of stages trained by other runs are missing too, so they are logged again.
+            # The new log also lacks the curves of stages that other runs trained; log them again.
             directory.shared.unlink(missing_ok=True)
         tracker.log_artifact(directory.config)
         tracker.log_tags({"commit": commit, "dirty": dirty, **_place_tags(execution)})
@@ -140,7 +140,7 @@ def train_or_benchmark(execution: Execution) -> tuple[list[Score], dict[str, str
 
 
 def _place_tags(execution: Execution) -> dict[str, str]:
-    """Return the tags of where a run is executed, and of its digest."""
+    """Return the tags for a run's digest and for the machine and devices that execute it."""
     hardware = execution.hardware
     devices = f"{hardware.world} {hardware.kind}"
     return {
@@ -187,7 +187,7 @@ def _earlier_seconds(directory: RunDirectory) -> dict[str, float]:
 
 
 def _write_environment(execution: Execution, commit: str, digests: dict[str, str]) -> None:
-    """Write what results may depend on besides the configuration."""
+    """Write the facts, besides the configuration, on which results may depend."""
     content = {
         "commit": commit,
         "python": platform.python_version(),

@@ -1,8 +1,8 @@
-"""The place of this process among those that train one run together, from the environment.
+"""The rank of this process among those that train one run together, from the environment.
 
-torchrun, Slurm's ``srun`` and Lightning start processes and give each its rank by environment
-variables.  Slurm also starts processes that each execute a run of their own, so its ranks count
-only where a run has several devices.
+torchrun, Slurm's ``srun`` and Lightning start processes and set environment variables that give
+each process its rank.  Slurm also starts processes that each execute a run of their own, so
+Slurm's ranks count only if a run has several devices.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started, and its place.
+    """How this process was started, and its rank.
 
     Attributes:
-        launcher: what started it; ``none`` for a process on its own.
-        is_first: whether it is the first of all processes.
-        local_rank: place among the processes of this machine.
+        launcher: what started the process; ``none`` for a process on its own.
+        is_first: whether this is the first of all processes.
+        local_rank: rank among the processes of this machine.
         world_size: number of all processes; 0 if the launcher does not set it.
         local_world_size: number of processes on each machine; 0 if the launcher does not set it.
     """
@@ -46,13 +46,13 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if "TORCHELASTIC_RUN_ID" in environment:
         names = "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
         return Launch("torchrun", number("RANK") == 0, *map(number, names))
-    # As Lightning does, take a shell in an allocation for a process on its own.
+    # Like Lightning, treat a shell in an allocation as a process on its own.
     is_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment and not is_shell:
         sizes = number("SLURM_NTASKS"), number("SLURM_NTASKS_PER_NODE", 0)
         return Launch("slurm", number("SLURM_PROCID") == 0, number("SLURM_LOCALID", 0), *sizes)
     if "LOCAL_RANK" in environment or "NODE_RANK" in environment:
-        # Lightning starts a process per device of a machine, and the user one per machine.
+        # The user starts one process per machine; Lightning starts the others, one per device.
         local_rank, node = number("LOCAL_RANK", 0), number("NODE_RANK", 0)
         return Launch("lightning", local_rank == node == 0, local_rank)
     return Launch()

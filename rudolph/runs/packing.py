@@ -53,12 +53,14 @@ def pack_run_folder(
         target: Folder to write.
         folders: Folders of the command, for the cached data.
         progress: Called with stage, done, total and a note.
-        int8: Store the decoder's matrices in 8 bits with one scale per row; the rest has 16 bits.
-        settings: ``sampling.key=value``: the default sampling settings of the packed model.
+        int8: Store the decoder's matrices in 8 bits with one scale per row; other matrices have 16
+            bits.
+        settings: Default sampling settings of the packed model, as ``sampling.key=value``.
 
     Raises:
-        ValueError: If the run has not finished, names no evaluators, or a setting does not start
-            with ``sampling.``.  Also if the target is an unpacked run or overlaps this run.
+        ValueError: If the run has not finished, if it names no evaluators, or if a setting does
+            not start with ``sampling.``.  Also if the target is an unpacked run or overlaps this
+            run.
     """
     for setting in settings:
         if not setting.startswith("sampling."):
@@ -190,7 +192,7 @@ def _millions(model: nn.Module) -> str:
 
 
 def _to_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return matrices in 16 bits; vectors are small and may contain large counts."""
+    """Return matrices in 16 bits; keep vectors, which are small and may hold large counts."""
     return {
         name: (value.half() if value.ndim > 1 else value).contiguous()
         for name, value in tensors.items()

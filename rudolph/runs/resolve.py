@@ -1,6 +1,6 @@
 """Resolution of weight sources: a run, an MLflow run, a released name or a folder.
 
-Every command that needs weights accepts any of these, and ``shipped`` and ``newest``.
+Every command that needs weights accepts any of these, and also ``shipped`` and ``newest``.
 """
 
 import re
@@ -41,7 +41,7 @@ from rudolph.tracking.run_directory import CHECKPOINTS, RunDirectory, started_ru
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# The packed run that is part of the package, and the names of two sources.
+# Folder of the packed run that is part of the package, and the names of two sources.
 SHIPPED_RUN = Path(__file__).parents[1] / "checkpoints" / "demo"
 SHIPPED, NEWEST = "shipped", "newest"
 # Prefix of a source ``experiment:NAME`` or ``experiment:NAME:RUN``.
@@ -63,7 +63,7 @@ class Precision:
     """Precision of loaded weights.
 
     Attributes:
-        dtype: Dtype of the weights; None for that of the file.
+        dtype: Dtype of the weights; None for the file's own dtype.
         int8: Store the decoder's layers in int8.
     """
 
@@ -78,7 +78,7 @@ class LoadedModel:
     Attributes:
         pipeline: Decoder, VQ-GAN and tokenizer.
         sampling: Default sampling settings.
-        image_size: Height and width of its images, in pixels.
+        image_size: Height and width of generated images, in pixels.
         name: Name for messages and records.
     """
 
@@ -180,10 +180,13 @@ def newest_run(runs: Path) -> Path:
 
 
 def run_of_experiment(name: str, runs: Path) -> Path:
-    """Return the newest finished run of an experiment: ``quickstart`` or ``emoji/emoji_64:seed1``.
+    """Return the newest finished run of an experiment.
+
+    Examples of names are ``quickstart`` and ``emoji/emoji_64:seed1``.
 
     Raises:
-        ValueError: If no run has finished, or if several have and the name selects none.
+        ValueError: If no run has finished, or if several have finished and the name selects none
+            of them.
     """
     experiment, _, run = name.partition(":")
     started = sorted(started_runs(runs / experiment), key=RunDirectory.summary_time)
@@ -292,7 +295,7 @@ def export_reference(folder: Path, target: Path, *, has_pickle: bool) -> Iterato
             continue
         pickle_path = folder_of_part / "pytorch_model.bin"
         if not has_pickle and store.is_exported(folder_of_part):
-            # The file would hold the weights of an earlier call.
+            # Otherwise the file would still hold the weights of an earlier call.
             pickle_path.unlink(missing_ok=True)
         store.write_checkpoint(
             folder_of_part, tensors, family=family, config=config, origin={"from": str(folder)}
@@ -340,7 +343,7 @@ def open_vqgan(source: str, *, runs: Path, uri: str) -> VQGAN:
 
 
 def _vqgan_source(folder: Path) -> Path | str:
-    """Return the folder or name of the VQ-GAN of a decoder in the reference's format."""
+    """Return the folder or name of the VQ-GAN that a decoder in the reference's format needs."""
     own_vqgan = folder / "vqgan"
     return own_vqgan if own_vqgan.is_dir() else IMAGE_TOKENIZER
 

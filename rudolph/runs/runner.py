@@ -93,10 +93,10 @@ def experiment_files(path: Path) -> list[Path]:
 def require_own_experiments(
     experiments: Sequence[Experiment], folders: Folders, results: Path
 ) -> None:
-    """Check that no experiment has the name of another file's runs or results.
+    """Check that no other file has runs or results under the name of an experiment.
 
-    A copy with the same title, question and runs shares them with the original.  An owner that no
-    longer exists is taken as moved.
+    A copy of a file with the same title, question and runs shares the original's runs and results.
+    If the file that owns them no longer exists, it counts as moved.
 
     Raises:
         ConfigError: If another file uses the name of an experiment.
@@ -122,7 +122,7 @@ def _name_conflict(experiment: Experiment, owner: str, location: str) -> ConfigE
 def _existing_owners(
     experiment: Experiment, folders: Folders, results: Path
 ) -> Iterator[tuple[Path, str]]:
-    """Yield each folder with an experiment's name and the experiment file that created it."""
+    """Yield each folder that has an experiment's name, and the experiment file that created it."""
     runs = folders.runs / experiment.name
     if (runs / OWNER).is_file():
         yield runs, (runs / OWNER).read_text("utf-8", errors="replace").strip()
@@ -168,7 +168,7 @@ def run_or_error(
         ValueError: If the data or the hardware flags are invalid.
         OSError: If a file cannot be read or written.
     """
-    # Importing Lightning and MLflow takes seconds, which only training should cost.
+    # Lightning and MLflow take seconds to import, so only training imports them.
     from rudolph.runs.experiment import execute
     from rudolph.training.callbacks import NonFiniteLossError
 
@@ -239,7 +239,7 @@ def error_line(error: Exception) -> str:
 
 
 def search_of(experiment: Experiment, folders: Folders) -> Iterator[list[Run]]:
-    """Yield the rounds of an experiment's search; execute each before taking the next."""
+    """Yield the rounds of an experiment's search; the caller executes each before the next."""
     if experiment.search is None:
         return
     from rudolph.runs.search import search_rounds
@@ -258,7 +258,7 @@ def all_runs(experiment: Experiment, folders: Folders) -> list[Run]:
 
 
 def missing_runs(experiment: Experiment, folders: Folders) -> tuple[str, ...]:
-    """Return the names of unfinished runs, then the number of search runs not yet begun."""
+    """Return the names of unfinished runs, then a note with the number of search runs to come."""
     search_runs = _runs_of_search(experiment, folders)
     missing = [
         run.name
@@ -291,7 +291,7 @@ def run_parallel(
 
     Args:
         jobs: The runs to execute.
-        context: Where and on what hardware they are executed.
+        context: Folders, hardware and tracking server of the runs.
         number: Number of processes.
     """
     broken = yield from _run_in_pool(jobs, context, number)
@@ -332,7 +332,7 @@ def _shutting_down(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Queued jobs would still start.
+        # Without this, queued jobs would still start.
         deadline = time.monotonic() + SECONDS_TO_STOP
         children = [child for child in active_children() if child not in others]
         for child in children:

@@ -61,7 +61,7 @@ def save_samples(
 ) -> None:
     """Save reconstructions, texts of each split and the grid of fixed prompts.
 
-    Samples that need a capability which the model lacks are skipped.
+    Samples are skipped if the model lacks a capability that they need.
 
     Args:
         execution: The run.
@@ -134,9 +134,9 @@ def save_once(
 
 
 def shown_datasets(config: DataConfig) -> dict[str, str]:
-    """Return the dataset whose images are shown for each task in ``SHOWN_TASKS``.
+    """Return, for each task in ``SHOWN_TASKS``, the dataset whose images are shown.
 
-    The main dataset comes before the others of the mixture.
+    The main dataset takes precedence over the other datasets of the mixture.
     """
     rows = sorted(config.mixture, key=lambda row: row.dataset == config.dataset)
     return {row.task: row.dataset for row in rows if row.task in SHOWN_TASKS}
@@ -215,7 +215,7 @@ def generate_prompts(
 
 
 def _evenly_spaced(split: Split, num_splits: int = 1) -> list[int]:
-    """Return evenly spaced indices of a split, ``NUM_SHOWN`` over ``num_splits`` splits."""
+    """Return evenly spaced indices of a split; ``num_splits`` splits get ``NUM_SHOWN`` in all."""
     count = min(NUM_SHOWN // num_splits, len(split))
     return [index * len(split) // count for index in range(count)]
 

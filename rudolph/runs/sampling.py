@@ -53,7 +53,7 @@ class SamplingArguments:
         }
 
     def command(self) -> str:
-        """Return the shell command with these arguments, without flags at their default.
+        """Return the shell command with these arguments; flags with default values are left out.
 
         >>> GenerateArguments(number=2, text="синий кот", top_p=0.9).command()
         "rudolph generate 'синий кот' --number 2 --top-p 0.9"
@@ -141,7 +141,7 @@ def sampling_of(config: Any, arguments: Any) -> Any:
 
 
 def request_of(arguments: GenerateArguments) -> Any:
-    """Return the ``GenerationRequest`` of some arguments, without the tokens of an image prompt.
+    """Return the ``GenerationRequest`` for the arguments, without the tokens of an image prompt.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -165,7 +165,7 @@ def prepare_generation(
 
     Args:
         arguments: Arguments of the command.
-        images: ``image_prompt`` and ``mask`` as RGB images, as far as they are given.
+        images: ``image_prompt`` and ``mask`` as RGB images, each only if it is given.
         source: The ``LoadedModel`` that generates.
 
     Raises:
@@ -189,13 +189,13 @@ def prepare_generation(
 
 
 def unreadable_notes(tokenizer: Any, name: str, text: str, num_cut: int) -> list[str]:
-    """Return one line per part of a text that the model cannot encode.
+    """Return notes on the parts of a text that the model cannot encode, one line each.
 
     Args:
         tokenizer: The model's ``Tokenizer``.
         name: Name of the text in the messages.
         text: The text.
-        num_cut: Number of its BPE ids that are cut.
+        num_cut: Number of BPE ids that are cut from the text.
     """
     note = tokenizer.unknown_note(text, name)
     notes = [note] if note else []
@@ -209,7 +209,7 @@ def check_image_prompt(arguments: GenerateArguments) -> None:
 
     Raises:
         ValueError: If ``--image-prompt`` comes without exactly one of ``--borders``, ``--mask``
-            and ``--vary``, or one of these without an image prompt.
+            and ``--vary``, or if one of these three comes without an image prompt.
     """
     from rudolph.generation import image_prompts
 
@@ -230,7 +230,7 @@ def check_image_prompt(arguments: GenerateArguments) -> None:
 
 
 def given_tokens(arguments: GenerateArguments, images: Mapping[str, Any], source: Any) -> Any:
-    """Return the image indices ``(I,)`` of the prompt, with ``TO_SAMPLE`` where none is kept."""
+    """Return the prompt's image indices ``(I,)``, with ``TO_SAMPLE`` at the tokens to generate."""
     import torch
 
     from rudolph.data.seeds import mixed_seed
@@ -285,7 +285,7 @@ def caption_image_of(
     *,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Captions:
-    """Sample captions or answers for an image, or score classes as captions of it.
+    """Sample captions or answers for an image, or score class names as its captions.
 
     The probability of a class is its likelihood as a caption, normalised over all classes.
 
@@ -293,7 +293,7 @@ def caption_image_of(
         arguments: Arguments of the command.
         image: RGB image of any size.
         source: The ``LoadedModel`` that answers.
-        on_token: Called with the numbers of tokens done and of all tokens.
+        on_token: Called with the number of generated tokens and the total.
     """
     from rudolph.data.seeds import mixed_seed
 

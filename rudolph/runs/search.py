@@ -67,7 +67,7 @@ def search_rounds(experiment: Experiment, row_of: RowOf) -> Iterator[list[Run]]:
 
 
 def _region_tests(experiment: Experiment, search: Search, rows: pd.DataFrame) -> Iterator[Run]:
-    """Yield one run per domain and seed at points of the domain's region."""
+    """Yield one run per domain (a metric) and seed, at points of the domain's region."""
     seeds = experiment.seeds
     for domain in search.domains:
         region = find_domain_region(search, domain, rows)
@@ -91,9 +91,9 @@ def _run(
 
 
 def groups_sharing_pairs(experiment: Experiment) -> tuple[str, ...]:
-    """Return the groups of test runs that may be evaluated on pairs of the trials.
+    """Return the groups of test runs that may share evaluated pairs with the trials.
 
-    Pairs are disjoint if the data are the same but the splits, or the folds of a split, differ.
+    They share no pairs if the data are the same but the splits, or the folds of a split, differ.
     """
     search = experiment.search
     if search is None:

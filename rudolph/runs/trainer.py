@@ -109,7 +109,8 @@ def fit(
 def keep_weights(module: ManualStepModule, weights: Path) -> None:
     """Write the trained network of a module from the main process.
 
-    Weights are stored in float32 regardless of the training precision, as other runs read them.
+    Weights are stored in float32 regardless of the training precision, because other runs read
+    them.
     """
     network = module.whole_network().float()
     merge_low_rank(network)
@@ -120,7 +121,7 @@ def keep_weights(module: ManualStepModule, weights: Path) -> None:
 def run_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, streams: Streams, start: Path | None
 ) -> None:
-    """Fit from the checkpoint ``start``, if any.
+    """Train, from the checkpoint ``start`` if there is one.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C.
@@ -150,7 +151,7 @@ def make_trainer(
     """
     strategy: str | ModelParallelStrategy = hardware.strategy_for(num_networks)
     if shards:
-        # One file of the whole training, which any number of devices reads.
+        # Write one file with the whole state, which any number of devices can read.
         strategy = ModelParallelStrategy(hardware.world, 1, save_distributed_checkpoint=False)
     try:
         return pl.Trainer(
@@ -177,10 +178,10 @@ def make_trainer(
 def environment_plugins(hardware: Hardware) -> list[ClusterEnvironment]:
     """Return Lightning's view of the processes, where its own detection would be wrong."""
     if hardware.world == 1:
-        # One process of Slurm's with a run of its own must not wait for the others.
+        # A Slurm process that executes a run of its own must not wait for other processes.
         return [LightningEnvironment()]
     if hardware.launch.launcher == "slurm":
-        # Requeueing is the job script's: Lightning would write checkpoints of its own.
+        # The job script requeues: if Lightning did, it would write checkpoints of its own.
         return [SLURMEnvironment(auto_requeue=False)]
     return []
 

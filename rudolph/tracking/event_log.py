@@ -8,7 +8,7 @@ Each record has a ``kind``, a ``time`` in milliseconds and these fields:
     metrics   step, metrics: name -> number, or "nan", "inf", "-inf"
     params    params: flattened name -> text
     tags      tags: name -> text
-    artifact  path (relative to the run's folder when inside), folder (in MLflow)
+    artifact  path (relative if inside the run's folder), folder (in MLflow)
 """
 
 import errno
@@ -154,8 +154,8 @@ def read_batches(path: Path, offset: int) -> Iterator[tuple[int, list[dict[str, 
 class EventLog:
     """The append-only event log of one run, safe to write from several threads.
 
-    Opening an existing log continues it.  For a damaged log, the readable lines are continued and
-    the damaged file is kept next to it.
+    Opening an existing log continues it.  If the log is damaged, its readable lines are continued
+    in a new file, and the damaged file is kept next to that.
 
     Attributes:
         path: the file of the log.
@@ -195,10 +195,10 @@ class EventLog:
             )
 
     def append(self, kind: str, **fields: object) -> None:
-        """Write one record; it is on its way to the disk when this returns.
+        """Write one record; when this returns, the record survives a crash of the process.
 
         Raises:
-            OSError: if writing fails; the log then holds nothing of the record.
+            OSError: if writing fails; the log then has no part of the record.
         """
         line = _line(kind, fields)
         with self._lock, naming_file(self.path):
@@ -223,12 +223,12 @@ class SendMarker:
         self._folder, self._server = folder, without_user(server)
 
     def read(self) -> tuple[str, int]:
-        """Return the id of the MLflow run and the byte up to which the log is sent.
+        """Return the id of the MLflow run and the byte up to which the log has been sent.
 
         If nothing was sent, return ``("", 0)``.
 
-        The byte is 0 if the log is not the one that was sent, because sending twice changes
-        nothing.
+        If another log was sent, the byte is 0: all is sent again, because sending twice is
+        harmless.
         """
         mark = self._marks().get(self._server, {"run_id": "", "offset": 0})
         return mark["run_id"], mark["offset"] if self._ends_line(mark["offset"]) else 0
@@ -239,7 +239,7 @@ class SendMarker:
             return offset > 0 and journal.read(1) == b"\n"
 
     def write(self, run_id: str, offset: int) -> None:
-        """Store the marker; a crash leaves the old one or the new one."""
+        """Store the marker; a crash leaves either the old or the new marker."""
         marks = self._marks() | {self._server: {"run_id": run_id, "offset": offset}}
         write_json(self._folder / SENT, marks)
 
@@ -257,7 +257,7 @@ class SendMarker:
 
 
 def read_markers(path: Path) -> dict[str, Any]:
-    """Return, for each server, how far the log was sent.
+    """Return how far the log has been sent to each server.
 
     Raises:
         DamagedFileError: if the file holds anything else.
@@ -271,9 +271,9 @@ def read_markers(path: Path) -> dict[str, Any]:
 
 
 def pending_folders(runs_folder: Path, server: str | None) -> list[Path]:
-    """Return the run folders with records that ``server`` lacks, or all of them if it is None.
+    """Return the run folders with records that ``server`` lacks, or all if ``server`` is None.
 
-    A run whose event log cannot be read is named in a warning and left out.
+    If the event log of a run cannot be read, a warning names the run, which is then left out.
     """
     folders = []
     for path in sorted(runs_folder.rglob(JOURNAL)):
@@ -325,16 +325,15 @@ def without_user(uri: str) -> str:
 
 @contextmanager
 def file_lock(path: Path, seconds: float) -> Iterator[bool]:
-    """Hold a lock that a dying process releases; yield whether it was acquired within ``seconds``.
+    """Hold a lock that ends with the process; yield whether it was acquired in ``seconds``.
 
-    The lock is that of SQLite, the only file lock of the standard library that works on every
-    system.
+    The lock is SQLite's: no other file lock in the standard library works on every system.
 
     Raises:
         OSError: if the lock file cannot be created, written or locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file that is not a lock is held by no process, so it can be removed.
+    # No process holds a file that is not a lock, so the file can be removed.
     if path.is_file() and not _is_lock(path):
         path.unlink()
     with naming_file(path), path.open("ab"):

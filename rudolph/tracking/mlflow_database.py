@@ -1,8 +1,8 @@
 """MLflow's SQLite file: created atomically, and checked before MLflow opens it.
 
-MLflow creates some 60 tables one after the other, in the file itself.  If it is killed meanwhile,
-it can never open the file again.  Here the file is created under another name and then renamed.  A
-file that another program left incomplete is set aside, if it holds nothing.
+MLflow creates some 60 tables one after the other, in the file itself.  If the process is killed
+meanwhile, MLflow can never open the file again.  Here the file is created under another name and
+then renamed.  If another program left an incomplete file without data, that file is set aside.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rudolph.files.atomic import rename_damaged, warn_once
 
-# Files that SQLite keeps next to a database in use, or that a killed process left.
+# SQLite keeps these files next to a database in use; a killed process leaves them behind.
 COMPANIONS = ("-journal", "-wal", "-shm")
 # Creating the tables adds rows only here; the experiment "Default" is the last step.
 BOOKKEEPING = ("alembic_version", "workspaces", "sqlite_sequence")
@@ -29,7 +29,7 @@ class SlowStoreError(ConnectionError):
 
 
 def prepare_database(database: Path) -> None:
-    """Create the database if it is missing or incomplete; one that holds anything is kept.
+    """Create the database if it is missing or incomplete; keep a database that has data.
 
     Only one process may call this at a time.
 

@@ -1,8 +1,9 @@
-"""MLflow at one address, whose runs are created from event logs.
+"""MLflow at one address; its runs are created from event logs.
 
 Sending twice changes nothing.  The MLflow run is found by its tag ``rudolph.run_key``.  Parameters
 and tags are set to their present values, equal metric points are stored once, and artifacts
-overwrite themselves.  Runs of one experiment have a parent run, which holds its exported results.
+overwrite earlier copies.  The runs of one experiment have a parent run, which holds the
+experiment's exported results.
 """
 
 import logging
@@ -57,7 +58,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SendProgress:
-    """Counts of one sending: runs and records sent, records refused, runs still waiting."""
+    """Counts of one send: runs and records sent, records refused, runs still waiting."""
 
     runs: int = 0
     records: int = 0
@@ -88,9 +89,10 @@ class MLflowStore:
             from mlflow import MlflowClient
 
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            # MLflow logs a traceback of an error that it then raises.
+            # MLflow logs the traceback of an error and then also raises the error.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            # The first client creates the tables, and MLflow does not stop two from doing so.
+            # The first client creates the tables; MLflow does not prevent two clients from doing
+            # so.
             lock = self._database and self._database.with_name(f"{self._database.name}.lock")
             with file_lock(lock, 60.0) if lock else nullcontext(True) as is_held:
                 if not is_held:
@@ -110,8 +112,8 @@ class MLflowStore:
             on_progress: called after every batch that the server has taken.
 
         Raises:
-            OSError: if the server cannot be used now; ``SlowStoreError`` if it is slow.
-            DamagedFileError: at a record that cannot be read; those before it are sent.
+            OSError: if the server cannot be used now; ``SlowStoreError`` if the server is slow.
+            DamagedFileError: at a record that cannot be read; the records before it are sent.
         """
         marker, directory = SendMarker(folder, self.uri), RunDirectory(folder)
         if not (again or marker.is_pending()):
@@ -164,7 +166,8 @@ class MLflowStore:
                     self._experiment_id(experiment), tags=tags, run_name=experiment
                 )
                 self._client.set_terminated(created.info.run_id)
-                # Another process may have created one meanwhile; both then keep the same one.
+                # Another process may have created a parent meanwhile; both processes then keep the
+                # same one.
                 parent_ids = self._parents_of(experiment)
                 if created.info.run_id != parent_ids[0]:
                     self._client.delete_run(created.info.run_id)
@@ -215,7 +218,7 @@ class MLflowStore:
         if name not in self._experiment_ids:
             folder = self._database.with_name("mlartifacts") if self._database else None
             try:
-                # Not looked up first: another process may create it in between.
+                # Do not look it up first: another process may create the experiment in between.
                 self._experiment_ids[name] = self._client.create_experiment(
                     name, artifact_location=folder.as_uri() if folder else None
                 )
@@ -230,7 +233,8 @@ class MLflowStore:
     def _log_values(self, run_id: str, values: "list[Metric | Param | RunTag]") -> list[str]:
         """Log values and return a message per refused value.
 
-        MLflow takes all or none, so a refused batch is halved until single values are left.
+        MLflow accepts all values of a batch or none, so a refused batch is halved until single
+        values are left.
         """
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException

@@ -3,7 +3,7 @@
     config.yaml        the resolved settings
     summary.json       status, scores and durations
     environment.json   machine, versions and digests of the data
-    journal.*          the event log, what is sent of it, and the lock of the process that sends
+    journal.*          the event log, how far it has been sent, and the sending process's lock
     checkpoints/       weights and tokenizer
     samples/           images
     shared.txt         the names of the cache folders that the run used, one per line
@@ -97,7 +97,7 @@ class RunDirectory:
 
 
 def started_runs(folder: Path, pattern: str = "*") -> list[RunDirectory]:
-    """Return the runs with a summary, sorted by path; the pattern ** finds those at any depth."""
+    """Return the runs with a summary, sorted by path; the pattern ** finds runs at any depth."""
     return [RunDirectory(path.parent) for path in sorted(folder.glob(f"{pattern}/{SUMMARY}"))]
 
 

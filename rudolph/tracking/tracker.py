@@ -1,8 +1,8 @@
 """Tracking of a run in MLflow, without losing any record.
 
 Every call is written to the run's event log first.  A background thread sends the log to MLflow.
-An unavailable server costs nothing but a warning, and ``send_pending`` sends the rest later.
-MLflow is imported in the sending thread, so training neither waits for it nor needs it.
+If the server is unavailable, only a warning is logged, and ``send_pending`` sends the records
+later.  MLflow is imported in the sending thread, so training neither waits for it nor needs it.
 """
 
 import logging
@@ -28,7 +28,7 @@ from rudolph.tracking.mlflow_store import MLflowStore, SendProgress
 
 SECONDS_BETWEEN_SENDS = 1.0
 MAX_BACK_OFF = 60.0
-# Seconds that the end of a run waits for a server that takes records, but slowly.
+# Seconds that the end of a run waits for a server that accepts records slowly.
 MAX_WAIT, MAX_WAIT_AFTER_ERROR = 60.0, 5.0
 
 _logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ def tracking_uri(checkout: Path) -> str:
 def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple[str, bool]:
     """Return the commit checked out at ``folder``, and whether the files differ from it.
 
-    Untracked files count.  The ``ignored`` folders of the repository do not, because exporting one
-    run must not make the next one dirty.  Without git or a commit, return ``("unknown", True)``.
+    Untracked files count as a difference.  The ``ignored`` folders of the repository do not count,
+    because exporting one run must not make the next run dirty.  Without git or a commit, return
+    ``("unknown", True)``.
     """
     paths = [":/", *(f":(top,exclude){name}" for name in ignored)]
     outputs = []
@@ -58,7 +59,7 @@ def git_state(folder: Path, *, ignored: tuple[str, ...] = ("results",)) -> tuple
 
 
 class Tracker:
-    """The tracker of one run, whose logging methods return at once whatever the server does.
+    """The tracker of one run; its logging methods return at once, whatever the server does.
 
     As a context manager it finishes the run: ``failed`` after an exception, else ``finished``.
 
@@ -69,7 +70,8 @@ class Tracker:
         experiment: name of the MLflow experiment.
         run: name of the MLflow run.
         digest: digest of the run's configuration.
-        runs_folder: folder of earlier runs, whose unsent records are sent after those of this run.
+        runs_folder: folder of earlier runs, whose unsent records are sent after this run's
+            records.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Tracker:
         self._journal.append("status", status="running")
         self.is_continued = self._journal.is_continued
         self._is_finished = self._has_warned = False
-        # Opening imports MLflow and may create its tables, which is no sign of a slow server.
+        # Opening imports MLflow and may create tables; that takes time even with a fast server.
         self._is_opening, self._last_progress = True, time.monotonic()
         self._stopping, self._jitter = threading.Event(), random.Random(run)
         self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
@@ -107,7 +109,7 @@ class Tracker:
         self._journal.append("tags", tags=flatten(tags))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Log a file to store in MLflow under ``folder``; it is read when it is sent.
+        """Log a file to store in MLflow under ``folder``; the file is read when it is sent.
 
         Raises:
             ValueError: if ``path`` is not a file.
@@ -131,9 +133,10 @@ class Tracker:
         self._journal.append("status", status=status)
 
     def close(self, timeout: float = 5.0, *, max_wait: float = MAX_WAIT) -> bool:
-        """Wait until all records are sent; return whether they were.
+        """Wait until all records are sent; return whether all were sent.
 
-        If the server is slow, the rest is sent in the background while the process lives.
+        If the server is slow, remaining records are sent in the background while the process
+        lives.
 
         Args:
             timeout: seconds to wait for any progress.
@@ -218,9 +221,9 @@ def pause_after(seconds: float) -> float:
 def send_pending(runs_folder: Path, uri: str, *, again: bool = False) -> SendProgress:
     """Send the records of the runs in ``runs_folder`` that ``uri`` lacks.
 
-    A run that another process is sending is left to it and counted as waiting.  All runs left when
-    the server becomes unavailable count as waiting too.  MLflow is imported only if there is
-    something to send.
+    If another process is sending a run, that run is skipped and counts as waiting.  If the server
+    becomes unavailable, all remaining runs count as waiting too.  MLflow is imported only if there
+    is something to send.
 
     Args:
         runs_folder: the folder that holds the runs.

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Channels of VGG16's convolutions; None halves the image.  LPIPS compares the maps before each
-# halving and the last ones.
+# Channels of VGG16's convolutions; None halves the image.  LPIPS compares the feature maps before
+# each halving, and the last ones.
 VGG16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
@@ -26,14 +26,14 @@ NUM_LAYERS = 3
 def min_image_size(num_layers: int = NUM_LAYERS) -> int:
     """Return the smallest image side that a patch discriminator can process, in pixels.
 
-    The discriminator halves the image ``num_layers`` times, and each of two convolutions of kernel
-    size 4 takes one more pixel.
+    The discriminator halves the image ``num_layers`` times, and each of two convolutions with
+    kernel size 4 needs one more pixel.
     """
     return 3 * int(2**num_layers)
 
 
 class PatchDiscriminator(nn.Module):
-    """A PatchGAN: images ``(B, 3, H, W)`` in [-1, 1] to a map of real-or-fake logits."""
+    """A PatchGAN: maps images ``(B, 3, H, W)`` in [-1, 1] to a grid of real-or-fake logits."""
 
     def __init__(self, channels: int = 64, num_layers: int = NUM_LAYERS) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS of two batches of images in [-1, 1], ``(B,)``, with weights from a given file.
+    """LPIPS ``(B,)`` of two batches of images in [-1, 1], with weights from a given file.
 
     Args:
         path: a safetensors file with torchvision's ``features.N.weight`` and ``.bias`` of VGG16,
             and with LPIPS' ``lin0.model.1.weight`` to ``lin4.model.1.weight``.
 
     Raises:
-        ValueError: if the file is missing, lacks a tensor or has one of another shape.
+        ValueError: if the file is missing, lacks a tensor or has a tensor of another shape.
     """
 
     shift: Tensor

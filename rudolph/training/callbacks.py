@@ -32,7 +32,7 @@ def require_finite(losses: Mapping[str, Tensor], *, step: int, where: str) -> No
     """Raise ``NonFiniteLossError`` for the first loss that is not finite.
 
     Args:
-        losses: scalar losses by name.
+        losses: scalar losses keyed by name.
         step: the optimizer step, for the message.
         where: the examples, for the message.
     """
@@ -42,12 +42,13 @@ def require_finite(losses: Mapping[str, Tensor], *, step: int, where: str) -> No
 
 
 class ResumeCheckpoint(pl.Callback):
-    """A callback that writes ``last.ckpt`` every so many steps, if the weights are finite.
+    """A callback that writes ``last.ckpt`` every ``every_num_steps`` steps, if weights are finite.
 
     Writes are atomic.  The preceding checkpoint is kept as ``previous.ckpt``, in case the last one
     is damaged.  A checkpoint is written at the start of the next step, because only then have
-    Lightning's loops counted the last one.  It records the number of steps of its training and
-    what it was trained on, and nothing of the hardware: any other may continue.
+    Lightning's loops counted the finished step.  It records the number of steps of its training
+    and a digest of what it was trained on.  It records no hardware, so the training may continue
+    on other hardware.
 
     Raises:
         ValueError: on loading a checkpoint of another training, whose steps would not match.
@@ -67,7 +68,7 @@ class ResumeCheckpoint(pl.Callback):
         self.num_steps, self.digest, self.is_sharded = num_steps, digest, is_sharded
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the training."""
+        """Return the values that identify the training."""
         return {
             "num_steps": self.num_steps,
             "made_of": self.digest,
@@ -75,7 +76,7 @@ class ResumeCheckpoint(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if the checkpoint is that of another training."""
+        """Raise ``ValueError`` if the checkpoint belongs to another training."""
         require_same_training(
             self.path,
             state_dict,
@@ -106,19 +107,21 @@ class ResumeCheckpoint(pl.Callback):
             finally:
                 if trainer.is_global_zero:
                     new_path.unlink(missing_ok=True)
-            # The end of another process may end this one, but not before the file is renamed.
+            # Wait for all processes: one that ends early could end this one before the file is
+            # renamed.
             trainer.strategy.barrier()
 
 
 def preempted(number: int, num_steps: int) -> PreemptedError:
-    """Return the error of a signal with this number after so many steps."""
+    """Return the error for signal ``number``, received after ``num_steps`` steps."""
     return PreemptedError(f"{signal.Signals(number).name} after {num_steps} steps")
 
 
 class StopOnSignal(pl.Callback):
     """A callback that writes a checkpoint and ends the training after SIGTERM or SIGUSR1.
 
-    Schedulers send one of them before they end a job.  One device that received it is enough.
+    Schedulers send one of these signals before they end a job.  It is enough that one device
+    receives it.
 
     Args:
         checkpoint: Writes the checkpoint.
@@ -145,7 +148,7 @@ class StopOnSignal(pl.Callback):
         received = torch.tensor(self.received, device=module.device)
         number = int(strategy.reduce(received, reduce_op="max"))
         if number:
-            # The checkpoint may have been due and written at this step already.
+            # If a checkpoint was due at this step, it has been written already.
             if batch_index % self.checkpoint.every:
                 self.checkpoint.write(trainer, module, batch_index)
             self.replaced = {}
@@ -255,7 +258,7 @@ class MetricLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Forward metrics at the current optimizer step and append them to the file."""
-        # Lightning's step counts those of all optimizers, and is one too high after resuming.
+        # Lightning's step adds up the steps of all optimizers, and is one too high after resuming.
         num_steps = self.num_steps_done()
         left_out = ("epoch",) if num_steps % LOG_EVERY == 0 else ("epoch", "train/")
         values = {
@@ -269,12 +272,12 @@ class MetricLogger(Logger):
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's hints, and its warnings of resumed epochs and of frozen parts."""
+    """Silence Lightning's hints, and its warnings about resumed epochs and frozen parts."""
     # Lightning sets its log level on import.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # The example stream resumes by its own count, which Lightning does not know of.
+    # The example stream resumes by its own count, which Lightning does not know.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint")
-    # A sharded training refuses weight averaging, so the two never meet.
+    # Sharded trainings refuse weight averaging, so this warning never applies.
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
     # Frozen parts stay in evaluation mode (``models.layers.partly_trained``).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")

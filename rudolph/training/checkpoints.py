@@ -1,7 +1,8 @@
 """Resume checkpoints on disk: two generations, verified before use.
 
-``last.ckpt`` is the newest and ``previous.ckpt`` the one before it.  A damaged one is renamed and
-the other is used.  Without an intact one, training starts over and reproduces the same bits.
+``last.ckpt`` is the newest checkpoint, and ``previous.ckpt`` is the one before it.  A damaged
+checkpoint is renamed, and the other one is used.  Without an intact checkpoint, training starts
+over and reproduces the same bits.
 """
 
 import os
@@ -34,8 +35,8 @@ def previous_of(last: Path) -> Path:
 
 
 def rotate_checkpoints(new: Path, last: Path) -> None:
-    """Rename a complete checkpoint to ``last``; the one that was there becomes the previous."""
-    # Sync the content before the name, so that a power cut cannot leave a name without content.
+    """Rename a complete checkpoint to ``last``; the old ``last`` becomes ``previous.ckpt``."""
+    # Sync the content before renaming, so that a power cut cannot leave a name without content.
     with new.open("rb") as file:
         os.fsync(file.fileno())
     if last.is_file():
@@ -57,13 +58,13 @@ def find_checkpoint(
     Args:
         last: the path of ``last.ckpt``.
         num_steps: the number of steps of this training.
-        digest: digest of its data, tokenizer and VQ-GAN.
+        digest: digest of the training's data, tokenizer and VQ-GAN.
         is_sharded: whether the training shards its optimizer states.
         is_main: whether this process renames and reports damaged checkpoints.  Every process finds
             the same checkpoint, before and after the renaming.
 
     Raises:
-        ValueError: if the checkpoint is that of another training; the message includes the remedy.
+        ValueError: if the checkpoint belongs to another training; the message includes the remedy.
     """
     damaged = []
     intact = None
@@ -122,8 +123,8 @@ def require_same_training(
 ) -> None:
     """Raise ``ValueError`` if a checkpoint does not fit a training.
 
-    It must have the same steps and data.  A sharded training resumes from a sharded checkpoint
-    alone, which stores optimizer states by parameter name.
+    The checkpoint must have the same number of steps and the same data.  A sharded training
+    resumes only from a sharded checkpoint, which stores optimizer states by parameter name.
     """
     if state["num_steps"] != num_steps:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Training of CLIP: contrastive matching of images and captions within a batch.
 
 Every pair of a batch is compared with every other, on all devices, so a batch is never split into
-micro-batches.  Several pairs may share a caption, and then each of their images fits it.  The
-softmax loss leaves the other pairs of a caption out of its sums.  The sigmoid loss scores each
-combination by itself and counts these pairs as matches.
+micro-batches.  If several pairs share a caption, it fits the images of all these pairs.  The
+softmax loss leaves the extra matches out of its sums.  The sigmoid loss scores every image with
+every caption separately and counts the extra matches as matches.
 
 Source: Radford 2021 (arXiv:2103.00020), with open_clip for the bounds of the scale; SigLIP (Zhai
 2023, arXiv:2303.15343) and LiT (Zhai 2021, arXiv:2111.07991).
@@ -53,8 +53,8 @@ def prepare_for(model: CLIP, losses: CLIPLossConfig) -> None:
 class CLIPTraining(ManualStepModule):
     """The training of a ``CLIP`` on ``TextImageBatch``; validates by loss and retrieval.
 
-    Logs ``val/loss`` over groups of ``global_batch_size`` pairs, as in training, and the recalls
-    of ``retrieval_recalls`` among all validation pairs.
+    It logs ``val/loss`` over groups of ``global_batch_size`` pairs, as in training, and the
+    ``retrieval_recalls`` among all validation pairs.
 
     Raises:
         ValueError: if the model does not fit the loss, or a device's part of a batch is split
@@ -72,7 +72,7 @@ class CLIPTraining(ManualStepModule):
         return [self.model]
 
     def accumulate(self, batch: TextImageBatch, step: int, totals: Tensor) -> Tensor:
-        """Add a device's part of the loss to the gradients and return it, ``(1,)``."""
+        """Add the gradients of a device's part of the loss; return that part ``(1,)``."""
         num_devices = self.trainer.world_size
         if len(batch.examples) * num_devices != float(totals):
             raise ValueError(
@@ -103,7 +103,7 @@ class CLIPTraining(ManualStepModule):
         return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all devices; gradients flow to this device's own rows alone."""
+        """Concatenate the rows of all devices; gradients flow only to this device's own rows."""
         world = self.trainer.world_size
         if world == 1:
             return rows
@@ -160,21 +160,23 @@ class CLIPTraining(ManualStepModule):
         """Collect all validation pairs over all devices, in the order of their numbers.
 
         Returns:
-            The numbers of images and of captions, ``(N,)``, and the features of images and of
-            captions, ``(N, E)``.
+            The ids ``(N,)`` of images and of captions, and the features ``(N, E)`` of images and
+            of captions.
         """
         examples, *rows_of_device = (torch.cat(part) for part in zip(*self.validated, strict=True))
         reduce: Any = self.trainer.strategy.reduce
         num_pairs = int(reduce(examples.max(), reduce_op="max")) + 1
 
         def sum_over_devices(rows: Tensor) -> Tensor:
-            # Each device has some of the pairs; a sum over zero-filled tensors has all.
+            # Each device has some of the pairs; the sum of the devices' zero-filled tensors has
+            # all pairs.
             all_rows = rows.new_zeros(num_pairs, *rows.shape[1:])
             all_rows[examples] = rows
             return reduce(all_rows, reduce_op="sum")
 
         numbers, captions, images, texts = (sum_over_devices(rows) for rows in rows_of_device)
-        # With fewer pairs than devices, several devices hold the same pair; divide by how many.
+        # With fewer pairs than devices, several devices hold the same pair; divide by their
+        # number.
         num_copies = sum_over_devices(torch.ones_like(examples))
         features = images / num_copies[:, None], texts / num_copies[:, None]
         return numbers // num_copies, captions // num_copies, *features

@@ -1,4 +1,4 @@
-"""Losses of CLIP, the bounds of its logit scale, and which tower is frozen.
+"""Losses of CLIP, the bounds of its logit scale, and the choice of a frozen tower (encoder).
 
 To add a loss, write its function and name it in ``CLIP_LOSSES``.
 
@@ -21,16 +21,16 @@ MAX_LOGIT_SCALE = 100.0
 
 
 def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Compute the mean cross-entropy of both retrieval directions, a scalar in nats.
+    """Compute the scalar mean cross-entropy of both retrieval directions, in nats.
 
     Row i classifies the caption of image i; column i classifies the image of caption i.  Another
-    pair with the same caption or the same image is neither right nor wrong, so its entry is left
-    out of both sums.
+    pair may have the same caption or the same image.  Such a pair is neither right nor wrong, so
+    its entry is left out of both sums.
 
     Args:
         logits: ``(B, B)``, images by captions.
-        is_match: ``(B, B)`` bool, true if the pair of the column has the caption or the image of
-            the row.
+        is_match: ``(B, B)`` bool, true if the column's pair has the same caption or the same image
+            as the row's pair.
     """
     targets = torch.arange(len(logits), device=logits.device)
     is_other = is_match & (targets[:, None] != targets)
@@ -39,14 +39,14 @@ def softmax_loss(logits: Tensor, is_match: Tensor) -> Tensor:
 
 
 def sigmoid_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Compute the binary cross-entropy of all image-caption combinations, a scalar in nats.
+    """Compute the scalar binary cross-entropy of every image with every caption, in nats.
 
-    The sum over all combinations is divided by B, the number of images.
+    The sum over all B * B combinations is divided by B.
 
     Args:
         logits: ``(B, B)``, images by captions.
-        is_match: ``(B, B)`` bool, true if the pair of the column has the caption or the image of
-            the row.
+        is_match: ``(B, B)`` bool, true if the column's pair has the same caption or the same image
+            as the row's pair.
     """
     signed = torch.where(is_match, logits, -logits)
     return -F.logsigmoid(signed).sum() / len(logits)
@@ -60,13 +60,13 @@ class CLIPLossConfig:
     """The loss of CLIP, the initial scale and bias of its logits, and the frozen tower.
 
     Attributes:
-        kind: ``softmax`` is CLIP's loss and keeps the logit scale in [1, 100]; ``sigmoid`` is
-            SigLIP's and needs a model with ``has_logit_bias``.
-        initial_scale: logit scale before the first step; null keeps the model's own, 14.3 for a
-            new model or 10 with a bias.
-        initial_bias: logit bias before the first step; null keeps the model's own, -10 for a new
-            model.
-        frozen: tower that is not updated.
+        kind: ``softmax`` is the loss of CLIP and keeps the logit scale in [1, 100]; ``sigmoid`` is
+            the loss of SigLIP and needs a model with ``has_logit_bias``.
+        initial_scale: logit scale before the first step; null keeps the model's own scale.  A new
+            model has 14.3, or 10 with a logit bias.
+        initial_bias: logit bias before the first step; null keeps the model's own bias, which is
+            -10 in a new model.
+        frozen: encoder (tower) that is not updated.
 
     Raises:
         ValueError: if a setting is out of range or does not fit the loss.

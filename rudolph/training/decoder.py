@@ -30,14 +30,14 @@ from rudolph.training.steps import ManualStepModule
 
 
 class DecoderTraining(ManualStepModule):
-    """The training of a ``MaskedDecoder``; logs the loss of each segment in nats per token.
+    """The training of a ``MaskedDecoder``; it logs the loss of each segment in nats per token.
 
     Args:
         model: the decoder.
         losses: the losses and their weights.
         optim: the optimizer settings.
-        sources: names of the mixture entries.  With more than one, the losses of each entry and
-            its fraction of all examples so far are logged too.
+        sources: names of the mixture entries.  With more than one entry, the losses of each entry
+            and its fraction of all examples so far are logged too.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DecoderTraining(ManualStepModule):
     can_shard = True
 
     def configure_model(self) -> None:
-        """Shard a copy of the decoder over the devices, under a strategy that shards."""
+        """Shard a copy of the decoder over the devices if the strategy shards models."""
         if self.device_mesh is not None and not is_sharded(self.model):
             self.whole = [self.model]
             self.model = copy.deepcopy(self.model)
@@ -81,7 +81,7 @@ class DecoderTraining(ManualStepModule):
         return [] if self.learned is None else list(self.learned.parameters())
 
     def count_labels(self, batch: TokenBatch) -> Tensor:
-        """Return the label totals of a micro-batch, ``(K, 7)``, K mixture entries."""
+        """Return the label totals ``(K, 7)`` of a micro-batch with K mixture entries."""
         labels = scored_labels(self.model, batch.tokens, self.losses, scored=batch.scored)
         rows = {name: label_rows(targets) for name, (_, targets) in labels.items()}
         totals = label_totals(
@@ -90,10 +90,10 @@ class DecoderTraining(ManualStepModule):
         return torch.cat([totals.counts, totals.weights, totals.examples[:, None]], dim=1)
 
     def accumulate(self, batch: TokenBatch, step: int, totals: Tensor) -> Tensor:
-        """Add a micro-batch to the gradients; return the sums of its losses, ``(K, 4)``.
+        """Add the gradients of a micro-batch; return the sums ``(K, 4)`` of its losses.
 
-        The first three columns are those of ``entry_sums``.  The last has the loss in its first
-        row.
+        The first three columns are those of ``entry_sums``.  The last column has the micro-batch's
+        part of the loss in its first row, and zeros below.
         """
         losses = compute_losses(
             self.model, batch.tokens, self.losses, scored=batch.scored, inputs=batch.inputs
@@ -108,7 +108,7 @@ class DecoderTraining(ManualStepModule):
     def _loss_part(
         self, losses: Mapping[str, ComputedLosses], batch: TokenBatch, totals: LabelTotals
     ) -> Tensor:
-        """Return a micro-batch's part of the loss of the global batch, a scalar."""
+        """Return a micro-batch's part of the global batch's loss, a scalar."""
         if self.learned is not None:
             parts = segment_parts(losses, totals)
             fraction = len(batch.examples) / float(totals.examples.sum())
@@ -120,7 +120,7 @@ class DecoderTraining(ManualStepModule):
         )
 
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
-        """Return the loss, and the mean loss of each segment and mixture entry with labels."""
+        """Return the loss, and the mean losses of segments and mixture entries with labels."""
         counts = _unpack(totals).counts
         return {
             **{f"loss/{name}": value for name, value in _means(sums[:, :3], counts).items()},
@@ -143,7 +143,8 @@ class DecoderTraining(ManualStepModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of losses and the counts of labels."""
-        # Per mixture entry and segment: the loss summed over labels, and the number of labels.
+        # For each mixture entry and segment: the loss summed over labels, and the number of
+        # labels.
         size = 2, len(self.sources), len(SEGMENTS)
         self.totals = torch.zeros(size, dtype=sum_dtype(self.device), device=self.device)
 
@@ -169,7 +170,7 @@ class DecoderTraining(ManualStepModule):
         self.log_dict({f"val/{name}": value for name, value in entries.items()}, sync_dist=True)
 
     def _entry_losses(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Return the losses of each mixture entry and segment with labels, if there are several.
+        """Return mean losses per mixture entry and segment, if there are several entries.
 
         Args:
             sums: ``(K, 3)``, the summed losses of each entry and segment.
@@ -186,11 +187,11 @@ class DecoderTraining(ManualStepModule):
 
 
 def _unpack(totals: Tensor) -> LabelTotals:
-    """Return the label totals in the columns of ``DecoderTraining.count_labels``."""
+    """Unpack the label totals from the columns that ``DecoderTraining.count_labels`` returns."""
     return LabelTotals(totals[:, :3], totals[:, 3:6], totals[:, 6])
 
 
 def _means(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Return the mean loss of each segment with labels from sums and counts ``(K, 3)``."""
+    """Compute the mean loss of each segment with labels from sums and counts, both ``(K, 3)``."""
     segments = zip(SEGMENTS, sums.sum(0), counts.sum(0), strict=True)
     return {name: total / count for name, total, count in segments if count > 0}

@@ -1,4 +1,4 @@
-"""The hardware flags of ``rudolph run``, each declared once: type, default, bound and help.
+"""The hardware flags of ``rudolph run``, each declared once with type, default, bound and help.
 
 The command line is generated from them; ``runs.execution.Hardware`` checks their values.  Only the
 standard library is imported, so that ``rudolph --help`` is printed at once.
@@ -52,5 +52,5 @@ def add_flags(parser: argparse._ActionsContainer, names: Collection[str] = ()) -
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of all flags by name."""
+    """Return the values of all flags, keyed by name."""
     return {declared.name: getattr(args, declared.name) for declared in fields(HardwareFlags)}

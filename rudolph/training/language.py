@@ -14,14 +14,14 @@ from rudolph.training.steps import ManualStepModule
 
 
 class LanguageTraining(ManualStepModule):
-    """The training of a document reader; logs the loss per label in nats.
+    """The training of a document reader; it logs the mean loss per label, in nats.
 
     Args:
         model: The trained network.
         reader: Computes its logits.
         optim: The optimizer settings.
-        sources: Names of the mixture entries.  With more than one, the validation loss of each
-            is logged too.
+        sources: Names of the mixture entries.  With more than one entry, the validation loss of
+            each entry is logged too.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class LanguageTraining(ManualStepModule):
         return [self.model]
 
     def count_labels(self, batch: DocumentBatch) -> Tensor:
-        """Return the number of labels of a micro-batch, ``(1,)``."""
+        """Return the number ``(1,)`` of labels of a micro-batch."""
         number = answer_labels(batch).ne(IGNORE).sum()
         return number.to(sum_dtype(self.device)).view(1)
 
     def accumulate(self, batch: DocumentBatch, step: int, totals: Tensor) -> Tensor:
-        """Add a micro-batch to the gradients; return the sum of its losses, ``(1,)``."""
+        """Add the gradients of a micro-batch; return the sum ``(1,)`` of its losses."""
         losses, _ = answer_losses(self.reader, batch)
         total = losses.sum()
         self.add_gradients(total / float(totals))
@@ -56,7 +56,7 @@ class LanguageTraining(ManualStepModule):
         return {"loss": sums[0] / totals[0]}
 
     def finish_step(self, step: int, totals: Tensor) -> None:
-        """Log the sizes of tanh gates."""
+        """Log the mean absolute values of the tanh gates."""
         self.log_dict({f"train/{name}": value for name, value in gate_sizes(self.model).items()})
 
     def on_validation_epoch_start(self) -> None:
@@ -72,7 +72,7 @@ class LanguageTraining(ManualStepModule):
         self.totals += torch.stack([sums, torch.bincount(sources, minlength=number)])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation loss over all devices, in all and per mixture entry."""
+        """Log the validation loss over all devices: the overall mean and one per entry."""
         sums, counts = self.sum_over_devices(self.totals)
         # The values are equal on every device; ``sync_dist`` only prevents a Lightning warning.
         self.log("val/loss", sums.sum() / counts.sum(), sync_dist=True)
@@ -82,7 +82,7 @@ class LanguageTraining(ManualStepModule):
 
 
 def gate_sizes(model: nn.Module) -> dict[str, Tensor]:
-    """Return the mean absolute value of each kind of tanh gate of a model, by its name."""
+    """Return the mean absolute value of each kind of tanh gate, keyed by the gate's name."""
     gates: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         kind = name.rpartition(".")[2]

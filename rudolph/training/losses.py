@@ -1,7 +1,7 @@
 """All losses of the decoder and the VQ-GAN, and their weights.
 
-Cross-entropies are in nats per token and are means over the scored tokens.  A segment of weight 0,
-or without a scored token, adds no loss and no gradient.
+Cross-entropies are in nats per token and are means over the scored tokens.  A segment with weight
+0 or without scored tokens adds no loss and no gradient.
 
 Source: RuDOLPH, ``rudolph/model/model.py``, for the decoder; taming-transformers,
 ``modules/losses/vqperceptual.py``, for the VQ-GAN.
@@ -42,18 +42,21 @@ class DecoderLossConfig:
         right_text_weight: weight of the right text's loss with ``reduction: batch``.
         first_image_token: ``image_vocabulary`` scores image token 0 among image ids; ``legacy``
             scores it as a class of the text vocabulary, as ru-dolph does.
-        left_padding: whether the padding ids of the left text are labels, as in ru-dolph.
+        left_padding: whether padding ids of the left text are also predicted, as in ru-dolph.
         label_smoothing: probability spread evenly over all ids.
-        softmax: ``segment`` normalises over the ids of the segment, ``joint`` over text and image
-            ids together, as DALL-E does.
+        softmax: ``segment`` normalises over the ids of the segment; ``joint`` normalises over text
+            and image ids together, as DALL-E does.
         z_loss_weight: weight of the z-loss (Chameleon: 1e-5).
-        weighting: ``fixed`` weights, or ``learned`` precisions of the segments, which start at 1
-            and need ``reduction: batch`` (Kendall 2018, arXiv:1705.07115).
-        reduction: ``batch`` takes each segment's mean over all examples that score it (ru-dolph);
-            ``task`` takes it per mixture entry with the weights of its task, and averages entries
-            in proportion to their examples (fbc2_aij2022); ``token`` averages over all labels.
-            Each label then has the weight that its task gives to its segment.
-        task_weights: weights of left text, image and right text by task, instead of ``TASKS``.
+        weighting: ``fixed`` uses the configured weights; ``learned`` learns a precision (inverse
+            variance) per segment, which starts at 1 and needs ``reduction: batch`` (Kendall 2018,
+            arXiv:1705.07115).
+        reduction: ``batch`` takes each segment's mean over all examples that score it (ru-dolph).
+            ``task`` takes the segments' means per mixture entry, weights them as the entry's task
+            says, and averages the entries in proportion to their examples, as the code of Fusion
+            Brain Challenge 2 does (fbc2_aij2022).  ``token`` averages over all labels, where each
+            label has the weight that its task gives to its segment.
+        task_weights: weights of left text, image and right text per task, which replace those in
+            ``TASKS``.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -110,12 +113,12 @@ class ComputedLosses(NamedTuple):
 
 
 class LabelTotals(NamedTuple):
-    """How much of a global batch falls to each mixture entry, as floats.
+    """Totals of a global batch per mixture entry, as floats.
 
     Attributes:
-        counts: ``(K, 3)``, labels of left text, image and right text.
+        counts: ``(K, 3)``, the numbers of labels of left text, image and right text.
         weights: ``(K, 3)``, the sums of the labels' task weights.
-        examples: ``(K,)``, examples.
+        examples: ``(K,)``, the numbers of examples.
     """
 
     counts: Tensor
@@ -124,7 +127,7 @@ class LabelTotals(NamedTuple):
 
     @property
     def scored(self) -> dict[str, float]:
-        """The number of labels of each segment that has any."""
+        """The number of labels of each segment that has labels."""
         counts = zip(SEGMENTS, self.counts.sum(0).tolist(), strict=True)
         return {name: count for name, count in counts if count > 0}
 
@@ -159,7 +162,7 @@ def segment_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return the mean cross-entropy in nats per segment with labels; see ``compute_losses``."""
+    """Return each labelled segment's mean cross-entropy in nats; see ``compute_losses``."""
     return segment_means(compute_losses(model, tokens, config, scored=scored, inputs=inputs))
 
 
@@ -176,13 +179,14 @@ def compute_losses(
     scored: Mapping[str, Tensor] | None = None,
     inputs: Tensor | None = None,
 ) -> dict[str, ComputedLosses]:
-    """Compute the cross-entropy of every label, per segment with labels.
+    """Compute the cross-entropy of every label, grouped by segment.
 
     Args:
         model: the decoder.
-        tokens: ``(B, T)``: the left text, left text and image, or the whole sequence.
+        tokens: ``(B, T)``: the left text alone, left text with image, or the whole sequence.
         config: the losses and their weights.
-        scored: for some segments, ``(B,)`` bool, true for examples whose segment is scored.
+        scored: for some segments, a bool mask ``(B,)`` of the examples in which the segment is
+            scored.
         inputs: ``(B, T)``, the model's input if it differs from ``tokens``.
 
     Raises:
@@ -202,21 +206,21 @@ def compute_losses(
             is_joint=config.softmax == "joint",
             z_loss_weight=config.z_loss_weight,
         )
-        # A sharded model needs a backward pass on every device, also without a label.
+        # A sharded model needs a backward pass on every device, even on a device without labels.
         if len(values) or is_sharded(model):
             computed[name] = ComputedLosses(values, label_rows(labels[1]))
     return computed
 
 
 def label_rows(labels: Tensor) -> Tensor:
-    """Return the example of each scored label of ``(B, M)`` labels, in row-major order."""
+    """Return the example (row) of each scored label in ``(B, M)`` labels, in row-major order."""
     return (labels != NOT_SCORED).nonzero()[:, 0]
 
 
 def scored_hidden(
     model: MaskedDecoder, inputs: Tensor, segments: Mapping[str, tuple[int, Tensor]]
 ) -> Tensor:
-    """Compute the head's input ``(B, T, D)``, with zeros in right texts without a label.
+    """Compute the head's input ``(B, T, D)``, which is zero in right texts without labels.
 
     Every mask is causal, so positions after the last label of an example change no loss.  The
     layers skip them: in a mixture of text-to-image and captioning, most examples have no right
@@ -225,10 +229,11 @@ def scored_hidden(
     Args:
         model: the decoder.
         inputs: ``(B, T)``, the model's input.
-        segments: the first position and the labels of each segment, as in ``scored_labels``.
+        segments: the first position and the labels of each segment, as ``scored_labels`` returns
+            them.
     """
     end = model.layout.right_text_start
-    # Compiled layers have one batch size.  Sharded layers must run equally often on all devices.
+    # Compiled layers accept one batch size.  Sharded layers must run equally often on all devices.
     is_whole = model.has_compiled_layers or is_sharded(model)
     if inputs.shape[1] <= end or is_whole:
         return model.hidden(inputs)
@@ -253,19 +258,20 @@ def scored_labels(
     *,
     scored: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[int, Tensor]]:
-    """Return the labels of each segment of weight above 0, for the scored examples.
+    """Return the labels of each segment with a weight above 0, for the scored examples.
 
-    If tasks define the weights (``reduction`` is not ``batch``), ``scored`` alone decides which
+    If tasks define the weights (``reduction`` is not ``batch``), only ``scored`` decides which
     segments count.
 
     Args:
         model: the decoder.
-        tokens: ``(B, T)``: the left text, left text and image, or the whole sequence.
+        tokens: ``(B, T)``: the left text alone, left text with image, or the whole sequence.
         config: the losses and their weights.
-        scored: for some segments, ``(B,)`` bool, true for examples whose segment is scored.
+        scored: for some segments, a bool mask ``(B,)`` of the examples in which the segment is
+            scored.
 
     Returns:
-        Per segment, the first position that predicts it and its labels ``(B, M)``.
+        For each segment, the first position that predicts the segment, and its labels ``(B, M)``.
     """
     labels = segment_labels(
         model,
@@ -291,13 +297,13 @@ def weighted_mean(
     *,
     scored: Iterable[str] | None = None,
 ) -> Tensor:
-    """Return the weighted mean of the losses of the scored segments, a scalar.
+    """Return the scalar weighted mean of the scored segments' losses.
 
     Args:
         losses: The loss of each segment with labels.
         weights: The weight of each segment.
-        scored: The segments with a label anywhere in the global batch; None if ``losses`` are
-            those of the whole batch.
+        scored: The segments with a label anywhere in the global batch; None if ``losses`` cover
+            the whole batch.
 
     Raises:
         ValueError: if every scored segment has weight 0.
@@ -310,7 +316,7 @@ def weighted_mean(
 
 
 class LearnedWeights(nn.Module):
-    """The sum of each segment's loss times its precision, plus the logarithm of its variance.
+    """The sum over segments of precision times loss, plus the logarithm of the variance.
 
     The logarithm penalises low precisions, so no segment can win by a low weight.
 
@@ -333,8 +339,9 @@ class LearnedWeights(nn.Module):
         Args:
             losses: The means, or a micro-batch's parts of them.
             scored: The segments with a label anywhere in the global batch; None if ``losses``
-                are those of the whole batch.
-            fraction: The micro-batch's fraction of the examples, a factor of the log-variances.
+                cover the whole batch.
+            fraction: The micro-batch's fraction of the examples, by which log-variances are
+                multiplied.
         """
         total = (self._of(losses if scored is None else scored) * fraction).sum()
         if not losses:
@@ -353,7 +360,7 @@ class LearnedWeights(nn.Module):
 
 
 def segment_parts(losses: Mapping[str, ComputedLosses], totals: LabelTotals) -> dict[str, Tensor]:
-    """Return a micro-batch's part of each segment's mean loss; all parts add up to the mean."""
+    """Return a micro-batch's part of each segment's mean loss; the parts add up to the mean."""
     counts = totals.scored
     return {
         name: segment.losses.sum() / counts[name]
@@ -363,7 +370,7 @@ def segment_parts(losses: Mapping[str, ComputedLosses], totals: LabelTotals) -> 
 
 
 def entry_sums(losses: Mapping[str, ComputedLosses], sources: Tensor, num_sources: int) -> Tensor:
-    """Return the summed loss of each mixture entry and segment, ``(K, 3)``, see ``sum_dtype``.
+    """Return the summed losses ``(K, 3)`` of mixture entries and segments; see ``sum_dtype``.
 
     Args:
         losses: the losses of each segment, see ``compute_losses``.
@@ -386,15 +393,15 @@ def reduce_losses(
     sources: Tensor,
     totals: LabelTotals | None = None,
 ) -> Tensor:
-    """Reduce the losses of a batch of several tasks to a scalar, by ``config.reduction``.
+    """Reduce the losses of a batch of several tasks to a scalar, as ``config.reduction`` says.
 
     Args:
         losses: the losses of each segment, see ``compute_losses``.
         config: the reduction and the weights of ``batch``.
         weights: ``(B, 3)``, the weights of each example's segments.
         sources: ``(B,)``, the mixture entry of each example.
-        totals: what the global batch has, if this is a micro-batch of it.  The losses of all
-            micro-batches then add up to that of the global batch.
+        totals: the totals of the global batch, if this is one of its micro-batches.  The losses of
+            all micro-batches then add up to the loss of the global batch.
     """
     if totals is None:
         rows = {name: segment.rows for name, segment in losses.items()}
@@ -414,7 +421,7 @@ def reduce_losses(
 
 
 def _task_weights_per_label(totals: LabelTotals) -> Tensor:
-    """Return the weight of one label of each entry and segment with ``reduction: task``."""
+    """Return the weight of one label per mixture entry and segment, for ``reduction: task``."""
     counts = totals.counts.clamp(min=1)
     entry_weights = totals.weights / counts
     least = torch.finfo(entry_weights.dtype).tiny
@@ -432,9 +439,9 @@ class ReconstructionLossConfig:
         l2_weight: weight of the mean squared error.
         quantizer_weight: weight of the quantizer's own loss.
         discriminator_start: first step of the discriminator; null for never.
-        discriminator_weight: factor on the adaptive weight of the adversarial loss, the ratio of
-            the gradients at the decoder's last layer.
-        perceptual_weight: weight of LPIPS, where ``lpips_weights`` is given.
+        discriminator_weight: factor on the adaptive weight of the adversarial loss.  The adaptive
+            weight is the ratio of both losses' gradients at the decoder's last layer.
+        perceptual_weight: weight of LPIPS, if ``lpips_weights`` is given.
         lpips_weights: file with VGG16 and LPIPS weights; null omits the perceptual loss.
 
     Raises:
@@ -459,18 +466,18 @@ class ReconstructionLossConfig:
 def reconstruction_loss(
     decoded: Tensor, images: Tensor, config: ReconstructionLossConfig
 ) -> Tensor:
-    """Compute the weighted L1 and L2 loss between images ``(B, 3, H, W)`` in [-1, 1], a scalar."""
+    """Compute the scalar weighted L1 and L2 loss between images ``(B, 3, H, W)`` in [-1, 1]."""
     difference = decoded.float() - images
     return config.l1_weight * difference.abs().mean() + config.l2_weight * difference.pow(2).mean()
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Compute the discriminator's hinge loss, a scalar (Lim and Ye 2017)."""
+    """Compute the scalar hinge loss of the discriminator (Lim and Ye 2017)."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
-    """Compute the ratio of both losses' gradient norms at the last layer, at most 1e4.
+    """Compute the ratio of the losses' gradient norms at the last layer, but at most 1e4.
 
     Source: VQ-GAN, equation 7.
     """

@@ -1,8 +1,8 @@
 """Estimate of the memory that a training needs, before anything is allocated.
 
-The estimate adds weights, gradients, optimizer state and activations.  Activations are the tensors
-that a forward pass on the meta device saves for its backward pass, with unfused attention.  A
-fused attention kernel saves less.
+The estimate adds weights, gradients, optimizer state and activations.  To estimate activations, a
+forward pass runs on the meta device with unfused attention.  The activations are the tensors that
+it saves for the backward pass.  A fused attention kernel saves fewer tensors.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def training_memory(
 def count_activation_bytes(
     model: MaskedDecoder, losses: DecoderLossConfig, batch_size: int
 ) -> int:
-    """Count the bytes that a forward pass in float32 saves, each storage once, without weights."""
+    """Count the bytes that a float32 forward pass saves, each storage once, weights excluded."""
     weight_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved_bytes: dict[int, int] = {}
 
@@ -89,7 +89,7 @@ def count_activation_bytes(
         for length, size, weight in zip(lengths, num_classes, losses.weights.values(), strict=True)
         if weight > 0
     )
-    # The softmax of each segment's logits is saved as well as the logits.
+    # Both the logits of each segment and their softmax are saved.
     return (
         sum(saved_bytes.values())
         + hidden.untyped_storage().nbytes()

@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedule, gradient clipping and training precision.
 
-Source: Loshchilov and Hutter (arXiv:1711.05101) for AdamW, and nanoGPT for which tensors decay.
-Muon is Jordan 2024, scaled as in Moonlight (arXiv:2502.16982).
+Source: Loshchilov and Hutter (arXiv:1711.05101) for AdamW, and nanoGPT for the choice of tensors
+that decay.  Muon is Jordan 2024, scaled as in Moonlight (arXiv:2502.16982).
 """
 
 import math
@@ -44,8 +44,9 @@ class OptimConfig:
     Attributes:
         num_steps: optimizer steps; 0 trains nothing.
         global_batch_size: examples per step on all devices together.
-        optimizer: ``adamw``; ``muon`` for hidden matrices and convolutions with AdamW for all
-            other parameters; or ``adamw8bit`` with moments in 8 bits (CUDA and bitsandbytes).
+        optimizer: ``adamw``; ``muon``, which trains hidden matrices and convolutions while AdamW
+            trains all other parameters; or ``adamw8bit``, whose moments have 8 bits (CUDA and
+            bitsandbytes).
         learning_rate: peak learning rate of AdamW.
         muon_learning_rate: peak learning rate of Muon.
         warmup_steps: steps until the peak.
@@ -119,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
     def nesterov_momentum(self, parameter: Tensor) -> Tensor:
-        """Add the gradient to its moving average and return Nesterov's momentum, ``(O, I)``."""
+        """Add the gradient to its moving average and return Nesterov's momentum ``(O, I)``."""
         average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         assert parameter.grad is not None
         average.lerp_(parameter.grad, 1 - self.momentum)
@@ -129,8 +130,8 @@ class Muon(torch.optim.Optimizer):
 def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield lists of parameters of one matrix shape, at most ``MAX_STACK_ELEMENTS`` per list.
 
-    A parameter above ``MAX_STACK_ELEMENTS`` elements is alone in its list.  A batched product of
-    small matrices uses all cores, while one product after another does not.
+    A parameter with more than ``MAX_STACK_ELEMENTS`` elements is alone in its list.  A batched
+    product of small matrices uses all cores, while one product after another does not.
     """
     stacks: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -146,8 +147,8 @@ def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def newton_schulz(matrices: Tensor) -> Tensor:
     """Approximate the nearest orthogonal matrix of each ``(..., M, N)`` by Newton-Schulz.
 
-    The five iterations need no more precision than bfloat16.  They run in bfloat16 where the
-    device multiplies it natively, else in float32.
+    The five iterations need no more precision than bfloat16.  They run in bfloat16 if the device
+    multiplies it natively, else in float32.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(torch.bfloat16 if has_native_bfloat16(matrices.device) else torch.float32)
@@ -163,7 +164,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Trained parameters: by Muon, by AdamW with weight decay, and by AdamW without."""
+    """Trained parameters, split by optimizer: Muon, AdamW with weight decay, AdamW without."""
 
     muon: list[nn.Parameter]
     decayed: list[nn.Parameter]
@@ -174,8 +175,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> ParameterGroups:
     """Split the trained parameters of a model by optimizer and weight decay.
 
     Muon trains hidden matrices and kernels.  AdamW trains vectors, embeddings, and the layers from
-    and to pixels or tokens.  Weight decay applies to matrices and kernels alone, not to norms,
-    biases, gates, embeddings, a codebook, or the tables that a module names in ``undecayed``.
+    and to pixels or tokens.  Weight decay applies only to matrices and kernels.  Norms, biases,
+    gates, embeddings, a codebook, and the tables that a module names in ``undecayed`` do not
+    decay.
     """
     embeddings = {
         parameter
@@ -267,7 +269,8 @@ def clip_gradients(
     Args:
         optimizers: the optimizers that hold the network's parameters.
         config: the settings with ``gradient_clip``.
-        scale: the factor by which the gradients are too large, such as that of a gradient scaler.
+        scale: the factor by which the gradients are too large, such as the scale of a gradient
+            scaler.
     """
     if config.gradient_clip is not None:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

@@ -20,7 +20,7 @@ def shard_decoder(model: MaskedDecoder, mesh: Any) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # Losses call ``hidden``, and gather the weights only where torch knows of it.
+    # Losses call ``hidden``; torch gathers the weights only in methods that are registered.
     register_fsdp_forward_method(model, "hidden")
     model.is_sharded = True
 

@@ -2,11 +2,11 @@
 
 A Lightning batch is one device's part of a global batch, as a list of micro-batches.  Losses are
 divided by the counts of the whole global batch, so all gradients add up to those of one large
-batch.  The number of devices and the size of a micro-batch therefore change rounding alone.
-Random numbers such as dropout are drawn for each micro-batch.
+batch.  The number of devices and the size of a micro-batch therefore affect only rounding.  Random
+numbers such as dropout are drawn for each micro-batch.
 
-Optimization is manual.  A discriminator needs two networks to step on one batch, and Muon trains
-the matrices of a network while AdamW trains the rest.
+Optimization is manual, because one batch may need several optimizers.  A discriminator has its own
+optimizer, and AdamW trains the parameters that Muon does not train.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,16 +53,16 @@ class ManualStepModule(pl.LightningModule):
         return self.networks()[0]
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the loss, which step with the first network without decay."""
+        """Return the loss's own parameters, which step with the first network, without decay."""
         return []
 
     def count_labels(self, batch: Any) -> Tensor:
-        """Return what a micro-batch adds to the totals of the global batch: here its examples."""
+        """Return a micro-batch's part of the global totals: here, its number of examples."""
         dtype = sum_dtype(self.device)
         return torch.tensor([len(batch.examples)], dtype=dtype, device=self.device)
 
     def accumulate(self, batch: Any, step: int, totals: Tensor) -> Tensor:
-        """Add a micro-batch to the gradients, by ``add_gradients``.
+        """Add the gradients of a micro-batch with ``add_gradients``.
 
         Args:
             batch: the micro-batch.
@@ -75,10 +75,10 @@ class ManualStepModule(pl.LightningModule):
         raise NotImplementedError
 
     def step_losses(self, sums: Tensor, step: int, totals: Tensor) -> dict[str, Tensor]:
-        """Return the scalar losses of a global batch by name, which must be finite.
+        """Return the scalar losses of a global batch, keyed by name; all must be finite.
 
         Args:
-            sums: the sum of what ``accumulate`` returned over the global batch, on the CPU.
+            sums: the results of ``accumulate``, summed over the global batch, on the CPU.
             step: the optimizer step, counted from 0.
             totals: as in ``accumulate``.
         """
@@ -108,7 +108,8 @@ class ManualStepModule(pl.LightningModule):
         position = self.global_rank * sum(len(batch.examples) for batch in batches)
         all_sums = []
         for index, batch in enumerate(batches):
-            # Seed by the position in the global batch: no number depends on the device.
+            # Seed by the position in the global batch, so that no random number depends on the
+            # device.
             self._seed(step, position)
             position += len(batch.examples)
             with self._synchronise_gradients(index + 1 == len(batches)):
@@ -129,15 +130,15 @@ class ManualStepModule(pl.LightningModule):
 
         Args:
             loss: the part, a scalar.
-            network: the network that it trains, an index into ``networks()``.
+            network: the network that the loss trains, an index into ``networks()``.
         """
         world_size = self.trainer.world_size
         if world_size > 1:
             # Lightning's strategies average gradients over devices.
             loss = loss * world_size
         if world_size > 1 and not is_sharded(self.networks()[network]):
-            # DDP waits for a gradient of every parameter.  A device without a right text or an
-            # image has none for some of them.
+            # DDP waits for a gradient of every parameter.  On a device without a right text or an
+            # image, some parameters would have none.
             parameters = [*self.networks()[network].parameters(), *self.loss_parameters()]
             loss = loss + _sum_of_zeros(parameters)
         if loss.requires_grad:
@@ -152,7 +153,7 @@ class ManualStepModule(pl.LightningModule):
         torch.manual_seed(mixed_seed(self.seed, step, position))
 
     def _synchronise_gradients(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients between devices in the backward passes of the last micro-batch."""
+        """Exchange gradients between devices only in the last micro-batch's backward passes."""
         strategy = self.trainer.strategy
         if is_last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
@@ -198,10 +199,10 @@ class ManualStepModule(pl.LightningModule):
 
 @contextmanager
 def one_scale(scaler: Any) -> Iterator[None]:
-    """Keep the scale of ``16-mixed`` until all optimizers of a step are done.
+    """Keep the gradient scale of ``16-mixed`` until all optimizers of a step are done.
 
-    Lightning updates the scale after every optimizer, although the gradients of the next one still
-    have the old scale.
+    Lightning updates the scale after every optimizer, although the gradients of the next optimizer
+    still have the old scale.
 
     Args:
         scaler: torch's ``GradScaler``; None without one.
@@ -218,12 +219,12 @@ def one_scale(scaler: Any) -> Iterator[None]:
 
 
 def _sum_of_zeros(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return a zero with a gradient, zero too, for every trained parameter."""
+    """Return a zero that gives every trained parameter a gradient of zero."""
     return torch.stack([0 * each.sum() for each in parameters if each.requires_grad]).sum()
 
 
 def _place_of_fault(batches: Sequence[Any], all_sums: Sequence[Tensor]) -> str:
-    """Return the examples of the first micro-batch whose sums are not finite, in words."""
+    """Describe the examples of the first micro-batch whose sums are not finite."""
     for batch, sums in zip(batches, all_sums, strict=True):
         if not torch.isfinite(sums).all():
             return f"examples {batch.examples.tolist()}"

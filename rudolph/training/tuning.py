@@ -34,8 +34,8 @@ class TuningConfig:
 
     Attributes:
         frozen: parts that are not updated.
-        lora_rank: rank of the updates that are trained instead of the weights of
-            ``lora_target_modules`` and merged at the end; null for off.
+        lora_rank: rank of the low-rank updates; null for none.  They are trained instead of the
+            weights of ``lora_target_modules`` and merged at the end.
         lora_alpha: the updates are scaled by ``lora_alpha / lora_rank``.
         lora_target_modules: parts whose linear layers get low-rank updates.
 
@@ -60,7 +60,7 @@ class TuningConfig:
 
 
 def apply_tuning(model: MaskedDecoder, config: TuningConfig) -> None:
-    """Freeze parts of a model and add its low-rank updates.
+    """Freeze parts of a model and add the configured low-rank updates.
 
     Raises:
         ValueError: if a part names layers beyond the model's depth, or nothing is left to train.

@@ -31,10 +31,10 @@ LOSS_TERMS = ("reconstruction", "quantizer", "adversary", "discriminator")
 class VQGANTraining(ManualStepModule):
     """The training of a ``VQGAN``; with a discriminator, both networks step on every global batch.
 
-    Logs PSNR in dB and SSIM of images in [0, 1], and the codebook's usage and perplexity.
+    It logs PSNR (in dB) and SSIM of images in [0, 1], and the codebook's usage and perplexity.
 
-    The adaptive weight of the adversary, the entropy loss of ``lfq`` and the statistics of the
-    discriminator's batch normalisation are those of a micro-batch.
+    Three quantities are computed per micro-batch: the adaptive weight of the adversary, the
+    entropy loss of ``lfq``, and the statistics of the discriminator's batch normalisation.
     """
 
     def __init__(self, model: VQGAN, losses: ReconstructionLossConfig, optim: OptimConfig) -> None:
@@ -55,7 +55,7 @@ class VQGANTraining(ManualStepModule):
         return [self.model] + ([self.discriminator] if self.discriminator is not None else [])
 
     def trains(self, network: int, step: int) -> bool:
-        """Return whether a network takes this step: the discriminator waits for its start."""
+        """Return whether a network takes this step; the discriminator waits for its first step."""
         return network == 0 or self.uses_discriminator(step)
 
     def start_step(self, batches: Sequence[ImageBatch], step: int) -> None:
@@ -64,11 +64,11 @@ class VQGANTraining(ManualStepModule):
         if isinstance(quantizer, ExponentialMovingAverageQuantizer) and not quantizer.is_started:
             with torch.no_grad():
                 quantizer.start(torch.cat([self.model.latents(each.images) for each in batches]))
-            # Autocast keeps weights that it cast without a graph.
+            # Clear the weights that autocast cached under ``no_grad``: they have no graph.
             torch.clear_autocast_cache()
 
     def accumulate(self, batch: ImageBatch, step: int, totals: Tensor) -> Tensor:
-        """Add a micro-batch to the gradients; return its part of each term of the loss."""
+        """Add the gradients of a micro-batch; return its part of each term of the loss."""
         share = len(batch.images) / float(totals)
         if self.discriminator is not None:
             # The generator's loss passes through the discriminator, which must not learn from it.
@@ -99,7 +99,7 @@ class VQGANTraining(ManualStepModule):
         return {f"loss/{name}": value for name, value in named}
 
     def finish_step(self, step: int, totals: Tensor) -> None:
-        """Let the codebook follow the latents of the step, if it keeps running statistics."""
+        """Update the codebook from the step's latents, if it keeps running statistics."""
         if self.step_codes:
             latents, indices = (torch.cat(parts) for parts in zip(*self.step_codes, strict=True))
             self.model.quantize.update_codebook(latents, indices)
@@ -108,7 +108,7 @@ class VQGANTraining(ManualStepModule):
     def generator_losses(
         self, result: Reconstruction, images: Tensor, step: int
     ) -> dict[str, Tensor]:
-        """Return each weighted term of the VQ-GAN's loss, a scalar by its name.
+        """Return the weighted terms of the VQ-GAN's loss: scalars keyed by name.
 
         Args:
             result: the reconstruction of ``images``.

@@ -81,8 +81,8 @@ def evaluate_hugging_face(
 ) -> list[Score]:
     """Run the evaluators of an experiment file on a Hugging Face model.
 
-    Data, evaluation, sampling and seed are those of the file's first run.  Its longest answer is
-    too if the run's family reads documents.
+    Data, evaluation, sampling and seed come from the file's first run.  If the family of that run
+    reads documents, the maximum answer length comes from it too.
 
     Args:
         folder: Folder of the model, see ``open_hugging_face``.

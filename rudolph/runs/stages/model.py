@@ -29,7 +29,7 @@ SCORED_TABLE = "scored.csv"
 def make_model(execution: Execution, splits: Splits, parts: Parts, *, digest: str) -> nn.Module:
     """Return the model of a run in evaluation mode, from the cache or trained now.
 
-    Without training steps, the model is that of ``model.init``.  The weights are written to the
+    Without training steps, ``model.init`` provides the model.  The weights are written to the
     run's folder if the family has a file for them.
 
     Args:
@@ -111,7 +111,7 @@ def train_model(
             seed=config.seed,
         )
     if isinstance(model, MaskedDecoder):
-        # Evaluation uses many other shapes, each of which would be compiled again.
+        # Evaluation uses many other shapes, and each of them would need another compilation.
         model.has_compiled_layers = False
 
 

@@ -89,7 +89,7 @@ def require_named_runs(execution: Execution) -> None:
     """Check that the runs of all sources ``experiment:NAME`` exist, before any data is read.
 
     Raises:
-        ValueError: If one does not; the message says how to train it.
+        ValueError: If such a run does not exist; the message says how to train it.
     """
     config = execution.config
     parts = [source for source, _ in config.model.part_sources.values()]
@@ -101,7 +101,7 @@ def require_named_runs(execution: Execution) -> None:
 
 
 def trained_parts(execution: Execution) -> dict[str, nn.Module]:
-    """Return the trained parts that the model starts from, by name."""
+    """Return the pretrained parts that the model starts from, keyed by name."""
     sources, locations = execution.config.model.part_sources, source_locations(execution)
     if not sources:
         return {}

@@ -24,8 +24,8 @@ def shared_weights(
 ) -> Path:
     """Load shared weights from the cache into ``model`` and return their path.
 
-    Missing or damaged weights are trained first.  Other runs that need them wait for that
-    training, and its curves are logged for each of them.
+    Missing or damaged weights are trained first.  Other runs that need the weights wait for that
+    training; then each of these runs also logs the curves of that training.
 
     Args:
         execution: The run.
@@ -36,7 +36,7 @@ def shared_weights(
     folder = execution.folders.cache / name
     weights = folder / SHARED_WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
-    # In a multi-device run only the main process takes the lock; the others train with it.
+    # In a multi-device run, only the main process takes the lock; the others train along.
     lock = file_lock(folder / "training.lock", DAY) if execution.is_main_process else nullcontext()
     shared = execution.directory.shared
     known_names = shared.read_text("utf-8", errors="replace").split() if shared.is_file() else []

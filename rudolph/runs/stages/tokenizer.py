@@ -57,7 +57,7 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
             )
         return tokenizer
     texts = (text for split in train for text in chain(split.captions, split.questions) if text)
-    # The digest of a tokenizer of captions only is older and must not change.
+    # Tokenizers trained on captions only have an older form of digest, which must not change.
     has_captions_only = len(train) == 1 and not any(train[0].questions)
     texts_digest = (
         train[0].digest if has_captions_only else ["texts", *(split.digest for split in train)]
