@@ -13,7 +13,7 @@ COMPARED_SIZE = (32, 32)
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB, ``(B,)``, at most 100.
+    """Return the peak signal-to-noise ratio ``(B,)`` in dB, at most 100.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
@@ -24,9 +24,9 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr_32px(images: Tensor, target: Tensor) -> Tensor:
-    """Return the PSNR in dB, ``(B,)``, after both are averaged down to 32 x 32 pixels.
+    """Return the PSNR ``(B,)`` in dB after averaging both inputs down to 32 x 32 pixels.
 
-    It compares image tokenizers of different image sizes.
+    This metric compares image tokenizers that work at different image sizes.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
@@ -39,13 +39,13 @@ def psnr_32px(images: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Return the structural similarity, ``(B,)``, at most 1.
+    """Return the structural similarity ``(B,)``, at most 1.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
         target: the originals, of the same shape and range.
     """
-    # Imported late, because it takes five seconds.
+    # Imported here, because this import takes five seconds.
     from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 
     values = structural_similarity_index_measure(images, target, data_range=1.0, reduction="none")

@@ -27,8 +27,8 @@ class UpscalerConfig:
     """The architecture of an upscaler.
 
     Attributes:
-        scale: enlargement factor, one of ``UPSCALER_SCALES``.  2 first folds 2 x 2 pixels into
-            channels and then enlarges four times.
+        scale: enlargement factor, one of ``UPSCALER_SCALES``.  With 2, the upscaler first
+            folds 2 x 2 pixels into channels and then enlarges by 4.
         num_channels: width of the body.
         num_blocks: number of residual blocks.
         growth: channels that each dense convolution adds.
@@ -63,7 +63,7 @@ class DenseBlock(nn.Module):
             self.add_module(f"conv{index + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(B, C, H, W)`` with 0.2 times the last output added."""
+        """Return the input ``(B, C, H, W)`` plus 0.2 times the last convolution's output."""
         features = [x]
         for index in range(NUM_DENSE - 1):
             layer = self.get_submodule(f"conv{index + 1}")
@@ -82,12 +82,12 @@ class ResidualBlock(nn.Module):
         self.rdb3 = DenseBlock(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(B, C, H, W)`` with 0.2 times the last output added."""
+        """Return the input ``(B, C, H, W)`` plus 0.2 times the last dense block's output."""
         return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=0.2)
 
 
 class Upscaler(nn.Module):
-    """An upscaler: ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)``, not clamped."""
+    """Upscaler from ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)``, unclamped."""
 
     def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()

@@ -56,13 +56,13 @@ def load_exactly(
 
     Args:
         model: module to fill, possibly on the meta device.
-        tensors: tensor of each name in ``model.state_dict()``.
+        tensors: tensors, keyed by their names in ``model.state_dict()``.
         family: model family, for messages.
-        file_name_of: name in the file of each tensor of the model, for messages.
+        file_name_of: maps a tensor's name in the model to its name in the file, for messages.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unexpected, not a tensor, or of
-            another shape or kind of dtype.
+        ValueError: naming the first entry that is missing, unexpected, not a tensor, of another
+            shape, or not floating-point.
     """
     # Keep only shapes and dtypes, so that replaced tensors are freed.
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}

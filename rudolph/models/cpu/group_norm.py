@@ -97,7 +97,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pixel sums of the gradient and of it times ``x - mean``, ``(B, C)`` each."""
+    """Return the pixel sums ``(B, C)`` of the gradient and of its product with ``x - mean``."""
     total, centered_total = torch.zeros_like(mean), torch.zeros_like(mean)
     for index in map_chunks(x, CHUNK_SIZE):
         images, part = index[0], gradient[index].to(mean)

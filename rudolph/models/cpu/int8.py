@@ -2,7 +2,7 @@
 
 Weights are rounded per row to -127..127 with one scale per row.  They are widened again before the
 product, so activations keep their precision (Dettmers 2022, arXiv:2208.07339, without its
-outliers).
+outlier handling).
 
 Shapes: M outputs, N inputs of a layer.
 """
@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
 
 
 def use_int8(model: nn.Module) -> None:
-    """Replace every linear layer in ``model`` by an ``Int8Linear``, before loading weights."""
+    """Replace every linear layer in ``model`` by an ``Int8Linear``; load weights afterwards."""
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
             packed = Int8Linear(child.in_features, child.out_features)

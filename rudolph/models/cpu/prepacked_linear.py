@@ -4,17 +4,17 @@ They serve inference only.  A decoding step reads all weights once, so with few 
 bytes and their layout decide the speed.  Activations stay float32 between layers.  The weight
 formats are::
 
-    float32    oneDNN's layout, which reads single rows twice as fast as the usual one
-    half       16-bit weights: float16 in fbgemm's layout for up to ``FEW_ROWS`` rows, which reads
-               at the speed of memory; bfloat16 in oneDNN's layout for more rows, which multiplies
-               fastest on processors with native bfloat16 products
-    int8       8-bit weights with one scale per output; each row of activations is also rounded,
-               to 8 bits with VNNI and to 7 bits without, where fbgemm would saturate
+    float32    oneDNN's layout, which is twice as fast as the usual one for a single row
+    half       16-bit weights; for up to ``FEW_ROWS`` rows, float16 in fbgemm's layout, which is
+               read at memory speed; for more rows, bfloat16 in oneDNN's layout, which is fastest
+               on processors with native bfloat16 products
+    int8       8-bit weights with one scale per output; each row of activations is also rounded:
+               to 8 bits with VNNI, else to 7 bits, because fbgemm would saturate with 8
     plain      for compiled single-row steps: row-major weights in float32, bfloat16 (half) or,
                with AVX512, 8 bits; activations are not rounded
 
 The kernels are undocumented torch operators, so each one is tested on a small product before use.
-If it fails, the next layout is tried, and finally the layer stays as it was.
+If the test fails, the next layout is tried; if every layout fails, the layer stays as it was.
 
 To add a layout, write its two functions and list it in ``LAYOUTS``.
 
@@ -54,8 +54,8 @@ class WeightLayout(NamedTuple):
     """A weight layout: ``pack`` runs once per weight, ``multiply`` once per product.
 
     Attributes:
-        pack: packed weight from ``weight`` ``(O, I)`` and ``bias`` ``(O,)``.
-        multiply: product of a packed weight and ``x`` ``(..., I)``, with the bias added.
+        pack: packs ``weight`` ``(O, I)`` and ``bias`` ``(O,)``.
+        multiply: multiplies a packed weight by ``x`` ``(..., I)`` and adds the bias.
         tolerance: maximum relative error of the test product.
     """
 
@@ -65,10 +65,11 @@ class WeightLayout(NamedTuple):
 
 
 class Kernel:
-    """A product with one packed weight, ``(..., I)`` to ``(..., O)``, callable from compiled code.
+    """Multiplication by one packed weight, callable from compiled code.
 
-    A compiler cannot trace the packed weight.  Compiled code therefore passes the number of the
-    kernel to a custom operator, and one compilation serves all weights.
+    Calling a kernel maps ``(..., I)`` to ``(..., O)``.  A compiler cannot trace the packed weight.
+    Compiled code therefore passes the kernel's number to a custom operator, so one compilation
+    serves all weights.
 
     Args:
         weight: packed weight, passed to ``multiply``.
@@ -95,7 +96,7 @@ class Kernel:
         return self.multiply(self.weight, x)
 
 
-# Adds a tenth of the call overhead of ``torch.library.custom_op``.
+# A ``Library`` adds only a tenth of the call overhead of ``torch.library.custom_op``.
 LIBRARY: Any = torch.library.Library("rudolph", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("multiply(Tensor x, Tensor number, int num_outputs) -> Tensor")
 
@@ -195,7 +196,7 @@ def _multiply_plain(plain: PlainWeight, x: Tensor) -> Tensor:
 
 def _sum_row(weight: Tensor, x: Tensor) -> Tensor:
     """Return a single row's product as sums, which compile to a loop over plain weights."""
-    # as_strided materialises x; otherwise its producer would be recomputed for every output.
+    # as_strided materialises x; otherwise x would be recomputed for every output.
     x = x.as_strided(x.shape, x.stride())
     return (x.unsqueeze(-2) * weight.float()).sum(-1)
 
@@ -205,7 +206,7 @@ class Int8Product(NamedTuple):
 
     Attributes:
         kernel: product with the packed weight.
-        sums: row sums of the weight, ``(O,)``, which correct the product for zero points.
+        sums: row sums ``(O,)`` of the weight, which correct the product for zero points.
         bias: ``(O,)``.
     """
 
@@ -216,11 +217,11 @@ class Int8Product(NamedTuple):
 
 def _pack_int8(weight: Tensor, bias: Tensor) -> Int8Product:
     weight_float32 = weight.float()
-    # The infinity norm avoids a copy of the weight, whose memory the process would keep.
+    # The infinity norm avoids a copy of the weight, which would stay in the process's memory.
     row_max = torch.linalg.vector_norm(weight_float32, ord=torch.inf, dim=1)
     scales = row_max.clamp(min=1e-12).double() / 127
     with warnings.catch_warnings():
-        # Torch plans to remove quantized tensors; then the test product fails and half is used.
+        # Once torch removes quantized tensors, as planned, the test fails and half is used.
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(weight_float32), dtype=torch.long)
         rounded = torch.quantize_per_channel(weight_float32, scales, zeros, 0, torch.qint8)
@@ -237,9 +238,9 @@ def _multiply_int8(product: Int8Product, x: Tensor) -> Tensor:
     """Return the product with each row rounded by its own scale.
 
     The tokens of a sample must not depend on the other rows of its batch, but the kernel uses one
-    scale for all rows.  It chooses the right one for a single row.  Several rows are rounded here
-    to integers from 0 to the largest level.  An extra row with both extremes makes the kernel
-    choose a scale of 1.
+    scale for all rows.  For a single row, the kernel's scale is already right.  Several rows are
+    first rounded here to integers from 0 to the largest level.  An extra row that contains both
+    of these extremes then makes the kernel choose a scale of 1.
     """
     if x.numel() == x.shape[-1]:
         return product.kernel(x) + product.bias
@@ -333,9 +334,9 @@ def choose_layout(weights: str, num_rows: int, is_compiled: bool = False) -> str
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the float weight and the bias of a linear layer, int8 or not."""
+    """Return the float weight and the bias of a float or int8 linear layer."""
     assert isinstance(layer, nn.Linear | Int8Linear)
-    # Kernels keep the bias, and a view of a loaded file would keep the whole file in memory.
+    # Copy the bias: kernels keep it, and a view would keep the whole loaded file in memory.
     weight, bias = layer.weight.detach(), layer.bias.detach().clone()
     return weight * layer.scale if isinstance(layer, Int8Linear) else weight, bias
 
@@ -386,7 +387,7 @@ class PackedMLP(nn.Module):
 
 
 class PackedHead(nn.Module):
-    """The decoder's output layer in two packed parts, of which a position needs one."""
+    """The decoder's output layer in two packed parts; each position needs only one."""
 
     def __init__(self, head: SegmentHead, layout: str) -> None:
         super().__init__()
@@ -410,14 +411,14 @@ def prepack(
 ) -> None:
     """Prepare a decoder for decoding a fixed number of rows.
 
-    The decoder can neither be trained nor saved afterwards.  If no layout works, or off the CPU,
-    the weights stay as they were.  Token embeddings become float16 if the weights have fewer than
-    32 bits.
+    The decoder can neither be trained nor saved afterwards.  The weights stay as they were if no
+    layout works or if the decoder is not on the CPU.  Token embeddings become float16 if the
+    weights have fewer than 32 bits.
 
     Args:
         model: decoder to change in place.
         weights: one of ``WEIGHT_FORMATS``.
-        num_rows: rows per decoding step; guidance doubles them.
+        num_rows: rows per decoding step, already doubled if guidance is used.
         is_compiled: compile the decoding step of a layer, which takes some seconds.
 
     Raises:
@@ -467,7 +468,7 @@ def _pack(model: MaskedDecoder, layout: str) -> None:
 def prepack_in_own_dtype(
     model: MaskedDecoder, *, num_rows: int, is_compiled: bool = False
 ) -> None:
-    """Prepare a decoder with the number of bits that its weights already have; see ``prepack``.
+    """Prepare a decoder and keep the number of bits per weight; see ``prepack``.
 
     Raises:
         ValueError: if torch cannot compile.

@@ -3,14 +3,14 @@
 The results are equal to those of the plain convolutions.
 
 *Layout*: CPU convolutions take a quarter less time in channels-last format.  A network therefore
-starts with ``fast_memory_format``, and its layers keep the format of their input.  On CUDA, group
-norm would copy channels-last maps.
+starts with ``fast_memory_format``, and its layers keep the format of their input.  On CUDA,
+maps stay channels-first, because group norm would copy channels-last ones.
 
 *Enlargement*: when a 3 x 3 kernel reads a map doubled by repetition, some of its nine weights read
 the same pixel.  Those weights are summed first.  Each of the four output pixels per input pixel
 then needs 2 x 2 weights, and the doubled map is never built::
 
-    doubled     a a b b c c        weights u v w, read by the two pixels made of b
+    doubled     a a b b c c        weights u v w, applied at the two copies of b
     left           u v w           u a + (v + w) b
     right            u v w         (u + v) b + w c
 
@@ -62,7 +62,7 @@ def norm_conv(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Return ``silu(norm(x))``."""
-    # Only the backward pass needs the input of silu.
+    # Without a backward pass, silu may overwrite its input.
     return F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled())
 
 
@@ -96,7 +96,7 @@ def tiled_norm_conv(
 
 
 def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of each channel's group in a map ``(1, C, H, W)``, ``(C,)`` each.
+    """Return mean and variance, ``(C,)`` each, of each channel's group in a map ``(1, C, H, W)``.
 
     Source: Chan 1979, for combining the variances of parts.
     """
@@ -122,7 +122,7 @@ def channel_statistics(image: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tenso
 
 
 def upsample_conv(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Return a 3 x 3 convolution of ``x`` doubled by repetition, ``(B, C_out, 2H, 2W)``."""
+    """Double ``x`` by repetition and return its 3 x 3 convolution ``(B, C_out, 2H, 2W)``."""
     kernels = upsample_kernels(convolution.weight)
     if not is_tiled(x, scale=2):
         return _upsample(F.pad(x, (1, 1, 1, 1)), kernels, convolution.bias)
@@ -136,7 +136,9 @@ def upsample_conv(x: Tensor, convolution: nn.Conv2d) -> Tensor:
 
 
 def upsample_kernels(weight: Tensor) -> list[list[Tensor]]:
-    """Return weights ``(O, I, 2, 2)``, indexed by row and column among the four output pixels.
+    """Return one kernel ``(O, I, 2, 2)`` for each output pixel, indexed by its row and column.
+
+    Each input pixel has 2 x 2 output pixels.
 
     Args:
         weight: 3 x 3 kernel ``(O, I, 3, 3)``.
@@ -151,7 +153,7 @@ def upsample_kernels(weight: Tensor) -> list[list[Tensor]]:
 
 
 def _upsample(x: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
-    """Return pixels ``(B, O, 2H, 2W)`` of maps ``(B, I, H + 2, W + 2)`` with a border of 1."""
+    """Return pixels ``(B, O, 2H, 2W)`` of maps ``(B, I, H + 2, W + 2)``, border of 1 included."""
     height, width = x.shape[2] - 1, x.shape[3] - 1
     rows = []
     for top, pair in enumerate(kernels):

@@ -3,8 +3,8 @@
 ``images -> vision -> resampler -> latents``, then
 ``text -> embed -> (gated cross-attention to latents, block) x L -> logits``
 
-- A *media* is an image or a video.  In a text, each is represented by the token
-  ``media_token_id`` (a *tag*); ``fusion/media_mask.py`` has the rules by which a position attends
+- A *media* is an image or a video.  In a text, each media is represented by the token
+  ``media_token_id`` (a *tag*).  ``fusion/media_mask.py`` has the rules by which a position attends
   to media.
 - The gates start at 0, so a new Flamingo returns the logits of its language model.
 
@@ -59,8 +59,8 @@ class FlamingoConfig:
         place: Whether the cross-attention comes ``before`` or ``after`` its block.
         attend_to: A rule in ``MEDIA_RULES``.
         media_token_id: Id of a media tag.
-        document_end_id: Id that ends a document.  Later tokens attend to no media until the next
-            tag.  None if a row is one document.
+        document_end_id: Id of the token that ends a document.  Later tokens attend to no media
+            until the next tag.  None if each row is one document.
     """
 
     language_model: LanguageModelConfig
@@ -108,7 +108,7 @@ class MediaMemory(NamedTuple):
     num_latents: int
 
     def repeat(self, number: int) -> "MediaMemory":
-        """Return the memory with every row ``number`` times, copies next to each other."""
+        """Return the memory with every row repeated ``number`` times; copies are adjacent."""
         keys_values = {
             layer: (key.repeat_interleave(number, 0), value.repeat_interleave(number, 0))
             for layer, (key, value) in self.keys_values.items()
@@ -119,14 +119,14 @@ class MediaMemory(NamedTuple):
 
 
 class FlamingoCache:
-    """State of cached decoding: the language model's cache and the tags so far."""
+    """State of cached decoding: the language model's cache and the tag counts so far."""
 
     def __init__(self, text: LanguageModelCache) -> None:
         self.text = text
         self.counts: TagCounts | None = None
 
     def repeat(self, number: int) -> "FlamingoCache":
-        """Return a cache with every row ``number`` times, copies next to each other."""
+        """Return a cache with every row repeated ``number`` times; copies are adjacent."""
         copy = FlamingoCache(self.text.repeat(number))
         if self.counts is not None:
             copy.counts = TagCounts(*(part.repeat_interleave(number, 0) for part in self.counts))
@@ -181,7 +181,7 @@ class Flamingo(PartlyTrained):
             images: ``(B, M, C, H, W)``; None for videos or text only.
             videos: ``(B, M, F, C, H, W)``; None for images or text only.
             attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding on either side.
-            media_present: ``(B, M)`` bool, false where a row has fewer media than others.
+            media_present: ``(B, M)`` bool, false for absent media; None if all are present.
 
         Raises:
             ValueError: If a text has more tags than media.
@@ -190,7 +190,7 @@ class Flamingo(PartlyTrained):
         return self.language_model.logits(self.hidden(text, memory, attention_mask))
 
     def latents(self, images: Tensor | None, videos: Tensor | None) -> Tensor | None:
-        """Return the latents ``(B, M, R, E)`` of images or videos, None for neither.
+        """Return the latents ``(B, M, R, E)`` of images or videos, or None if neither is given.
 
         Pass precomputed features to ``model.resampler`` instead.
 
@@ -257,7 +257,7 @@ class Flamingo(PartlyTrained):
         attention_mask: Tensor | None = None,
         cache: FlamingoCache | None = None,
     ) -> Tensor:
-        """Return the output of the last block, ``(B, T, D)``.
+        """Return the last block's output ``(B, T, D)``.
 
         Args:
             text: Token ids ``(B, T)``; with a cache, only the new positions.
@@ -282,7 +282,7 @@ class Flamingo(PartlyTrained):
     def attend_to_media(
         self, layer: int, x: Tensor, memory: MediaMemory | None, mask: Tensor | None
     ) -> Tensor:
-        """Apply the gated cross-attention of a block that has one; else return ``x``."""
+        """Apply the block's gated cross-attention if it has one; otherwise return ``x``."""
         if memory is None or layer not in memory.keys_values:
             return x
         return self.cross_block(layer)(x, memory.keys_values[layer], mask)
@@ -338,7 +338,7 @@ class Flamingo(PartlyTrained):
             memory: Result of ``model.memory(model.latents(images, videos))``.
             num_tokens: Maximum number of new tokens.
             attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding; None for no padding.
-            end_id: Id that ends a row; None for none.
+            end_id: Id that ends a row; None always generates ``num_tokens`` tokens.
         """
         model = self.language_model
         num_positions = text.shape[1] + num_tokens

@@ -1,8 +1,8 @@
-"""Published sizes of Flamingo, by name.
+"""Published sizes of Flamingo, keyed by name.
 
-Fusion parts have the published geometry.  Language models are LLaMA blocks of the published depth
-and width, whose SwiGLU has as many parameters as the published MLP.  Vocabulary sizes match the
-published ones only in order of magnitude, since the tokenizers differ.
+Fusion parts have the published geometry.  Language models consist of LLaMA blocks with the
+published depth and width; each SwiGLU has as many parameters as the published MLP.  Vocabulary
+sizes match the published ones only in order of magnitude, since the tokenizers differ.
 
 Source: Alayrac 2022 (arXiv:2204.14198), tables 1 and 5; open_flamingo 2.0.1, ``src/factory.py``.
 """
@@ -18,7 +18,7 @@ HEAD_SIZE = 128
 def llama_size(
     *, vocab_size: int, num_layers: int, num_heads: int, mlp_size: int
 ) -> LanguageModelConfig:
-    """Return a language model with heads of 128 channels and as many key-value heads."""
+    """Return a config with 128 channels per head and one key-value head per query head."""
     return LanguageModelConfig(
         vocab_size=vocab_size,
         hidden_size=HEAD_SIZE * num_heads,
@@ -30,7 +30,7 @@ def llama_size(
 
 
 def flamingo_size(*, num_layers: int, num_heads: int, mlp_size: int, every: int) -> FlamingoConfig:
-    """Return a config of the paper, with media at blocks 0, every, ..."""
+    """Return a config of the paper, with cross-attention at multiples of ``every``."""
     return FlamingoConfig(
         language_model=llama_size(
             vocab_size=32_000, num_layers=num_layers, num_heads=num_heads, mlp_size=mlp_size
@@ -46,7 +46,7 @@ def open_flamingo_size(
 ) -> FlamingoConfig:
     """Return a config of OpenFlamingo for CLIP ViT-L/14 features.
 
-    The last of each ``every`` blocks attends to media.
+    The last block in each group of ``every`` blocks attends to media.
     """
     return FlamingoConfig(
         language_model=llama_size(

@@ -1,7 +1,7 @@
 """Connectors: from the tokens of a vision encoder to vectors that a language model reads.
 
 ``connector(features, mask) -> Tokens(values, mask)``.  ``connector.num_tokens`` is the number of
-output tokens, and ``connector.grid_out`` their rows and columns, None if they form no grid.
+output tokens.  ``connector.grid_out`` holds their rows and columns, or None if they form no grid.
 
 ==============  ===============================================  =================
 ``linear``      one linear layer (LLaVA)                         M = N
@@ -47,7 +47,7 @@ RESAMPLER_HEAD_SIZE = 64
 
 
 class Tokens(NamedTuple):
-    """``values`` (B, M, D); ``mask`` (B, M) bool is true for real tokens, None if all are."""
+    """``values`` (B, M, D); ``mask`` (B, M) bool is true for real tokens, None if all are real."""
 
     values: Tensor
     mask: Tensor | None
@@ -114,7 +114,7 @@ def build_connector(config: ConnectorConfig, shape: ConnectorShape) -> nn.Module
 
 
 def coarse_grid(config: ConnectorConfig, shape: ConnectorShape) -> tuple[int, int]:
-    """Return rows and columns of cells of ``factor x factor`` tokens.
+    """Return how many rows and columns of ``factor x factor`` cells the grid has.
 
     Raises:
         ValueError: If the factor does not divide the grid.
@@ -148,7 +148,7 @@ class LinearConnector(nn.Module):
         self.project: nn.Module = nn.Linear(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
-        """Map tokens ``(B, N, Dv)`` to ``(B, N, D)``; the mask ``(B, N)`` stays."""
+        """Map tokens ``(B, N, Dv)`` to ``(B, N, D)``; the mask ``(B, N)`` is unchanged."""
         require_tokens(features, self.num_tokens)
         return Tokens(self.project(features), mask)
 
@@ -187,7 +187,7 @@ class AveragePool(nn.Module):
 class PixelShuffle(nn.Module):
     """Pixel-shuffle connector ``(B, h * w, Dv) -> (B, h * w / factor^2, D)``.
 
-    Padded tokens of a cell are zeros.
+    Padded tokens of a cell count as zeros.
     """
 
     def __init__(self, config: ConnectorConfig, shape: ConnectorShape) -> None:
@@ -334,15 +334,16 @@ def merge_tokens(x: Tensor, num_out: int, mask: Tensor | None = None) -> Merged:
 
 
 def match_tokens(x: Tensor, sizes: Tensor, num_merged: int) -> Tensor:
-    """Return the target index ``(B, N)`` of each token, merging the best ``num_merged`` pairs.
+    """Return the target index ``(B, N)`` of each token after merging ``num_merged`` pairs.
 
-    Each token at an even position is paired with the most similar token at an odd position.
+    Each token at an even position is paired with the most similar token at an odd position.  The
+    most similar pairs are merged.
 
     Source: ToMe, ``tome/merge.py``, ``bipartite_soft_matching``.
     """
     unit = F.normalize(x.detach(), dim=-1)
     similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, N / 2, N / 2)
-    # Padding has size 0.  It is merged first, and nothing merges into it if it can be avoided.
+    # Padding has size 0.  It is merged first, and tokens merge into padding only if they must.
     is_empty = sizes == 0
     similarity = similarity.masked_fill(is_empty[:, None, 1::2], -2)
     similarity = similarity.masked_fill(is_empty[:, ::2, None], 2)
@@ -392,7 +393,7 @@ class CodeTable(nn.Module):
         self.embedding = nn.Embedding(shape.width_in, shape.width_out)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
-        """Embed codes ``(B, N)`` as ``(B, N, D)``; the mask ``(B, N)`` stays."""
+        """Embed codes ``(B, N)`` as ``(B, N, D)``; the mask ``(B, N)`` is unchanged."""
         require_tokens(features, self.num_tokens)
         return Tokens(self.embedding(features), mask)
 
@@ -400,7 +401,7 @@ class CodeTable(nn.Module):
 class Blank(nn.Module):
     """Learnt vectors ``(num_out, D)`` for every image, whatever it shows.
 
-    Its features may have no tokens, so a model need not encode the images.
+    This connector accepts features without tokens, so a model need not encode the images.
     """
 
     reads_features = False
@@ -416,7 +417,7 @@ class Blank(nn.Module):
         return Tokens(self.vectors.expand(len(features), -1, -1), None)
 
 
-# Connector classes by name, each built from a config and a shape (see ``build_connector``).
+# Connector classes, keyed by name and built from a config and a shape by ``build_connector``.
 CONNECTORS: dict[str, Any] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,

@@ -34,7 +34,7 @@ class CrossAttentionConfig:
     Attributes:
         num_heads: Attention heads, N.
         head_size: Channels per head, H.
-        mlp_ratio: Width of the MLP's inner layer over the text width.
+        mlp_ratio: Ratio of the MLP's inner width to the text width.
         gate: One gate per block (``scalar``) or one per channel (``vector``).
     """
 
@@ -77,7 +77,8 @@ class MaskedCrossAttention(nn.Module):
         if mask is None:
             return self.to_out(multi_head_attention(query, *keys_values))
         attends = mask.any(-1, keepdim=True)
-        # A softmax over no key is undefined, so such a position attends to all and is zeroed.
+        # A softmax over no key is undefined.  A position without media therefore attends to all
+        # keys, and its output is then set to 0.
         out = multi_head_attention(query, *keys_values, mask | ~attends)
         return self.to_out(out.masked_fill(~attends, 0.0))
 

@@ -1,7 +1,8 @@
 """Late fusion: one vector from the feature vectors of several modalities.
 
-``fusion([x_1, ..., x_k]) -> z`` with ``x_i`` (..., D_i) and ``z`` (..., D): rows of a batch, or
-positions of a sequence.
+``fusion([x_1, ..., x_k]) -> z`` maps ``x_i`` (..., D_i) to ``z`` (..., D).  The leading dimensions
+are rows of a batch or positions of a sequence.  The table lists each kind of fusion, its formula
+and its number of parameters:
 
 ===============  =====================================================  ========================
 ``additive``     ``sum_i w_i x_i``, scalars w_i                         k
@@ -14,11 +15,12 @@ positions of a sequence.
 ``concat``       an MLP of ``[x_1; ...; x_k]``                          see ``Concat``
 ===============  =====================================================  ========================
 
-Gates g_i read all modalities: ``sigmoid`` ones are independent, ``softmax`` ones sum to 1.
+Gates g_i read all modalities: ``sigmoid`` gates are independent, ``softmax`` gates sum to 1.
 
-A modality may be missing in some rows, where ``present`` (..., k) is false.  Sums leave it out,
-and ``additive`` and ``linear_sum`` scale the rest by k over the number of present modalities.  A
-softmax is taken over the present modalities.  The other kinds need every modality.
+A modality may be missing in some rows, where ``present`` (..., k) is false.  Sums leave out a
+missing modality.  If m modalities are present, ``additive`` and ``linear_sum`` scale their sum by
+k / m.  A softmax is taken over the present modalities.  The kinds ``product``, ``low_rank``,
+``bilinear`` and ``concat`` need every modality.
 
 To add a fusion, write a class ``(FusionConfig)`` and name it in ``FUSIONS``.
 
@@ -265,14 +267,14 @@ def zero_missing(inputs: Sequence[Tensor], present: Tensor | None) -> list[Tenso
 
 
 def sum_of_present(terms: Sequence[Tensor], present: Tensor | None) -> Tensor:
-    """Sum the present terms ``(..., D)`` and scale by k over the number of present ones."""
+    """Sum the m present terms ``(..., D)`` out of k and scale the sum by k / m."""
     total = torch.stack(zero_missing(terms, present)).sum(0)
     if present is None:
         return total
     return total * (len(terms) / present.sum(-1, keepdim=True).clamp(min=1))
 
 
-# Fusion classes by name, each built from a config (see ``build_fusion``).
+# Fusion classes, keyed by name and built from a config by ``build_fusion``.
 FUSIONS: dict[str, Any] = {
     "additive": Additive,
     "linear_sum": LinearSum,

@@ -3,14 +3,15 @@
 A *tag* is a token that represents one media, an image or a video.  The media of a row are numbered
 from 1 in the order of its tags; number 0 is an absent media, to which nothing attends.
 
-A rule ``(last, opening, media) -> bool`` on broadcastable tensors of such numbers is true where
-a position may attend to a media: ``last`` is the number of tags up to and including the position,
-and ``opening`` the number of tags before its document began.
+A rule ``(last, opening, media) -> bool`` takes broadcastable tensors and is true where a position
+may attend to the media with number ``media``.  ``last`` is the number of tags up to and including
+the position.  ``opening`` is the number of tags before the position's document.
 
 To add a rule, write it and name it in ``MEDIA_RULES``.
 
 Source: Alayrac 2022 (arXiv:2204.14198), section 2.1.3; flamingo-pytorch, ``flamingo_pytorch.py``,
-whose leak in ``all_previous`` is absent here; Idefics, ``processing_idefics.py``, for documents.
+without its attention to later images in ``all_previous``; Idefics, ``processing_idefics.py``, for
+documents.
 
 Shapes: B batch, T text positions, M media per row.
 """
@@ -25,7 +26,7 @@ MediaRule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TagCounts(NamedTuple):
-    """Numbers of tags ``(B, T)`` at each text position.
+    """Tag counts ``(B, T)`` for each text position.
 
     Attributes:
         last: Tags up to and including the position.
@@ -41,7 +42,8 @@ class TagCounts(NamedTuple):
 def immediate(last: Tensor, opening: Tensor, media: Tensor) -> Tensor:
     """Allow the media of the last tag.
 
-    One line per media, one column per text position; tags stand at columns 1 and 4:
+    The drawing has one line per media and one column per text position; the tags are in columns 1
+    and 4:
 
     >>> counts = count_tags(torch.tensor([[0, 1, 0, 0, 1, 0]]).bool())
     >>> for media in media_mask("immediate", counts, torch.tensor([[1, 2]]))[0].T.tolist():
@@ -55,7 +57,7 @@ def immediate(last: Tensor, opening: Tensor, media: Tensor) -> Tensor:
 def all_previous(last: Tensor, opening: Tensor, media: Tensor) -> Tensor:
     """Allow the media of every earlier tag of the document.
 
-    Tags stand at columns 1 and 4, and a document ends at column 5:
+    The tags are in columns 1 and 4, and a document ends in column 5:
 
     >>> is_tag, is_end = torch.tensor([[[0, 1, 0, 0, 1, 0, 0]], [[0, 0, 0, 0, 0, 1, 0]]]).bool()
     >>> counts = count_tags(is_tag, is_end)
@@ -89,14 +91,14 @@ def count_tags(
     )
     next_opening = first_opening.expand_as(last)
     if is_end is not None:
-        # Numbers of tags never decrease, so the latest end has the largest.
+        # Tag counts never decrease, so the latest document end has the largest one.
         next_opening = torch.maximum(next_opening, (last * is_end).cummax(1).values)
     opening = torch.cat([first_opening, next_opening[:, :-1]], dim=1)
     return TagCounts(last, opening, next_opening)
 
 
 def number_media(is_present: Tensor) -> Tensor:
-    """Return the number of each media ``(B, M)``, 0 for absent ones.
+    """Number the media ``(B, M)`` of each row from 1; absent media get 0.
 
     >>> number_media(torch.tensor([[True, False, True]])).tolist()
     [[1, 0, 2]]

@@ -31,9 +31,11 @@ class ResamplerConfig:
         num_latents: Latents per media, R.
         num_heads: Attention heads.
         head_size: Channels per head.
-        mlp_ratio: Width of the MLP's inner layer over ``width``.
-        num_media_embeddings: Maximum media per row, each with a learnt position; None for none.
-        num_frame_embeddings: Maximum frames per video, each with a learnt position; None for none.
+        mlp_ratio: Ratio of the MLP's inner width to ``width``.
+        num_media_embeddings: Maximum media per row, each with a learnt position embedding; None
+            for no such embeddings.
+        num_frame_embeddings: Maximum frames per video, each with a learnt position embedding; None
+            for no such embeddings.
     """
 
     width: Count = 1024
@@ -111,8 +113,8 @@ class PerceiverResampler(nn.Module):
 
         Args:
             features: ``(B, M, P, D)`` for images, ``(B, M, F, P, D)`` for videos.
-            mask: Shape of ``features`` without D, bool, false at padding.  Latents attend to each
-                other even if a media is all padding.
+            mask: Bool, in the shape of ``features`` without D; false at padding.  Latents attend
+                to each other even if a media is all padding.
 
         Raises:
             ValueError: If there are more media or frames than embeddings.

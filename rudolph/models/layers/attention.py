@@ -24,8 +24,8 @@ from rudolph.models.layers.dropout import apply_dropout
 PB_RELAX_SCALE = 32.0
 # The maximum that PB-relax subtracts: of each score row or of the whole matrix.
 PB_RELAX_MAXIMA = ("row", "matrix")
-# Up to this many positions, plain products beat the CPU's fused kernel.  The kernel takes 1.5 to 2
-# times as long at 100 positions and as long at 300, with its backward pass.
+# Up to this many positions, plain products beat the CPU's fused kernel.  Including its backward
+# pass, the kernel takes 1.5 to 2 times as long at 100 positions and equally long at 300.
 MAX_UNFUSED_LENGTH = 256
 # Up to this many single-row products, a fused sum is faster than one call of bmm.
 MAX_SUMMED_PRODUCTS = 64
@@ -50,7 +50,7 @@ class KeyValue(NamedTuple):
 
 
 def block_mask(table: Tensor) -> Any:
-    """Return FlexAttention's ``BlockMask`` of a mask ``(T, T)`` bool; it skips empty blocks."""
+    """Turn a bool mask ``(T, T)`` into a FlexAttention ``BlockMask``, which skips empty blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -97,9 +97,8 @@ def attention(
 ) -> Tensor:
     """Return softmax attention ``(R, T, H)`` over the concatenation of all given keys.
 
-    PB-relax (``apply_pb_relax``) keeps float16 scores from overflowing.  Elsewhere it would change
-    only rounding, so it is skipped: in float32, in bfloat16, and in fused kernels with float32
-    scores.
+    PB-relax (``apply_pb_relax``) keeps float16 scores from overflowing.  It is skipped in float32,
+    in bfloat16, and in fused kernels with float32 scores, where it would change only rounding.
 
     Args:
         query: ``(R, T, H)``, not yet scaled.
@@ -114,7 +113,7 @@ def attention(
     first, *others = key_values
     if not others and first.mask is not None and not isinstance(first.mask, Tensor):
         return block_attention(query, first, dropout=dropout)
-    # On the CPU, the fused kernel takes three times as long as plain products in half precision.
+    # In half precision on the CPU, the fused kernel takes three times as long as plain products.
     is_long = max(query.shape[1], first.key.shape[1]) > MAX_UNFUSED_LENGTH and query.shape[1] > 1
     is_fused = query.device.type != "cpu" or (query.dtype == torch.float32 and is_long)
     if is_fused and not others and len(first.key) == len(query):
@@ -144,12 +143,12 @@ def attention(
     [second] = others
     before, after = weights.tensor_split((first.key.shape[1],), dim=-1)
     out = _product(_stack_shared_rows(before, first), first.value).view_as(query)
-    # The own keys have one group per row; baddbmm adds their part without another tensor.
+    # Each sample's own keys form one group per row; baddbmm adds their part without a new tensor.
     return _product(after, second.value, out)
 
 
 def apply_pb_relax(scores: Tensor, maximum: str | None) -> Tensor:
-    """Return full-size scores ``(R, T, T')`` with their maximum subtracted.
+    """Subtract the maximum from scores ``(R, T, T')`` and scale them back to full size.
 
     The input scores were computed ``PB_RELAX_SCALE`` times smaller.  The maximum is subtracted
     before they are scaled back, so the largest score is 0 and nothing overflows.  The softmax is
@@ -166,7 +165,7 @@ def apply_pb_relax(scores: Tensor, maximum: str | None) -> Tensor:
 
 
 def _stack_shared_rows(rows: Tensor, key_value: KeyValue) -> Tensor:
-    """Return rows ``(R, T, .)`` that share keys stacked as ``(G, T * R / G, .)``.
+    """Stack the rows ``(R, T, .)`` that share keys as ``(G, T * R / G, .)``.
 
     The keys of a group are then read from memory once.
     """
@@ -203,9 +202,9 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KVView(Protocol):
-    """A view of keys and values: from new positions to attention rows, and back.
+    """A view of keys and values, which maps new positions to attention rows and back.
 
-    ``Layer.attend`` calls ``split``, then ``attention``, then ``merge``, whatever the keys come
+    ``Layer.attend`` calls ``split``, then ``attention``, then ``merge``, wherever the keys come
     from.
     """
 
@@ -234,7 +233,7 @@ class FullView(NamedTuple):
     batch_size: int
 
     def split(self, qkv: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Return queries ``(R, T, H)`` of ``(B, T, 3, N, H)`` and their keys and values."""
+        """Split ``(B, T, 3, N, H)`` into queries ``(R, T, H)`` and their keys and values."""
         query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # each (R, T, H)
         return query, [KeyValue(key, value, self.mask)]
 

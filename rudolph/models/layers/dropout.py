@@ -11,8 +11,8 @@ LEVELS = 2**16
 def apply_dropout(x: Tensor, p: float) -> Tensor:
     """Set random elements of ``x`` to 0 and divide the rest by 1 - ``p``.
 
-    On the CPU one 64-bit random number decides four elements, in a third of the time of torch's
-    own dropout.  Both use torch's default generator.
+    On the CPU, one 64-bit random number decides four elements, which takes a third of the time of
+    torch's own dropout.  Both use torch's default generator.
 
     Args:
         x: tensor of any shape.

@@ -2,7 +2,7 @@
 
 A prompt is computed once.  Its keys and values are stored once for all of its samples (*shared*),
 and each sample stores only the positions that it adds (*own*).  Reads follow the mask: under a
-row, column or window mask, a new position reads tens of keys instead of all hundreds before it.
+row, column or window mask, a new position reads tens of keys, not all of the hundreds before it.
 
 Shapes: P prompts, S samples of each, B = P * S, N heads, R = P * N * S attention rows, G key rows,
 M distinct masks, T positions, T' earlier positions, H head size, L layers.
@@ -18,8 +18,8 @@ from torch import Tensor
 from rudolph.models.layers.attention import KeyValue
 from rudolph.models.rudolph.static_decode import StaticSelection, StaticView, static_selection
 
-# A gather reads, writes and rereads every key that it takes.  Reading a contiguous stretch of up
-# to this many times the needed keys, with the rest masked, costs no more.
+# A gather reads, writes and rereads every key that it takes.  A contiguous read is no slower, even
+# if it covers up to this many times the needed keys and masks the keys in between.
 GATHER_COST = 3
 
 
@@ -72,8 +72,8 @@ class KeyValueCache:
     """A preallocated cache of keys and values.
 
     Decoding first runs the prompts through the model, with one sample each.  ``expand_samples``
-    then turns their positions into shared ones.  Every further run appends own positions of the
-    samples.
+    then turns their positions into shared ones.  Every later forward pass appends positions
+    of the individual samples.
 
     ``length`` counts the valid positions, shared ones included.  Setting it to a smaller value
     discards the positions after it.
@@ -176,7 +176,7 @@ class KeyValueCache:
     def _steps(
         self,
     ) -> tuple[Sequence[Tensor], list[tuple[StaticSelection | None, StaticSelection | None]]]:
-        """Return the storage index of each own position, and its reads under each mask."""
+        """Return the storage index of each own position, and the keys it reads under each mask."""
         first, device = self.num_prefix, self.own.device
         rows = self.tables[:, first : first + self.own.shape[5]]
         end = first + rows.shape[1]
@@ -200,7 +200,7 @@ class KeyValueCache:
         return [KeyValue(key, value, read.mask) for key, value in zip(keys, values, strict=True)]
 
     def _reads(self, end: int) -> list[Selections]:
-        """Return, for each mask, the shared and own keys that positions up to ``end`` read."""
+        """Return, for each mask, the shared and own keys that positions before ``end`` read."""
         span = (self.num_prefix, self.length, end, self.own.device)
         if span not in self.known_reads:
             rows = [table[self.length : end, :end] for table in self.tables]
@@ -240,7 +240,7 @@ class GatheredKeys(NamedTuple):
 
 
 class CachedView(NamedTuple):
-    """The view of new positions of one layer that follow cached positions; see ``KVView``.
+    """The view of one layer's new positions, which follow cached ones; see ``KVView``.
 
     Attributes:
         new_slots: ``(2, P, N, S, T, H)``, memory for the keys and values of the new positions.

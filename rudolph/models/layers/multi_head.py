@@ -1,4 +1,4 @@
-"""Heads around the one attention: split channels into heads, attend, join them again.
+"""Multi-head attention: split channels into heads, attend, and join the heads again.
 
 Shapes: B batch, N query heads, G key-value heads, T queries, S keys, H head size.
 """
@@ -9,7 +9,7 @@ from rudolph.models.layers.attention import KeyValue, attention
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Return ``(B, N, T, H)`` of ``(B, T, N * H)``."""
+    """Split the channels of ``(B, T, N * H)`` into heads ``(B, N, T, H)``."""
     return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
@@ -27,13 +27,14 @@ def multi_head_attention(
         query: ``(B, N, T, H)``.
         key: ``(B, G, S, H)``; N / G neighbouring query heads share a key-value head.
         value: ``(B, G, S, H)``.
-        mask: ``(T, S)`` or ``(B, T, S)`` bool, true where a query may attend; every query needs
-            at least one such key.  None attends everywhere.
+        mask: ``(T, S)`` or ``(B, T, S)`` bool, true where a query may attend to a key; every
+            query needs at least one such key.  None attends to all keys.
         dropout: fraction of attention weights set to 0.
     """
     batch, num_heads, length, _ = query.shape
     if length > 1 and key.shape[1] < num_heads:
-        # The fused kernel takes as many keys as queries; a single query reads shared ones once.
+        # The fused kernel needs a key head per query head.  For a single query, the plain product
+        # is used, which reads shared keys only once.
         num_copies = num_heads // key.shape[1]
         key, value = (part.repeat_interleave(num_copies, dim=1) for part in (key, value))
     key_value = KeyValue(key.flatten(0, 1), value.flatten(0, 1), mask)

@@ -1,6 +1,6 @@
 """The dtypes that a device computes with at full speed.
 
-A dtype that the processor only emulates works, but slowly.  On a processor limited to AVX2, a
+A dtype that the processor only emulates is usable but slow.  On a processor limited to AVX2, a
 bfloat16 matrix product takes 8 to 60 times as long as a float32 one.  Optimizers, training
 precision, weight layouts and benchmarks check ``native_types`` before they choose a dtype.
 
@@ -104,5 +104,5 @@ def has_exact_int8_products() -> bool:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of long sums: float64, or float32 on Apple's GPUs, which lack it."""
+    """Return the dtype of long sums: float64, or float32 on Apple's GPUs, which lack float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Models of which training changes only some parts."""
+"""Models whose parts can be trained or frozen."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Self
@@ -7,18 +7,20 @@ from torch import nn
 
 
 class PartlyTrained(nn.Module):
-    """A model whose parts, its child modules and own parameters, train together or stay frozen.
+    """A model that trains some of its parts and freezes the others.
 
-    A subclass names the parts of each choice in ``trained_choices``; ``all`` comes first.
+    A part is a child module or a parameter of the model itself.  ``trained_choices`` of a subclass
+    maps each choice to the parts that it trains; ``all`` comes first.
     """
 
     trained_choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     trained = "all"
 
     def train_only(self, choice: str) -> None:
-        """Train the parts of a choice and freeze the others, without dropout.
+        """Train the parts of a choice; freeze the others and turn off their dropout.
 
-        Call it before building the optimizer, which takes the parameters that require a gradient.
+        Call this method before building the optimizer, which takes only the parameters that
+        require a gradient.
 
         Raises:
             ValueError: If the choice is unknown.

@@ -1,9 +1,9 @@
 """Anyres of LLaVA-NeXT: an image as a small whole view and as tiles of a larger canvas.
 
-A *canvas* is one of a few sizes that are whole numbers of tiles.  The image is resized to fit one
-without changing its aspect ratio, centred on black, and cut into tiles, which are encoded like
-images.  The tokens of all tiles form one map.  Its rows or columns of black border are removed,
-and a learnt newline vector ends each row::
+A *canvas* has one of a few sizes, each a whole number of tiles per side.  The image is resized to
+fit a canvas without changing its aspect ratio, and centred on black.  The canvas is then cut into
+tiles, and each tile is encoded like an image.  The tokens of all tiles form one map.  Its rows or
+columns of black border are removed, and a learnt newline vector ends each row::
 
     whole view        tiles of a wide image on a canvas of 2 x 2, cut
 
@@ -44,7 +44,7 @@ HUGGING_FACE_CANVASES: tuple[Size, ...] = (
 
 
 def select_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
-    """Return the canvas that keeps most pixels of an image and, among those, wastes fewest.
+    """Return the canvas that keeps most pixels of an image and, among equals, wastes fewest.
 
     Enlarging does not count as keeping more pixels.  The first of equally good canvases wins.
 
@@ -67,7 +67,10 @@ def select_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
 
 
 def tile_rows_and_columns(size: Size, canvases: tuple[Size, ...], tile: int) -> tuple[int, int]:
-    """Return the rows and columns of tiles, ``tile`` pixels per side, of an image's canvas."""
+    """Return the numbers of tile rows and columns of an image's canvas.
+
+    Tiles have ``tile`` pixels per side.
+    """
     height, width = select_canvas(size, canvases)
     return height // tile, width // tile
 
@@ -75,7 +78,8 @@ def tile_rows_and_columns(size: Size, canvases: tuple[Size, ...], tile: int) -> 
 def unpadded(size: Size, rows: int, columns: int) -> tuple[slice, slice]:
     """Return the rows and columns of a map without the border of the canvas.
 
-    An odd remainder leaves one more row or column.  The rounding to 7 digits is Hugging Face's.
+    If the border has an odd number of rows or columns, one of them stays.  The rounding to 7
+    digits is Hugging Face's.
 
     Args:
         size: Size of the image in pixels.
@@ -124,7 +128,7 @@ def pack_tiles(
         size: Size of the image in pixels.
         tiles: Rows and columns of tiles.
         grid: Rows and columns of one tile's tokens, h and w.
-        newline: Vector ``(D,)`` added after each row.
+        newline: Vector ``(D,)`` inserted after each row.
     """
     (tile_rows, tile_columns), (height, width) = tiles, grid
     whole, cut = crops[0], crops[1:]

@@ -1,8 +1,8 @@
-"""Late fusion in front of a language model: one vector of image and question per image.
+"""Late fusion in front of a language model: one vector fuses an image and its question.
 
 ``image -> vision -> connector -> x_1``, ``question -> mean of word embeddings -> x_2``, and the
 language model reads ``fusion([x_1, x_2])`` in place of the image, before the question.  In early
-fusion it would read the image vectors themselves.
+fusion, the language model would read the image vectors themselves.
 
 Source: Kim 2017 (arXiv:1610.04325) for answers from a fused vector; ``fusion/late_fusion.py`` for
 the fusions.
@@ -20,7 +20,9 @@ from rudolph.models.lm.language_model import LanguageModel
 
 
 class LateFusionLLaVA(LLaVA):
-    """A LLaVA whose image vectors are fused with questions; the arguments are those of ``LLaVA``.
+    """A LLaVA whose image vectors are fused with questions.
+
+    The arguments besides ``fusion`` are those of ``LLaVA``.
 
     Args:
         fusion: Maps ``[image vectors, question vectors]``, ``(P, D)`` each, to ``(P, D)``.
@@ -51,7 +53,7 @@ class LateFusionLLaVA(LLaVA):
                 f"got {self.num_view_tokens}"
             )
         self.fusion = fusion
-        # Stands for the question of an image without one, such as that of a caption.
+        # Replaces the question of an image that has none, such as an image with a caption.
         size = language_model.config.hidden_size
         self.no_question = nn.Parameter(torch.randn(size).mul_(size**-0.5))
 
@@ -64,8 +66,8 @@ class LateFusionLLaVA(LLaVA):
             input_ids: ``(B, T)``, with one image token per image.
             pixel_values: Normalised images ``(P, 3, S, S)``, in the order of the rows; None for
                 texts alone.
-            image_of_question: ``(B, T)``, the image whose question a token belongs to; -1 for
-                other tokens.
+            image_of_question: ``(B, T)``, the index of the image whose question a token belongs
+                to; -1 for other tokens.
 
         Raises:
             ValueError: If the image tokens of a row do not match its images.

@@ -3,9 +3,10 @@
 ``images -> vision -> connector -> vectors``; each vector replaces the embedding of one image token
 of the text, and the language model reads the whole row under its causal mask.
 
-With ``canvases`` an image is a whole view and tiles (LLaVA-NeXT, see ``anyres``), else one view
-(LLaVA-1.5).  A row may have any number of images, or none.  ``input_ids`` repeat the image token
-``num_image_tokens`` times per image, so lengths are known before the model runs.
+With ``canvases``, an image becomes a whole view and tiles (LLaVA-NeXT, see ``anyres``).  Without
+them, it becomes one view (LLaVA-1.5).  A row may have any number of images, or none.
+``input_ids`` repeat the image token ``num_image_tokens`` times per image, so lengths are known
+before the model runs.
 
 ``LLaVA.trained_choices`` lists which parts can be trained together.
 
@@ -41,7 +42,7 @@ class ImageTokenConfig:
     """How images are represented in a text.
 
     Attributes:
-        token_id: Token id whose embeddings image vectors replace.
+        token_id: Id of the image token; image vectors replace its embeddings.
         image_size: Side of one view in pixels, S.
         canvases: Canvas sizes (height, width) of anyres, where the first wins ties; empty for one
             view per image.
@@ -72,7 +73,7 @@ class LLaVAConfig:
         vision: The vision encoders.
         connector: The connector.
         language_model: The language model.
-        image_token_id: Token id whose embeddings image vectors replace.
+        image_token_id: Id of the image token; image vectors replace its embeddings.
         canvases: Canvas sizes (height, width) of anyres; empty for one view per image.
     """
 
@@ -153,8 +154,10 @@ class LLaVA(PartlyTrained):
             input_ids: ``(B, T)``, with the image token repeated ``num_image_tokens`` times per
                 image.
             pixel_values: Normalised views of all images, in the order of the rows:
-                ``(P, 3, S, S)`` or, with canvases, ``(P, C, 3, S, S)``, padded to the most crops.
-            image_sizes: (height, width) of the images in pixels, ``(P, 2)``, with canvases.
+                ``(P, 3, S, S)`` or, with canvases, ``(P, C, 3, S, S)``, padded to the
+                largest number of crops.
+            image_sizes: ``(P, 2)``, the (height, width) of each image in pixels; needed only with
+                canvases.
 
         Raises:
             ValueError: If the image tokens of a row do not match its images; the message names
@@ -200,7 +203,7 @@ class LLaVA(PartlyTrained):
         return self.connector(views.new_zeros(len(views), 0)).values
 
     def tiles_of(self, size: Size) -> tuple[int, int]:
-        """Return rows and columns of tiles of an image (height, width)."""
+        """Return the numbers of tile rows and columns for an image of (height, width) pixels."""
         return tile_rows_and_columns(size, self.images.canvases, self.images.image_size)
 
     def num_image_tokens(self, size: Size) -> int:
@@ -251,7 +254,7 @@ def size_list(image_sizes: Tensor | None) -> list[Size]:
 
 
 def require_image_tokens(per_row: list[int], per_image: list[int]) -> None:
-    """Raise ``ValueError`` unless consecutive images fill the image tokens of each row."""
+    """Raise ``ValueError`` unless consecutive images exactly fill the image tokens of each row."""
     image = 0
     for row, tokens in enumerate(per_row):
         first, vectors = image, 0
@@ -273,7 +276,7 @@ def real_crops(pixel_values: Tensor, counts: list[int]) -> Tensor:
     """Return the crops without padding, ``(sum of counts, 3, S, S)``.
 
     Raises:
-        ValueError: If an image has fewer crops than its size needs; the message names it.
+        ValueError: If an image has fewer crops than its size needs; the message names the image.
     """
     if pixel_values.dim() != 5 or len(pixel_values) != len(counts):
         raise ValueError(

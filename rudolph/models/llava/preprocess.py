@@ -2,8 +2,8 @@
 
 Without canvases an image becomes one square view by a method of ``ASPECTS``: ``pad`` centres it on
 a square of CLIP's mean colour (LLaVA-1.5), ``squeeze`` changes its aspect ratio, ``crop`` keeps
-its central square.  With canvases it becomes a squeezed whole view and the tiles of its canvas,
-on black (LLaVA-NeXT).
+its central square.  With canvases, an image becomes a squeezed whole view and the tiles of its
+canvas, which is black around the image (LLaVA-NeXT).
 
 Source: LLaVA, ``llava/mm_utils.py``.
 

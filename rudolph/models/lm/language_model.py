@@ -2,9 +2,10 @@
 
 ``tokens -> embed -> blocks -> norm -> logits``
 
-- A *parallel* block (PaLM) applies attention and MLP to one norm and adds both; a *sequential*
-  block (LLaMA) has a norm for each.
-- Fewer key-value heads than query heads give grouped-query attention; one gives multi-query.
+- A *parallel* block (PaLM) applies attention and MLP to the same normalised input and adds both
+  outputs; a *sequential* block (LLaMA) has a norm for each.
+- Fewer key-value heads than query heads give grouped-query attention; a single one gives
+  multi-query attention.
 
 Module names are Hugging Face's LLaMA names without the leading ``model.``.
 
@@ -33,7 +34,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """Sizes, and the choices in which PaLM and LLaMA differ.
+    """Sizes of a language model, and the choices in which PaLM and LLaMA differ.
 
     PaLM has ``block="parallel"``, ``norm="layer"``, ``num_key_value_heads=1`` and
     ``tied_embeddings=True``.
@@ -88,11 +89,11 @@ class LanguageModelCache:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
         self.start = self.length = 0
-        # (B, length) bool, false at padding; None while no step had any.
+        # (B, length) bool, false at padding; None while no step had padding.
         self.is_token: Tensor | None = None
 
     def extend(self, num_positions: int, attention_mask: Tensor | None) -> Tensor | None:
-        """Add new positions; return ``(B, length)`` bool, true at tokens, or None if all are.
+        """Add new positions; return ``(B, length)`` bool, true at tokens, or None without padding.
 
         Raises:
             ValueError: If the cache is full.
@@ -111,7 +112,7 @@ class LanguageModelCache:
         return self.is_token
 
     def repeat(self, number: int) -> "LanguageModelCache":
-        """Return a cache with every row ``number`` times, copies next to each other."""
+        """Return a cache with every row repeated ``number`` times; copies are adjacent."""
         copy = LanguageModelCache(self.memory.repeat_interleave(number, dim=2))
         copy.start, copy.length = self.start, self.length
         if self.is_token is not None:
@@ -119,7 +120,7 @@ class LanguageModelCache:
         return copy
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values ``(B, G, T, H)``; return those so far, ``(B, G, S, H)``."""
+        """Store keys and values ``(B, G, T, H)``; return all stored so far, ``(B, G, S, H)``."""
         self.memory[layer, 0, :, :, self.start : self.length] = key
         self.memory[layer, 1, :, :, self.start : self.length] = value
         keys, values = self.memory[layer, :, :, :, : self.length]
@@ -132,7 +133,8 @@ class SequenceContext(NamedTuple):
     Attributes:
         cos: Cosines of the rotations, ``(1 or B, 1, T, H / 2)``.
         sin: Sines, of the same shape.
-        mask: ``(T, S)`` or ``(B, T, S)`` bool; None if every new position attends to all.
+        mask: ``(T, S)`` or ``(B, T, S)`` bool; None if every new position attends to all
+            positions.
         cache: The key/value cache, or None.
     """
 
@@ -159,8 +161,8 @@ def causal_mask(
         end: Number of key positions, S.
         is_token: ``(B, S)`` bool, false at padding; None for no padding.
         device: Device of the mask.
-        spans: ``(B, S)``, equal numbers above 0 for positions that attend to each other in both
-            directions, such as those of one image; None for no such positions.
+        spans: ``(B, S)``.  Positions with equal numbers above 0 attend to each other in both
+            directions, such as the positions of one image.  None for no such positions.
 
     >>> mask = causal_mask(0, 4, torch.tensor([[False, True, True, True]]))
     >>> for row in mask[0].tolist():
@@ -196,7 +198,7 @@ def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channels i and i + H / 2 of ``(B, N, T, H)`` by the angle of the position."""
+    """Rotate channels i and i + H / 2 of ``(B, N, T, H)`` by the angle of each position."""
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
@@ -292,7 +294,7 @@ class LanguageModel(nn.Module):
             inputs: Tokens ``(B, T)`` or embeddings ``(B, T, D)``; with a cache, only the new
                 positions.
             attention_mask: ``(B, T)``, nonzero at tokens and 0 at padding on either side.
-                Positions count tokens only.
+                Position numbers skip padding.
             cache: Result of ``new_cache``, extended by the new positions.
         """
         return self.logits(self.hidden(inputs, attention_mask=attention_mask, cache=cache))
@@ -305,10 +307,10 @@ class LanguageModel(nn.Module):
         cache: LanguageModelCache | None = None,
         spans: Tensor | None = None,
     ) -> Tensor:
-        """Return the output of the last block before the final norm, ``(B, T, D)``.
+        """Return the last block's output ``(B, T, D)``, before the final norm.
 
-        ``spans`` ``(B, T)`` has the positions that attend in both directions, see ``causal_mask``;
-        they must come before those of other calls with the same cache.
+        ``spans`` ``(B, T)`` marks the positions that attend in both directions; see
+        ``causal_mask``.  With a cache, only the first call may pass ``spans``.
         """
         x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
         context = self.context(x, attention_mask, cache, spans)

@@ -1,8 +1,8 @@
 """Conversion between reference checkpoints and this project's modules, in both directions.
 
-A family defines how the reference names its tensors and constructor arguments; nothing else
-differs.  Loading is therefore renaming, and ``to_reference(from_reference(...))`` reproduces the
-file.
+The *reference* of a model is its published package.  A *family* defines how the reference names
+tensors and constructor arguments; nothing else differs.  Loading is therefore renaming, and
+``to_reference(from_reference(...))`` reproduces the file.
 
 To add a family, write its ``ReferenceFamily`` and list it in ``REFERENCE_FAMILIES``.
 
@@ -52,7 +52,7 @@ def from_reference(
 ) -> nn.Module:
     """Return a module of this project with the weights of a reference checkpoint.
 
-    Stored masks override the mask rules; a difference is a ``StoredMaskWarning``.
+    Stored masks override the mask rules; if they differ, a ``StoredMaskWarning`` is issued.
 
     Args:
         family: one of ``REFERENCE_FAMILIES``.
@@ -61,8 +61,8 @@ def from_reference(
             ``state_dict``, ``params`` or ``params_ema``, or have Lightning's ``model.`` prefix.
 
     Raises:
-        ValueError: if the family is unknown, or naming the first tensor that is missing,
-            unexpected or of another shape.
+        ValueError: if the family is unknown, or if a tensor is missing, unexpected or of another
+            shape; the message names the first such tensor.
     """
     model = empty_model(family, config)
     load_reference(model, family, unwrap_state_dict(state_dict))
@@ -70,7 +70,7 @@ def from_reference(
 
 
 def load_reference(model: nn.Module, family: str, tensors: Mapping[str, Tensor]) -> None:
-    """Load the reference's unwrapped tensors into a module of ``empty_model``.
+    """Load the reference's unwrapped tensors into a module that ``empty_model`` returned.
 
     Raises:
         ValueError: naming the first tensor that does not fit.
@@ -92,7 +92,7 @@ def to_reference(model: nn.Module) -> ReferenceCheckpoint:
 
 def unwrap_state_dict(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Return the tensors inside the dictionaries that trainers wrap around them."""
-    # Bounded, because a damaged file may nest itself.
+    # The loop is bounded, because a damaged file may nest itself.
     for _ in range(len(WRAPPINGS)):
         inner = [state_dict[name] for name in WRAPPINGS if name in state_dict]
         if not inner or not isinstance(inner[0], Mapping):

@@ -37,10 +37,10 @@ def load_clip(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
 
 
 def config_of_clip(model: CLIP) -> dict[str, Any]:
-    """Return ruCLIP's constructor arguments of a CLIP."""
+    """Return ruCLIP's constructor arguments for a CLIP."""
     arguments = asdict(model.config)
-    # ruclip's constructor lacks this argument.  It stays for a CLIP with a bias, so that ruclip
-    # rejects a model that it would compute wrongly.
+    # ruclip's constructor lacks this argument.  For a CLIP with a bias, the argument is kept, so
+    # that ruclip rejects the model instead of computing it wrongly.
     if not model.config.has_logit_bias:
         del arguments["has_logit_bias"]
     return arguments

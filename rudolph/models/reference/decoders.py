@@ -51,7 +51,7 @@ LAYER_NAMES = {
     "mlp.dense_h_to_4h": "mlp_in",
     "mlp.dense_4h_to_h": "mlp_out",
 }
-# The mask buffer of each layer index modulo 4, by package.
+# Mask buffers of each package; layer i uses the buffer with index i modulo 4.
 MASK_NAMES = {
     "rudolph": ("row_mask", "col_mask", "row_mask", "conv_mask"),
     "rudalle": ("row_mask", "col_mask", "row_mask", "row_mask"),
@@ -129,7 +129,7 @@ def _block(
 
 
 def our_name(key: str, family: str) -> str:
-    """Return this project's name of a key such as ``transformer.layers.3.mlp.dense_4h_to_h.bias``.
+    """Return our name for a key such as ``transformer.layers.3.mlp.dense_4h_to_h.bias``.
 
     Raises:
         ValueError: if the reference has no such key.
@@ -144,7 +144,7 @@ def our_name(key: str, family: str) -> str:
 
 
 def their_name(name: str, family: str) -> str:
-    """Return the reference's key of a tensor of this project."""
+    """Return the reference's key for a tensor of this project."""
     path, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
     names = LAYER_NAMES if layer else SHARED_NAMES | POSITION_NAMES[family]
@@ -182,12 +182,12 @@ def load_reference_decoder(
 def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family: str) -> None:
     """Use the masks of a checkpoint file; warn about those that differ from their rules.
 
-    If they equal the rules in which right text does not attend to left text,
-    ``right_attends_left`` becomes False; otherwise the tables replace the rules.
+    If stored masks differ but all equal the rules without attention from right to left text,
+    ``right_attends_left`` becomes False.  If they differ otherwise, the tables replace the rules.
 
     Args:
         model: decoder whose masks are replaced.
-        stored: ``(T, T)`` table of each mask name in the file.
+        stored: ``(T, T)`` tables, keyed by mask name in the file.
         family: ``rudolph`` or ``rudalle``.
 
     Raises:
@@ -223,7 +223,7 @@ def take_stored_masks(model: MaskedDecoder, stored: Mapping[str, Tensor], family
 
 
 def reference_mask_names(model: MaskedDecoder, family: str) -> list[str]:
-    """Return the reference's mask name of each layer.
+    """Return the reference's mask name for each layer.
 
     A column layer keeps its own mask even as the last layer.
     """
@@ -266,7 +266,7 @@ def _unused_mask(model: MaskedDecoder, name: str, family: str) -> Tensor:
 
 
 def rudolph_config_of(model: MaskedDecoder) -> dict[str, Any]:
-    """Return RUDOLPH's constructor arguments of a decoder.
+    """Return RUDOLPH's constructor arguments for a decoder.
 
     Raises:
         ValueError: naming a setting that RUDOLPH cannot express.
@@ -285,7 +285,7 @@ def rudolph_config_of(model: MaskedDecoder) -> dict[str, Any]:
 
 
 def rudalle_config_of(model: MaskedDecoder) -> dict[str, Any]:
-    """Return ruDALL-E's constructor arguments of a decoder.
+    """Return ruDALL-E's constructor arguments for a decoder.
 
     Raises:
         ValueError: naming a setting that ruDALL-E cannot express.

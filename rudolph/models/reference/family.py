@@ -30,10 +30,12 @@ class ReferenceFamily:
     """The conversion functions for one reference package's model.
 
     Attributes:
-        build: returns an empty module for constructor arguments; ``KeyError`` names a missing one.
+        build: returns an empty module for constructor arguments, or raises ``KeyError`` with the
+            name of a missing argument.
         load: loads unwrapped tensors of a checkpoint into that module.
         matches: returns whether a module belongs to this family.
-        config_of: returns a module's constructor arguments; ``ValueError`` if it has none.
+        config_of: returns a module's constructor arguments, or raises ``ValueError`` if the
+            reference cannot express the module.
         tensors_of: returns a module's tensors under the reference's names.
         keeps: returns whether a tensor of a checkpoint belongs to the model, not to its trainer.
     """
@@ -51,7 +53,7 @@ class Renamed(Mapping[str, Tensor]):
 
     Args:
         tensors: the underlying mapping.
-        names: name in ``tensors`` of each new name.
+        names: names in ``tensors``, keyed by new name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
@@ -71,7 +73,7 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-    """Return tensors with ``prefix`` removed, or unchanged unless every name has it."""
+    """Remove ``prefix`` from all names; if some name lacks it, return the tensors unchanged."""
     if not all(key.startswith(prefix) for key in tensors):
         return tensors
     return Renamed(tensors, {key.removeprefix(prefix): key for key in tensors})

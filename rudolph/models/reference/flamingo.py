@@ -24,13 +24,13 @@ from rudolph.models.reference.language_model import without_tied_copy
 from rudolph.models.vision.vit import LinearPatchEncoder, ViT, ViTConfig
 from rudolph.models.weights import load_exactly, meta_device
 
-# FlamingoPaLM never sets this, so its resampler uses flamingo-pytorch's default.
+# FlamingoPaLM never sets this argument, so its resampler uses flamingo-pytorch's default.
 NUM_MEDIA_EMBEDDINGS = 4
 # Patch side in pixels of the image encoder if a config names no ViT.
 PATCH_SIZE = 8
 ROPE_THETA = 10_000.0
 
-# Our names to flamingo-pytorch's; ``{}`` is a layer number and ``*`` the rest of a name.
+# Maps our names to flamingo-pytorch's; ``{}`` is a layer number and ``*`` the rest of a name.
 FLAMINGO_NAMES = {
     "language_model.embed_tokens.weight": "token_emb.weight",
     "language_model.norm.weight": "to_logits.0.gamma",
@@ -108,7 +108,7 @@ def build_flamingo(config: Mapping[str, Any]) -> Flamingo:
 
 
 def build_image_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """Build a ViT from the arguments of ``img_encoder``, or else a linear patch encoder."""
+    """Build a ViT from the arguments of ``img_encoder``, or a linear patch encoder if absent."""
     arguments = config.get("img_encoder")
     if arguments is None:
         return LinearPatchEncoder(config["dim"], PATCH_SIZE)
@@ -139,12 +139,15 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def our_flamingo_name(key: str) -> str:
-    """Return our name of a flamingo-pytorch tensor, or the same name if we have none."""
+    """Return our name for a flamingo-pytorch tensor, or its unchanged name if we have none."""
     return _renamed(key, {theirs: ours for ours, theirs in FLAMINGO_NAMES.items()}) or key
 
 
 def their_flamingo_name(name: str) -> str:
-    """Return flamingo-pytorch's name of one of our tensors or of a part of a fused one."""
+    """Return flamingo-pytorch's name for one of our tensors.
+
+    A part of a fused tensor gets the name of the fused tensor.
+    """
     parts = {f"language_model.layers.{{}}.{part}.weight": FUSED for part in FUSED_PARTS}
     return _renamed(name, FLAMINGO_NAMES | parts) or name
 
@@ -217,7 +220,7 @@ def derived_tensors(
 
 
 def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
-    """Return flamingo-pytorch's constructor arguments of a Flamingo.
+    """Return flamingo-pytorch's constructor arguments for a Flamingo.
 
     Raises:
         ValueError: If flamingo-pytorch cannot express the model.
@@ -259,7 +262,7 @@ def flamingo_config_of(model: Flamingo) -> dict[str, Any]:
 
 
 def vit_config_of(model: ViT) -> dict[str, Any]:
-    """Return vit-pytorch's constructor arguments of a ViT.
+    """Return vit-pytorch's constructor arguments for a ViT.
 
     Raises:
         ValueError: If the ViT has no classification head.

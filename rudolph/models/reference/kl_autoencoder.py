@@ -1,8 +1,9 @@
 """Stable Diffusion's KL autoencoder under the key names of diffusers.
 
 diffusers numbers the decoder's levels from the lowest resolution, this project from the highest.
-Its attention has linear layers where latent-diffusion has 1x1 convolutions: same numbers, other
-shape.  Files before diffusers 0.18 call them query, key, value and proj_attn; both load.
+The attention of diffusers has linear layers where latent-diffusion has 1x1 convolutions; their
+weights have the same values in another shape.  Files from before diffusers 0.18 name these layers
+query, key, value and proj_attn; both the old and the new names load.
 
 Source: diffusers 0.42, ``models/autoencoders/autoencoder_kl.py``.
 """
@@ -17,7 +18,7 @@ from rudolph.models.reference.family import ReferenceFamily
 from rudolph.models.vqgan.kl import KLAutoencoder, KLAutoencoderConfig
 from rudolph.models.weights import load_exactly
 
-# Arguments of the reference that other values of would be another architecture.
+# Reference arguments with one supported value each; other values change the architecture.
 FIXED_KL_ARGUMENTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -43,10 +44,10 @@ ATTENTION_WRITTEN = {ours: theirs for theirs, ours in reversed(ATTENTION.items()
 
 
 def build_kl(config: Mapping[str, Any]) -> KLAutoencoder:
-    """Return an empty module.
+    """Return an empty module for the config of diffusers.
 
     Raises:
-        ValueError: naming an argument whose architecture this project lacks.
+        ValueError: naming an argument whose value this project does not support.
     """
     for name, value in FIXED_KL_ARGUMENTS.items():
         if config.get(name, value) != value:
@@ -72,7 +73,7 @@ def build_kl(config: Mapping[str, Any]) -> KLAutoencoder:
 
 
 def load_kl(model: KLAutoencoder, tensors: Mapping[str, Tensor]) -> None:
-    """Give the module the tensors of a checkpoint.
+    """Load the tensors of a checkpoint into the module.
 
     Raises:
         ValueError: naming the first tensor that does not fit.
@@ -92,7 +93,7 @@ def load_kl(model: KLAutoencoder, tensors: Mapping[str, Tensor]) -> None:
 
 
 def our_kl_name(key: str, num_levels: int) -> str:
-    """Rename a tensor of diffusers; a name that it does not know stays.
+    """Return our name for a diffusers tensor; return an unknown name unchanged.
 
     >>> our_kl_name("decoder.up_blocks.0.resnets.1.conv_shortcut.weight", 3)
     'decoder.up.2.block.1.nin_shortcut.weight'
@@ -139,7 +140,7 @@ def their_kl_name(name: str, num_levels: int) -> str:
 
 
 def config_of_kl(model: KLAutoencoder) -> dict[str, Any]:
-    """Return the constructor's arguments; ``kl_reduction`` is of the training and left out."""
+    """Return the constructor's arguments, without ``kl_reduction``, which only training needs."""
     config = model.config
     num_levels = len(config.channels)
     return {

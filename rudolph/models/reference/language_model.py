@@ -1,4 +1,4 @@
-"""Checkpoint format of LLaMA, Vicuna and Mistral: Hugging Face's names, ours without ``model.``.
+"""Checkpoints of LLaMA, Vicuna and Mistral: Hugging Face's names; ours drop ``model.``.
 
 Source: transformers, ``models/llama/modeling_llama.py`` and ``configuration_llama.py``.
 """
@@ -13,7 +13,7 @@ from rudolph.models.lm.language_model import LanguageModel, LanguageModelConfig
 from rudolph.models.reference.family import ReferenceFamily, Renamed
 from rudolph.models.weights import load_exactly
 
-# Arguments of Hugging Face with the only values that our block supports.
+# Hugging Face's arguments of which our block supports only these values.
 FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -24,7 +24,7 @@ FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 def language_model_config(config: Mapping[str, Any]) -> LanguageModelConfig:
-    """Return the config of a ``config.json`` of LLaMA, Vicuna or Mistral.
+    """Return our config for a ``config.json`` of LLaMA, Vicuna or Mistral.
 
     Raises:
         ValueError: If the block does not support an argument; the message names it.
@@ -51,12 +51,12 @@ def language_model_config(config: Mapping[str, Any]) -> LanguageModelConfig:
 
 
 def their_llama_name(name: str) -> str:
-    """Return Hugging Face's name of one of our tensors."""
+    """Return Hugging Face's name for one of our tensors."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def our_llama_name(key: str) -> str:
-    """Return our name of one of Hugging Face's tensors."""
+    """Return our name for one of Hugging Face's tensors."""
     return key.removeprefix("model.")
 
 
@@ -92,7 +92,7 @@ def load_language_model(model: LanguageModel, tensors: Mapping[str, Tensor]) -> 
 
 
 def language_model_config_of(model: LanguageModel) -> dict[str, Any]:
-    """Return Hugging Face's ``config.json`` of a language model."""
+    """Return Hugging Face's ``config.json`` for a language model."""
     config = model.config
     return {
         "model_type": "llama",

@@ -1,7 +1,7 @@
 """LLaVA-1.5 and LLaVA-NeXT under the key names of Hugging Face and of LLaVA itself.
 
-Three generations of names load; the newest is written.  CLIP's query, key and value projections
-are one matrix here.
+Three generations of tensor names load; only the newest is written.  CLIP's query, key and value
+projections are one matrix here.
 
 Source: transformers 5.24, ``models/llava``, ``models/llava_next`` and ``models/clip``; LLaVA,
 ``llava/model/llava_arch.py``.
@@ -28,7 +28,7 @@ from rudolph.models.vision.encoders import VisionEncodersConfig
 from rudolph.models.vision.features import FeatureConfig, ViTFeatures
 from rudolph.models.weights import load_exactly
 
-# The first that fits a name; LLaVA's own language model has no prefix but ``model.``.
+# The first prefix that fits a name applies; LLaVA's own language model has only ``model.``.
 PREFIXES = {
     "model.vision_tower.vision_tower.vision_model.": "vision.",
     "model.vision_tower.vision_model.": "vision.",
@@ -58,7 +58,7 @@ VISION_NAMES = {
     ".mlp.fc2.": ".mlp.c_proj.",
     ".self_attn.": ".attn.",
 }
-# Buffers of older files, computed here.
+# Buffers of older files, which are computed here instead of loaded.
 LEFT_OUT = ("rotary_emb.inv_freq", "embeddings.position_ids")
 QKV = ("q_proj", "k_proj", "v_proj")
 # Values that Hugging Face assumes if a text config of type ``llama`` omits them.
@@ -74,10 +74,10 @@ FEATURE_STRATEGIES = {"default": "patch", "full": "full"}
 
 
 def build_reference_llava(config: Mapping[str, Any], family: str) -> LLaVA:
-    """Return an empty module.
+    """Return an empty module for Hugging Face's config.
 
     Raises:
-        ValueError: naming an argument that this project lacks.
+        ValueError: naming an argument whose value this project does not support.
     """
     for name, value in FIXED_LLAVA_ARGUMENTS.items():
         if config.get(name, value) != value:
@@ -124,7 +124,7 @@ def vision_config(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None:
-    """Give the module the tensors of a checkpoint.
+    """Load the tensors of a checkpoint into the module.
 
     Raises:
         ValueError: naming the first tensor that does not fit, or two names of one tensor.
@@ -158,7 +158,7 @@ def load_llava(model: LLaVA, tensors: Mapping[str, Tensor], family: str) -> None
 
 
 def our_llava_name(key: str) -> str:
-    """Rename a tensor of a checkpoint; a name that none of its generations has stays.
+    """Return our name for a checkpoint tensor; return an unknown name unchanged.
 
     >>> our_llava_name("vision_tower.vision_model.encoder.layers.3.self_attn.q_proj.bias")
     'vision.encoder.transformer.resblocks.3.attn.q_proj.bias'
@@ -213,7 +213,7 @@ def tensors_of_llava(model: LLaVA) -> dict[str, Tensor]:
 
 
 def config_of_llava(model: LLaVA) -> dict[str, Any]:
-    """Return Hugging Face's config, without what it fills in itself."""
+    """Return Hugging Face's config, without the fields that Hugging Face fills in itself."""
     features: Any = model.vision
     vision: VisionConfig = features.encoder.vision_config
     layers = list(features.config.layers)

@@ -35,7 +35,7 @@ def load_reference_upscaler(model: Upscaler, tensors: Mapping[str, Tensor]) -> N
 
 
 def config_of_upscaler(model: Upscaler) -> dict[str, Any]:
-    """Return Real-ESRGAN's constructor arguments of an upscaler."""
+    """Return Real-ESRGAN's constructor arguments for an upscaler."""
     fields = asdict(model.config)
     return {
         "num_in_ch": 3,

@@ -103,7 +103,7 @@ def tensors_of_vqgan(model: VQGAN) -> dict[str, Tensor]:
 
 
 def config_of_vqgan(model: VQGAN) -> dict[str, Any]:
-    """Return the reference's YAML content of a VQ-GAN.
+    """Return the reference's YAML content for a VQ-GAN.
 
     Raises:
         ValueError: naming a setting that the reference cannot express.

@@ -62,8 +62,8 @@ def _tables(source: MaskedDecoder, target: MaskedDecoder, notes: list[str]) -> d
     for side in ("left", "right"):
         name = f"{side}_position.weight"
         if name in old and name in new:
-            # The table has one row more than the text, which is copied instead of interpolated:
-            # the first row is that of a leading BOS; without one, the last row is unused.
+            # The table has one row more than the text.  The extra row is copied, not interpolated.
+            # With a leading BOS it is the first row; otherwise it is the last row, and unused.
             start = source.num_leading if side == "left" else 0
             before, rows, after = old[name].tensor_split((start, len(old[name]) - 1 + start))
             rows = _resize_positions(rows, len(new[name]) - 1, segment=f"{side} text", notes=notes)

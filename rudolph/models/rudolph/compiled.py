@@ -1,8 +1,8 @@
 """Compilation of decoder layers with ``torch.compile``, for training and single decoding steps.
 
-Besides reading the weights, a decoding step runs many small operations.  Called one by one, they
-take a third of its time.  Compiled, the operations between two matrix products become a few C++
-loops.
+Besides reading the weights, a decoding step runs many small operations.  Called one by one, these
+operations take a third of the step's time.  Compilation turns all operations between two matrix
+products into a few C++ loops.
 """
 
 from functools import cache

@@ -201,7 +201,7 @@ class Layer(nn.Module):
         return self.apply_output_dropout(out.clamp(-HALF_MAX, HALF_MAX))
 
     def project_qkv(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values ``(B, T, 3, N, H)`` for normalised ``(B, T, D)``."""
+        """Compute queries, keys and values ``(B, T, 3, N, H)`` of normalised ``(B, T, D)``."""
         batch, length, _ = x.shape
         qkv: Tensor = self.to_qkv(x).view(batch, length, 3, self.config.num_heads, -1)
         if not self.config.qk_norm:
@@ -260,7 +260,7 @@ class MaskedDecoder(nn.Module):
         self.config, self.layout, self.vocabulary = config, layout, vocabulary
         # Recompute each layer's activations in the backward pass of training.
         self.has_checkpointing = False
-        # Use FlexAttention for whole sequences, on CUDA: it skips empty mask blocks.
+        # On CUDA, use FlexAttention for whole sequences: it skips empty mask blocks.
         self.has_block_masks = False
         # Compile the layers in training and in single-token decoding steps.
         self.has_compiled_layers = False
@@ -325,7 +325,7 @@ class MaskedDecoder(nn.Module):
         """Reinitialise every linear and embedding layer with a seed derived from its name.
 
         Args:
-            seed_of: seed of each module name; it seeds torch's global generator.
+            seed_of: maps a module's name to the seed for torch's global generator.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -372,7 +372,7 @@ class MaskedDecoder(nn.Module):
         return int(self.config.leading_bos)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits ``(B, T, V)`` for a sequence or a prefix of one, ``(B, T)``.
+        """Return logits ``(B, T, V)`` for tokens ``(B, T)``, a sequence or a prefix of one.
 
         With ``leading_bos`` the first logits belong to the extra ``BOS``, and T is at most the
         layout's length.
@@ -395,7 +395,7 @@ class MaskedDecoder(nn.Module):
         return self.logits_norm(self.final_norm(self.run_layers(tokens, cache)))
 
     def run_layers(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the output of the last layer before the final norms, ``(B, T, D)``.
+        """Return the last layer's output ``(B, T, D)``, before the final norms.
 
         The arguments are those of ``hidden``.
         """
@@ -437,11 +437,11 @@ class MaskedDecoder(nn.Module):
         return self.known_blocks[key]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the text vocabulary only, ``(..., Vt)``."""
+        """Return logits ``(..., Vt)`` over the text vocabulary only."""
         return self.to_logits.heads()[0](hidden)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the image vocabulary only, ``(..., Vi)``."""
+        """Return logits ``(..., Vi)`` over the image vocabulary only."""
         return self.to_logits.heads()[1](hidden)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """Labels and losses of each segment: which position predicts which token, and how well.
 
-Training averages these losses over a batch, and ranking over a sequence.
+Training averages these losses over a batch; ranking averages them over a sequence.
 
 Shapes: B batch, T tokens, M labels of a segment, D hidden size.
 """
@@ -89,7 +89,7 @@ def label_losses(
         segment: name of the segment, one of ``SEGMENTS``.
         labels: the segment's entry of ``segment_labels``.
         heads: result of ``model.to_logits.heads()``, to share it between segments.
-        num_classes: restrict the softmax to the first classes; None uses all.
+        num_classes: restrict the softmax to this many first classes; None uses all.
         label_smoothing: label smoothing of the cross-entropy.
         is_joint: normalise over all text and image ids instead of the segment's own.
         z_loss_weight: weight of the added z-loss, the squared log-partition function (Chameleon,

@@ -1,7 +1,7 @@
 """Single-token decoding with the same tensor shapes at every position.
 
 Static shapes let one compiled step serve a whole decoding.  Every step therefore reads the same
-number of keys: the keys of its mask row, padded with a masked repetition of one of them.
+number of keys: the keys of its mask row, padded with masked copies of one of those keys.
 
 Shapes: P prompts, S samples of each, B = P * S, N heads, R = P * N * S attention rows, G key rows,
 T positions, K keys read per step, H head size.
@@ -47,10 +47,11 @@ class StaticSelection(NamedTuple):
 
 
 def static_selection(rows: Tensor, device: torch.device) -> StaticSelection | None:
-    """Return which keys each position reads, padded to one number of keys, or None if none do.
+    """Return the keys that each position reads, padded to a common number of keys.
 
     A padding entry repeats a key that the position attends to, because other keys may not be
-    computed yet.  A position that attends to none repeats key 0, which always exists.
+    computed yet.  A position that attends to none repeats key 0, which always exists.  If no
+    position attends to any key, the result is None.
 
     Args:
         rows: mask rows of the positions over some keys, ``(T, T')`` bool.
@@ -75,7 +76,7 @@ class StaticView(NamedTuple):
         shared: ``(2, P, N, T', H)``, keys and values common to all samples of a prompt.
         own: ``(2, P, N, S, T, H)``, keys and values of each sample.
         slot: ``(1,)``, index in ``own`` at which the new position is stored.
-        reads: selections from ``shared`` and from ``own``; None reads none of them.
+        reads: selections from ``shared`` and from ``own``; None where no key is read.
     """
 
     shared: Tensor

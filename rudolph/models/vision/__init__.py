@@ -1,1 +1,1 @@
-"""Vision-language encoders: CLIP."""
+"""Vision encoders: CLIP, ConvNeXt, ViT, patches and VQ-GAN features, alone or merged."""

@@ -2,7 +2,7 @@
 
 ``text -> transformer -> feature at EOS`` and
 ``image -> vision transformer -> feature of the class token``.  Logits are the scaled cosine
-similarities of both features.
+similarities between the two features.
 
 Module names are those of OpenAI, so ruCLIP's checkpoint keys load without renaming.
 
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """A vision transformer without output: embeddings, layers and output norm.
+    """A vision transformer without output projection: embeddings, layers and output norm.
 
     Subclasses and ``features.ViTFeatures`` read its hidden states.
     """
@@ -262,8 +262,8 @@ class VisionEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Return the input ``(P, N, W)`` of the first layer: class token, then patches."""
-        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, W)
+        """Return the input ``(P, N, D)`` of the first layer: class token, then patches."""
+        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (P, N - 1, D)
         first = self.class_embedding.expand(len(patches), 1, -1)
         return self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
 
@@ -369,7 +369,7 @@ class CLIP(nn.Module):
 
 
 def initialize_text_tower(model: CLIP) -> None:
-    """Initialise the text tower like OpenAI: deeper models add less per layer at first.
+    """Initialise the text tower like OpenAI: in deeper models, each layer adds less at first.
 
     As in OpenAI's code, the layers of the vision transformer keep torch's default initialisation.
     """

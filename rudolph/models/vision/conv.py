@@ -27,9 +27,9 @@ class ConvEncoderConfig:
 
     Attributes:
         image_size: Side of the input images in pixels.
-        widths: Channels of each level; from level to level, the sides are halved.
+        widths: Channels of each level; each level but the last halves the sides of the map.
         depths: Blocks of each level.
-        stem_size: Pixels per side that the first convolution joins.
+        stem_size: Side in pixels of the patches that the first convolution joins.
         kernel_size: Side of the depthwise kernels, odd.
     """
 

@@ -45,7 +45,7 @@ def build_vision_encoders(config: VisionEncodersConfig) -> nn.Module:
     """Build an encoder with new weights; ``features.py`` describes its interface.
 
     Raises:
-        ValueError: If the merge needs equal grids and they differ.
+        ValueError: If the merge needs equal grids and the grids differ.
     """
     encoders = [
         ConvEncoder(encoder)

@@ -12,8 +12,9 @@ their configs:
 * ``vqgan_features.VQGANCodes`` and ``VQGANLatents``: a VQ-GAN
 * ``merge.py``: several encoders as one
 
-Layers are numbered as Hugging Face's ``hidden_states``: 0 is the input of the first layer, L the
-output of the last, and -1 is L.  No output norm is applied to patches, as in LLaVA.
+Layers are numbered as in Hugging Face's ``hidden_states``: 0 is the input of the first layer, L
+is the output of the last layer, and -1 is the same as L.  As in LLaVA, no output norm is applied
+to patches.
 
 Source: LLaVA, ``multimodal_encoder/clip_encoder.py``; Liu 2023 (arXiv:2304.08485).
 
@@ -37,8 +38,8 @@ class FeatureConfig:
 
     Attributes:
         layers: Numbers of hidden states; several are concatenated along the channels.
-        select: ``patch`` drops the class token, ``full`` keeps it first, and ``class`` is only
-            the class token after the output norm (CLIP's pooled feature with layer -1).
+        select: ``patch`` drops the class token, ``full`` keeps it first, and ``class`` keeps only
+            the class token after the output norm (with layer -1, CLIP's pooled feature).
     """
 
     layers: tuple[int, ...] = (-2,)
@@ -54,7 +55,7 @@ class FeatureConfig:
 
 
 class ViTFeatures(nn.Module):
-    """Hidden states of a CLIP vision transformer; unused layers are never computed.
+    """Hidden states of a CLIP vision transformer; layers after the last one read are skipped.
 
     Raises:
         ValueError: If the encoder lacks a layer; the message names it.
@@ -91,9 +92,9 @@ class ViTFeatures(nn.Module):
 
 
 class PatchPixels(nn.Module):
-    """The pixels of each patch as its features; it has no weights.
+    """An encoder without weights, whose features are the pixels of each patch.
 
-    A linear connector then makes a decoder-only model that reads patches, as Fuyu does.
+    With a linear connector, it gives a decoder-only model that reads patches, like Fuyu.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -110,7 +111,7 @@ class PatchPixels(nn.Module):
         return F.pixel_unshuffle(pixel_values, self.patch_size).flatten(2).mT
 
 
-# Tokens of a hidden state (P, 1 + N, W) whose first is the class token.
+# Selections from the tokens (P, 1 + N, W) of a hidden state; the class token comes first.
 SELECTIONS: dict[str, Callable[[VisionEncoder, Tensor], Tensor]] = {
     "patch": lambda encoder, x: x[:, 1:],
     "full": lambda encoder, x: x,

@@ -1,6 +1,7 @@
 """Image encoders with one feature per patch: a small vision transformer and a linear layer.
 
-Both map images ``(B, 3, S, S)`` to features ``(B, P, D)`` in row-major order.
+Both map images ``(B, 3, S, S)`` to features in row-major order.  The linear layer returns
+``(B, P, D)``; the transformer returns ``(B, 1 + P, D)`` with the class token first.
 
 Source: Dosovitskiy 2020 (arXiv:2010.11929), as in vit-pytorch, ``vit_pytorch/vit.py``.
 

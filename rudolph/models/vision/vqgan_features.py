@@ -1,8 +1,8 @@
 """A VQ-GAN as a vision encoder: its codes, or its latents before quantization.
 
-RUDOLPH reads an image as VQ codes, each with an embedding of its own; ``VQGANCodes`` with the
-connector ``table`` does the same in front of any language model.  Both classes have the interface
-of ``features.py``.
+RUDOLPH reads an image as VQ codes, each with an embedding of its own.  ``VQGANCodes`` with the
+connector ``table`` gives any language model the same kind of input.  ``VQGANCodes`` and
+``VQGANLatents`` have the interface of ``features.py``.
 
 Source: Esser 2021 (arXiv:2012.09841), section 3; ru-dolph, ``rudolph/model/model.py``.
 
@@ -17,7 +17,7 @@ from rudolph.models.vqgan.model import VQGAN
 
 
 class VQGANFeatures(nn.Module):
-    """The size and the input that both encoders share."""
+    """The image size and the input conversion that both encoders share."""
 
     def __init__(self, vqgan: VQGAN, width: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class VQGANFeatures(nn.Module):
     std: Tensor
 
     def unit_images(self, pixel_values: Tensor) -> Tensor:
-        """Return images ``(P, 3, H, W)`` in [0, 1] of images normalised as for a CLIP.
+        """Convert images ``(P, 3, H, W)`` from CLIP's normalisation back to [0, 1].
 
         Raises:
             ValueError: If the images have another size than the VQ-GAN was built for.

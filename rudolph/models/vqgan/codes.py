@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of each vector's nearest code by squared distance, ``(M,)`` int64.
+    """Return the index ``(M,)`` int64 of each vector's nearest code by squared distance.
 
     Args:
         vectors: ``(M, E)``.
@@ -43,7 +43,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def largest_logit(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the argmax of ``vectors @ weight.T + bias`` for each vector, ``(M,)`` int64.
+    """Return the argmax ``(M,)`` int64 of ``vectors @ weight.T + bias`` for each vector.
 
     Args:
         vectors: ``(M, E)``.
@@ -59,7 +59,7 @@ def _parts(vectors: Tensor, num_codes: int) -> tuple[Tensor, ...]:
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    """Return ``z_q`` in the forward pass and the gradient of ``z`` in the backward pass."""
+    """Return ``z_q``; the backward pass gives its gradient to ``z`` unchanged."""
     return z + (z_q - z).detach()
 
 
@@ -75,7 +75,7 @@ def codebook_usage(counts: Tensor) -> tuple[float, float]:
 
 
 def nearest_map(z: Tensor, codebook: Tensor) -> Tensor:
-    """Return the nearest code of each latent, ``(B, H, W)`` int64, compared in float32.
+    """Return the index ``(B, H, W)`` int64 of each latent's nearest code, compared in float32.
 
     Args:
         z: latents ``(B, E, H, W)``.

@@ -29,9 +29,9 @@ class KLAutoencoderConfig:
     """Shape of a KL autoencoder; the defaults are Stable Diffusion's.
 
     Args:
-        resolution: side of the images that training uses; others work too.
-        channels: one entry per level; each level but the last halves the image.
-        kl_reduction: how ``forward`` reduces the KL term, a name of ``KL_REDUCTIONS``.
+        resolution: side of the training images in pixels; other sizes work too.
+        channels: width of each level; every level except the last halves the image.
+        kl_reduction: how ``forward`` reduces the KL term, a name in ``KL_REDUCTIONS``.
         scaling_factor: 1 / standard deviation of the latents; a model of latents reads
             ``scaling_factor * z``.
     """
@@ -54,7 +54,7 @@ class KLAutoencoderConfig:
             raise ValueError(f"latent_channels: expected at least 1, got {self.latent_channels}")
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor: expected above 0, got {self.scaling_factor}")
-        # Checks the other fields too.
+        # Building the backbone's config checks the other fields.
         _ = self.backbone
 
     @property
@@ -86,7 +86,7 @@ class KLReconstruction(NamedTuple):
 
 
 class KLAutoencoder(nn.Module):
-    """Images to Gaussian latents and back."""
+    """An autoencoder from images to Gaussian latents and back."""
 
     def __init__(self, config: KLAutoencoderConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class KLAutoencoder(nn.Module):
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent, in nats; same shape.
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent in nats, in the inputs' shape.
 
     >>> float(gaussian_kl(torch.tensor(0.0), torch.tensor(0.0)))
     0.0
@@ -142,20 +142,21 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def kl_sum(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Nats per image: summed over the latents of an image, averaged over the batch.
+    """Return the KL in nats per image, summed over its latents and averaged over the batch.
 
-    Source: latent-diffusion, whose weight of 1e-6 belongs to this sum and to a sum over pixels.
+    Source: latent-diffusion, whose KL weight of 1e-6 assumes this sum and a reconstruction loss
+    summed over pixels.
     """
     return kl_per_image(mean, logvar).mean()
 
 
 def kl_mean(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Nats per latent: averaged over latents and batch, whatever the resolution."""
+    """Return the KL in nats per latent, averaged over latents and batch, at any resolution."""
     return gaussian_kl(mean, logvar).mean()
 
 
 def kl_per_image(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Nats of each image ``(B,)``: summed over channels, rows and columns."""
+    """Return the KL ``(B,)`` in nats of each image, summed over channels, rows and columns."""
     return gaussian_kl(mean, logvar).flatten(1).sum(1)
 
 

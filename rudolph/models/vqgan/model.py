@@ -5,9 +5,9 @@
 With ``wavelet`` the decoder outputs the four Haar bands of an image of twice the size.  Module
 names are those of taming-transformers, so its checkpoint keys load without renaming.
 
-The model computes in the dtype of its weights; bfloat16 is more than twice as fast on machines
-with native bfloat16 products.  Images larger than about 256 pixels are computed in strips, see
-``rudolph.models.cpu.tiled_conv``.
+The model computes in the dtype of its weights; bfloat16 is more than twice as fast as float32
+on machines with native bfloat16 products.  Images larger than about 256 pixels are computed in
+strips; see ``rudolph.models.cpu.tiled_conv``.
 
 Source: taming-transformers, ``modules/diffusionmodules/model.py``; rudalle, ``vae/model.py`` and
 ``vae/decoder_dwt.py``.
@@ -48,8 +48,8 @@ class VQGANConfig:
         resolution: side of the training images in pixels, a multiple of ``factor``.
         channels: width of each level; every level except the last halves the image.
         num_res_blocks: residual blocks per encoder level; decoder levels have one more.
-        attention_resolutions: sides of the feature maps, counted from ``resolution``, at which
-            every residual block is followed by attention.
+        attention_resolutions: sides of the feature maps at which attention follows every residual
+            block, for images of side ``resolution``.
         z_channels: channels of the latents.
         dropout: dropout probability in residual blocks.
         norm_groups: groups of each group norm, reduced to the largest number that divides the
@@ -94,7 +94,10 @@ class VQGANConfig:
 
 
 def make_norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
-    """Return a group norm with the most groups up to ``norm_groups`` that divide the channels."""
+    """Return a group norm over ``channels`` channels.
+
+    Its number of groups is the largest divisor of ``channels`` that is at most ``norm_groups``.
+    """
     most = min(config.norm_groups, channels)
     groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -225,7 +228,7 @@ class ResolutionLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder: ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``."""
+    """The encoder, from images ``(B, 3, H, W)`` in [-1, 1] to ``(B, z_channels, h, w)``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -257,7 +260,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: latents ``(B, z_channels, h, w)`` to images ``(B, 3, H, W)``."""
+    """The decoder, from latents ``(B, z_channels, h, w)`` to images ``(B, 3, H, W)``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -324,7 +327,7 @@ class Reconstruction(NamedTuple):
 
 
 class VQGAN(nn.Module):
-    """A VQ-GAN: images to codebook indices and back."""
+    """A VQ-GAN, which maps images to codebook indices and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -335,7 +338,7 @@ class VQGAN(nn.Module):
         self.quantize: Any = QUANTIZERS[config.quantizer.kind](config.quantizer)
         self.post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
         if config.wavelet:
-            # The released file has a second, unused one; it is kept so that exports are complete.
+            # The released file has a second, unused layer, kept so that exports are complete.
             self.unused_post_quant_conv = nn.Conv2d(size, config.z_channels, 1)
         self.decoder = Decoder(config)
 
@@ -367,7 +370,7 @@ class VQGAN(nn.Module):
         Args:
             images: images whose sides are multiples of the factor.
             generator: None selects the best code of each cell.  With a generator, a Gumbel
-                quantizer samples each code from its softmax, the default of the reference.
+                quantizer samples each code from its softmax, which is the reference's default.
 
         Raises:
             ValueError: if a side is not a multiple of the factor, or a generator is given with

@@ -32,7 +32,9 @@ from rudolph.models.vqgan.codes import (
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """The codebook settings of all quantizers; each kind reads its own subset.
+    """The codebook settings of all quantizers.
+
+    A setting whose description starts with a kind, such as ``ema``, is read only by that kind.
 
     Attributes:
         kind: a key of ``QUANTIZERS``.
@@ -41,7 +43,7 @@ class QuantizerConfig:
         beta: weight of the commitment loss.
         decay: ``ema``: decay of the running statistics.
         dead_code_threshold: ``ema``: a code whose running count falls below this fraction of the
-            mean is replaced by a latent of the batch.
+            mean count is replaced by a latent of the batch.
         code_dim: ``cosine``: dimension in which codes are compared.
         levels: ``fsq``: levels of each channel; their product must be ``num_codes``.
         kl_weight: ``gumbel``: weight of the KL divergence from the uniform prior.
@@ -94,7 +96,7 @@ class VectorQuantizer(nn.Module):
         return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 of each latent's nearest code."""
         return nearest_map(z, self.embedding.weight)
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -122,11 +124,11 @@ def _gather_over_devices(rows: Tensor) -> Tensor:
 
 
 class ExponentialMovingAverageQuantizer(nn.Module):
-    """Nearest-code quantizer whose codes are moving averages of their latents.
+    """Nearest-code quantizer whose codes are moving averages of the latents assigned to them.
 
     Training calls ``start`` once and ``update_codebook`` after every step.  Dead codes are revived
-    from latents of the step.  The codebook and its statistics stay in float32 in a half-precision
-    model, where steps of 1 - decay would round to 0.
+    from latents of the step.  The codebook and its statistics stay in float32 even in a
+    half-precision model; otherwise, steps of 1 - decay would round to 0.
 
     Source: van den Oord 2017, appendix A.1; Laplace smoothing as in sonnet's VQ-VAE.
     """
@@ -174,10 +176,10 @@ class ExponentialMovingAverageQuantizer(nn.Module):
     def update_codebook(self, latents: Tensor, indices: Tensor) -> None:
         """Update the running statistics and codes from one step, and revive dead codes.
 
-        Every device must have as many latents, and the same state of torch's generator.
+        All devices must have the same number of latents and the same state of torch's generator.
 
         Args:
-            latents: ``(B, E, H, W)``, those of this device.
+            latents: ``(B, E, H, W)``, the latents of this device.
             indices: their codes ``(B, H, W)``.
         """
         vectors, codes = self._vectors(latents), indices.flatten()
@@ -211,7 +213,7 @@ class ExponentialMovingAverageQuantizer(nn.Module):
         self.sums[codes] *= self.counts[codes, None]
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 of each latent's nearest code."""
         return nearest_map(z, self.codebook)
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -242,7 +244,7 @@ class CosineQuantizer(nn.Module):
         return Quantized(self.from_code(straight_through(direction, code)), indices, loss)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index of the most similar code of each latent, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 of each latent's most similar code."""
         return nearest_map(F.normalize(self.to_code(z), dim=1), F.normalize(self.codebook))
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -258,8 +260,8 @@ class GumbelQuantizer(nn.Module):
 
     The loss is ``kl_weight`` times the KL divergence from the uniform prior.
 
-    Source: taming-transformers, ``GumbelQuantize``.  In evaluation rudalle samples too, while this
-    class does so only in ``sample``.
+    Source: taming-transformers, ``GumbelQuantize``.  rudalle also samples in evaluation; in this
+    class, only the method ``sample`` does.
     """
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -282,7 +284,7 @@ class GumbelQuantizer(nn.Module):
         return Quantized(z_q, indices, self.config.kl_weight * kl)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the most likely code of each latent, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 of each latent's most likely code."""
         vectors = z.movedim(1, -1)  # (B, H, W, E)
         # In half precision, many of the thousands of logits would tie with the largest.
         weight, bias = self.proj.weight.flatten(1).float(), self.proj.bias
@@ -291,7 +293,7 @@ class GumbelQuantizer(nn.Module):
         return indices.view(vectors.shape[:-1])
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """Sample codes from the softmax of their logits, ``(B, H, W)`` int64."""
+        """Sample codes ``(B, H, W)`` int64 from the softmax of their logits."""
         probabilities = self.proj(z).float().softmax(1).movedim(1, -1)
         sampled = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
         return sampled.view(probabilities.shape[:-1])
@@ -360,7 +362,7 @@ class FiniteScalarQuantizer(nn.Module):
         return Quantized(self._expand(digits), self._to_indices(bounded.round()), loss)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the mixed-radix index of the rounded channels, ``(B, H, W)`` int64."""
+        """Return the mixed-radix index ``(B, H, W)`` int64 of the rounded channels."""
         return self._to_indices(self._bound(self.to_code(z)).round())
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -387,9 +389,9 @@ class FiniteScalarQuantizer(nn.Module):
 class LookupFreeQuantizer(nn.Module):
     """Lookup-free quantizer: the signs of a few channels are the bits of the index.
 
-    It has no codebook.  The entropy loss makes each bit certain for one latent and balanced over
-    all latents of a batch.  Both entropies are computed per bit, so 2^18 codes cost no more than a
-    few.
+    It has no codebook.  The entropy loss makes each bit certain for each latent and balanced over
+    all latents of a batch.  Both entropies are computed per bit, so their cost grows with the
+    number of bits, not with the number of codes.
 
     Source: Yu 2023 (arXiv:2310.05737), section 3.1, with Open-MAGVIT2's softmax temperature of
     0.01; entropies per bit: BSQ (arXiv:2406.07548), section 4.1.
@@ -421,7 +423,7 @@ class LookupFreeQuantizer(nn.Module):
         return Quantized(out, self._to_indices(bits), loss)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index whose bits are the signs of the channels, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 whose bits are the signs of the channels."""
         return self._to_indices(self._bits(self.to_code(z)))
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -463,7 +465,7 @@ class LinearCodebookQuantizer(nn.Module):
         return _with_both_losses(z, self.codes(indices), indices, self.config.beta)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index of the nearest code of each latent, ``(B, H, W)`` int64."""
+        """Return the index ``(B, H, W)`` int64 of each latent's nearest code."""
         return nearest_map(z, self.turn(self.codebook))
 
     def codes(self, indices: Tensor) -> Tensor:
