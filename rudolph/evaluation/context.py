@@ -142,18 +142,18 @@ class EvaluationContext:
         return self.generated_cache[key]
 
     def image_indices(self, split: Split, indices: Sequence[int]) -> Tensor:
-        """Return the image indices ``(N, I)`` of the real images of some pairs."""
+        """Encode the real images of some pairs as image indices ``(N, I)``."""
         return self.model.image_tokenizer().encode(split.image_batch(indices))
 
 
 def images_of(pairs: Sequence[Pair]) -> Tensor:
-    """Return the images of pairs of any split, ``(N, 3, H, W)`` in [0, 1]."""
+    """Return the images ``(N, 3, H, W)`` in [0, 1] of pairs from any split."""
     arrays = np.stack([np.asarray(pair.image) for pair in pairs])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 def eval_folds(split: Split) -> np.ndarray[Any, Any]:
-    """Return the fold, 0 or 1, of every pair of a split, ``(N,)``.
+    """Return the fold ``(N,)``, 0 or 1, of every pair of a split.
 
     Pairs that share an image are in the same fold.
     """

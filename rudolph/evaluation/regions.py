@@ -1,8 +1,8 @@
 """Regions of settings that score as well as the best one, found from a few noisy scores.
 
 A point is one combination of settings.  A Gaussian process smooths the scores of the points.  A
-point is good if its smoothed score is within a tolerance of the best one.  The region is a box:
-one range per setting, inside which nearly all points are good.
+point is good if its smoothed score is within a tolerance of the best one.  The region is a box
+with one range per setting.  Nearly all points inside it are good.
 
 Source: Rasmussen and Williams 2006, chapter 2 (Gaussian process); Friedman and Fisher 1999 (PRIM:
 peel a box, then paste back what was peeled too far).
@@ -57,7 +57,7 @@ class Axis:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def value(self, unit: float) -> float | int:
-        """Return the value at position ``unit`` in [0, 1]: an integer or three digits."""
+        """Return the value at position ``unit`` in [0, 1], as an integer or with three digits."""
         if self.log:
             value = float(self.low * (self.high / self.low) ** unit)
         else:
@@ -75,7 +75,7 @@ Space = Mapping[str, Axis]
 
 
 def settings_at(space: Space, coordinates: Sequence[float]) -> dict[str, float | int]:
-    """Return the settings at a point of the unit cube, by name."""
+    """Return the settings at a point of the unit cube, keyed by name."""
     return {
         name: axis.value(coordinate)
         for (name, axis), coordinate in zip(space.items(), coordinates, strict=True)
@@ -83,20 +83,20 @@ def settings_at(space: Space, coordinates: Sequence[float]) -> dict[str, float |
 
 
 def unit_coordinates(space: Space, settings: Sequence[Mapping[str, float]]) -> Points:
-    """Return the points of the unit cube at which settings lie, ``(N, A)``."""
+    """Return the points ``(N, A)`` of the unit cube at which the given settings lie."""
     rows = [[axis.unit(row[name]) for name, axis in space.items()] for row in settings]
     return np.array(rows, dtype=np.float64).reshape(len(settings), len(space))
 
 
 def low_discrepancy_points(number: int, axes: int, seed: int) -> Points:
-    """Return Sobol points that fill the unit cube evenly, ``(number, axes)``.
+    """Return Sobol points ``(number, axes)`` that fill the unit cube evenly.
 
     With the same seed, a smaller ``number`` gives the first of these points.
     """
     from scipy.stats import qmc
 
     with warnings.catch_warnings():
-        # SciPy warns that a number that is not a power of two is slightly less even.
+        # SciPy warns that points are slightly less even if their number is not a power of two.
         warnings.simplefilter("ignore")
         points: Points = qmc.Sobol(axes, rng=np.random.default_rng(seed)).random(number)
     return points
@@ -160,7 +160,7 @@ def find_region(smoothed: Callable[[Points], Points], axes: int, *, tolerance: f
     Args:
         smoothed: function from points ``(M, A)`` to scores ``(M,)``, see ``smoothed_scores``.
         axes: number of axes A.
-        tolerance: largest loss of a good point against the best, in units of the score.
+        tolerance: how far a good point may score below the best point, in units of the score.
     """
     grid = low_discrepancy_points(GRID, axes, seed=0)
     values = smoothed(grid)
@@ -184,7 +184,7 @@ def _inside(grid: Points, low: Points, high: Points) -> NDArray[np.bool_]:
 
 
 def _peel(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[Points, Points]:
-    """Peel the unit cube face by face, each time the cut that leaves the best mean score."""
+    """Peel the unit cube step by step; each step makes the cut that leaves the best mean score."""
     axes = grid.shape[1]
     low, high = np.zeros(axes), np.ones(axes)
     is_inside = np.ones(len(grid), dtype=bool)
@@ -206,7 +206,7 @@ def _peel(grid: Points, values: Points, is_good: NDArray[np.bool_]) -> tuple[Poi
 def _paste(
     grid: Points, is_good: NDArray[np.bool_], low: Points, high: Points
 ) -> tuple[Points, Points]:
-    """Grow the box in steps of 0.01 while the fraction of good points stays at ``PURITY``."""
+    """Grow the box in steps of 0.01 while the fraction of good points is at least ``PURITY``."""
     faces = [(side, axis) for axis in range(grid.shape[1]) for side in (0, 1)]
     is_growing = True
     while is_growing:
@@ -221,7 +221,7 @@ def _paste(
 
 
 def points_within(region: Region, number: int) -> Points:
-    """Return points spread evenly over a region, ``(number, A)``, in the unit cube."""
+    """Return points ``(number, A)`` of the unit cube, spread evenly over a region."""
     offsets = low_discrepancy_points(number, len(region.low), seed=1)
     return np.asarray(region.low + offsets * (region.high - region.low))
 

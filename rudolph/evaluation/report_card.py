@@ -65,8 +65,9 @@ class EvaluationConfig:
         splits: names of the splits to evaluate.
         num_examples: number of pairs per split.
         clip: source of a CLIP that ranks and scores images; null for none.
-        missing_image: image given to a task without one.  ``zeros`` is that of training;
-            ``legacy`` is an image generated for the question first (fbc2_aij2022, inference.py).
+        missing_image: image given to a task without one.  ``zeros`` is the image used in training;
+            ``legacy`` first generates an image for the question, as the reference code of Fusion
+            Brain Challenge 2 does (fbc2_aij2022, inference.py).
         eval_fold: evaluate only fold 0 or 1 of the pairs; null for all.  Choices made on one fold
             can then be tested on the other.
         grid_prompts: prompts of the sample grid.
@@ -104,7 +105,7 @@ class EvaluationConfig:
             owner: Name of the model for the message.
 
         Raises:
-            ValueError: If it cannot; the message names the setting.
+            ValueError: If the model cannot; the message names the setting.
         """
         if self.missing_image == "legacy" and "generate_image" not in provided:
             raise ValueError(
@@ -133,7 +134,7 @@ DATASET_OF_EVALUATOR = {
     "rerank_curve": "shapes",
     "text_continuation": "shapes",
 }
-# The method of a dataset that an evaluator needs: class labels or hard negatives.
+# The dataset method that an evaluator needs: for class labels, hard negatives or shots.
 MEMBER_OF_EVALUATOR = {
     "zero_shot_classification": "class_index",
     "text_ranking": "hard_negatives",
@@ -274,7 +275,7 @@ def evaluate_all(
 
 
 def _summary(scores: list[Score], seconds: float) -> str:
-    """Return the first score of an evaluator and its speed, for the line of its stage."""
+    """Return an evaluator's first score and its speed, for the progress line of its stage."""
     if not scores:
         return "nothing to evaluate"
     first = scores[0]

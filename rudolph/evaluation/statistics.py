@@ -35,9 +35,10 @@ def mean_interval(
     seed: int,
     clusters: np.ndarray[Any, Any] | None = None,
 ) -> Estimate:
-    """Return the mean with its percentile bootstrap interval; values of 0 and 1 take Wilson's.
+    """Return the mean with its interval: Wilson's if all values are 0 or 1, else the bootstrap's.
 
-    Wilson's interval of clustered examples uses their effective size.
+    Bootstrap intervals are percentile intervals.  Wilson's interval for clustered examples uses
+    their effective sample size.
 
     Args:
         values: one value per example, ``(N,)``.
@@ -45,7 +46,7 @@ def mean_interval(
         clusters: ``(N,)``, equal for examples that belong together; None if all are independent.
 
     Raises:
-        ValueError: if there is no value, or one that is not finite.
+        ValueError: if there is no value, or a value is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0:
@@ -158,7 +159,7 @@ def geometric_mean_interval(values: Sequence[float] | np.ndarray[Any, Any]) -> E
     inverse of a time.  For a single value both bounds equal the value.
 
     Raises:
-        ValueError: if there is no value, or one that is not positive and finite.
+        ValueError: if there is no value, or a value is not positive and finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not (np.isfinite(sample) & (sample > 0)).all():
@@ -172,7 +173,8 @@ def ratio_interval(
 ) -> Estimate:
     """Return ``geometric_mean_interval`` of the ratios of paired repetitions.
 
-    Repetition k of one is paired with repetition k of the other, so a slowdown of both cancels.
+    Repetition k of the numerator is paired with repetition k of the denominator, so a slowdown of
+    both cancels.
 
     Raises:
         ValueError: if a value is not positive, or the numbers of repetitions differ.
@@ -237,8 +239,8 @@ def bootstrap_interval(
     miss the value if the statistic is biased for small samples, as FID is.
 
     Args:
-        statistic: function of the positions of the resampled examples, ``(number,)``; clusters of
-            different sizes change the length.
+        statistic: function of the positions ``(number,)`` of the resampled examples.  If clusters
+            differ in size, the number of positions varies.
         number: number of examples.
         seed: seed of the bootstrap.
         resamples: number of resamples; lower it if the statistic takes seconds, as FID does.
@@ -319,7 +321,7 @@ def jackknife_interval(
 
 
 class PairedDifference(NamedTuple):
-    """A mean paired difference, its 95 % interval, and the p-value of no difference."""
+    """A mean paired difference, its 95 % interval, and the p-value against no difference."""
 
     value: float
     low: float
@@ -330,11 +332,10 @@ class PairedDifference(NamedTuple):
 def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
     """Test the mean of paired differences with Student's t, for a few seeds.
 
-    Equal differences have no spread: both bounds equal the value, and p is 0, or 1 if the value is
-    0.
+    If all differences are equal, both bounds equal the value, and p is 0, or 1 if the value is 0.
 
     Raises:
-        ValueError: if there are fewer than two differences, or one that is not finite.
+        ValueError: if there are fewer than two differences, or a difference is not finite.
     """
     from scipy.stats import t
 
@@ -349,16 +350,16 @@ def paired_t(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDiffe
 def exact_paired(differences: Sequence[float] | np.ndarray[Any, Any]) -> PairedDifference:
     """Compare paired outcomes of 0 or 1 exactly, for runs that succeed or fail as a whole.
 
-    p is that of McNemar's exact test: a binomial test of the pairs that differ.  The interval
-    joins two Clopper-Pearson intervals at 97.5 %: of the pairs that differ in one direction and of
-    those that differ in the other.  By Bonferroni it covers at least 95 %, and it stays within
-    [-1, 1].
+    The p-value is that of McNemar's exact test: a binomial test of the pairs that differ.  The
+    interval is the difference of two Clopper-Pearson intervals at 97.5 %: one for the fraction of
+    pairs with difference 1, one for the fraction with -1.  By Bonferroni it covers at least 95 %,
+    and it stays within [-1, 1].
 
     Args:
-        differences: of each pair, -1, 0 or 1.
+        differences: the difference of each pair: -1, 0 or 1.
 
     Raises:
-        ValueError: when there are fewer than two pairs, or another value.
+        ValueError: if there are fewer than two pairs, or a difference has another value.
     """
     from scipy.stats import binomtest
 
@@ -388,7 +389,7 @@ def paired_bootstrap(
     of the unbiased one.
 
     Raises:
-        ValueError: if there are fewer than two differences, or one that is not finite.
+        ValueError: if there are fewer than two differences, or a difference is not finite.
     """
     sample = _differences(differences)
     rng = np.random.default_rng(seed)
@@ -466,7 +467,7 @@ def _detectable_shift(pairs: int) -> float:
 
 
 def pairs_needed(spread: float, effect: float) -> int:
-    """Return the fewest pairs (at least 2) whose paired t-test detects ``effect`` at 80 % power.
+    """Return how many pairs (at least 2) a paired t-test needs to detect ``effect`` at 80 % power.
 
     Args:
         spread: standard deviation of the paired differences.

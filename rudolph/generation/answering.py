@@ -28,7 +28,7 @@ OnToken = Callable[[int, int], None]
 
 
 class GeneratedText(NamedTuple):
-    """A text and its log-likelihood in nats, which includes its ``EOS`` if it has one."""
+    """A text and its log-likelihood in nats, including that of an ``EOS`` at its end."""
 
     text: str
     log_likelihood: float
@@ -91,7 +91,8 @@ def sample_question_images(
 ) -> Tensor:
     """Sample image indices ``(B, I)`` for questions, one image per seed, without guidance.
 
-    Source: fbc2_aij2022, which answers questions without an image after such a sampled image.
+    Source: the code of Fusion Brain Challenge 2, github.com/ai-forever/fbc2_aij2022.  It samples
+    such an image before it answers a question without one.
 
     Args:
         pipeline: the tokenizer and the decoder.
@@ -135,7 +136,7 @@ def sample_answers(
         config: how tokens are sampled.
         seeds: one per sample, B * S, with the samples of a prompt next to each other.
         allowed: ``(V,)`` bool, true for the BPE ids that an answer may contain.
-        on_token: called with the numbers of tokens done and of all tokens.
+        on_token: called with the number of tokens done and the total.
 
     Returns:
         B * S texts, in the order of ``seeds``.
@@ -235,7 +236,7 @@ def score_choices(
         task: a name in ``TASKS``, which gives the task token of the right text.
         tokens: ``(B, T)``, prompts from ``answer_prompts``.
         choices: one sequence of C texts per prompt.
-        on_batch: called with the numbers of prompts done and of all prompts.
+        on_batch: called with the number of prompts done and the total.
 
     Raises:
         ValueError: if the prompts do not all have the same number of choices.
@@ -275,7 +276,10 @@ def score_choices(
 def _score_texts(
     model: MaskedDecoder, prompts: Tensor, texts: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return log-likelihoods and lengths ``(B * C,)`` of texts ``(B * C, N)`` after ``(B, T)``."""
+    """Score texts ``(B * C, N)`` after prompts ``(B, T)``.
+
+    Return their log-likelihoods and their numbers of tokens, both ``(B * C,)``.
+    """
     prompts, texts = prompts.to(device), texts.to(device)
     num_choices, length = len(texts) // len(prompts), texts.shape[1]
     cache = model.new_cache(len(prompts), num_positions=model.num_leading + prompts.shape[1])
@@ -310,11 +314,11 @@ def continue_texts(
         texts: the beginnings.
         config: how tokens are sampled.
         seeds: one per text.
-        on_token: called with the numbers of tokens done and of all tokens.
+        on_token: called with the number of tokens done and the total.
 
     Raises:
-        ValueError: if there are no texts, the seeds are not one per text, or a text is too long
-            for the left text segment.
+        ValueError: if there are no texts, the numbers of texts and seeds differ, or a text is too
+            long for the left text segment.
     """
     if len(texts) != len(seeds) or not texts:
         raise ValueError(
@@ -350,7 +354,7 @@ def continue_texts(
 
 
 def ids_spelling(pipeline: TrainedModels, characters: str) -> Tensor:
-    """Return the BPE ids ``(V,)``, bool, that decode to nothing but ``characters`` and spaces.
+    """Return a mask ``(V,)`` of the BPE ids that decode to only ``characters`` and spaces.
 
     ``EOS`` is included.
     """
@@ -367,7 +371,7 @@ def batch_progress(
     """Convert the progress within one batch of rows to progress over all rows.
 
     Args:
-        on_token: called with the numbers of tokens done and of all tokens; None returns None.
+        on_token: called with the number of tokens done and the total; None returns None.
         rows: the rows of the batch.
         num_rows: the number of all rows.
         model: the decoder, whose layout gives the end of the segment.

@@ -1,4 +1,4 @@
-"""Beam search for the most likely texts after a prompt, with the key/value cache of sampling.
+"""Beam search for the most likely texts after a prompt, with the same cache as sampling.
 
 Shapes: B prompts, K beams, N new tokens, V text ids, T tokens.
 """
@@ -42,8 +42,8 @@ def search_text(
         model: the decoder.
         tokens: ``(B, T)``, prompts that end inside a text segment.
         num_beams: the beam width K, which is also the number of texts returned.
-        length_penalty: texts are ordered by log-likelihood divided by their number of tokens to
-            this power (Wu 2016, arXiv:1609.08144, without its constant).  0 orders by likelihood.
+        length_penalty: texts are ordered by ``log_likelihood / num_tokens ** length_penalty``
+            (Wu 2016, arXiv:1609.08144, without its constant).  0 orders by likelihood.
         allowed: ``(V,)`` bool, true for the BPE ids that a text may contain; ``EOS`` is always
             allowed.
 

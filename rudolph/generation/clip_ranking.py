@@ -119,7 +119,10 @@ class ClipRanker:
         *,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Return cosine similarities ``(P, B)`` of images ``(P, 3, H, W)`` in [0, 1] and texts."""
+        """Return the cosine similarities ``(P, B)`` of images and texts.
+
+        Images are ``(P, 3, H, W)`` in [0, 1].
+        """
         return self.image_features(images, on_batch=on_batch) @ self.text_features(texts).t()
 
     def classify(self, images: Tensor, classes: Sequence[str]) -> Tensor:
@@ -200,7 +203,7 @@ class RetrievalSet(NamedTuple):
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, matches: Tensor) -> Tensor:
-    """Return the rank of each query's best right answer, ``(Q,)`` int64; 1 is the most similar.
+    """Return the rank ``(Q,)`` int64 of each query's best right answer; 1 is the most similar.
 
     Other right answers of a query do not count towards the rank.
 

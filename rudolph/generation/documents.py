@@ -35,7 +35,7 @@ class DocumentState(Protocol):
         ...
 
     def repeat(self, number: int) -> "DocumentState":
-        """Return the state with every document ``number`` times, copies next to each other."""
+        """Return the state with every document repeated ``number`` times in succession."""
         ...
 
 
@@ -52,7 +52,7 @@ class DocumentReader(Protocol):
 
 
 def count_choices(choices: Sequence[Sequence[str]]) -> int:
-    """Return the number of choices of each text, 1 without texts.
+    """Return the number of choices of each text, or 1 if there are no texts.
 
     Raises:
         ValueError: If the numbers differ.
@@ -64,12 +64,12 @@ def count_choices(choices: Sequence[Sequence[str]]) -> int:
 
 
 def answer_labels(documents: DocumentBatch) -> Tensor:
-    """Return the label of each position's next token, ``(B, T - 1)``, or ``IGNORE``."""
+    """Return the label ``(B, T - 1)`` of each position's next token; ``IGNORE`` means no label."""
     return documents.labels[:, 1:]
 
 
 def answer_losses(reader: DocumentReader, documents: DocumentBatch) -> tuple[Tensor, Tensor]:
-    """Return the loss ``(L,)`` in nats of all labels and the document of each, ``(L,)``."""
+    """Return the loss of each label in nats, and the index of its document, both ``(L,)``."""
     logits, labels = reader.logits(documents)[:, :-1], answer_labels(documents)
     is_label = labels != IGNORE
     losses = F.cross_entropy(logits[is_label].float(), labels[is_label], reduction="none")

@@ -1,7 +1,7 @@
 """The decoding loop: from a prompt to tokens, for every segment and task.
 
-The prompt is computed once for all of its samples.  New positions then follow with a static
-key/value cache, through the segment's part of the output head alone.
+The prompt is computed once for all of its samples.  New positions then use a static key/value
+cache, and only the segment's part of the output head.
 
 A token is a function of its distribution and of noise that is fixed in advance (``noise``).  The
 sampled sequence is therefore a fixed point, which can be found several tokens at a time:
@@ -9,8 +9,8 @@ sampled sequence is therefore a fixed point, which can be found several tokens a
 1.  Guess the next ``window`` tokens.
 2.  Compute the distributions after all guesses in one call.
 3.  Sample each token again from its own distribution, with its own noise.
-4.  Accept the tokens up to and including the first one that differs from its guess.  They followed
-   final tokens, so they are final too.  The others are the next guesses.
+4.  Accept the tokens up to and including the first one that differs from its guess.  Accepted
+   tokens follow only final tokens, so they are final too.  The other tokens are the next guesses.
 
 A window of 1 decodes token by token.
 
@@ -123,7 +123,7 @@ def generate_text(
         seeds: one per sample, B * S, with the samples of a prompt next to each other.
         known: ``(B, N)``, ids that are given, such as the rest of longer prompts, and
             ``TO_SAMPLE`` elsewhere.
-        allowed: ``(V,)`` bool, true for the BPE ids that may be sampled; ``EOS`` always may.
+        allowed: ``(V,)`` bool, true for BPE ids that may be sampled; ``EOS`` is always allowed.
         on_token: called after each call with the number of tokens done.
 
     Raises:
@@ -210,8 +210,8 @@ def _generate(
         resample: samples tokens ``(R, W)`` for R samples.  Its arguments are ``hidden`` (C * R, W,
             D), the numbers of the samples (R,) and the position of the first token.
         window: W.
-        stop: a sample that contains this token is done.  Finished samples leave the batch once
-            half of it is done.
+        stop: a sample that contains this token is finished.  Finished samples leave the batch once
+            half of the batch is finished.
         on_token: called after each call with the number of tokens done.
     """
     positions = (known == TO_SAMPLE).any(0).nonzero().flatten().tolist()
@@ -261,7 +261,7 @@ def _drop_finished(
 ) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Drop finished samples from ``rows`` (B, S) if this at least halves the batch.
 
-    Every remaining prompt keeps as many samples as the prompt with the most unfinished ones.
+    Every remaining prompt keeps as many samples as the prompt with the most unfinished samples.
     """
     prompts = is_unfinished.any(1).nonzero().flatten()
     num_samples = int(is_unfinished.sum(1).max())
@@ -274,7 +274,7 @@ def _drop_finished(
 
 
 def _guess(tokens: Tensor, is_to_sample: Tensor, positions: range, side: int) -> None:
-    """Guess the token above, or the first token in the first row, where no token is given."""
+    """Guess tokens that are not given: the token above, or in the first row the first token."""
     for position in positions:
         above = tokens[:, max(position - side, 0)]
         tokens[:, position] = torch.where(is_to_sample[:, position], above, tokens[:, position])

@@ -30,7 +30,7 @@ def border_mask(borders: Mapping[str, int], side: int) -> Tensor:
             [1, 1, 0]], dtype=torch.int32)
 
     Args:
-        borders: the width of each given border, in rows or columns of tokens, by its side.
+        borders: the width of each given border in rows or columns of tokens, keyed by side.
         side: the side of the grid.
 
     Raises:
@@ -69,7 +69,7 @@ def parse_borders(text: str) -> dict[str, int]:
 def token_mask(mask: Tensor, side: int) -> Tensor:
     """Convert a pixel mask ``(H, W)`` to a token mask ``(side, side)``.
 
-    Both masks are true for what is given.  A token is given if all of its pixels are.
+    Both masks are true where the image is given.  A token is given if all of its pixels are given.
 
     Raises:
         ValueError: if H or W is not a multiple of ``side``.
@@ -92,7 +92,7 @@ def known_indices(
         vqgan: the VQ-GAN.
         image: ``(3, H, W)`` in [0, 1].
         is_given: ``(h, w)`` bool, true for tokens that are given.
-        crop_first: whether to replace the pixels that are not given by grey before encoding, so
+        crop_first: whether to paint the pixels outside the given part grey before encoding, so
             that they cannot affect the indices.  The reference instead encodes each border as an
             image of its own.
 

@@ -160,7 +160,7 @@ class Pipeline(TrainedModels):
             text: the caption.
             request: the number of images, their ranking and their seed.
             config: how image tokens are sampled.
-            on_stage: called with the name of the stage and the amounts done and in total.
+            on_stage: called with the name of the stage, the amount done and the total amount.
 
         Raises:
             ValueError: if ``rank`` is ``clip`` and the pipeline has no CLIP.
@@ -260,7 +260,7 @@ class Pipeline(TrainedModels):
             captions: B texts.
             config: how image tokens are sampled.
             seeds: one per image, B * S, with the images of a caption next to each other.
-            on_token: called with the numbers of tokens done and of all tokens.
+            on_token: called with the number of tokens done and the total.
 
         Raises:
             ValueError: if the number of seeds is not a multiple of the number of captions.
@@ -286,7 +286,7 @@ class Pipeline(TrainedModels):
             seeds: one per image, B * S, with the images of a caption next to each other.
             known: ``(B, I)``, indices that are given, and ``TO_SAMPLE`` at the other positions.
             window: tokens guessed per call; above 1, tokens are sampled by an exponential race.
-            on_token: called with the numbers of tokens done and of all tokens.
+            on_token: called with the number of tokens done and the total.
 
         Raises:
             ValueError: if the number of seeds is not a multiple of the number of captions.
@@ -331,7 +331,7 @@ class Pipeline(TrainedModels):
             config: how tokens are sampled.
             seeds: one per text, B * S, with the texts of an image next to each other.
             questions: one per image; None samples captions.
-            on_token: called with the numbers of tokens done and of all tokens.
+            on_token: called with the number of tokens done and the total.
 
         Returns:
             B * S texts, in the order of ``seeds``.

@@ -1,9 +1,9 @@
 """Rerank images or texts by the decoder's own perplexity.
 
-A perplexity is that of one segment of a sequence, given what precedes it.  There are two kinds.
-``exp_mean_ce``, the exponential of the mean cross-entropy, is the standard definition and the
-default.  ``mean_exp_ce``, the mean over tokens of the exponential, is the reference's; a single
-unlikely token can dominate it.
+A perplexity belongs to one segment of a sequence, given the tokens before the segment.  There are
+two kinds.  ``exp_mean_ce``, the exponential of the mean cross-entropy, is the standard definition
+and the default.  ``mean_exp_ce``, the mean over tokens of the exponential, is the reference's
+definition; a single unlikely token can dominate it.
 
 Source: ru-dolph, ``rudolph/api.py`` (``self_reranking_by_text``, ``self_reranking_by_image``,
 ``zs_clf``); rudalle, ``pipelines.py`` (``generate_images``).
@@ -26,13 +26,19 @@ BY_TEXT_WEIGHT, BY_IMAGE_WEIGHT = 0.95, 0.05
 
 
 def exp_mean_ce(losses: Tensor, is_scored: Tensor) -> Tensor:
-    """Return exp of the mean of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
+    """Return ``(B,)``: exp of each row's mean loss over positions where ``is_scored`` is true.
+
+    Both inputs are ``(B, M)``.
+    """
     total = losses.masked_fill(~is_scored, 0).sum(1)
     return (total / is_scored.sum(1)).exp()
 
 
 def mean_exp_ce(losses: Tensor, is_scored: Tensor) -> Tensor:
-    """Return the mean of exp of ``losses`` (B, M) where ``is_scored`` (B, M), ``(B,)``."""
+    """Return ``(B,)``: the mean of exp(loss) over a row's positions where ``is_scored`` is true.
+
+    Both inputs are ``(B, M)``.
+    """
     total = losses.exp().masked_fill(~is_scored, 0).sum(1)
     return total / is_scored.sum(1)
 
@@ -49,9 +55,9 @@ def perplexities(
 ) -> dict[str, Tensor]:
     """Compute the perplexity of segments of each sequence, ``(B,)`` per segment.
 
-    The softmax of a text runs over BPE ids and special tokens without padding, that of an image
-    over the codebook.  Padding is not scored, nor is the first token of a segment.  In a text that
-    token is always ``BOS``, and RUDOLPH was never trained to generate the first image token.
+    The softmax of a text runs over BPE ids and special tokens without padding.  The softmax of an
+    image runs over the codebook.  Padding is not scored, nor is the first token of a segment: in a
+    text it is always ``BOS``, and RUDOLPH was never trained to generate the first image token.
 
     Args:
         model: the decoder.
@@ -59,7 +65,7 @@ def perplexities(
         segments: names out of ``left_text``, ``image`` and ``right_text``.
         kind: a name in ``PERPLEXITIES``.
         batch_size: sequences per forward pass.
-        on_batch: called with the numbers of sequences done and of all sequences.
+        on_batch: called with the number of sequences done and the total.
 
     Raises:
         ValueError: if the kind is unknown, or a segment of a sequence has no scored token.
@@ -122,7 +128,7 @@ def rescaled_sum(
     Args:
         text: ``(B,)``, perplexities of the text.
         image: ``(B,)``, perplexities of the image.
-        text_weight: the weight of the text in [0, 1]; the image has the rest.
+        text_weight: the weight of the text in [0, 1]; the image has the remaining weight.
         quantile: the quantile that is rescaled to 1; 0.5 is the median.
 
     Raises:
@@ -163,8 +169,8 @@ def rank_images(
         indices: ``(P, I)``, images as VQ-GAN indices.
         caption: the text that the images should fit.
         kind: a name in ``PERPLEXITIES``.
-        text_weight: the weight of the text in [0, 1]; the image has the rest.
-        on_batch: called with the numbers of images done and of all images.
+        text_weight: the weight of the text in [0, 1]; the image has the remaining weight.
+        on_batch: called with the number of images done and the total.
     """
     has_right = pipeline.decoder.layout.right_text_length > 0
     task = "image_captioning" if has_right else "text_to_image"
@@ -199,7 +205,8 @@ def rank_captions(
         indices: ``(I,)``, the image as VQ-GAN indices.
         captions: the candidates.
         kind: a name in ``PERPLEXITIES``.
-        text_weight: the weight of the caption's own perplexity in [0, 1]; the image has the rest.
+        text_weight: the weight of the caption's own perplexity in [0, 1]; the image has the
+            remaining weight.
     """
     left = torch.stack([pipeline.texts("text_to_image", caption).left for caption in captions])
     tokens = torch.cat([left, indices.expand(len(captions), -1)], dim=1)
@@ -233,8 +240,8 @@ def classify_images(
         pipeline: the tokenizer and the decoder.
         indices: ``(P, I)``, images as VQ-GAN indices.
         classes: the names of the C classes.
-        left_template: the left text, with ``{}`` in place of the class name, or without it.
-        right_template: the right text, which is scored, with ``{}`` in place of the class name.
+        left_template: the left text, in which the class name replaces ``{}``, if present.
+        right_template: the right text, which is scored; the class name replaces ``{}``.
         kind: a name in ``PERPLEXITIES``.
     """
     texts = [

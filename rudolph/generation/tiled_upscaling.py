@@ -9,20 +9,20 @@ a kept pixel and an inner side of its tile::
     tile 2          [---kkkkk-----]           a side at the image's border discards nothing
     tile 3                [---kkkkkkkkk]
 
-A tile at the image's border ends there, and the convolutions zero-pad it exactly as they would the
-whole image.  Tiling is therefore exact, borders included, if ``overlap`` is at least
+A tile at the image's border ends there, and the convolutions zero-pad it exactly as they would pad
+the whole image.  Tiling is therefore exact, borders included, if ``overlap`` is at least
 ``receptive_radius``.  The result then differs from the untiled one by rounding alone.
 
-For Real-ESRGAN's 23 blocks that radius is 349 pixels (698 at scale 2), more than a tile that saves
-memory can have.  Distant pixels have little weight, so the default overlap of 24 leaves a small,
-non-zero difference along the seams.  With random weights it is below rounding; for other weights,
-compare two overlaps to measure it.
+For Real-ESRGAN's 23 blocks this radius is 349 pixels (698 at scale 2), too much for tiles that
+save memory.  Distant pixels have little weight, so the default overlap of 24 leaves a small,
+non-zero difference along the seams.  With random weights this difference is below rounding; for
+other weights, compare two overlaps to measure it.
 
 Source: rudalle, ``realesrgan/utils.py`` and ``model.py``, with patches of 192 pixels and a margin
-of 24.  The reference first reflects the image by 15 pixels and extends it to a multiple of 192 by
-its edge pixels.  Its network therefore never reaches the image's border.  This module adds
-nothing, except one row or column where scale 2 needs an even size.  Its tiles have equal size, as
-small as their number allows, and the last one is shifted inward.
+of 24.  The reference first pads the image by reflecting 15 pixels, then repeats its edge pixels up
+to a multiple of 192.  Its network therefore never reaches the image's border.  This module pads
+nothing, except one row or column where scale 2 needs an even size.  All of its tiles have the same
+size, as small as the number of tiles allows, and the last tile is shifted inward.
 
 Shapes: B images, H and W pixels.
 """
@@ -56,7 +56,7 @@ def fold_factor(config: UpscalerConfig) -> int:
 
 
 def receptive_radius(config: UpscalerConfig) -> int:
-    """Compute the radius in pixels of an output pixel's receptive field: the exact overlap.
+    """Compute the receptive field's radius in pixels, the overlap from which tiling is exact.
 
     At scale 2 the radius is counted from the pair of pixels that the network folds into one
     position.
@@ -107,7 +107,7 @@ def upscale_tiled(
 ) -> Tensor:
     """Upscale images ``(B, 3, H, W)`` in [0, 1] to ``(B, 3, H * scale, W * scale)`` in [0, 1].
 
-    The result has the device and dtype of ``images``; tiles are computed in those of the upscaler.
+    The result has the device and dtype of ``images``; the upscaler computes tiles in its own.
     An image of at most ``tile`` pixels per side is a single tile, so the result is
     ``upscaler(images)`` clamped.  At scale 2 an odd side is made even by repeating its last row or
     column, and the result is cropped.
@@ -119,7 +119,7 @@ def upscale_tiled(
         overlap: pixels of ``images`` between the kept part of a tile and its inner sides.  Seams
             are exact from ``receptive_radius`` on.
         batch_size: tiles per call of the network.
-        on_tile: called after each batch with the numbers of tiles done and of all tiles.
+        on_tile: called after each batch with the number of tiles done and the total.
 
     Raises:
         ValueError: if ``images`` are not ``(B, 3, H, W)``, the overlap is negative, the tile is

@@ -46,7 +46,7 @@ class ImageTokenizer:
 
         Args:
             indices: ``(B, I)``, codebook indices.
-            on_batch: called after each batch with the numbers of images done and of all images.
+            on_batch: called after each batch with the number of images done and the total.
         """
         parts = []
         for first in range(0, len(indices), self.batch_size):
@@ -105,7 +105,7 @@ class TrainedModels:
         )
 
     def batches(self, num_prompts: int, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the slices of prompts and of rows of each batch.
+        """Yield each batch as a slice of prompts and a slice of rows.
 
         Each prompt has ``num_rows / num_prompts`` consecutive rows.  A batch holds some prompts
         with all of their rows, or some rows of one prompt.

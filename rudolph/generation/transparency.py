@@ -7,11 +7,11 @@ A drawing with an antialiased edge on a plain background is a mixture.  Each pix
 1.  Find the background: pixels near the background colour that are connected to the frame through
    four neighbours, and faint flecks among them.  A hole inside the drawing is not connected to the
    frame and stays opaque.
-2.  Find the edge: pixels that a few more steps reach without ever decreasing the contrast.  Carry
-   the colour of *solid* pixels outward into the edge.  Solid pixels lie deeper than the edge is
-   wide, or have the highest contrast in a thin stroke.
-3.  Compute alpha in the edge: how far the pixel lies on the way from g to that colour.  Unmix the
-   pixel's colour from g, so that compositing over g restores the image.
+2.  Find the edge: pixels that the background reaches in a few more steps that never decrease the
+   contrast.  Carry the colour of *solid* pixels outward into the edge.  Solid pixels lie deeper
+   than the edge is wide, or have the highest contrast in a thin stroke.
+3.  Compute alpha in the edge: how far the pixel lies on the way from g to the carried colour.
+   Unmix the pixel's colour from g, so that compositing over g restores the image.
 
 The image alone cannot separate a white part from a white background.  A white part that is open to
 the background becomes transparent.  A soft shadow wider than the edge stays opaque.
@@ -28,7 +28,7 @@ from PIL import Image
 
 PixelArray = np.ndarray
 
-# The lowest value of the darkest channel at which a frame pixel may be background.
+# A frame pixel may be background if its darkest channel has at least this value.
 MIN_BACKGROUND = 216
 # A fleck counts as noise up to this multiple of the tolerance.
 FLECK_FACTOR = 3
@@ -38,9 +38,10 @@ def to_rgba(image: Image.Image | PixelArray, *, tolerance: int = 8, edge: int = 
     """Make the near-white background of an image transparent; return an RGBA image.
 
     Composited over its own background, the result equals the image up to rounding and noise.
-    Background at least ``edge`` pixels from the drawing loses deviations within ``tolerance``, and
-    flecks within three times that.  Edges lose what is lighter than the background by at most
-    ``tolerance``.  An image without near-white pixels on its frame is returned opaque.
+    Background at least ``edge`` pixels from the drawing loses deviations of up to ``tolerance``,
+    and flecks of up to three times that.  Edges lose deviations that are lighter than the
+    background by at most ``tolerance``.  An image without near-white pixels on its frame is
+    returned opaque.
 
     Use a tolerance of 8 for decoded images.  Use 2 for digital drawings: it keeps their white
     parts if these have a faint outline.
@@ -85,7 +86,7 @@ def to_rgba(image: Image.Image | PixelArray, *, tolerance: int = 8, edge: int = 
 
 
 def background_colour(pixels: PixelArray) -> PixelArray | None:
-    """Return the median colour ``(3,)`` of near-white pixels on the frame, or None without any."""
+    """Return the median colour ``(3,)`` of near-white frame pixels, or None if there are none."""
     frame_pixels = pixels[frame_mask(pixels[..., 0])]
     candidates = frame_pixels[frame_pixels.min(-1) >= MIN_BACKGROUND]
     return np.median(candidates, axis=0) if len(candidates) else None
@@ -129,7 +130,7 @@ def label_runs(is_open: PixelArray) -> PixelArray:
 
 
 def reduce_neighborhood(plane: PixelArray, radius: int, combine: np.ufunc) -> PixelArray:
-    """Combine each pixel ``(H, W, ...)`` with the square around it; outside the image is zero."""
+    """Combine each pixel ``(H, W, ...)`` with the square around it, zero outside the image."""
     # The reduction runs down the columns; the axes swap, so the second pass reduces the rows.
     for _ in range(2):
         padded = np.pad(plane, ((radius, radius), *((0, 0),) * (plane.ndim - 1)))
@@ -182,10 +183,10 @@ def unmixed_alpha(
     background: PixelArray,
     tolerance: int,
 ) -> PixelArray:
-    """Return how far each pixel lies from background to foreground, ``(H, W)`` in [0, 1].
+    """Return the alpha of each pixel, ``(H, W)``: 0 for the background, 1 for the foreground.
 
-    Alpha is never so low that the unmixed colour would leave 0 to 255.  The exception is noise:
-    pixels lighter than the background by at most ``tolerance``.
+    Alpha is never so low that the unmixed colour would leave the range 0 to 255.  The exception is
+    noise: pixels lighter than the background by at most ``tolerance``.
     """
     square = (foreground**2).sum(-1)
     alpha = (contrast * foreground).sum(-1) / np.maximum(square, 1)

@@ -58,8 +58,8 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
 def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate image to text: CIDEr-D, BLEU-4, ROUGE-L and METEOR against all references.
 
-    The references of a ``shapes`` scene are its true sentences.  Those of any other image are all
-    captions that the split gives it.  The fraction of distinct captions is scored too.
+    The references of a ``shapes`` scene are its true sentences.  The references of any other image
+    are all its captions in the split.  The fraction of distinct captions is scored too.
     """
     indices, captions, *_ = answer_pairs("image_captioning", context, split)
     references = _references(split, indices)
@@ -123,7 +123,7 @@ def _references(split: Split, indices: Sequence[int]) -> list[list[str]]:
 def _chance_of_corpus(
     metric: Callable[[Sequence[str]], float], captions: Sequence[str]
 ) -> float | None:
-    """Return the mean metric of captions of other images, or None for a single caption."""
+    """Return the mean metric of captions paired with other images; None for a single caption."""
     shifts = range(1, min(NUM_CORPUS_SHIFTS, len(captions) - 1) + 1)
     values = [metric([*captions[shift:], *captions[:shift]]) for shift in shifts]
     return float(np.mean(values)) if values else None

@@ -29,7 +29,7 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
     """Evaluate how often an image's class is its most likely caption, and the calibration error.
 
     Raises:
-        ValueError: if the dataset has no classes, or no pair of the split has one.
+        ValueError: if the dataset has no classes, or no pair of the split has a class.
     """
     dataset = split.dataset
     if not isinstance(dataset, HasClasses):
@@ -148,7 +148,7 @@ def multiple_choice(context: EvaluationContext, split: Split) -> list[Score]:
 def _with_hard_negatives(
     context: EvaluationContext, split: Split, evaluator: str
 ) -> tuple[list[int], list[Sequence[Pair]]]:
-    """Return the chosen pairs that have enough hard negatives, each followed by those.
+    """Return the indices of pairs with enough hard negatives, and each pair with its negatives.
 
     Raises:
         ValueError: if the dataset has no hard negatives, or no pair has enough of them.

@@ -1,13 +1,13 @@
 """The cost of a model: floating-point operations per example, counted by torch.
 
-Operations do not depend on the machine, so they compare costs between models.  Padding counts, so
-they depend slightly on the batch.
+The counts do not depend on the machine, so they are comparable between models.  Padding is counted
+too, so the counts depend slightly on the batch.
 """
 
 from rudolph.data.splits import Split
 from rudolph.evaluation.context import EvaluationContext, Score
 
-# Examples that are counted; lengths differ, so the counts are means.
+# Number of examples whose operations are counted and averaged, because their lengths differ.
 NUM_COUNTED = 32
 TRAINING_COST, ANSWER_COST = "cost/training_mflops", "cost/answer_mflops"
 

@@ -85,7 +85,7 @@ def clip_score_evaluator(context: EvaluationContext, split: Split) -> list[Score
     ):
         features = ranker.image_features(images).numpy()
         values = clip_score(texts, features)
-        # The chance level pairs each caption with the image of another one.
+        # The chance level pairs each caption with the image of another caption.
         chance = float(clip_score(texts, np.roll(features, 1, axis=0)).mean())
         scores.append(
             mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)

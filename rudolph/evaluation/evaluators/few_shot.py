@@ -25,8 +25,8 @@ Episodes = list[list[Panel]]
 def few_shot(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate how often the right word is the likeliest after 0 to 32 shots.
 
-    Two controls have ``CONTROL_SHOTS`` shots.  ``shuffled`` gives every image of an episode that
-    of another episode, and ``blank`` gives it a grey one.
+    Two controls have ``CONTROL_SHOTS`` shots.  ``shuffled`` replaces the images of an episode by
+    those of another episode, and ``blank`` replaces them by grey images.
 
     Raises:
         ValueError: If the dataset has no shots.
@@ -34,7 +34,7 @@ def few_shot(context: EvaluationContext, split: Split) -> list[Score]:
     scores = _shot_curve(FEW_SHOT, "image_captioning", context, split)
     indices, dataset = context.eval_indices(split), dataset_with_shots(split)
     if len(indices) < 2:
-        # The images of another episode need one.
+        # The control ``shuffled`` needs a second episode.
         return scores
     chance = dataset.chance(CONTROL_SHOTS)
     for case, replace_images in (("shuffled", _other_images), ("blank", _grey_images)):
@@ -65,7 +65,7 @@ def dataset_with_shots(split: Split) -> HasShots:
 
 
 def _shot_curve(name: str, task: str, context: EvaluationContext, split: Split) -> list[Score]:
-    """Return the accuracy after each number of ``SHOT_COUNTS``."""
+    """Return the accuracy after each number of shots in ``SHOT_COUNTS``."""
     indices, dataset = context.eval_indices(split), dataset_with_shots(split)
     scores = []
     for number in SHOT_COUNTS:

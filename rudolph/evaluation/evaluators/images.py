@@ -39,13 +39,13 @@ CHECKER = "shapes-checker"
 
 
 def nearest_image(context: EvaluationContext, split: Split) -> list[Score]:
-    """Evaluate how often a generated emoji's true image is among its nearest 1 % of all emoji."""
+    """Evaluate how often the true emoji is among the 1 % of emoji nearest to a generated image."""
     emoji = emoji_of(split, "nearest_image")
     return _nearest(context, split, emoji, {"": context.eval_indices(split)})
 
 
 def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Score]:
-    """Evaluate ``nearest_image`` per Unicode group, on at most ``num_examples`` names of each."""
+    """Evaluate ``nearest_image`` per Unicode group, with at most ``num_examples`` names each."""
     emoji = emoji_of(split, "nearest_image_by_group")
     groups: dict[str, list[int]] = {}
     for index in context.shuffled_indices(split):
@@ -59,8 +59,8 @@ def nearest_image_by_group(context: EvaluationContext, split: Split) -> list[Sco
 def nearest_image_of_grid(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate the images of the sample grid whose prompts are names of this split.
 
-    Scores are how often the true image is the nearest of all emoji, and among the nearest 1 %.
-    A split without such a name has no score.
+    One score is how often the true image is the nearest of all emoji.  The other is how often it
+    is among the nearest 1 %.  A split without such a name has no score.
     """
     emoji = emoji_of(split, "nearest_image_of_grid")
     captions, num_samples = list(split.captions), context.grid_samples
@@ -100,7 +100,7 @@ def nearest_image_of_grid(context: EvaluationContext, split: Split) -> list[Scor
 def _ranks(
     images: Tensor, split: Split, emoji: Emoji, indices: Sequence[int]
 ) -> tuple[Tensor, int]:
-    """Return the rank of each image's true emoji among all emoji, and the number of these."""
+    """Return the rank of each image's true emoji among all emoji, and the number of emoji."""
     keys, gallery = emoji_images(emoji.image_size, emoji.folder)
     own_indices = torch.tensor([keys.index(split.keys[index]) for index in indices])
     gallery_images = torch.from_numpy(gallery).permute(0, 3, 1, 2).float() / 255
@@ -289,7 +289,7 @@ def reconstruction(context: EvaluationContext, split: Split) -> list[Score]:
     clusters = split.clusters(indices)
     if len(set(clusters.tolist())) < 2:
         return similarities
-    # Both grow with the number of codes counted, so it is part of the protocol.
+    # Usage and perplexity grow with the number of counted codes, which the protocol thus records.
     protocol = MetricProtocol("codebook", sample_size=codes.numel())
     size = tokenizer.num_codes
 
@@ -322,7 +322,7 @@ def read_scenes(images: Tensor, world: Shapes) -> list[Any]:
 def matches_scenes(
     context: EvaluationContext, world: Shapes, indices: Sequence[int], codes: Tensor
 ) -> list[SceneVerdict]:
-    """Return the verdict on each image in codes ``(N, I)`` against the scene of its pair."""
+    """Check whether each image, given as codes ``(N, I)``, shows the scene of its pair."""
     readings = read_scenes(context.pipeline.decode(codes), world)
     scenes: list[Scene] = [world.scene(index) for index in indices]
     return [check_scene(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]

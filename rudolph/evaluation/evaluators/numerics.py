@@ -64,7 +64,7 @@ def attention_logits(context: EvaluationContext, split: Split) -> list[Score]:
 
 @contextmanager
 def record_attention_logits(decoder: nn.Module, max_logits: list[Tensor]) -> Iterator[None]:
-    """Append the largest absolute logits ``(N,)`` of every layer that runs inside the context."""
+    """Append each example's largest absolute logit, ``(N,)``, for every layer that is run."""
 
     def record(layer: nn.Module, args: Any) -> None:
         assert isinstance(layer, Layer)
@@ -84,7 +84,7 @@ def record_attention_logits(decoder: nn.Module, max_logits: list[Tensor]) -> Ite
 
 
 def _sequences(context: EvaluationContext, split: Split, indices: Sequence[int]) -> Tensor:
-    """Return captions followed by their real images as tokens, ``(N, T)``."""
+    """Return the tokens ``(N, T)`` of captions, each followed by its real image."""
     texts = [context.pipeline.texts("text_to_image", split.captions[index]) for index in indices]
     left, right = (torch.stack(list(side)) for side in list(zip(*texts, strict=True))[:2])
     return torch.cat([left, context.image_indices(split, indices), right], dim=1)

@@ -1,9 +1,9 @@
 """Best of N: quality of the image that a ranking puts first, as N grows.
 
-For each caption K images are sampled once and ordered by each ranking.  The best of any N of them
-then needs no further sampling.  Candidates are numbered from the best, i = 0.  Candidate i is the
-best in a fraction C(K - 1 - i, N - 1) / C(K, N) of all subsets of size N.  Each point is therefore
-the exact mean over all subsets, and the points of a curve share their images.
+For each caption, K images are sampled once and ordered by each ranking.  Finding the best of any N
+of them needs no further sampling.  Candidates are numbered from the best, i = 0.  Candidate i is
+the best in a fraction C(K - 1 - i, N - 1) / C(K, N) of all subsets of size N.  Each point is
+therefore the exact mean over all subsets, and the points of a curve share their images.
 
 Shapes: P captions, K candidates of each, I image tokens.
 """
@@ -28,7 +28,7 @@ CANDIDATE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def best_probabilities(num_candidates: int, number: int) -> np.ndarray[Any, Any]:
-    """Return the probability that each candidate is the best of ``number``, best first, ``(K,)``.
+    """Return ``(K,)``: the probability that each candidate, best first, is the best of ``number``.
 
     >>> best_probabilities(3, 2).round(3).tolist()
     [0.667, 0.333, 0.0]
@@ -84,7 +84,7 @@ def rerank_curve(context: EvaluationContext, split: Split) -> list[Score]:
 def _ranked(
     context: EvaluationContext, captions: list[str], codes: Tensor
 ) -> list[tuple[str, Tensor]]:
-    """Return the score ``(P * K,)`` of images ``(P * K, I)`` by each ranking; more is better."""
+    """Return scores ``(P * K,)`` of images ``(P * K, I)`` by each ranking; higher is better."""
     pipeline, num_candidates = context.pipeline, len(codes) // len(captions)
     repeated = [caption for caption in captions for _ in range(num_candidates)]
     lefts = {text: pipeline.texts("text_to_image", text).left for text in captions}

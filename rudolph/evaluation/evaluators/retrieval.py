@@ -13,8 +13,8 @@ from rudolph.generation.clip_ranking import RECALLS_AT, RetrievalSet
 def retrieval(context: EvaluationContext, split: Split) -> list[Score]:
     """Compute recall at 1 and at 5 in both directions among the first pairs of a split.
 
-    Pairs may share a caption or an image.  Each distinct caption and image is one query and one
-    gallery entry, and every match that some pair gives is a right answer.
+    Pairs may share a caption or an image.  Each distinct caption or image is one query and one
+    gallery entry.  A gallery entry is a right answer if it forms a pair with the query.
 
     Raises:
         ValueError: if the pairs have fewer than two distinct captions or images.

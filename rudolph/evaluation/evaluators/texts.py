@@ -51,7 +51,7 @@ def answer_f1(context: EvaluationContext, split: Split) -> list[Score]:
 def scores_by_family(
     answered: "AnsweredPairs", context: EvaluationContext, split: Split, *, name: str
 ) -> list[Score]:
-    """Return the exact match of each family of questions, as ``name`` with the family."""
+    """Return the exact match of each family of questions, as metric ``<name>_<family>``."""
     positions: dict[str, list[int]] = {}
     for position, index in enumerate(answered.indices):
         family = split.dataset[index].attributes["family"]
@@ -78,7 +78,7 @@ def scores_by_family(
 
 
 def _swapped_match(answers: list[str], truths: list[str], row: int, other: int) -> float:
-    """Return the exact match of the answer to another prompt."""
+    """Return the exact match of the answer to prompt ``other`` as an answer to prompt ``row``."""
     return exact_match(answers[other], truths[row])
 
 
@@ -138,8 +138,8 @@ def text_recognition(context: EvaluationContext, split: Split) -> list[Score]:
 def text_continuation(context: EvaluationContext, split: Split) -> list[Score]:
     """Evaluate text to text: how often a caption's first word is continued to a valid sentence.
 
-    A sentence is valid if the world of ``shapes`` can produce it.  The chance level is that of the
-    words of true sentences in random order.
+    A sentence is valid if the world of ``shapes`` can produce it.  The chance level is how often
+    the words of a true sentence, in random order, form a valid sentence.
 
     Raises:
         ValueError: if the dataset is not ``shapes``.

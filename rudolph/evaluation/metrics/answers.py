@@ -1,8 +1,8 @@
 """Metrics of answers and rankings, and the protocol that makes two values comparable.
 
 A function of one example returns a number whose mean over examples is the metric, so that
-``statistics.mean_interval`` applies.  A metric that is no such mean takes all examples at once and
-uses ``statistics.bootstrap_interval``.
+``statistics.mean_interval`` applies.  A metric that is not such a mean takes all examples at once
+and uses ``statistics.bootstrap_interval``.
 
 Source: Rajpurkar 2016 (token F1, exact match); Antol 2015 (VQA accuracy); Guo 2017 (calibration).
 
@@ -98,7 +98,7 @@ def require_comparable(first: MetricProtocol, second: MetricProtocol) -> None:
     """Check that two protocols are equal.
 
     Raises:
-        ValueError: if they differ; the message names the parts that do.
+        ValueError: if they differ; the message names the differing parts.
     """
     pairs = [
         (field.name, getattr(first, field.name), getattr(second, field.name))
@@ -146,8 +146,9 @@ def vqa_accuracy(
 ) -> float:
     """Return VQA accuracy: mean of min(1, agreeing / 3) over sets that leave one annotator out.
 
-    With ten answers, n agreeing ones give 0, 0.3, 0.6, 0.9 and, from n = 4 on, 1.  Unlike the
-    official evaluation, answers are normalised even if all annotators give the same one.
+    With ten answers, of which n agree, the accuracy is 0, 0.3, 0.6 and 0.9 for n = 0 to 3.  From
+    n = 4 on it is 1.  Unlike the official evaluation, answers are normalised even if all
+    annotators give the same one.
 
     Raises:
         ValueError: if there are fewer than two answers; use ``exact_match`` for a single one.
@@ -168,7 +169,8 @@ def chosen_option(
     """Return the index of the option that a text names, by its words or else by a leading letter.
 
     Return None if it names no option or more than one.  Letters are a, b, c ... and а, б, в ...
-    Only a bracket, full stop, colon or nothing may follow, because "в" and "и" are words too.
+    A letter must stand before a bracket, full stop or colon, or at the end of the text, because
+    "в" and "и" are words too.
 
     >>> chosen_option("б) олень", ["лиса", "олень", "волк"])
     1
@@ -191,7 +193,7 @@ def chosen_option(
 def choice_hits(
     scores: np.ndarray[Any, Any], correct: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Return 1 where the correct option scores highest, else 0, ``(N,)``; a tie of k gives 1 / k.
+    """Return ``(N,)``: 1 where the correct option scores highest, else 0; a tie of k gives 1 / k.
 
     Without this tie rule, a model that scores all options alike would be rewarded for their order.
 
@@ -208,7 +210,7 @@ def accuracy(predictions: Sequence[object], truths: Sequence[object]) -> Estimat
     """Return the fraction of predictions that equal their truths, with Wilson's interval.
 
     Raises:
-        ValueError: if there are none, or the numbers of predictions and truths differ.
+        ValueError: if there is no truth, or the numbers of predictions and truths differ.
     """
     if not truths or len(predictions) != len(truths):
         raise ValueError(f"got {len(predictions)} predictions for {len(truths)} truths")
@@ -230,7 +232,7 @@ def calibration_error(
         num_bins: number of bins.
 
     Raises:
-        ValueError: if there is no confidence, one is outside [0, 1], or shapes differ.
+        ValueError: if there is no confidence, a confidence is outside [0, 1], or shapes differ.
     """
     if confidences.size == 0 or confidences.shape != hits.shape:
         raise ValueError(f"got {confidences.size} confidences for {hits.size} hits")
@@ -242,7 +244,7 @@ def calibration_error(
 
 
 def nearest_ranks(images: Tensor, gallery: Tensor, own_indices: Tensor) -> Tensor:
-    """Return the rank of each image's own gallery image by pixel distance, ``(B,)``; 1 is nearest.
+    """Return the rank ``(B,)`` of each image's own gallery image by pixel distance; 1 is nearest.
 
     Args:
         images: ``(B, 3, H, W)``, in the value range of the gallery.

@@ -43,7 +43,7 @@ class Stemmer(Protocol):
 def caption_words(text: str) -> list[str]:
     """Split a text into lower-case words without punctuation; a hyphen within a word stays.
 
-    It replaces the Penn Treebank tokenizer of coco-caption, whose rules are English.
+    This function replaces coco-caption's Penn Treebank tokenizer, whose rules are English.
 
     >>> caption_words("Тёмно-красный олень, 2 лисы!")
     ['тёмно-красный', 'олень', '2', 'лисы']
@@ -163,10 +163,12 @@ class BleuCounts(NamedTuple):
     of BLEU-4.
 
     Attributes:
-        matches: ``(N, 4)``, n-grams found in a reference, each at most as often as there.
-        totals: ``(N, 4)``, n-grams of the caption.
-        lengths: ``(N,)``, words of the caption.
-        closest: ``(N,)``, words of the reference closest in length, the shorter one on ties.
+        matches: ``(N, 4)``, number of the caption's n-grams found in a reference; each counts at
+            most as often as it occurs in one reference.
+        totals: ``(N, 4)``, number of n-grams in the caption.
+        lengths: ``(N,)``, number of words in the caption.
+        closest: ``(N,)``, number of words in the reference closest in length; on a tie, in the
+            shorter reference.
     """
 
     matches: np.ndarray[Any, Any]
@@ -175,7 +177,7 @@ class BleuCounts(NamedTuple):
     closest: np.ndarray[Any, Any]
 
     def bleu(self, selected: np.ndarray[Any, Any] | slice = slice(None)) -> np.ndarray[Any, Any]:
-        """Return BLEU-1 to BLEU-4 of the chosen captions as one corpus, ``(4,)``.
+        """Return BLEU-1 to BLEU-4, ``(4,)``, of the chosen captions as one corpus.
 
         There is no smoothing: BLEU-n is 0 if no n-gram matches, where coco-caption gives 1e-4 or
         less.
@@ -237,9 +239,9 @@ def cider_d(
     *,
     tokenize: Tokenize = caption_words,
 ) -> np.ndarray[Any, Any]:
-    """Return CIDEr-D of each caption, ``(N,)``, from 0 to 10; the corpus score is their mean.
+    """Return the CIDEr-D of each caption, ``(N,)``, from 0 to 10; the corpus score is the mean.
 
-    An n-gram weighs more the fewer images have it in their references.  The value therefore
+    An n-gram has a higher weight if fewer images have it in their references.  The value therefore
     depends on the corpus, and a single image scores 0.  The interval of the mean treats the
     weights as fixed.
 

@@ -1,14 +1,14 @@
 """The six open scores of Fusion Brain Challenge 2 and their integral score.
 
-Answers and truths are mappings by question id.  An answer is one text.  A truth is a list of
-variants, of which the best match counts.  ``first_texts`` and ``variants`` build them from the
-records of ``data.datasets.fusion_brain_files``.  The scores of a task are an array with one number
-per question, whose mean the challenge publishes.
+Answers and truths are mappings keyed by question id.  An answer is one text.  A truth is a list of
+variants, of which the best match counts.  ``first_texts`` and ``variants`` build these mappings
+from the records of ``data.datasets.fusion_brain_files``.  The scores of a task are an array with
+one number per question; the challenge publishes their mean.
 
 The challenge's programs deviate from the plain rules in the ways that ``Quirks`` lists.  With all
 quirks on, the scores equal the challenge's.  RuWordNet is not included; a caller may pass
-``synonyms`` instead.  Numbers are the tokens in digits, because the challenge's tagger is not
-included either.  Other missing parts are the tokenizer razdel and the sentence splitter for
+``synonyms`` instead.  The challenge's tagger is not included either, so only tokens in digits
+count as numbers.  Other missing parts are the tokenizer razdel and the sentence splitter for
 captions, and English number words in answers.
 
 Source: github.com/ai-forever/fbc2_aij2022 at a08bb14, ``evaluation/`` and ``Metrics_en.md``.
@@ -63,7 +63,7 @@ class Quirks:
 
     Attributes:
         letter_fallback: an answer that scores 0.5 or less gets the score of its first letter from
-            a to e, even if that is lower.  The plain rule has no fallback.
+            a to e, even if that score is lower.  The plain rule has no fallback.
         lemmatised_as_one_word: an answer about an image is lemmatised as if it were one word; the
             plain rule lemmatises word by word.
         english_stems: answers about an image are stemmed with Porter's stemmer, which leaves
@@ -84,7 +84,7 @@ class Quirks:
     empty_never_agrees: bool = True
 
     def __str__(self) -> str:
-        """Return the names of the active quirks in one word, as part of a ``MetricProtocol``."""
+        """Return the names of the active quirks, joined by ``+``, for a ``MetricProtocol``."""
         on = [field.name for field in fields(self) if getattr(self, field.name)]
         return "+".join(on) or "none"
 
@@ -94,7 +94,7 @@ NO_QUIRKS = Quirks(**{field.name: False for field in fields(Quirks)})
 
 
 def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
-    """Return the first text of each answer by question id, ``""`` if it has none.
+    """Return the first text of each answer, or ``""`` if it has none, keyed by question id.
 
     >>> first_texts([TaskRecord("7", answer_texts=("кот", "кошка")), TaskRecord("8")])
     {'7': 'кот', '8': ''}
@@ -103,17 +103,17 @@ def first_texts(records: Iterable[TaskRecord]) -> dict[str, str]:
 
 
 def variants(records: Iterable[TaskRecord]) -> dict[str, list[str]]:
-    """Return the variants of each truth by question id."""
+    """Return the variants of each truth, keyed by question id."""
     return {record.id: list(record.answer_texts) for record in records}
 
 
 def text_qa_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
-    """Score text questions: F1 of lemmas, one score per truth; 0 without an answer.
+    """Return the F1 of lemmas for each text question, or 0 if it has no answer.
 
     Raises:
-        ValueError: if there is no truth, or an answer has none; the same holds for all tasks.
+        ValueError: if there is no truth, or none for an answer; the same holds for all tasks.
     """
 
     def score(answer: str, truth: str) -> float:
@@ -125,7 +125,7 @@ def text_qa_scores(
 def math_qa_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
-    """Score math questions: exact match of lemmas, one score per truth; 0 without an answer.
+    """Return the exact match of lemmas for each math question, or 0 if it has no answer.
 
     Hyphens, and thus minus signs, are kept.
     """
@@ -153,10 +153,11 @@ def visual_qa_scores(
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Score image questions: METEOR without word order, or a ratio if the truth is a number.
+    """Score image questions by METEOR without word order, or by a ratio if the truth is a number.
 
-    The ratio is that of the smaller number to the larger.  There is one score per answer, or per
-    truth under the plain rule.  ``synonyms`` returns the synonyms of a word.
+    The ratio divides the smaller number by the larger one.  There is one score per answer, or one
+    per truth without ``quirks.missing_not_penalised``.  ``synonyms`` returns the synonyms of a
+    word.
     """
 
     def score(answer: str, truth: str) -> float:
@@ -205,14 +206,14 @@ def captioning_scores(
     *,
     synonyms: Synonyms | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Score captions: the mean of METEOR and the cosine of caption and image.
+    """Score each caption by the mean of METEOR and the cosine between caption and image.
 
-    There is one score per caption, or per truth under the plain rule.
+    There is one score per caption, or one per truth without ``quirks.missing_not_penalised``.
 
     Args:
-        captions: caption by image id.
-        truths: reference captions by image id.
-        cosines: cosine by image id, 0 if missing; the challenge computes it with
+        captions: captions, keyed by image id.
+        truths: reference captions, keyed by image id.
+        cosines: cosines, keyed by image id, 0 if missing; the challenge computes them with
             ruclip-vit-large-patch14-336.
         quirks: deviations from the plain rules.
         synonyms: function that returns the synonyms of a word.
@@ -259,7 +260,7 @@ def generation_score(cosines: Sequence[float], fid: float) -> float:
 def recognition_scores(
     answers: Answers, truths: Variants, quirks: Quirks = CHALLENGE_QUIRKS
 ) -> np.ndarray[Any, Any]:
-    """Score text recognition: 1-NED of the raw texts per truth; 0 without an answer."""
+    """Return 1-NED of the raw texts for each truth, or 0 if it has no answer."""
 
     def score(answer: str, truth: str) -> float:
         if quirks.empty_never_agrees and not (answer and truth):
@@ -303,7 +304,7 @@ def _scores(
     scored_ids: Collection[str],
     score: Callable[[str, Sequence[str]], float],
 ) -> np.ndarray[Any, Any]:
-    """Return one score per question in ``scored_ids``; 0 without an answer."""
+    """Return one score per question in ``scored_ids``, or 0 if it has no answer."""
     unknown = sorted(answers.keys() - truths.keys())
     if unknown or not scored_ids:
         raise ValueError(

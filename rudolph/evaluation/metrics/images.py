@@ -17,8 +17,8 @@ import numpy as np
 def frechet_distance(features: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
     """Return FID: the squared Frechet distance of the normal distributions fitted to two sets.
 
-    FID grows as the number of images falls, also in a resample.  Compare only values of the same
-    number of images, well above D.
+    FID grows as the number of distinct images falls, so it also grows in a bootstrap resample.
+    Compare only values that use the same number of images, and use many more images than D.
 
     Args:
         features: features of the generated images, ``(N, D)``, float64.
@@ -112,7 +112,7 @@ def _kernel(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def _mean_off_diagonal(square: np.ndarray[Any, Any]) -> float:
-    """Return the mean without the diagonal, which makes the estimate unbiased."""
+    """Return the mean of all entries off the diagonal, for an unbiased estimate."""
     size = len(square)
     return float((square.sum() - np.trace(square)) / (size * (size - 1)))
 

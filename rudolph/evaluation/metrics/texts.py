@@ -48,10 +48,10 @@ class Normalization:
     """Normalisation steps, applied to a text in the order of the fields.
 
     Attributes:
-        nfc: convert to Unicode's composed form, so that a separate accent gives the same letter.
+        nfc: convert to Unicode's composed form, where a letter and its accent are one character.
         lower: convert to lower case.
         punctuation: a key of ``PUNCTUATION``; its characters are removed without leaving a space.
-        lemmas: replace each word by its dictionary form, the most likely one of pymorphy3.
+        lemmas: replace each word by its most likely dictionary form according to pymorphy3.
         digits: replace each word of ``NUMBER_WORDS`` by its digits.
         fold_yo: replace ё by е.
         squeeze: put one space between words and none at the ends; ``lemmas`` and ``digits`` do so
@@ -73,7 +73,7 @@ class Normalization:
             raise ValueError(f"punctuation must be of {known}, got {self.punctuation!r}")
 
     def __str__(self) -> str:
-        """Return the names of the active steps in one word.
+        """Return the names of the active steps, joined by ``+``.
 
         >>> str(Normalization(lower=True, punctuation="ascii", squeeze=True))
         'lower+punctuation:ascii+squeeze'
@@ -146,7 +146,7 @@ class EditCounts(NamedTuple):
     lengths: np.ndarray[Any, Any]
 
     def rate(self, selected: np.ndarray[Any, Any] | slice = slice(None)) -> float:
-        """Return the edits of the chosen examples divided by their total length; may exceed 1.
+        """Return the edits of the chosen examples over the length of their truths; may exceed 1.
 
         This is not the mean rate over examples, in which a short text would count as much as a
         long one.
@@ -210,7 +210,7 @@ def _edit_counts(
 def edit_similarity(
     prediction: str, truth: str, normalization: Normalization = TRANSCRIPT
 ) -> float:
-    """Return 1-NED: one minus character edits over the longer length; 1 for two empty texts.
+    """Return 1-NED: 1 minus character edits divided by the longer length; 1 for two empty texts.
 
     This is not 1 - CER, which divides by the length of the truth.
     """
