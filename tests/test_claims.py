@@ -164,7 +164,7 @@ def test_a_page_and_the_index_tell_verdict_interval_and_cost(tmp_path: Path) -> 
     found = read_effects(folder)[0]
     interval = f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
     assert f"**Verdict: {REPRODUCED}.**" in generated_part(page)
-    assert "6 runs, 6 minutes in all, 5.0% of it outside the stages" in generated_part(page)
+    assert "6 runs, 6 minutes in all, 5.0% of it overhead such as tracking" in generated_part(page)
     assert (
         f"| {REPRODUCED} | {interval} |" in index
         and "| 12 |" in index

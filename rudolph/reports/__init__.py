@@ -1,1 +1,1 @@
-"""Results of experiments: exported tables, claims, figures, pages, their check, web pages."""
+"""Results of experiments: exported tables, claims, figures, pages, checks and web pages."""

@@ -2,9 +2,9 @@
 
 A number with an interval, ``0.059 [0.047, 0.070]``, must be an estimate of an experiment.  That is
 a score of a run, the mean of a group of runs, or the difference of two groups over pairs of seeds.
-A number without an interval must be a mean or a difference too, or stand in another source.  Other
-sources are the tables of the page, curves, profiles and settings.  Numbers are compared at the
-digits with which they are written.
+A number without an interval must also be a mean or a difference, or appear in another source.
+Other sources are the tables of the page, curves, profiles and settings.  Numbers are compared to
+as many digits as are written.
 
 The experiments are the page's own and those that it links to or names in ``code``.  A number that
 comes from no file is marked as such: ``(not recomputed: 21 % at an earlier commit)``.
@@ -80,7 +80,7 @@ class WrittenNumber(NamedTuple):
     scales: tuple[float, ...]
 
     def is_one_of(self, known: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return which of the facts ``(N,)`` the number matches, ignoring the sign.
+        """Return which of the known numbers ``(N,)`` this number matches, ignoring the sign.
 
         The sign is ignored because 0.06 fewer and -0.06 more are the same.
         """
@@ -152,7 +152,7 @@ def _named_folders(readme: Path, text: str, results_folder: Path) -> set[Path]:
 def unverified_numbers(
     text: str, known: KnownNumbers, *, has_single: bool = True
 ) -> Iterator[str]:
-    """Yield the numbers of a text that match no fact, as they are written.
+    """Yield the numbers of a text that match no known number, as they are written.
 
     Args:
         text: the text to check.
@@ -258,7 +258,7 @@ def _finite(values: list[float]) -> NDArray[Any]:
 
 
 def _metrics(runs: pd.DataFrame) -> list[str]:
-    """Return the columns of ``runs.csv`` after the seconds that hold values, not bounds."""
+    """Return the metric columns of ``runs.csv``: those after ``seconds``, without bounds."""
     names = list(runs.columns)
     later = names[names.index("seconds") + 1 :]
     return [name for name in later if not name.endswith(("_low", "_high", "_chance", "_target"))]
@@ -296,7 +296,10 @@ def _timing_means(folder: Path) -> Iterator[float]:
 
 
 def _validation_estimates(folder: Path, runs: pd.DataFrame) -> Iterator[list[float]]:
-    """Yield the same for each validation; for a single run, all points of its curves."""
+    """Yield group means and differences at each validation step.
+
+    For a single run, yield all points of its curves instead.
+    """
     curves = read_curves(folder)
     if len(runs) == 1:
         yield from ([value] * 3 for value in curves["value"])
@@ -310,7 +313,10 @@ def _validation_estimates(folder: Path, runs: pd.DataFrame) -> Iterator[list[flo
 def _seed_estimates(
     seeds: "pd.Series[Any]", groups: "pd.Series[str]", values: "pd.Series[float]"
 ) -> Iterator[list[float]]:
-    """Yield each group's mean over seeds and each two groups' difference, by Student's t."""
+    """Yield each group's mean over seeds and the difference between every two groups.
+
+    Intervals are Student's t.
+    """
     is_known = values.notna().to_numpy()
     rows, row_names = pd.factorize(seeds[is_known])
     columns, column_names = pd.factorize(groups[is_known], sort=True)

@@ -1,9 +1,9 @@
 """Verdicts on an experiment's claim and comparisons, computed from ``runs.csv`` alone.
 
-Runs of the same seed form a pair.  They saw the same data in the same order, are evaluated on the
-same pairs and, where shapes allow, started from the same weights.  Groups are therefore compared
-by paired differences with Student's t.  The p-values are corrected by Holm for all comparisons of
-the experiment.
+Runs of the same seed form a pair.  They train on the same data in the same order and are evaluated
+on the same examples.  They also start from the same weights where shapes allow.  Groups are
+therefore compared by paired differences with Student's t.  Holm's method corrects the p-values for
+all comparisons of the experiment.
 """
 
 import re
@@ -34,8 +34,8 @@ SIGNIFICANCE_LEVEL = 0.05
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 INCONCLUSIVE = "inconclusive at this scale"
 EFFECT_NOTE = (
-    "Effect: the paired difference over seeds; above 0 the variant is better. MDE: minimum "
-    "detectable effect."
+    "Effect: mean of the paired differences over seeds; it is above 0 if the variant is better. "
+    "MDE: minimum detectable effect."
 )
 # More seeds than anybody will run.
 MAX_SEEDS = 1000
@@ -92,7 +92,7 @@ def natural_order(name: str) -> str:
 def effects(
     runs: pd.DataFrame, *, metrics: Sequence[str], against: str | None, claim: Claim | None
 ) -> list[Effect]:
-    """Return all comparisons of an experiment, that of its claim first.
+    """Return all comparisons of an experiment, with the claim's comparison first.
 
     Args:
         runs: the table ``runs.csv``.
@@ -138,7 +138,7 @@ def _effect(
         unknown = dict.fromkeys(("low", "high", "detectable", "needed"), np.nan)
         return Effect(metric, group, than, minimum, len(pairs), value, p_value=1.0, **unknown)
     if ONE_OUTCOME_PER_RUN.search(metric):
-        # A spread of zeros and ones is no normal one; seeds needed are not estimated from it.
+        # Zeros and ones are not normal, so their spread gives no estimate of the seeds needed.
         exact = exact_paired(pairs)
         bounds = exact.low, exact.high, exact.p_value, np.nan, np.nan
         return Effect(metric, group, than, minimum, len(pairs), exact.value, *bounds)
@@ -204,7 +204,7 @@ def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
     yield ""
     line = f"**Verdict: {effect.verdict}.** "
     if effect.pairs < 2:
-        yield f"{line}A claim needs two seeds of both variants, and has {effect.pairs}."
+        yield f"{line}A claim needs at least 2 seeds that both variants have, got {effect.pairs}."
         return
     correction = f" (Holm, {number} comparisons)" if number > 1 else ""
     line += f"Effect {effect.value:.3g} (95 % CI {effect.low:.3g} to {effect.high:.3g}, "
@@ -218,7 +218,7 @@ def claim_lines(claim: Claim, effect: Effect, number: int) -> Iterator[str]:
     yield (
         f"{line} Minimum detectable effect with {effect.pairs} seeds at 80 % power: "
         f"{effect.detectable:.2g}; {_seeds_text(effect.needed)} seeds would detect the observed "
-        "one."
+        "effect."
     )
 
 

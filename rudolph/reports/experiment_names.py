@@ -9,10 +9,10 @@ from rudolph.tracking.run_directory import started_runs
 
 
 def results_folders(results_folder: Path, experiment: str | None) -> list[Path]:
-    """Return the results folder of one experiment, or those of all experiments for None.
+    """Return the results folder of one experiment; None returns the folders of all experiments.
 
     Raises:
-        ValueError: if there are no results, or none of this name.
+        ValueError: if there are no results, or no experiment has this name.
     """
     if not results_folder.is_dir():
         raise ValueError(
@@ -37,7 +37,7 @@ def experiments_with_runs(runs: Path) -> set[str]:
 
 
 def unknown_experiment(experiment: str, folder: Path, names: Collection[str]) -> ValueError:
-    """Return the error for an unknown experiment, with the closest name or all of them.
+    """Return the error for an unknown experiment, with the closest name or all names.
 
     Args:
         experiment: the name that is unknown.

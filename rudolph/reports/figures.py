@@ -1,7 +1,7 @@
 """Figures of a report, drawn from CSV files alone, with the same bytes every time.
 
-``FIGURES`` lists the kinds.  Each takes ``(frame, path, *, y, x, by)``: a table, the file to
-write, the metrics, the column along the axis, and the column of the variants.
+``FIGURES`` lists the kinds.  Each takes ``(frame, path, *, y, x, group_column)``: a table, the
+file to write, the metrics, the column along the axis, and the column of the variants.
 
 To add a kind, write it with these arguments, decorate it with ``report_figure`` and add it to
 ``FIGURES``.
@@ -176,13 +176,13 @@ def forest(
 ) -> None:
     """Draw differences between groups of runs with intervals; right of 0 is better.
 
-    A filled marker is a significant difference after Holm's correction.  A full line is the least
-    difference that a claim states.  ``frame`` has one row per comparison, see ``claims.Effect``;
-    ``x`` is ``metric`` and ``group_column`` is ``group``.
+    A filled marker is a significant difference after Holm's correction.  A solid line is the
+    least difference that a claim states.  ``frame`` has one row per comparison, see
+    ``claims.Effect``; ``x`` is ``metric`` and ``group_column`` is ``group``.
     """
     _require(frame, [x, group_column, "than", "value", "low", "high", "p_value", "at_least"])
     rows = max(int((frame[x] == metric).sum()) for metric in y)
-    # A common reference is named below the axis, different ones in a second line of each row.
+    # A common baseline is named below the axis, different baselines in a second line of each row.
     has_one_baseline = frame["than"].nunique() == 1
     lines_per_row = 1 if has_one_baseline else 2
     figure, panels = panels_of(len(y), height=1.25 + (0.15 + 0.15 * lines_per_row) * rows)
@@ -222,10 +222,10 @@ def forest(
 def ratios(
     frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str
 ) -> None:
-    """Draw intervals of metrics of one unit on one axis, one row per variant and metric.
+    """Draw intervals of metrics with the same unit on one axis, one row per variant and metric.
 
-    The axis is named after the part of the metrics behind their last ``/``.  For speedups a dotted
-    line marks 1, the reference.
+    The axis is named after the part of the metric names after the last ``/``.  For speedups, a
+    dotted line marks 1, the reference.
     """
     _require(frame, [x, group_column, *y])
     records = frame.sort_values([group_column, x]).to_dict("records")
@@ -279,7 +279,7 @@ def card(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_col
 def best_of_n(
     frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str
 ) -> None:
-    """Draw best of N: a curve with its interval per ranking, of the scores ``y/best_of_N/split``.
+    """Draw best of N: per ranking, a curve of scores ``y/best_of_N/split`` with their intervals.
 
     ``frame`` is a report card of one split, see ``card``.  ``y`` names the rankings;
     ``group_column`` distinguishes runs.
@@ -293,7 +293,7 @@ def best_of_n(
 
 @report_figure
 def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str) -> None:
-    """Draw few-shot accuracy: a curve with its interval over shots, and the chance level.
+    """Draw few-shot accuracy over shots as a curve with its interval, and the chance level.
 
     ``frame`` is a report card, see ``card``.  ``y`` names scores with ``*`` for the number of
     shots; ``group_column`` distinguishes runs.
@@ -316,7 +316,7 @@ def _number_curves(
 ) -> tuple[Figure, Axes]:
     """Draw scores over the number in their names; return the figure and its axes.
 
-    ``patterns`` has a regular expression per curve whose group is the number.
+    ``patterns`` has one regular expression per curve; its group matches the number.
     """
     _require(frame, [x, group_column, "value", "low", "high"])
     figure, [axes] = panels_of(1)
@@ -376,7 +376,7 @@ def heatmap(
 
 
 def _cell_text(values: "pd.Series[float]") -> str:
-    """Format a cell as ``0.72``, for several runs with ``± 0.03`` below."""
+    """Format a cell as ``0.72``; for several runs, add ``± 0.03`` below."""
     mean = f"{values.mean():.3g}"
     if len(values) < 2:
         return mean
@@ -434,7 +434,7 @@ def pareto(
 def regions(
     frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_column: str
 ) -> None:
-    """Draw the range of each setting that a search found, per domain, on the setting's axis.
+    """Draw the range that a search found for each setting and domain, on the setting's axis.
 
     ``frame`` is ``regions.csv``, whose column ``x`` names settings and whose column
     ``group_column`` names domains.  ``y`` lists the settings, one panel each.
@@ -466,7 +466,7 @@ def regions(
 
 
 def pareto_front(points: NDArray[Any], is_less_better: Sequence[bool]) -> NDArray[Any]:
-    """Return those of the points ``(N, 2)`` that no other dominates, from left to right."""
+    """Return the points out of ``(N, 2)`` that no other point dominates, from left to right."""
     signed = np.where(is_less_better, points, -points)
     is_on_front = [
         not ((signed <= point).all(1) & (signed < point).any(1)).any() for point in signed

@@ -36,7 +36,8 @@ def draw_masks_image(
     """Draw attention masks side by side, with borders between left text, image and right text.
 
     Args:
-        masks: mask by name, ``(T, T)``, true where the query (row) attends to the key (column).
+        masks: masks ``(T, T)``, keyed by name, true where the query (row) attends to the key
+            (column).
         path: the file to write.
         segments: lengths of left text, image and right text, which add up to T.
 

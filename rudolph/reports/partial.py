@@ -15,7 +15,7 @@ from rudolph.reports.search_tables import is_trial
 def available_report(report: Report, folder: Path) -> Report:
     """Return a report without the metrics, comparisons and regions that only missing runs have.
 
-    A report without missing runs is returned unchanged, so that a metric that no run has is an
+    A report without missing runs is returned unchanged, so a metric that no run has stays an
     error.
 
     Args:

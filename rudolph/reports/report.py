@@ -30,12 +30,12 @@ from rudolph.reports.timings import is_speed, speed_tables
 
 UNANSWERED = "_Not written yet: the effect with its interval, and the number of seeds._"
 SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
-# A page shows at most so many images, figures first.
+# A page shows at most this many images, figures first.
 MAX_PAGE_IMAGES = 4
 # The most informative images of a run first.
 SAMPLE_ORDER = ("grid", "captions", "answers", "masks", "reconstructions")
 BOUNDS = ("low", "high", "chance", "target")
-# The page names at most so many missing runs.
+# The page names at most this many missing runs.
 MAX_NAMED_RUNS = 20
 
 
@@ -54,9 +54,9 @@ def read_curves(folder: Path) -> pd.DataFrame:
 
 
 def read_effects(folder: Path) -> list[Effect]:
-    """Return the comparisons of an experiment's report, that of its claim first."""
+    """Return the comparisons of an experiment's report, with the claim's comparison first."""
     report, runs = read_report(folder), read_runs(folder)
-    # A search's trials are no comparisons, and Holm must not count them.
+    # Trials of a search are not compared, so Holm's correction must not count them.
     runs = runs[~is_trial(runs)]
     return effects(runs, metrics=report.effects, against=report.against, claim=report.claim)
 
@@ -73,7 +73,7 @@ def core_minutes(folder: Path) -> float:
 
 
 def cost_of(folder: Path) -> str:
-    """Return what the runs of a results folder cost and where; "" without readable results."""
+    """Return the cost of an experiment's runs and their machines; "" if results are unreadable."""
     try:
         return f"{_cost(read_runs(folder))}, on {_machines(folder)}"
     except (OSError, ValueError, KeyError):
@@ -81,7 +81,7 @@ def cost_of(folder: Path) -> str:
 
 
 def experiment_parts(folder: Path) -> dict[str, str]:
-    """Return the generated parts of an experiment's page by the names of their markers."""
+    """Return the generated parts of an experiment's page, keyed by the names of their markers."""
     report, runs = read_report(folder), read_runs(folder)
     return {
         "scale": _scale(folder, report),
@@ -145,7 +145,7 @@ def _reproduce(report: Report, runs: pd.DataFrame) -> str:
     overhead = ""
     if OVERHEAD in runs and runs[OVERHEAD].notna().all():
         fraction = runs[OVERHEAD].sum() / runs["seconds"].sum()
-        overhead = f", {fraction:.1%} of it outside the stages"
+        overhead = f", {fraction:.1%} of it overhead such as tracking and drawing"
     return (
         f"```\nrudolph run {report.source}\n```\n\n"
         f"{_cost(runs)}{overhead}, commit {_commits(runs)}. "

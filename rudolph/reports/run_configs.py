@@ -20,8 +20,8 @@ def write_configs(folder: Path, configs: Mapping[str, Path], digests: Mapping[st
 
     Args:
         folder: results folder of the experiment.
-        configs: path of the configuration file by run name.
-        digests: digest of the configuration by run name.
+        configs: paths of the configuration files, keyed by run name.
+        digests: digests of the configurations, keyed by run name.
     """
     names = sorted(configs)
     contents = {name: read_yaml(configs[name]) for name in names}

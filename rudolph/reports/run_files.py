@@ -1,7 +1,7 @@
 """Reading and checking the files of a run, to decide whether the run counts as finished.
 
-A run is finished if its ``summary.json`` has that status and the files that results are made from
-can be read.  A damaged file is named in a one-line warning and the run counts as unfinished.
+A run is finished if its ``summary.json`` says so and the files that results are made from can be
+read.  A damaged file is named in a one-line warning, and the run counts as unfinished.
 Executing its experiment again then recreates the file.
 """
 
@@ -57,7 +57,7 @@ def finished_summary(folder: Path, *, advice: str = RERUN_ADVICE) -> dict[str, A
 
 
 def finished_row(folder: Path) -> dict[str, Any] | None:
-    """Return a run's row of ``runs.csv`` as it is read; None if the run has not finished."""
+    """Return a run's row with numbers as ``runs.csv`` rounds them; None if it has not finished."""
     summary = finished_summary(folder)
     if summary is None:
         return None
@@ -123,7 +123,7 @@ def check_config(path: Path) -> None:
     """Check that a ``config.yaml`` is text and not cut off; its keys are not read.
 
     Raises:
-        DamagedFileError: if it is not.
+        DamagedFileError: if the file is empty, is not text or is cut off.
     """
     with naming_file(path):
         content = path.read_bytes()

@@ -42,12 +42,12 @@ class Comparison(NamedTuple):
 
 
 def grid_columns(num_samples: int) -> int:
-    """Return the columns of a grid of prompts: all samples of a prompt lie in one row."""
+    """Return the number of columns with which all samples of a prompt lie in one row of a grid."""
     return max(GRID_COLUMNS // num_samples, 1) * num_samples
 
 
 def cell_boxes(size: tuple[int, int], *, columns: int, count: int) -> list[CellBox]:
-    """Return the boxes (left, upper, right, lower) of a sheet's cells, with their texts.
+    """Return the box (left, upper, right, lower) of each cell of a sheet, including its text.
 
     Args:
         size: width and height of the sheet, in pixels.
@@ -55,7 +55,7 @@ def cell_boxes(size: tuple[int, int], *, columns: int, count: int) -> list[CellB
         count: number of images.
 
     Returns:
-        One box per image; empty if a sheet of these images has another size.
+        One box per image; empty if ``size`` does not fit a sheet of this many images.
     """
     if count < 1:
         return []
@@ -103,7 +103,10 @@ def compare_samples(folder: Path, runs: Collection[str], target: Path) -> Iterat
 
 
 def _sheets_by_kind(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Path]]:
-    """Return the sheet of each run by kind; a run's name may be the start of another's."""
+    """Return the sheets, keyed by kind and by run.
+
+    A run's name may be the start of another run's name.
+    """
     sheets: dict[str, dict[str, Path]] = {}
     for path in sorted((folder / SAMPLES).glob("*.png")):
         run = max((name for name in runs if path.stem.startswith(f"{name}-")), key=len, default="")
@@ -114,7 +117,7 @@ def _sheets_by_kind(folder: Path, runs: Collection[str]) -> dict[str, dict[str, 
 def _shared_boxes(
     folder: Path, kind: str, sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[str, CellBox]]:
-    """Return the box of each run by prompt; empty if the sheets are compared as a whole."""
+    """Return the boxes, keyed by prompt and by run; empty if whole sheets are compared."""
     if kind == GRID_SHEET:
         return _prompt_boxes(folder, sizes)
     if not kind.startswith(tuple(SHOWN_TASKS.values())):
@@ -133,7 +136,10 @@ def _shared_boxes(
 def _prompt_boxes(
     folder: Path, sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[str, CellBox]]:
-    """Return the box of all samples of each prompt; empty unless all runs have equal prompts."""
+    """Return the boxes around all samples of a prompt, keyed by prompt and by run.
+
+    There are none unless all runs have equal prompts.
+    """
     settings = [
         _grid_settings(content) for name, _, content in read_configs(folder) if name in sizes
     ]

@@ -17,9 +17,9 @@ from rudolph.files.atomic import DamagedFileError, read_mapping
 if TYPE_CHECKING:
     import pandas as pd
 
-# The seconds of a run that no stage took.
+# The seconds that a run spent outside its stages: tracking, images and records.
 OVERHEAD = "overhead"
-# The variant of a search's trials, and the start of the variants that test a domain's region.
+# The variant of a search's trials, and the start of the variants that test its regions.
 TRIAL, REGION_PREFIX = "trial", "region_"
 CARD = "report_card.csv"
 CARD_COLUMNS = ("score", "split", "value", "low", "high", "chance", "count", "protocol")
@@ -32,9 +32,9 @@ TUPLES = ("rows", "columns", "effects", "missing")
 class Claim:
     """The claim that ``better`` beats ``than`` in ``metric`` by at least ``at_least``.
 
-    Both are variants or, in a grid, run names without the seed.  Lower is better for losses,
-    errors and costs, higher for all other metrics.  A negative ``at_least`` claims that ``better``
-    is worse by no more than that.
+    ``better`` and ``than`` are variants or, in a grid, run names without the seed.  Lower is
+    better for losses, errors and costs, higher for all other metrics.  A negative ``at_least``
+    claims that ``better`` is worse by no more than that.
 
     Attributes:
         metric: column of ``runs.csv``.
@@ -56,17 +56,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Search:
-    """A search for settings, domain by domain, and the regions that are then tested.
+    """A search for the best settings of each domain, and the regions that are then tested.
 
-    Half of the trials fill ``space`` evenly; the others are proposed for one domain after the
-    other.  A region holds the settings within ``tolerance`` of the best of its domain.  Each seed
-    tests one point of it with the settings of the experiment file.
+    A domain has a name and one metric to maximise.  Half of the trials fill ``space`` evenly; the
+    others are proposed for each domain in turn.  A region holds settings that score within
+    ``tolerance`` of the best of its domain.  Each seed tests one point of each region, with the
+    settings of the experiment file.
 
     Attributes:
         space: axis of each setting that is searched.
         domains: metric of each domain, without its split.
         trials: number of trial runs.
-        tolerance: largest loss of a good setting against the best, in units of the metric.
+        tolerance: how far a good setting may score below the best, in units of the metric.
         settings: settings of the trials, which override those of the experiment file.
     """
 
@@ -89,7 +90,7 @@ class Search:
         """Return the column of a domain's score, whatever split the runs were evaluated on.
 
         Raises:
-            ValueError: if there is none, or more than one.
+            ValueError: if there is no such column, or more than one.
         """
         start = f"{self.domains[domain]}/"
         ends = ("_low", "_high", "_chance", "_target")
@@ -137,14 +138,14 @@ class Report:
         question: the question that the experiment answers.
         source: the experiment file, relative to the checkout.
         rows: columns of ``runs.csv`` whose values make the rows of the table.
-        columns: its metrics; none means all of them.
+        columns: the metrics in the table; empty means all metrics.
         claim: what the experiment claims, if anything.
-        effects: metrics in which all other runs are compared with those ``against``.
+        effects: metrics in which all other groups of runs are compared with ``against``.
         search: what was searched for, if anything.
         missing: the runs that have not finished.
         scale: parameters, steps, tokens and seeds of the runs, in one line.
-        same_pairs: groups of a search's tests that may share pairs with its trials; None if
-            unknown.
+        same_pairs: groups of test runs that may share evaluation pairs with a search's trials;
+            None if unknown.
     """
 
     experiment: str
@@ -243,7 +244,7 @@ def without_number(name: str) -> str:
 
 
 def group_of(run: str, seed: int) -> str:
-    """Return the name of a run without its seed, which is the same for all seeds.
+    """Return the name of a run's group: the run's name without its seed, equal for all seeds.
 
     >>> group_of("causal-top_k=8-seed3", 3), group_of("seed3", 3)
     ('causal-top_k=8', '')

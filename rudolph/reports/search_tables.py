@@ -1,6 +1,7 @@
 """The regions of settings that a search found, computed from ``runs.csv`` alone.
 
-``regions.csv`` has one row per domain and setting; the page and the figure are made from it.
+``regions.csv`` has one row per domain and setting; the page and the figure are made from this
+file.  ``schema.Search`` explains domains.
 """
 
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def read_regions(folder: Path) -> pd.DataFrame:
 def search_lines(
     folder: Path, search: Search, runs: pd.DataFrame, *, same_pairs: Sequence[str] | None
 ) -> list[str]:
-    """Return the Markdown of each domain's region and of what each group of tests scored.
+    """Return the Markdown of each domain's region and of the scores of each group of tests.
 
     Args:
         folder: exported folder of the experiment.
@@ -84,7 +85,10 @@ def search_lines(
         first = rows.iloc[0]
         fractions = [f"{first[name]:.1%}" for name in ("share", "volume")]
         lines.append(table_row([domain, *ranges, f"{first['best']:.3g}", *fractions]))
-    note = f"Tolerance: {search.tolerance:g} below the best. Nearly all of a box is within it."
+    note = (
+        "A region is a box: one range per setting. Nearly all of its points score at most "
+        f"{search.tolerance:g} (the tolerance) below the best."
+    )
     return [*lines, "", note, "", *_tests_table(search, runs, same_pairs)]
 
 

@@ -36,7 +36,7 @@ def pack_runs(runs: Path, results: Path, target: Path, *, has_weights: bool) -> 
     """Copy the finished runs of an experiment to a folder and return the paths of the copies.
 
     Existing copies are replaced once all new copies are complete.  A failure or an interruption
-    leaves the previous ones.
+    leaves the existing copies unchanged.
 
     Args:
         runs: ``runs/<experiment>``.
@@ -80,7 +80,7 @@ def _write_page_unless_damaged(results: Path, target: Path) -> None:
 
 
 def _target_folder(target: Path, journal: Path) -> Path:
-    """Return the folder of an experiment below ``target``, named by one of its event logs."""
+    """Return the folder below ``target`` of the experiment that an event log belongs to."""
     name = read_header(journal)["experiment"]
     path_parts = Path(name).parts
     if not path_parts or ".." in path_parts or Path(name).is_absolute():
@@ -89,7 +89,7 @@ def _target_folder(target: Path, journal: Path) -> Path:
 
 
 def send_runs(runs: Path, results: Path, uri: str) -> dict[str, str]:
-    """Send the runs of a folder to a server and return each run's id there, by folder name.
+    """Send the runs of a folder to a server; return the ids there, keyed by folder name.
 
     Args:
         runs: the folder that holds the runs.

@@ -1,4 +1,4 @@
-"""The results site: static pages, made from a folder of results alone, that open from disk.
+"""The results site: static pages that are made from results alone and open from disk.
 
     index.html                  ``results/README.md``: every claim and every experiment
     runs.html                   the main metrics of every run
@@ -81,7 +81,7 @@ class SiteExperiment(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the claim, the comparisons and the table, or else all metrics."""
+        """The metrics of claim, comparisons and table; all metrics if the table selects none."""
         claim_metrics = () if self.report.claim is None else (self.report.claim.metric,)
         names = list(dict.fromkeys((*claim_metrics, *self.report.effects, *self.report.columns)))
         if self.report.columns or not self.rows:
@@ -111,11 +111,11 @@ class SiteSource:
 
     Attributes:
         folder: top folder of the results.
-        repository: address of the repository without a slash at its end; None leaves commits and
-            experiment files as text.
-        experiments: experiments by name.
+        repository: address of the repository without a slash at its end; None shows commits and
+            experiment files as text, without links.
+        experiments: experiments, keyed by name.
         files: paths of all files, relative to ``folder``.
-        commits: full commits of the runs, by their first ten digits and by all.
+        commits: full commits of the runs, keyed by their first ten digits and by all digits.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ class SiteSource:
         return cls(folder, repository, experiments, names, known)
 
     def commit_html(self, digits: str) -> str:
-        """Return a commit as code, linked if it is that of a run."""
+        """Return a commit as code, with a link if a run was executed at this commit."""
         code = f"<code>{html.escape(digits)}</code>"
         if self.repository is None or digits not in self.commits:
             return code
@@ -154,7 +154,7 @@ class SiteSource:
         return f'<a href="{html.escape(address)}">{code}</a>'
 
     def link_of(self, page: str, address: str) -> str | None:
-        """Return the address on the site of a link in ``README.md``; None if it has no target."""
+        """Return the site's address for a link in ``README.md``; None if its target is missing."""
         parts = urlsplit(address)
         if parts.scheme or parts.netloc or not parts.path:
             return address
@@ -166,7 +166,7 @@ class SiteSource:
         return f"{parts.path.removesuffix(README)}{INDEX}" if is_page else parts.path
 
     def image_of(self, page: str, address: str) -> str:
-        """Return the address on the site of an image in ``README.md``.
+        """Return the site's address for an image in ``README.md``.
 
         Raises:
             DamagedFileError: if the file is missing.
@@ -186,7 +186,7 @@ def build_site(results_folder: Path, target: Path, *, repository: str | None) ->
         repository: address of the repository; None for that of git's ``origin``.
 
     Returns:
-        The paths of the pages, that of the claims first.
+        The paths of the pages, with the page of the claims first.
 
     Raises:
         ValueError: if there are no results, the folders overlap, or a file is damaged.
@@ -227,7 +227,7 @@ def write_single_page(folder: Path, target: Path) -> Path:
 
 
 def origin_address(folder: Path) -> str | None:
-    """Return the web address of git's ``origin``; None without one, or if it is no server."""
+    """Return the web address of git's ``origin``; None if it is missing or not on a server."""
     command = ["git", "-C", str(folder), "config", "--get", "remote.origin.url"]
     try:
         result = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
@@ -237,7 +237,7 @@ def origin_address(folder: Path) -> str | None:
 
 
 def web_address(remote: str) -> str | None:
-    """Return the web address of a remote, without a password; None if it is no server.
+    """Return the web address of a remote, without a password; None if it is not on a server.
 
     >>> web_address("git@github.com:ai-forever/ru-dolph.git")
     'https://github.com/ai-forever/ru-dolph'
@@ -258,7 +258,7 @@ def _read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _readme_page(site: SiteSource, name: str, target: Path) -> SitePage:
-    """Return the page of a ``README.md``; parts of an experiment's samples are written."""
+    """Return the page of a ``README.md``, and write the image parts that it compares."""
     path, folder = site.folder / name, posixpath.dirname(name)
     try:
         text = path.read_text("utf-8")
@@ -329,7 +329,7 @@ def _value_html(row: Mapping[str, str], metric: str) -> str:
 
 
 def _runs_page(site: SiteSource) -> SitePage:
-    """Return the page with one row per run and main metric, so that one column sorts all."""
+    """Return the page of all runs: one row per run and main metric, to sort by any column."""
     rows = [
         [
             link_html(f"{quote(item.name)}/{INDEX}", item.name),

@@ -63,7 +63,7 @@ def render_markdown(
 
     Args:
         text: the page; markers of generated parts are left out.
-        link_of: returns the address of a link on the site; None makes it plain text.
+        link_of: returns the address of a link on the site; None turns the link into plain text.
         image_of: returns the address of an image on the site.
         commit_html: returns the HTML of a commit in ``code``.
     """

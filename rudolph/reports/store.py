@@ -74,9 +74,9 @@ from rudolph.tracking.run_directory import RunDirectory
 
 INDEX_HEAD = "# Results\n\nOne row per experiment; each folder has its answer, tables and figures."
 POINTS_PER_CURVE = 200
-# Jobs of one array may finish together; seconds that one waits for another's export.
+# Jobs of one array may finish together; each waits this many seconds for another's export.
 EXPORT_TIMEOUT = 300
-# At most so many sheets of the first kinds in ``SAMPLE_ORDER``, which have one image per prompt.
+# At most this many sheets of the first kinds in ``SAMPLE_ORDER``, with one image per prompt.
 MAX_COMPARED_SAMPLES = 8
 COMPARED_RANKS = range(SAMPLE_ORDER.index("answers") + 1)
 _BOUND_ENDS = tuple(f"_{bound}" for bound in BOUNDS)
@@ -108,7 +108,7 @@ def export_results(
         raise ValueError(f"{runs_folder / report.experiment}: no finished run to export")
     folder = results_folder / report.experiment
     require_disjoint_paths(folder, runs_folder / report.experiment, "results")
-    # The new folder is completed next to the runs first: a failed export changes nothing.
+    # The new folder is first completed next to the runs, so a failed export changes nothing.
     with (
         file_lock(runs_folder / "export.lock", EXPORT_TIMEOUT),
         tempfile.TemporaryDirectory(prefix=".export-", dir=runs_folder) as scratch,
@@ -228,7 +228,7 @@ def redraw(results_folder: Path, *, experiment: str | None = None) -> list[Path]
         The paths of the figures.
 
     Raises:
-        ValueError: if there are no results, or none of this name.
+        ValueError: if there are no results, or no experiment has this name.
     """
     paths = []
     for folder in results_folders(results_folder, experiment):
@@ -246,7 +246,8 @@ def draw_pngs(results_folder: Path, target: Path, *, experiment: str | None = No
     """Draw the same figures as PNG, for slides, in a folder per experiment below ``target``.
 
     Raises:
-        ValueError: if there are no results, none of this name, or ``target`` overlaps with them.
+        ValueError: if there are no results, no experiment has this name, or ``target`` overlaps
+            with the results.
     """
     folders = results_folders(results_folder, experiment)
     targets = {folder: target / folder.relative_to(results_folder) for folder in folders}
@@ -347,7 +348,7 @@ def _curve_rows(
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return at most ``POINTS_PER_CURVE`` even points, including the first and the last."""
+    """Return at most ``POINTS_PER_CURVE`` evenly spaced points, with the first and the last."""
     last, last_index = len(points) - 1, POINTS_PER_CURVE - 1
     if last <= last_index:
         return points

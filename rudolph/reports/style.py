@@ -79,7 +79,7 @@ def protected_drawing(path: Path) -> Iterator[Path]:
 
 
 class DrawingWarning(UserWarning):
-    """Warning that a command's output lacks a figure; the rest is complete."""
+    """Warning that a command's output lacks a figure but is otherwise complete."""
 
 
 @contextmanager

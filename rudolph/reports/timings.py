@@ -1,8 +1,8 @@
 """Results of a speed experiment: every repetition, and profiles of our own implementations.
 
-    <run>/speed/repetitions.csv              one row per repetition of an implementation's part
+    <run>/speed/repetitions.csv              one row per repetition of each timed part
     <run>/speed/<implementation>.profile.csv     one row per operation
-    results/<experiment>/repetitions.csv     of all runs, with their names
+    results/<experiment>/repetitions.csv     the rows of all runs, with the name of each run
     results/<experiment>/profiles/<run>-<implementation>.csv
 
 The tables of the page are made from these files and ``runs.csv`` alone.
@@ -37,10 +37,10 @@ PROFILE_END = ".profile.csv"
 OPERATIONS_SHOWN = 12
 ROOFLINE_FRACTION = "fraction of the roofline"
 ROOFLINE_NOTE = (
-    "Fraction of the roofline: the achieved rate divided by that of the `roofline` rows. It "
-    "counts "
-    "the bytes that a token must read against `roofline/read`, or the operations per unit against "
-    "the fastest matrix product."
+    "The `roofline` rows measure the machine's limits: reading memory and multiplying matrices. "
+    "The fraction of the roofline is the achieved rate divided by the limit. For decoding, the "
+    "rate counts the bytes that each token must read, and the limit is `roofline/read`. "
+    "Otherwise, the rate counts operations, and the limit is the fastest matrix product."
 )
 
 
@@ -56,8 +56,8 @@ def write_profile(
 ) -> Path:
     """Write the operations of one implementation of a run as CSV and return the path.
 
-    Rows are in the order of ``PROFILE_COLUMNS``, longest first.  Operations below 0.01 % of the
-    time are left out.
+    Each row has the values of ``PROFILE_COLUMNS`` in their order, and the longest operation comes
+    first.  Operations below 0.01 % of the time are left out.
     """
     path = run_folder / SPEED_FOLDER / f"{implementation}{PROFILE_END}"
     kept = [[*row[:3], f"{row[3]:.3f}", f"{row[4]:.4f}"] for row in rows if row[4] >= 1e-4]
@@ -72,7 +72,12 @@ def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 
 def export_timings(run_folders: dict[str, Path], folder: Path) -> None:
-    """Copy the repetitions and profiles of runs, by run name, to their experiment's folder."""
+    """Copy the repetitions and profiles of runs to the results folder of their experiment.
+
+    Args:
+        run_folders: folder of each run, keyed by run name.
+        folder: results folder of the experiment.
+    """
     (folder / TIMINGS_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / PROFILES, ignore_errors=True)
     tables = []
@@ -134,7 +139,10 @@ def speed_tables(folder: Path, runs: pd.DataFrame, rows: Sequence[str]) -> Itera
     for cells in (head, ["---"] * len(head), *lines):
         yield table_row([cells[column] for column in shown_columns])
     yield ""
-    yield f"{timings['repetition'].max() + 1} interleaved repetitions; means are geometric."
+    yield (
+        f"{timings['repetition'].max() + 1} repetitions, interleaved across implementations; "
+        "means are geometric."
+    )
     yield from _machines(folder)
     if head.index(ROOFLINE_FRACTION) in shown_columns:
         yield ROOFLINE_NOTE
