@@ -122,7 +122,7 @@ def prepare_case(
 
 
 def save_reference(model: nn.Module, path: Path) -> None:
-    """Write weights and constructor arguments as the reference's package loads them.
+    """Write weights and constructor arguments in the format that the reference's package loads.
 
     The arguments go to a JSON file next to ``path``.
     """

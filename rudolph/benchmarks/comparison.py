@@ -293,7 +293,7 @@ def implementation_parts(case: BenchmarkCase) -> Iterator[tuple[str, str]]:
 
 
 def units_of(case: BenchmarkCase, implementation: str) -> Mapping[str, str]:
-    """Return the unit of each part of an implementation's work, keyed by part."""
+    """Return the parts of an implementation's work, and the unit that each part counts."""
     workload = WORKLOADS[case.speed.workload or ""]
     return workload.units_of(implementation, has_bfloat16=case.speed.has_bfloat16)
 

@@ -75,8 +75,8 @@ WORKLOADS = {
 class SpeedConfig:
     """Settings of a speed experiment; with ``workload: null`` the run is an ordinary one.
 
-    Each implementation runs on the CPU in its own process. Repetition k of all of them comes
-    before repetition k + 1 of any.
+    Each implementation runs on the CPU in its own process. All of them finish repetition
+    k before any starts repetition k + 1.
 
     Attributes:
         workload: A name in ``WORKLOADS``, or null.

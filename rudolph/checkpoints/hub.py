@@ -70,7 +70,7 @@ def fetch(
         repo: the repository on the hub.
         file: the file's path in the repository.
         folder: the local folder.
-        on_progress: called with the numbers of local bytes and of all bytes, as bytes arrive.
+        on_progress: called as bytes arrive, with the numbers of bytes received and in all.
 
     Raises:
         ValueError: if anything fails; the message is one line with advice.  A

@@ -105,7 +105,7 @@ def write_images(
 
     Raises:
         OSError: If the file system fails.
-        ValueError: If only the grid cannot be drawn or written.
+        ValueError: If the grid cannot be drawn or written, but every image was.
     """
     import numpy as np
 

@@ -178,7 +178,7 @@ class RunConfig:
             )
 
     def _check_codes(self) -> None:
-        """Raise ``ValueError`` for code samples of a quantizer that has no distribution."""
+        """Raise ``ValueError`` for sampled codes of a quantizer without a distribution."""
         if self.data.num_code_samples and self.vqgan.quantizer.kind != "gumbel":
             raise ValueError(
                 "data.num_code_samples: must be 0 but for vqgan.quantizer.kind gumbel, "

@@ -229,7 +229,7 @@ class TokenExamples:
         return sum(self.sizes)
 
     def note(self) -> str:
-        """Return one line with the largest number of cut texts of any mixture entry."""
+        """Return one line with the number of cut texts of the mixture entry that has the most."""
         num_cut = max(entry.texts.num_cut for entry in self.entries)
         sizes = {
             entry.source.dataset: size

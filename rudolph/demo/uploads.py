@@ -1,4 +1,4 @@
-"""Images from the browser, decoded under the limits of data files.
+"""Images from the browser, decoded under the same limits as images in data files.
 
 Shapes: H and W pixels.
 """

@@ -62,7 +62,7 @@ class RudolphConfig(DecoderConfig, ModelSection):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Return the source of the tokenizer, which is that of the trained decoder."""
+        """Return the source of the tokenizer: the trained decoder has its own."""
         return self.init
 
     @property

@@ -143,12 +143,12 @@ def _given(mine: slice, images: Tensor | None, questions: Sequence[str] | None) 
 
 
 def _gather_rows(number: int, call: Callable[[slice], Tensor]) -> Tensor:
-    """Return the rows of all examples on the device of this process's rows."""
+    """Return the rows of all examples on the CPU."""
     return torch.cat(_gather(number, lambda mine: call(mine).cpu()))
 
 
 def _gather(number: int, call: Callable[[slice], Any]) -> list[Any]:
-    """Call on the slice of this process; return the results of all processes with examples."""
+    """Call on the examples of this process; return the results of all processes that have any."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     mine = slice(number * rank // world, number * (rank + 1) // world)
     # A model may not accept an empty batch.

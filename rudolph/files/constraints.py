@@ -137,7 +137,7 @@ def constraint_of(hint: Any) -> tuple[Bounds | None, tuple[Any, ...], bool]:
 
 @contextmanager
 def errors_under(key: str) -> Iterator[None]:
-    """Prefix a ``ValueError`` message, which starts with a setting, with the setting's section."""
+    """Put the section ``key`` in front of a ``ValueError`` message that starts with a setting."""
     try:
         yield
     except ValueError as error:

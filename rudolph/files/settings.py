@@ -384,7 +384,7 @@ def sections_of(hint: Any) -> list[type]:
 
 @cache
 def _known_keys(kind: Any) -> dict[str, bool]:
-    """Return the dotted keys of a dataclass, each with whether it has keys below it."""
+    """Return the dotted keys of a dataclass, and for each key whether others are nested in it."""
     paths = _leaf_paths(kind)
     return {path: any(other.startswith(f"{path}.") for other in paths) for path in paths}
 

@@ -261,7 +261,8 @@ def _drop_finished(
 ) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Drop finished samples from ``rows`` (B, S) if this at least halves the batch.
 
-    Every remaining prompt keeps as many samples as the prompt with the most unfinished samples.
+    All remaining prompts keep the same number of samples: the largest number of unfinished
+    samples of any prompt.
     """
     prompts = is_unfinished.any(1).nonzero().flatten()
     num_samples = int(is_unfinished.sum(1).max())

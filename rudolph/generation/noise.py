@@ -54,11 +54,10 @@ def exponential_times(seeds: Sequence[int], num_new: int, num_codes: int) -> Ten
 
 
 def exponential_race(probabilities: Tensor, arrival_times: Tensor) -> Tensor:
-    """Sample one token per row of ``(B, V)``: the code with the least time divided by probability.
+    """Sample one token per row of ``(B, V)``: the least time divided by probability.
 
-    Let two distributions have a total variation distance of d.  Tokens sampled from them with the
-    same times agree with a probability of at least ``(1 - d) / (1 + d)``, in any order of the
-    codes.
+    Let two distributions have a total variation distance of d.  With the same arrival times, their
+    tokens agree with a probability of at least ``(1 - d) / (1 + d)``, however codes are numbered.
 
     Source: Daliri et al. 2024 (arXiv:2408.07978).
 

@@ -77,7 +77,7 @@ def copy_rate(num_bytes: int, device: torch.device) -> float:
 
 
 def device_limits(sizes: Sizes) -> Iterator[Case]:
-    """Yield one case that measures matrix products in each dtype, and a copy."""
+    """Yield one case that measures matrix products in each dtype, and the speed of a copy."""
 
     def run() -> Iterator[CheckRow]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

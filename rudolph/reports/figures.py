@@ -45,7 +45,7 @@ Draw = Callable[..., None]
 
 
 def report_figure(draw: Draw) -> Draw:
-    """Decorate a figure to use the common style and to draw names literally."""
+    """Decorate a function that draws a figure: use the common style and escape names."""
 
     @styled
     @wraps(draw)
@@ -224,7 +224,7 @@ def ratios(
 ) -> None:
     """Draw intervals of metrics with the same unit on one axis, one row per variant and metric.
 
-    The axis is named after the part of the metric names after the last ``/``.  For speedups, a
+    The label of the axis is the end of the metric names, from the last ``/`` on.  For speedups, a
     dotted line marks 1, the reference.
     """
     _require(frame, [x, group_column, *y])

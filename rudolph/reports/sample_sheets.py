@@ -117,7 +117,10 @@ def _sheets_by_kind(folder: Path, runs: Collection[str]) -> dict[str, dict[str, 
 def _shared_boxes(
     folder: Path, kind: str, sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[str, CellBox]]:
-    """Return the boxes, keyed by prompt and by run; empty if whole sheets are compared."""
+    """Return the regions of the sheets, keyed by prompt and by run.
+
+    The result is empty if whole sheets are compared.
+    """
     if kind == GRID_SHEET:
         return _prompt_boxes(folder, sizes)
     if not kind.startswith(tuple(SHOWN_TASKS.values())):

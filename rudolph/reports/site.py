@@ -258,7 +258,7 @@ def _read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _readme_page(site: SiteSource, name: str, target: Path) -> SitePage:
-    """Return the page of a ``README.md``, and write the image parts that it compares."""
+    """Return the web page of a ``README.md``, and write the image regions that it compares."""
     path, folder = site.folder / name, posixpath.dirname(name)
     try:
         text = path.read_text("utf-8")

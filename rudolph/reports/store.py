@@ -197,7 +197,7 @@ def _written_before(folder: Path) -> tuple[Report, set[str]] | None:
 def _keep_answer_apart(
     readme: Path, before: tuple[Report, set[str]], report: Report, digests: set[str]
 ) -> None:
-    """Update a page's title, and move an answer to another question below a note."""
+    """Update a page's title; put a note above an answer that belongs to another question."""
     if not readme.is_file():
         return
     old, old_digests = before

@@ -360,7 +360,7 @@ def copy_to_run(source: Path, path: Path) -> None:
 
 
 def discard_progress(stage: str, done: int, total: int, note: str) -> None:
-    """Discard progress: one process reports that of all, and parallel runs only their ends."""
+    """Discard progress: another process reports it, or parallel runs report only their ends."""
 
 
 class Recorder(Protocol):

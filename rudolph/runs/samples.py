@@ -215,7 +215,7 @@ def generate_prompts(
 
 
 def _evenly_spaced(split: Split, num_splits: int = 1) -> list[int]:
-    """Return evenly spaced indices of a split; ``num_splits`` splits get ``NUM_SHOWN`` in all."""
+    """Return evenly spaced indices of one of ``num_splits`` splits, in all ``NUM_SHOWN``."""
     count = min(NUM_SHOWN // num_splits, len(split))
     return [index * len(split) // count for index in range(count)]
 

@@ -34,7 +34,7 @@ def require_finite(losses: Mapping[str, Tensor], *, step: int, where: str) -> No
     Args:
         losses: scalar losses keyed by name.
         step: the optimizer step, for the message.
-        where: the examples, for the message.
+        where: the examples with the loss, for the message.
     """
     for name, loss in losses.items():
         if not torch.isfinite(loss):

@@ -4,8 +4,8 @@ Sources: the list of emoji is Unicode's ``emoji-test.txt`` (UTS #51).  Names and
 main and derived annotations of CLDR (UTS #35, part 2).  The images come from the font.
 
 All images have the same scale and position on white.  They are cropped to the smallest square that
-holds the visible pixels of every emoji.  For Noto Color Emoji its side is 128 pixels of the font's
-bitmaps, so tiles of 64 pixels are exactly half that size.
+holds the visible pixels of every emoji.  For Noto Color Emoji this square has
+a side of 128 bitmap pixels, so tiles of 64 pixels are exactly half that size.
 """
 
 import csv

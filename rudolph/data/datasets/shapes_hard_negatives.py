@@ -86,7 +86,7 @@ def other_positions(scene: Scene, config: ShapesConfig, _: Random) -> Iterator[S
 
 
 def other_numbers(scene: Scene, config: ShapesConfig, rng: Random) -> Iterator[Scene]:
-    """Yield scenes of a count with objects removed or added."""
+    """Yield variants of a counted scene, with objects removed or added."""
     if scene.family != "count":
         return
     occupied = {(scene_object.row, scene_object.column) for scene_object in scene.objects}

@@ -98,7 +98,7 @@ class _Lemma(NamedTuple):
 
 @dataclass(frozen=True)
 class _Wordnet:
-    """A WordNet built from one function, as no download is possible; None gives no synonyms."""
+    """A stand-in for WordNet: one function gives the synonyms; None gives no synonyms."""
 
     synonyms: Callable[[str], Iterable[str]] | None
 

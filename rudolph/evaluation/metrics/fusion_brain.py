@@ -8,8 +8,8 @@ one number per question; the challenge publishes their mean.
 The challenge's programs deviate from the plain rules in the ways that ``Quirks`` lists.  With all
 quirks on, the scores equal the challenge's.  RuWordNet is not included; a caller may pass
 ``synonyms`` instead.  The challenge's tagger is not included either, so only tokens in digits
-count as numbers.  Other missing parts are the tokenizer razdel and the sentence splitter for
-captions, and English number words in answers.
+count as numbers.  Three other parts are missing.  Captions have neither the tokenizer razdel
+nor a sentence splitter, and answers have no English number words.
 
 Source: github.com/ai-forever/fbc2_aij2022 at a08bb14, ``evaluation/`` and ``Metrics_en.md``.
 """

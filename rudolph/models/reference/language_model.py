@@ -1,4 +1,6 @@
-"""Checkpoints of LLaMA, Vicuna and Mistral: Hugging Face's names; ours drop ``model.``.
+"""Checkpoints of LLaMA, Vicuna and Mistral, with Hugging Face's names of tensors.
+
+Our names omit the prefix ``model.``.
 
 Source: transformers, ``models/llama/modeling_llama.py`` and ``configuration_llama.py``.
 """
