@@ -167,7 +167,7 @@ def test_a_stored_image_that_changes_after_the_report_is_an_error(tmp_path: Path
     table = write(tmp_path / "pairs.parquet", structs(BYTES))
     manifest = train(table)
     write(table, structs([encoded(Image.new("RGB", (9, 9)))] * 12))
-    assert "changed after the manifest was read" in said(lambda: manifest[0])
+    assert "changed after the data was read" in said(lambda: manifest[0])
     table.unlink()
     assert said(lambda: manifest[0]) == f"{table}: the image can no longer be read"
 

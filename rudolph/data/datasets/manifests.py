@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from rudolph.data.datasets.table_parquet import EmbeddedImage, StoredImage
 from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, read_rows, type_name
 from rudolph.data.image_files import RejectedError, RowReport, center_crop, decode_image
@@ -91,11 +93,7 @@ class Manifest:
         image_size: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        require_split(split)
-        if split == "compositional":
-            raise ValueError(
-                "split 'compositional': a manifest has none, legal are train, validation, test"
-            )
+        require_hash_split(split, "a manifest")
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
         examined = examine_table(config, image_size=image_size, progress=progress)
@@ -123,13 +121,7 @@ class Manifest:
             ValueError: If its image can no longer be read or has changed.
         """
         entry = self.entries[index]
-        try:
-            data = entry.data()
-        except OSError as error:
-            raise ValueError(f"{entry.path}: the image can no longer be read") from error
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ValueError(f"{entry.path}: the image changed after the manifest was read")
-        image = center_crop(decode_image(data).image, self.image_size)
+        image = square_image(entry.path, entry.data, sha256=entry.sha256, size=self.image_size)
         return Pair(entry.key, entry.caption, image, question=entry.question)
 
     def _digest(self) -> str:
@@ -139,6 +131,41 @@ class Manifest:
             line = json.dumps([entry.key, entry.caption, entry.sha256, *question])
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
+
+
+def require_hash_split(split: str, owner: str) -> None:
+    """Raise ``ValueError`` unless ``split`` is one of the three that hashes decide.
+
+    Args:
+        split: Name of the split.
+        owner: Kind of the dataset for the message, with its article.
+    """
+    require_split(split)
+    if split == "compositional":
+        raise ValueError(
+            f"split 'compositional': {owner} has none, legal are train, validation, test"
+        )
+
+
+def square_image(path: str, read: Callable[[], bytes], *, sha256: str, size: int) -> Image.Image:
+    """Return an image that was examined before, as a square of ``size`` pixels per side.
+
+    Args:
+        path: File for the messages.
+        read: Returns the bytes of the image file.
+        sha256: SHA-256 of these bytes when they were examined.
+        size: Side in pixels.
+
+    Raises:
+        ValueError: If the image can no longer be read or has changed.
+    """
+    try:
+        data = read()
+    except OSError as error:
+        raise ValueError(f"{path}: the image can no longer be read") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path}: the image changed after the data was read")
+    return center_crop(decode_image(data).image, size)
 
 
 def split_of_image(sha256: str) -> str:
@@ -224,11 +251,11 @@ def _examine_row(
     stored = row.image if isinstance(row.image, StoredImage | EmbeddedImage) else None
     data = None if stored is None else stored.data()
     path_given = row.image if stored is None else stored.path
-    name = "" if data else _text(path_given, "image path", config.image_column)
-    caption = _clean(row.caption, "caption", config.caption_column).strip()
+    name = "" if data else checked_text(path_given, "image path", config.image_column)
+    caption = cleaned_text(row.caption, "caption", config.caption_column).strip()
     question = ""
     if row.question is not None:
-        question = _clean(row.question, "question", str(config.question_column))
+        question = cleaned_text(row.question, "question", str(config.question_column))
     if stored is not None and data is not None:
         examined = _examine_data(data)
         # Paths from other machines can repeat, so the hash distinguishes the images.
@@ -239,7 +266,7 @@ def _examine_row(
         ), examined
     base_folder = Path(os.path.abspath(folder))
     path = os.path.abspath(base_folder / name)
-    examined = _examine_file(path, name, config)
+    examined = examine_file(path, name, config.image_column)
     # With relative paths, the keys stay the same when the whole folder is moved.
     key_path = Path(path)
     if key_path.is_relative_to(base_folder) or not os.path.isabs(name):
@@ -248,8 +275,12 @@ def _examine_row(
     return ManifestEntry(key, caption, path, examined.sha256, question), examined
 
 
-def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage:
-    """Examine the image at ``path``, whose name in the table is ``name``."""
+def examine_file(path: str, name: str, column: str) -> ExaminedImage:
+    """Examine the image at ``path``, whose name in the column of a table is ``name``.
+
+    Raises:
+        RejectedError: If the image is missing, unreadable or unusable.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -260,7 +291,7 @@ def _examine_file(path: str, name: str, config: ManifestConfig) -> ExaminedImage
         # A data URI fails because it is too long for a path, not because a file is missing.
         if URL.match(name):
             raise RejectedError(
-                f"images are URLs in column {config.image_column} (download them, write paths)"
+                f"images are URLs in column {column} (download them, write paths)"
             ) from error
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise RejectedError("unreadable file") from error
@@ -290,15 +321,15 @@ def _examine_data(data: bytes) -> ExaminedImage:
     return _EXAMINED_DATA[sha256]
 
 
-def _clean(value: object, description: str, column: str) -> str:
+def cleaned_text(value: object, description: str, column: str) -> str:
     """Return a caption or question after cleaning; raise ``RejectedError`` if empty."""
-    text = clean_text(_text(value, description, column))
+    text = clean_text(checked_text(value, description, column))
     if not text.strip():
         raise RejectedError(f"empty {description}")
     return text
 
 
-def _text(value: object, description: str, column: str) -> str:
+def checked_text(value: object, description: str, column: str) -> str:
     """Return ``value`` if it is non-blank text, else raise ``RejectedError``."""
     missing = f"no {description}" if description == "image path" else f"empty {description}"
     if value is None or (isinstance(value, float) and value != value):

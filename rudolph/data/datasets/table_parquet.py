@@ -51,11 +51,20 @@ class EmbeddedImage(NamedTuple):
         return self.content
 
 
-class StoredBytes:
-    """The image bytes of a column, indexed by row and efficient for rows in ascending order."""
+class ParquetRows:
+    """The rows of some columns, indexed by row and efficient for rows in ascending order.
 
-    def __init__(self, table: Path, column: str) -> None:
-        self.table, self.column = table, column
+    Args:
+        table: Path of the Parquet file.
+        columns: Columns to read.
+        batch_size: Rows that are read at once.
+
+    Raises:
+        ValueError: In one line, if the file cannot be read.
+    """
+
+    def __init__(self, table: Path, columns: Sequence[str], *, batch_size: int) -> None:
+        self.table, self.columns, self.batch_size = table, list(columns), batch_size
         with _parquet_errors(table):
             self.file = _open(table)
             sizes = [
@@ -64,35 +73,54 @@ class StoredBytes:
             ]
         # First row of each row group, followed by the total number of rows.
         self.starts = list(accumulate(sizes, initial=0))
-        self.group, self.first = -1, 0
-        self.cells: Sequence[Any] = []
+        self.group, self.first, self.size = -1, 0, 0
+        self.cells: list[Any] = []
         self.batches: Iterator[Any] = iter(())
 
-    def __getitem__(self, row: int) -> bytes | None:
-        """Return the image bytes of a row, or None if it has none."""
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.starts[-1]
+
+    def __getitem__(self, row: int) -> tuple[Any, ...] | None:
+        """Return the values of a row, one per column, or None if its text is damaged."""
         with _parquet_errors(self.table):
             # If several groups start at the same row, only the last has rows.
             group = bisect_right(self.starts, row) - 1
             if group != self.group or row < self.first:
                 self._start(group)
-            while row >= self.first + len(self.cells):
+            while row >= self.first + self.size:
                 self._advance()
-            value = self.cells[row - self.first].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        return data or None
+            return _values(self.cells, row - self.first)
 
     def _start(self, group: int) -> None:
-        self.group, self.first, self.cells = group, self.starts[group], []
+        self.group, self.first, self.size = group, self.starts[group], 0
         self.batches = self.file.iter_batches(
-            batch_size=IMAGE_ROWS, row_groups=[group], columns=[self.column], use_threads=False
+            batch_size=self.batch_size,
+            row_groups=[group],
+            columns=self.columns,
+            use_threads=False,
         )
 
     def _advance(self) -> None:
         batch = next(self.batches, None)
         if batch is None:
             raise ValueError(f"{self.table}: expected more rows in row group {self.group}")
-        self.first += len(self.cells)
-        self.cells = batch.column(batch.schema.get_field_index(self.column))
+        self.first, self.size = self.first + self.size, batch.num_rows
+        self.cells = [batch.column(batch.schema.get_field_index(name)) for name in self.columns]
+
+
+class StoredBytes:
+    """The image bytes of a column, indexed by row and efficient for rows in ascending order."""
+
+    def __init__(self, table: Path, column: str) -> None:
+        self.rows = ParquetRows(table, [column], batch_size=IMAGE_ROWS)
+
+    def __getitem__(self, row: int) -> bytes | None:
+        """Return the image bytes of a row, or None if it has none."""
+        values = self.rows[row]
+        value = None if values is None else values[0]
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return data or None
 
 
 # Keeps a few tables open; the signature makes a changed file a different key.

@@ -80,6 +80,17 @@ def read_table_text(path: str | Path) -> tuple[str, str]:
         raise ValueError(_not_utf_8(path, data, error.start)) from error
 
 
+def require_utf_8(path: str | Path, start: bytes) -> None:
+    """Raise ``ValueError`` if the first bytes of a file are those of UTF-16 or UTF-32.
+
+    Lines of such a file cannot be read one by one.
+    """
+    marked = [name for mark, name in BYTE_ORDER_MARKS if start.startswith(mark)]
+    encoding = marked[0] if marked else _utf_16_without_mark(start)
+    if encoding not in ("", "UTF-8"):
+        raise ValueError(f"{path}: expected UTF-8, got {encoding}. {_conversion(path, encoding)}")
+
+
 def require_table(path: str | Path, start: bytes) -> None:
     """Raise ``ValueError`` if a file is blank or starts with the bytes of another file type.
 
