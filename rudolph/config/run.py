@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rudolph.benchmarks.config import SpeedConfig
-from rudolph.data.splits import DATASETS, DataConfig
+from rudolph.data.splits import DATASETS, DataConfig, has_documents
 from rudolph.evaluation.report_card import (
     DATASET_OF_EVALUATOR,
     MEMBER_OF_EVALUATOR,
     SHOWS_IMAGES,
     EvaluationConfig,
 )
+from rudolph.families.documents import DocumentSection
 from rudolph.families.interface import ModelSection
 from rudolph.families.registry import ModelConfig, family_of
 from rudolph.families.rudolph import RudolphConfig
@@ -113,6 +114,7 @@ class RunConfig:
         self._check_steps()
         self._check_codes()
         self._check_side()
+        self._check_documents()
         family_of(self.model).check(self)
         self._check_evaluators()
         if self.data.dataset == "manifest" and "compositional" in self.evaluation.splits:
@@ -134,12 +136,27 @@ class RunConfig:
         if model is not None and self.needs_vqgan and self.vqgan.init is None:
             object.__setattr__(self, "vqgan", replace(self.vqgan, init=model))
 
+    def _check_documents(self) -> None:
+        """Raise ``ValueError`` for documents that nothing can read."""
+        if isinstance(self.model, DocumentSection):
+            return
+        for dataset in filter(has_documents, self.data.datasets):
+            raise ValueError(
+                f"model.family: expected one that reads the documents of {dataset}, such as llava "
+                f"or flamingo, got {self.model.family}"
+            )
+
     def _check_evaluators(self) -> None:
         """Raise ``ValueError`` for an evaluator that its dataset or the model does not support."""
         provided = family_of(self.model).capabilities.provided()
         for name in self.evaluation.evaluators:
             other, _, evaluator = name.rpartition("/")
             dataset = other or self.data.dataset
+            if has_documents(dataset):
+                raise ValueError(
+                    f"evaluation.evaluators: {evaluator} needs a dataset of pairs, got documents "
+                    f"of {dataset!r}. Name another dataset, as in shapes/{evaluator}"
+                )
             if DATASET_OF_EVALUATOR.get(evaluator, dataset) != dataset:
                 raise ValueError(
                     f"evaluation.evaluators: {evaluator} needs data.dataset "

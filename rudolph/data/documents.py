@@ -1,25 +1,29 @@
 """Documents of interleaved images and texts, as ids with labels.
 
-A document repeats ``[image] question answer EOS``: once for every shot, then for the pair itself.
-A *shot* is a preceding example with its answer.  The task decides which parts occur: captioning
-has no question, and text tasks have no image.  Ids and labels are built segment by segment
-(``sequence.conversation``).
+A document of pairs repeats ``[image] question answer EOS``: once for every shot, then for the pair
+itself.  A *shot* is a preceding example with its answer.  A document of a file has the images,
+questions and answers of the file in their order, with ``EOS`` after each answer.
+
+The task decides which parts occur: captioning has no question, and text tasks have no image.  Ids
+and labels are built segment by segment (``sequence.conversation``).
 
 Shapes: B documents, T positions, M images per document, S x S pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rudolph.data.cache import cached_array
 from rudolph.data.mixture import Mixture
 from rudolph.data.pairs import HasShots, Shot
 from rudolph.data.seeds import uniform_per_example
-from rudolph.data.splits import MixtureEntry, Split
+from rudolph.data.splits import DocumentPiece, DocumentSplit, MixtureEntry, Split
 from rudolph.sequence.conversation import (
     IGNORE,
     ConversationTokenizer,
@@ -29,6 +33,7 @@ from rudolph.sequence.conversation import (
     Turn,
     build_example,
     pad_examples,
+    round_ids,
 )
 from rudolph.sequence.layout import BOS, EOS, PAD
 from rudolph.sequence.tasks import TASKS
@@ -64,7 +69,8 @@ class Panel(NamedTuple):
     Attributes:
         image: ``(3, H, W)`` in [0, 1]; None if there is no image.
         question: Text before the answer; "" if there is no question.
-        answer: Text to learn; None if the model is to generate it.
+        answer: Text to learn; None if the model is to generate it, or if the next panel continues
+            the question.
     """
 
     image: Tensor | None
@@ -133,6 +139,22 @@ def prompt_panels(
     ]
 
 
+def document_turns(panels: Sequence[Panel], form: DocumentFormat) -> list[Turn]:
+    """Return the turns of a document; a question has all panels up to the next answer."""
+    turns: list[Turn] = []
+    parts: list[str | ImagePart] = []
+    for panel in panels:
+        image = [] if panel.image is None else [ImagePart(form.num_image_tokens)]
+        question = [panel.question] if panel.question else []
+        parts += [*question, *image] if form.question_first else [*image, *question]
+        if panel.answer is not None:
+            turns += [Turn(False, tuple(parts)), Turn(True, (panel.answer,))]
+            parts = []
+    if panels and panels[-1].answer is None:
+        turns.append(Turn(False, tuple(parts)))
+    return turns
+
+
 def document_of(
     panels: Sequence[Panel], form: DocumentFormat, tokenizer: ConversationTokenizer
 ) -> Example:
@@ -141,16 +163,7 @@ def document_of(
     Raises:
         ValueError: If the document does not fit into ``tokenizer.max_length``.
     """
-    turns = []
-    for panel in panels:
-        parts: list[str | ImagePart] = []
-        if panel.image is not None:
-            parts.append(ImagePart(form.num_image_tokens))
-        if panel.question:
-            parts.insert(0 if form.question_first else len(parts), panel.question)
-        turns.append(Turn(False, tuple(parts)))
-        if panel.answer is not None:
-            turns.append(Turn(True, (panel.answer,)))
+    turns = document_turns(panels, form)
     example = build_example(turns, tokenizer, Template())
     if example.num_turns < len(turns):
         raise ValueError(
@@ -216,6 +229,171 @@ def training_shots(split: Split, index: int) -> list[Shot]:
     return split.dataset.shots(index, split.dataset.max_shots)
 
 
+class EntryDocuments(Protocol):
+    """The training documents of a mixture entry."""
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        ...
+
+    def note(self) -> str:
+        """Return their number in words."""
+        ...
+
+    def index(self, number: int) -> int:
+        """Return the index of a document among the pairs or documents of its split."""
+        ...
+
+    def panels(self, number: int) -> list[Panel]:
+        """Return the panels of a document."""
+        ...
+
+
+class PairDocuments:
+    """One document per pair of a split, with its shots."""
+
+    def __init__(self, entry: MixtureEntry, split: Split) -> None:
+        self.entry, self.split = entry, split
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.split)
+
+    def note(self) -> str:
+        """Return their number in words."""
+        return f"{len(self.split)} pairs of {self.entry.name}"
+
+    def index(self, number: int) -> int:
+        """Return the index of a pair."""
+        return number
+
+    def panels(self, number: int) -> list[Panel]:
+        """Return the panels of a document."""
+        shots = training_shots(self.split, number)
+        return document_panels(self.split, self.entry.task, number, shots=shots)
+
+
+class FileDocuments:
+    """The documents of a split of files, each cut after the last answer that fits.
+
+    Args:
+        entry: Its mixture entry.
+        split: The split.
+        document_format: How the model reads documents.
+        tokenizer: Text tokenizer.
+
+    Raises:
+        ValueError: If no document fits.
+    """
+
+    def __init__(
+        self,
+        entry: MixtureEntry,
+        split: DocumentSplit,
+        document_format: DocumentFormat,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.entry, self.split = entry, split
+        lengths = fitting_pieces(split, entry.task, document_format, tokenizer)
+        self.fitting, self.num_pieces = lengths[:, 0], lengths[:, 1]
+        # Documents of which at least the first answer fits.
+        self.usable = np.flatnonzero(self.fitting)
+        if not len(self.usable):
+            raise ValueError(
+                f"model.max_length: expected room for the first answer of a document of "
+                f"{entry.name}, got {document_format.max_length} positions"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.usable)
+
+    def note(self) -> str:
+        """Return their number in words, with those that are cut or left out."""
+        num_cut = int((self.fitting < self.num_pieces)[self.usable].sum())
+        num_left_out = len(self.split) - len(self.usable)
+        return (
+            f"{len(self.usable)} documents of {self.entry.name} ({num_cut} cut after the last "
+            f"answer that fits, {num_left_out} left out because none fits)"
+        )
+
+    def index(self, number: int) -> int:
+        """Return the index of a document in its split."""
+        return int(self.usable[number])
+
+    def panels(self, number: int) -> list[Panel]:
+        """Return the panels of a document, one per image or text."""
+        index = self.index(number)
+        pieces = task_pieces(self.split, self.entry.task, index)[: self.fitting[index]]
+        rows = [piece.image for piece in pieces if piece.kind == "image"]
+        images = iter(self.split.image_batch(rows) if rows else ())
+        return [piece_panel(piece, images) for piece in pieces]
+
+
+def task_pieces(split: DocumentSplit, task: str, index: int) -> list[DocumentPiece]:
+    """Return the images and texts of a document that a task has.
+
+    Raises:
+        ValueError: If the task generates images.
+    """
+    row = TASKS[task]
+    if row.image == "drawn":
+        raise ValueError(f"data.tasks: {task} generates images, which a language model cannot")
+    kinds = {"answer"}
+    kinds |= {"image"} if row.image == "given" else set()
+    kinds |= {"question"} if row.has_question else set()
+    return [piece for piece in split.pieces(index) if piece.kind in kinds]
+
+
+def piece_panel(piece: DocumentPiece, images: Iterator[Tensor]) -> Panel:
+    """Return the panel of an image, which is the next of ``images``, or of a text."""
+    if piece.kind == "image":
+        return Panel(next(images), "", None)
+    if piece.kind == "question":
+        return Panel(None, piece.text, None)
+    return Panel(None, "", piece.text)
+
+
+def fitting_pieces(
+    split: DocumentSplit, task: str, form: DocumentFormat, tokenizer: Tokenizer
+) -> np.ndarray[Any, Any]:
+    """Return how many pieces of each document fit, and how many there are, ``(N, 2)`` int64.
+
+    The last piece that fits is an answer; 0 fit if the first answer does not.  The numbers are
+    cached on disk.
+    """
+    conversation = form.tokenizer(tokenizer)
+    no_pixels = torch.empty(0)
+
+    def numbers(index: int) -> tuple[int, int]:
+        pieces = task_pieces(split, task, index)
+        panels = [piece_panel(piece, repeat(no_pixels)) for piece in pieces]
+        return fitting_panels(panels, form, conversation), len(pieces)
+
+    def compute() -> np.ndarray[Any, Any]:
+        return np.array([numbers(index) for index in range(len(split))])
+
+    parts = {"kind": "pieces of documents that fit", "task": task, "format": repr(form)}
+    parts |= {"data": split.digest, "tokenizer": tokenizer.digest}
+    return cached_array(split.cache, parts=parts, compute=compute)
+
+
+def fitting_panels(
+    panels: Sequence[Panel], form: DocumentFormat, tokenizer: ConversationTokenizer
+) -> int:
+    """Return how many panels fit, up to a whole answer; 0 if the first answer does not."""
+    length, fitting = int(tokenizer.start_id is not None), 0
+    for number, panel in enumerate(panels, start=1):
+        if panel.answer is None:
+            continue
+        turns = document_turns(panels[fitting:number], form)
+        length += len(round_ids(turns, tokenizer, Template())[0])
+        if length > tokenizer.max_length:
+            break
+        fitting = number
+    return fitting
+
+
 class DocumentExamples:
     """Training documents sampled from the mixture; see ``families.interface.Examples``.
 
@@ -229,7 +407,7 @@ class DocumentExamples:
 
     def __init__(
         self,
-        entries: Sequence[tuple[MixtureEntry, Split]],
+        entries: Sequence[tuple[MixtureEntry, Split | DocumentSplit]],
         tokenizer: Tokenizer,
         document_format: DocumentFormat,
         *,
@@ -238,13 +416,19 @@ class DocumentExamples:
     ) -> None:
         self.entries, self.seed, self.scores_questions = list(entries), seed, scores_questions
         self.format, self.tokenizer = document_format, tokenizer
-        sizes = [len(split) for _, split in entries]
+        self.documents: list[EntryDocuments] = [
+            PairDocuments(entry, split)
+            if isinstance(split, Split)
+            else FileDocuments(entry, split, document_format, tokenizer)
+            for entry, split in entries
+        ]
+        sizes = [len(documents) for documents in self.documents]
         self.mixture = Mixture([entry.weight for entry, _ in entries], sizes, seed=seed)
         self.num_whole = sum(sizes)
 
     def note(self) -> str:
-        """Return one line with the numbers of pairs."""
-        return ", ".join(f"{len(split)} pairs of {entry.name}" for entry, split in self.entries)
+        """Return one line with the numbers of pairs and documents."""
+        return ", ".join(documents.note() for documents in self.documents)
 
     def batch(self, numbers: Sequence[int]) -> DocumentBatch:
         """Return the training batch of these example numbers."""
@@ -256,16 +440,16 @@ class DocumentExamples:
         return self._batch(*self.mixture.validation_entries[np.asarray(indices)].T)
 
     def _batch(self, pairs: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> DocumentBatch:
-        documents = []
-        for pair, row in zip(pairs.tolist(), rows, strict=True):
-            entry, split = self.entries[row]
-            shots = training_shots(split, pair)
-            documents.append(document_panels(split, entry.task, pair, shots=shots))
-        batch = batch_documents(documents, self.format, self.tokenizer, side="right")
+        chosen = [
+            (self.documents[row], pair) for pair, row in zip(pairs.tolist(), rows, strict=True)
+        ]
+        panels = [documents.panels(number) for documents, number in chosen]
+        batch = batch_documents(panels, self.format, self.tokenizer, side="right")
         labels = batch.labels
         if self.scores_questions:
             is_scored = batch.attention_mask.bool()
             is_scored &= batch.input_ids != self.format.image_token_id
             labels = torch.where(is_scored, batch.input_ids, IGNORE)
-        sources, examples = torch.from_numpy(rows.copy()), torch.from_numpy(pairs.copy())
+        sources = torch.from_numpy(rows.copy())
+        examples = torch.tensor([documents.index(number) for documents, number in chosen])
         return batch._replace(labels=labels, sources=sources, examples=examples)

@@ -18,7 +18,7 @@ from torch import Tensor
 from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.mixture import Mixture
 from rudolph.data.seeds import mixed_seed, shuffled_pairs, uniform_per_example
-from rudolph.data.splits import DataConfig, MixtureEntry, Split
+from rudolph.data.splits import DataConfig, MixtureEntry, Split, SplitArrays
 from rudolph.sequence.layout import SEGMENTS, SequenceLayout, Vocabulary
 from rudolph.sequence.tasks import (
     MISSING_IMAGE_CODE,
@@ -140,9 +140,9 @@ class ImageExamples:
     A training image is mirrored horizontally with probability ``flip_probability``.
     """
 
-    def __init__(self, *splits: Split, seed: int, flip_probability: float = 0.0) -> None:
+    def __init__(self, *splits: SplitArrays, seed: int, flip_probability: float = 0.0) -> None:
         self.splits, self.seed, self.flip_probability = splits, seed, flip_probability
-        self.ends = np.cumsum([len(split) for split in splits])
+        self.ends = np.cumsum([split.num_images for split in splits])
         self.num_whole = int(self.ends[-1])
 
     def batch(self, numbers: Sequence[int]) -> ImageBatch:
@@ -164,7 +164,7 @@ class ImageExamples:
         if len(self.splits) == 1:
             return self.splits[0].image_batch(indices)
         split_indices = np.searchsorted(self.ends, indices, side="right")
-        starts = self.ends - [len(split) for split in self.splits]
+        starts = self.ends - [split.num_images for split in self.splits]
         rows = [
             self.splits[split_index].image_batch([index - starts[split_index]])
             for split_index, index in zip(split_indices, indices, strict=True)

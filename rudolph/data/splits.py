@@ -3,14 +3,15 @@
 To add a dataset, write its class (see ``rudolph.data.pairs``), add it to ``DATASETS`` and add its
 config to ``DataConfig``.
 
-Shapes: N pairs, H and W pixels.
+Shapes: N pairs, M images, H and W pixels.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ from torch import Tensor
 
 from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
+from rudolph.data.datasets.document_files import (
+    ConversationsConfig,
+    DocumentDataset,
+    InterleavedConfig,
+)
 from rudolph.data.datasets.emoji import Emoji, EmojiConfig
 from rudolph.data.datasets.emoji_questions import EmojiQuestions, EmojiQuestionsConfig
 from rudolph.data.datasets.fusion_brain import FusionBrain, FusionBrainConfig
@@ -31,6 +37,7 @@ from rudolph.data.datasets.shapes import Shapes, ShapesConfig
 from rudolph.data.datasets.shapes_questions import ShapesQuestions, ShapesQuestionsConfig
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.datasets.words import Words, WordsConfig
+from rudolph.data.image_files import RowReport
 from rudolph.data.pairs import PairDataset, ReadsLazily
 from rudolph.files.constraints import Count, Fraction, NonNegativeInt, check
 from rudolph.sequence.tasks import TASKS
@@ -91,6 +98,8 @@ class DataConfig:
     paragraphs: ParagraphsConfig = field(default_factory=ParagraphsConfig)
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     fusion_brain: FusionBrainConfig = field(default_factory=FusionBrainConfig)
+    conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
+    interleaved: InterleavedConfig = field(default_factory=InterleavedConfig)
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an invalid field."""
@@ -129,7 +138,7 @@ class DataConfig:
         return list(dict.fromkeys([self.dataset, *(row.dataset for row in self.mixture)]))
 
 
-DATASETS: dict[str, Callable[..., PairDataset]] = {
+DATASETS: dict[str, Callable[..., PairDataset | DocumentDataset]] = {
     "emoji": Emoji,
     "shapes": Shapes,
     "manifest": Manifest,
@@ -141,6 +150,8 @@ DATASETS: dict[str, Callable[..., PairDataset]] = {
     "paragraphs": Paragraphs,
     "arithmetic": Arithmetic,
     "fusion_brain": FusionBrain,
+    "conversations": DocumentDataset,
+    "interleaved": DocumentDataset,
 }
 
 
@@ -156,14 +167,68 @@ def require_dataset_prefix(name: str, field: str) -> None:
         raise ValueError(f"{field} must name a dataset of {', '.join(DATASETS)}, got {dataset!r}")
 
 
-def open_dataset(config: DataConfig, split: str, dataset: str | None = None) -> PairDataset:
+def open_dataset(config: DataConfig, split: str, dataset: str | None = None) -> Any:
     """Open one split of a dataset, by default of ``config.dataset``."""
     name = dataset or config.dataset
     return DATASETS[name](getattr(config, name), split=split, image_size=config.image_size)
 
 
-class Split:
-    """One split of a dataset as arrays and lists.
+def has_documents(dataset: str) -> bool:
+    """Return whether the examples of a dataset are documents, not pairs."""
+    return DATASETS[dataset] is DocumentDataset
+
+
+class SplitArrays:
+    """The memory-mapped images and the texts of one split of a dataset.
+
+    ``images`` is ``(M, 3, H, W)`` uint8, or None if there are none.  ``report`` counts the bad
+    rows of a dataset of files.
+    """
+
+    images: np.ndarray[Any, Any] | None = None
+    report: RowReport | None = None
+
+    def __init__(self, dataset_name: str, name: str, digest: str, cache: Path) -> None:
+        self.dataset_name, self.name = dataset_name, name
+        self.digest, self.cache = digest, cache
+
+    def __len__(self) -> int:
+        """Return the number of pairs or documents."""
+        raise NotImplementedError
+
+    def texts(self) -> Iterator[str]:
+        """Yield all texts, for the training of a tokenizer."""
+        raise NotImplementedError
+
+    @property
+    def num_images(self) -> int:
+        """Return the number of images, M."""
+        return 0 if self.images is None else len(self.images)
+
+    @property
+    def has_images(self) -> bool:
+        """Return whether there are images."""
+        return self.num_images > 0
+
+    def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Return images ``(len(indices), 3, H, W)`` as float in [0, 1].
+
+        Raises:
+            ValueError: If there are no images.
+        """
+        if self.images is None:
+            raise ValueError(f"{self.dataset_name}: its pairs have no images")
+        return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
+
+    def _cached(
+        self, kind: str, compute: Callable[[], np.ndarray[Any, Any] | ArrayWriter]
+    ) -> np.ndarray[Any, Any]:
+        parts = {"dataset": self.dataset_name, "data": self.digest, "kind": kind}
+        return cached_array(self.cache, parts=parts, compute=compute)
+
+
+class Split(SplitArrays):
+    """One split of a dataset of pairs as arrays and lists.
 
     ``keys``, ``captions`` and ``questions`` are sequences of N strings; the question is empty if a
     pair has none.  Images are decoded once into a cached array, unless the dataset reads lazily.
@@ -172,23 +237,25 @@ class Split:
     keys: Sequence[str]
     captions: Sequence[str]
     questions: Sequence[str]
+    num_lazy_images = 0
 
     def __init__(
         self, config: DataConfig, split: str, cache: Path, *, dataset: str | None = None
     ) -> None:
-        self.dataset_name = dataset or config.dataset
-        self.dataset = open_dataset(config, split, self.dataset_name)
-        self.name, self.cache = split, cache
+        name = dataset or config.dataset
+        self.dataset: PairDataset = open_dataset(config, split, name)
+        super().__init__(name, split, self.dataset.digest, cache)
+        if isinstance(self.dataset, Manifest):
+            self.report = self.dataset.report
         # Texts read while decoding the images, so that no pair is loaded twice.
         self.cached_texts: list[tuple[str, str, str]] = []
-        self.digest = self.dataset.digest
-        self.has_images = self.dataset[0].image is not None
-        self.images: np.ndarray[Any, Any] | None = None
+        shows_image = self.dataset[0].image is not None
         if isinstance(self.dataset, ReadsLazily):
+            self.num_lazy_images = len(self.dataset) if shows_image else 0
             columns = (self.dataset.texts(name) for name in ("key", "caption", "question"))
             self.keys, self.captions, self.questions = columns
             return
-        if self.has_images:
+        if shows_image:
             self.images = self._cached("images", self._images)
         texts = json.loads(self._cached("texts as JSON", self._texts).tobytes())
         self.keys, self.captions, self.questions = (list(column) for column in texts)
@@ -197,11 +264,24 @@ class Split:
         """Return the number of pairs."""
         return len(self.captions)
 
-    def _cached(
-        self, kind: str, compute: Callable[[], np.ndarray[Any, Any] | ArrayWriter]
-    ) -> np.ndarray[Any, Any]:
-        parts = {"dataset": self.dataset_name, "data": self.digest, "kind": kind}
-        return cached_array(self.cache, parts=parts, compute=compute)
+    def texts(self) -> Iterator[str]:
+        """Yield all captions, then all questions."""
+        yield from filter(None, chain(self.captions, self.questions))
+
+    @property
+    def num_images(self) -> int:
+        """Return the number of images, which is that of the pairs, or 0."""
+        return self.num_lazy_images or super().num_images
+
+    def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+        """Return images ``(len(indices), 3, H, W)`` as float in [0, 1].
+
+        Raises:
+            ValueError: If the pairs have no images.
+        """
+        if isinstance(self.dataset, ReadsLazily):
+            return torch.from_numpy(self.dataset.images(indices)).float() / 255
+        return super().image_batch(indices)
 
     def _images(self) -> ArrayWriter:
         """Return the images as rows; writing them also collects the texts of the pairs."""
@@ -227,7 +307,7 @@ class Split:
 
     @cached_property
     def image_ids(self) -> np.ndarray[Any, Any]:
-        """Return an image number ``(N,)`` for every pair; equal images have equal numbers.
+        """Return an image number for every pair, ``(N,)``, equal where images are equal.
 
         Each pair without an image has a number of its own.
         """
@@ -248,10 +328,7 @@ class Split:
         return np.asarray(self.image_ids[np.asarray(indices)])
 
     def all_captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Return, for each pair, all captions that the split has for its image.
-
-        The pair's own caption comes first.
-        """
+        """Return all captions in the split of each pair's image, the pair's own caption first."""
         clusters = self.clusters(range(len(self))).tolist()
         members: dict[int, list[str]] = {}
         for cluster, caption in zip(clusters, self.captions, strict=True):
@@ -261,17 +338,75 @@ class Split:
             for index in indices
         ]
 
-    def image_batch(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Return images ``(len(indices), 3, H, W)`` as float in [0, 1].
 
-        Raises:
-            ValueError: If the pairs have no images.
-        """
-        if isinstance(self.dataset, ReadsLazily):
-            return torch.from_numpy(self.dataset.images(indices)).float() / 255
-        if self.images is None:
-            raise ValueError(f"{self.dataset_name}: its pairs have no images")
-        return torch.from_numpy(self.images[np.asarray(indices)]).float() / 255
+class DocumentPiece(NamedTuple):
+    """An image or a text of a document in a split.
+
+    Attributes:
+        kind: ``image``, ``question`` or ``answer``, see ``DocumentPart``.
+        text: The text; "" for an image.
+        image: Row in ``images``; -1 for a text.
+    """
+
+    kind: str
+    text: str
+    image: int = -1
+
+
+class DocumentSplit(SplitArrays):
+    """One split of a dataset of documents as arrays.
+
+    ``images`` is ``(M, 3, H, W)`` uint8, with different images in the order of first use.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: str, cache: Path, *, dataset: str | None = None
+    ) -> None:
+        name = dataset or config.dataset
+        # The files stay open only until the arrays are there, so workers need none of them.
+        documents: DocumentDataset = open_dataset(config, split, name)
+        super().__init__(name, split, documents.digest, cache)
+        self.report = documents.report
+        if documents.image_rows:
+            self.images = self._cached("images", partial(_square_images, documents))
+        self.lines = self._cached("documents as JSON lines", partial(_json_lines, documents))
+        self.ends = self._cached(
+            "ends of documents", lambda: np.flatnonzero(self.lines == ord("\n"))
+        )
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.ends)
+
+    def pieces(self, index: int) -> list[DocumentPiece]:
+        """Return the images and texts of the document at ``index`` in order."""
+        start = self.ends[index - 1] + 1 if index else 0
+        line = self.lines[start : self.ends[index]].tobytes()
+        return [DocumentPiece(*piece) for piece in json.loads(line)]
+
+    def texts(self) -> Iterator[str]:
+        """Yield all questions and answers."""
+        for index in range(len(self)):
+            yield from (piece.text for piece in self.pieces(index) if piece.text)
+
+
+def _square_images(documents: DocumentDataset) -> ArrayWriter:
+    size = documents.image_size
+    rows = (np.asarray(image).transpose(2, 0, 1) for image in documents.images())
+    return ArrayWriter((len(documents.image_rows), 3, size, size), np.dtype(np.uint8), rows)
+
+
+def _json_lines(documents: DocumentDataset) -> np.ndarray[Any, Any]:
+    """Return the pieces of all documents as JSON bytes, about as large as the texts."""
+    lines = []
+    for index in range(len(documents)):
+        rows = iter(documents.rows_of_images(index))
+        pieces = [
+            (part.kind, "", next(rows)) if part.kind == "image" else (part.kind, part.value)
+            for part in documents[index].parts
+        ]
+        lines.append(json.dumps(pieces).encode() + b"\n")
+    return np.frombuffer(b"".join(lines), dtype=np.uint8)
 
 
 class Splits:
@@ -279,29 +414,38 @@ class Splits:
 
     def __init__(self, config: DataConfig, cache: Path) -> None:
         self.config, self.cache = config, cache
-        self.opened: dict[tuple[str, str], Split] = {}
+        self.opened: dict[tuple[str, str], Split | DocumentSplit] = {}
 
-    def __call__(self, name: str, dataset: str | None = None) -> Split:
-        """Return a split of a dataset, by default of the main one."""
+    def open(self, name: str, dataset: str | None = None) -> Split | DocumentSplit:
+        """Return a split of pairs or of documents, by default of the main dataset."""
         key = (dataset or self.config.dataset, name)
         if key not in self.opened:
-            self.opened[key] = Split(self.config, name, self.cache, dataset=key[0])
+            kind = DocumentSplit if has_documents(key[0]) else Split
+            self.opened[key] = kind(self.config, name, self.cache, dataset=key[0])
         return self.opened[key]
 
-    def all(self, name: str) -> list[Split]:
-        """Return the split ``name`` of every dataset of the mixture, the main one first."""
-        return [self(name, dataset) for dataset in self.config.datasets]
+    def __call__(self, name: str, dataset: str | None = None) -> Split:
+        """Return a split of pairs, by default of the main dataset.
 
-    def with_images(self, name: str) -> list[Split]:
-        """Return the split ``name`` of every dataset whose pairs have images."""
+        Raises:
+            ValueError: If the dataset has documents.
+        """
+        split = self.open(name, dataset)
+        if not isinstance(split, Split):
+            raise ValueError(f"{split.dataset_name}: expected pairs, got a dataset of documents")
+        return split
+
+    def all(self, name: str) -> list[Split | DocumentSplit]:
+        """Return the split ``name`` of every dataset of the mixture, the main one first."""
+        return [self.open(name, dataset) for dataset in self.config.datasets]
+
+    def with_images(self, name: str) -> list[SplitArrays]:
+        """Return the split ``name`` of every dataset that has images."""
         return [split for split in self.all(name) if split.has_images]
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return the digests of the opened splits.
-
-        The key is ``data.SPLIT`` for the main dataset and ``data.SPLIT.DATASET`` for any other.
-        """
+        """Return the digests of opened splits, by ``data.split`` or ``data.split.dataset``."""
         return {
             f"data.{name}" if dataset == self.config.dataset else f"data.{name}.{dataset}": (
                 split.digest

@@ -26,7 +26,7 @@ from rudolph.data.documents import (
     prompt_panels,
 )
 from rudolph.data.seeds import mixed_seed
-from rudolph.data.splits import Splits
+from rudolph.data.splits import Splits, has_documents
 from rudolph.families.interface import (
     Capabilities,
     ModelSection,
@@ -350,6 +350,11 @@ class DocumentFamily:
                     f"data.tasks.{entry.name}: expected a task with images, since model.trained "
                     f"{run.model.trained} leaves the language model as it is"
                 )
+            if has_documents(entry.dataset) and run.model.question_first:
+                raise ValueError(
+                    "model.question_first: expected false, since the files of "
+                    f"{entry.dataset} give the order, got true"
+                )
         self.check_unused(run)
         with errors_under("model"), meta_device():
             self.empty(run)
@@ -403,7 +408,7 @@ class DocumentFamily:
         """Return the documents of the data mixture in a split."""
         assert parts.tokenizer is not None
         return DocumentExamples(
-            [(entry, splits(name, entry.dataset)) for entry in run.data.mixture],
+            [(entry, splits.open(name, entry.dataset)) for entry in run.data.mixture],
             parts.tokenizer,
             self.document_format(run),
             seed=run.seed,

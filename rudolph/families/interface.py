@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rudolph.data.documents import Panel
-from rudolph.data.splits import DataConfig, Split, Splits
+from rudolph.data.splits import DataConfig, SplitArrays, Splits
 from rudolph.generation.answering import OnToken
 from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.generation.pipeline import Pipeline
@@ -116,7 +116,7 @@ class Parts:
 
     tokenizer: Tokenizer | None = None
     vqgan: VQGAN | None = None
-    image_indices: Callable[[Split], np.ndarray[Any, Any]] | None = None
+    image_indices: Callable[[SplitArrays], np.ndarray[Any, Any]] | None = None
     models: Mapping[str, nn.Module] = field(default_factory=dict)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from rudolph.config.run import RunConfig, digest_of, to_plain
 from rudolph.data.seeds import grid_seeds
-from rudolph.data.splits import DataConfig, Split, Splits
+from rudolph.data.splits import DataConfig, Split, SplitArrays, Splits, has_documents
 from rudolph.evaluation.context import ignore_notes
 from rudolph.families.interface import Capabilities
 from rudolph.files.atomic import rename_damaged, warn_once
@@ -134,12 +134,16 @@ def save_once(
 
 
 def shown_datasets(config: DataConfig) -> dict[str, str]:
-    """Return, for each task in ``SHOWN_TASKS``, the dataset whose images are shown.
+    """Return, for each task in ``SHOWN_TASKS``, the dataset of pairs whose images are shown.
 
     The main dataset takes precedence over the other datasets of the mixture.
     """
     rows = sorted(config.mixture, key=lambda row: row.dataset == config.dataset)
-    return {row.task: row.dataset for row in rows if row.task in SHOWN_TASKS}
+    return {
+        row.task: row.dataset
+        for row in rows
+        if row.task in SHOWN_TASKS and not has_documents(row.dataset)
+    }
 
 
 def save_texts(execution: Execution, model: Capabilities, task: str, split: Split) -> None:
@@ -214,10 +218,13 @@ def generate_prompts(
         image_grids.sample_grid(to_bytes(images), labels, path, columns=grid_columns(num_samples))
 
 
-def _evenly_spaced(split: Split, num_splits: int = 1) -> list[int]:
-    """Return evenly spaced indices of one of ``num_splits`` splits, in all ``NUM_SHOWN``."""
-    count = min(NUM_SHOWN // num_splits, len(split))
-    return [index * len(split) // count for index in range(count)]
+def _evenly_spaced(split: SplitArrays, num_splits: int = 1) -> list[int]:
+    """Return evenly spaced indices of the images of one of ``num_splits`` splits.
+
+    The splits have ``NUM_SHOWN`` images in all.
+    """
+    count = min(NUM_SHOWN // num_splits, split.num_images)
+    return [index * split.num_images // count for index in range(count)]
 
 
 def to_bytes(images: torch.Tensor) -> list[np.ndarray[Any, Any]]:

@@ -15,7 +15,7 @@ from rudolph.config.run import digest_of, to_plain
 from rudolph.data.cache import ArrayWriter, cached_array
 from rudolph.data.examples import ImageExamples
 from rudolph.data.seeds import mixed_seed
-from rudolph.data.splits import Split, Splits
+from rudolph.data.splits import SplitArrays, Splits
 from rudolph.models.vqgan.model import VQGAN
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution
@@ -77,7 +77,7 @@ def named_vqgan(execution: Execution, source: str) -> VQGAN:
 
 
 def train_vqgan(
-    execution: Execution, model: VQGAN, splits: dict[str, list[Split]], weights: Path
+    execution: Execution, model: VQGAN, splits: dict[str, list[SplitArrays]], weights: Path
 ) -> None:
     """Train a VQ-GAN on the images of the training splits and write ``weights``."""
     config = execution.config
@@ -102,7 +102,7 @@ def train_vqgan(
         )
 
 
-def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarray[Any, Any]:
+def image_indices(execution: Execution, vqgan: VQGAN, split: SplitArrays) -> np.ndarray[Any, Any]:
     """Return the image indices ``(N, I)`` of all images of a split, cached on disk.
 
     With ``data.num_code_samples`` S, the training split has S sampled encodings: ``(N, S, I)``.
@@ -121,17 +121,18 @@ def image_indices(execution: Execution, vqgan: VQGAN, split: Split) -> np.ndarra
     def batches() -> Iterator[np.ndarray[Any, Any]]:
         vqgan.to(device)
         with execution.stage(f"indices of {split.dataset_name} {split.name}") as advance:
-            for first in range(0, len(split), 256):
-                advance(first, len(split), "")
-                images = split.image_batch(range(first, min(first + 256, len(split))))
+            number = split.num_images
+            for first in range(0, number, 256):
+                advance(first, number, "")
+                images = split.image_batch(range(first, min(first + 256, number)))
                 yield encode(images.to(device), first).to("cpu", torch.int32).numpy()
-            advance(len(split), len(split), "")
+            advance(number, number, "")
 
     def compute() -> ArrayWriter:
         own = batches()
         start = next(own)
         rows = chain(start, chain.from_iterable(own))
-        return ArrayWriter((len(split), *start.shape[1:]), start.dtype, rows)
+        return ArrayWriter((split.num_images, *start.shape[1:]), start.dtype, rows)
 
     parts = {"kind": "image_indices", "data": split.digest, "vqgan": weights_digest(vqgan)}
     if num_samples:

@@ -1,12 +1,12 @@
 """The data of a run and its text tokenizer, loaded, cached or trained."""
 
 import os
-from itertools import chain
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rudolph.config.run import digest_of
-from rudolph.data.datasets.manifests import Manifest
-from rudolph.data.splits import Split, Splits
+from rudolph.data.splits import DocumentSplit, Split, Splits, has_documents
 from rudolph.files.atomic import rename_damaged, warn_once
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import find_tokenizer
@@ -24,23 +24,24 @@ def open_data(execution: Execution, splits: Splits, *, has_tokenizer: bool) -> T
     """
     datasets = splits.config.datasets
     with execution.stage("data") as advance:
-        num_pairs = 0
+        numbers = Counter[str]()
         for done, dataset in enumerate(datasets):
             advance(done, len(datasets), dataset)
-            num_pairs += len(splits("train", dataset))
-            splits("validation", dataset)
-        tokenizer, note = None, f"{num_pairs} pairs"
+            unit = "documents" if has_documents(dataset) else "pairs"
+            numbers[unit] += len(splits.open("train", dataset))
+            splits.open("validation", dataset)
+        tokenizer, note = None, ", ".join(f"{count} {unit}" for unit, count in numbers.items())
         if has_tokenizer:
             tokenizer = make_tokenizer(execution, splits.all("train"))
             note += f", {tokenizer.vocab_size} BPE ids"
-        main = splits("train").dataset
-        if isinstance(main, Manifest):
-            note += f", {main.report.num_rows - main.report.num_kept} bad rows skipped"
+        report = splits.open("train").report
+        if report is not None:
+            note += f", {report.num_skipped} bad rows skipped"
         advance(len(datasets), len(datasets), note)
     return tokenizer
 
 
-def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
+def make_tokenizer(execution: Execution, train: Sequence[Split | DocumentSplit]) -> Tokenizer:
     """Return the tokenizer of ``tokenizer.path``, or one trained on all training texts.
 
     Raises:
@@ -56,11 +57,12 @@ def make_tokenizer(execution: Execution, train: list[Split]) -> Tokenizer:
                 f"{config.tokenizer.path}, got {size}"
             )
         return tokenizer
-    texts = (text for split in train for text in chain(split.captions, split.questions) if text)
+    texts = (text for split in train for text in split.texts())
     # Tokenizers trained on captions only have an older form of digest, which must not change.
-    has_captions_only = len(train) == 1 and not any(train[0].questions)
+    first = train[0]
+    has_captions_only = len(train) == 1 and isinstance(first, Split) and not any(first.questions)
     texts_digest = (
-        train[0].digest if has_captions_only else ["texts", *(split.digest for split in train)]
+        first.digest if has_captions_only else ["texts", *(split.digest for split in train)]
     )
     path = cache / f"tokenizer-{digest_of([size, texts_digest])[:16]}.model"
     if os.path.lexists(path):
