@@ -1,12 +1,15 @@
-"""Commands for datasets: data emoji, emoji-names, manifest, pack, verify, fusion-brain."""
+"""Commands for datasets: emoji, manifest, pack, verify, documents, fusion-brain."""
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rudolph.runs.console import stage_progress
 
+# Layouts of ``data documents``; the help must not import their readers.
+LAYOUT_NAMES = ("llava", "mmc4", "obelics")
 # A table with a larger fraction of bad rows is an error, unless --max-bad-fraction allows it.
 MAX_BAD_FRACTION = 0.5
 
@@ -35,6 +38,7 @@ def add_data(commands: Any) -> None:
     )
     manifest.set_defaults(command=inspect_manifest)
     add_packing(kinds)
+    add_documents(kinds)
     brain = kinds.add_parser("fusion-brain", help="score answers as Fusion Brain Challenge 2 does")
     brain.add_argument("task", choices=("text_qa", "math_qa", "visual_qa", "text_recognition"))
     for name in ("questions", "truths", "answers"):
@@ -78,6 +82,27 @@ def columns_of(args: Any) -> dict[str, str]:
     """Return the settings of a table that ``add_columns`` parsed."""
     keys = ("image_column", "caption_column", "question_column", "answers")
     return {name: getattr(args, name) for name in keys if getattr(args, name) is not None}
+
+
+def add_documents(kinds: Any) -> None:
+    """Add the parser of ``rudolph data documents``."""
+    documents = kinds.add_parser(
+        "documents", help="check files of documents, report their contents, write them again"
+    )
+    documents.add_argument("path", type=str, help="a file, or a folder of files")
+    documents.add_argument("--layout", choices=LAYOUT_NAMES, required=True)
+    documents.add_argument("--images", metavar="FOLDER", help="folder of the image paths")
+    documents.add_argument("--max-images", type=int, metavar="N", help="cut before image N + 1")
+    documents.add_argument(
+        "--drop-bad-images", action="store_true", help="leave out bad images of mmc4 and obelics"
+    )
+    documents.add_argument("--image-size", type=int, default=256)
+    documents.add_argument("--max-bad-fraction", type=float, default=MAX_BAD_FRACTION)
+    documents.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the usable documents, paths unchanged"
+    )
+    documents.add_argument("--as", dest="write_layout", choices=LAYOUT_NAMES)
+    documents.set_defaults(command=inspect_documents)
 
 
 def build_emoji(args: Any) -> int:
@@ -124,10 +149,7 @@ def inspect_manifest(args: Any) -> int:
             progress=lambda done, total: progress("images", done, total, ""),
         )
     print(report.summary())
-    splits = Counter(split_of_image(entry.sha256) for entry in entries)
-    print(", ".join(f"{name}: {splits[name]}" for name in ("train", "validation", "test")))
-    # The report must appear above an error message about the table.
-    sys.stdout.flush()
+    print_splits(split_of_image(entry.sha256) for entry in entries)
     if is_strict:
         report.require_closed_quotes(str(table))
     report.require_usable(str(table), max_bad_fraction=max_bad_fraction)
@@ -176,6 +198,45 @@ def verify_shards(args: Any) -> int:
     num_rows = sum(shard.rows for shards in splits.values() for shard in shards)
     print(f"{total} shards of {num_rows} pairs: {len(faults)} damaged")
     return 1 if faults else 0
+
+
+def inspect_documents(args: Any) -> int:
+    """Run ``rudolph data documents`` and return the exit code.
+
+    Raises:
+        ValueError: If too many rows are bad, a flag does not suit the layout, or a document cannot
+            be written in another one.
+    """
+    from rudolph.data.datasets.document_files import document_config, examine_documents
+    from rudolph.data.datasets.document_layouts import write_documents
+
+    if args.drop_bad_images and args.layout == "llava":
+        raise ValueError("--drop-bad-images: expected layout mmc4 or obelics, got llava")
+    keys = ["path", "images", "max_images", "max_bad_fraction"]
+    keys += ["drop_bad_images"] * args.drop_bad_images
+    config = document_config(args.layout, **{name: getattr(args, name) for name in keys})
+    with stage_progress() as progress:
+        examined = examine_documents(
+            config,
+            image_size=args.image_size,
+            progress=lambda done, total: progress("documents", done, total, ""),
+        )
+    print(examined.report.summary())
+    print_splits(entry.split for entry in examined.entries)
+    examined.report.require_usable(args.path, max_bad_fraction=args.max_bad_fraction)
+    if args.write is not None:
+        documents = (examined.document(entry, config) for entry in examined.entries)
+        write_documents(args.write, documents, args.write_layout or args.layout)
+        print(f"{args.write}: {len(examined.entries)} documents")
+    return 0
+
+
+def print_splits(names: Iterable[str]) -> None:
+    """Print how many examples each split has."""
+    splits = Counter(names)
+    print(", ".join(f"{name}: {splits[name]}" for name in ("train", "validation", "test")))
+    # The report must appear above an error message about the table.
+    sys.stdout.flush()
 
 
 def score_fusion_brain(args: Any) -> int:
