@@ -241,7 +241,7 @@ def test_a_mutated_file_gets_one_line_with_file_and_key(tmp_path: Path, number: 
         (
             "data.dataset",
             "emojis",
-            "fusion_brain, got 'emojis'; did you mean emoji?",
+            "interleaved, got 'emojis'; did you mean emoji?",
         ),
         ("model.layer_masks", ["colum"], "did you mean column?"),
         ("sampling.image.top_k", 0, "sampling.image.top_k must be at least 1 or null, got 0"),

@@ -519,6 +519,10 @@ def test_the_command_reports_and_writes_documents(
     written = read_all(InterleavedConfig(str(target)))
     expected = [part.value for part in parsed("mmc4", MMC4).parts]
     assert [[part.value for part in document.parts] for document in written] == [expected] * 2
+    flags = ["--layout", "llava", "--drop-bad-images"]
+    assert main(["data", "documents", str(source), *flags]) == 2
+    message = "rudolph: --drop-bad-images: expected layout mmc4 or obelics, got llava\n"
+    assert capsys.readouterr().err == message
     assert main([*command, "--max-bad-fraction", "0.1"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith(f"rudolph: {source}: 1 of 3 rows are bad (33.3%)")
