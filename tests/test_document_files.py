@@ -192,6 +192,33 @@ def test_the_row_of_a_document_is_parsed_to_the_same_document(layout: str, data:
     assert parsed(layout, json.loads(json.dumps(row))) == document
 
 
+KEYS = "from value image_name matched_text_index matched_sim url a"
+SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats()
+WORDS_OF_FILES = st.sampled_from(["human", "gpt", "<image>", "0.png", "", "\0", "\ud83d", "{"])
+ANYTHING = st.recursive(
+    SCALARS | WORDS_OF_FILES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_row_is_a_document_with_a_text_or_rejected(layout: str, data: Any) -> None:
+    columns = DOCUMENT_LAYOUTS[layout].columns
+    row = data.draw(st.dictionaries(st.sampled_from(columns), ANYTHING, min_size=1))
+    try:
+        document = parsed(layout, row)
+    except RejectedError as rejected:
+        assert rejected.reason and "\n" not in rejected.reason
+    else:
+        assert any(part.kind == "answer" and part.value.strip() for part in document.parts)
+
+
 @pytest.mark.parametrize(("layout", "suffix"), FORMATS)
 def test_written_documents_are_read_back(layout: str, suffix: str, tmp_path: Path) -> None:
     write_images(tmp_path, 3)

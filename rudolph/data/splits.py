@@ -405,7 +405,7 @@ def _json_lines(documents: DocumentDataset) -> np.ndarray[Any, Any]:
             (part.kind, "", next(rows)) if part.kind == "image" else (part.kind, part.value)
             for part in documents[index].parts
         ]
-        lines.append(json.dumps(pieces).encode() + b"\n")
+        lines.append(json.dumps(pieces, ensure_ascii=False).encode() + b"\n")
     return np.frombuffer(b"".join(lines), dtype=np.uint8)
 
 

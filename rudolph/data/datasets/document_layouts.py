@@ -191,6 +191,9 @@ def similarity_of(value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RejectedError("matched_sim is no number")
+    # NaN compares as false, and larger integers may have no float.
+    if not abs(value) < 1e9:
+        raise RejectedError("matched_sim is no number")
     return float(value)
 
 
