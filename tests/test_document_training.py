@@ -114,8 +114,7 @@ def test_a_long_document_is_cut_after_an_answer_and_counted(tmp_path: Path) -> N
     form = DocumentFormat(120, 3, 12)
     made = examples(conversations(tmp_path, rows), tmp_path / "cache", form)
     assert made.note() == (
-        "2 documents of question_answering (1 cut after the last answer that fits, "
-        "1 left out because none fits)"
+        "2 documents of question_answering (1 cut after an answer, 1 left out as too long)"
     )
     batch = made.whole(range(made.num_whole))
     assert batch.examples.tolist() == [0, 1]

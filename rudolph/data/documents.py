@@ -313,8 +313,8 @@ class FileDocuments:
         num_cut = int((self.fitting < self.num_pieces)[self.usable].sum())
         num_left_out = len(self.split) - len(self.usable)
         return (
-            f"{len(self.usable)} documents of {self.entry.name} ({num_cut} cut after the last "
-            f"answer that fits, {num_left_out} left out because none fits)"
+            f"{len(self.usable)} documents of {self.entry.name} ({num_cut} cut after an answer, "
+            f"{num_left_out} left out as too long)"
         )
 
     def index(self, number: int) -> int:
