@@ -249,9 +249,9 @@ class Split(SplitArrays):
             self.report = self.dataset.report
         # Texts read while decoding the images, so that no pair is loaded twice.
         self.cached_texts: list[tuple[str, str, str]] = []
-        shows_image = self.dataset[0].image is not None
+        shows_image, num_pairs = self.dataset[0].image is not None, len(self.dataset)
         if isinstance(self.dataset, ReadsLazily):
-            self.num_lazy_images = len(self.dataset) if shows_image else 0
+            self.num_lazy_images = num_pairs if shows_image else 0
             columns = (self.dataset.texts(name) for name in ("key", "caption", "question"))
             self.keys, self.captions, self.questions = columns
             return
