@@ -44,6 +44,7 @@ def test_each_family_has_its_section_and_needs_known_parts() -> None:
     for name in CAPABILITIES:
         arguments = {"generate_image": ([""],), "generate_text": ("",), "embed_image": (None,)}
         arguments |= {"loglikelihood": ("", []), "embed_text": ([],)}
+        arguments |= {"generate_text_after_shots": ("", [])}
         arguments |= {"loglikelihood_after_shots": ("", [], []), "count_operations": ("", [])}
         keywords = {} if not name.startswith("generate") else {"config": None, "seeds": []}
         with pytest.raises(NotImplementedError):

@@ -197,9 +197,28 @@ def test_loglikelihoods_are_those_of_single_rows(
     capabilities.batch_size = 8
     batch = capabilities.loglikelihood("question_answering", CHOICES, **arguments)
     torch.testing.assert_close(single, batch, rtol=1e-4, atol=1e-4)
-    assert numbers == [(0, 3), (1, 3), (1, 3), (2, 3), (2, 3), (3, 3)]
+    assert numbers == [(1, 3), (2, 3), (3, 3)]
     assert batch[1, 0].item() == pytest.approx(scores[1, 0].item(), abs=1e-4)
     assert abs(batch[0, 0].item() - scores[0, 0].item()) > 1e-3
+
+
+def test_a_prompt_is_read_once_for_all_its_choices(
+    capabilities: HuggingFaceCapabilities, images: Tensor
+) -> None:
+    encoded: list[int] = []
+    tower = capabilities.model.get_submodule("model.vision_tower")
+    hook = tower.register_forward_hook(
+        lambda module, inputs, output: encoded.append(len(output.last_hidden_state))
+    )
+    capabilities.loglikelihood_after_shots(
+        "question_answering",
+        [["да", "нет", "круг", "синий круг"]] * 3,
+        shots_of(images),
+        images=images,
+        questions=QUESTIONS,
+    )
+    hook.remove()
+    assert encoded == [3, 1, 2]
 
 
 def greedy_text(capabilities: HuggingFaceCapabilities, panels: list[Panel]) -> str:
@@ -227,6 +246,20 @@ def test_greedy_texts_are_those_of_a_plain_loop(
     ]
     assert texts == [greedy_text(capabilities, document).strip() for document in documents]
     assert len(set(texts)) > 1 and all(texts)
+    shots = shots_of(images)
+    after_shots = capabilities.generate_text_after_shots(
+        "question_answering",
+        shots,
+        config=TokenSamplingConfig(top_k=1),
+        seeds=[1, 2, 3],
+        images=images,
+        questions=QUESTIONS,
+    )
+    assert after_shots == [
+        greedy_text(capabilities, [*shown, *document]).strip()
+        for shown, document in zip(shots, documents, strict=True)
+    ]
+    assert after_shots[0] != texts[0] and after_shots[1] == texts[1]
 
 
 def test_a_sampled_text_depends_on_its_seed_alone(

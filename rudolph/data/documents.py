@@ -106,13 +106,17 @@ class DocumentBatch(NamedTuple):
 
 
 def prompt_panels(
-    task: str, number: int, *, images: Tensor | None, questions: Sequence[str] | None
+    task: str,
+    shots: Sequence[Sequence[Panel]],
+    *,
+    images: Tensor | None,
+    questions: Sequence[str] | None,
 ) -> list[list[Panel]]:
-    """Return the prompt of each document of a task: one panel without an answer.
+    """Return the prompt of each document of a task: its shots and one panel without an answer.
 
     Args:
         task: A name in ``TASKS``.
-        number: Number of documents.
+        shots: The answered panels of each document, an empty list for none.
         images: ``(B, 3, H, W)`` in [0, 1] if the task has images.
         questions: One per document if the task has questions.
 
@@ -129,13 +133,14 @@ def prompt_panels(
             raise ValueError(f"{task}: expected {expected}, got {got}")
     return [
         [
+            *shown,
             Panel(
                 None if images is None else images[index],
                 "" if questions is None else questions[index],
                 None,
-            )
+            ),
         ]
-        for index in range(number)
+        for index, shown in enumerate(shots)
     ]
 
 

@@ -141,7 +141,31 @@ class EmbeddingReader:
 
 
 class AnswerCapabilities(Capabilities):
-    """Capabilities of a model that scores choices after any number of shots, including none."""
+    """Capabilities of a model that answers after shots, and so also after none."""
+
+    def generate_text(
+        self,
+        task: str,
+        *,
+        config: TokenSamplingConfig,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        allowed_characters: str | None = None,
+        missing_image: TokenSamplingConfig | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[str]:
+        """Generate one text per seed; see ``Capabilities.generate_text``."""
+        return self.generate_text_after_shots(
+            task,
+            no_shots(len(seeds)),
+            config=config,
+            seeds=seeds,
+            images=images,
+            questions=questions,
+            allowed_characters=allowed_characters,
+            on_token=on_token,
+        )
 
     def loglikelihood(
         self,
@@ -153,10 +177,19 @@ class AnswerCapabilities(Capabilities):
         on_batch: OnToken | None = None,
     ) -> Tensor:
         """Compute the log-likelihood ``(B, C)`` in nats of each choice as the text of a task."""
-        no_shots: list[list[Panel]] = [[] for _ in choices]
         return self.loglikelihood_after_shots(
-            task, choices, no_shots, images=images, questions=questions, on_batch=on_batch
+            task,
+            choices,
+            no_shots(len(choices)),
+            images=images,
+            questions=questions,
+            on_batch=on_batch,
         )
+
+
+def no_shots(number: int) -> list[list[Panel]]:
+    """Return the shots of a number of documents without shots."""
+    return [[] for _ in range(number)]
 
 
 class DocumentCapabilities(AnswerCapabilities):
@@ -187,20 +220,20 @@ class DocumentCapabilities(AnswerCapabilities):
         self.tokenizer, self.format = tokenizer, document_format
         self.device, self.max_new_tokens, self.batch_size = device, max_new_tokens, batch_size
 
-    def generate_text(
+    def generate_text_after_shots(
         self,
         task: str,
+        shots: Sequence[Sequence[Panel]],
         *,
         config: TokenSamplingConfig,
         seeds: Sequence[int],
         images: Tensor | None = None,
         questions: Sequence[str] | None = None,
         allowed_characters: str | None = None,
-        missing_image: TokenSamplingConfig | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
-        """Generate one text per seed; see ``Capabilities.generate_text``."""
-        prompts = prompt_panels(task, len(seeds), images=images, questions=questions)
+        """Generate one text per seed, each after some shots."""
+        prompts = prompt_panels(task, shots, images=images, questions=questions)
         allowed = self.allowed_ids(allowed_characters)
         texts: list[str] = []
         for rows in self.batches(prompts):
@@ -228,15 +261,14 @@ class DocumentCapabilities(AnswerCapabilities):
         on_batch: OnToken | None = None,
     ) -> Tensor:
         """Compute the log-likelihood ``(B, C)`` in nats of each choice after the given shots."""
-        prompts = prompt_panels(task, len(choices), images=images, questions=questions)
-        documents = [[*shown, *prompt] for shown, prompt in zip(shots, prompts, strict=True)]
+        prompts = prompt_panels(task, shots, images=images, questions=questions)
         ids = [[[*self.tokenizer.encode(text), EOS] for text in row] for row in choices]
         scores = []
-        for rows in self.batches(documents, copies=count_choices(choices)):
-            batch = self.documents(documents[rows])
+        for rows in self.batches(prompts, copies=count_choices(choices)):
+            batch = self.documents(prompts[rows])
             scores.append(score_document_choices(self.reader, batch, ids[rows]).cpu())
             if on_batch is not None:
-                on_batch(min(rows.stop, len(documents)), len(documents))
+                on_batch(min(rows.stop, len(prompts)), len(prompts))
         return torch.cat(scores)
 
     def count_operations(
@@ -248,7 +280,8 @@ class DocumentCapabilities(AnswerCapabilities):
         questions: Sequence[str] | None = None,
     ) -> tuple[float, float]:
         """Count the operations per example; see ``Capabilities.count_operations``."""
-        prompts = prompt_panels(task, len(answers), images=images, questions=questions)
+        shots = no_shots(len(answers))
+        prompts = prompt_panels(task, shots, images=images, questions=questions)
         answered = [
             [panel._replace(answer=answer) for panel in prompt]
             for prompt, answer in zip(prompts, answers, strict=True)

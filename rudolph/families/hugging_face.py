@@ -12,7 +12,9 @@ Shapes: B texts, C choices, T positions, S tokens of a choice, N new tokens, V v
 pixels.
 """
 
+import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rudolph.data.documents import Panel, prompt_panels
 from rudolph.families.documents import AnswerCapabilities
@@ -74,7 +77,7 @@ class HuggingFaceCapabilities(AnswerCapabilities):
         processor: Its processor, with ``image_processor`` and ``tokenizer``.
         name: Name for messages.
         max_new_tokens: Maximum number of tokens of a generated answer.
-        batch_size: Texts per batch.
+        batch_size: Texts, or choices of one text, per batch.
 
     Raises:
         ValueError: If there is neither a chat template nor an image token, or no ``eos_token_id``.
@@ -103,25 +106,28 @@ class HuggingFaceCapabilities(AnswerCapabilities):
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.end_ids[0])
         self.separator = self._separator()
         self.allowed_ids = lru_cache(self._allowed_ids)
+        # Releases of transformers differ in the name.
+        has_cache = "cache" in inspect.signature(model.forward).parameters
+        self.cache_argument = "cache" if has_cache else "past_key_values"
 
-    def generate_text(
+    def generate_text_after_shots(
         self,
         task: str,
+        shots: Sequence[Sequence[Panel]],
         *,
         config: TokenSamplingConfig,
         seeds: Sequence[int],
         images: Tensor | None = None,
         questions: Sequence[str] | None = None,
         allowed_characters: str | None = None,
-        missing_image: TokenSamplingConfig | None = None,
         on_token: OnToken | None = None,
     ) -> list[str]:
-        """Generate one text per seed; see ``Capabilities.generate_text``.
+        """Generate one text per seed, each after some shots.
 
         Raises:
             ValueError: If images or questions do not suit the task, or a prompt is too long.
         """
-        panels = prompt_panels(task, len(seeds), images=images, questions=questions)
+        panels = prompt_panels(task, shots, images=images, questions=questions)
         prompts = [self.prompt(document) for document in panels]
         allowed = self.allowed_ids(allowed_characters)
         uniform = uniform_numbers(seeds, self.max_new_tokens)
@@ -151,63 +157,80 @@ class HuggingFaceCapabilities(AnswerCapabilities):
             ValueError: If images or questions do not suit the task, if the numbers of choices
                 differ, or if a prompt is too long.
         """
-        number = count_choices(choices)
-        panels = prompt_panels(task, len(choices), images=images, questions=questions)
-        prompts = [
-            self.prompt([*shown, *document]) for shown, document in zip(shots, panels, strict=True)
-        ]
-        rows = [
-            (prompt, text) for prompt, row in zip(prompts, choices, strict=True) for text in row
-        ]
+        count_choices(choices)
+        panels = prompt_panels(task, shots, images=images, questions=questions)
         scores = []
-        for first in range(0, len(rows), self.batch_size):
-            batch = rows[first : first + self.batch_size]
-            scores.append(self.score(batch))
+        for document, answers in zip(panels, choices, strict=True):
+            scores.append(self.score(self.prompt(document), answers))
             if on_batch is not None:
-                on_batch((first + len(batch)) // number, len(prompts))
-        return torch.cat(scores).view(-1, number)
+                on_batch(len(scores), len(choices))
+        return torch.stack(scores)
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[tuple[ImagePrompt, str]]) -> Tensor:
-        """Return the log-likelihood ``(B,)`` in nats of one answer per prompt.
+    def score(self, prompt: ImagePrompt, answers: Sequence[str]) -> Tensor:
+        """Return the log-likelihood ``(C,)`` in nats of each answer; the prompt is read once.
+
+        A token that begins in the prompt and ends in an answer counts as the answer's.
 
         Raises:
             ValueError: If the processor changes the end of a text, or a text is too long.
         """
-        wholes = [prompt.text + self.separator + answer for prompt, answer in rows]
-        answered = [
-            prompt._replace(text=whole) for (prompt, _), whole in zip(rows, wholes, strict=True)
-        ]
-        inputs = self.inputs(answered, side="right")
-        logits = self.model(**inputs).logits  # (B, T, V)
+        from transformers import DynamicCache
+
+        wholes = [prompt.text + self.separator + answer for answer in answers]
+        before, *ids = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (prompt.text, *wholes)
+        )
+        starts = [_num_shared(before, whole) for whole in ids]
+        shared = min(starts)
+        longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+        inputs = self.inputs([prompt._replace(text=wholes[longest])], side="right")
+        length = inputs["input_ids"].shape[1] - len(ids[longest]) + shared
+        if length < 1 or inputs["input_ids"][0, length:].tolist() != ids[longest][shared:]:
+            raise ValueError(
+                f"{self.name}: expected a processor that ends a text with its answer, "
+                f"got other tokens than those of {wholes[longest][len(prompt.text) :]!r}"
+            )
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        read = {self.cache_argument: cache, "use_cache": True}
+        last = self.model(**_first_tokens(inputs, length), **read).logits[:, -1:]  # (1, 1, V)
         scores = []
-        for row, ((prompt, _), whole) in enumerate(zip(rows, wholes, strict=True)):
-            length = int(inputs["attention_mask"][row].sum())
-            answer = torch.tensor(self.answer_ids(prompt.text, whole), dtype=torch.long)
-            answer = answer.to(logits.device)  # (S,)
-            start = length - len(answer)
-            if start < 1 or not torch.equal(inputs["input_ids"][row, start:length], answer):
-                raise ValueError(
-                    f"{self.name}: expected a processor that ends a text with its answer, "
-                    f"got other tokens than those of {whole[len(prompt.text) :]!r}"
-                )
-            log_probs = logits[row, start - 1 : length].float().log_softmax(-1)  # (S + 1, V)
-            end = log_probs[-1, self.end_ids].logsumexp(0)
-            scores.append(log_probs[:-1].gather(1, answer[:, None]).sum() + end)
+        for first in range(0, len(ids), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            answer_ids = [whole[shared:] for whole in ids[rows]]
+            log_probs = self._answer_log_probs(answer_ids, cache, last, length=length)
+            for row, tokens, start in zip(log_probs, answer_ids, starts[rows], strict=True):
+                own = torch.tensor(tokens[start - shared :], dtype=torch.long).to(row.device)
+                nats = row[start - shared : len(tokens)].gather(1, own[:, None])
+                scores.append(nats.sum() + row[len(tokens), self.end_ids].logsumexp(0))
         return torch.stack(scores).cpu()
 
-    def answer_ids(self, prompt: str, whole: str) -> list[int]:
-        """Return the ids of an answer: those that follow the ids shared with the prompt.
+    def _answer_log_probs(
+        self, answer_ids: Sequence[Sequence[int]], cache: Any, last: Tensor, *, length: int
+    ) -> Tensor:
+        """Return the log-probabilities ``(C, S + 1, V)`` before and after each token of answers.
 
-        A token that begins in the prompt and ends in the answer counts as part of the answer.
+        Args:
+            answer_ids: Tokens of each answer.
+            cache: The keys and values of the prompt, which are kept.
+            last: Logits ``(1, 1, V)`` after the prompt.
+            length: Number of tokens in the prompt.
         """
-        before, ids = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
-        )
-        num_shared = 0
-        while num_shared < min(len(before), len(ids)) and before[num_shared] == ids[num_shared]:
-            num_shared += 1
-        return list(ids[num_shared:])
+        number = len(answer_ids)
+        tokens = pad_sequence([torch.tensor(row) for row in answer_ids], batch_first=True)
+        lengths = torch.tensor([length + len(row) for row in answer_ids])
+        mask = torch.arange(length + tokens.shape[1]) < lengths[:, None]
+        copies = deepcopy(cache)
+        copies.batch_repeat_interleave(number)
+        logits = self.model(
+            input_ids=tokens.to(last.device),
+            attention_mask=mask.long().to(last.device),
+            use_cache=True,
+            **{self.cache_argument: copies},
+        ).logits
+        whole = torch.cat([last.expand(number, -1, -1), logits], dim=1)
+        return whole.float().log_softmax(-1)
 
     def prompt(self, panels: Sequence[Panel]) -> ImagePrompt:
         """Return the prompt of a document, whose last panel has no answer."""
@@ -309,6 +332,22 @@ class HuggingFaceCapabilities(AnswerCapabilities):
             is_allowed[self.tokenizer.convert_tokens_to_ids(self.image_token)] = False
         is_allowed[self.end_ids] = True
         return is_allowed
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of equal ids at the start of two texts."""
+    pairs = zip(first, second, strict=False)
+    is_other = (number for number, (one, other) in enumerate(pairs) if one != other)
+    return next(is_other, min(len(first), len(second)))
+
+
+def _first_tokens(inputs: Any, length: int) -> dict[str, Any]:
+    """Return a model's inputs with the first tokens of their only text."""
+    shape = inputs["input_ids"].shape
+    return {
+        name: value[:, :length] if getattr(value, "shape", None) == shape else value
+        for name, value in inputs.items()
+    }
 
 
 def _messages(panels: Sequence[Panel]) -> list[dict[str, Any]]:

@@ -202,6 +202,24 @@ class Capabilities:
         """
         raise NotImplementedError
 
+    def generate_text_after_shots(
+        self,
+        task: str,
+        shots: Sequence[Sequence[Panel]],
+        *,
+        config: TokenSamplingConfig,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        allowed_characters: str | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[str]:
+        """Generate one text per seed as ``generate_text`` does, each after some shots.
+
+        ``shots`` has the answered panels that precede each prompt, an empty list for none.
+        """
+        raise NotImplementedError
+
     def loglikelihood(
         self,
         task: str,
@@ -272,6 +290,7 @@ class Capabilities:
 CAPABILITIES = (
     "generate_image",
     "generate_text",
+    "generate_text_after_shots",
     "loglikelihood",
     "loglikelihood_after_shots",
     "count_operations",
