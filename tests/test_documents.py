@@ -16,6 +16,8 @@ from rudolph.data.documents import (
     batch_documents,
     document_of,
     document_panels,
+    longest_document,
+    training_shots,
 )
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.sequence.conversation import IGNORE
@@ -112,6 +114,32 @@ def test_a_document_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"max_length: expected room for 9 images .* got 20 pos"):
         short = replace(FORMAT, max_length=20)
         document_of(panels, short, short.tokenizer(tokenizer))
+
+
+def test_documents_that_can_be_too_long_are_refused_before_a_loader_meets_them(
+    splits: Splits, tokenizer: Tokenizer
+) -> None:
+    entries = [(entry, splits("validation", entry.dataset)) for entry in splits.config.mixture]
+    for entry, split in entries:
+        made = [
+            document_of(
+                document_panels(split, entry.task, index, shots=training_shots(split, index)),
+                FORMAT,
+                FORMAT.tokenizer(tokenizer),
+            )
+            for index in range(70)
+        ]
+        bound = longest_document(split, entry.task, FORMAT, tokenizer)
+        assert max(len(example.ids) for example in made) <= bound
+        if entry.dataset == "shapes":
+            captions = [1 + len(tokenizer.encode(text)) + 1 for text in split.captions]
+            assert bound == max(captions)
+    form = replace(FORMAT, max_length=20)
+    with pytest.raises(
+        ValueError,
+        match=r"max_length: expected at least \d+, .* image_captioning in val.*got 20",
+    ):
+        DocumentExamples(entries, tokenizer, form, seed=0, scores_questions=False)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

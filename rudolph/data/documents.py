@@ -227,6 +227,23 @@ def document_panels(
     return panels
 
 
+def longest_document(split: Split, task: str, form: DocumentFormat, tokenizer: Any) -> int:
+    """Return the number of positions that the longest training document of a task can have.
+
+    Every panel of an episode counts as long as the longest one.
+    """
+    row = TASKS[task]
+
+    def longest(texts: Sequence[str]) -> int:
+        return max(len(tokenizer.encode(text)) for text in set(texts))
+
+    panel = form.num_image_tokens if row.image == "given" else 0
+    panel += longest(split.captions) + 1
+    panel += longest(split.questions) if row.has_question else 0
+    num_shots = split.dataset.max_shots if isinstance(split.dataset, HasShots) else 0
+    return 1 + (num_shots + 1) * panel
+
+
 def training_shots(split: Split, index: int) -> list[Shot]:
     """Return all shots of a pair's training episode, or none if the dataset has no episodes."""
     if not isinstance(split.dataset, HasShots):
@@ -408,6 +425,9 @@ class DocumentExamples:
         document_format: How the model reads documents.
         seed: Seed of the mixture and of the order of the pairs.
         scores_questions: Whether the labels include the questions in addition to the answers.
+
+    Raises:
+        ValueError: If a document of pairs can be longer than ``document_format.max_length``.
     """
 
     def __init__(
@@ -430,6 +450,22 @@ class DocumentExamples:
         sizes = [len(documents) for documents in self.documents]
         self.mixture = Mixture([entry.weight for entry, _ in entries], sizes, seed=seed)
         self.num_whole = sum(sizes)
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Raise ``ValueError`` for pairs whose documents are too long, before a loader meets them.
+
+        Documents of files are cut instead.
+        """
+        for entry, split in self.entries:
+            if not isinstance(split, Split):
+                continue
+            length = longest_document(split, entry.task, self.format, self.tokenizer)
+            if length > self.format.max_length:
+                raise ValueError(
+                    f"model.max_length: expected at least {length}, the longest documents of "
+                    f"{entry.name} in {split.name}, got {self.format.max_length}"
+                )
 
     def note(self) -> str:
         """Return one line with the numbers of pairs and documents."""
