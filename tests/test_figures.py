@@ -18,6 +18,7 @@ from rudolph.reports.image_grids import (
     draw_reconstructions,
     sample_grid,
 )
+from rudolph.reports.report_cards import mean_card
 
 LOSS = "val/loss"
 RUNS = pd.DataFrame(
@@ -154,6 +155,20 @@ def test_a_cell_of_several_runs_says_how_sure_it_is(tmp_path: Path) -> None:
     draw("heatmap", tmp_path / "figure.svg")
     half = mean_over_seeds(np.array([0.16, 0.26])).high - 0.21
     assert f"± {half:.1g}" in texts(tmp_path / "figure.svg")
+
+
+def test_shots_are_counted_in_plain_numbers_and_averaged_over_seeds(tmp_path: Path) -> None:
+    draw("shots", tmp_path / "figure.svg")
+    said = texts(tmp_path / "figure.svg")
+    assert {"0", "1", "8"} <= set(said) and not any("mathdefault" in text for text in said)
+    seeds = [SHOTS.assign(run=f"a-seed{seed}", value=SHOTS["value"] + seed) for seed in (0, 1, 2)]
+    card = mean_card(pd.concat([rows[rows["variant"] == "row"] for rows in seeds]))
+    assert card["run"].tolist() == ["a"] * 3
+    own = SHOTS[SHOTS["variant"] == "row"]
+    np.testing.assert_allclose(card["value"], own["value"] + 1)
+    expected = mean_over_seeds(own["value"].iloc[0] + np.arange(3.0))
+    assert (card["low"].iloc[0], card["high"].iloc[0]) == pytest.approx(expected[1:])
+    assert mean_card(own.assign(run="b"))["low"].tolist() == own["low"].tolist()
 
 
 def test_a_missing_curve_is_named(tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def best_of_n(
     ``group_column`` distinguishes runs.
     """
     patterns = {ranking: rf"^{re.escape(ranking)}/best_of_(\d+)/" for ranking in y}
-    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
-    axes.set_xscale("log", base=2)
+    scale = {"value": "log", "base": 2}
+    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column, scale=scale)
     axes.set_xlabel("candidate images")
     save_with_legend(figure, [axes], path, title="ranked by")
 
@@ -299,24 +299,30 @@ def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_co
     shots; ``group_column`` distinguishes runs.
     """
     patterns = {name: f"^{re.escape(name)}$".replace(re.escape("*"), r"(\d+)") for name in y}
-    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column)
+    # Linear up to 1, so that 0 shots have a place.
+    scale = {"value": "symlog", "base": 2, "linthresh": 1}
+    figure, axes = _number_curves(frame, patterns, x=x, group_column=group_column, scale=scale)
     numbered = frame.assign(N=frame[x].str.extract("|".join(patterns.values())).bfill(axis=1)[0])
     numbered = numbered.dropna(subset=["N", "chance"]).astype({"N": int})
     chances = numbered.groupby("N")["chance"]
     for level in (chances.min(), chances.max()):
         axes.plot(level.index, level, color="grey", linestyle=":", linewidth=1)
-    # Linear up to 1, so that 0 shots have a place.
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set(xlabel="shots", ylim=(0, 1.02))
+    axes.set(xlabel="shots", ylabel="score, 95 % interval", ylim=(0, 1.02))
     save_with_legend(figure, [axes], path, title="dotted: chance")
 
 
 def _number_curves(
-    frame: pd.DataFrame, patterns: Mapping[str, str], *, x: str, group_column: str
+    frame: pd.DataFrame,
+    patterns: Mapping[str, str],
+    *,
+    x: str,
+    group_column: str,
+    scale: Mapping[str, Any],
 ) -> tuple[Figure, Axes]:
     """Draw scores over the number in their names; return the figure and its axes.
 
-    ``patterns`` has one regular expression per curve; its group matches the number.
+    ``patterns`` has one regular expression per curve; its group matches the number.  ``scale`` has the
+    arguments of ``set_xscale``.
     """
     _require(frame, [x, group_column, "value", "low", "high"])
     figure, [axes] = panels_of(1)
@@ -346,6 +352,8 @@ def _number_curves(
                 number=index,
             )
             numbers |= set(run_points["N"])
+    # A scale sets ticks of its own, so it comes first.
+    axes.set_xscale(**scale)
     axes.set_xticks(sorted(numbers), [str(number) for number in sorted(numbers)])
     axes.set_ylabel("accuracy, 95 % interval")
     return figure, axes

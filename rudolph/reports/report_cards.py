@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from rudolph.evaluation.statistics import mean_over_seeds
 from rudolph.files.atomic import DamagedFileError, read_mapping, write_text
 from rudolph.reports.markdown import table_row
 from rudolph.reports.schema import CARD, CARD_COLUMNS
@@ -105,6 +106,23 @@ def card_table(card: pd.DataFrame, scores: Sequence[str]) -> list[str]:
         ]
         lines.append(table_row([*([] if has_one_run else [str(row["run"])]), *cells]))
     return lines
+
+
+def mean_card(card: pd.DataFrame) -> pd.DataFrame:
+    """Return a card of several runs with the mean over the seeds of each score.
+
+    ``run`` is then the name without its seed.  The interval over seeds is Student's t interval; a
+    run with one seed keeps its own.
+    """
+    groups = card.assign(run=card["run"].str.replace(r"-?seed\d+$", "", regex=True))
+    rows = []
+    for _, seeds in groups.groupby(["run", "score"], sort=False):
+        row = seeds.iloc[0].to_dict()
+        if len(seeds) > 1:
+            value, low, high = mean_over_seeds(seeds["value"].to_numpy())
+            row |= {"value": value, "low": low, "high": high, "chance": seeds["chance"].mean()}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=card.columns)
 
 
 def draw_card(path: Path) -> Path:

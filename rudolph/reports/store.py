@@ -58,7 +58,7 @@ from rudolph.reports.report import (
     section_of,
     with_finding,
 )
-from rudolph.reports.report_cards import export_cards, read_card
+from rudolph.reports.report_cards import export_cards, mean_card, read_card
 from rudolph.reports.run_configs import CONFIG_LINES, read_configs, write_configs
 from rudolph.reports.run_files import (
     FIXED,
@@ -391,7 +391,7 @@ FRAMES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "curves": read_curves,
     "card": lambda folder: read_card(folder / CARD),
     "best_of": lambda folder: read_card(folder / CARD),
-    "shots": lambda folder: read_card(folder / CARD),
+    "shots": lambda folder: mean_card(read_card(folder / CARD)),
     "regions": read_regions,
     "forest": lambda folder: pd.DataFrame(read_effects(folder)),
 }
