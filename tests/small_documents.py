@@ -10,6 +10,7 @@ import torch
 from rudolph.config.run import resolve_run
 from rudolph.data.documents import DocumentFormat, Panel, batch_documents
 from rudolph.families.registry import family_of
+from rudolph.sequence.layout import EOS
 
 VOCABULARY = 120
 SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_size": 8, "mlp_size": 24}
@@ -118,12 +119,15 @@ def model_of(reader: Any) -> Any:
 
 
 class Letters:
-    """A tokenizer with one id per character."""
+    """A tokenizer with one id per character; other ids become other characters."""
 
     vocab_size = VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         return [4 + ord(character) % 100 for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(1000 + token) for token in ids if token > EOS)
 
 
 def documents(family: str, *, number: int = 3) -> Any:

@@ -10,10 +10,12 @@ import torch
 from small_documents import LANGUAGE_MODEL, VISION, VOCABULARY, flat, settings
 from tiny_run import run_tiny
 
+from rudolph.config.metric_names import metric_names
 from rudolph.config.run import resolve_run
 from rudolph.data.splits import DataConfig, Splits
 from rudolph.evaluation.context import EvaluationContext
-from rudolph.evaluation.evaluators.few_shot import SHOT_COUNTS, few_shot, few_shot_text
+from rudolph.evaluation.evaluators.few_shot import few_shot, few_shot_text
+from rudolph.evaluation.shots import ShotConfig
 from rudolph.families.interface import Capabilities
 from rudolph.files.settings import ConfigError
 from rudolph.generation.filters import TokenSamplingConfig
@@ -21,6 +23,7 @@ from rudolph.models.weights import read_weights
 from rudolph.reports.report_cards import CARD, read_card
 from rudolph.runs.resolve import open_clip, open_run
 
+NUMBERS = ShotConfig().numbers
 TINY = (
     "data.dataset=new_words",
     'data.new_words={"num_train": 70, "num_validation": 70, "num_test": 70, "max_shots": 2}',
@@ -30,12 +33,17 @@ TINY = (
 )
 
 
-def tiny(folder: Path, family: str, evaluators: list[str], **changes: Any) -> Path:
-    """Return the folder of a finished tiny run of a family."""
+def tiny(
+    folder: Path, family: str, evaluators: list[str], *, clip: Path | None = None, **changes: Any
+) -> Path:
+    """Return the folder of a finished tiny run of a family, with similar shots by a CLIP."""
     overrides = [
         f"{key}={json.dumps(value)}" for key, value in settings(family, **changes).items()
     ]
     overrides += ["tokenizer.bpe_dropout=0", f"evaluation.evaluators={json.dumps(evaluators)}"]
+    if clip is not None:
+        overrides += [f"evaluation.clip={clip}", "evaluation.shots.choice=similar"]
+        overrides += ["evaluation.shots.numbers=[0, 2]"]
     return run_tiny(folder, (*TINY, *overrides, "optim.ema_decay=null"))
 
 
@@ -66,7 +74,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_language_model_run_scores_its_episodes(language_model: Path) -> None:
     card = read_card(language_model / CARD).set_index("score")
-    names = {f"few_shot_text/accuracy_{number}/test" for number in SHOT_COUNTS}
+    names = {f"few_shot_text/accuracy_{number}/test" for number in NUMBERS}
     assert names < set(card.index)
     assert card.loc["few_shot_text/accuracy_0/test", "chance"] == pytest.approx(1 / 8)
     assert card.loc["few_shot_text/accuracy_8/test", "chance"] == pytest.approx(1 / 2)
@@ -83,7 +91,8 @@ def test_a_run_trains_only_what_its_stage_trains(
     family: str, language_model: Path, clip: Path, tmp_path: Path
 ) -> None:
     parts = {"vision": str(clip), "language_model": str(language_model)}
-    folder = tiny(tmp_path, family, ["few_shot", "caption_f1"], parts=parts)
+    evaluators = ["few_shot", "caption_f1", "few_shot_captions"]
+    folder = tiny(tmp_path, family, evaluators, parts=parts, clip=clip)
     weights = read_weights(folder / "checkpoints" / f"{family}.safetensors")
     frozen = read_weights(language_model / "checkpoints" / "language_model.safetensors")
     for name, value in frozen.items():
@@ -96,7 +105,8 @@ def test_a_run_trains_only_what_its_stage_trains(
     if family == "flamingo":
         assert all(weights[name].abs() > 0 for name in weights if name.endswith("_gate"))
     card = read_card(folder / CARD).set_index("score")
-    assert "few_shot/accuracy_shuffled/test" in card.index
+    assert set(card.index) == set(metric_names(open_run(folder)[1]))
+    assert "few_shot_captions/token_f1_blind/test" in card.index
     assert (folder / "checkpoints" / "bpe.model").read_bytes() == (
         language_model / "checkpoints" / "bpe.model"
     ).read_bytes()
@@ -286,7 +296,7 @@ def test_the_shot_curve_of_an_oracle_is_that_of_an_ideal_observer(tmp_path: Path
         Oracle(), TokenSamplingConfig(), TokenSamplingConfig(), num_examples=500, seed=0
     )
     scores = {score.metric: score for score in few_shot_text(context, split)}
-    for number in SHOT_COUNTS:
+    for number in NUMBERS:
         unseen = 0.5**number
         other = 1 / 8 if number == 0 else 1 / 7
         expected = 1 - unseen + unseen * other
@@ -310,7 +320,7 @@ def test_controls_change_images_alone(tmp_path: Path) -> None:
     )
     scores = few_shot(context, split)
     assert [score.metric.rpartition("_")[2] for score in scores[-2:]] == ["shuffled", "blank"]
-    plain, shuffled, blank = calls[SHOT_COUNTS.index(8)], *calls[-2:]
+    plain, shuffled, blank = calls[NUMBERS.index(8)], *calls[-2:]
     assert torch.equal(shuffled[1], plain[1].roll(-1, 0))
     assert (blank[1] == 0.5).all()
     for control in (shuffled, blank):

@@ -88,6 +88,10 @@ def test_a_finished_run_has_the_names_that_were_foretold(finished: Path) -> None
             {"report": {"table": ["zero_shot_classification/accuracy/test"]}},
             "; zero_shot_classification is not among evaluation.evaluators",
         ),
+        (
+            {"report": {"table": ["few_shot_captions/token_f1_8/test"]}},
+            "; few_shot_captions is not among evaluation.evaluators",
+        ),
         ({"report": {"best_of": ["rerank_clip"]}}, "report.best_of: no run"),
         ({"report": {"pareto": ["seconds", "vqgan/ssim"]}}, "did you mean vqgan/ssim/t"),
         (

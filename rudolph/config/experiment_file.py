@@ -224,10 +224,11 @@ def _check_metrics(
 def _no_metric(path: Path, key: str, name: str, legal: Sequence[str]) -> ConfigError:
     metric = name.rpartition("/")[0]
     is_reported = any(name.startswith(f"{metric}/") for name in legal)
+    written = {metric, without_number(name).rpartition("/")[0]}
     evaluators = [
         evaluator
         for evaluator, metrics in EVALUATOR_METRICS.items()
-        if metric in (member.name for member in metrics)
+        if any(member.name in written for member in metrics)
     ]
     if evaluators and not is_reported:
         hint = f"; {evaluators[0]} is not among evaluation.evaluators"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from rudolph.benchmarks.config import REFERENCE, ROOFLINE, WORKLOADS, SpeedConfig
 from rudolph.config.metrics import EVALUATOR_METRICS, SCENE_ACCURACY
 from rudolph.config.run import RunConfig
+from rudolph.evaluation.evaluators.chosen_shots import CAPTIONS, CONTROLS
 from rudolph.evaluation.evaluators.reranking import CANDIDATE_COUNTS
 from rudolph.families.registry import family_of
 from rudolph.reports.schema import OVERHEAD, implementation_name
@@ -51,6 +52,8 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
         metrics += [f"{SCENE_ACCURACY}_{family}" for family in config.data.shapes.families]
     elif evaluator == "caption_f1" and dataset == "shapes":
         metrics.append("image_to_text/caption_accuracy")
+    elif evaluator == "few_shot_captions" and dataset == "shapes":
+        metrics += [f"{CAPTIONS}/caption_accuracy_{case}" for case in ("*", *CONTROLS)]
     elif evaluator == "answer_f1" and dataset == "shapes_questions":
         families = config.data.shapes_questions.families
         metrics += [f"answers/exact_match_{family}" for family in families]
@@ -65,7 +68,14 @@ def evaluator_metrics(evaluator: str, dataset: str, config: RunConfig) -> list[s
         for ranking in RANKINGS + (("clip",) if config.evaluation.clip is not None else ()):
             metrics += [f"rerank_{ranking}/best_of_{number}" for number in CANDIDATE_COUNTS]
             metrics += [f"rerank_{ranking}/gain_at_{number}" for number in CANDIDATE_COUNTS[1:]]
-    return metrics
+    return [name for metric in metrics for name in _numbered(metric, config)]
+
+
+def _numbered(metric: str, config: RunConfig) -> list[str]:
+    """Return a metric whose name ends with ``*`` once per number of shots."""
+    if not metric.endswith("*"):
+        return [metric]
+    return [f"{metric[:-1]}{number}" for number in config.evaluation.shots.numbers]
 
 
 def _speed_metrics(speed: SpeedConfig) -> Iterator[str]:

@@ -1,20 +1,23 @@
 """The metrics of every evaluator: name, unit, direction and chance level.
 
-To add an evaluator, name its metrics in ``EVALUATOR_METRICS``.
+To add an evaluator, name its metrics in ``EVALUATOR_METRICS``.  A final ``*`` stands for each
+number of shots in ``evaluation.shots.numbers``.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rudolph.data.datasets.emoji import GROUPS
+from rudolph.evaluation.evaluators.chosen_shots import ANSWERS, CAPTIONS, CLASSIFICATION, CONTROLS
 from rudolph.evaluation.evaluators.cost import ANSWER_COST, TRAINING_COST
-from rudolph.evaluation.evaluators.few_shot import FEW_SHOT, FEW_SHOT_TEXT, SHOT_COUNTS
+from rudolph.evaluation.evaluators.few_shot import FEW_SHOT, FEW_SHOT_TEXT
 from rudolph.evaluation.evaluators.numerics import CONVERGED
 from rudolph.generation.clip_ranking import RECALLS_AT
 
 NEAREST, SCENE_ACCURACY = "text_to_image/nearest_1_percent", "text_to_image/scene_accuracy"
 GRID_NEAREST = "text_to_image/grid_nearest"
 OTHER_PAIRS = "the same output scored for other pairs"
+WORDS_OF_SHOTS = "words of the shots, without images"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Metric:
 
 def _text_metrics(task: str, names: Iterable[str] = ("token_f1", "exact_match")) -> list[Metric]:
     return [Metric(f"{task}/{name}", chance=OTHER_PAIRS) for name in names]
+
+
+def _shot_metrics(metrics: Iterable[Metric]) -> tuple[Metric, ...]:
+    """Return metrics after each number of shots and of both controls."""
+    cases = ("*", *CONTROLS)
+    return tuple(
+        replace(metric, name=f"{metric.name}_{case}") for metric in metrics for case in cases
+    )
 
 
 EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
@@ -85,12 +96,18 @@ EVALUATOR_METRICS: dict[str, tuple[Metric, ...]] = {
     ),
     "multiple_choice": (),
     "few_shot": tuple(
-        Metric(f"{FEW_SHOT}_{case}", chance="words of the shots, without images")
-        for case in (*SHOT_COUNTS, "shuffled", "blank")
+        Metric(f"{FEW_SHOT}_{case}", chance=WORDS_OF_SHOTS) for case in ("*", "shuffled", "blank")
     ),
-    "few_shot_text": tuple(
-        Metric(f"{FEW_SHOT_TEXT}_{number}", chance="words of the shots, without images")
-        for number in SHOT_COUNTS
+    "few_shot_text": (Metric(f"{FEW_SHOT_TEXT}_*", chance=WORDS_OF_SHOTS),),
+    "few_shot_captions": _shot_metrics(
+        [
+            *_text_metrics(CAPTIONS),
+            Metric(f"{CAPTIONS}/cider-d", "0 to 10", chance=OTHER_PAIRS),
+        ]
+    ),
+    "few_shot_answers": _shot_metrics(_text_metrics(ANSWERS)),
+    "few_shot_classification": _shot_metrics(
+        [Metric(f"{CLASSIFICATION}/accuracy", chance="1 / classes")]
     ),
     "cost": (
         Metric(TRAINING_COST, "MFLOP per example", True),

@@ -178,6 +178,10 @@ class RunConfig:
         evaluators = {name.rpartition("/")[2] for name in self.evaluation.evaluators}
         if "clip_score" in evaluators and self.evaluation.clip is None:
             raise ValueError("evaluation.clip: expected a CLIP for clip_score, got null")
+        if self.evaluation.shots.choice == "similar" and self.evaluation.clip is None:
+            raise ValueError(
+                "evaluation.clip: expected a CLIP for evaluation.shots.choice similar, got null"
+            )
 
     def _check_side(self) -> None:
         """Raise ``ValueError`` for images too small for SSIM or the discriminator."""

@@ -16,6 +16,7 @@ from rudolph.data.pairs import Pair
 from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Split
 from rudolph.evaluation.metrics.answers import MetricProtocol
+from rudolph.evaluation.shots import ShotConfig
 from rudolph.evaluation.statistics import Estimate, bootstrap_interval, mean_interval
 from rudolph.families.interface import Capabilities
 from rudolph.generation.clip_ranking import ClipRanker
@@ -82,6 +83,8 @@ class EvaluationContext:
         grid_samples: number of images per prompt in the sample grid.
         on_token: progress callback ``(done, total)``.
         generated_cache: cache of generated images, shared by evaluators of the same captions.
+        shots: numbers of shots and the choice of support examples.
+        support: opens the training split of the evaluated dataset; None without one.
     """
 
     model: Capabilities
@@ -96,6 +99,8 @@ class EvaluationContext:
     grid_samples: int = 1
     on_token: Callable[[int, int], None] | None = None
     generated_cache: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    shots: ShotConfig = field(default_factory=ShotConfig)
+    support: Callable[[], Split] | None = None
 
     @property
     def pipeline(self) -> Pipeline:

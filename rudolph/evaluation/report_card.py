@@ -7,7 +7,7 @@ To add an evaluator, write a function ``(EvaluationContext, Split) -> list[Score
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ from rudolph.evaluation.evaluators.choices import (
     multiple_choice,
     text_ranking,
     zero_shot_classification,
+)
+from rudolph.evaluation.evaluators.chosen_shots import (
+    few_shot_answers,
+    few_shot_captions,
+    few_shot_classification,
 )
 from rudolph.evaluation.evaluators.cost import cost
 from rudolph.evaluation.evaluators.distributions import clip_score_evaluator, fid_kid
@@ -45,6 +50,7 @@ from rudolph.evaluation.evaluators.texts import (
     text_continuation,
     text_recognition,
 )
+from rudolph.evaluation.shots import ShotConfig
 from rudolph.families.interface import Capabilities
 from rudolph.files.constraints import Count, check
 from rudolph.generation.clip_ranking import ClipRanker
@@ -64,7 +70,8 @@ class EvaluationConfig:
             as in ``words/text_recognition``.
         splits: names of the splits to evaluate.
         num_examples: number of pairs per split.
-        clip: source of a CLIP that ranks and scores images; null for none.
+        clip: source of a CLIP that ranks and scores images and chooses similar shots; null for
+            none.
         missing_image: image given to a task without one.  ``zeros`` is the image used in training;
             ``legacy`` first generates an image for the question, as the reference code of Fusion
             Brain Challenge 2 does (fbc2_aij2022, inference.py).
@@ -72,6 +79,7 @@ class EvaluationConfig:
             can then be tested on the other.
         grid_prompts: prompts of the sample grid.
         grid_samples: number of images per prompt in the sample grid.
+        shots: shots of the few-shot evaluators.
     """
 
     evaluators: tuple[str, ...] = ()
@@ -82,6 +90,7 @@ class EvaluationConfig:
     eval_fold: Literal[0, 1] | None = None
     grid_prompts: tuple[str, ...] = ()
     grid_samples: Count = 4
+    shots: ShotConfig = field(default_factory=ShotConfig)
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for a setting that is out of range."""
@@ -141,6 +150,7 @@ MEMBER_OF_EVALUATOR = {
     "image_ranking": "hard_negatives",
     "few_shot": "shots",
     "few_shot_text": "shots",
+    "few_shot_classification": "class_index",
 }
 EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "nearest_image": nearest_image,
@@ -159,6 +169,9 @@ EVALUATORS: dict[str, Callable[[EvaluationContext, Split], list[Score]]] = {
     "multiple_choice": multiple_choice,
     "few_shot": few_shot,
     "few_shot_text": few_shot_text,
+    "few_shot_captions": few_shot_captions,
+    "few_shot_answers": few_shot_answers,
+    "few_shot_classification": few_shot_classification,
     "cost": cost,
     "zero_shot_classification": zero_shot_classification,
     "text_ranking": text_ranking,
@@ -181,6 +194,9 @@ SHOWS_IMAGES = frozenset(
         "answer_f1",
         "text_recognition",
         "few_shot",
+        "few_shot_captions",
+        "few_shot_answers",
+        "few_shot_classification",
         "cost",
         "zero_shot_classification",
         "text_ranking",
@@ -206,6 +222,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "multiple_choice": ("loglikelihood",),
     "few_shot": ("loglikelihood_after_shots",),
     "few_shot_text": ("loglikelihood_after_shots",),
+    "few_shot_captions": ("generate_text_after_shots",),
+    "few_shot_answers": ("generate_text_after_shots",),
+    "few_shot_classification": ("loglikelihood_after_shots",),
     "zero_shot_classification": ("loglikelihood",),
     "text_ranking": ("loglikelihood",),
     "image_ranking": ("loglikelihood",),
@@ -264,6 +283,8 @@ def evaluate_all(
                     grid_samples=config.grid_samples,
                     on_token=partial(ignore_notes, advance),
                     generated_cache=generated_cache,
+                    shots=config.shots,
+                    support=partial(splits, "train", dataset or None),
                 )
                 started = time.monotonic()
                 new_scores = [

@@ -18,7 +18,7 @@ from rudolph.evaluation.context import (
     mean_score,
     score_with_interval,
 )
-from rudolph.evaluation.evaluators.texts import answer_pairs, answer_scores
+from rudolph.evaluation.evaluators.texts import AnsweredPairs, answer_pairs, answer_scores
 from rudolph.evaluation.metrics.answers import MetricProtocol, exact_match, max_over_references
 from rudolph.evaluation.metrics.captions import bleu_counts, cider_d, meteor, rouge_l
 from rudolph.evaluation.metrics.texts import ANSWER
@@ -36,10 +36,17 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
     for the scene and states all that a sentence of its family states.
     """
     answered = answer_pairs("image_captioning", context, split)
-    scores = answer_scores(answered, context, split, name="image_to_text")
+    return caption_scores(answered, context, split, name="image_to_text")
+
+
+def caption_scores(
+    answered: AnsweredPairs, context: EvaluationContext, split: Split, *, name: str
+) -> list[Score]:
+    """Return token F1, exact match and, for ``shapes``, truth of captions, under ``name``."""
+    scores = answer_scores(answered, context, split, name=name)
     if not isinstance(split.dataset, Shapes):
         return scores
-    indices, captions, *_ = answered
+    indices, captions, _, settings = answered
     truths = _references(split, indices)
     is_true = np.array(
         [max_over_references(exact_match, *pair) for pair in zip(captions, truths, strict=True)]
@@ -47,11 +54,11 @@ def caption_f1(context: EvaluationContext, split: Split) -> list[Score]:
     chance = chance_level(
         lambda i, j: max_over_references(exact_match, captions[j], truths[i]), len(captions)
     )
-    protocol = MetricProtocol("true-sentence", normalization=str(ANSWER))
-    name = "image_to_text/caption_accuracy"
+    protocol = MetricProtocol("true-sentence", normalization=str(ANSWER), settings=settings)
+    metric = f"{name}/caption_accuracy"
     return [
         *scores,
-        mean_score(name, split, indices, is_true, context, chance=chance, protocol=protocol),
+        mean_score(metric, split, indices, is_true, context, chance=chance, protocol=protocol),
     ]
 
 
@@ -61,27 +68,27 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
     The references of a ``shapes`` scene are its true sentences.  The references of any other image
     are all its captions in the split.  The fraction of distinct captions is scored too.
     """
-    indices, captions, *_ = answer_pairs("image_captioning", context, split)
+    answered = answer_pairs("image_captioning", context, split)
+    indices, captions, *_ = answered
     references = _references(split, indices)
 
     def mean_metric(
-        name: str, settings: str | None, metric: Callable[[Sequence[str]], np.ndarray[Any, Any]]
+        name: str, settings: str | None, metric: Callable[[str, Sequence[str]], float]
     ) -> Score:
         protocol = MetricProtocol(name, tokenization=WORDS, settings=settings)
-        chance = _chance_of_corpus(lambda texts: float(metric(texts).mean()), captions)
-        name, values = f"image_to_text/{name}", metric(captions)
-        return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
-    def per_caption(score: Callable[[str, Sequence[str]], float]) -> Callable[..., Any]:
-        return lambda texts: np.array([score(*p) for p in zip(texts, references, strict=True)])
+        def values_of(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+            return np.array([metric(*pair) for pair in zip(texts, references, strict=True)])
+
+        chance = _chance_of_corpus(lambda texts: float(values_of(texts).mean()), captions)
+        name, values = f"image_to_text/{name}", values_of(captions)
+        return mean_score(name, split, indices, values, context, chance=chance, protocol=protocol)
 
     counts = bleu_counts(captions, references)
     return [
-        mean_metric(
-            "cider-d", f"corpus:{len(captions)}", lambda texts: cider_d(texts, references)
-        ),
-        mean_metric("rouge-l", None, per_caption(rouge_l)),
-        mean_metric("meteor-nltk", "no-synonyms", per_caption(meteor)),
+        cider_score(answered, context, split, name="image_to_text"),
+        mean_metric("rouge-l", None, rouge_l),
+        mean_metric("meteor-nltk", "no-synonyms", meteor),
         corpus_score(
             "image_to_text/bleu-4",
             split,
@@ -95,6 +102,28 @@ def caption_metrics(context: EvaluationContext, split: Split) -> list[Score]:
         ),
         *_distinct(captions, split, indices),
     ]
+
+
+def cider_score(
+    answered: AnsweredPairs, context: EvaluationContext, split: Split, *, name: str
+) -> Score:
+    """Return the CIDEr-D of captions against all references, as a metric under ``name``."""
+    indices, captions, _, settings = answered
+    references = _references(split, indices)
+
+    def cider(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return cider_d(texts, references)
+
+    parts = [f"corpus:{len(captions)}", *([settings] if settings else [])]
+    return mean_score(
+        f"{name}/cider-d",
+        split,
+        indices,
+        cider(captions),
+        context,
+        chance=_chance_of_corpus(lambda texts: float(cider(texts).mean()), captions),
+        protocol=MetricProtocol("cider-d", tokenization=WORDS, settings="/".join(parts)),
+    )
 
 
 def _distinct(captions: Sequence[str], split: Split, indices: Sequence[int]) -> Iterator[Score]:

@@ -31,19 +31,8 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
     Raises:
         ValueError: if the dataset has no classes, or no pair of the split has a class.
     """
-    dataset = split.dataset
-    if not isinstance(dataset, HasClasses):
-        raise ValueError(
-            f"evaluator zero_shot_classification needs classes, which {split.dataset_name} lacks"
-        )
-    classes_of_pairs = [(index, dataset.class_index(index)) for index in range(len(split))]
-    with_class = [
-        (index, class_index) for index, class_index in classes_of_pairs if class_index is not None
-    ][: context.num_examples]
-    if not with_class:
-        raise ValueError(f"{split.dataset_name}: no pair of {split.name} has a class")
-    indices, true_classes = zip(*with_class, strict=True)
-    classes = dataset.classes
+    indices, true_classes = pairs_with_class(context, split)
+    classes = classes_of(split).classes
     likelihoods = context.model.loglikelihood(
         "image_captioning",
         [classes] * len(indices),
@@ -69,6 +58,34 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
             protocol=MetricProtocol("calibration-error", settings=f"classes:{len(classes)}"),
         ),
     ]
+
+
+def pairs_with_class(context: EvaluationContext, split: Split) -> tuple[list[int], list[int]]:
+    """Return the first pairs of a split that have a class, and the class of each.
+
+    Raises:
+        ValueError: if the dataset has no classes, or no pair of the split has one.
+    """
+    dataset = classes_of(split)
+    numbered = ((index, dataset.class_index(index)) for index in range(len(split)))
+    with_class = list(
+        islice((row for row in numbered if row[1] is not None), context.num_examples)
+    )
+    if not with_class:
+        raise ValueError(f"{split.dataset_name}: no pair of {split.name} has a class")
+    indices, true_classes = zip(*with_class, strict=True)
+    return list(indices), list(true_classes)
+
+
+def classes_of(split: Split) -> HasClasses:
+    """Return the dataset of a split.
+
+    Raises:
+        ValueError: if it has no classes.
+    """
+    if not isinstance(split.dataset, HasClasses):
+        raise ValueError(f"classification needs classes, which {split.dataset_name} lacks")
+    return split.dataset
 
 
 def text_ranking(context: EvaluationContext, split: Split) -> list[Score]:

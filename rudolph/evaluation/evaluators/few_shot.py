@@ -14,19 +14,16 @@ from rudolph.data.splits import Split
 from rudolph.evaluation.context import EvaluationContext, Score, mean_score
 from rudolph.evaluation.metrics.answers import MetricProtocol, choice_hits
 
-SHOT_COUNTS = (0, 1, 2, 4, 8, 16, 32)
-# Number of shots of the controls.
-CONTROL_SHOTS = 8
 FEW_SHOT, FEW_SHOT_TEXT = "few_shot/accuracy", "few_shot_text/accuracy"
 
 Episodes = list[list[Panel]]
 
 
 def few_shot(context: EvaluationContext, split: Split) -> list[Score]:
-    """Evaluate how often the right word is the likeliest after 0 to 32 shots.
+    """Evaluate how often the right word is the likeliest after each number of shots.
 
-    Two controls have ``CONTROL_SHOTS`` shots.  ``shuffled`` replaces the images of an episode by
-    those of another episode, and ``blank`` replaces them by grey images.
+    Two controls have ``ShotConfig.num_control`` shots.  ``shuffled`` replaces the images of an
+    episode by those of another episode, and ``blank`` replaces them by grey images.
 
     Raises:
         ValueError: If the dataset has no shots.
@@ -36,9 +33,10 @@ def few_shot(context: EvaluationContext, split: Split) -> list[Score]:
     if len(indices) < 2:
         # The control ``shuffled`` needs a second episode.
         return scores
-    chance = dataset.chance(CONTROL_SHOTS)
+    number = context.shots.num_control
+    chance = dataset.chance(number)
     for case, replace_images in (("shuffled", _other_images), ("blank", _grey_images)):
-        episodes = replace_images(_episodes(split, "image_captioning", indices, CONTROL_SHOTS))
+        episodes = replace_images(_episodes(split, "image_captioning", indices, number))
         name = f"{FEW_SHOT}_{case}"
         scores.append(_accuracy(name, context, split, indices, episodes, chance=chance))
     return scores
@@ -65,10 +63,10 @@ def dataset_with_shots(split: Split) -> HasShots:
 
 
 def _shot_curve(name: str, task: str, context: EvaluationContext, split: Split) -> list[Score]:
-    """Return the accuracy after each number of shots in ``SHOT_COUNTS``."""
+    """Return the accuracy after each number of ``ShotConfig.numbers``."""
     indices, dataset = context.eval_indices(split), dataset_with_shots(split)
     scores = []
-    for number in SHOT_COUNTS:
+    for number in context.shots.numbers:
         episodes, chance = _episodes(split, task, indices, number), dataset.chance(number)
         scores.append(
             _accuracy(f"{name}_{number}", context, split, indices, episodes, chance=chance)
