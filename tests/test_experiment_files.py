@@ -147,7 +147,7 @@ def test_every_reader_of_documents_that_it_trains_learns_in_two_steps(
     different = {
         str((run.config.model, run.config.optim, run.config.data, run.config.vqgan)): run.config
         for run in experiment.runs
-        if isinstance(run.config.model, DocumentSection)
+        if isinstance(run.config.model, DocumentSection) and "optim" in run.config.trainings
     }
     opened: dict[str, tuple[Splits, Tokenizer]] = {}
     for config in map(small_worlds, different.values()):
