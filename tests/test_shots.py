@@ -175,7 +175,7 @@ def test_scores_are_those_of_the_answers_after_each_number_of_shots(splits: Spli
         assert score.low <= score.value <= score.high
     assert scores["few_shot_captions/token_f1_3"].value > 0
     assert scores["few_shot_captions/token_f1_0"].value == 0
-    assert "settings=shots:random-given-of:40" in scores["few_shot_captions/token_f1_1"].protocol
+    assert "settings=shots:1-random-given-of:40" in scores["few_shot_captions/token_f1_1"].protocol
     assert [len(row[0]) for row, *_ in model.calls] == [0, 1, 3, 3, 3]
 
 
@@ -247,6 +247,8 @@ def test_a_batch_answers_as_single_prompts_do(family: str, splits: Splits) -> No
     indices = context.eval_indices(split)
     questions = [split.questions[index] for index in indices]
     support = SupportSet(train, SHOTS, seed=0)
+    encoded: list[int] = []
+    model.vision.register_forward_hook(lambda module, inputs, _: encoded.append(len(inputs[0])))
     texts = {}
     for case, shots, images in shot_prompts(
         "question_answering", context, split, indices, support
@@ -265,6 +267,9 @@ def test_a_batch_answers_as_single_prompts_do(family: str, splits: Splits) -> No
             for capabilities in (together, alone)
         ]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+        # Each of the four calls encodes an image once, whatever the number of tokens or choices.
+        assert sum(encoded) == 4 * sum(len(row) + 1 for row in shots)
+        encoded.clear()
     assert texts["0"] != texts["3"] != texts["shuffled"] and len(set(texts["3"])) > 1
 
 

@@ -64,10 +64,9 @@ class ShotConfig:
         """Return the number of shots of the controls."""
         return min(CONTROL_SHOTS, self.numbers[-1])
 
-    @property
-    def protocol(self) -> str:
-        """Return how shots are chosen, as ``MetricProtocol.settings``."""
-        return f"shots:{self.choice}-{self.order}-of:{self.num_support}"
+    def protocol(self, number: int) -> str:
+        """Return how a number of shots is chosen, as ``MetricProtocol.settings``."""
+        return f"shots:{number}-{self.choice}-{self.order}-of:{self.num_support}"
 
     def ordered(self, ranked: Sequence[int]) -> list[int]:
         """Return support examples, the best first, in the order of the prompt."""

@@ -307,7 +307,7 @@ def shots(frame: pd.DataFrame, path: Path, *, y: Sequence[str], x: str, group_co
     chances = numbered.groupby("N")["chance"]
     for level in (chances.min(), chances.max()):
         axes.plot(level.index, level, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="shots", ylabel="score, 95 % interval", ylim=(0, 1.02))
+    axes.set(xlabel="shots", ylim=(0, 1.02))
     save_with_legend(figure, [axes], path, title="dotted: chance")
 
 
@@ -336,7 +336,8 @@ def _number_curves(
                 f"figure: expected scores of {label} by number, got only {_names(frame[x])}"
             )
         for run, run_points in points.sort_values("N").groupby(group_column, sort=True):
-            index, name = len(axes.lines), label if has_one_run else f"{label}: {run}"
+            label_of_run = str(run) if len(patterns) == 1 else f"{label}: {run}"
+            index, name = len(axes.lines), label if has_one_run else label_of_run
             axes.fill_between(
                 run_points["N"],
                 run_points["low"],
@@ -355,7 +356,9 @@ def _number_curves(
     # A scale sets ticks of its own, so it comes first.
     axes.set_xscale(**scale)
     axes.set_xticks(sorted(numbers), [str(number) for number in sorted(numbers)])
-    axes.set_ylabel("accuracy, 95 % interval")
+    axes.set_ylabel("score, 95 % interval")
+    if len(patterns) == 1:
+        axes.set_title(next(iter(patterns)))
     return figure, axes
 
 

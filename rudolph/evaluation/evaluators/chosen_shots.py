@@ -100,8 +100,6 @@ def few_shot_classification(context: EvaluationContext, split: Split) -> list[Sc
         seed=context.seed,
         is_eligible=lambda index: dataset.class_index(index) is not None,
     )
-    settings = f"classes:{len(classes)}/{context.shots.protocol}"
-    protocol = MetricProtocol("accuracy", settings=settings)
     scores = []
     for case, shots, images in shot_prompts(
         "image_captioning", context, split, indices, support, answer_of=name_of_class
@@ -114,6 +112,8 @@ def few_shot_classification(context: EvaluationContext, split: Split) -> list[Sc
             on_batch=context.on_token,
         ).numpy()
         hits = choice_hits(likelihoods, np.array(true_classes))
+        settings = f"classes:{len(classes)}/{context.shots.protocol(len(shots[0]))}"
+        protocol = MetricProtocol("accuracy", settings=settings)
         name = f"{CLASSIFICATION}/accuracy_{case}"
         scores.append(
             mean_score(name, split, indices, hits, context, chance=chance, protocol=protocol)
@@ -144,7 +144,8 @@ def _scores_of_answers(
             questions=questions,
             on_token=context.on_token,
         )
-        answered = AnsweredPairs(indices, answers, truths, context.shots.protocol)
+        protocol = context.shots.protocol(len(shots[0]))
+        answered = AnsweredPairs(indices, answers, truths, protocol)
         scores += [replace(one, metric=f"{one.metric}_{case}") for one in score(answered)]
     return scores
 
