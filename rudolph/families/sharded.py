@@ -72,6 +72,29 @@ class ShardedCapabilities(Capabilities):
         )
         return [text for part in parts for text in part]
 
+    def generate_text_after_shots(
+        self,
+        task: str,
+        shots: Sequence[Sequence[Panel]],
+        *,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
+        questions: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """Generate one text per seed after some shots; see ``Capabilities``."""
+        parts = _gather(
+            len(seeds),
+            lambda mine: self.copy.generate_text_after_shots(
+                task,
+                shots[mine],
+                seeds=seeds[mine],
+                **_given(mine, images, questions),
+                **settings,
+            ),
+        )
+        return [text for part in parts for text in part]
+
     def loglikelihood(
         self,
         task: str,

@@ -321,8 +321,8 @@ def _number_curves(
 ) -> tuple[Figure, Axes]:
     """Draw scores over the number in their names; return the figure and its axes.
 
-    ``patterns`` has one regular expression per curve; its group matches the number.  ``scale`` has the
-    arguments of ``set_xscale``.
+    ``patterns`` has one regular expression per curve; its group matches the number.  ``scale`` has
+    the arguments of ``set_xscale``.
     """
     _require(frame, [x, group_column, "value", "low", "high"])
     figure, [axes] = panels_of(1)
