@@ -282,16 +282,20 @@ class VisionTransformer(VisionEncoder):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class CLIP(nn.Module):
-    """A CLIP model: ``model(input_ids, pixel_values) -> (logits_per_image, logits_per_text)``."""
+class TextTransformer(nn.Module):
+    """CLIP's text tower, from token ids ``(B, L)`` to features ``(B, E)`` by ``encode_text``.
 
-    logit_bias: nn.Parameter | None
+    In a checkpoint its modules stand next to the image tower, so ``CLIP`` is one itself.
+    """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
+        self.add_text_tower(config)
+
+    def add_text_tower(self, config: CLIPConfig) -> None:
+        """Create the modules of the tower with OpenAI's initial values."""
         self.config = config
         width, num_layers = config.transformer_width, config.transformer_layers
-        self.visual = VisionTransformer(config)
         self.transformer = Transformer(
             Block(width, config.transformer_heads) for _ in range(num_layers)
         )
@@ -301,12 +305,44 @@ class CLIP(nn.Module):
         )
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim).mul_(width**-0.5))
+        initialize_text_tower(self)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Return text features ``(B, E)``, not normalised, read at the first ``EOS`` of each text.
+
+        Raises:
+            ValueError: if a text is longer than the context or has no ``EOS``.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.context_length:
+            raise ValueError(
+                f"a text has at most {self.config.context_length} tokens, got {length}"
+            )
+        is_end = input_ids == self.config.eos_id
+        if not is_end.any(1).all():
+            raise ValueError(f"each text needs an EOS ({self.config.eos_id})")
+        x = self.token_embedding(input_ids) + self.positional_embedding[:length]
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        x = self.ln_final(self.transformer(x, mask))
+        ends = is_end.int().argmax(1)
+        return x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
+
+
+class CLIP(TextTransformer):
+    """A CLIP model: ``model(input_ids, pixel_values) -> (logits_per_image, logits_per_text)``."""
+
+    logit_bias: nn.Parameter | None
+
+    def __init__(self, config: CLIPConfig) -> None:
+        nn.Module.__init__(self)
+        # The image tower comes first, since the order decides the initial values of a seed.
+        self.visual = VisionTransformer(config)
+        self.add_text_tower(config)
         scale = SIGMOID_SCALE if config.has_logit_bias else SOFTMAX_SCALE
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if config.has_logit_bias else None
         # Registering None keeps the key out of the state dict.
         self.register_parameter("logit_bias", bias)
-        initialize_text_tower(self)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits per image ``(P, B)`` and per text ``(B, P)``.
@@ -347,28 +383,8 @@ class CLIP(nn.Module):
             )
         return self.visual(pixel_values)
 
-    def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Return text features ``(B, E)``, not normalised, read at the first ``EOS`` of each text.
 
-        Raises:
-            ValueError: if a text is longer than the context or has no ``EOS``.
-        """
-        length = input_ids.shape[1]
-        if length > self.config.context_length:
-            raise ValueError(
-                f"a text has at most {self.config.context_length} tokens, got {length}"
-            )
-        is_end = input_ids == self.config.eos_id
-        if not is_end.any(1).all():
-            raise ValueError(f"each text needs an EOS ({self.config.eos_id})")
-        x = self.token_embedding(input_ids) + self.positional_embedding[:length]
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        x = self.ln_final(self.transformer(x, mask))
-        ends = is_end.int().argmax(1)
-        return x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
-
-
-def initialize_text_tower(model: CLIP) -> None:
+def initialize_text_tower(model: TextTransformer) -> None:
     """Initialise the text tower like OpenAI: in deeper models, each layer adds less at first.
 
     As in OpenAI's code, the layers of the vision transformer keep torch's default initialisation.
