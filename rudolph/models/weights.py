@@ -81,7 +81,7 @@ def load_exactly(
             raise ValueError(
                 f"{family}: {file_name_of(key)} must be {tuple(shape)}, got {tuple(value.shape)}"
             )
-        if dtype != torch.bool and not value.is_floating_point():
+        if dtype.is_floating_point and not value.is_floating_point():
             raise ValueError(
                 f"{family}: {file_name_of(key)} must hold floating-point numbers, "
                 f"got {value.dtype}"
