@@ -105,6 +105,22 @@ class DocumentBatch(NamedTuple):
         return DocumentBatch(*moved)
 
 
+def require_prompt(task: str, *, images: Tensor | None, questions: Sequence[str] | None) -> None:
+    """Check that images and questions are given exactly if a task has them.
+
+    Raises:
+        ValueError: If one of them is missing or superfluous.
+    """
+    row = TASKS[task]
+    for name, given, is_needed in (
+        ("images", images, row.image == "given"),
+        ("questions", questions, row.has_question),
+    ):
+        if (given is not None) != is_needed:
+            expected, got = (name, "none") if is_needed else (f"no {name}", "some")
+            raise ValueError(f"{task}: expected {expected}, got {got}")
+
+
 def prompt_panels(
     task: str,
     shots: Sequence[Sequence[Panel]],
@@ -123,14 +139,7 @@ def prompt_panels(
     Raises:
         ValueError: If images or questions are missing or superfluous.
     """
-    row = TASKS[task]
-    for name, given, is_needed in (
-        ("images", images, row.image == "given"),
-        ("questions", questions, row.has_question),
-    ):
-        if (given is not None) != is_needed:
-            expected, got = (name, "none") if is_needed else (f"no {name}", "some")
-            raise ValueError(f"{task}: expected {expected}, got {got}")
+    require_prompt(task, images=images, questions=questions)
     return [
         [
             *shown,

@@ -54,8 +54,10 @@ class TextImageExamples:
             )
         self.split, self.seed, self.num_whole = split, seed, len(split)
         self.image_resolution = config.image_resolution
-        ids = caption_tokens(split, tokenizer, config.context_length)
-        self.input_ids, self.num_cut = ids[:, :-1], int((ids[:, -1] > 0).sum())
+        kind, length = "texts of CLIP", config.context_length
+        self.input_ids, self.num_cut = encoded_texts(
+            split, split.captions, tokenizer, length, kind=kind
+        )
         self.captions = caption_ids(split.captions)
 
     def note(self) -> str:
@@ -78,23 +80,32 @@ class TextImageExamples:
         return TextImageBatch(ids, pixels, captions, image_ids, torch.from_numpy(indices))
 
 
-def caption_tokens(
-    split: Split, tokenizer: Tokenizer, context_length: int
-) -> np.ndarray[Any, Any]:
-    """Return ``BOS ids EOS`` of every caption, ``(N, L + 1)`` int32, cached on disk.
+def encoded_texts(
+    split: Split, texts: Sequence[str], tokenizer: Tokenizer, context_length: int, *, kind: str
+) -> tuple[np.ndarray[Any, Any], int]:
+    """Return ``BOS ids EOS`` of the texts of a split, ``(N, L)`` int32, and how many are cut.
 
-    The ids are padded to L.  The last column is the number of ids that were cut off.
+    The ids are padded to L and cached on disk.
+
+    Args:
+        split: The split that the texts belong to.
+        texts: One text per pair.
+        tokenizer: Encoder of the texts.
+        context_length: L.
+        kind: Name of the texts in the cache.
     """
 
     def compute() -> np.ndarray[Any, Any]:
-        segments = [tokenizer.encode_segment(text, context_length) for text in split.captions]
+        segments = [tokenizer.encode_segment(text, context_length) for text in texts]
         rows = [torch.cat([segment.ids, torch.tensor([segment.num_cut])]) for segment in segments]
         return torch.stack(rows).int().numpy()
 
-    parts = {"kind": "texts of CLIP", "data": split.digest, "tokenizer": tokenizer.digest}
-    return cached_array(
+    parts = {"kind": kind, "data": split.digest, "tokenizer": tokenizer.digest}
+    # The last column has the number of ids that were cut off.
+    rows = cached_array(
         split.cache, parts={**parts, "context_length": str(context_length)}, compute=compute
     )
+    return rows[:, :-1], int((rows[:, -1] > 0).sum())
 
 
 def caption_ids(captions: Sequence[str]) -> np.ndarray[Any, Any]:
