@@ -7,16 +7,14 @@ its ``model`` section, builds its network, and returns a ``DocumentReader`` for 
 Shapes: B documents, M images per document, C choices, S x S pixels, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rudolph.checkpoints import store
 from rudolph.data.documents import (
     DocumentBatch,
     DocumentExamples,
@@ -25,7 +23,6 @@ from rudolph.data.documents import (
     batch_documents,
     prompt_panels,
 )
-from rudolph.data.seeds import mixed_seed
 from rudolph.data.splits import Splits, has_documents
 from rudolph.families.interface import (
     Capabilities,
@@ -34,6 +31,7 @@ from rudolph.families.interface import (
     RunSettings,
     TrainingFlags,
 )
+from rudolph.families.single_file import SingleFileFamily
 from rudolph.files.constraints import Count, errors_under
 from rudolph.generation.answering import OnToken
 from rudolph.generation.documents import (
@@ -47,11 +45,10 @@ from rudolph.generation.filters import TokenSamplingConfig
 from rudolph.models.layers.partly_trained import PartlyTrained
 from rudolph.models.lm.decode import at_last_token
 from rudolph.models.lm.language_model import LanguageModel, LanguageModelCache
-from rudolph.models.weights import load_exactly, meta_device, read_weights
+from rudolph.models.weights import meta_device
 from rudolph.sequence.layout import EOS
 from rudolph.sequence.tasks import TASKS
 from rudolph.sequence.tokenizer import Tokenizer
-from rudolph.training.hardware_flags import option_of
 
 if TYPE_CHECKING:
     from rudolph.training.language import LanguageTraining
@@ -325,27 +322,10 @@ class DocumentCapabilities(AnswerCapabilities):
         return is_allowed
 
 
-class DocumentFamily:
+class DocumentFamily(SingleFileFamily):
     """The members of ``families.interface.Family`` that all readers of documents share."""
 
-    is_trained = True
-    can_shard = False
     capabilities: type[Capabilities] = DocumentCapabilities
-    reads_images = True
-    stage: str
-
-    @property
-    def weights_file(self) -> str:
-        """Return the file of the weights in ``checkpoints``."""
-        return f"{self.stage}.safetensors"
-
-    def needs(self, section: Any) -> tuple[str, ...]:
-        """Return the parts that a run trains or loads first."""
-        return ("tokenizer",)
-
-    def empty(self, run: RunSettings) -> Any:
-        """Construct the model without a seed, for example to count weights on the meta device."""
-        raise NotImplementedError
 
     def reader(self, run: RunSettings, model: Any) -> DocumentReader:
         """Return the reader of a model."""
@@ -392,48 +372,15 @@ class DocumentFamily:
         with errors_under("model"), meta_device():
             self.empty(run)
 
-    def check_unused(self, run: RunSettings) -> None:
-        """Check that the settings that documents do not use are 0.
-
-        Raises:
-            ValueError: If one is not; the message names it.
-        """
-        for key, value in (
-            ("tokenizer.bpe_dropout", run.tokenizer.bpe_dropout),
-            ("data.unknown_task_probability", run.data.unknown_task_probability),
-        ):
-            if value:
-                raise ValueError(f"{key}: must be 0 for family {self.stage}, got {value:g}")
-
     def language_model_config(self, section: Any) -> tuple[str, Any]:
         """Return the key and the config of the language model in a ``model`` section."""
         return "model.language_model", section.language_model
-
-    def check_flags(self, run: RunSettings, flags: TrainingFlags) -> None:
-        """Check that no flag of another family is set.
-
-        Raises:
-            ValueError: If one is; the message names it.
-        """
-        for name in ("activation_checkpointing", "block_masks", "compile"):
-            if getattr(flags.hardware, name):
-                raise ValueError(f"{option_of(name)}: expected family rudolph, got {self.stage}")
 
     def curve_names(self, run: RunSettings) -> Iterator[str]:
         """Yield the names of the logged curves, including one per mixture entry."""
         yield from ("train/loss", "val/loss")
         if len(run.data.mixture) > 1:
             yield from (f"val/loss/{entry.name}" for entry in run.data.mixture)
-
-    def build(self, run: RunSettings, parts: Parts) -> Any:
-        """Build the model, initialised from the run's seed."""
-        torch.manual_seed(mixed_seed(run.seed, self.stage))
-        return self.empty(run)
-
-    def adapt(self, source: nn.Module, target: nn.Module) -> list[str]:
-        """Copy trained weights into a model of the same shape."""
-        load_exactly(target, source.state_dict(), family="model.init")
-        return []
 
     def examples(
         self, run: RunSettings, splits: Splits, name: str, parts: Parts
@@ -472,18 +419,3 @@ class DocumentFamily:
             device=next(model.parameters()).device,
             max_new_tokens=run.model.max_new_tokens,
         )
-
-    def save(
-        self, folder: Path, model: Any, parts: Parts, *, origin: Mapping[str, str]
-    ) -> list[Path]:
-        """Write the tokenizer; return its file and the weights file."""
-        assert parts.tokenizer is not None
-        tokenizer = folder / store.TOKENIZER_FILE
-        parts.tokenizer.save(tokenizer)
-        return [folder / self.weights_file, tokenizer]
-
-    def restore(self, folder: Path, run: RunSettings) -> tuple[Any, Parts]:
-        """Load the model and the tokenizer that ``save`` wrote, on the CPU."""
-        model, path = self.empty(run), folder / self.weights_file
-        load_exactly(model, read_weights(path), family=str(path))
-        return model.eval(), Parts(Tokenizer(folder / store.TOKENIZER_FILE))
