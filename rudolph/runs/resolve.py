@@ -353,9 +353,13 @@ def find_tokenizer(source: str, *, runs: Path, uri: str) -> Path:
     if Path(source).is_file() or source.endswith(".model"):
         return Path(source)
     folder = find_folder(source, runs=runs, uri=uri)
-    tokenizer_folder = RunDirectory(folder).checkpoints if is_run(folder) else folder
-    path = tokenizer_folder / store.TOKENIZER_FILE
-    return path if path.is_file() else store.locate(TOKENIZER) / store.TOKENIZER_FILE
+    folders = [folder]
+    if is_run(folder):
+        folders = [folder / CHECKPOINTS, folder.joinpath(*CLIP_FOLDER)]
+    for parent in folders:
+        if (parent / store.TOKENIZER_FILE).is_file():
+            return parent / store.TOKENIZER_FILE
+    return store.locate(TOKENIZER) / store.TOKENIZER_FILE
 
 
 def open_clip(source: str, *, runs: Path = Path("runs")) -> ClipRanker:
