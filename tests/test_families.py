@@ -29,6 +29,7 @@ OF_FAMILY = {
     "language_model": {"model.vocab_size": 16385, **TEXTS},
     "flamingo": {**WORDS, **IMAGES},
     "llava": {**WORDS, **IMAGES},
+    "late_fusion": IMAGES,
 }
 SMALL = {"vqgan.resolution": 32, "vqgan.channels": [32, 32], "vqgan.quantizer.num_codes": 8}
 

@@ -12,15 +12,21 @@ import pytest
 import torch
 from small_documents import Letters, build_reader
 
+from rudolph.data.answer_classes import QuestionBatch
 from rudolph.data.documents import DocumentBatch, Panel, batch_documents
 from rudolph.data.examples import ImageBatch, TokenBatch
 from rudolph.data.loader import Streams
+from rudolph.models.fusion.late_fusion import FusionConfig
+from rudolph.models.late_fusion.classifier import AnswerClassifier
 from rudolph.models.rudolph.decoder import DecoderConfig, MaskedDecoder
+from rudolph.models.vision.clip import CLIPConfig
 from rudolph.models.vqgan.model import VQGAN, VQGANConfig
 from rudolph.models.vqgan.quantizers import QuantizerConfig
 from rudolph.runs.execution import Hardware
 from rudolph.runs.trainer import make_trainer
-from rudolph.sequence.layout import SequenceLayout, Vocabulary
+from rudolph.sequence.conversation import IGNORE
+from rudolph.sequence.layout import EOS, SequenceLayout, Vocabulary
+from rudolph.training.answers import AnswerTraining
 from rudolph.training.callbacks import ResumeCheckpoint, quiet_lightning
 from rudolph.training.checkpoints import find_checkpoint
 from rudolph.training.decoder import DecoderTraining
@@ -189,6 +195,35 @@ def test_documents_in_micro_batches_have_the_same_loss(tmp_path: Path, family: s
         found.append(train(module, tmp_path / f"of_{size}", batch=batch, micro_batch_size=size)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert {"train/loss", "val/loss"} <= found[0].keys()
+
+
+def question_batch(numbers: Sequence[int]) -> QuestionBatch:
+    """Return examples of which some lack a modality, and some have an answer that is no class."""
+    generators = [torch.Generator().manual_seed(number) for number in numbers]
+    pixels = torch.stack([torch.randn(3, 16, 16, generator=each) for each in generators])
+    ids = torch.stack([torch.randint(4, 30, (5,), generator=each) for each in generators])
+    ids[:, -1], rows = EOS, torch.tensor(numbers)
+    present = torch.stack([rows % 5 != 1, rows % 5 != 2], dim=1)
+    # The first micro-batch of two examples has no label at all.
+    labels = torch.where(rows % 8 < 2, IGNORE, rows % 4)
+    return QuestionBatch(pixels, ids, present, labels, rows)
+
+
+def test_answers_in_micro_batches_and_on_two_devices_have_the_same_loss(tmp_path: Path) -> None:
+    found = []
+    for name, hardware in (
+        ("whole", {}),
+        ("parts", {"micro_batch_size": 2}),
+        ("two", TWO_DEVICES),
+    ):
+        torch.manual_seed(0)
+        towers = CLIPConfig(12, 16, 1, 16, 8, 5, 30, 16, 2, 1)
+        model = AnswerClassifier(towers, FusionConfig("gmu", (12, 12), 6), 4)
+        module = AnswerTraining(model, OPTIM)
+        found.append(train(module, tmp_path / name, batch=question_batch, **hardware)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert found[0].keys() == {"train/loss", "val/loss", "val/accuracy"}
 
 
 SHARDED_TRAINING = """

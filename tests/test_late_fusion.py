@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from rudolph.models.fusion.late_fusion import FUSIONS, FusionConfig, build_fusion
+from rudolph.models.fusion.late_fusion import FUSIONS, NEED_ALL, FusionConfig, build_fusion
 
 D = 4
 GATED = [("gated", gate, size) for gate in ("sigmoid", "softmax") for size in ("scalar", "vector")]
 ALL = [(kind, "sigmoid", "vector") for kind in FUSIONS if kind != "gated"] + GATED
-ROBUST = [case for case in ALL if case[0] in ("additive", "linear_sum", "gated", "gmu")]
-STRICT = [kind for kind in FUSIONS if kind not in ("additive", "linear_sum", "gated", "gmu")]
+ROBUST = [case for case in ALL if case[0] not in NEED_ALL]
 
 
 def widths_of(kind: str) -> tuple[int, ...]:
@@ -153,7 +152,7 @@ def test_what_is_left_of_a_mean_is_the_mean_of_what_is_left() -> None:
         torch.testing.assert_close(model(inputs, present), expected)
 
 
-@pytest.mark.parametrize("kind", STRICT)
+@pytest.mark.parametrize("kind", NEED_ALL)
 def test_kinds_that_need_every_modality_say_so(kind: str) -> None:
     model, inputs = fusion((kind, "sigmoid", "vector")), inputs_of(kind, 2)
     present = torch.ones(2, len(inputs), dtype=torch.bool)

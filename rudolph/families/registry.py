@@ -7,6 +7,7 @@ from rudolph.families.clip import CLIPFamily, CLIPModelConfig
 from rudolph.families.flamingo import FlamingoFamily, FlamingoSection
 from rudolph.families.interface import Family, ModelSection
 from rudolph.families.language_model import LanguageModelFamily, LanguageModelSection
+from rudolph.families.late_fusion import LateFusionFamily, LateFusionSection
 from rudolph.families.llava import LLaVAFamily, LLaVASection
 from rudolph.families.rudolph import RudolphConfig, RudolphFamily
 from rudolph.families.vqgan import VQGANFamily, VQGANOnlyConfig
@@ -19,6 +20,7 @@ ModelConfig = (
     | LanguageModelSection
     | FlamingoSection
     | LLaVASection
+    | LateFusionSection
 )
 
 FAMILIES: dict[str, Family] = {
@@ -28,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "language_model": LanguageModelFamily(),
     "flamingo": FlamingoFamily(),
     "llava": LLaVAFamily(),
+    "late_fusion": LateFusionFamily(),
 }
 
 

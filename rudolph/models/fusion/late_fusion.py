@@ -39,6 +39,8 @@ GATES = ("sigmoid", "softmax")
 GATE_SIZES = ("scalar", "vector")
 # Kinds that multiply or add the inputs without a projection.
 EQUAL_WIDTHS = ("additive", "product")
+# Kinds that need every modality in every row.
+NEED_ALL = ("product", "low_rank", "bilinear", "concat")
 
 
 @dataclass(frozen=True)
