@@ -106,7 +106,7 @@ class ClassifiedPairs:
         key = f"data.tasks.{entry.name}"
         self.has_image, has_question = modalities_of(entry.task, key=key)
         for name, is_needed, is_given in (
-            ("images", self.has_image, split.images is not None),
+            ("images", self.has_image, split.has_images),
             ("questions", has_question, all(split.questions)),
         ):
             if is_needed and not is_given:
