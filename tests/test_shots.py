@@ -230,16 +230,10 @@ def test_classes_are_scored_after_shots_that_have_a_class(splits: Splits) -> Non
 @pytest.mark.parametrize("family", ["flamingo", "llava"])
 def test_a_batch_answers_as_single_prompts_do(family: str, splits: Splits) -> None:
     model, reader, form = build_reader(family)
+    form = replace(form, max_length=1024)
+    settings: Any = {"device": torch.device("cpu"), "max_new_tokens": 4}
     together, alone = (
-        DocumentCapabilities(
-            model,
-            reader,
-            Letters(),
-            replace(form, max_length=1024),
-            device=torch.device("cpu"),
-            max_new_tokens=4,
-            batch_size=size,
-        )
+        DocumentCapabilities(model, reader, Letters(), form, batch_size=size, **settings)
         for size in (64, 1)
     )
     split, train = splits("test", "shapes_questions"), splits("train", "shapes_questions")
