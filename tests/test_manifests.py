@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rudolph.data.datasets import manifests
-from rudolph.data.datasets.manifests import Manifest
+from rudolph.data.datasets.manifests import Manifest, split_of_image, splits_of_images
 from rudolph.data.datasets.tables import ManifestConfig, find_table, read_rows
 from rudolph.data.image_files import center_crop, decode_image
-from rudolph.data.pairs import Pair, hash_fraction
+from rudolph.data.pairs import HASH_SPLITS, Pair, hash_fraction
 
 SPLITS = ("train", "validation", "test")
 
@@ -96,7 +96,8 @@ def content(pair: Pair) -> tuple[str, str, bytes]:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
-    rows = make_pairs(tmp_path, 12)
+    # Enough rows that every split has an image by its hash.
+    rows = make_pairs(tmp_path, 60)
     manifest = train(write_table(tmp_path / f"pairs{suffix}", rows))
     expected = [
         (f"{row['image']} | {row['caption']}", row["caption"], center_crop(noise(10, 8, i), 8))
@@ -106,7 +107,7 @@ def test_every_kind_of_table_gives_the_same_pairs(tmp_path: Path, suffix: str) -
     assert [content(manifest[i]) for i in range(len(manifest))] == [
         (key, caption, image.tobytes()) for key, caption, image in expected
     ]
-    assert manifest.report.num_kept == manifest.report.num_rows == 12
+    assert manifest.report.num_kept == manifest.report.num_rows == 60
     assert manifest.digest == train(write_table(tmp_path / "other.jsonl", rows)).digest
 
 
@@ -401,3 +402,18 @@ def test_a_split_without_pairs_is_told_in_one_line(tmp_path: Path) -> None:
     empty = "train" if is_test else "test"
     message = said(lambda: Manifest(config(table), split=empty, image_size=8))
     assert f"none of its 1 usable rows falls into the split '{empty}'" in message
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 12, 3000])
+def test_every_split_of_a_small_table_has_an_image(number: int) -> None:
+    digests = [hashlib.sha256(f"{number} {row}".encode()).hexdigest() for row in range(number)]
+    splits = splits_of_images(digests)
+    assert [*splits] == digests
+    moved = {splits[digest] for digest in digests if splits[digest] != split_of_image(digest)}
+    hashed = {split_of_image(digest) for digest in digests}
+    if number >= 3:
+        assert {*splits.values()} == {*HASH_SPLITS}
+        # Only images that an empty split needs change their place.
+        assert moved == {*HASH_SPLITS} - hashed
+    if number == 3000:
+        assert not moved

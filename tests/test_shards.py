@@ -16,8 +16,9 @@ from rudolph.data.datasets.manifests import Manifest
 from rudolph.data.datasets.packed_pairs import PackedPairs, PackedPairsConfig
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.examples import task_texts
+from rudolph.data.pairs import HASH_SPLITS
 from rudolph.data.shards import packing, sources
-from rudolph.data.shards.layout import BATCH_ROWS, PACKED_SPLITS
+from rudolph.data.shards.layout import BATCH_ROWS
 from rudolph.data.shards.packing import pack_pairs
 from rudolph.data.splits import DataConfig, Split
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
@@ -67,7 +68,7 @@ def test_packed_pairs_are_those_of_the_table(
 ) -> None:
     config = config_of(table, question_column=question)
     report = pack_pairs(config, tmp_path / "packed")
-    for name in PACKED_SPLITS:
+    for name in HASH_SPLITS:
         manifest = Manifest(config, split=name, image_size=8)
         packed = PackedPairs(PackedPairsConfig(str(tmp_path / "packed")), split=name, image_size=8)
         assert report == manifest.report
@@ -211,7 +212,7 @@ def test_archives_of_img2dataset_are_packed_by_any_number_of_workers(tmp_path: P
     assert cut == 1
     assert reasons == {"corrupt image": 1, "no image file": 1, "caption is not UTF-8": 1}
     captions = []
-    for name in PACKED_SPLITS:
+    for name in HASH_SPLITS:
         packed = PackedPairs(PackedPairsConfig(str(tmp_path / "one")), split=name, image_size=8)
         captions += [*packed.texts("caption")]
     assert {f"кот {row}" for row in range(60)} | {"yes"} == {*captions}
@@ -258,7 +259,7 @@ def test_a_split_without_pairs_and_a_damaged_record_are_named(tmp_path: Path) ->
         if number == 0:
             with pytest.raises(ValueError, match=f"pairs in the split '{name}', got none"):
                 PackedPairs(config, split=name, image_size=8)
-    with pytest.raises(ValueError, match="packed pairs have none, legal are train"):
+    with pytest.raises(ValueError, match="a packed dataset has none, legal are train"):
         PackedPairs(config, split="compositional", image_size=8)
     record = tmp_path / "packed/parts/00000.json"
     before = record.read_bytes()

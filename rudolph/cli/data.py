@@ -136,7 +136,7 @@ def inspect_manifest(args: Any) -> int:
     Raises:
         ValueError: If too many rows are bad, or a quote is left open.
     """
-    from rudolph.data.datasets.manifests import examine_table, split_of_image
+    from rudolph.data.datasets.manifests import examine_table, splits_of_images
     from rudolph.data.datasets.tables import ManifestConfig
 
     is_strict = args.max_bad_fraction is None
@@ -149,7 +149,8 @@ def inspect_manifest(args: Any) -> int:
             progress=lambda done, total: progress("images", done, total, ""),
         )
     print(report.summary())
-    print_splits(split_of_image(entry.sha256) for entry in entries)
+    splits = splits_of_images(entry.sha256 for entry in entries)
+    print_splits(splits[entry.sha256] for entry in entries)
     if is_strict:
         report.require_closed_quotes(str(table))
     report.require_usable(str(table), max_bad_fraction=max_bad_fraction)

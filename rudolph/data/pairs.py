@@ -1,7 +1,8 @@
 """Image-text pairs and the interfaces of their datasets.
 
-To add a dataset, write a class with the three members of ``PairDataset`` and add it to
-``rudolph.data.splits.DATASETS``.
+To add a dataset, write a class with the members of ``PairDataset`` that is constructed as
+``(config, *, split, image_size)``.  Add it to ``DATASETS`` in ``rudolph.data.splits``, and its
+config under the same name to ``DataConfig``.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation", "test", "compositional")
+# Those that the hash of an image file decides.
+HASH_SPLITS = SPLITS[:3]
 
 
 @dataclass(frozen=True)
@@ -139,3 +142,15 @@ def require_split(split: str) -> None:
     """Raise ``ValueError`` if ``split`` is not one of ``SPLITS``."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def require_hash_split(split: str, owner: str) -> None:
+    """Raise ``ValueError`` unless ``split`` is one of the three that hashes decide.
+
+    Args:
+        split: Name of the split.
+        owner: Kind of the dataset for the message, with its article.
+    """
+    require_split(split)
+    if split not in HASH_SPLITS:
+        raise ValueError(f"split {split!r}: {owner} has none, legal are {', '.join(HASH_SPLITS)}")

@@ -25,11 +25,11 @@ from rudolph.data.datasets.document_layouts import (
 from rudolph.data.datasets.document_rows import FileRow, FileRows, list_files, open_rows
 from rudolph.data.datasets.manifests import (
     examine_file,
-    require_hash_split,
     split_of_image,
     square_image,
 )
 from rudolph.data.image_files import RejectedError, RowReport
+from rudolph.data.pairs import require_hash_split
 from rudolph.files.constraints import Count, Fraction, check
 
 # Part of every digest; increment it when the same files give other documents.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image
 from rudolph.data.datasets.table_parquet import EmbeddedImage, StoredImage
 from rudolph.data.datasets.tables import ManifestConfig, TableRow, find_table, read_rows, type_name
 from rudolph.data.image_files import RejectedError, RowReport, center_crop, decode_image
-from rudolph.data.pairs import Pair, hash_fraction, require_split
+from rudolph.data.pairs import HASH_SPLITS, Pair, hash_fraction, require_hash_split
 from rudolph.sequence.texts import clean_text
 
 # Part of every digest; increment it when the same files give other pairs.
@@ -72,7 +72,8 @@ class Manifest:
 
     The hash of the image file decides the split of all its captions.  Rows can therefore be added,
     reordered or renamed without moving another row to a different split, and no image is in two
-    splits.  A key consists of image path, question and caption.
+    splits.  Only in small tables, validation and test take an image each from train if they would
+    be empty.  A key consists of image path, question and caption.
 
     Args:
         config: The table and its columns.
@@ -100,13 +101,12 @@ class Manifest:
         self.image_size = image_size
         self.report = examined.report
         self.report.require_usable(str(examined.table), max_bad_fraction=config.max_bad_fraction)
-        self.entries = [
-            entry for entry in examined.entries if split_of_image(entry.sha256) == split
-        ]
+        splits = splits_of_images(entry.sha256 for entry in examined.entries)
+        self.entries = [entry for entry in examined.entries if splits[entry.sha256] == split]
         if not self.entries:
             raise ValueError(
                 f"{examined.table}: none of its {self.report.num_kept} usable rows falls into the "
-                f"split {split!r} (90% train, 5% validation, 5% test): give it more rows"
+                f"split {split!r}: give it at least {len(HASH_SPLITS)} different images"
             )
         self.digest = self._digest()
 
@@ -131,20 +131,6 @@ class Manifest:
             line = json.dumps([entry.key, entry.caption, entry.sha256, *question])
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
-
-
-def require_hash_split(split: str, owner: str) -> None:
-    """Raise ``ValueError`` unless ``split`` is one of the three that hashes decide.
-
-    Args:
-        split: Name of the split.
-        owner: Kind of the dataset for the message, with its article.
-    """
-    require_split(split)
-    if split == "compositional":
-        raise ValueError(
-            f"split 'compositional': {owner} has none, legal are train, validation, test"
-        )
 
 
 def square_image(path: str, read: Callable[[], bytes], *, sha256: str, size: int) -> Image.Image:
@@ -174,6 +160,22 @@ def split_of_image(sha256: str) -> str:
     if fraction < 0.90:
         return "train"
     return "validation" if fraction < 0.95 else "test"
+
+
+def splits_of_images(digests: Iterable[str]) -> dict[str, str]:
+    """Return the split of each image of a table, given the SHA-256 of the files.
+
+    Validation and test take an image from train if they would be empty and train has another.
+
+    >>> splits_of_images(["a", "b", "c"])
+    {'a': 'validation', 'b': 'test', 'c': 'train'}
+    """
+    splits = {digest: split_of_image(digest) for digest in digests}
+    for name in HASH_SPLITS[1:]:
+        trained = [digest for digest, split in splits.items() if split == "train"]
+        if name not in splits.values() and len(trained) > 1:
+            splits[max(trained, key=hash_fraction)] = name
+    return splits
 
 
 def examine_table(

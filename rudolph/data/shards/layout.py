@@ -25,7 +25,6 @@ SHARD_VERSION = 1
 PART_ROWS = 10_000
 BATCH_ROWS = 64
 DATASET, PARTS = "dataset.json", "parts"
-PACKED_SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = ("key", "caption", "question")
 
 

@@ -23,10 +23,10 @@ from rudolph.data.datasets.manifests import (
 )
 from rudolph.data.datasets.tables import ManifestConfig
 from rudolph.data.image_files import RowReport
+from rudolph.data.pairs import HASH_SPLITS
 from rudolph.data.shards.layout import (
     BATCH_ROWS,
     DATASET,
-    PACKED_SPLITS,
     PARTS,
     SHARD_VERSION,
     PartRecord,
@@ -60,7 +60,7 @@ def pack_pairs(
     """
     source = open_source(config)
     _require_own_folder(folder)
-    report, splits = RowReport(), {name: list[Shard]() for name in PACKED_SPLITS}
+    report, splits = RowReport(), {name: list[Shard]() for name in HASH_SPLITS}
     jobs = ((part, config, folder) for part in source.parts())
     for done, record in enumerate(_records(jobs, num_workers), start=1):
         report.add(record.report)
@@ -151,7 +151,7 @@ def _write_rows(entries: Iterator[ManifestEntry], partial: Path) -> list[tuple[s
 
     rows: dict[str, list[dict[str, Any]]] = {}
     writers: dict[str, Any] = {}
-    counts = dict.fromkeys(PACKED_SPLITS, 0)
+    counts = dict.fromkeys(HASH_SPLITS, 0)
     with ExitStack() as stack:
 
         def write(name: str) -> None:
@@ -208,7 +208,7 @@ def _write_dataset(folder: Path, splits: dict[str, list[Shard]], report: RowRepo
 
 def _require_own_folder(folder: Path) -> None:
     """Raise ``ValueError`` if a folder holds files that packing does not write."""
-    own = {DATASET, PARTS, *PACKED_SPLITS}
+    own = {DATASET, PARTS, *HASH_SPLITS}
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in others if name not in own and not name.startswith(DATASET)]
     if others:
@@ -222,7 +222,7 @@ def _remove_others(folder: Path, num_parts: int, splits: dict[str, list[Shard]])
     names = {shard.name for shards in splits.values() for shard in shards}
     kept = {folder / name for name in names}
     kept |= {folder / PARTS / f"{number:05d}.json" for number in range(num_parts)}
-    for each in (PARTS, *PACKED_SPLITS):
+    for each in (PARTS, *HASH_SPLITS):
         for path in sorted((folder / each).glob("*")):
             if path.is_dir():
                 # Another process may be packing into this folder.

@@ -11,7 +11,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from rudolph.data.shards.layout import BATCH_ROWS, PACKED_SPLITS, read_shards, shards_digest
+from rudolph.data.pairs import require_hash_split
+from rudolph.data.shards.layout import BATCH_ROWS, read_shards, shards_digest
 
 
 class ShardReader:
@@ -26,10 +27,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        if split not in PACKED_SPLITS:
-            raise ValueError(
-                f"split {split!r}: packed pairs have none, legal are {', '.join(PACKED_SPLITS)}"
-            )
+        require_hash_split(split, "a packed dataset")
         self.folder, self.shards = folder, read_shards(folder)[split]
         # First row of each shard, followed by the total number of rows.
         self.starts = np.array([*accumulate((shard.rows for shard in self.shards), initial=0)])
