@@ -19,7 +19,7 @@ from tiny_run import OPTIM, TINY
 from rudolph.cli import main
 from rudolph.evaluation.context import Score
 from rudolph.files.settings import ConfigError
-from rudolph.reports.report import UNANSWERED, finding_of, section_of
+from rudolph.reports.report import UNANSWERED, WITHOUT_LIMITS, finding_of, section_of
 from rudolph.runs import runner
 from rudolph.runs.execution import Execution
 from rudolph.runs.runner import experiment_files
@@ -362,7 +362,8 @@ def test_an_edited_file_has_results_of_its_own_question(worked: Path) -> None:
     ask(worked, variants={"warm": warm, "cold": {"sampling.image.temperature": 0.5}})
     assert main(["run", "some.yaml"]) == 0
     readme = worked / "results" / "some" / "README.md"
-    readme.write_text(readme.read_text().replace(UNANSWERED, "Warm is better. By far."))
+    page = readme.read_text("utf-8").replace(WITHOUT_LIMITS, "Two seeds.")
+    readme.write_text(page.replace(UNANSWERED, "Warm is better. By far."), "utf-8")
     # A renamed variant is the same run, so it appears once.
     ask(worked, variants={"hot": warm})
     assert main(["run", "some.yaml"]) == 0

@@ -18,6 +18,7 @@ from rudolph.config.run import run_of
 from rudolph.reports.report import (
     MAX_PAGE_IMAGES,
     UNANSWERED,
+    WITHOUT_LIMITS,
     fill,
     finding_of,
     marked,
@@ -108,7 +109,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def answer_by_hand(readme: Path, text: str) -> None:
     page = with_finding(readme.read_text("utf-8"), text)
-    readme.write_text(page.replace(UNANSWERED, "One layer, made-up numbers."), "utf-8")
+    readme.write_text(page.replace(WITHOUT_LIMITS, "One layer, made-up numbers."), "utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from rudolph.reports.search_tables import is_trial, search_lines
 from rudolph.reports.timings import is_speed, speed_tables
 
 UNANSWERED = "_Not written yet: the effect with its interval, and the number of seeds._"
+WITHOUT_LIMITS = "_Not written yet: what the result does not show._"
 SECTIONS = ("Finding", "Setup", "Numbers", "Limitations", "Reproduce")
 # A page shows at most this many images, figures first.
 MAX_PAGE_IMAGES = 4
@@ -93,7 +94,7 @@ def experiment_parts(folder: Path) -> dict[str, str]:
 
 def new_page(title: str) -> str:
     """Return a page whose text is still to be written."""
-    texts = {"Finding": UNANSWERED, "Limitations": UNANSWERED}
+    texts = {"Finding": UNANSWERED, "Limitations": WITHOUT_LIMITS}
     parts = {"Setup": "setup", "Numbers": "numbers", "Reproduce": "reproduce"}
     lines = [f"# {title}", marked("scale", "")]
     for section in SECTIONS:

@@ -46,6 +46,7 @@ from rudolph.reports.report import (
     SAMPLE_ORDER,
     SECTIONS,
     UNANSWERED,
+    WITHOUT_LIMITS,
     experiment_parts,
     fill,
     finding_of,
@@ -440,7 +441,7 @@ def _check(folder: Path, digest: Callable[[Path, Mapping[str, Any]], str] | None
         )
     for section in ("Finding", "Limitations"):
         text = section_of(page, section)
-        if not text or text.startswith(UNANSWERED):
+        if not text or text.startswith((UNANSWERED, WITHOUT_LIMITS)):
             yield f"{folder}/README.md: {section} is not written"
 
 
