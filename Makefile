@@ -23,7 +23,7 @@ setup: ## the environment; free when it is there already
 quickstart: setup ## train a small decoder, sample, score and report
 	$(VENV)/bin/rudolph run experiments/quickstart.yaml
 
-test: setup ## all tests, a file per process; PYTEST="-k masks" chooses
+test: setup ## all tests, a file per process; PYTEST=tests/test_masks.py chooses
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
 
 notebook: setup ## JupyterLab in notebooks/

@@ -202,7 +202,8 @@ def export_and_report(runs_of_jobs: Any, failed: Any, args: Any) -> int:
     export_errors = {}
     if args.settings:
         print_line(
-            "results/ is unchanged: settings on the command line make it another experiment"
+            "results/ is unchanged: settings on the command line make it another experiment. "
+            "For a page, write them into the file; finished runs are reused"
         )
     elif not args.no_export:
         for file in sorted(experiments.keys() & finished_files):

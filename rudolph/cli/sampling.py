@@ -178,15 +178,17 @@ def load_requested(args: Any) -> Any:
     """Load the model of ``--model``."""
     import torch
 
-    from rudolph.runs.resolve import Precision, open_model
+    from rudolph.runs.resolve import NEWEST, Precision, newest_run, open_model
     from rudolph.tracking.tracker import tracking_uri
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    runs, source = folders_here().runs, args.model
+    if source == NEWEST:
+        # Without its name, a failed training would leave an older model unnoticed.
+        source = str(newest_run(runs))
+        print_line(f"model: {source}")
     return open_model(
-        args.model,
-        runs=folders_here().runs,
-        uri=tracking_uri(Path.cwd()),
-        precision=Precision(dtype, args.int8),
+        source, runs=runs, uri=tracking_uri(Path.cwd()), precision=Precision(dtype, args.int8)
     )
 
 
