@@ -144,9 +144,9 @@ def test_a_damaged_shard_is_found_and_packed_again_alone(
     target = tmp_path / "packed"
     pack_pairs(config_of(table), target)
     before = files(target)
-    shard = target / "train" / "00001.arrow"
+    [shard] = target.glob("train/00001-*.arrow")
     times = {path: path.stat().st_mtime_ns for path in target.rglob("*.arrow")}
-    content = bytearray(before["train/00001.arrow"])
+    content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
     assert main(["data", "verify", str(target)]) == 1
@@ -158,7 +158,7 @@ def test_a_damaged_shard_is_found_and_packed_again_alone(
     pack_pairs(config_of(table), target)
     assert files(target) == before
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"00001.arrow"}
+    assert changed == {shard.name}
     assert main(["data", "verify", str(target)]) == 0
 
 
@@ -183,8 +183,8 @@ def archive(path: Path, members: dict[str, bytes]) -> None:
             file.addfile(info, io.BytesIO(content))
 
 
-def test_archives_of_img2dataset_are_packed_by_any_number_of_workers(tmp_path: Path) -> None:
-    source = tmp_path / "images"
+def write_archives(source: Path) -> None:
+    """Write archives of img2dataset: three good ones, a bad one, and two that are cut."""
     source.mkdir()
     for number in range(3):
         members: dict[str, bytes] = {}
@@ -199,23 +199,47 @@ def test_archives_of_img2dataset_are_packed_by_any_number_of_workers(tmp_path: P
         "4.png": png(4),
         "4.json": b'{"caption": "yes"}',
     }
+    # Other files of a sample are not images, and a second sample of the same key is not merged.
+    bad |= {
+        "5.png": png(5),
+        "5.txt": "да".encode(),
+        "5.url": b"http",
+        "6.npy": b"",
+        "7.jpg": png(7),
+    }
     archive(source / "00003.tar", bad)
-    # The last archive is cut within a sample.
+    with tarfile.open(source / "00003.tar", "a") as file:
+        for name in ("7.jpg", "8.png"):
+            link = tarfile.TarInfo(name)
+            link.type = tarfile.SYMTYPE if name == "8.png" else tarfile.REGTYPE
+            file.addfile(link)
+    # One archive is cut within a sample, another one between two.
     whole = (source / "00000.tar").read_bytes()
     (source / "00004.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    with tarfile.open(source / "00000.tar") as file:
+        end = file.getmembers()[6].offset
+    (source / "00005.tar").write_bytes(whole[:end])
+
+
+def test_archives_of_img2dataset_are_packed_by_any_number_of_workers(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    write_archives(source)
     config = config_of(source, max_bad_fraction=0.5)
     report = pack_pairs(config, tmp_path / "one")
     assert pack_pairs(config, tmp_path / "two", num_workers=2) == report
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    reasons = {reason: tally.count for reason, tally in report.skipped.items()}
-    cut = reasons.pop("damaged archive: the rest of it")
-    assert cut == 1
-    assert reasons == {"corrupt image": 1, "no image file": 1, "caption is not UTF-8": 1}
+    assert {reason: tally.count for reason, tally in report.skipped.items()} == {
+        "damaged archive: the rest of it": 2,
+        "corrupt image": 1,
+        "no image file": 2,
+        "caption is not UTF-8": 1,
+        "repeated file in a sample": 1,
+    }
     captions = []
     for name in HASH_SPLITS:
         packed = PackedPairs(PackedPairsConfig(str(tmp_path / "one")), split=name, image_size=8)
         captions += [*packed.texts("caption")]
-    assert {f"кот {row}" for row in range(60)} | {"yes"} == {*captions}
+    assert {f"кот {row}" for row in range(60)} | {"yes", "да"} == {*captions}
 
 
 @pytest.mark.parametrize(
@@ -266,3 +290,54 @@ def test_a_split_without_pairs_and_a_damaged_record_are_named(tmp_path: Path) ->
     record.write_text('{"source": "x", "shards": [{"name": 1}], "report": {}}')
     pack_pairs(config_of(tmp_path / "pairs.csv"), tmp_path / "packed")
     assert record.read_bytes() == before
+
+
+def test_mended_images_and_captions_are_packed_again(tmp_path: Path, small_parts: None) -> None:
+    table, target = tmp_path / "pairs.jsonl", tmp_path / "packed"
+    lines = [{"image": f"{number}.png", "caption": "кот"} for number in range(5)]
+    lines[4]["caption"] = 5
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "0.png").unlink()
+
+    def pack() -> int:
+        table.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        return pack_pairs(config_of(table, max_bad_fraction=0.5), target).num_kept
+
+    assert pack() == 3
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "4.png").write_bytes(png(4))
+    assert pack() == 4
+    lines[4]["caption"] = "5"
+    assert pack() == 5
+    before = files(target)
+    (tmp_path / "1.png").write_bytes(png(99))
+    assert pack() == 5 and files(target) != before
+
+
+def test_only_files_of_packing_are_removed(table: Path, tmp_path: Path) -> None:
+    """Neither the source nor images in folders of the same names are touched."""
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    archive(data / "train" / "00000.tar", {"1.png": png(1), "1.txt": "кот".encode()})
+    for source in (data / "train", table):
+        with pytest.raises(ValueError, match=r"expected (a path apart|an empty folder)"):
+            pack_pairs(config_of(source), data)
+    assert (data / "train" / "00000.tar").is_file()
+    assert [path.name for path in data.iterdir()] == ["train"]
+
+
+def test_a_failed_second_packing_leaves_the_first_readable(
+    table: Path, tmp_path: Path, small_parts: None
+) -> None:
+    target = tmp_path / "packed"
+    pack_pairs(config_of(table), target)
+    packed = PackedPairs(PackedPairsConfig(str(target)), split="train", image_size=8)
+    captions = [*packed.texts("caption")]
+    bad = table.with_name("bad.jsonl")
+    bad.write_text(table.read_text("utf-8") + '{"image": "none.png", "caption": "а"}\n' * 100)
+    with pytest.raises(ValueError, match="rows are bad"):
+        pack_pairs(config_of(bad), target)
+    bad.unlink()
+    again = PackedPairs(PackedPairsConfig(str(target)), split="train", image_size=8)
+    assert [*again.texts("caption")] == captions

@@ -164,14 +164,18 @@ def pack_source(args: Any) -> int:
         ValueError: If too many rows are bad, or the source or the folder cannot be used.
     """
     from rudolph.data.datasets.tables import ManifestConfig
-    from rudolph.data.shards.packing import pack_pairs
+    from rudolph.data.shards.packing import LOCK, pack_pairs, require_own_folder
+    from rudolph.tracking.event_log import file_lock
 
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     config = ManifestConfig(
         path=args.source, max_bad_fraction=args.max_bad_fraction, **columns_of(args)
     )
-    with stage_progress() as progress:
+    require_own_folder(args.folder)
+    with file_lock(args.folder / LOCK, 0) as is_alone, stage_progress() as progress:
+        if not is_alone:
+            raise ValueError(f"{args.folder}: another process packs into this folder")
         report = pack_pairs(
             config,
             args.folder,

@@ -5,8 +5,8 @@ the same files.  A part whose record and shards are intact is not packed again.
 """
 
 import os
+import re
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,10 +35,21 @@ from rudolph.data.shards.layout import (
     shards_digest,
 )
 from rudolph.data.shards.sources import SourcePart, open_source
-from rudolph.files.atomic import DamagedFileError, file_sha256, naming_file, write_json
+from rudolph.files.atomic import (
+    DamagedFileError,
+    file_sha256,
+    naming_file,
+    require_disjoint_paths,
+    write_json,
+)
 
-# A partial folder of this age was left by a killed process.
-SECONDS_TO_ABANDON = 3600
+# Held while a folder is written.
+LOCK = "packing.lock"
+# The files that packing writes; only these are ever removed.
+OWN_NAMES = re.compile(
+    rf"({re.escape(DATASET)}|{PARTS}/\d{{5,}}\.json)(\.\d+\.new)?|{PARTS}/\d{{5,}}\.\d+\.new"
+    rf"|({'|'.join(HASH_SPLITS)})/\d{{5,}}-[0-9a-f]{{8}}\.arrow|{re.escape(LOCK)}(-journal)?"
+)
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +70,8 @@ def pack_pairs(
             files.
     """
     source = open_source(config)
-    _require_own_folder(folder)
+    require_disjoint_paths(folder, Path(config.path), "FOLDER")
+    require_own_folder(folder)
     report, splits = RowReport(), {name: list[Shard]() for name in HASH_SPLITS}
     jobs = ((part, config, folder) for part in source.parts())
     for done, record in enumerate(_records(jobs, num_workers), start=1):
@@ -116,7 +128,7 @@ def _pack_part(part: SourcePart, config: ManifestConfig, folder: Path) -> PartRe
     partial.mkdir(parents=True, exist_ok=True)
     try:
         counts = _write_rows(_entries(part, config, report), partial)
-        shards = [_publish(folder, partial, name, part.number, rows) for name, rows in counts]
+        shards = [_publish(folder, partial, name, part, rows) for name, rows in counts]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         forget_examined_images()
@@ -183,9 +195,13 @@ def _row(entry: ManifestEntry) -> dict[str, Any]:
     }
 
 
-def _publish(folder: Path, partial: Path, split: str, number: int, rows: int) -> Shard:
-    """Give a complete file its name and return its shard."""
-    name = f"{split}/{number:05d}.arrow"
+def _publish(folder: Path, partial: Path, split: str, part: SourcePart, rows: int) -> Shard:
+    """Give a complete file its name and return its shard.
+
+    The name has the digest of the part, so packing again keeps the shards of ``dataset.json``
+    until that file is replaced.
+    """
+    name = f"{split}/{part.number:05d}-{part.digest[:8]}.arrow"
     with naming_file(folder / name, written=partial / split):
         with (partial / split).open("rb") as file:
             os.fsync(file.fileno())
@@ -206,27 +222,36 @@ def _write_dataset(folder: Path, splits: dict[str, list[Shard]], report: RowRepo
     write_json(folder / DATASET, content)
 
 
-def _require_own_folder(folder: Path) -> None:
-    """Raise ``ValueError`` if a folder holds files that packing does not write."""
-    own = {DATASET, PARTS, *HASH_SPLITS}
-    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in others if name not in own and not name.startswith(DATASET)]
-    if others:
-        raise ValueError(f"{folder}: expected an empty folder or packed pairs, got {others[0]}")
+def require_own_folder(folder: Path) -> None:
+    """Raise ``ValueError`` if a folder holds anything that packing does not write."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, got a file")
+    for path in _entries_of(folder):
+        if not OWN_NAMES.fullmatch(path.relative_to(folder).as_posix()):
+            raise ValueError(
+                f"{folder}: expected an empty folder or packed pairs, got "
+                f"{path.relative_to(folder)}"
+            )
+
+
+def _entries_of(folder: Path) -> Iterator[Path]:
+    """Yield the entries of a folder, and those of the folders that packing writes."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name in (PARTS, *HASH_SPLITS) and path.is_dir():
+            yield from sorted(path.iterdir())
+        else:
+            yield path
 
 
 def _remove_others(folder: Path, num_parts: int, splits: dict[str, list[Shard]]) -> None:
-    """Remove what an earlier source with more parts, or a killed process, left."""
-    names = {shard.name for shards in splits.values() for shard in shards}
-    kept = {folder / name for name in names}
-    kept |= {folder / PARTS / f"{number:05d}.json" for number in range(num_parts)}
-    for each in (PARTS, *HASH_SPLITS):
-        for path in sorted((folder / each).glob("*")):
-            if path.is_dir():
-                # Another process may be packing into this folder.
-                if time.time() - path.stat().st_mtime > SECONDS_TO_ABANDON:
-                    shutil.rmtree(path, ignore_errors=True)
-            elif path not in kept:
-                path.unlink()
+    """Remove what an earlier source or a killed process left; other files stay."""
+    kept = {shard.name for shards in splits.values() for shard in shards}
+    kept |= {f"{PARTS}/{number:05d}.json" for number in range(num_parts)}
+    for path in _entries_of(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in kept or path.parent == folder or not OWN_NAMES.fullmatch(name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

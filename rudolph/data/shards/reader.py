@@ -34,7 +34,10 @@ class ShardReader:
         self.digest = shards_digest(self.shards)
         self._files: dict[int, Any] = {}
         if not len(self):
-            raise ValueError(f"{folder}: expected pairs in the split {split!r}, got none")
+            raise ValueError(
+                f"{folder}: expected pairs in the split {split!r}, got none. Pack more images, or "
+                "train on the table as a manifest"
+            )
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -84,7 +87,9 @@ class ShardReader:
             if error:
                 advice = "the same rudolph data pack writes it again"
                 raise ValueError(f"{self.folder / shard.name}: {error}; {advice}")
-            mapped = pyarrow.memory_map(str(self.folder / shard.name))
+            with pyarrow.memory_map(str(self.folder / shard.name)) as file:
+                # The buffer keeps the map but no file descriptor, of which a process has few.
+                mapped = file.read_buffer()
             self._files[number] = pyarrow.ipc.open_file(mapped)
         return self._files[number]
 

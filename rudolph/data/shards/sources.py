@@ -25,6 +25,18 @@ from rudolph.data.datasets.tables import (
 from rudolph.data.shards.layout import PART_ROWS, SHARD_VERSION
 
 CAPTION_SUFFIX, RECORD_SUFFIX = ".txt", ".json"
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".avif",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".jp2",
+)
 
 
 @dataclass(frozen=True)
@@ -66,23 +78,26 @@ class Source:
 
     def parts(self) -> Iterator[SourcePart]:
         """Yield the parts in order; memory holds the texts of one part of a Parquet table."""
-        settings = [SHARD_VERSION, asdict(self.config) | {"path": "", "max_bad_fraction": 0}]
         if self.archives:
             for number, archive in enumerate(self.archives):
-                status = archive.stat()
-                content = [settings, archive.name, status.st_size, status.st_mtime_ns]
+                content = [SHARD_VERSION, archive.name, _state(archive)]
                 yield SourcePart(number, _digest(content), archive.parent, archive=archive)
             return
         table = find_table(self.config.path)
-        status = table.stat()
-        # Images inside a table have no name of their own, so its state names them.
-        holds_images = table.suffix.lower() == PARQUET
-        content = [settings, [status.st_size, status.st_mtime_ns] if holds_images else []]
+        settings = asdict(self.config) | {"path": "", "max_bad_fraction": 0}
+        # Images inside a table have no file of their own, so its state stands for theirs.
+        content = [
+            SHARD_VERSION,
+            settings,
+            _state(table) if table.suffix.lower() == PARQUET else [],
+        ]
         rows = iterate_rows(table, self.config)
         for number in range(self.num_parts):
             part = tuple(islice(rows, PART_ROWS))
-            digest = _digest([*content, [[str(_name(cell)) for cell in row] for row in part]])
-            yield SourcePart(number, digest, table.parent, part)
+            named = [
+                [*map(repr, map(_name, row)), _image_state(row, table.parent)] for row in part
+            ]
+            yield SourcePart(number, _digest([*content, named]), table.parent, part)
 
 
 def open_source(config: ManifestConfig) -> Source:
@@ -105,36 +120,51 @@ def archive_rows(archive: Path) -> Iterator[TableRow]:
     The caption is the text file, or ``caption`` of the JSON file.  The members of a sample follow
     each other, as img2dataset and webdataset write them.
     """
+    damaged = TableRow(archive.name, error="damaged archive: the rest of it")
     try:
-        with tarfile.open(archive, "r|*") as members:
-            files = ((member.name, members.extractfile(member)) for member in members)
-            named = ((name, content) for name, content in files if content is not None)
-            for key, group in groupby(named, key=lambda file: file[0].rpartition(".")[0]):
+        with tarfile.open(archive, "r|") as members:
+            files = (
+                (_readable(member.name), members.extractfile(member))
+                for member in members
+                if member.isfile()
+            )
+            for key, group in groupby(files, key=lambda file: file[0].rpartition(".")[0]):
                 yield _sample(archive, key, group)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        yield TableRow(archive.name, error="damaged archive: the rest of it")
+            end = members.offset
+    except (tarfile.TarError, EOFError):
+        yield damaged
+        return
+    # tarfile stops without an error at a damaged header and at the end of a cut file.
+    with archive.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            yield damaged
 
 
-def _sample(archive: Path, key: str, files: Iterator[tuple[str, IO[bytes]]]) -> TableRow:
-    location, image, caption, record = f"{archive.name} {key}", None, None, {}
-    for name, content in files:
+def _sample(archive: Path, key: str, files: Iterator[tuple[str, IO[bytes] | None]]) -> TableRow:
+    location, contents = f"{archive.name} {key}", dict[str, tuple[str, bytes]]()
+    for name, file in files:
         suffix = Path(name).suffix.lower()
-        if suffix == CAPTION_SUFFIX:
-            caption = content.read()
-        elif suffix == RECORD_SUFFIX:
-            record = _mapping(content.read())
-        else:
-            image = EmbeddedImage(str(archive), name, content.read())
-    if image is None:
-        return TableRow(location, error="no image file")
-    text = record.get("caption") if caption is None else caption
+        if suffix in contents:
+            return TableRow(location, error="repeated file in a sample")
+        if file is not None and suffix in (CAPTION_SUFFIX, RECORD_SUFFIX, *IMAGE_SUFFIXES):
+            contents[suffix] = name, file.read()
+    images = [contents[suffix] for suffix in contents if suffix in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        return TableRow(location, error="several image files" if images else "no image file")
+    image = EmbeddedImage(str(archive), *images[0])
+    record = _mapping(contents.get(RECORD_SUFFIX, ("", b""))[1])
+    text = contents[CAPTION_SUFFIX][1] if CAPTION_SUFFIX in contents else record.get("caption")
     try:
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError:
         return TableRow(location, error="caption is not UTF-8")
     return TableRow(location, image, text)
+
+
+def _readable(name: str) -> str:
+    """Return the name of a member, whose bytes may be in any encoding."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _mapping(content: bytes) -> dict[str, object]:
@@ -149,6 +179,20 @@ def _mapping(content: bytes) -> dict[str, object]:
 def _name(cell: object) -> object:
     """Return a cell, or the place of an image in its table wherever the table lies."""
     return (cell.column, cell.row, cell.path) if isinstance(cell, StoredImage) else cell
+
+
+def _state(path: Path) -> list[int] | None:
+    """Return size and time of a file, or None without one."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _image_state(row: TableRow, folder: Path) -> list[int] | None:
+    """Return the state of the image file that a row names."""
+    return _state(folder / row.image) if isinstance(row.image, str) else None
 
 
 def _digest(content: object) -> str:
