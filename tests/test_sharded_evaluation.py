@@ -1,6 +1,6 @@
 """Evaluation by several processes: each computes its examples, and all have all results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, local
 from typing import Any
@@ -123,11 +123,13 @@ def in_group(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any
             parts[place.rank] = part
             barrier.wait()
             results[:] = parts
+            barrier.wait()
 
         def process(rank: int) -> Any:
             place.rank = rank
             return call()
 
+        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(distributed, "get_world_size", lambda: world)
         monkeypatch.setattr(distributed, "get_rank", lambda: place.rank)
         monkeypatch.setattr(distributed, "all_gather_object", gather)
@@ -170,3 +172,22 @@ def test_every_capability_reaches_the_model() -> None:
     assert ShardedCapabilities(whole).count_operations("task", CAPTIONS) == (5.0, 2.0)
     with pytest.raises(NotImplementedError):
         ShardedCapabilities(whole).token_pipeline()
+
+
+def test_an_error_of_one_process_is_raised_on_all(
+    in_group: Callable[[int, Callable[[], Any]], list[Any]],
+) -> None:
+    def process() -> str:
+        def embed(texts: Sequence[str]) -> Tensor:
+            if "ввв" in texts:
+                raise OSError("the disk is full")
+            return torch.zeros(len(texts), 1)
+
+        model = Recording()
+        model.embed_text = embed  # type: ignore[method-assign]
+        with pytest.raises((ValueError, OSError)) as error:
+            ShardedCapabilities(model).embed_text(CAPTIONS)
+        return str(error.value)
+
+    own, other = "the disk is full", "another device: the disk is full"
+    assert in_group(3, process) == [other, own, other]

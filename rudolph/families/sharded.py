@@ -6,7 +6,8 @@ gathers the results of all.  So the evaluators of all processes continue with th
 Shapes: B examples, C choices, E channels, H and W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -174,8 +175,33 @@ def _gather(number: int, call: Callable[[slice], Any]) -> list[Any]:
     """Call on the examples of this process; return the results of all processes that have any."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     mine = slice(number * rank // world, number * (rank + 1) // world)
-    # A model may not accept an empty batch.
-    result = call(mine) if mine.start < mine.stop else None
     results: list[Any] = [None] * world
+    with errors_everywhere():
+        # A model may not accept an empty batch.
+        result = call(mine) if mine.start < mine.stop else None
     distributed.all_gather_object(results, result)
     return [part for part in results if part is not None]
+
+
+@contextmanager
+def errors_everywhere() -> Iterator[None]:
+    """Raise an error of one process on all processes, which would wait for that one otherwise.
+
+    Every process must enter the context.
+
+    Raises:
+        ValueError: If another process has an error.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if num_processes() > 1:
+        messages: list[str | None] = [None] * num_processes()
+        distributed.all_gather_object(messages, None if error is None else str(error))
+        others = [message for message in messages if message is not None]
+        if error is None and others:
+            raise ValueError(f"another device: {others[0]}")
+    if error is not None:
+        raise error

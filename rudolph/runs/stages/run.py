@@ -14,7 +14,7 @@ from rudolph.data.splits import Splits
 from rudolph.evaluation.context import Score
 from rudolph.families.interface import Parts
 from rudolph.families.registry import family_of
-from rudolph.families.sharded import ShardedCapabilities, num_processes
+from rudolph.families.sharded import ShardedCapabilities, errors_everywhere, num_processes
 from rudolph.models.weights import weights_digest
 from rudolph.runs.execution import Execution
 from rudolph.runs.resolve import OF_EXPERIMENT, find_folder, open_weights
@@ -50,8 +50,9 @@ def run_stages(execution: Execution) -> tuple[list[Score], dict[str, str]]:
         return [], {}
     model.to(execution.hardware.device)
     capabilities = family.open(config, model, parts)
-    if execution.is_main_process:
-        save_model(execution, model, parts)
+    with errors_everywhere():
+        if execution.is_main_process:
+            save_model(execution, model, parts)
     scores = evaluate(
         execution, ShardedCapabilities(capabilities) if shares_evaluation else capabilities, splits
     )
