@@ -560,3 +560,30 @@ def test_the_command_reports_and_writes_documents(
 def examine_first_image(folder: Path) -> str:
     """Return the SHA-256 of the first image that MMC4 shows."""
     return hashlib.sha256((folder / "2.png").read_bytes()).hexdigest()
+
+
+def test_a_text_has_one_split_under_all_names(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "кто?"}, {"from": "gpt", "value": "кот"}]
+    rows = [{"id": str(number), "conversations": turns} for number in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    config = ConversationsConfig(path=str(tmp_path / "a.json"))
+    entries = examine_documents(config, image_size=8).entries
+    assert len({entry.sha256 for entry in entries}) == 9
+    assert len({entry.split for entry in entries}) == 1
+
+
+def test_images_after_the_cut_need_not_exist(tmp_path: Path) -> None:
+    noise(8, 8, 0).save(tmp_path / "0.png")
+    turns = [
+        {"from": "human", "value": "<image>\nкто?"},
+        {"from": "gpt", "value": "кот"},
+        {"from": "human", "value": "<image>\nа это?"},
+        {"from": "gpt", "value": "пёс"},
+    ]
+    row = {"id": "1", "image": ["0.png", "missing.png"], "conversations": turns}
+    (tmp_path / "a.json").write_text(json.dumps([row]), "utf-8")
+    config = ConversationsConfig(path=str(tmp_path / "a.json"), max_images=1)
+    examined = examine_documents(config, image_size=8)
+    [entry] = examined.entries
+    assert len(entry.images) == 1 and examined.document(entry, config).images == ["0.png"]
+    assert examined.report.converted["cut at max_images"].count == 1

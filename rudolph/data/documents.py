@@ -242,13 +242,10 @@ def longest_document(split: Split, task: str, form: DocumentFormat, tokenizer: A
     Every panel of an episode counts as long as the longest one.
     """
     row = TASKS[task]
-
-    def longest(texts: Sequence[str]) -> int:
-        return max(len(tokenizer.encode(text)) for text in set(texts))
-
-    panel = form.num_image_tokens if row.image == "given" else 0
-    panel += longest(split.captions) + 1
-    panel += longest(split.questions) if row.has_question else 0
+    questions = split.questions if row.has_question else [""] * len(split)
+    texts = set(zip(questions, split.captions, strict=True))
+    panel = max(len(tokenizer.encode(text)) + len(tokenizer.encode(end)) for text, end in texts)
+    panel += 1 + (form.num_image_tokens if row.image == "given" else 0)
     num_shots = split.dataset.max_shots if isinstance(split.dataset, HasShots) else 0
     return 1 + (num_shots + 1) * panel
 

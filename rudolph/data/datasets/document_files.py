@@ -182,6 +182,7 @@ class DocumentEntry(NamedTuple):
         row: Index of the row in that file.
         sha256: SHA-256 of the document.
         images: SHA-256 of each image file, in order.
+        split_key: SHA-256 that decides the split: of the first image, or else of the text.
         left_out: Indices of bad images among those of the row.
     """
 
@@ -189,12 +190,13 @@ class DocumentEntry(NamedTuple):
     row: int
     sha256: str
     images: tuple[str, ...]
+    split_key: str
     left_out: tuple[int, ...] = ()
 
     @property
     def split(self) -> str:
         """Return its split: that of its first image, or of its text without images."""
-        return split_of_image((*self.images, self.sha256)[0])
+        return split_of_image(self.split_key)
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,9 @@ def _examine_document(
     try:
         parsed = config.parse(row)
         for number, image in enumerate(parsed.images):
+            if len(images) == config.max_images:
+                # The document is cut here, so later images need not exist.
+                break
             name, path = f"{place} {image}", os.path.abspath(folder / image)
             try:
                 found = examine_file(path, image, "image")
@@ -369,12 +374,14 @@ def _examine_document(
     except RejectedError as rejected:
         report.skip(name, rejected.reason)
         return
-    num_images = len(document.images)
-    changes |= dict.fromkeys(["cut at max_images"] * (num_images < len(images)))
+    num_images, num_usable = len(document.images), len(parsed.images) - len(left_out)
+    changes |= dict.fromkeys(["cut at max_images"] * (num_images < num_usable))
     report.keep(place, tuple(changes))
+    shown = tuple(images[:num_images])
+    # The name of a text is left out: the same text under two names must be in one split.
+    split_key = (*shown, document_sha256(document._replace(name="")))[0]
     sha256 = document_sha256(document)
-    entry = DocumentEntry(file, index, sha256, tuple(images[:num_images]), tuple(left_out))
-    examined.entries.append(entry)
+    examined.entries.append(DocumentEntry(file, index, sha256, shown, split_key, tuple(left_out)))
 
 
 def document_sha256(document: Document) -> str:

@@ -40,7 +40,10 @@ def zero_shot_classification(context: EvaluationContext, split: Split) -> list[S
         on_batch=context.on_token,
     ).numpy()
     hits = choice_hits(likelihoods, np.array(true_classes))
-    probabilities = torch.from_numpy(likelihoods).softmax(1).numpy()
+    scores = torch.from_numpy(likelihoods)
+    # A model that knows none of the classes finds them equally likely.
+    scores = scores.where(scores.isfinite().any(1, keepdim=True), torch.zeros_like(scores))
+    probabilities = scores.softmax(1).numpy()
     confidences = probabilities.max(1)
     protocol, chance = (
         MetricProtocol("accuracy", settings=f"classes:{len(classes)}"),
