@@ -20,6 +20,7 @@ from rudolph.data.pairs import HASH_SPLITS
 from rudolph.data.shards import packing, sources
 from rudolph.data.shards.layout import BATCH_ROWS
 from rudolph.data.shards.packing import pack_pairs
+from rudolph.data.shards.sources import Source, open_source
 from rudolph.data.splits import DataConfig, Split
 from rudolph.sequence.layout import SequenceLayout, Vocabulary
 from rudolph.sequence.tokenizer import Tokenizer
@@ -52,6 +53,10 @@ def config_of(source: Path, **settings: Any) -> ManifestConfig:
     return ManifestConfig(path=str(source), **settings)
 
 
+def source_of(path: Path, **settings: Any) -> Source:
+    return open_source(config_of(path, **settings))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -67,7 +72,7 @@ def test_packed_pairs_are_those_of_the_table(
     question: str | None, table: Path, tmp_path: Path, small_parts: None
 ) -> None:
     config = config_of(table, question_column=question)
-    report = pack_pairs(config, tmp_path / "packed")
+    report = pack_pairs(open_source(config), tmp_path / "packed")
     for name in HASH_SPLITS:
         manifest = Manifest(config, split=name, image_size=8)
         packed = PackedPairs(PackedPairsConfig(str(tmp_path / "packed")), split=name, image_size=8)
@@ -90,7 +95,7 @@ def test_packed_pairs_are_those_of_the_table(
 def test_training_sees_the_same_of_packed_pairs_and_of_the_table(
     table: Path, tmp_path: Path, small_parts: None
 ) -> None:
-    pack_pairs(config_of(table), tmp_path / "packed")
+    pack_pairs(source_of(table), tmp_path / "packed")
     common = {"image_size": 8, "manifest": config_of(table)}
     data = DataConfig(packed=PackedPairsConfig(str(tmp_path / "packed")), **common)
     one, other = (Split(data, "train", tmp_path, dataset=name) for name in ("manifest", "packed"))
@@ -115,7 +120,7 @@ def test_an_interrupted_packing_continues_to_the_same_files(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
 ) -> None:
     whole, target = tmp_path / "whole", tmp_path / "packed"
-    pack_pairs(config_of(table), whole)
+    pack_pairs(source_of(table), whole)
     written, write = [], packing._row
 
     def fail(entry: Any) -> Any:
@@ -126,9 +131,9 @@ def test_an_interrupted_packing_continues_to_the_same_files(
 
     monkeypatch.setattr(packing, "_row", fail)
     with pytest.raises(KeyboardInterrupt):
-        pack_pairs(config_of(table), target)
+        pack_pairs(source_of(table), target)
     assert not (target / "dataset.json").exists() and (target / "parts/00000.json").is_file()
-    pack_pairs(config_of(table), target)
+    pack_pairs(source_of(table), target)
     assert files(target) == files(whole)
     # The first part was not packed twice.
     assert len(written) == 120 + report_rows(target / "parts/00001.json")
@@ -142,7 +147,7 @@ def test_a_damaged_shard_is_found_and_packed_again_alone(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_parts: None
 ) -> None:
     target = tmp_path / "packed"
-    pack_pairs(config_of(table), target)
+    pack_pairs(source_of(table), target)
     before = files(target)
     [shard] = target.glob("train/00001-*.arrow")
     times = {path: path.stat().st_mtime_ns for path in target.rglob("*.arrow")}
@@ -155,7 +160,7 @@ def test_a_damaged_shard_is_found_and_packed_again_alone(
     assert packed[0].caption
     with pytest.raises(ValueError, match="its SHA-256 differs; the same rudolph data pack"):
         packed[len(packed) - 1]
-    pack_pairs(config_of(table), target)
+    pack_pairs(source_of(table), target)
     assert files(target) == before
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert changed == {shard.name}
@@ -168,9 +173,9 @@ def test_a_shorter_table_leaves_no_old_parts(
     lines = table.read_text("utf-8").splitlines(keepends=True)
     shorter = table.with_name("shorter.jsonl")
     shorter.write_text("".join(lines[:80]), "utf-8")
-    pack_pairs(config_of(table), tmp_path / "packed")
-    pack_pairs(config_of(shorter), tmp_path / "packed")
-    pack_pairs(config_of(shorter), tmp_path / "new")
+    pack_pairs(source_of(table), tmp_path / "packed")
+    pack_pairs(source_of(shorter), tmp_path / "packed")
+    pack_pairs(source_of(shorter), tmp_path / "new")
     shorter.unlink()
     assert files(tmp_path / "packed") == files(tmp_path / "new")
 
@@ -225,8 +230,8 @@ def test_archives_of_img2dataset_are_packed_by_any_number_of_workers(tmp_path: P
     source = tmp_path / "images"
     write_archives(source)
     config = config_of(source, max_bad_fraction=0.5)
-    report = pack_pairs(config, tmp_path / "one")
-    assert pack_pairs(config, tmp_path / "two", num_workers=2) == report
+    report = pack_pairs(open_source(config), tmp_path / "one")
+    assert pack_pairs(open_source(config), tmp_path / "two", num_workers=2) == report
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert {reason: tally.count for reason, tally in report.skipped.items()} == {
         "damaged archive: the rest of it": 2,
@@ -271,12 +276,14 @@ def test_mistakes_are_one_line(
     assert main(["data", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("rudolph: ")
+    # A source that cannot be read leaves no folder.
+    assert not (tmp_path / "new").is_dir() or arguments[1] == "bad.csv"
 
 
 def test_a_split_without_pairs_and_a_damaged_record_are_named(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png(1))
     (tmp_path / "pairs.csv").write_text("image,caption\n1.png,кот\n", "utf-8")
-    pack_pairs(config_of(tmp_path / "pairs.csv"), tmp_path / "packed")
+    pack_pairs(source_of(tmp_path / "pairs.csv"), tmp_path / "packed")
     config = PackedPairsConfig(str(tmp_path / "packed"))
     rows = json.loads((tmp_path / "packed/dataset.json").read_text("utf-8"))["rows"]
     for name, number in rows.items():
@@ -288,7 +295,7 @@ def test_a_split_without_pairs_and_a_damaged_record_are_named(tmp_path: Path) ->
     record = tmp_path / "packed/parts/00000.json"
     before = record.read_bytes()
     record.write_text('{"source": "x", "shards": [{"name": 1}], "report": {}}')
-    pack_pairs(config_of(tmp_path / "pairs.csv"), tmp_path / "packed")
+    pack_pairs(source_of(tmp_path / "pairs.csv"), tmp_path / "packed")
     assert record.read_bytes() == before
 
 
@@ -302,7 +309,7 @@ def test_mended_images_and_captions_are_packed_again(tmp_path: Path, small_parts
 
     def pack() -> int:
         table.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-        return pack_pairs(config_of(table, max_bad_fraction=0.5), target).num_kept
+        return pack_pairs(source_of(table, max_bad_fraction=0.5), target).num_kept
 
     assert pack() == 3
     (tmp_path / "0.png").write_bytes(png(0))
@@ -322,7 +329,7 @@ def test_only_files_of_packing_are_removed(table: Path, tmp_path: Path) -> None:
     archive(data / "train" / "00000.tar", {"1.png": png(1), "1.txt": "кот".encode()})
     for source in (data / "train", table):
         with pytest.raises(ValueError, match=r"expected (a path apart|an empty folder)"):
-            pack_pairs(config_of(source), data)
+            pack_pairs(source_of(source), data)
     assert (data / "train" / "00000.tar").is_file()
     assert [path.name for path in data.iterdir()] == ["train"]
 
@@ -331,13 +338,13 @@ def test_a_failed_second_packing_leaves_the_first_readable(
     table: Path, tmp_path: Path, small_parts: None
 ) -> None:
     target = tmp_path / "packed"
-    pack_pairs(config_of(table), target)
+    pack_pairs(source_of(table), target)
     packed = PackedPairs(PackedPairsConfig(str(target)), split="train", image_size=8)
     captions = [*packed.texts("caption")]
     bad = table.with_name("bad.jsonl")
     bad.write_text(table.read_text("utf-8") + '{"image": "none.png", "caption": "а"}\n' * 100)
     with pytest.raises(ValueError, match="rows are bad"):
-        pack_pairs(config_of(bad), target)
+        pack_pairs(source_of(bad), target)
     bad.unlink()
     again = PackedPairs(PackedPairsConfig(str(target)), split="train", image_size=8)
     assert [*again.texts("caption")] == captions

@@ -165,6 +165,7 @@ def pack_source(args: Any) -> int:
     """
     from rudolph.data.datasets.tables import ManifestConfig
     from rudolph.data.shards.packing import LOCK, pack_pairs, require_own_folder
+    from rudolph.data.shards.sources import open_source
     from rudolph.tracking.event_log import file_lock
 
     if args.jobs < 1:
@@ -172,12 +173,14 @@ def pack_source(args: Any) -> int:
     config = ManifestConfig(
         path=args.source, max_bad_fraction=args.max_bad_fraction, **columns_of(args)
     )
+    # Checked before the lock creates the folder.
+    source = open_source(config)
     require_own_folder(args.folder)
     with file_lock(args.folder / LOCK, 0) as is_alone, stage_progress() as progress:
         if not is_alone:
             raise ValueError(f"{args.folder}: another process packs into this folder")
         report = pack_pairs(
-            config,
+            source,
             args.folder,
             num_workers=args.jobs,
             progress=lambda done, total: progress("parts", done, total, ""),

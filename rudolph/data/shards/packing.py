@@ -34,7 +34,7 @@ from rudolph.data.shards.layout import (
     row_schema,
     shards_digest,
 )
-from rudolph.data.shards.sources import SourcePart, open_source
+from rudolph.data.shards.sources import Source, SourcePart
 from rudolph.files.atomic import (
     DamagedFileError,
     file_sha256,
@@ -55,12 +55,12 @@ Progress = Callable[[int, int], None]
 
 
 def pack_pairs(
-    config: ManifestConfig, folder: Path, *, num_workers: int = 1, progress: Progress | None = None
+    source: Source, folder: Path, *, num_workers: int = 1, progress: Progress | None = None
 ) -> RowReport:
     """Pack the pairs of a table or of img2dataset's archives and return the report of all rows.
 
     Args:
-        config: Path and columns of the source.  ``max_bad_fraction`` is applied to all rows.
+        source: What ``open_source`` returns.  ``max_bad_fraction`` is applied to all rows.
         folder: Folder to write: new, empty, or with packed pairs, whose intact parts are kept.
         num_workers: Number of processes.
         progress: Called with (finished parts, all parts).
@@ -69,7 +69,7 @@ def pack_pairs(
         ValueError: If the source cannot be read, too many rows are bad, or the folder holds other
             files.
     """
-    source = open_source(config)
+    config = source.config
     require_disjoint_paths(folder, Path(config.path), "FOLDER")
     require_own_folder(folder)
     report, splits = RowReport(), {name: list[Shard]() for name in HASH_SPLITS}
